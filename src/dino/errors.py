@@ -1,0 +1,14 @@
+"""What a person did that cannot work: said once, plainly, without a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A message for the person at the keyboard: what was expected, what came, and what to do about it."""
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """`"; did you mean 'x' or 'y'?"`, or the empty string when nothing is close."""
+    close = difflib.get_close_matches(word, list(options), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""

@@ -1,0 +1,18 @@
+"""What every test shares: where the reference data lies, and a fixed number of threads."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference numbers and real data beside the checkout; tests that need it skip without it."""
+    folder = Path(os.environ.get("DINO_SHARED") or Path(__file__).parents[2] / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared data: no folder {folder} (set DINO_SHARED to where it lies)")
+    return folder
