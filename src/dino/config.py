@@ -1,0 +1,114 @@
+"""Settings are values: frozen dataclasses, edited by copy, written to JSON and read back by their types.
+
+Reading never imports by name: `from_dict(Run, data)` walks Run's own type hints, so a file from a stranger can
+only ever become one of the types that Run already names.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, TypeVar
+
+from dino.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+def edit(value: T, **changes: Any) -> T:
+    """A copy of a settings value with some fields changed; a dict changes fields inside a nested value.
+
+    >>> edit(run, views=dict(local=0), seed=1)
+    """
+    assert dataclasses.is_dataclass(value) and not isinstance(value, type)
+    known = {field.name for field in dataclasses.fields(value)}
+    resolved = {}
+    for name, change in changes.items():
+        if name not in known:
+            raise UserError(f"{type(value).__name__} has no field {name!r}{nearest(name, known)}\nFields: {', '.join(sorted(known))}.")
+        old = getattr(value, name)
+        nested = isinstance(change, Mapping) and dataclasses.is_dataclass(old) and not isinstance(old, type)
+        resolved[name] = edit(old, **change) if nested else change
+    return dataclasses.replace(value, **resolved)
+
+
+def to_dict(value: Any) -> Any:
+    """Plain JSON data of a settings value; each dataclass says its `type`, so that unions can be read back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, tuple | list):
+        return [to_dict(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): to_dict(item) for key, item in value.items()}
+    return value
+
+
+def from_dict(kind: Any, data: Any, where: str = "") -> Any:
+    """The inverse of `to_dict` for the type `kind` (a dataclass, a union, a tuple, or a plain type).
+
+    Raises UserError naming the place, what was expected and what came. Fields that `data` lacks keep their
+    defaults, so that a file of an older version still reads.
+    """
+    where = where or getattr(kind, "__name__", str(kind))
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _from_union(typing.get_args(kind), data, where)
+    if origin is tuple:
+        if not isinstance(data, list | tuple):
+            raise UserError(f"{where}: expected a list, got {data!r}.")
+        inner = typing.get_args(kind)
+        kinds = [inner[0]] * len(data) if len(inner) == 2 and inner[1] is Ellipsis else list(inner)
+        if len(kinds) != len(data):
+            raise UserError(f"{where}: expected {len(kinds)} values, got {len(data)}: {data!r}.")
+        return tuple(from_dict(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, data, strict=True)))
+    if origin is typing.Literal:
+        options = typing.get_args(kind)
+        if data not in options:
+            raise UserError(f"{where}: expected one of {', '.join(map(repr, options))}, got {data!r}.")
+        return data
+    if dataclasses.is_dataclass(kind):
+        return _from_mapping(kind, data, where)
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if kind is Any or isinstance(data, origin or kind):
+        return data
+    raise UserError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {data!r}.")
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _from_mapping(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where}: expected the fields of {kind.__name__}, got {data!r}.")
+    if (tag := data.get("type", kind.__name__)) != kind.__name__:
+        raise UserError(f"{where}: expected a {kind.__name__}, got a {tag}.")
+    hints = _hints(kind)
+    given = {name: item for name, item in data.items() if name != "type"}
+    for name in given:
+        if name not in hints:
+            raise UserError(f"{where} has no field {name!r}{nearest(name, hints)}")
+    return kind(**{name: from_dict(hints[name], item, f"{where}.{name}") for name, item in given.items()})
+
+
+def _from_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
+    if data is None and types.NoneType in options:
+        return None
+    if isinstance(data, Mapping):
+        named = {option.__name__: option for option in options if dataclasses.is_dataclass(option)}
+        tag = data.get("type", "")
+        if tag not in named:
+            raise UserError(f"{where}: expected one of {', '.join(named)}, got {tag!r}{nearest(tag, named)}")
+        return from_dict(named[tag], data, where)
+    failures = []
+    for option in options:
+        if option is not types.NoneType and not dataclasses.is_dataclass(option):
+            try:
+                return from_dict(option, data, where)
+            except UserError as error:
+                failures.append(error)
+    raise failures[0] if failures else UserError(f"{where}: got {data!r}, which none of its types can be.")

@@ -1,0 +1,84 @@
+"""Talking between processes: the identity where there is one, torch.distributed where torchrun started several.
+
+Nothing here starts a process group; `runtime.py` does, once. Every function may be called without one.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def _active() -> bool:
+    return td.is_available() and td.is_initialized() and td.get_world_size() > 1
+
+
+def rank() -> int:
+    return td.get_rank() if _active() else 0
+
+
+def world() -> int:
+    return td.get_world_size() if _active() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over the ranks, each counted alike; a new tensor of the same shape."""
+    if not _active():
+        return tensor
+    total = tensor.clone()
+    td.all_reduce(total)
+    return total / world()
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over the ranks; a new tensor of the same shape."""
+    if not _active():
+        return tensor
+    summed = tensor.clone()
+    td.all_reduce(summed)
+    return summed
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Each rank's rows one below the other, in the order of ranks; the ranks may hold different numbers of rows."""
+    if not _active():
+        return tensor
+    tensor = tensor.contiguous()
+    count = torch.tensor([tensor.shape[0]], device=tensor.device)
+    counts = [torch.empty_like(count) for _ in range(world())]
+    td.all_gather(counts, count)
+    most = max(int(n) for n in counts)
+    padded = tensor.new_zeros((most, *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    parts = [torch.empty_like(padded) for _ in counts]
+    td.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+def barrier() -> None:
+    if _active():
+        td.barrier()
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """The result of `work`, done on rank 0 alone and sent to every rank; what it raises is raised on all."""
+    if not _active():
+        return work()
+    box: list = [None, None]
+    if is_main():
+        try:
+            box[0] = work()
+        except Exception as error:
+            box[1] = error
+    td.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
