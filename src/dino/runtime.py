@@ -1,0 +1,163 @@
+"""Every decision about the machine, made once: device, precision, ranks, threads, memory layout.
+
+Everything else takes the Runtime that `start` gives and asks nothing of the machine itself.
+"""
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as td
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dino import dist
+from dino.data.views import Batch, normalize
+from dino.errors import UserError
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to work with; the plan quotes it."""
+
+    device: torch.device
+    name: str
+    cores: int
+    """Processor cores that this process may use."""
+    memory: int
+    """Bytes of memory of the device: the card's, or the computer's."""
+    precision: Precision
+    """The fastest precision that trains well here."""
+    why: str
+    """Why that precision."""
+
+
+def machine() -> Machine:
+    """Looks once at what this process runs on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if torch.cuda.is_available():
+        index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        card = torch.cuda.get_device_properties(index)
+        good = torch.cuda.is_bf16_supported(including_emulation=False)
+        why = "the card multiplies bfloat16 natively" if good else "the card has float16 but no bfloat16"
+        return Machine(
+            torch.device("cuda", index), card.name, cores, card.total_memory, "bfloat16" if good else "float16", why
+        )
+    if torch.backends.mps.is_available():
+        return Machine(torch.device("mps"), "Apple GPU", cores, _memory(), "float32", "the reference precision")
+    if _has_bfloat16():
+        return Machine(torch.device("cpu"), _cpu(), cores, _memory(), "bfloat16", "the processor multiplies bfloat16")
+    why = "this processor has no bfloat16 instructions: emulated, they are many times slower"
+    return Machine(torch.device("cpu"), _cpu(), cores, _memory(), "float32", why)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The decisions, as an object to pass."""
+
+    device: torch.device
+    precision: Precision
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager:
+        """Runs matrix products in the chosen precision; float32 leaves everything as it is."""
+        dtype = getattr(torch, self.precision)
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "float32")
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling for float16; the identity otherwise."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
+
+    def prepare(self, method: nn.Module) -> nn.Module:
+        """Moves a method to the device, and wraps it where there are several ranks. The method itself stays the
+        one that holds the state; what is returned is what the step calls."""
+        if self.world > 1 and self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(method)  # modules inside are swapped in place
+        method.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if self.world == 1:
+            return method
+        return DistributedDataParallel(method, broadcast_buffers=False)
+
+    def place(self, batch: Batch) -> Batch:
+        """A batch on the device: uint8 pictures become normalised float32 there, in the networks' layout."""
+        views = []
+        for view in batch.views:
+            view = view.to(self.device, non_blocking=True)
+            flat = normalize(view.flatten(0, 1)) if view.dtype == torch.uint8 else view.flatten(0, 1).float()
+            views.append(flat.contiguous(memory_format=torch.channels_last).unflatten(0, view.shape[:2]))
+        labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
+        return Batch(tuple(views), labels)
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """The randomness inside the networks (drop-path) is a function of (seed, step, rank): resume needs no
+        generator states, and no evaluation in between can disturb it."""
+        mixed = (seed * 1_000_003 + step) * 65_537 + self.rank
+        torch.manual_seed(mixed % (2**63))
+
+
+@contextmanager
+def start(precision: Precision | None = None) -> Iterator[Runtime]:
+    """The runtime of this process, for as long as the `with` lasts. Under torchrun it joins the other ranks.
+
+    precision: None takes what is fastest here. Raises UserError where the machine cannot do what is asked.
+    """
+    here = machine()
+    precision = precision or here.precision
+    if precision == "float16" and here.device.type == "cpu":
+        raise UserError(
+            "precision float16 needs a GPU; a CPU trains in float32, or in bfloat16 where it has the instructions."
+        )
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if here.device.type == "cuda":
+        torch.cuda.set_device(here.device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    joined = world > 1 and not td.is_initialized()
+    if joined:
+        td.init_process_group("nccl" if here.device.type == "cuda" else "gloo")
+    try:
+        yield Runtime(here.device, precision, dist.rank(), dist.world())
+    finally:
+        if joined:
+            td.destroy_process_group()
+
+
+def _has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself (AMX or AVX512-BF16 on x86, BF16 on Arm)."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            words = set(file.read().split())
+    except OSError:
+        return False
+    return bool(words & {"amx_bf16", "avx512_bf16", "bf16"})
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def _memory() -> int:
+    """Bytes this process may use: the computer's, or less inside a container."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limit = file.read().strip()
+        return min(total, int(limit)) if limit.isdigit() else total
+    except OSError:
+        return total
