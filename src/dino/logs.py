@@ -14,7 +14,7 @@ class Log:
     """Appends to a run's curves. On resume, what lies beyond the resumed step is taken away first."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter
+        from tensorboardX import SummaryWriter
 
         self._path = folder / METRICS
         if self._path.exists():

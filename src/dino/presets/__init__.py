@@ -1,0 +1,53 @@
+"""A recipe is a function that returns a Run: complete, named, with what was reported for it and what it cost.
+
+    presets.resolve("vits16")                 # one of the table below
+    presets.resolve("mymodule:my_run")        # any function of yours that returns a Run
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+
+from dino.errors import UserError, nearest
+from dino.presets.paper import resnet50, resnet50_800, vitb8, vitb16, vits8, vits16, vits16_300, vits16_800
+from dino.presets.small import demo, small
+from dino.train import Run
+
+PRESETS: dict[str, Callable[[], Run]] = {
+    "demo": demo,
+    "small": small,
+    "vits16": vits16,
+    "vits16-300": vits16_300,
+    "vits16-800": vits16_800,
+    "vits8": vits8,
+    "vitb16": vitb16,
+    "vitb8": vitb8,
+    "resnet50": resnet50,
+    "resnet50-800": resnet50_800,
+}
+
+
+def resolve(name: str) -> Run:
+    """The Run of a preset's name, or of `module:function`. Raises UserError with the nearest names."""
+    if ":" in name:
+        return _own(name)
+    if name not in PRESETS:
+        raise UserError(
+            f"There is no preset {name!r}{nearest(name, PRESETS)}\nPresets: {', '.join(PRESETS)}, "
+            "or MODULE:FUNCTION for a function of yours that returns a dino.Run."
+        )
+    return PRESETS[name]()
+
+
+def _own(name: str) -> Run:
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")  # the folder the command is run in, as `python -m` would have it
+    try:
+        run = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"Preset {name!r}: {error}. Expected MODULE:FUNCTION of an importable module.") from error
+    finally:
+        sys.path.pop(0)
+    if not isinstance(run, Run):
+        raise UserError(f"Preset {name!r}: expected a function that returns a dino.Run, got {type(run).__name__}.")
+    return run
