@@ -1,0 +1,299 @@
+"""The embedded data set: pictures that the package draws itself, with classes, masks, videos and edited copies.
+
+A picture shows a thing on a ground. The class is the shape of the thing (`KINDS`), at any place, turn and size;
+colours, textures, light and clutter come from the same distributions whatever the class, and every kind covers the same
+area, so that neither raw pixels nor colours tell the class. Picture i is a pure function of (the settings, i): any
+number, in any order, in any process.
+
+    Scenes(count=2000).open()                      2000 pictures to train on
+    Scenes(count=500, part="val").open()           500 others of the same kind
+    Scenes(seed=1).write("photos")                 a folder to try `dino train photos` on
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dino.data import edits
+from dino.data.painting import (
+    Colour,
+    Ground,
+    Piece,
+    Pose,
+    Thing,
+    compose,
+    draw_colours,
+    draw_texture,
+    draw_thing,
+    reach,
+)
+from dino.data.pictures import Pictures
+from dino.data.shapes import KINDS
+from dino.errors import UserError
+
+Image = NDArray[np.uint8]
+
+PARTS = ("train", "val", "test")
+_LOOK, _SCENE, _NOISE, _VIDEO, _COPIES = range(5)  # independent streams of random numbers for one picture
+
+
+class Scene(NamedTuple):
+    """Everything a picture is drawn from: the things with their poses, the first one farthest away, and the ground."""
+
+    things: list[tuple[Thing, Pose]]
+    ground: Ground
+
+
+class Video(NamedTuple):
+    """frames [T, s, s, 3] and masks [T, s, s], uint8: 0 the ground, 1 and 2 the objects."""
+
+    frames: Image
+    masks: Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenes:
+    """Pictures that the package draws itself: any number, any size, the same for the same settings."""
+
+    count: int = 2000
+    """number of pictures; picture i does not depend on it"""
+    size: int = 96
+    """side of a picture in pixels; the same scene is drawn at any size"""
+    classes: int = len(KINDS)
+    """kinds of things, from 2 to 10: star, flower, gear, rings, spiral, ladder, tree, fish, mug, bolt"""
+    seed: int = 0
+    """another seed, other pictures"""
+    part: Literal["train", "val", "test"] = "train"
+    """which pictures of the seed: the parts share none"""
+    turn: float = 40.0
+    """a thing is turned by at most this many degrees either way; 180 is any direction"""
+    texture: float = 0.7
+    """how strong the textures on things and ground are: 0 plain colours, 1 strong"""
+    clutter: int = 5
+    """at most this many bars and balls lie behind a thing; one picture in four has one in front"""
+    company: float = 0.25
+    """share of pictures with a second, smaller thing of the same kind"""
+    noise: float = 3.0
+    """standard deviation of the pixel noise, in grey levels, at most"""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("count", 0, 10**9), ("size", 16, 4096), ("classes", 2, len(KINDS)), ("seed", 0, 2**63 - 1),
+            ("turn", 0, 180), ("texture", 0, 1), ("clutter", 0, 50), ("company", 0, 1), ("noise", 0, 100),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(
+                    f"scenes: {name} must be from {low} to {high}, got {value}; choose a value in that range."
+                )
+        if self.part not in PARTS:
+            raise UserError(
+                f"scenes: part must be one of {', '.join(PARTS)}, got {self.part!r}; choose one of them."
+            )
+
+    # -- what a picture is drawn from --------------------------------------------------------------------------------
+
+    def _rng(self, i: int, stream: int, *more: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, PARTS.index(self.part), int(i), stream, *more])
+
+    def label(self, i: int) -> int:
+        """The class of picture i: they take turns, so that any run of `classes` pictures has one of each."""
+        return int(i) % self.classes
+
+    def scene(self, i: int, view: int = 0) -> Scene:
+        """What picture i shows. Another `view` keeps the thing and its paint, and changes pose, ground and light."""
+        thing, mine, behind = self._look(i)
+        rng = self._rng(i, _SCENE, view)
+        if view:
+            behind = draw_colours(rng, beside=mine)[1]
+        pose = self._pose(rng, thing, float(rng.uniform(0.34, 0.48)))
+        things = [(thing, pose)]
+        if rng.random() < self.company:
+            small = draw_thing(rng, thing.kind, mine, self.texture)
+            x, y = (-math.copysign(0.34, at) + float(rng.normal(0, 0.03)) for at in (pose.x, pose.y))
+            things.append((small, Pose(x, y, self._turn(rng), float(rng.uniform(0.13, 0.18)))))
+        return Scene(things, self._ground(rng, behind, mine, pose))
+
+    def _look(self, i: int) -> tuple[Thing, Colour, Colour]:
+        """Picture i's thing, its colour, and the colour of its ground in view 0."""
+        rng = self._rng(i, _LOOK)
+        mine, behind = draw_colours(rng)
+        return draw_thing(rng, KINDS[self.label(i)], mine, self.texture), mine, behind
+
+    def _turn(self, rng: np.random.Generator) -> float:
+        return math.radians(rng.uniform(-self.turn, self.turn))
+
+    def _pose(self, rng: np.random.Generator, thing: Thing, size: float) -> Pose:
+        room = max(0.54 - reach(thing) * size, 0.05)
+        x, y = rng.uniform(-room, room, 2)
+        return Pose(float(x), float(y), self._turn(rng), size)
+
+    def _ground(self, rng: np.random.Generator, behind: Colour, mine: Colour, pose: Pose) -> Ground:
+        pieces = []
+        in_front = self.clutter > 0 and rng.random() < 0.25
+        for k in range(int(rng.integers(self.clutter + 1)) + in_front):
+            front = in_front and k == 0
+            light, chroma, hue = behind if rng.random() < 0.7 else mine
+            colour = (
+                float(np.clip(light + rng.normal(0, 0.1), 0.2, 0.95)),
+                chroma,
+                hue + float(rng.normal(0, 0.5)),
+            )
+            where = (pose.x, pose.y) + rng.normal(0, 0.25, 2) if front else rng.uniform(-0.5, 0.5, 2)
+            slim = float(rng.uniform(0.08, 0.14)) if front else float(np.exp(rng.uniform(np.log(0.1), 0)))
+            size = float(rng.uniform(0.08, 0.12) if front else rng.uniform(0.08, 0.24))
+            place = Pose(float(where[0]), float(where[1]), float(rng.uniform(0, np.pi)), size)
+            pieces.append(Piece(place, slim, draw_texture(rng, colour, self.texture), front))
+        return Ground(
+            texture=draw_texture(rng, behind, self.texture),
+            light=(float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(0, 0.5))),
+            clutter=tuple(pieces),
+            grain=self.noise * float(rng.random()),
+        )
+
+    # -- pictures, masks, videos, copies -----------------------------------------------------------------------------
+
+    def draw(self, i: int, view: int = 0) -> tuple[Image, Image]:
+        """(picture [s, s, 3] RGB, mask [s, s]), uint8."""
+        things, ground = self.scene(i, view)
+        return compose(self.size, things, ground, (0.0, 0.0), self._rng(i, _NOISE, view))
+
+    def read(self, i: int) -> Image:
+        """Picture i, uint8 [s, s, 3] RGB."""
+        return self.draw(i)[0]
+
+    def mask(self, i: int) -> Image:
+        """uint8 [s, s]: 0 the ground and what stands before a thing, 1 the first thing, 2 the second."""
+        return self.draw(i)[1]
+
+    def instance(self, i: int, view: int) -> Image:
+        """The very thing of picture i (variant, paint) elsewhere: `view` 0 is picture i itself. For retrieval."""
+        return self.draw(i, view)[0]
+
+    def copies(self, i: int) -> dict[str, Image]:
+        """Edited copies of picture i by the edit's name, for copy detection; see `edits.copies`."""
+        page = replace(self, part=PARTS[(PARTS.index(self.part) + 1) % len(PARTS)]).read(
+            i + 1
+        )  # in no set with i
+        return edits.copies(self.read(i), self._rng(i, _COPIES), into=page)
+
+    def video(self, i: int, frames: int = 24) -> Video:
+        """A short film of picture i's thing, every second one with another thing that crosses before it.
+
+        The things move, turn and breathe along smooth curves, the ground drifts behind them; the length of the film
+        changes the speed, not the path.
+        """
+        rng = self._rng(i, _VIDEO)
+        thing, mine, _ = self._look(i)
+        things, paths = [thing], [_Path.drawn(rng, float(rng.uniform(0.3, 0.4)), self.turn)]
+        if i % 2:
+            other = KINDS[(self.label(i) + int(rng.integers(1, self.classes))) % self.classes]
+            things.append(draw_thing(rng, other, draw_colours(rng, beside=mine)[1], self.texture))
+            paths.append(_Path.drawn(rng, float(rng.uniform(0.2, 0.26)), self.turn))
+        ground, drift = self.scene(i).ground, rng.normal(0, 0.15, 2)
+        drawn = []
+        for time in np.linspace(-0.5, 0.5, frames) if frames > 1 else np.zeros(frames):
+            placed = [(thing, path.at(time)) for thing, path in zip(things, paths, strict=True)]
+            pan = (float(drift[0] * time), float(drift[1] * time))
+            drawn.append(compose(self.size, placed, ground, pan, rng))
+        if not drawn:
+            raise UserError(f"scenes: a video needs at least one frame, got frames={frames}.")
+        pictures, masks = zip(*drawn, strict=True)
+        return Video(np.stack(pictures), np.stack(masks))
+
+    # -- as a source of pictures, and as files -----------------------------------------------------------------------
+
+    def open(self, progress: object = None) -> Pictures:
+        """The pictures as training and evaluation take them."""
+        return DrawnPictures(self)
+
+    def name(self, i: int) -> str:
+        return f"{KINDS[self.label(i)]}/{self.part}-{self.seed}-{i:06d}.png"
+
+    def write(self, folder: str | Path, masks: str | Path | None = None) -> None:
+        """All pictures as PNG files in class folders, folder/star/train-0-000000.png; their masks, under the same names,
+        in another folder, so that nobody trains on masks."""
+        if masks is not None and Path(folder).resolve() in (
+            Path(masks).resolve(),
+            *Path(masks).resolve().parents,
+        ):
+            raise UserError(
+                f"scenes: masks must go to a folder outside of the pictures' ({folder}), got {masks}; "
+                f"try {str(folder).rstrip('/')}-masks."
+            )
+        for i in range(self.count):
+            picture, mask = self.draw(i)
+            _write(Path(folder) / self.name(i), picture[..., ::-1])
+            if masks is not None:
+                _write(Path(masks) / self.name(i), mask)
+
+
+class DrawnPictures(Pictures):
+    """`Scenes` by the contract of `Pictures`; it also gives masks, by the same index."""
+
+    def __init__(self, scenes: Scenes) -> None:
+        super().__init__(
+            names=[scenes.name(i) for i in range(scenes.count)],
+            sizes=np.full((scenes.count, 2), scenes.size),
+            labels=np.arange(scenes.count) % scenes.classes,
+            classes=KINDS[: scenes.classes],
+        )
+        self.scenes = scenes
+
+    @property
+    def fingerprint(self) -> str:
+        """The names do not tell every setting: they go in as well."""
+        settings = json.dumps(asdict(self.scenes), sort_keys=True)
+        return hashlib.sha256((super().fingerprint + settings).encode()).hexdigest()[:16]
+
+    def read(self, index: int) -> Image:
+        return self.scenes.read(index)
+
+    def mask(self, index: int) -> Image:
+        return self.scenes.mask(index)
+
+
+class _Path(NamedTuple):
+    """A smooth way through the picture: a slow ellipse, a swing, a breath."""
+
+    middle: Pose
+    swing: tuple[float, float, float, float]  # how far x, y, the turn and the size go
+    phase: tuple[float, float, float, float]
+
+    @staticmethod
+    def drawn(rng: np.random.Generator, size: float, turn: float) -> "_Path":
+        x, y = rng.uniform(-0.1, 0.1, 2)
+        half = math.radians(turn) / 2
+        middle = Pose(float(x), float(y), float(rng.uniform(-half, half)), size)
+        swing = (
+            *rng.uniform(0.12, 0.22, 2).tolist(),
+            float(rng.uniform(0.3, 1) * half),
+            float(rng.uniform(0.05, 0.15) * size),
+        )
+        return _Path(middle, swing, tuple(rng.uniform(0, 2 * np.pi, 4).tolist()))
+
+    def at(self, time: float) -> Pose:
+        """The pose at a time from -0.5 to 0.5: two thirds of a round."""
+        return Pose(*(
+            m + s * math.sin(p + time * 4 * math.pi / 3)
+            for m, s, p in zip(self.middle, self.swing, self.phase, strict=True)
+        ))  # fmt: skip
+
+
+def _write(path: Path, picture: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = cv2.imwrite(str(path), picture)
+    except OSError as error:
+        raise UserError(
+            f"scenes: cannot write {path}: {error.strerror}; choose a folder that can be written."
+        ) from error
+    if not done:
+        raise UserError(f"scenes: cannot write {path}; is the disk full, or the folder read-only?")
