@@ -1,0 +1,237 @@
+"""Weighted nearest neighbours (Appendix F.1): how good frozen features are, with nothing to train and nothing to tune.
+
+Also the two floors that any figure stands beside: raw pixels, and the same network before training.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from dino.data.pictures import BadImage, Pictures
+from dino.errors import UserError
+from dino.evals.evaluator import Autocast, Extracted, Progress, extract, gathered, share_of
+from dino.models.backbone import Backbone
+
+KS = (10, 20, 100, 200)  # Appendix F.1; 20 is the one that the paper reports
+MEMORY_ROWS = 65536  # training pictures compared at once, for a chunk of test pictures: 64 MB of similarities
+
+
+def nearest_neighbours(
+    memory: Tensor, queries: Tensor, k: int, *, memory_rows: int = MEMORY_ROWS
+) -> tuple[Tensor, Tensor]:
+    """Cosine similarities [Q, k] and rows [Q, k] of the k nearest of memory [N, D] to queries [Q, D], best first.
+
+    Float32 on purpose: at temperature .07 a similarity that is off by bfloat16's .004 moves a vote by 6 %.
+    Between equal similarities the order is not defined; copies of one picture are the only ones that meet it.
+    """
+    with _full_precision(queries.device):
+        queries = F.normalize(queries.float(), dim=1)
+        best = queries.new_empty(len(queries), 0)
+        rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+        for start in range(0, len(memory), memory_rows):
+            block = F.normalize(memory[start : start + memory_rows].to(queries.device).float(), dim=1)
+            similarity, found = (queries @ block.T).topk(min(k, len(block)), dim=1)
+            best, rows = torch.cat([best, similarity], 1), torch.cat([rows, found + start], 1)
+            best, keep = best.topk(min(k, best.shape[1]), dim=1)
+            rows = rows.gather(1, keep)
+    return best, rows
+
+
+def knn_votes(similarity: Tensor, labels: Tensor, classes: int, temperature: float = 0.07) -> Tensor:
+    """Each neighbour votes for its label with weight exp(similarity / temperature). [Q, k], [Q, k] -> [Q, classes]"""
+    votes = similarity.new_zeros(len(similarity), classes)
+    return votes.scatter_add_(1, labels, (similarity / temperature).exp())
+
+
+def knn_accuracy(
+    train_features: Tensor,  # [N, D]
+    train_labels: Tensor,  # [N]
+    test_features: Tensor,  # [M, D]
+    test_labels: Tensor,  # [M]
+    k: Sequence[int] = KS,
+    temperature: float = 0.07,
+    chunk: int = 256,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent: {"20-NN": 61.2, "20-NN top-5": 93.0, ...} for every k.
+
+    Labels may be any integers; negative means unlabelled: such a picture neither votes nor counts. A k above the
+    number of training pictures takes all of them. With fewer than five classes (or k below five) top-5 looks at as
+    many as there are. Between classes of equal votes the smaller label goes first, classes without any vote included.
+    """
+    _check(train_features, train_labels, test_features, test_labels, k)
+    train_features, train_labels = train_features[train_labels >= 0], train_labels[train_labels >= 0]
+    test_features, test_labels = test_features[test_labels >= 0], test_labels[test_labels >= 0]
+    if not len(train_labels) or not len(test_labels):
+        raise UserError(
+            "k-NN needs labelled pictures on both sides, "
+            f"but {len(train_labels)} of the training and {len(test_labels)} of the test pictures have a label.\n"
+            "Put the pictures of each class in a folder of its own: photos/cat/1.jpg, photos/dog/2.jpg, ..."
+        )
+    names, numbers = torch.cat([train_labels, test_labels]).unique(return_inverse=True)
+    memory, truth = numbers[: len(train_labels)].to(device), numbers[len(train_labels) :].to(device)
+    hits = {n: torch.zeros(2, dtype=torch.int64) for n in k}
+    for start in range(0, len(test_features), chunk):
+        queries = test_features[start : start + chunk].to(device)
+        similarity, rows = nearest_neighbours(train_features, queries, max(k))
+        for n in k:
+            votes = knn_votes(similarity[:, :n], memory[rows[:, :n]], len(names), temperature)
+            guesses = votes.sort(dim=1, descending=True, stable=True).indices[:, : min(5, n)]
+            correct = (guesses == truth[start : start + chunk, None]).cpu()
+            hits[n] += torch.stack([correct[:, 0].sum(), correct.any(1).sum()])
+    percent = {n: (100 * hits[n].double() / len(test_labels)).tolist() for n in k}
+    return {f"{n}-NN{kind}": percent[n][i] for n in k for i, kind in enumerate(("", " top-5"))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KNN:
+    """Weighted k-NN accuracy of the backbone on pictures with labels, measured while training."""
+
+    every_epochs: float = 1.0
+    """Measure each time this many epochs have passed; 0 never."""
+    k: int = 20
+    """Neighbours that vote (Appendix F.1 reports 20)."""
+    size: int | None = None
+    """Side in pixels of the center crop that is shown to the backbone; None: the size of the global crops."""
+    held_back: float = 0.1
+    """Share of every class that is kept out of training and asked about."""
+    max_memory: int = 50_000
+    """Training pictures that vote, evenly spaced; more cost time and change the figure little."""
+    batch_size: int = 64
+    """Pictures per forward pass."""
+
+    def bind(
+        self,
+        train: Pictures,
+        test: Pictures,
+        *,
+        size: int,
+        device: torch.device | str,
+        workers: int = 0,
+        autocast: Autocast = nullcontext,
+        progress: Progress | None = None,
+    ) -> "BoundKNN":
+        """The evaluator for these pictures on this device; `size` answers where the setting says None."""
+        if len(train) > self.max_memory:
+            train = train.subset(np.linspace(0, len(train) - 1, self.max_memory).round().astype(np.int64))
+        return BoundKNN(self, train, test, self.size or size, device, workers, autocast, progress)
+
+
+@dataclass(frozen=True)
+class BoundKNN:
+    """An `Evaluator`: the settings with the pictures and the machine they run on."""
+
+    settings: KNN
+    train: Pictures
+    test: Pictures
+    size: int
+    device: torch.device | str
+    workers: int = 0
+    autocast: Autocast = nullcontext
+    progress: Progress | None = None
+    name: str = "knn"
+
+    def __call__(self, backbone: Backbone) -> Mapping[str, float]:
+        """{"20-NN": percent, "20-NN top-5": percent}, the same on every rank."""
+        return self.score(*(self.features(backbone, pictures) for pictures in (self.train, self.test)))
+
+    def features(self, backbone: Backbone, pictures: Pictures) -> Extracted:
+        return extract(
+            backbone,
+            pictures,
+            size=self.size,
+            device=self.device,
+            batch_size=self.settings.batch_size,
+            workers=self.workers,
+            autocast=self.autocast,
+            progress=self.progress,
+        )
+
+    def score(self, train: Extracted, test: Extracted) -> dict[str, float]:
+        return accuracy_of(train, test, (self.settings.k,), device=self.device)
+
+    def baselines(self, build: Callable[[], Backbone]) -> dict[str, dict[str, float]]:
+        """The floors, by the same vote: {"raw_pixels": {"20-NN": ...}, "random_weights": {"20-NN": ...}}."""
+        fresh = untrained(build).to(self.device)
+        random = [self.features(fresh, pictures) for pictures in (self.train, self.test)]
+        pixels = [raw_pixels(pictures, device=self.device) for pictures in (self.train, self.test)]
+        return {"raw_pixels": self.score(*pixels), "random_weights": self.score(*random)}
+
+
+def accuracy_of(train: Extracted, test: Extracted, k: Sequence[int] = KS, **options) -> dict[str, float]:
+    """`knn_accuracy` of extracted features."""
+    for which, side in (("training", train), ("test", test)):
+        if side.labels is None:
+            raise UserError(
+                f"k-NN needs labels, and the {which} pictures have none.\n"
+                "Put the pictures of each class in a folder of its own: photos/cat/1.jpg, photos/dog/2.jpg, ..."
+            )
+    assert train.labels is not None and test.labels is not None
+    return knn_accuracy(train.features, train.labels, test.features, test.labels, k, **options)
+
+
+def pixel_feature(image: np.ndarray) -> np.ndarray:
+    """A picture [H, W, 3] uint8 as 768 numbers: 16x16 RGB, its own mean subtracted, unit length."""
+    small = np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR))  # antialiased
+    small = small.astype(np.float32).ravel()
+    small -= small.mean()
+    return small / max(float(np.linalg.norm(small)), 1e-12)
+
+
+def raw_pixels(
+    pictures: Pictures, *, device: torch.device | str = "cpu", progress: Progress | None = None
+) -> Extracted:
+    """`pixel_feature` of every readable picture, over all ranks: the floor that features must clear.
+
+    `device` is where the ranks meet (their backend decides which it must be); the work itself is the CPU's.
+    """
+    mine, rows, features = share_of(pictures, 768)
+    for place, index in enumerate(mine.tolist()):
+        try:
+            features[place] = torch.from_numpy(pixel_feature(pictures.read(index)))
+            rows[place] = index
+        except BadImage:
+            pass  # its row stays -1, and `gathered` names it with the reason
+        if progress is not None:
+            progress(place + 1, len(mine))
+    return gathered(rows, features, pictures, device)
+
+
+def untrained(build: Callable[[], Backbone], seed: int = 0) -> Backbone:
+    """The same network with random weights, without touching the random state of the run. build: `config.build`"""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, no TF32 and no bfloat16 products inside, whatever training has chosen."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _check(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: Sequence[int]) -> None:
+    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
+        raise UserError(
+            "k-NN expected features [N, D] and [M, D] of one width, "
+            f"received {list(train.shape)} and {list(test.shape)}. Extract both with the same backbone."
+        )
+    if len(train) != len(train_labels) or len(test) != len(test_labels):
+        raise UserError(
+            "k-NN expected one label per feature, "
+            f"received {len(train_labels)} for {len(train)} and {len(test_labels)} for {len(test)}."
+        )
+    if not k or min(k) < 1:
+        raise UserError(f"k-NN expected neighbours of at least 1, received k = {list(k)}.")

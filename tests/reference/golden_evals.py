@@ -1,0 +1,29 @@
+"""The evaluations' golden files: each recomputed with the project's own code."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from golden import Check, Result, read
+
+
+def knn(path: Path) -> Result:
+    from dino.evals.knn import knn_accuracy
+
+    data, check = read(path), Check()
+    settings = json.loads(str(data["config"]))
+    arrays = [torch.from_numpy(data[key]) for key in ("train", "train_labels", "test", "test_labels")]
+    ks = [int(key.removeprefix("top1_top5/k")) for key in data.files if key.startswith("top1_top5/")]
+    result = knn_accuracy(*arrays, k=ks, temperature=settings["temperature"])
+    for k in ks:  # percent: 1e-9 is rounding of the same count of pictures, one picture more would be 100 / M
+        check.close(f"k{k}", [result[f"{k}-NN"], result[f"{k}-NN top-5"]], data[f"top1_top5/k{k}"], 1e-9)
+    return check.result()
+
+
+def attention_threshold(path: Path) -> Result:
+    from dino.analysis.attention import mass_mask
+
+    data, check = read(path), Check()
+    check.equal("mask", mass_mask(np.asarray(data["attention"]), float(data["keep_mass"])), data["mask"])
+    return check.result()
