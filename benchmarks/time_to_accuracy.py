@@ -1,0 +1,113 @@
+"""20-NN accuracy against wall-clock time, trained from scratch on a folder of pictures with class folders.
+
+    python benchmarks/time_to_accuracy.py DATA --recipe best --minutes 30 --json curve.json
+
+DATA holds train/ and val/. All of train/ is trained on, without its labels; every few minutes the teacher's
+features of val/ are classified by their 20 nearest neighbours in train/. The clock counts everything but that
+question. The number of epochs is what fits in the time at the speed measured at the start; training stops when
+the time is over, wherever it is.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dino.config import edit, to_dict
+from dino.data.folder import Folder
+from dino.evals.knn import KNN
+from dino.presets.plan import measure
+from dino.presets.small import RECIPES
+from dino.runtime import machine, start
+from dino.train import EpochDone, Logged, Run, Started, train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with train/CLASS/* and val/CLASS/*")
+    parser.add_argument("--recipe", choices=list(RECIPES), default="best")
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--every", type=float, default=5, help="minutes between two measurements")
+    parser.add_argument("--images-per-second", type=float, help="speed to plan with, instead of measuring it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/time_to_accuracy"))
+    parser.add_argument("--json", type=Path, help="write the curve here")
+    options = parser.parse_args()
+    console = Console()
+    here = machine()
+    pictures, val = Folder(path=str(options.data / "train")).open(), Folder(path=str(options.data / "val")).open()
+    run = RECIPES[options.recipe]()
+    speed = measure(run, here, pictures)
+    rate = options.images_per_second or 1 / speed.seconds(run, here, 1)
+    epochs = max(1, round(60 * options.minutes * rate / len(pictures)))
+    run = edit(
+        run,
+        data=Folder(path=str(options.data / "train")),
+        optim=dict(epochs=epochs, warmup_epochs=min(run.optim.warmup_epochs, 0.1 * epochs)),
+        knn=dict(every_epochs=0),
+        precision=here.precision,
+        seed=options.seed,
+        out=str(options.out / options.recipe),
+    )
+    console.print(f"{here.name}, {here.cores} cores, {run.precision}, torch {torch.__version__}")
+    console.print(f"{options.recipe}: {epochs} epochs planned at {rate:.0f} images/s")
+    curve = follow(run, pictures, val, options.minutes, options.every, console)
+    table = Table("minutes", "pictures", "epochs", "loss", "teacher entropy", "20-NN %", title=options.recipe)
+    for point in curve:
+        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else f"{value:,}" for value in point.values()))
+    console.print(table)
+    if options.json:
+        result = {
+            "recipe": options.recipe,
+            "run": to_dict(run),
+            "curve": curve,
+            "machine": f"{here.name}, {here.cores} cores",
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def follow(run: Run, pictures, val, minutes: float, every: float, console: Console) -> list[dict]:
+    """Trains for so many minutes and measures every few; the measuring is not on the clock."""
+    curve, asked, next_at, loss, entropy = [], 0.0, 0.0, float("nan"), float("nan")
+    with start(run.precision) as rt:
+        knn = KNN().bind(pictures, val, size=run.views.global_size, device=rt.device, autocast=rt.autocast)
+        began, backbone = time.monotonic(), None
+        for event in train(run, rt, pictures):
+            if isinstance(event, Logged):
+                loss, entropy = event.metrics["loss"], event.metrics["teacher_entropy"]
+            if isinstance(event, Started):
+                began, backbone = time.monotonic(), event.method.backbone
+            elif not isinstance(event, Logged | EpochDone):
+                continue
+            spent = (time.monotonic() - began - asked) / 60
+            over = spent >= minutes or event.clock.step == event.clock.steps
+            if spent >= next_at or over:
+                before = time.monotonic()
+                accuracy = knn(backbone)["20-NN"]
+                asked += time.monotonic() - before
+                seen = event.clock.step * run.optim.batch_size
+                curve.append(
+                    dict(
+                        minutes=spent,
+                        pictures=seen,
+                        epochs=seen / len(pictures),
+                        loss=loss,
+                        teacher_entropy=entropy,
+                        accuracy=accuracy,
+                    )
+                )
+                console.print(f"{spent:6.1f} min  {seen:>9,} pictures  20-NN {accuracy:.1f} %")
+                next_at += every
+            if over:
+                break
+    return curve
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""One function that looks at the pictures and the machine, chooses a complete Run, and says why.
+
+Nothing is decided later: what `plan` returns is what trains, and it is saved with the run.
+"""
+
+import math
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from dino.config import edit
+from dino.data.pictures import Pictures
+from dino.data.views import Batch
+from dino.models.timm import Timm
+from dino.models.vit import ViT
+from dino.presets.small import small
+from dino.runtime import Machine, Runtime
+from dino.schedules import Clock
+from dino.train import Run, State, build_method, train_step
+
+PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
+"""K by the number of pictures: many more prototypes than kinds of things only stay unused (App. C: 65536)."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One choice of the plan: what, its value, and why."""
+
+    name: str
+    value: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    run: Run
+    reasons: list[Reason]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one picture costs on this machine, in seconds: the training step, and decoding and cropping."""
+
+    step: float
+    data: float
+
+    def seconds(self, run: Run, here: Machine, pictures: int) -> float:
+        """Expected time to see so many pictures: a GPU overlaps its work with the workers', a CPU shares its cores."""
+        if here.device.type == "cpu":
+            return pictures * (self.step + self.data / max(1, here.cores))
+        return pictures * max(self.step, self.data / max(1, run.workers))
+
+
+def plan(
+    pictures: Pictures, here: Machine, *, preset: Run | None = None, world: int = 1, minutes: float | None = None
+) -> Plan:
+    """A Run for these pictures on this machine, with the reasons.
+
+    preset: keep its recipe, and adapt what the machine decides alone (precision, workers). minutes: the time to
+    spend; the number of epochs follows from the speed that is measured here.
+    """
+    if preset is not None:
+        run, reasons = preset, [Reason("recipe", _recipe(preset), "as the preset says")]
+    else:
+        run, reasons = _for_data(pictures, here, world)
+    run, more = _for_machine(run, here, world, keep_precision=preset is not None)
+    reasons += more
+    reasons += _held_back(run, pictures)
+    if len(pictures) < run.optim.batch_size:
+        return Plan(run, reasons)  # training refuses it, and says what to do
+    speed = measure(run, here, pictures)
+    trained = _trained(run, pictures)
+    if minutes is not None or preset is None:
+        run, reason = _epochs(run, here, speed, trained, minutes)
+        reasons.append(reason)
+    seconds = speed.seconds(run, here, trained * run.optim.epochs) / world
+    measured = f"measured: {1 / speed.step:.0f} images/s through the step, {1 / speed.data:.0f} through one worker"
+    reasons.append(Reason("expected time", duration(seconds), measured))
+    return Plan(run, reasons)
+
+
+def measure(run: Run, here: Machine, pictures: Pictures, *, steps: int = 3) -> Speed:
+    """Takes a few real training steps and reads a few real pictures, and forgets them; some seconds."""
+    rt = Runtime(here.device, run.precision)
+    batch_size = min(run.optim.batch_size, 32 if here.device.type == "cpu" else 128)
+    method = build_method(run)
+    rt.prepare(method)
+    state = State(method, run.optim.build(method.trained), rt.scaler())
+    sizes = [(2, run.views.global_size)] + [(run.views.local, run.views.local_size)] * (run.views.local > 0)
+    noise = [torch.randint(0, 256, (n, batch_size, 3, size, size), dtype=torch.uint8) for n, size in sizes]
+    clock = Clock(0, steps + 1, run.optim.epochs)
+    times = []
+    for step in range(steps + 1):
+        began = time.perf_counter()
+        train_step(state, method, rt.place(Batch(tuple(noise))), clock._replace(step=step), run, rt)
+        if here.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return Speed(statistics.median(times[1:]) / batch_size, _reading(run, pictures))
+
+
+def duration(seconds: float) -> str:
+    """A time for people: `40 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def _for_data(pictures: Pictures, here: Machine, world: int) -> tuple[Run, list[Reason]]:
+    """What the pictures decide: network, K, crops, batch, momentum, temperature."""
+    count, side = len(pictures), pictures.short_side
+    on_cpu = here.device.type == "cpu"
+    large = count >= 200_000 and not on_cpu
+    base = small()
+    reasons = [Reason("pictures", f"{count:,}", f"median short side {side} px")]
+
+    backbone = base.backbone if on_cpu else ViT(size="small", patch=16)
+    assert isinstance(backbone, ViT)
+    why = (
+        "a CPU trains it in minutes; --network timm:NAME takes any other"
+        if on_cpu
+        else "the paper's main network; --network vit_base/16 or timm:NAME takes another"
+    )
+    reasons.append(Reason("network", network_name(backbone), why))
+
+    prototypes = next((k for most, k in PROTOTYPES if count <= most), 65536)
+    reasons.append(Reason("K", f"{prototypes}", f"prototypes for {count:,} pictures (65536 for ImageNet's 1.3 million)"))
+
+    views, reason = _crops(base if on_cpu else Run(), backbone, side, on_cpu)
+    reasons.append(reason)
+
+    batch = _batch(count, here, backbone, views.global_size, world)
+    reasons.append(
+        Reason("batch", f"{batch}", "pictures a step over all ranks; small enough for many steps, and for the memory")
+    )
+    run = edit(
+        base,
+        backbone=edit(backbone, image_size=views.global_size),
+        views=views,
+        method=dict(out_dim=prototypes),
+        optim=dict(batch_size=batch),
+    )
+    if large:
+        run = edit(
+            run,
+            method=dict(momentum=0.996, teacher_temp=0.07, warmup_teacher_temp_epochs=30),
+            optim=dict(lr=5e-4, weight_decay_end=0.4),
+        )
+    reasons.append(
+        Reason(
+            "teacher",
+            f"momentum {run.method.momentum:g} to {run.method.momentum_end:g}, temperature {run.method.teacher_temp:g}",
+            "the paper's" if large else "a faster teacher: with few steps, the paper's 0.996 would stay near its start",
+        )
+    )
+    reasons.append(Reason("learning rate", f"{run.optim.lr:g} per 256", "the paper's" if large else "tuned on small data"))
+    return run, reasons
+
+
+def _crops(base: Run, backbone: ViT, side: int, on_cpu: bool):
+    """Global and local crops that the pictures and the patches can fill."""
+    patch = backbone.patch
+    largest = base.views.global_size if on_cpu else 224
+    wide = max(2 * patch, min(largest, side) // patch * patch)
+    narrow = max(patch, round(wide * base.views.local_size / base.views.global_size / patch) * patch)
+    views = edit(base.views, global_size=wide, local_size=narrow)
+    why = f"whole patches of {patch} px within pictures of {side} px"
+    if wide == largest:
+        why += "; larger crops cost more than they bring here" if on_cpu else "; the paper's size"
+    return views, Reason("crops", f"2x{wide} + {views.local}x{narrow}", why)
+
+
+def _batch(count: int, here: Machine, backbone: ViT, size: int, world: int) -> int:
+    """A power of two: what the memory holds, yet at least 25 steps an epoch where the data allows."""
+    tokens = 2 * (size // backbone.patch) ** 2 + 400  # of one picture's views, roughly
+    shape = backbone.shape
+    bytes_each = 40 * tokens * shape.width * shape.depth  # activations kept for the gradient
+    fits = 0.5 * here.memory / bytes_each * world
+    most = 64 if here.device.type == "cpu" else 1024
+    wanted = min(fits, most, max(8, count / 25))
+    return max(1, min(2 ** int(math.log2(max(1, wanted))), count))
+
+
+def _for_machine(run: Run, here: Machine, world: int, *, keep_precision: bool) -> tuple[Run, list[Reason]]:
+    """What the machine decides: precision and workers."""
+    if keep_precision and run.precision == "float32":
+        precision, why = run.precision, "as the recipe says"
+    else:
+        precision, why = here.precision, here.why
+    spare = here.cores // max(1, world if here.device.type != "cpu" else 1)
+    workers = min(16, max(1, spare // 2 if here.device.type == "cpu" else spare - 1))
+    run = edit(run, precision=precision, workers=workers)
+    return run, [
+        Reason("machine", f"{here.name}, {here.cores} cores", f"{here.memory / 2**30:.0f} GiB; device {here.device}"),
+        Reason("precision", precision, why),
+        Reason("workers", f"{workers}", f"processes that decode and crop, of {here.cores} cores"),
+    ]
+
+
+def _held_back(run: Run, pictures: Pictures) -> list[Reason]:
+    if pictures.labels is None:
+        return [Reason("quality", "loss and entropies", "no class folders: no accuracy can be measured")]
+    share = f"{run.knn.held_back:.0%} of each of {len(pictures.classes)} classes is held back"
+    return [Reason("quality", f"{run.knn.k}-NN accuracy", share)]
+
+
+def _trained(run: Run, pictures: Pictures) -> int:
+    """Pictures of one epoch: whole batches of what is not held back."""
+    held = 0 if pictures.labels is None else round(run.knn.held_back * len(pictures))
+    return max(1, (len(pictures) - held) // run.optim.batch_size) * run.optim.batch_size
+
+
+def _epochs(run: Run, here: Machine, speed: Speed, trained: int, minutes: float | None) -> tuple[Run, Reason]:
+    """As many epochs as the time allows; without a time, an hour on a CPU and the paper's order elsewhere."""
+    if minutes is None and here.device.type != "cpu":
+        epochs = 100 if trained > 500_000 else 200 if trained > 100_000 else 400
+        why = "small data needs more epochs; --optim.epochs or --minutes takes another length"
+    else:
+        asked = 60.0 if minutes is None else minutes
+        epochs = max(1, int(60 * asked / speed.seconds(run, here, trained)))
+        why = f"what fits in {duration(60 * asked)}; --minutes or --optim.epochs takes another length"
+    warmup = min(run.optim.warmup_epochs, 0.1 * epochs)
+    run = edit(run, optim=dict(epochs=epochs, warmup_epochs=warmup), knn=dict(every_epochs=max(1.0, epochs // 15)))
+    return run, Reason("epochs", f"{epochs}", why)
+
+
+def _reading(run: Run, pictures: Pictures) -> float:
+    """Seconds to read and crop one picture, the median of a few."""
+    from dino.data.loader import sample_rng
+    from dino.data.pictures import BadImage
+
+    times = []
+    for index in torch.linspace(0, len(pictures) - 1, min(12, len(pictures))).long().tolist():
+        began = time.perf_counter()
+        try:
+            run.views(pictures.read(index), sample_rng(0, 0, index))
+        except BadImage:
+            continue
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) if times else 0.01
+
+
+def network_name(backbone: ViT | Timm) -> str:
+    """What a person calls it: `ViT-small/16`, or timm's own name."""
+    return backbone.name if isinstance(backbone, Timm) else f"ViT-{backbone.size}/{backbone.patch}"
+
+
+def _recipe(run: Run) -> str:
+    return f"{network_name(run.backbone)}, {run.optim.epochs} epochs, batch {run.optim.batch_size}, K {run.method.out_dim}"
