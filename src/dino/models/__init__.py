@@ -1,0 +1,21 @@
+"""Networks: backbones that meet one contract, heads, and the weights that others have trained."""
+
+from dino.models.backbone import Attentive, Backbone, Features
+from dino.models.heads import DINOHead, Network
+from dino.models.timm import Timm
+from dino.models.vit import ViT, VisionTransformer
+
+BackboneConfig = ViT | Timm
+"""Every backbone that a Run can name; each has `build(drop_path=None) -> Backbone`."""
+
+__all__ = [
+    "Attentive",
+    "Backbone",
+    "BackboneConfig",
+    "DINOHead",
+    "Features",
+    "Network",
+    "Timm",
+    "ViT",
+    "VisionTransformer",
+]

@@ -1,0 +1,111 @@
+"""Projection heads h, and the network g = h after f that a method trains (Sec. 3.1, Fig. 9, App. C)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dino.errors import UserError
+from dino.models.backbone import Backbone
+from dino.models.vit import init_weights
+
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class DINOHead(nn.Module):
+    """[n, D] -> [n, K]: an MLP to a narrow bottleneck, l2 norm, then one weight-normalised layer of K prototypes.
+
+    With `bottleneck=None` there is neither the bottleneck nor its norm (App. C): `layers` plain linear layers, the
+    last of which gives the K outputs; `norm_last` then means nothing.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        layers: int = 3,
+        hidden: int = 2048,
+        bottleneck: int | None = 256,
+        norm: Literal["none", "batch"] = "none",
+        act: Literal["gelu", "relu"] = "gelu",
+        norm_last: bool = True,
+    ) -> None:
+        super().__init__()
+        if layers < 1:
+            raise UserError(f"DINOHead: expected at least 1 layer, got {layers}.")
+        self.normalised = bool(bottleneck)
+        if bottleneck:
+            self.mlp = mlp([in_dim, *[hidden] * (layers - 1), bottleneck], norm=norm, act=act)
+            self.last_layer = WeightNormLinear(bottleneck, out_dim, free_length=not norm_last)
+        else:
+            widths = [in_dim, *[hidden] * (layers - 1)]
+            self.mlp = mlp(widths, norm=norm, act=act, act_last=True)
+            self.last_layer = nn.Linear(widths[-1], out_dim)
+        self.apply(init_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mlp(x)
+        return self.last_layer(l2_norm(x) if self.normalised else x)
+
+
+class WeightNormLinear(nn.Module):
+    """x -> (g v / |v|) x, one length g and one direction v per output, no bias (Salimans and Kingma, 2016).
+
+    The lengths begin at 1 and, unless `free_length`, stay there: the outputs are then cosines to K prototypes.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, free_length: bool) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=free_length)
+        # The directions start as the weights of a linear layer do: uniform, of any scale, since |v| is divided out.
+        self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.weight_v.float()
+        weight = v * (self.weight_g.float() / v.norm(dim=-1, keepdim=True))
+        return F.linear(x, weight.to(x.dtype))
+
+
+def mlp(
+    widths: Sequence[int],
+    *,
+    norm: Literal["none", "batch"] = "none",
+    act: Literal["gelu", "relu"] = "gelu",
+    act_last: bool = False,
+) -> nn.Module:
+    """Linear layers from each width to the next, with norm and activation between them (and after the last).
+
+    One layer alone is a plain `nn.Linear`, as in the authors' head, so that their files' names fit.
+    """
+    modules: list[nn.Module] = []
+    for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        modules.append(nn.Linear(before, after))
+        if act_last or i < len(widths) - 2:
+            modules += [nn.BatchNorm1d(after)] if norm == "batch" else []
+            modules.append(ACTIVATIONS[act]())
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """x / |x| along the last axis, in float32 whatever the precision around it: half floats lose the small ones."""
+    return F.normalize(x.float(), dim=-1)
+
+
+class Network(nn.Module):
+    """g = h after f: a backbone, then a head, over stacked views (Sec. 3.1)."""
+
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, views: Sequence[Tensor]) -> Tensor:
+        """One [n, B, 3, H, W] per resolution -> [sum of n, B, K], views in the order given.
+
+        The backbone runs once per resolution, and the head once on everything: a batch norm in it sees all views.
+        """
+        batch = views[0].shape[1]
+        features = torch.cat([self.backbone(stack.flatten(0, 1)) for stack in views])
+        return self.head(features).unflatten(0, (-1, batch))
