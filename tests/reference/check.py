@@ -1,8 +1,8 @@
 """Recompute the authors' reference numbers with this project's code: `python tests/reference/check.py DIR`.
 
-Prints one line per file of DIR, `ok|FAIL|todo  NAME  max_abs_error=...  tolerance=...`, and exits non-zero if a line
-fails, a file is missing, or a file is there that nobody checks. Nothing about DIR is assumed but its layout: sizes,
-seeds and hyper-parameters are read from its files.
+Prints one line per file of DIR, `ok|FAIL|todo  NAME  max_abs_error=...  tolerance=...`, and exits non-zero if
+a line fails, a file is missing, or a file is there that nobody checks. Nothing about DIR is assumed but its
+layout: sizes, seeds and hyper-parameters are read from its files.
 """
 
 import importlib
@@ -38,12 +38,14 @@ OPTIONAL = {"official_state_dict_keys.json"}
 IGNORED = {"README.md"}
 
 
-class Todo(Exception):
+class TodoError(Exception):
     """The part of the project that a file is about does not exist yet."""
 
 
 def entries(folder: Path) -> Iterator[tuple[str, str | None]]:
-    """(name, its check) for every file of the folder and every check without a file; None where there is no check."""
+    """(name, its check) for every file of the folder and every check without a file; None where there is no
+    check.
+    """
     present = sorted(p.name for p in folder.iterdir() if p.name not in IGNORED and not p.name.startswith("."))
     for pattern, check in CHECKS.items():
         matches = [name for name in present if fnmatch(name, pattern)]
@@ -54,29 +56,29 @@ def entries(folder: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def find(check: str):
-    """The function behind "module:function", or Todo where it is not written yet."""
+    """The function behind "module:function", or TodoError where it is not written yet."""
     module, function = check.split(":")
     if not (HERE / f"{module}.py").exists():
-        raise Todo(f"no tests/reference/{module}.py yet")
+        raise TodoError(f"no tests/reference/{module}.py yet")
     found = getattr(importlib.import_module(module), function, None)
     if found is None:
-        raise Todo(f"no {function} in tests/reference/{module}.py yet")
+        raise TodoError(f"no {function} in tests/reference/{module}.py yet")
     return found
 
 
 def run(folder: Path, name: str, check: str | None) -> Result:
-    """One file's comparison. Raises Todo; any other exception of a check is a failed line."""
+    """One file's comparison. Raises TodoError; any other exception of a check is a failed line."""
     if check is None:
         return Result(float("inf"), 0.0, False, "unknown file: no check is named for it")
     if not (folder / name).exists():
         return Result(float("inf"), 0.0, False, "missing")
     try:
         return find(check)(folder / name)
-    except Todo:
+    except TodoError:
         raise
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] == "dino":
-            raise Todo(f"no module {error.name} yet") from error
+            raise TodoError(f"no module {error.name} yet") from error
         return Result(float("inf"), 0.0, False, f"{type(error).__name__}: {error}")
     except Exception as error:
         return Result(float("inf"), 0.0, False, f"{type(error).__name__}: {error}")
@@ -90,7 +92,7 @@ def main(arguments: list[str]) -> int:
     for name, check in entries(Path(arguments[0])):
         try:
             result = run(Path(arguments[0]), name, check)
-        except Todo as todo:
+        except TodoError as todo:
             print(f"todo  {name}  {todo}", flush=True)
             continue
         failed |= not result.ok

@@ -1,13 +1,11 @@
 """What every golden check shares: comparisons of one file, collected into one line.
 
-A check is a function `check(path) -> Result` that reads one golden file, recomputes what it holds with the project's
-code, and says how far apart the two are:
+A check is a function `check(path) -> Result` that reads one golden file, recomputes what it holds with the
+project's code, and says how far apart the two are:
 
-    def loss(path: Path) -> Result:
-        from dino.objectives import dino_loss      # inside: a missing module is `todo`, not a crash of the others
-        data, check = np.load(path), Check()
-        check.close("loss/0", dino_loss(...), data["loss/0"])
-        return check.result()
+    def loss(path: Path) -> Result: from dino.objectives import dino_loss      # inside: a missing module is
+`todo`, not a crash of the others data, check = np.load(path), Check() check.close("loss/0", dino_loss(...),
+data["loss/0"]) return check.result()
 """
 
 from dataclasses import dataclass, field

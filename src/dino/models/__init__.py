@@ -3,7 +3,7 @@
 from dino.models.backbone import Attentive, Backbone, Features
 from dino.models.heads import DINOHead, Network
 from dino.models.timm import Timm
-from dino.models.vit import ViT, VisionTransformer
+from dino.models.vit import VisionTransformer, ViT
 
 BackboneConfig = ViT | Timm
 """Every backbone that a Run can name; each has `build(drop_path=None) -> Backbone`."""

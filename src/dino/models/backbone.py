@@ -1,7 +1,7 @@
 """The contract that every network meets: evaluations, figures and methods need nothing else of it.
 
-Legend of the shapes, here and in every network: B images, H x W pixels, h x w places of the spatial map, N tokens,
-D width.
+Legend of the shapes, here and in every network: B images, H x W pixels, h x w places of the spatial map, N
+tokens, D width.
 """
 
 from abc import ABC, abstractmethod
@@ -36,7 +36,9 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def features(self, images: Tensor, layers: int = 1) -> list[Features]:
-        """The last `layers` blocks, the last one last, each through the final norm where there is one (App. F.2)."""
+        """The last `layers` blocks, the last one last, each through the final norm where there is one (App.
+        F.2).
+        """
 
 
 class Attentive(Backbone):

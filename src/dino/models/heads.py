@@ -1,6 +1,7 @@
 """Projection heads h, and the network g = h after f that a method trains (Sec. 3.1, Fig. 9, App. C)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -15,10 +16,11 @@ ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class DINOHead(nn.Module):
-    """[n, D] -> [n, K]: an MLP to a narrow bottleneck, l2 norm, then one weight-normalised layer of K prototypes.
+    """[n, D] -> [n, K]: an MLP to a narrow bottleneck, l2 norm, then one weight-normalised layer of K
+    prototypes.
 
-    With `bottleneck=None` there is neither the bottleneck nor its norm (App. C): `layers` plain linear layers, the
-    last of which gives the K outputs; `norm_last` then means nothing.
+    With `bottleneck=None` there is neither the bottleneck nor its norm (App. C): `layers` plain linear
+    layers, the last of which gives the K outputs; `norm_last` then means nothing.
     """
 
     def __init__(
@@ -54,13 +56,15 @@ class DINOHead(nn.Module):
 class WeightNormLinear(nn.Module):
     """x -> (g v / |v|) x, one length g and one direction v per output, no bias (Salimans and Kingma, 2016).
 
-    The lengths begin at 1 and, unless `free_length`, stay there: the outputs are then cosines to K prototypes.
+    The lengths begin at 1 and, unless `free_length`, stay there: the outputs are then cosines to K
+    prototypes.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, free_length: bool) -> None:
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=free_length)
-        # The directions start as the weights of a linear layer do: uniform, of any scale, since |v| is divided out.
+        # The directions start as the weights of a linear layer do: uniform, of any scale, since |v| is
+        # divided out.
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +85,7 @@ def mlp(
     One layer alone is a plain `nn.Linear`, as in the authors' head, so that their files' names fit.
     """
     modules: list[nn.Module] = []
-    for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (before, after) in enumerate(pairwise(widths)):
         modules.append(nn.Linear(before, after))
         if act_last or i < len(widths) - 2:
             modules += [nn.BatchNorm1d(after)] if norm == "batch" else []
@@ -90,7 +94,9 @@ def mlp(
 
 
 def l2_norm(x: Tensor) -> Tensor:
-    """x / |x| along the last axis, in float32 whatever the precision around it: half floats lose the small ones."""
+    """x / |x| along the last axis, in float32 whatever the precision around it: half floats lose the small
+    ones.
+    """
     return F.normalize(x.float(), dim=-1)
 
 
@@ -104,7 +110,8 @@ class Network(nn.Module):
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         """One [n, B, 3, H, W] per resolution -> [sum of n, B, K], views in the order given.
 
-        The backbone runs once per resolution, and the head once on everything: a batch norm in it sees all views.
+        The backbone runs once per resolution, and the head once on everything: a batch norm in it sees all
+        views.
         """
         batch = views[0].shape[1]
         features = torch.cat([self.backbone(stack.flatten(0, 1)) for stack in views])

@@ -51,7 +51,9 @@ class ViT:
     def __post_init__(self) -> None:
         width, _, heads = self.shape
         if self.patch < 1 or self.image_size < self.patch:
-            raise UserError(f"ViT: expected 1 <= patch <= image_size, got {self.patch} and {self.image_size}.")
+            raise UserError(
+                f"ViT: expected 1 <= patch <= image_size, got {self.patch} and {self.image_size}."
+            )
         if heads < 1 or width % heads:
             raise UserError(f"ViT: the width must be a multiple of the heads, got {width} and {heads}.")
 
@@ -103,7 +105,9 @@ class VisionTransformer(Attentive):
         if registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qkv_bias, norm_eps, rate) for rate in rates)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, qkv_bias, norm_eps, rate) for rate in rates
+        )
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.apply(init_weights)
         for tokens in (self.cls_token, self.pos_embed, *([self.register_tokens] if registers else [])):
@@ -129,7 +133,9 @@ class VisionTransformer(Attentive):
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
         if not -self.num_blocks <= layer < self.num_blocks:
             last = self.num_blocks - 1
-            raise UserError(f"Expected a layer in 0 .. {last} (or -1, the last, to {-last - 1}), got {layer}.")
+            raise UserError(
+                f"Expected a layer in 0 .. {last} (or -1, the last, to {-last - 1}), got {layer}."
+            )
         tokens = self.embed(images)
         before, block = list(self.blocks)[:layer], self.blocks[layer]
         for earlier in before:
@@ -147,14 +153,18 @@ class VisionTransformer(Attentive):
         """(h, w), the whole patches in an image; what is left at the right and lower border is not seen."""
         height, width = images.shape[-2:]
         if min(height, width) < self.patch:
-            raise UserError(f"An image of {height} x {width} is smaller than one patch ({self.patch} pixels).")
+            raise UserError(
+                f"An image of {height} x {width} is smaller than one patch ({self.patch} pixels)."
+            )
         return height // self.patch, width // self.patch
 
     def positions(self, h: int, w: int) -> Tensor:
-        """The learned positions for a grid of h x w patches: [1, 1 + h w, D], bicubic where the grid is another.
+        """The learned positions for a grid of h x w patches: [1, 1 + h w, D], bicubic where the grid is
+        another.
 
-        The scale is (h + 0.1) / side, as in the authors' code, and not h / side: the 0.1, there to keep rounding
-        from losing a row, also moves the sampling points a little, and their released weights were trained so.
+        The scale is (h + 0.1) / side, as in the authors' code, and not h / side: the 0.1, there to keep
+        rounding from losing a row, also moves the sampling points a little, and their released weights were
+        trained so.
         """
         if (h, w) == (self.side, self.side):
             return self.pos_embed
@@ -205,8 +215,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Measured in float32 on an AVX2 core, the fused kernel is as fast as plain matrix products at 17 to 65
-        # tokens, 1.2 times as fast at 197 and 2 to 3 times at 785.
+        # Measured in float32 on an AVX2 core, the fused kernel is as fast as plain matrix products at 17 to
+        # 65 tokens, 1.2 times as fast at 197 and 2 to 3 times at 785.
         x = F.scaled_dot_product_attention(*self.heads_of(x))
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -235,7 +245,9 @@ class MLP(nn.Module):
 
 
 def drop_path(x: Tensor, rate: float) -> Tensor:
-    """Stochastic depth: a residual branch is zero for a share `rate` of the images, and its mean stays what it was."""
+    """Stochastic depth: a residual branch is zero for a share `rate` of the images, and its mean stays what
+    it was.
+    """
     if rate == 0:
         return x
     keep = torch.empty(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - rate)
@@ -243,7 +255,9 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Linear layers: truncated normal of deviation 0.02, bias 0. Norms and the patches' convolution keep torch's."""
+    """Linear layers: truncated normal of deviation 0.02, bias 0. Norms and the patches' convolution keep
+    torch's.
+    """
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
