@@ -1,0 +1,135 @@
+"""Recipes say what the paper and the authors say, and the plan fits pictures and machine."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from dino import presets
+from dino.config import edit
+from dino.data.pictures import Pictures
+from dino.errors import UserError
+from dino.presets.plan import Plan, duration, plan
+from dino.runtime import Machine
+from dino.train import Run
+
+CPU = Machine(torch.device("cpu"), "a processor", 2, 8 * 2**30, "float32", "no bfloat16 here")
+
+
+class Flat(Pictures):
+    """Grey pictures of one size, for a plan to look at."""
+
+    def __init__(self, count: int, side: int, classes: int = 0) -> None:
+        labels = np.arange(count) % classes if classes else None
+        super().__init__(
+            names=[str(i) for i in range(count)],
+            sizes=[(side, side)] * count,
+            labels=labels,
+            classes=[str(c) for c in range(classes)],
+        )
+
+    def read(self, index: int) -> np.ndarray:
+        return np.full((*self.sizes[index][::-1], 3), 128, np.uint8)
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_is_a_complete_run_with_a_promise(name: str) -> None:
+    run = presets.resolve(name)
+    assert isinstance(run, Run)
+    assert (presets.PRESETS[name].__doc__ or "").strip()
+    assert run.out == f"runs/{name}"
+
+
+def test_the_recipes_are_the_papers_rows() -> None:
+    """Effective learning rates, lengths and crops, as section 2.3 of the facts lists them."""
+
+    def facts(name: str):
+        run = presets.resolve(name)
+        o, m, v = run.optim, run.method, run.views
+        return (
+            o.batch_size,
+            o.epochs,
+            o.lr,
+            o.min_lr,
+            m.warmup_teacher_temp,
+            m.teacher_temp,
+            m.warmup_teacher_temp_epochs,
+            o.clip,
+            m.norm_last,
+            m.freeze_last_layer,
+            v.local,
+            v.global_scale[0],
+            m.out_dim,
+        )
+
+    assert facts("vits16")[:9] == (512, 100, 5e-4, 1e-6, 0.04, 0.04, 0, 3.0, True)
+    assert facts("vits16-300")[:9] == (1024, 300, 5e-4, 1e-6, 0.04, 0.07, 30, 3.0, False)
+    assert facts("vits16-800") == (1024, 800, 5e-4, 1e-5, 0.04, 0.07, 30, 0.0, False, 1, 10, 0.25, 65536)
+    assert facts("vitb16") == (1024, 400, 7.5e-4, 2e-6, 0.04, 0.07, 50, 0.3, True, 3, 10, 0.25, 65536)
+    assert facts("vitb8") == (1056, 300, 5e-4, 2e-6, 0.03, 0.07, 50, 3.0, True, 3, 10, 0.25, 65536)
+    assert facts("resnet50-800")[0:4] == (4080, 800, 0.3, 0.0048)
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="vits16"):
+        presets.resolve("vit16")
+
+
+def test_a_function_of_ones_own_is_a_preset(tmp_path, monkeypatch) -> None:
+    (tmp_path / "mine_for_test.py").write_text(
+        "from dino.presets import small\nfrom dino.config import edit\ndef mine(): return edit(small(), seed=7)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert presets.resolve("mine_for_test:mine").seed == 7
+    with pytest.raises(UserError, match="mine_for_test:yours"):
+        presets.resolve("mine_for_test:yours")
+
+
+@pytest.mark.parametrize(("count", "side"), [(40, 1), (60, 32), (500, 50), (3000, 500)])
+def test_a_plan_can_be_trained_whatever_the_pictures(count: int, side: int) -> None:
+    chosen = plan(Flat(count, side, classes=2), CPU, minutes=1)
+    views, backbone = chosen.run.views, chosen.run.backbone
+    assert chosen.run.optim.batch_size <= 0.9 * count
+    assert views.global_size % backbone.patch == 0
+    assert views.local_size % backbone.patch == 0
+    assert views.global_size >= views.local_size
+    assert backbone.image_size == views.global_size
+    assert {"K", "crops", "batch", "precision", "workers", "epochs", "expected time"} <= _names(chosen)
+    assert all(reason.why for reason in chosen.reasons)
+
+
+def test_more_time_gives_more_epochs_and_warm_up_stays_a_tenth() -> None:
+    short, long = (plan(Flat(200, 48), CPU, minutes=minutes).run.optim for minutes in (0.5, 10))
+    assert long.epochs > short.epochs
+    assert short.warmup_epochs <= 0.1 * short.epochs
+
+
+def test_a_preset_keeps_its_recipe_and_takes_the_machine() -> None:
+    recipe = edit(presets.resolve("vits16"), optim=dict(batch_size=2), views=dict(local=0, global_size=32))
+    chosen = plan(Flat(20, 64), CPU, preset=recipe).run
+    assert chosen.precision == "float32"
+    kept = dataclasses.replace(chosen, precision=recipe.precision, workers=recipe.workers)
+    assert kept == recipe
+
+
+def test_prototypes_grow_with_the_pictures() -> None:
+    gpu = dataclasses.replace(CPU, memory=2**40)
+    few, many = (plan(_Huge(n), gpu, minutes=1).run.method.out_dim for n in (1000, 90_000))
+    assert (few, many) == (1024, 4096)
+
+
+class _Huge(Flat):
+    def __init__(self, count: int) -> None:
+        super().__init__(count, 32)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "5 s"), (150, "2 min"), (3600 * 3 + 1200, "3 h 20 min"), (3600 * 52, "2 d 4 h")]
+)
+def test_a_duration_reads_well(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def _names(chosen: Plan) -> set[str]:
+    return {reason.name for reason in chosen.reasons}
