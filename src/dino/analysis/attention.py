@@ -1,6 +1,8 @@
-"""What a backbone looks at (Fig. 1, 3, 8, 10): attention of the [CLS] token, or of a chosen point, head by head.
+"""What a backbone looks at (Fig. 1, 3, 8, 10): attention of the [CLS] token, or of a chosen point, head by
+head.
 
-Arrays in, arrays out: pictures are uint8 [H, W, 3] RGB, maps are float32 on the grid of patches. `render` draws them.
+Arrays in, arrays out: pictures are uint8 [H, W, 3] RGB, maps are float32 on the grid of patches. `render`
+draws them.
 """
 
 from collections.abc import Iterator
@@ -43,8 +45,8 @@ class Attention:
 def mass_mask(attention: np.ndarray, mass: float = 0.6) -> np.ndarray:
     """Which of N patches hold `mass` of the attention (Fig. 4). [..., N] -> bool [..., N]
 
-    Patches are taken from the most to the least attended, and those go that together weigh 1 - mass or less. So at
-    least `mass` is kept, and always one patch. Between equal patches the later ones are kept first.
+    Patches are taken from the most to the least attended, and those go that together weigh 1 - mass or less.
+    So at least `mass` is kept, and always one patch. Between equal patches the later ones are kept first.
     """
     if not 0 < mass <= 1:
         raise UserError(f"the mass to keep must lie above 0 and not above 1, e.g. 0.6; received {mass}.")
@@ -62,16 +64,16 @@ def mass_mask(attention: np.ndarray, mass: float = 0.6) -> np.ndarray:
 def fit(image: np.ndarray, size: int, patch: int) -> np.ndarray:
     """The whole picture with its short side about `size`, and both sides multiples of `patch`.
 
-    The authors crop the rest that is no whole patch; here each side is scaled to the nearest multiple, so that the
-    maps cover all of the picture.
+    The authors crop the rest that is no whole patch; here each side is scaled to the nearest multiple, so
+    that the maps cover all of the picture.
     """
     height, width = image.shape[:2]
     scale = size / min(height, width)
     rows, columns = (max(1, round(side * scale / patch)) for side in (height, width))
     if rows * columns > MAX_PATCHES:
         raise UserError(
-            f"a {width} x {height} picture at short side {size} is {columns} x {rows} patches of {patch} pixels; "
-            f"attention is shown for {MAX_PATCHES} patches at most.\nTake a smaller size, or crop the picture."
+            f"A {width} x {height} picture at short side {size} is {columns} x {rows} patches of {patch}, "
+            f"and at most {MAX_PATCHES} can be shown.\nTake a smaller size, or crop the picture."
         )
     shrinks = rows * patch < height
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
@@ -89,18 +91,21 @@ def attend(
 ) -> Attention:
     """Attention of one picture [H, W, 3] uint8, any shape: every head, their mean, and the masks of `mass`.
 
-    layer: 0 is the first block, -1 the last (the paper's figures). size: of the short side; 480 in the paper, for a
-    network trained on small pictures take what it was trained on. Class token and registers are left out of the maps.
+    layer: 0 is the first block, -1 the last (the paper's figures). size: of the short side; 480 in the paper,
+    for a network trained on small pictures take what it was trained on. Class token and registers are left
+    out of the maps.
     """
     if not isinstance(backbone, Attentive):
         raise UserError(
-            f"attention maps were asked of {type(backbone).__name__}, which has no attention (it is no transformer "
-            "that this project can look into).\nThe similarity of each place to the pooled feature shows something "
-            "alike for any network: dino.analysis.attention.saliency."
+            f"Attention maps were asked of {type(backbone).__name__}, which has no attention to read: "
+            "expected a Vision Transformer.\nFor any network, dino.analysis.attention.saliency shows how "
+            "alike each place is to the pooled feature."
         )
     blocks = backbone.num_blocks
     if not -blocks <= layer < blocks:
-        raise UserError(f"layer must lie in {-blocks} .. {blocks - 1} for a network of {blocks} blocks, not {layer}.")
+        raise UserError(
+            f"layer must lie in {-blocks} .. {blocks - 1} for a network of {blocks} blocks, not {layer}."
+        )
     picture = fit(image, size, backbone.patch)
     rows, columns = picture.shape[0] // backbone.patch, picture.shape[1] // backbone.patch
     extra = 1 + backbone.registers
@@ -115,20 +120,24 @@ def attend(
 
 
 def saliency(backbone: Backbone, image: np.ndarray, *, mass: float = 0.6, size: int = 480) -> Attention:
-    """For any network: how alike each place of the last map is to the pooled feature, by cosine; one "head" [1, h, w].
+    """For any network: how alike each place of the last map is to the pooled feature, by cosine; one "head"
+    [1, h, w].
 
-    What is below no similarity counts as zero. A stand-in where there is no attention, and not the same thing.
+    What is below no similarity counts as zero. A stand-in where there is no attention, and not the same
+    thing.
     """
     picture = fit(image, size, backbone.patch)
     with _still(backbone) as device:
         out = backbone.features(_batch(picture, device))[0]
-        alike = torch.cosine_similarity(out.patches.float(), out.cls.float()[:, None, None], dim=-1)  # [1, h, w]
+        alike = torch.cosine_similarity(
+            out.patches.float(), out.cls.float()[:, None, None], dim=-1
+        )  # [1, h, w]
     heads = alike.clamp(min=0).cpu().numpy()
     return _attention(picture, heads, -1, "cls", None, mass, "similarity")
 
 
 def look(backbone: Backbone, image: np.ndarray, *, mass: float = 0.6, size: int = 480) -> Attention:
-    """The last block's [CLS] attention where there is attention, `saliency` elsewhere: what the report shows."""
+    """The last block's [CLS] attention where there is attention, else `saliency`: what the report shows."""
     if isinstance(backbone, Attentive):
         return attend(backbone, image, mass=mass, size=size)
     return saliency(backbone, image, mass=mass, size=size)
@@ -157,22 +166,25 @@ def _locate(
     height, width = image.shape[:2]
     if not (0 <= x < width and 0 <= y < height):
         raise UserError(
-            f"the point ({x:g}, {y:g}) lies outside of the picture, which is {width} wide and {height} high.\n"
+            f"The point ({x:g}, {y:g}) lies outside of the picture, {width} wide and {height} high.\n"
             f"x must lie in 0 .. {width - 1} from the left, y in 0 .. {height - 1} from the top."
         )
     x, y = (x + 0.5) * picture.shape[1] / width, (y + 0.5) * picture.shape[0] / height
-    row, column = min(int(y) // patch, picture.shape[0] // patch - 1), min(int(x) // patch, picture.shape[1] // patch - 1)
+    row, column = (
+        min(int(y) // patch, picture.shape[0] // patch - 1),
+        min(int(x) // patch, picture.shape[1] // patch - 1),
+    )
     return row, column, (x, y)
 
 
 def _batch(picture: np.ndarray, device: torch.device) -> Tensor:
-    """One uint8 picture as the normalised batch [1, 3, H, W] that a backbone takes, where the backbone lies."""
+    """A uint8 picture as the normalised batch [1, 3, H, W] that a backbone takes, on its device."""
     return normalize(torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))[None].to(device))
 
 
 @contextmanager
 def _still(backbone: Backbone) -> Iterator[torch.device]:
-    """Eval mode without gradients, each part's own mode restored; gives the device that the weights lie on."""
+    """Eval mode without gradients, each part's mode restored; gives the device of the weights."""
     modes = {part: part.training for part in backbone.modules()}
     backbone.eval()
     try:

@@ -16,8 +16,12 @@ EDGE = (255, 214, 84)
 GAP, MARGIN, LABEL = 6, 20, 30
 
 
-def heat(values: np.ndarray, shape: tuple[int, int], *, colors: str = "magma", smooth: bool = True) -> np.ndarray:
-    """A map [h, w] as a picture [*shape, 3] uint8, its lowest value the darkest colour and its highest the lightest."""
+def heat(
+    values: np.ndarray, shape: tuple[int, int], *, colors: str = "magma", smooth: bool = True
+) -> np.ndarray:
+    """A map [h, w] as a picture [*shape, 3] uint8, its lowest value the darkest colour and its highest the
+    lightest.
+    """
     return _colored(stretch(values), shape, colors, smooth)
 
 
@@ -27,7 +31,9 @@ def stretch(values: np.ndarray) -> np.ndarray:
     return values / max(float(values.max()), 1e-12)
 
 
-def overlay(picture: np.ndarray, values: np.ndarray, *, colors: str = "inferno", strength: float = 0.75) -> np.ndarray:
+def overlay(
+    picture: np.ndarray, values: np.ndarray, *, colors: str = "inferno", strength: float = 0.75
+) -> np.ndarray:
     """The map glowing over the darkened picture: where attention is low, the picture stays, grey and dim."""
     height, width = picture.shape[:2]
     level = _resize(stretch(values), (height, width), smooth=True)[..., None]
@@ -40,7 +46,7 @@ def overlay(picture: np.ndarray, values: np.ndarray, *, colors: str = "inferno",
 
 
 def cutout(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The picture inside of the mask, a pale ghost of it outside, and the mask's edge: patches stay square."""
+    """The picture inside of the mask, its ghost outside, and the edge between: patches stay square."""
     height, width = picture.shape[:2]
     inside = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
     ghost = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB) * 0.22
@@ -74,7 +80,9 @@ def panels(seen: Attention) -> list[tuple[str, np.ndarray]]:
 
 
 def figure(seen: Sequence[Attention], *, height: int = 224, names: Sequence[str] = ()) -> np.ndarray:
-    """One row per picture: picture | mean | overlay | mask | each head, [H, W, 3] uint8. Rows may differ in shape."""
+    """One row per picture: picture | mean | overlay | mask | each head, [H, W, 3] uint8. Rows may differ in
+    shape.
+    """
     rows = []
     for attention in seen:
         drawn = panels(attention)

@@ -1,4 +1,4 @@
-"""What every evaluation shares: the contract, and the features of a data set, extracted once over all ranks."""
+"""What every evaluation shares: the contract, and features of a data set, once, over all ranks."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dino import dist
-from dino.data.pictures import BadImage, Pictures, Skipped
 from dino.data.loader import eval_batches
+from dino.data.pictures import BadImage, Pictures, Skipped
 from dino.data.views import normalize
 from dino.models.backbone import Backbone
 
@@ -32,7 +32,7 @@ class Evaluator(Protocol):
 
 
 class Extracted(NamedTuple):
-    """Features of the readable pictures of a data set, in the order of the data set, the same on every rank."""
+    """Features of the readable pictures of a data set, in the data set's order, the same on every rank."""
 
     features: Tensor  # [N, D] float32 on the CPU, not normalised
     labels: Tensor | None  # [N] int64, -1 where a picture has no label; None where the data set has no labels
@@ -42,7 +42,9 @@ class Extracted(NamedTuple):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards every submodule is in the mode it had, mixed modes included."""
+    """Eval mode and no gradients inside; afterwards every submodule is in the mode it had, mixed modes
+    included.
+    """
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -66,8 +68,8 @@ def extract(
 ) -> Extracted:
     """The [CLS] (or pooled) feature of every picture: resize, center crop to `size`, one forward pass.
 
-    Rank r takes pictures r, r + world, ... and all ranks end with all rows. Features stay as the backbone gives
-    them; what compares by cosine normalises. The backbone must lie on `device`.
+    Rank r takes pictures r, r + world, ... and all ranks end with all rows. Features stay as the backbone
+    gives them; what compares by cosine normalises. The backbone must lie on `device`.
     """
     mine, rows, features = share_of(pictures, backbone.embed_dim)
     done = 0
@@ -95,7 +97,9 @@ def share_of(pictures: Pictures, width: int) -> tuple[np.ndarray, Tensor, Tensor
 
 
 def gathered(rows: Tensor, features: Tensor, pictures: Pictures, device: torch.device | str) -> Extracted:
-    """The rows of all ranks in the data set's order, on every rank; number -1 means that no picture stands there."""
+    """The rows of all ranks in the data set's order, on every rank; number -1 means that no picture stands
+    there.
+    """
     rows, features = _gather_rows(rows, device), _gather_rows(features, device)
     order = rows.argsort(stable=True)
     order = order[rows[order] >= 0]

@@ -1,4 +1,5 @@
-"""Weighted nearest neighbours (Appendix F.1): how good frozen features are, with nothing to train and nothing to tune.
+"""Weighted nearest neighbours (Appendix F.1): how good frozen features are, with nothing to train and nothing
+to tune.
 
 Also the two floors that any figure stands beside: raw pixels, and the same network before training.
 """
@@ -19,13 +20,17 @@ from dino.evals.evaluator import Autocast, Extracted, Progress, extract, gathere
 from dino.models.backbone import Backbone
 
 KS = (10, 20, 100, 200)  # Appendix F.1; 20 is the one that the paper reports
+CLASS_FOLDERS = (
+    "Put the pictures of each class in a folder of its own: photos/cat/1.jpg, photos/dog/2.jpg, ..."
+)
 MEMORY_ROWS = 65536  # training pictures compared at once, for a chunk of test pictures: 64 MB of similarities
 
 
 def nearest_neighbours(
     memory: Tensor, queries: Tensor, k: int, *, memory_rows: int = MEMORY_ROWS
 ) -> tuple[Tensor, Tensor]:
-    """Cosine similarities [Q, k] and rows [Q, k] of the k nearest of memory [N, D] to queries [Q, D], best first.
+    """Cosine similarities [Q, k] and rows [Q, k] of the k nearest of memory [N, D] to queries [Q, D], best
+    first.
 
     Float32 on purpose: at temperature .07 a similarity that is off by bfloat16's .004 moves a vote by 6 %.
     Between equal similarities the order is not defined; copies of one picture are the only ones that meet it.
@@ -44,7 +49,9 @@ def nearest_neighbours(
 
 
 def knn_votes(similarity: Tensor, labels: Tensor, classes: int, temperature: float = 0.07) -> Tensor:
-    """Each neighbour votes for its label with weight exp(similarity / temperature). [Q, k], [Q, k] -> [Q, classes]"""
+    """Each neighbour votes for its label with weight exp(similarity / temperature). [Q, k], [Q, k] -> [Q,
+    classes]
+    """
     votes = similarity.new_zeros(len(similarity), classes)
     return votes.scatter_add_(1, labels, (similarity / temperature).exp())
 
@@ -61,18 +68,18 @@ def knn_accuracy(
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent: {"20-NN": 61.2, "20-NN top-5": 93.0, ...} for every k.
 
-    Labels may be any integers; negative means unlabelled: such a picture neither votes nor counts. A k above the
-    number of training pictures takes all of them. With fewer than five classes (or k below five) top-5 looks at as
-    many as there are. Between classes of equal votes the smaller label goes first, classes without any vote included.
+    Labels may be any integers; negative means unlabelled: such a picture neither votes nor counts. A k above
+    the number of training pictures takes all of them. With fewer than five classes (or k below five) top-5
+    looks at as many as there are. Between classes of equal votes the smaller label goes first, classes
+    without any vote included.
     """
     _check(train_features, train_labels, test_features, test_labels, k)
     train_features, train_labels = train_features[train_labels >= 0], train_labels[train_labels >= 0]
     test_features, test_labels = test_features[test_labels >= 0], test_labels[test_labels >= 0]
     if not len(train_labels) or not len(test_labels):
         raise UserError(
-            "k-NN needs labelled pictures on both sides, "
-            f"but {len(train_labels)} of the training and {len(test_labels)} of the test pictures have a label.\n"
-            "Put the pictures of each class in a folder of its own: photos/cat/1.jpg, photos/dog/2.jpg, ..."
+            f"k-NN needs labelled pictures on both sides, but {len(train_labels)} of the training and "
+            f"{len(test_labels)} of the test pictures have a label.\n{CLASS_FOLDERS}"
         )
     names, numbers = torch.cat([train_labels, test_labels]).unique(return_inverse=True)
     memory, truth = numbers[: len(train_labels)].to(device), numbers[len(train_labels) :].to(device)
@@ -168,12 +175,9 @@ def accuracy_of(train: Extracted, test: Extracted, k: Sequence[int] = KS, **opti
     """`knn_accuracy` of extracted features."""
     for which, side in (("training", train), ("test", test)):
         if side.labels is None:
-            raise UserError(
-                f"k-NN needs labels, and the {which} pictures have none.\n"
-                "Put the pictures of each class in a folder of its own: photos/cat/1.jpg, photos/dog/2.jpg, ..."
-            )
-    assert train.labels is not None and test.labels is not None
-    return knn_accuracy(train.features, train.labels, test.features, test.labels, k, **options)
+            raise UserError(f"k-NN needs labels, and the {which} pictures have none.\n{CLASS_FOLDERS}")
+    labels = [side.labels for side in (train, test) if side.labels is not None]
+    return knn_accuracy(train.features, labels[0], test.features, labels[1], k, **options)
 
 
 def pixel_feature(image: np.ndarray) -> np.ndarray:
@@ -204,7 +208,9 @@ def raw_pixels(
 
 
 def untrained(build: Callable[[], Backbone], seed: int = 0) -> Backbone:
-    """The same network with random weights, without touching the random state of the run. build: `config.build`"""
+    """The same network with random weights, without touching the random state of the run. build:
+    `config.build`
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()

@@ -1,0 +1,261 @@
+"""What the report promises: it tells the run it was given, alone in one file, whole or partial, whatever the names."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dino.analysis.curves import chart, read_history, ticks
+from dino.analysis.health import diagnose, outputs_health, rank_me
+from dino.analysis.report import write_report
+from dino.analysis.snapshots import choose_samples, read_index, read_neighbours, snapshot, write_neighbours
+from dino.config import edit, to_dict
+from dino.data.pictures import BadImage, Pictures
+from dino.errors import UserError
+from dino.evals.evaluator import Extracted
+from dino.models.vit import ViT
+from dino.train import Run
+
+K = 1024
+
+
+class Blobs(Pictures):
+    """Bright disks (class 0) and bars (class 1) on noise, in memory; number 5 cannot be read."""
+
+    def __init__(self, count: int = 24, side: int = 64) -> None:
+        self.side = side
+        names = [f"{'disk' if i % 2 == 0 else 'bar'}/<{i}> ünï&.jpg" for i in range(count)]
+        labels = [i % 2 for i in range(count)]
+        super().__init__(names=names, sizes=[(side, side)] * count, labels=labels, classes=["disk", "bar"])
+
+    def read(self, index: int) -> np.ndarray:
+        if index == 5:
+            raise BadImage(self.names[5], "cut short")
+        rng = np.random.default_rng(index)
+        image = rng.integers(20, 90, (self.side, self.side, 3))
+        ys, xs = np.mgrid[: self.side, : self.side]
+        x, y = rng.integers(self.side // 3, self.side * 2 // 3, 2)
+        near = np.hypot(xs - x, ys - y) < self.side / 5 if index % 2 == 0 else abs(xs - x) < self.side / 10
+        image[near] = rng.integers(120, 255, 3)
+        return image.astype(np.uint8)
+
+
+def rows(steps: int = 120, *, best: float = 61.25) -> list[dict]:
+    """Metrics like those of a run that learns."""
+    found = []
+    for step in range(10, steps + 1, 10):
+        t = step / steps
+        loss, entropy = math.log(K) * (1 - 0.6 * t), math.log(K) * (0.8 - 0.5 * t)
+        more = {"kl": loss - entropy, "marginal_entropy": 6.5, "lr": 1e-3 * (1 - t), "momentum": 0.99 + 0.01 * t}
+        speed = {"images_per_s": 100 + 5 * t, "wait": 0.03, "time": 60 * t, "weight_decay": 0.04}
+        found.append({"step": step, "epoch": step / 10, "loss": loss, "teacher_entropy": entropy, **more, **speed})
+        if step % 40 == 0:
+            accuracy = best - 0.5 * abs(step - 80)  # the best one is not the last
+            found.append({"step": step, "epoch": step / 10, "eval": "knn", "20-NN": accuracy, "20-NN top-5": 99.0})
+    return found
+
+
+def write_rows(run_dir: Path, lines: list[dict], tail: str = "") -> None:
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+
+
+def backbone() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return ViT(size="tiny", patch=8, image_size=64, width=24, depth=2, heads=3).build()
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run's folder as training leaves it."""
+    folder = tmp_path / "flowers & <weeds>"
+    (folder / "snapshots").mkdir(parents=True)
+    run = edit(Run(), method=dict(out_dim=K), optim=dict(epochs=12), out=str(folder))
+    described = {
+        "run": to_dict(run),
+        "backbone": to_dict(run.backbone),
+        "data": {"pictures": 24, "trained_on": 22, "classes": ["disk", "bar"]},
+        "baselines": {"raw_pixels": {"20-NN": 33.75}, "random_weights": {"20-NN": 28.5}},
+        "versions": {"dino": "0.1.0", "torch": "2.11.0"},
+    }
+    (folder / "run.json").write_text(json.dumps(described))
+    (folder / "plan.json").write_text(json.dumps([{"name": "K", "value": "1024", "why": "24 pictures are few"}]))
+    write_rows(folder, rows())
+    skipped = [{"name": "a <b>.jpg", "reason": "cut short"}, {"name": "notes.txt", "reason": "not an image"}]
+    (folder / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in skipped) + '{"name": "to')
+    network, pictures = backbone(), Blobs()
+    samples = choose_samples(pictures, 4)
+    for epoch in (0, 4, 12):
+        snapshot(network, pictures, samples, folder / "snapshots", epoch, 64)
+    features = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    assert pictures.labels is not None
+    extracted = Extracted(features, torch.from_numpy(pictures.labels), torch.arange(24), [])
+    write_neighbours(extracted, pictures, samples, folder / "snapshots", k=3)
+    return folder
+
+
+def test_the_page_tells_the_run(run_dir: Path) -> None:
+    html = write_report(run_dir).read_text()
+    for told in ("61.2 %", "33.8 %", "28.5 %", "epoch 8", f"ln K = {math.log(K):.2f}"):  # the best, not the last
+        assert told in html, told
+    assert "24 pictures are few" in html
+    assert "cut short" in html
+    assert "2 files could not be used" in html
+    for title in ("Curves", "What it sees", "Nearest neighbours", "Settings", "Environment", "Learning rate"):
+        assert title in html, title
+    assert not diagnose(read_history(run_dir).training, K)
+
+
+def test_nothing_is_fetched_and_nothing_breaks_out(run_dir: Path) -> None:
+    html = write_report(run_dir).read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', html)
+    assert "http" not in html.replace("http-equiv", "")
+    assert "<script" not in html
+    assert "<weeds>" not in html
+    assert "&lt;weeds&gt;" in html
+    assert html.count("data:image/jpeg;base64,") >= 4 * (1 + 3) + 4 * (1 + 2 + 3)  # over epochs, then the heads
+    assert len(html) < 3_000_000
+
+
+def test_changed_settings_stand_out_and_defaults_are_pale(run_dir: Path) -> None:
+    html = write_report(run_dir).read_text()
+    assert "<dt>out dim</dt><dd>1024</dd>" in html
+    assert '<dt class="default">student temp</dt><dd class="default">0.1</dd>' in html
+
+
+@pytest.mark.parametrize("missing", ["metrics.jsonl", "snapshots", "plan.json", "skipped.jsonl", "all"])
+def test_a_partial_run_gets_its_report(run_dir: Path, missing: str) -> None:
+    names = ["metrics.jsonl", "snapshots", "plan.json", "skipped.jsonl"] if missing == "all" else [missing]
+    for name in names:
+        (run_dir / name).rename(run_dir.parent / name)
+    html = write_report(run_dir).read_text()
+    assert "Settings" in html
+    assert ("Learning rate" in html) == ("metrics.jsonl" not in names)
+    assert ("What it sees" in html) == ("snapshots" not in names)
+
+
+def test_an_older_run_with_unknown_settings_is_still_shown(run_dir: Path) -> None:
+    described = json.loads((run_dir / "run.json").read_text())
+    described["run"]["method"]["gone_since"] = 17
+    (run_dir / "run.json").write_text(json.dumps(described))
+    assert "gone since" in write_report(run_dir).read_text()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.json"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_pictures_leave_a_gap_not_a_crash(run_dir: Path) -> None:
+    victim = next((run_dir / "snapshots").glob("epoch_0012/*.png"))
+    victim.write_bytes(victim.read_bytes()[:40])
+    next((run_dir / "snapshots/thumbs").iterdir()).unlink()
+    assert "Nearest neighbours" in write_report(run_dir).read_text()
+
+
+def test_history_survives_a_torn_line_and_a_resume(run_dir: Path) -> None:
+    again = [{"step": 90, "epoch": 9, "loss": 1.5}, {"step": 100, "epoch": 10, "loss": None}]
+    write_rows(run_dir, [*rows(), *again], tail='{"step": 110, "lo')
+    history = read_history(run_dir)
+    assert [row["step"] for row in history.training] == [*range(10, 81, 10), 90, 100]
+    assert history.line("loss")[1][-1] == 1.5  # and None is no point of a curve
+    assert [row["step"] for row in history.evaluations["knn"]] == [40, 80, 120]
+
+
+def test_snapshots_are_kept_by_epoch_and_leave_bad_pictures_out(tmp_path: Path) -> None:
+    network, pictures = backbone().train(), Blobs()
+    for epoch in (3, 0, 3):
+        snapshot(network, pictures, [0, 5, 7], tmp_path, epoch, 64)
+    index = read_index(tmp_path)
+    assert [entry["epoch"] for entry in index["epochs"]] == [0, 3]
+    assert set(index["pictures"]) == {"0", "7"}
+    assert index["epochs"][0]["heads"] == 3
+    assert network.training  # what is looked at is left as it was
+
+
+def test_neighbours_are_the_nearest_and_never_the_picture_itself(tmp_path: Path) -> None:
+    angles = torch.tensor([0.0, 0.1, 0.3, 1.0, 2.0])  # cosine falls with the angle between two
+    features = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[1.0], [50], [2], [3], [4]])
+    extracted = Extracted(features, None, torch.tensor([2, 4, 6, 8, 9]), [])
+    write_neighbours(extracted, Blobs(), [4, 5], tmp_path, k=2)  # 5 has no feature: left out
+    (query,) = read_neighbours(tmp_path)["queries"]
+    assert [near["index"] for near in query["neighbours"]] == [2, 6]
+    assert query["neighbours"][0]["similarity"] == pytest.approx(math.cos(0.1), abs=1e-4)
+    with pytest.raises(UserError, match="no feature"):
+        write_neighbours(extracted, Blobs(), [5], tmp_path)
+
+
+def test_samples_show_every_class() -> None:
+    pictures = Blobs()
+    assert pictures.labels is not None
+    chosen = choose_samples(pictures, 4)
+    assert sorted(pictures.labels[chosen].tolist()) == [0, 0, 1, 1]
+    assert len(choose_samples(Blobs(3), 6)) == 3
+
+
+def history(loss: float, entropy: float, kl: float, *, first: float | None = None) -> list[dict]:
+    start = loss if first is None else first
+    values = np.linspace(start, loss, 40)
+    return [{"step": i, "loss": float(v), "teacher_entropy": entropy, "kl": kl} for i, v in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        (history(8.3178, 8.3177, 1e-4), "Uniform collapse"),
+        (history(0.02, 0.01, 0.01, first=8.3), "one prototype"),
+        (history(7.77, 6.0, 1.77, first=8.2), "Not learning yet"),
+        ([*history(6.0, 4.0, 2.0), {"step": 40, "loss": None}], "stopped being a number at step 40"),
+        ([*history(6.0, 4.0, 2.0), {"step": 40, "loss": math.nan}], "stopped being a number at step 40"),
+    ],
+)
+def test_failures_are_named(rows: list[dict], named: str) -> None:
+    (said,) = diagnose(rows, 4096)
+    assert named in said
+
+
+def test_health_is_silent_where_all_is_well() -> None:
+    assert diagnose(history(4.8, 3.1, 1.7, first=8.3), 4096) == []
+    assert diagnose(history(7.9, 6.0, 1.9)[:3], 4096) == []  # too early to tell
+
+
+def test_health_of_outputs_tells_the_two_collapses_apart() -> None:
+    settings = dict(center=0.0, student_temp=0.1, teacher_temp=0.04)
+    one = torch.zeros(64, 16)
+    one[:, 3] = 10.0
+    health = outputs_health(one, one, **settings)
+    assert health["teacher_entropy"] == pytest.approx(0, abs=1e-5)
+    assert health["prototypes_used"] == pytest.approx(1 / 16, abs=1e-5)
+    uniform = torch.zeros(64, 16)
+    health = outputs_health(uniform, uniform, **settings)
+    assert health["teacher_entropy"] == pytest.approx(math.log(16), abs=1e-5)
+    spread = 10 * torch.eye(16).repeat(4, 1)
+    health = outputs_health(spread, spread, **{**settings, "center": torch.full((16,), 3.0)})
+    assert health["prototypes_used"] == pytest.approx(1, abs=1e-4)
+    assert health["center_norm"] == pytest.approx(12)
+
+
+def test_rank_me_counts_directions() -> None:
+    assert rank_me(torch.ones(50, 8) * torch.rand(50, 1)) == pytest.approx(1, abs=1e-3)
+    assert rank_me(torch.eye(8)) == pytest.approx(8, abs=1e-4)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.0005), (2.3, 6.9), (5, 5), (0, 0), (-3, 40000)])
+def test_ticks_cover_the_values(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert found[0] <= low
+    assert found[-1] >= high
+    assert 2 <= len(found) <= 8
+
+
+def test_a_long_curve_is_thinned_but_ends_where_it_ends() -> None:
+    xs = list(range(10_000))
+    svg = chart({"loss": (xs, [1.0] * 9_999 + [7.0])}, title="Loss")
+    (points,) = re.findall(r'<polyline class="c0" points="([^"]*)"', svg)
+    assert len(points.split()) < 400
+    assert "<b>7</b>" in svg
+    assert chart({"loss": ([], [])}, title="Loss") == ""
