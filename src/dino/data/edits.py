@@ -1,14 +1,13 @@
-"""What happens to a picture on its way through the world: the edited copies that copy detection must recognise.
+"""What happens to a picture on its way through the world: the copies that copy detection must recognise.
 
-After Copydays (Sec. 4.2.1, "Copy detection"): crops that lose part of the surface, strong JPEG compression, and
-"strong" attacks: blur, rotation, print and scan, insertion into another picture. Works on any picture.
+After Copydays (Table 4): crops that lose part of the surface, JPEG compression, and "strong" attacks: blur,
+rotation, mirroring, print and scan, insertion into another picture. Works on any picture.
 """
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-Image = NDArray[np.uint8]
+Image = np.ndarray  # uint8 [h, w, 3] RGB; a mask is uint8 [h, w]
 Rng = np.random.Generator
 
 
@@ -23,7 +22,7 @@ def crop(image: Image, lost: float, rng: Rng) -> Image:
 def jpeg(image: Image, quality: int) -> Image:
     """Through a JPEG file of this quality (1..100)."""
     _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return np.ascontiguousarray(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
+    return cv2.cvtColor(np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR)), cv2.COLOR_BGR2RGB)
 
 
 def blur(image: Image, share: float = 0.02) -> Image:
@@ -39,11 +38,12 @@ def rotate(image: Image, degrees: float, fill: tuple[int, int, int] = (255, 255,
 
 
 def print_scan(image: Image, rng: Rng) -> Image:
-    """Printed on paper and scanned: less contrast, a colour cast, uneven light, soft, grainy, a little askew."""
+    """Printed and scanned: less contrast, a colour cast, uneven light, soft, grainy, a little askew."""
     height, width = image.shape[:2]
     askew = rotate(blur(image, 0.008), float(rng.uniform(-3, 3)), (236, 233, 224)).astype(np.float32)
     cast = rng.uniform(0.86, 1.04, 3).astype(np.float32)
-    shade = np.linspace(*rng.uniform(0.85, 1.05, 2), width, dtype=np.float32)[None, :, None]
+    left, right = rng.uniform(0.85, 1.05, 2)
+    shade = np.linspace(left, right, width, dtype=np.float32)[None, :, None]
     paper = (34 + askew * 0.78) * cast * shade
     paper += rng.standard_normal((height, width, 1), np.float32) * 5
     return np.clip(paper, 0, 255).astype(np.uint8)
@@ -61,7 +61,10 @@ def paste(image: Image, into: Image, rng: Rng, share: float = 0.35) -> Image:
 
 
 def copies(image: Image, rng: Rng, into: Image | None = None) -> dict[str, Image]:
-    """Every edit by name, `block_strength`: what stands before the underscore is the block that Copydays reports."""
+    """Every edit by name, `block_strength`: before the underscore stands the block that Copydays reports.
+
+    `into` is another picture, into which this one is pasted; without it that edit is left out.
+    """
     out = {f"crop_{lost}": crop(image, lost / 100, rng) for lost in (10, 20, 30, 50, 80)}
     out |= {f"jpeg_{quality}": jpeg(image, quality) for quality in (75, 30, 15, 8, 3)}
     out |= {

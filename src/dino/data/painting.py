@@ -1,7 +1,7 @@
 """Textures, colours, light: how a thing of `shapes` becomes part of a picture.
 
-Positions and lengths are fractions of the picture's side, with (0, 0) at its middle, so that one description of a
-scene gives the same picture at any size. Nothing here knows of classes except the stencil that `Thing.kind` names.
+Positions and lengths are fractions of the picture's side, with (0, 0) at its middle, so that one description
+of a scene gives the same picture at any size. Nothing here knows of classes but the stencil of `Thing.kind`.
 """
 
 import math
@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from dino.data.shapes import SIDE, VARIANTS, stencil
 
-Array = NDArray[np.float32]
+Array = np.ndarray  # float32; a picture is [3, h, w] until it is done: numpy is fastest so
 Rng = np.random.Generator
 Colour = tuple[float, float, float]  # lightness, chroma, hue in Oklch
 
@@ -89,7 +88,7 @@ def oklch(light: float, chroma: float, hue: float) -> Array:
 
 
 def draw_colours(rng: Rng, beside: Colour | None = None) -> tuple[Colour, Colour]:
-    """Two Oklch colours from one distribution, redrawn until they can be told apart: which is whose is a coin's toss.
+    """Two Oklch colours from one distribution, redrawn until they differ: which is whose is a coin's toss.
 
     With `beside`, the first is given and only the second is drawn.
     """
@@ -105,19 +104,24 @@ def _any_colour(rng: Rng) -> Colour:
 
 def draw_texture(rng: Rng, colour: Colour, strength: float) -> Texture:
     light, chroma, hue = colour
-    other = (
-        light + rng.choice([-1, 1]) * rng.uniform(0.08, 0.2),
-        chroma * rng.uniform(0.6, 1.4),
-        hue + rng.normal(0, 0.5),
-    )
-    other = (float(np.clip(other[0], 0.2, 0.97)), other[1], other[2])
+    sign, step, tint, which, period, angle, right, down = rng.random(
+        8
+    ).tolist()  # one call: this is drawn most
+    other = light + (0.08 + 0.12 * step) * (1 if sign < 0.5 else -1)
     return Texture(
-        weave=_WEAVES[int(rng.integers(len(_WEAVES)))],
-        frequency=float(np.exp(rng.uniform(np.log(3), np.log(10)))),
-        angle=float(rng.uniform(0, np.pi)),
-        shift=(float(rng.uniform(0, 8)), float(rng.uniform(0, 8))),
-        colours=np.stack([oklch(light, chroma, hue), oklch(*other)]),
-        depth=strength * float(rng.uniform(0.4, 1)),
+        weave=_WEAVES[int(which * len(_WEAVES))],
+        frequency=3 * math.exp(period * math.log(10 / 3)),
+        angle=math.pi * angle,
+        shift=(8 * right, 8 * down),
+        colours=np.stack(
+            [
+                oklch(light, chroma, hue),
+                oklch(
+                    min(max(other, 0.2), 0.97), chroma * (0.6 + 0.8 * tint), hue + float(rng.normal(0, 0.5))
+                ),
+            ]
+        ),
+        depth=strength * (0.4 + 0.6 * float(rng.random())),
     )
 
 
@@ -187,14 +191,14 @@ def _crisp(wave: Array) -> Array:
 
 
 def _paint(texture: Texture, x: Array, y: Array) -> Array:
-    """[h, w, 3] the texture's colours at x, y."""
-    first, second = texture.colours
-    return first + weave(texture, x, y)[..., None] * (np.float32(texture.depth) * (second - first))
+    """[3, h, w] the texture's colours at x, y."""
+    first, second = texture.colours[:, :, None, None]
+    return first + weave(texture, x, y) * (np.float32(texture.depth) * (second - first))
 
 
 def _lay(picture: Array, colour: Array, alpha: Array) -> None:
     """Puts `colour` over the picture where alpha is 1, in place."""
-    picture += (colour - picture) * alpha[..., None]
+    picture += (colour - picture) * alpha
 
 
 def _local(pose: Pose, x: Array, y: Array, unit: float = 1.0) -> tuple[Array, Array]:
@@ -206,19 +210,19 @@ def _local(pose: Pose, x: Array, y: Array, unit: float = 1.0) -> tuple[Array, Ar
 
 def _darken(picture: Array, shadow: Array) -> None:
     """Takes the share `shadow` of the light away, in place."""
-    picture *= (1 - shadow)[..., None]
+    picture *= 1 - shadow
 
 
 def _lay_piece(picture: Array, piece: Piece) -> tuple[tuple[slice, slice], Array]:
-    """Draws a piece of clutter; returns the window it lies in and where it is in there, [h, w] from 0 to 1."""
-    size = picture.shape[0]
+    """Draws a piece of clutter; returns the window it lies in and where it is in there, [h, w] 0 to 1."""
+    size = picture.shape[1]
     long = piece.pose.size / math.sqrt(piece.slim) / 2
     radius = long * piece.slim
     low = [max(0, math.floor((at + 0.5 - long - 0.06) * size)) for at in (piece.pose.y, piece.pose.x)]
     high = [max(0, math.ceil((at + 0.5 + long + 0.06) * size)) for at in (piece.pose.y, piece.pose.x)]
     window = (slice(low[0], high[0]), slice(low[1], high[1]))
     x, y = _plane(size)
-    part = picture[window]
+    part = picture[:, *window]
     u, v = _local(piece.pose, x[:, window[1]], y[window[0]])
     distance = np.float32(radius) - np.hypot(np.maximum(np.abs(u) - np.float32(long - radius), 0), v)
     alpha = np.clip(distance * np.float32(size) + np.float32(0.5), 0, 1)
@@ -234,7 +238,7 @@ def reach(thing: Thing) -> float:
 
 
 def place(thing: Thing, pose: Pose, size: int) -> Array:
-    """[size, size, 2]: the thing's distance map (in pixels of the picture, positive inside) and its inner lines."""
+    """[size, size, 2]: the thing's distance map (in picture pixels, positive inside) and inner lines."""
     wanted = pose.size * size  # the side, in pixels, of a square as large as the thing
     level = 0
     while level < 3 and stencil(thing.kind, thing.variant, level)[1] > 2 * wanted:
@@ -255,10 +259,10 @@ def place(thing: Thing, pose: Pose, size: int) -> Array:
 
 
 def _lay_thing(picture: Array, thing: Thing, pose: Pose) -> Array:
-    """Draws a thing with its shadow, its bevel and its inner lines; returns where it is, [h, w] from 0 to 1."""
-    size = picture.shape[0]
+    """Draws a thing with shadow, bevel and inner lines; returns where it is, [h, w] from 0 to 1."""
+    size = picture.shape[1]
     placed = place(thing, pose, size)
-    distance, lines = placed[..., 0], placed[..., 1]
+    distance, lines = np.ascontiguousarray(placed[..., 0]), np.ascontiguousarray(placed[..., 1])
     alpha = np.clip(distance + np.float32(0.5), 0, 1)
     soft = max(1.0, 0.02 * size)
     shift = round(0.018 * size)
@@ -267,13 +271,13 @@ def _lay_thing(picture: Array, thing: Thing, pose: Pose) -> Array:
     _darken(picture, shadow * np.float32(0.35))
 
     colour = _paint(thing.texture, *_local(pose, *_plane(size), unit=pose.size / 0.4))
-    _lay(colour, thing.ink, lines * np.float32(0.85))
+    _lay(colour, thing.ink[:, None, None], lines * np.float32(0.85))
     rim = 0.035 * size  # the bevel: the border is as steep as a pillow's, the middle is flat
     height = np.minimum(np.maximum(distance, -1), np.float32(rim))
     slope = np.float32(_LIGHT[0]) * cv2.Sobel(height, -1, 1, 0) + np.float32(_LIGHT[1]) * cv2.Sobel(
         height, -1, 0, 1
     )
-    colour *= (1 - np.float32(0.028) * slope)[..., None]
+    colour *= 1 - np.float32(0.028) * slope
     _lay(picture, colour, alpha)
     return alpha
 
@@ -281,8 +285,8 @@ def _lay_thing(picture: Array, thing: Thing, pose: Pose) -> Array:
 def compose(size: int, things: list[tuple[Thing, Pose]], ground: Ground, pan: tuple[float, float], rng: Rng):
     """(picture [s, s, 3], mask [s, s]), uint8: the ground, the things in order, light and noise over all.
 
-    The mask holds 1 for the first thing, 2 for the second, ...; what is nearer hides what is behind. `pan` moves the
-    ground (in sides) under the things; `rng` gives the noise.
+    The mask holds 1 for the first thing, 2 for the second, ...; what is nearer hides what is behind. `pan`
+    moves the ground (in sides) under the things; `rng` gives the noise.
     """
     x, y = _plane(size)
     picture = _paint(ground.texture, x - np.float32(pan[0]), y - np.float32(pan[1]))
@@ -307,7 +311,8 @@ def compose(size: int, things: list[tuple[Thing, Pose]], ground: Ground, pan: tu
             mask[window][alpha > 0.5] = 0
     angle, strength = ground.light
     lamp = 1 + np.float32(strength) * (np.float32(math.cos(angle)) * x + np.float32(math.sin(angle)) * y)
-    picture *= lamp[..., None]
+    picture *= lamp
     if ground.grain > 0:
         picture += rng.standard_normal(picture.shape, np.float32) * np.float32(ground.grain)
-    return np.clip(picture + np.float32(0.5), 0, 255).astype(np.uint8), mask
+    picture += np.float32(0.5)
+    return np.clip(picture, 0, 255).astype(np.uint8).transpose(1, 2, 0).copy(), mask

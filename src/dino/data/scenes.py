@@ -1,9 +1,9 @@
-"""The embedded data set: pictures that the package draws itself, with classes, masks, videos and edited copies.
+"""The embedded data set: pictures that the package draws itself, with classes, masks, videos, edited copies.
 
-A picture shows a thing on a ground. The class is the shape of the thing (`KINDS`), at any place, turn and size;
-colours, textures, light and clutter come from the same distributions whatever the class, and every kind covers the same
-area, so that neither raw pixels nor colours tell the class. Picture i is a pure function of (the settings, i): any
-number, in any order, in any process.
+A picture shows a thing on a ground. The class is the shape of the thing (`KINDS`), at any place, turn and
+size; colours, textures, light and clutter come from the same distributions whatever the class, and every kind
+covers the same area, so that neither raw pixels nor colours tell the class. Picture i is a pure function of
+(the settings, i): any number, in any order, in any process.
 
     Scenes(count=2000).open()                      2000 pictures to train on
     Scenes(count=500, part="val").open()           500 others of the same kind
@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from dino.data import edits
 from dino.data.painting import (
@@ -38,14 +37,14 @@ from dino.data.pictures import Pictures
 from dino.data.shapes import KINDS
 from dino.errors import UserError
 
-Image = NDArray[np.uint8]
+Image = np.ndarray  # uint8 [h, w, 3] RGB; a mask is uint8 [h, w]
 
 PARTS = ("train", "val", "test")
 _LOOK, _SCENE, _NOISE, _VIDEO, _COPIES = range(5)  # independent streams of random numbers for one picture
 
 
 class Scene(NamedTuple):
-    """Everything a picture is drawn from: the things with their poses, the first one farthest away, and the ground."""
+    """Everything a picture is drawn from: the things with their poses, the nearest last, and the ground."""
 
     things: list[tuple[Thing, Pose]]
     ground: Ground
@@ -72,7 +71,7 @@ class Scenes:
     """another seed, other pictures"""
     part: Literal["train", "val", "test"] = "train"
     """which pictures of the seed: the parts share none"""
-    turn: float = 40.0
+    turn: float = 60.0
     """a thing is turned by at most this many degrees either way; 180 is any direction"""
     texture: float = 0.7
     """how strong the textures on things and ground are: 0 plain colours, 1 strong"""
@@ -98,7 +97,7 @@ class Scenes:
                 f"scenes: part must be one of {', '.join(PARTS)}, got {self.part!r}; choose one of them."
             )
 
-    # -- what a picture is drawn from --------------------------------------------------------------------------------
+    # What a picture is drawn from
 
     def _rng(self, i: int, stream: int, *more: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, PARTS.index(self.part), int(i), stream, *more])
@@ -108,12 +107,12 @@ class Scenes:
         return int(i) % self.classes
 
     def scene(self, i: int, view: int = 0) -> Scene:
-        """What picture i shows. Another `view` keeps the thing and its paint, and changes pose, ground and light."""
+        """What picture i shows. Another `view` keeps the thing and its paint; pose, ground, light change."""
         thing, mine, behind = self._look(i)
         rng = self._rng(i, _SCENE, view)
         if view:
             behind = draw_colours(rng, beside=mine)[1]
-        pose = self._pose(rng, thing, float(rng.uniform(0.34, 0.48)))
+        pose = self._pose(rng, thing, float(rng.uniform(0.32, 0.5)))
         things = [(thing, pose)]
         if rng.random() < self.company:
             small = draw_thing(rng, thing.kind, mine, self.texture)
@@ -131,34 +130,49 @@ class Scenes:
         return math.radians(rng.uniform(-self.turn, self.turn))
 
     def _pose(self, rng: np.random.Generator, thing: Thing, size: float) -> Pose:
-        room = max(0.54 - reach(thing) * size, 0.05)
+        room = max(0.58 - reach(thing) * size, 0.12)
         x, y = rng.uniform(-room, room, 2)
         return Pose(float(x), float(y), self._turn(rng), size)
 
     def _ground(self, rng: np.random.Generator, behind: Colour, mine: Colour, pose: Pose) -> Ground:
+        """Sheets that reach far across the picture, then bars and balls; one may stand before the thing."""
         pieces = []
-        in_front = self.clutter > 0 and rng.random() < 0.25
-        for k in range(int(rng.integers(self.clutter + 1)) + in_front):
-            front = in_front and k == 0
-            light, chroma, hue = behind if rng.random() < 0.7 else mine
-            colour = (
-                float(np.clip(light + rng.normal(0, 0.1), 0.2, 0.95)),
-                chroma,
-                hue + float(rng.normal(0, 0.5)),
-            )
-            where = (pose.x, pose.y) + rng.normal(0, 0.25, 2) if front else rng.uniform(-0.5, 0.5, 2)
-            slim = float(rng.uniform(0.08, 0.14)) if front else float(np.exp(rng.uniform(np.log(0.1), 0)))
-            size = float(rng.uniform(0.08, 0.12) if front else rng.uniform(0.08, 0.24))
-            place = Pose(float(where[0]), float(where[1]), float(rng.uniform(0, np.pi)), size)
-            pieces.append(Piece(place, slim, draw_texture(rng, colour, self.texture), front))
+        if self.clutter:
+            for _ in range(int(rng.integers(1, 3))):
+                x, y = rng.uniform(-0.6, 0.6, 2)
+                pieces.append(
+                    self._piece(rng, behind, x, y, size=rng.uniform(0.4, 0.7), slim=rng.uniform(0.3, 0.9))
+                )
+        for _ in range(int(rng.integers(self.clutter + 1))):
+            x, y = rng.uniform(-0.5, 0.5, 2)
+            colour = behind if rng.random() < 0.6 else mine
+            slim = math.exp(rng.uniform(math.log(0.1), 0))
+            pieces.append(self._piece(rng, colour, x, y, size=rng.uniform(0.08, 0.24), slim=slim))
+        if self.clutter and rng.random() < 0.25:
+            x, y = rng.normal((pose.x, pose.y), 0.25)
+            size, slim = rng.uniform(0.08, 0.12), rng.uniform(0.08, 0.14)
+            pieces.append(self._piece(rng, behind, x, y, size=size, slim=slim, before=True))
         return Ground(
             texture=draw_texture(rng, behind, self.texture),
-            light=(float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(0, 0.5))),
+            light=(float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(0, 0.7))),
             clutter=tuple(pieces),
             grain=self.noise * float(rng.random()),
         )
 
-    # -- pictures, masks, videos, copies -----------------------------------------------------------------------------
+    def _piece(
+        self, rng: np.random.Generator, near: Colour, x: float, y: float, *, size, slim, before: bool = False
+    ) -> Piece:
+        """Clutter in a colour that lies around `near`."""
+        light, chroma, hue = near
+        colour = (
+            float(np.clip(light + rng.normal(0, 0.1), 0.2, 0.95)),
+            chroma,
+            hue + float(rng.normal(0, 0.5)),
+        )
+        pose = Pose(float(x), float(y), float(rng.uniform(0, np.pi)), float(size))
+        return Piece(pose, float(slim), draw_texture(rng, colour, self.texture), before)
+
+    # Pictures, masks, videos, copies
 
     def draw(self, i: int, view: int = 0) -> tuple[Image, Image]:
         """(picture [s, s, 3] RGB, mask [s, s]), uint8."""
@@ -174,22 +188,23 @@ class Scenes:
         return self.draw(i)[1]
 
     def instance(self, i: int, view: int) -> Image:
-        """The very thing of picture i (variant, paint) elsewhere: `view` 0 is picture i itself. For retrieval."""
+        """The very thing of picture i elsewhere, for retrieval: `view` 0 is picture i itself."""
         return self.draw(i, view)[0]
 
     def copies(self, i: int) -> dict[str, Image]:
         """Edited copies of picture i by the edit's name, for copy detection; see `edits.copies`."""
-        page = replace(self, part=PARTS[(PARTS.index(self.part) + 1) % len(PARTS)]).read(
-            i + 1
-        )  # in no set with i
+        elsewhere = PARTS[(PARTS.index(self.part) + 1) % len(PARTS)]  # so that the page is in no set with i
+        page = replace(self, part=elsewhere).read(i + 1)
         return edits.copies(self.read(i), self._rng(i, _COPIES), into=page)
 
     def video(self, i: int, frames: int = 24) -> Video:
-        """A short film of picture i's thing, every second one with another thing that crosses before it.
+        """A short film of picture i's thing; for odd i, another thing moves before it.
 
-        The things move, turn and breathe along smooth curves, the ground drifts behind them; the length of the film
-        changes the speed, not the path.
+        The things move, turn and breathe along smooth curves, the ground drifts behind them; more frames make
+        the film slower, not the path longer.
         """
+        if frames < 1:
+            raise UserError(f"scenes: a video needs at least one frame, got frames={frames}.")
         rng = self._rng(i, _VIDEO)
         thing, mine, _ = self._look(i)
         things, paths = [thing], [_Path.drawn(rng, float(rng.uniform(0.3, 0.4)), self.turn)]
@@ -199,18 +214,16 @@ class Scenes:
             paths.append(_Path.drawn(rng, float(rng.uniform(0.2, 0.26)), self.turn))
         ground, drift = self.scene(i).ground, rng.normal(0, 0.15, 2)
         drawn = []
-        for time in np.linspace(-0.5, 0.5, frames) if frames > 1 else np.zeros(frames):
+        for time in np.linspace(-0.5, 0.5, frames):
             placed = [(thing, path.at(time)) for thing, path in zip(things, paths, strict=True)]
             pan = (float(drift[0] * time), float(drift[1] * time))
             drawn.append(compose(self.size, placed, ground, pan, rng))
-        if not drawn:
-            raise UserError(f"scenes: a video needs at least one frame, got frames={frames}.")
         pictures, masks = zip(*drawn, strict=True)
         return Video(np.stack(pictures), np.stack(masks))
 
-    # -- as a source of pictures, and as files -----------------------------------------------------------------------
+    # As a source of pictures, and as files
 
-    def open(self, progress: object = None) -> Pictures:
+    def open(self, progress: object = None) -> "DrawnPictures":
         """The pictures as training and evaluation take them."""
         return DrawnPictures(self)
 
@@ -218,8 +231,9 @@ class Scenes:
         return f"{KINDS[self.label(i)]}/{self.part}-{self.seed}-{i:06d}.png"
 
     def write(self, folder: str | Path, masks: str | Path | None = None) -> None:
-        """All pictures as PNG files in class folders, folder/star/train-0-000000.png; their masks, under the same names,
-        in another folder, so that nobody trains on masks."""
+        """All pictures as PNG files in class folders: folder/star/train-0-000000.png.
+
+        Their masks, under the same names, go to a folder outside, so that nobody trains on masks."""
         if masks is not None and Path(folder).resolve() in (
             Path(masks).resolve(),
             *Path(masks).resolve().parents,

@@ -1,7 +1,7 @@
 """The kinds of things that `scenes` draws: each a silhouette and the lines inside it.
 
-A shape is kept as a signed distance to its border (positive inside) and a map of its inner lines. A distance turns,
-scales and shades smoothly, so that one small stencil serves every pose and every picture size.
+A shape is kept as a signed distance to its border (positive inside) and a map of its inner lines. A distance
+turns, scales and shades smoothly, so that one small stencil serves every pose and every picture size.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,9 +9,8 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = np.ndarray
 Rng = np.random.Generator
 
 SIDE = 256  # pixels of a stencil at its finest level
@@ -27,7 +26,7 @@ class _Sheet:
         self.body = np.zeros((side, side), np.uint8)
         self.lines = np.zeros((side, side), np.uint8)
 
-    def _pixels(self, points: Array | Sequence[Sequence[float]]) -> NDArray[np.int32]:
+    def _pixels(self, points: Array | Sequence[Sequence[float]]) -> Array:
         half = SIDE * _SUPER / 2
         xy = np.asarray(points, np.float64) * [0.9 * half, -0.9 * half] + half
         return np.rint(xy).astype(np.int32)
@@ -192,10 +191,10 @@ KINDS = tuple(_DRAW)
 
 @lru_cache(maxsize=len(KINDS) * VARIANTS * 4)
 def stencil(kind: str, variant: int, level: int = 0) -> tuple[Array, float]:
-    """([s, s, 2], area): the signed distance to the border in stencil pixels and the inner lines (0..1), s = SIDE / 2^level.
+    """([s, s, 2], area), s = SIDE / 2^level: the distance to the border in stencil pixels, the lines (0..1).
 
-    `area` is the square root of the silhouette's area in stencil pixels: a pose that divides by it makes every kind
-    cover the same number of pixels, so that the amount of object colour does not tell the kind.
+    `area` is the square root of the silhouette's area in stencil pixels: a pose that divides by it makes
+    every kind cover the same number of pixels, so that the amount of object colour does not tell the kind.
     """
     if level:
         fine, area = stencil(kind, variant, level - 1)
