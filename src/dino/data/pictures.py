@@ -1,12 +1,13 @@
 """The contract that every source of images meets: names, labels, sizes, and `read(i)`, and nothing else.
 
-Training, evaluation and embedding see `Pictures` only; a folder, the drawn scenes and a benchmark's files are the same
-to them. A source reads in any process (it is pickled to the workers), and read(i) is a pure function of i.
+Training, evaluation and embedding see `Pictures` only; a folder, the drawn scenes and a benchmark's files are
+the same to them. A source reads in any process (it is pickled to the workers), and read(i) is a function of i.
 """
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -62,19 +63,24 @@ class Pictures(ABC):
 
     @abstractmethod
     def read(self, index: int) -> np.ndarray:
-        """Picture `index` as uint8 [height, width, 3] RGB; raises BadImage where it cannot be read (any more)."""
+        """Picture `index` as uint8 [height, width, 3] RGB; raises BadImage where it cannot be read."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
     def short_side(self) -> int:
-        """The median of the pictures' shorter sides, in pixels: what the plan chooses the crops' sizes from."""
+        """The median of the pictures' shorter sides, in pixels: the plan chooses the crops' sizes by it."""
         return int(np.median(self.sizes.min(axis=1))) if len(self) else 0
 
     @property
+    def nbytes(self) -> int:
+        """The memory that all pictures take once decoded."""
+        return int(3 * self.sizes.prod(axis=1).sum())
+
+    @property
     def fingerprint(self) -> str:
-        """16 hex digits over names, sizes and labels: equal when resuming sees the same pictures in the same order."""
+        """16 hex digits over names, sizes and labels: equal where the same pictures come in the same order."""
         digest = hashlib.sha256()
         for name in self.names:
             digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
@@ -87,9 +93,13 @@ class Pictures(ABC):
         """These pictures alone, in this order, with the same classes."""
         return _Subset(self, np.asarray(indices, dtype=np.int64))
 
+    def in_memory(self, threads: int = 2, progress: Callable[[int, int], None] | None = None) -> "Pictures":
+        """The same pictures, each decoded once, now, into one block of `nbytes`. Forked workers share the block."""
+        return _InMemory(self, threads, progress)
+
     def split(self, fraction: float, seed: int) -> tuple["Pictures", "Pictures"]:
-        """(the rest, a held-back part), disjoint: round(fraction n) pictures of every class that has n, at least one
-        where n > 1. Pictures without a label are never held back unless no picture has one."""
+        """(the rest, a held-back part), disjoint: round(fraction n) pictures of every class that has n, at least
+        one where n > 1. Pictures without a label are never held back unless no picture has one."""
         if not 0 < fraction < 1:
             raise ValueError(f"a fraction in (0, 1) is held back, got {fraction}")
         groups = np.zeros(len(self), dtype=np.int64) if self.labels is None else self.labels
@@ -116,3 +126,39 @@ class _Subset(Pictures):
 
     def read(self, index: int) -> np.ndarray:
         return self.source.read(int(self.indices[index]))
+
+
+class _InMemory(Pictures):
+    def __init__(self, source: Pictures, threads: int, progress: Callable[[int, int], None] | None) -> None:
+        super().__init__(
+            names=source.names,
+            sizes=source.sizes,
+            labels=source.labels,
+            classes=source.classes,
+            skipped=source.skipped,
+        )
+        self.starts = np.concatenate([[0], 3 * self.sizes.prod(axis=1).cumsum()])
+        self.block = np.empty(self.starts[-1], dtype=np.uint8)
+        self.bad: dict[int, BadImage] = {}
+        with ThreadPoolExecutor(threads) as pool:  # decoding releases the interpreter's lock
+            for done, _ in enumerate(pool.map(lambda index: self._fill(source, index), range(len(self))), 1):
+                if progress is not None:
+                    progress(done, len(self))
+
+    def _fill(self, source: Pictures, index: int) -> None:
+        try:
+            picture = source.read(index)
+            if picture.shape[1::-1] != tuple(self.sizes[index]):
+                raise BadImage(self.names[index], f"is {picture.shape[1::-1]} now, was {self.sizes[index]}")
+            self._cell(index)[:] = picture
+        except BadImage as bad:
+            self.bad[index] = bad
+
+    def _cell(self, index: int) -> np.ndarray:
+        width, height = self.sizes[index]
+        return self.block[self.starts[index] : self.starts[index + 1]].reshape(height, width, 3)
+
+    def read(self, index: int) -> np.ndarray:
+        if index in self.bad:
+            raise self.bad[index]
+        return self._cell(index)
