@@ -1,4 +1,4 @@
-"""Saving and loading: written to the side and renamed, so that a file is whole or is not there; never any code.
+"""Saving and loading: written to the side and renamed, so that a file is whole or not there; never any code.
 
 A checkpoint is a dict of plain data and tensors (the keys of `Saved`), read with weights_only.
 """
@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
@@ -35,7 +36,7 @@ class Saved(TypedDict):
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Calls `write` with a file beside `path`, then renames it: at any moment `path` is the old file or the new one.
+    """Calls `write` with a file beside `path`, then renames it: `path` is always the old or the new one.
 
     A full disk, or a folder that may not be written, is a UserError; the old file stays.
     """
@@ -54,40 +55,65 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
         os.replace(aside, path)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}.{_advice(error)}") from error
-    except RuntimeError as error:  # torch's writer reports a full disk so
-        if "write" not in str(error).lower():
+    except RuntimeError as error:
+        if (disk := _behind(error)) is None:
             raise
-        raise UserError(f"Cannot write {path}: the disk seems to be full. The last good file is kept.") from error
+        raise UserError(f"Cannot write {path}: {disk.strerror or disk}.{_advice(disk)}") from error
     finally:
         aside.unlink(missing_ok=True)
     return path
 
 
 def write_json(path: Path, data: Any) -> Path:
-    return write_whole(path, lambda aside: aside.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n"))
+    return write_whole(
+        path, lambda aside: aside.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    )
 
 
 def save(path: Path, saved: Saved) -> Path:
-    return write_whole(path, lambda aside: torch.save(dict(saved), aside))
+    def write(aside: Path) -> None:
+        with aside.open("wb") as file:  # given a path, torch keeps a failed file open, and its space taken
+            torch.save(dict(saved), file)
+
+    return write_whole(path, write)
 
 
 def load(path: Path) -> Saved:
-    """A checkpoint of this project on the CPU; runs no code from the file. Raises UserError where it is none."""
+    """A checkpoint of this project on the CPU; runs no code from the file. UserError where it is none."""
     if not path.is_file():
         raise UserError(f"No checkpoint at {path}. A run keeps its newest in RUN/checkpoints/last.pt.")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old formats; what matters is whether it reads
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes of any origin make the reader stumble in any way
+        raise UserError(f"{path} is not a readable checkpoint: {_trouble(error)}") from error
     missing = [key for key in Saved.__annotations__ if not isinstance(saved, dict) or key not in saved]
     if missing:
         raise UserError(f"{path} is not a training checkpoint of dino: it lacks {', '.join(missing)}.")
-    return saved
+    return saved  # pyright: ignore[reportReturnType]
+
+
+def _trouble(error: Exception) -> str:
+    """Why a file could not be read. torch's own words for a foreign pickle end in advice to trust it."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is cut short, no file of torch, or holds more than tensors and plain data."
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _behind(error: BaseException) -> OSError | None:
+    """The failed write that torch's writer stumbled over; it then raises a RuntimeError of its own."""
+    context = error.__context__
+    while context is not None and not isinstance(context, OSError):
+        context = context.__context__
+    return context
 
 
 def _advice(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
-        return " The disk is full: free some space and run the same command again. The last good file is kept."
+        return (
+            " The disk is full: free some space and run the same command again. The last good file is kept."
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return " Choose a folder that may be written, with --out."
     return ""

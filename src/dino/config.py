@@ -1,7 +1,7 @@
 """Settings are values: frozen dataclasses, edited by copy, written to JSON and read back by their types.
 
-Reading never imports by name: `from_dict(Run, data)` walks Run's own type hints, so a file from a stranger can
-only ever become one of the types that Run already names.
+Reading never imports by name: `from_dict(Run, data)` walks Run's own type hints, so a file from a stranger
+can only ever become one of the types that Run already names.
 """
 
 import dataclasses
@@ -21,12 +21,16 @@ def edit(value: T, **changes: Any) -> T:
 
     >>> edit(run, views=dict(local=0), seed=1)
     """
-    assert dataclasses.is_dataclass(value) and not isinstance(value, type)
+    assert dataclasses.is_dataclass(value)
+    assert not isinstance(value, type)
     known = {field.name for field in dataclasses.fields(value)}
     resolved = {}
     for name, change in changes.items():
         if name not in known:
-            raise UserError(f"{type(value).__name__} has no field {name!r}{nearest(name, known)}\nFields: {', '.join(sorted(known))}.")
+            raise UserError(
+                f"{type(value).__name__} has no field {name!r}{nearest(name, known)}\n"
+                f"Fields: {', '.join(sorted(known))}."
+            )
         old = getattr(value, name)
         nested = isinstance(change, Mapping) and dataclasses.is_dataclass(old) and not isinstance(old, type)
         resolved[name] = edit(old, **change) if nested else change
@@ -34,7 +38,7 @@ def edit(value: T, **changes: Any) -> T:
 
 
 def to_dict(value: Any) -> Any:
-    """Plain JSON data of a settings value; each dataclass says its `type`, so that unions can be read back."""
+    """Plain JSON data of a settings value; each dataclass says its `type`, so that unions read back."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"type": type(value).__name__, **fields}
@@ -62,7 +66,9 @@ def from_dict(kind: Any, data: Any, where: str = "") -> Any:
         kinds = [inner[0]] * len(data) if len(inner) == 2 and inner[1] is Ellipsis else list(inner)
         if len(kinds) != len(data):
             raise UserError(f"{where}: expected {len(kinds)} values, got {len(data)}: {data!r}.")
-        return tuple(from_dict(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, data, strict=True)))
+        return tuple(
+            from_dict(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, data, strict=True))
+        )
     if origin is typing.Literal:
         options = typing.get_args(kind)
         if data not in options:
@@ -72,8 +78,8 @@ def from_dict(kind: Any, data: Any, where: str = "") -> Any:
         return _from_mapping(kind, data, where)
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
-    if kind is Any or isinstance(data, origin or kind):
-        return data
+    if kind is Any or (isinstance(data, origin or kind) and (kind is bool or not isinstance(data, bool))):
+        return data  # a bool is an int to Python, and a slip to everybody else
     raise UserError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {data!r}.")
 
 
@@ -92,6 +98,12 @@ def _from_mapping(kind: Any, data: Any, where: str) -> Any:
     for name in given:
         if name not in hints:
             raise UserError(f"{where} has no field {name!r}{nearest(name, hints)}")
+    for field in dataclasses.fields(kind):
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and field.name not in given:
+            raise UserError(
+                f"{where}: expected the field {field.name!r}, which has no default; got {data!r}."
+            )
     return kind(**{name: from_dict(hints[name], item, f"{where}.{name}") for name, item in given.items()})
 
 
@@ -99,10 +111,14 @@ def _from_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
     if data is None and types.NoneType in options:
         return None
     if isinstance(data, Mapping):
-        named = {option.__name__: option for option in options if dataclasses.is_dataclass(option)}
+        named = {
+            getattr(option, "__name__", ""): option for option in options if dataclasses.is_dataclass(option)
+        }
         tag = data.get("type", "")
-        if tag not in named:
-            raise UserError(f"{where}: expected one of {', '.join(named)}, got {tag!r}{nearest(tag, named)}")
+        if not isinstance(tag, str) or tag not in named:
+            raise UserError(
+                f"{where}: expected one of {', '.join(named)}, got {tag!r}{nearest(str(tag), named)}"
+            )
         return from_dict(named[tag], data, where)
     failures = []
     for option in options:
