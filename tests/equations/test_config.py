@@ -1,0 +1,221 @@
+"""Settings as values: edited by copy, written as JSON, read back by types and never by a name in the file."""
+
+import json
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+import pytest
+
+from dino.config import edit, from_dict, to_dict
+from dino.errors import UserError
+from dino.schedules import Constant, Cosine, EpochRamp, Schedule, Warmup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cat:
+    lives: int = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dog:
+    name: str = "Rex"
+    tail: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class House:
+    pet: Cat | Dog = field(default_factory=Cat)
+    rooms: tuple[int, ...] = (1, 2)
+    size: tuple[float, float] = (3.0, 4.0)
+    heating: Literal["gas", "wood"] = "gas"
+    price: float = 1.5
+    sold: bool = False
+    notes: tuple[tuple[str, str], ...] = ()
+    garden: Cat | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Street:
+    first: House = field(default_factory=House)
+    second: House = field(default_factory=House)
+    curve: Schedule = Constant(1.0)  # noqa: RUF009
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strict:
+    needed: int
+
+
+# -- edit ---------------------------------------------------------------------------------------------------
+
+
+def test_edit_copies_and_reaches_into_nested_values() -> None:
+    street = Street()
+    changed = edit(street, second=dict(price=2.0, pet=dict(lives=7)))
+    assert changed == Street(second=House(price=2.0, pet=Cat(lives=7)))
+    assert street == Street()
+
+
+def test_edit_can_exchange_a_whole_value() -> None:
+    assert edit(House(), pet=Dog(name="Ada")).pet == Dog(name="Ada")
+    assert edit(House(), garden=Cat()).garden == Cat()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(prise=2.0), ["House has no field 'prise'", "did you mean 'price'", "rooms"]),
+        (dict(pet=dict(live=2)), ["Cat has no field 'live'", "did you mean 'lives'"]),
+        (dict(zzz=1), ["House has no field 'zzz'", "heating"]),
+    ],
+)
+def test_edit_names_what_it_does_not_know(change: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        edit(House(), **change)
+    for words in said:
+        assert words in str(caught.value)
+
+
+# -- there and back -----------------------------------------------------------------------------------------
+
+
+def back(kind: Any, value: Any) -> Any:
+    return from_dict(kind, json.loads(json.dumps(to_dict(value))))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Street(),
+        Street(
+            first=House(pet=Dog(tail=1.0), rooms=(), garden=Cat(lives=1)), curve=Warmup(1.5, Cosine(1.0, 0.5))
+        ),
+        Street(curve=EpochRamp(0.04, 0.07, 30)),
+        Street(first=House(notes=(("a", "1"), ("b", "2")), heating="wood", sold=True)),
+    ],
+)
+def test_to_dict_and_back_through_json(value: Street) -> None:
+    assert back(Street, value) == value
+
+
+def test_a_tuple_comes_back_as_a_tuple_and_an_integer_price_as_a_float() -> None:
+    house = back(House, House(rooms=(3,), price=2))
+    assert house.rooms == (3,)
+    assert isinstance(house.rooms, tuple)
+    assert isinstance(house.price, float)
+
+
+def test_missing_fields_keep_their_defaults() -> None:
+    assert from_dict(House, {}) == House()
+    assert from_dict(Street, {"second": {"price": 2.0}}) == Street(second=House(price=2.0))
+
+
+# -- refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "said"),
+    [
+        (House, {"prise": 1}, ["House has no field 'prise'", "did you mean 'price'"]),
+        (
+            Street,
+            {"first": {"pet": {"type": "Cat", "live": 1}}},
+            ["Street.first.pet has no field 'live'", "'lives'"],
+        ),
+        (House, {"rooms": 3}, ["House.rooms", "expected a list", "3"]),
+        (House, {"rooms": [1, "two"]}, ["House.rooms[1]", "expected int", "'two'"]),
+        (House, {"rooms": [1.5]}, ["House.rooms[0]", "expected int", "1.5"]),
+        (House, {"size": [1.0]}, ["House.size", "expected 2 values", "1"]),
+        (House, {"heating": "coal"}, ["House.heating", "'gas', 'wood'", "'coal'"]),
+        (House, {"heating": ["gas"]}, ["House.heating", "'gas', 'wood'"]),
+        (House, {"price": "cheap"}, ["House.price", "expected float", "'cheap'"]),
+        (House, {"price": True}, ["House.price", "expected float", "True"]),
+        (House, {"price": None}, ["House.price", "expected float", "None"]),
+        (House, {"sold": 1}, ["House.sold", "expected bool", "1"]),
+        (House, {"pet": 3}, ["House.pet", "3"]),
+        (House, {"pet": {"type": "Cat", "lives": True}}, ["House.pet.lives", "expected int", "True"]),
+        (House, {"pet": {"type": "Kat"}}, ["House.pet", "Cat, Dog", "'Kat'", "did you mean 'Cat'"]),
+        (House, {"pet": {"lives": 3}}, ["House.pet", "Cat, Dog"]),
+        (House, {"type": "Cat"}, ["House", "Cat"]),
+        (House, [1], ["House", "[1]"]),
+        (Street, {"first": "here"}, ["Street.first", "'here'"]),
+        (Street, {"curve": {"type": "Cosine", "start": 1.0}}, ["Street.curve", "stop"]),
+        (Strict, {}, ["Strict", "needed"]),
+    ],
+)
+def test_wrong_data_is_refused_with_its_place(kind: Any, data: Any, said: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        from_dict(kind, data)
+    for words in said:
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    ["os.system", "subprocess.Popen", "Popen", "builtins.eval", "House", "", None, 3, ["Cat"], {"a": 1}],
+)
+def test_a_type_name_is_looked_up_among_the_expected_types_alone(tag: Any) -> None:
+    with pytest.raises(UserError, match=r"House\.pet"):
+        from_dict(House, {"pet": {"type": tag, "args": "touch owned"}})
+    with pytest.raises(UserError):
+        from_dict(House, {"type": tag} if tag != "House" else {"type": "Dog"})
+
+
+# -- the settings of the project ----------------------------------------------------------------------------
+
+
+def other(value: Any) -> Any:
+    """Another value of the same type, so that no field can come back by its default."""
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case float():
+            return value * 0.75 + 0.125
+        case _:
+            return value
+
+
+def test_a_whole_run_and_every_choice_inside_it_survive_json() -> None:
+    from dino.data.folder import Folder
+
+    from dino.data.scenes import Scenes
+    from dino.models.timm import Timm
+    from dino.models.vit import ViT
+    from dino.train import Run
+
+    runs = [
+        Run(data=data, backbone=backbone)
+        for data in (Folder(path="some photos/ü"), Scenes(count=50, size=32, seed=3))
+        for backbone in (
+            ViT(size="tiny", patch=8, registers=4, width=48, heads=3, depth=2),
+            Timm(name="resnet18"),
+        )
+    ]
+    default = Run()
+    for name in (f.name for f in fields(default)):
+        old = getattr(default, name)
+        for inner in (f.name for f in fields(old)) if is_dataclass(old) else ():
+            value = getattr(old, inner)
+            try:
+                runs.append(edit(default, **{name: {inner: other(value)}}))
+            except UserError:  # a field whose neighbours forbid the other value
+                continue
+        runs.append(edit(default, **{name: other(old)}))
+    assert len(runs) > 40
+    for run in runs:
+        assert back(Run, run) == run
+
+
+def test_a_run_is_not_read_from_settings_that_cannot_be() -> None:
+    from dino.train import Run
+
+    for wrong in (
+        {"optim": {"epochs": 0}},
+        {"method": {"out_dim": 1}},
+        {"workers": "two"},
+        {"presicion": "float32"},
+    ):
+        with pytest.raises(UserError):
+            from_dict(Run, wrong)

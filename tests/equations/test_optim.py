@@ -1,0 +1,259 @@
+"""Optimizers, groups and clipping against loops over single numbers."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dino.errors import UserError
+from dino.optim import LARS, Optim, clip_grad_norms_, group_of, parameter_groups, set_hyper
+from dino.schedules import Clock
+
+
+class Odd(nn.Module):
+    """One of each kind of parameter that the rule for groups tells apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape, generator=generator))
+
+        self.pos_embed = parameter(1, 3, 4)
+        self.linear = nn.Linear(4, 2)
+        self.norm = nn.LayerNorm(4)
+        self.conv = nn.Conv2d(3, 2, 2)
+        self.weight_g = nn.Parameter(torch.ones(5, 1), requires_grad=False)
+        self.weight_v = parameter(5, 2)
+        self.table = nn.ParameterDict({"bias": parameter(2, 2)})
+
+
+def put_gradients(module: nn.Module, step: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+
+
+def copies(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def norm(tensor: Tensor) -> float:
+    return math.sqrt(sum(value**2 for value in tensor.flatten().tolist()))
+
+
+def test_groups_follow_the_published_rule() -> None:
+    groups = {name: group_of(name, parameter) for name, parameter in Odd().named_parameters()}
+    assert groups == {
+        "pos_embed": "decayed",  # more than 1-d, though no weight of a layer
+        "linear.weight": "decayed",
+        "linear.bias": "not_decayed",
+        "norm.weight": "not_decayed",
+        "norm.bias": "not_decayed",
+        "conv.weight": "decayed",
+        "conv.bias": "not_decayed",
+        "weight_g": "frozen",
+        "weight_v": "decayed",
+        "table.bias": "not_decayed",  # the name alone is enough
+    }
+
+
+def test_a_free_weight_g_is_decayed() -> None:
+    module = Odd()
+    module.weight_g.requires_grad_(True)
+    assert group_of("weight_g", module.weight_g) == "decayed"
+
+
+def test_the_groups_hold_every_moving_parameter_once() -> None:
+    module = Odd()
+    groups = parameter_groups(module)
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+
+
+def test_weight_decay_reaches_the_decayed_group_alone() -> None:
+    """Gradients of zero: AdamW then moves a parameter by its decay and nothing else, p (1 - lr * decay)."""
+    module = Odd()
+    optimizer = Optim(algorithm="adamw").build(module)
+    before = copies(module)
+    put_gradients(module, 0, scale=0.0)
+    set_hyper(optimizer, lr=0.1, weight_decay=0.4)
+    optimizer.step()
+    for name, parameter in module.named_parameters():
+        kept = 1 - 0.1 * 0.4 if group_of(name, parameter) == "decayed" else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * kept, msg=name)
+
+
+def test_no_step_is_taken_before_set_hyper() -> None:
+    for algorithm in ("adamw", "sgd", "lars"):
+        module = Odd()
+        before = copies(module)
+        optimizer = Optim(algorithm=algorithm).build(module)
+        put_gradients(module, 0)
+        optimizer.step()
+        assert all(torch.equal(p, before[name]) for name, p in module.named_parameters()), algorithm
+
+
+def adamw_by_hand(p: float, grads: list[float], lrs: list[float], decays: list[float]) -> float:
+    first = second = 0.0
+    for t, (g, lr, decay) in enumerate(zip(grads, lrs, decays, strict=True), start=1):
+        p *= 1 - lr * decay
+        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
+        p -= lr * (first / (1 - 0.9**t)) / (math.sqrt(second / (1 - 0.999**t)) + 1e-8)
+    return p
+
+
+def sgd_by_hand(p: float, grads: list[float], lrs: list[float], decays: list[float]) -> float:
+    mu = 0.0
+    for g, lr, decay in zip(grads, lrs, decays, strict=True):
+        mu = 0.9 * mu + g + decay * p
+        p -= lr * mu
+    return p
+
+
+@pytest.mark.parametrize(("algorithm", "by_hand"), [("adamw", adamw_by_hand), ("sgd", sgd_by_hand)])
+def test_adamw_and_sgd_against_a_loop_over_numbers(algorithm, by_hand) -> None:
+    module, lrs, decays = Odd(), [0.1, 0.05, 0.2], [0.04, 0.3, 0.1]
+    optimizer = Optim(algorithm=algorithm).build(module)
+    before, gradients = copies(module), []
+    for step in range(3):
+        put_gradients(module, step)
+        gradients.append({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
+        set_hyper(optimizer, lr=lrs[step], weight_decay=decays[step])
+        optimizer.step()
+    for name, parameter in module.named_parameters():
+        group = group_of(name, parameter)
+        if group == "frozen":
+            assert torch.equal(parameter, before[name])
+            continue
+        used = decays if group == "decayed" else [0.0] * 3
+        expected = [
+            by_hand(value, [float(g[name].flatten()[i]) for g in gradients], lrs, used)
+            for i, value in enumerate(before[name].flatten().tolist())
+        ]
+        torch.testing.assert_close(
+            parameter.detach().flatten(), torch.tensor(expected), atol=1e-5, rtol=1e-4, msg=name
+        )
+
+
+def test_lars_against_a_loop_over_tensors() -> None:
+    module, lrs, decays = Odd(), [0.3, 0.1, 0.2], [0.0, 0.05, 0.1]
+    optimizer = Optim(algorithm="lars").build(module)
+    expected = copies(module)
+    mu = {name: torch.zeros_like(value) for name, value in expected.items()}
+    for step in range(3):
+        put_gradients(module, step)
+        for name, parameter in module.named_parameters():
+            if parameter.grad is None:
+                continue
+            change = parameter.grad.clone()
+            if parameter.ndim != 1:  # 1-d tensors: neither decay nor adaptation
+                decay = decays[step] if group_of(name, parameter) == "decayed" else 0.0
+                change = change + decay * expected[name]
+                change = change * (0.001 * norm(expected[name]) / norm(change))
+            mu[name] = 0.9 * mu[name] + change
+            expected[name] = expected[name] - lrs[step] * mu[name]
+        set_hyper(optimizer, lr=lrs[step], weight_decay=decays[step])
+        optimizer.step()
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], msg=name)
+
+
+def test_lars_moves_a_tensor_of_zeros_by_the_plain_gradient() -> None:
+    weight = nn.Parameter(torch.zeros(2, 2))
+    still = nn.Parameter(torch.ones(2, 2))
+    optimizer = LARS([{"params": [weight, still]}], lr=0.5)
+    weight.grad, still.grad = torch.ones(2, 2), torch.zeros(2, 2)
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.full((2, 2), -0.5))
+    assert torch.equal(still.detach(), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "sgd", "lars"])
+def test_a_parameter_without_a_gradient_stands_still(algorithm) -> None:
+    """The frozen last layer: not even its weight decay or old momentum may move it."""
+    module = Odd()
+    optimizer = Optim(algorithm=algorithm).build(module)
+    for step in range(3):
+        put_gradients(module, step)
+        if step == 1:
+            module.weight_v.grad = None
+            before = module.weight_v.detach().clone()
+        set_hyper(optimizer, lr=0.1, weight_decay=0.1)
+        optimizer.step()
+        if step == 1:
+            assert torch.equal(module.weight_v, before)
+    assert not torch.equal(module.weight_v, before)
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "sgd", "lars"])
+def test_an_optimizer_goes_on_from_its_saved_state_bit_for_bit(algorithm) -> None:
+    def steps(module: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for step in numbers:
+            put_gradients(module, step)
+            set_hyper(optimizer, lr=0.1, weight_decay=0.04)
+            optimizer.step()
+
+    settings, whole, half = Optim(algorithm=algorithm), Odd(), Odd()
+    half.load_state_dict(whole.state_dict())
+    steps(whole, settings.build(whole), range(4))
+    first = settings.build(half)
+    steps(half, first, range(2))
+    second = settings.build(half)
+    second.load_state_dict(first.state_dict())
+    steps(half, second, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), half.parameters(), strict=True))
+
+
+def test_each_tensor_is_clipped_by_its_own_norm() -> None:
+    module = Odd()
+    put_gradients(module, 0)
+    module.norm.weight.grad = 1e-3 * torch.ones(4)  # small: stays as it is
+    module.conv.weight.grad = None
+    module.linear.bias.grad = torch.zeros(2)
+    before = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    clip_grad_norms_(module.parameters(), 0.5)
+    clipped = 0
+    for name, parameter in module.named_parameters():
+        if name not in before:
+            assert parameter.grad is None
+            continue
+        scale = 0.5 / (norm(before[name]) + 1e-6)
+        clipped += scale < 1
+        torch.testing.assert_close(parameter.grad, before[name] * min(1.0, scale), msg=name)
+    assert clipped >= 4
+    assert torch.equal(module.norm.weight.grad, before["norm.weight"])
+
+
+def test_clip_zero_does_not_clip() -> None:
+    module = Odd()
+    put_gradients(module, 0, scale=100.0)
+    before = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    clip_grad_norms_(module.parameters(), 0.0)
+    assert all(torch.equal(p.grad, before[n]) for n, p in module.named_parameters() if p.grad is not None)
+    clip_grad_norms_([nn.Parameter(torch.ones(2))], 1.0)  # nobody has a gradient: nothing to do
+
+
+def test_schedules_scale_with_the_batch_and_end_where_they_should() -> None:
+    settings = Optim(epochs=10, batch_size=1024, lr=5e-4, min_lr=1e-6, warmup_epochs=2)
+    lr, decay = settings.lr_schedule(), settings.weight_decay_schedule()
+    values = [lr(Clock(step, 5, 10)) for step in range(51)]
+    assert values[0] == 0
+    assert max(values) == values[9] == pytest.approx(5e-4 * 4)
+    assert values[50] == pytest.approx(1e-6)
+    assert decay(Clock(0, 5, 10)) == pytest.approx(0.04)
+    assert decay(Clock(50, 5, 10)) == pytest.approx(0.4)
+    constant = Optim(weight_decay=0.1, weight_decay_end=0.1).weight_decay_schedule()
+    assert {constant(Clock(step, 5, 10)) for step in range(50)} == {0.1}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(epochs=0), dict(batch_size=0), dict(lr=-1e-3), dict(clip=float("nan")), dict(warmup_epochs=-1)],
+)
+def test_impossible_settings_are_refused_by_name(wrong) -> None:
+    with pytest.raises(UserError, match=f"optim.{next(iter(wrong))}"):
+        Optim(**wrong)

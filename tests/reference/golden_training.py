@@ -1,0 +1,201 @@
+"""The method's golden files: loss, schedules, groups, whole trajectories through the real training step."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from golden import TRAJECTORY, Check, Result, read, tensors
+
+
+def loss(path: Path) -> Result:
+    """Raw logits to loss, gradient and center, step after step."""
+    from dino.objectives import dino_loss, update_center
+    from dino.schedules import Clock, EpochRamp
+
+    data, check = read(path), Check()
+    settings = json.loads(str(data["config"]))
+    views, K = settings["n_crops"], settings["out_dim"]
+    ramp = EpochRamp(settings["warmup_teacher_temp"], settings["teacher_temp"], settings["warmup_epochs"])
+    temps = [ramp(Clock(epoch, 1, settings["epochs"])) for epoch in range(settings["epochs"])]
+    check.close("teacher_temp", np.array(temps), data["teacher_temp"])
+    center = torch.zeros(K)
+    for step in range(_count(data, "loss")):
+        student = torch.from_numpy(data[f"student/{step}"]).requires_grad_()
+        teacher = torch.from_numpy(data[f"teacher/{step}"])
+        per_view = teacher.unflatten(0, (2, -1))  # crop-major, and the two global crops come first
+        value = dino_loss(
+            student.unflatten(0, (views, -1)),
+            per_view,
+            center=center,
+            student_temp=settings["student_temp"],
+            teacher_temp=temps[step],
+        )
+        value.backward()
+        center = update_center(center, per_view.mean((0, 1)), settings["center_momentum"])
+        check.close(f"loss/{step}", value, data[f"loss/{step}"], _tolerance(data[f"loss/{step}"]))
+        check.close(f"grad/{step}", student.grad, data[f"grad/{step}"])
+        check.close(f"center_after/{step}", center[None], data[f"center_after/{step}"])
+    return check.result()
+
+
+def schedules(path: Path) -> Result:
+    from dino.schedules import Clock, Cosine, Warmup
+
+    data, check = read(path), Check()
+    cases = json.loads(str(data["cases"]))
+    check.equal("values", _count(data, "values"), len(cases))
+    for i, case in enumerate(cases):
+        cosine = Cosine(case["base_value"], case["final_value"])
+        schedule = Warmup(case.get("warmup_epochs", 0), cosine, case.get("start_warmup_value", 0.0))
+        start = Clock(0, case["niter_per_ep"], case["epochs"])
+        values = [schedule(start._replace(step=step)) for step in range(start.steps)]
+        check.close(f"values/{i}", np.array(values), data[f"values/{i}"])
+    return check.result()
+
+
+def param_groups(path: Path) -> Result:
+    """The groups of a student with the file's parameters; the file gives no shapes, groups need none."""
+    from dino.methods.dino import DINOConfig
+    from dino.models.heads import Network
+    from dino.models.vit import ViT
+    from dino.optim import group_of
+
+    expected = json.loads(path.read_text())
+    check = Check()
+    norm = any(name.startswith("head.mlp.1.") for name in expected)  # an activation has no parameters
+    vit = ViT(width=24, depth=_blocks(expected), heads=2, patch=8, image_size=16)
+    settings = DINOConfig(
+        out_dim=8,
+        head_hidden=12,
+        head_bottleneck=6,
+        head_layers=_head_layers(expected),
+        head_norm="batch" if norm else "none",
+        norm_last=expected["head.last_layer.weight_g"] == "frozen",
+    )
+    backbone = vit.build()
+    student = Network(backbone, settings.head(backbone.embed_dim))
+    check.equal("groups", {name: group_of(name, p) for name, p in student.named_parameters()}, expected)
+    return check.result()
+
+
+def trajectory(path: Path) -> Result:
+    """A whole training run, through the same Run, DINO, Optim and train_step that `dino train` uses."""
+    from dino.data.views import Batch
+    from dino.runtime import Runtime
+    from dino.schedules import Clock
+    from dino.train import State, build_method, train_step
+
+    data, check = read(path), Check()
+    settings, init = json.loads(str(data["config"])), tensors(data, "init")
+    run = _run_of(settings, init)
+    rt = Runtime(torch.device("cpu"), "float32")
+    method = build_method(run)
+    method.student.load_state_dict(init)
+    method.teacher.load_state_dict(init)
+    state = State(method, run.optim.build(method.trained), rt.scaler())
+    clock = Clock(0, settings["iters_per_epoch"], settings["epochs"])
+    check.equal("iterations", _count(data, "loss"), clock.steps)
+    model = rt.prepare(method)
+    for step in range(clock.steps):
+        views = [torch.from_numpy(data[f"view/{step}/{i}"]) for i in range(settings["n_crops"])]
+        groups = [torch.stack(views[:2])] + ([torch.stack(views[2:])] if len(views) > 2 else [])
+        metrics = train_step(state, model, rt.place(Batch(tuple(groups))), clock._replace(step=step), run, rt)
+        check.close(f"loss/{step}", metrics["loss"], data[f"loss/{step}"], TRAJECTORY)
+        _same_weights(check, f"student_after/{step}", method.student, tensors(data, f"student_after/{step}"))
+    student, teacher = tensors(data, "student_final"), tensors(data, "teacher_final")
+    check.equal("parameters without a final value", _missing(method.student, student), [])
+    check.equal("parameters without a final value", _missing(method.teacher, teacher), [])
+    _same_weights(check, "student_final", method.student, student)
+    _same_weights(check, "teacher_final", method.teacher, teacher)
+    check.close("center_final", method.center, data["center_final"].reshape(-1), TRAJECTORY)
+    return check.result()
+
+
+def _run_of(given: dict[str, Any], init: dict[str, Tensor]) -> Any:
+    """A trajectory's `config` in this project's words; what it does not name has the authors' default."""
+    from dino.config import edit
+    from dino.methods.dino import DINOConfig
+    from dino.models.vit import ViT
+    from dino.optim import Optim
+    from dino.train import Run
+
+    vit, optional = given["vit"], ("student_temp", "center_momentum")
+    method = DINOConfig(
+        **{name: given[name] for name in optional if name in given},
+        out_dim=given["out_dim"],
+        head_layers=_head_layers(init),
+        head_hidden=given["hidden_dim"],
+        head_bottleneck=given["bottleneck_dim"],
+        head_norm="batch" if "head.mlp.1.weight" in init else "none",
+        norm_last=given["norm_last_layer"],
+        warmup_teacher_temp=given["warmup_teacher_temp"],
+        teacher_temp=given["teacher_temp"],
+        warmup_teacher_temp_epochs=given["warmup_teacher_temp_epochs"],
+        momentum=given["momentum_teacher"],
+        freeze_last_layer=given["freeze_last_layer_epochs"],
+    )
+    optim = Optim(
+        algorithm=given["optimizer"],
+        epochs=given["epochs"],
+        batch_size=given["batch"],
+        lr=given["lr"]
+        * 256
+        / given["batch"],  # the file's is what the optimizer gets; ours is per 256 pictures
+        min_lr=given["min_lr"],
+        warmup_epochs=given["warmup_epochs"],
+        weight_decay=given["weight_decay"],
+        weight_decay_end=given["weight_decay_end"],
+        clip=given["clip_grad"],
+    )
+    backbone = ViT(
+        patch=vit["patch_size"],
+        image_size=vit["img_size"],
+        width=vit["embed_dim"],
+        depth=vit["depth"],
+        heads=vit["num_heads"],
+        mlp_ratio=vit.get("mlp_ratio", 4.0),
+        drop_path=vit.get("drop_path_rate", 0.0),
+    )
+    return edit(Run(backbone=backbone, method=method, optim=optim), views=dict(local=given["n_crops"] - 2))
+
+
+def _same_weights(check: Check, where: str, module: torch.nn.Module, expected: dict[str, Tensor]) -> None:
+    ours = module.state_dict()
+    for name, value in expected.items():
+        check.close(f"{where}/{name}", ours[name], value, TRAJECTORY)
+
+
+def _missing(module: torch.nn.Module, expected: dict[str, Tensor]) -> list[str]:
+    return [name for name, _ in module.named_parameters() if name not in expected]
+
+
+def _tolerance(value: Any) -> float:
+    """float32 has about seven digits: 1e-5 absolute up to 10, then what float32 can hold."""
+    return max(1e-5, 1e-6 * float(np.abs(value).max()))
+
+
+def _count(data: Any, prefix: str) -> int:
+    """How many entries `prefix/0`, `prefix/1`, ... a file has."""
+    return sum(name.startswith(f"{prefix}/") for name in data.files)
+
+
+def _blocks(names: Any) -> int:
+    return 1 + max(int(name.split(".")[2]) for name in names if name.startswith("backbone.blocks."))
+
+
+def _head_layers(names: Any) -> int:
+    """Linear layers among head.mlp.*: those whose place has a weight and is not a norm's.
+
+    `mlp.0` alone in one layer (named head.mlp.weight); otherwise Linear, [norm,] activation, ..., Linear.
+    """
+    places = sorted(
+        {int(n.split(".")[2]) for n in names if n.startswith("head.mlp.") and n.split(".")[2].isdigit()}
+    )
+    if not places:
+        return 1
+    norm = 1 in places
+    return 1 + max(places) // (3 if norm else 2)
