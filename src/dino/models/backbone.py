@@ -50,4 +50,4 @@ class Attentive(Backbone):
 
     @abstractmethod
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
-        """[B, 3, H, W] -> [B, heads, queries, keys]: softmax(q k / sqrt(d)) of one block, each row sums to 1."""
+        """[B, 3, H, W] -> [B, heads, queries, keys]: softmax(q k / sqrt(d)) of one block."""

@@ -65,7 +65,7 @@ class TimmNetwork(Backbone):
         """
         images = whole_patches(self.net, images)
         if layers == 1:
-            final, earlier = self.net.forward_features(images), []
+            final, earlier = self.final(images), []
         else:
             try:
                 final, stages = self.net.forward_intermediates(images, indices=layers, output_fmt="NCHW")
@@ -75,6 +75,17 @@ class TimmNetwork(Backbone):
         cls = self.net.forward_head(final, pre_logits=True)
         maps = [stage.permute(0, 2, 3, 1) for stage in earlier]
         return [*(Features(x.mean((1, 2)), x) for x in maps), Features(cls, self.spatial(final, images))]
+
+    def final(self, images: Tensor) -> Tensor:
+        """What timm calls the features, before pooling."""
+        try:
+            return self.net.forward_features(images)
+        except AssertionError as error:  # timm's networks of one image size refuse others so
+            height, width = images.shape[-2:]
+            raise UserError(
+                f"{type(self.net).__name__} does not take images of {height} x {width}: {error} "
+                "Views of several sizes need a network of any size; for one size, give img_size in args."
+            ) from error
 
     def spatial(self, x: Tensor, images: Tensor) -> Tensor:
         """What forward_features gives, [B, D, h, w], [B, h, w, D] or tokens [B, N, D], as [B, h, w, D]."""
@@ -87,7 +98,7 @@ class TimmNetwork(Backbone):
                 if h * w == patches.shape[1]:
                     return patches.unflatten(1, (h, w))
         raise UserError(
-            f"{type(self.net).__name__} has no spatial map: expected a feature map or one token per {self.patch} x "
+            f"{type(self.net).__name__} has no spatial map: expected one token for each {self.patch} x "
             f"{self.patch} pixels, got {tuple(x.shape)} for images of {tuple(images.shape[-2:])}."
         )
 
@@ -149,7 +160,7 @@ def create(name: str, *, drop_path: float, pretrained: bool, args: Mapping[str, 
 
     if not timm.is_model(name):
         every = timm.list_models() + timm.list_pretrained()
-        raise UserError(f"timm {timm.__version__} has no network {name!r}{nearest(name, every)}.")
+        raise UserError(f"timm {timm.__version__} has no network {name!r}{nearest(name, every) or '.'}")
     wanted = {key: literal(value) for key, value in args.items()}
     liked: dict[str, Any] = {"drop_path_rate": drop_path, "dynamic_img_size": True, "strict_img_size": False}
     liked = {key: value for key, value in liked.items() if key not in wanted}
@@ -157,27 +168,28 @@ def create(name: str, *, drop_path: float, pretrained: bool, args: Mapping[str, 
         try:
             return timm.create_model(name, pretrained=pretrained, num_classes=0, **liked, **wanted)
         except TypeError as error:
-            found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            refused = found[1] if found else ""
-            if refused not in liked:
+            listed = str(error).partition("unexpected keyword argument")[2]
+            refused = set(re.findall(r"'(\w+)'", listed)) & set(liked)
+            if not refused:
                 raise UserError(f"timm cannot build {name} with {wanted}: {error}") from error
-            if refused == "drop_path_rate" and drop_path > 0:
+            if "drop_path_rate" in refused and drop_path > 0:
                 raise UserError(
                     f"{name} has no stochastic depth: expected drop_path 0, got {drop_path}."
                 ) from error
-            del liked[refused]
+            liked = {key: value for key, value in liked.items() if key not in refused}
         except Exception as error:
             if not pretrained:
                 raise
+            reason = str(error).strip() or type(error).__name__
             raise UserError(
-                f"Cannot get pretrained weights of {name}: {str(error).strip() or type(error).__name__}\n"
-                "They are downloaded once and then kept. Check the connection, take pretrained=False, or choose "
-                f"among timm.list_pretrained('{name.split('.')[0]}*')."
+                f"Cannot get pretrained weights of {name}: {reason}\n"
+                "They are downloaded once and then kept. Check the connection, take pretrained=False, or "
+                f"choose among timm.list_pretrained('{name.split('.')[0]}*')."
             ) from error
 
 
 def literal(value: str) -> Any:
-    """The Python value that a text spells (96, 0.1, True, (96, 128)); the text itself where it spells none."""
+    """The Python value that a text spells (96, 0.1, True, (96, 128)); or the text itself."""
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -188,14 +200,14 @@ def attends(net: Any) -> bool:
     """Whether this is a ViT whose vector is the normalised [CLS] token and whose attention is a plain
     softmax.
     """
-    from timm.models import vision_transformer
+    from timm.models.vision_transformer import Attention, VisionTransformer  # pyright: ignore[reportPrivateImportUsage]
 
     return (
-        isinstance(net, vision_transformer.VisionTransformer)
+        type(net) is VisionTransformer  # the distilled ones, a subclass, average two tokens
         and net.cls_token is not None
         and net.global_pool == "token"
         and isinstance(net.fc_norm, nn.Identity)
-        and all(type(getattr(block, "attn", None)) is vision_transformer.Attention for block in net.blocks)
+        and all(type(getattr(block, "attn", None)) is Attention for block in net.blocks)
     )
 
 
@@ -213,7 +225,7 @@ def patch_size(net: Any) -> tuple[int, int]:
 
 
 def whole_patches(net: Any, images: Tensor) -> Tensor:
-    """The images without the rest at the right and lower border that fills no patch, which timm would refuse."""
+    """The images without what fills no patch at their right and lower border: timm would refuse it."""
     height, width = images.shape[-2:]
     h, w = patch_size(net)
     if not h or not w:

@@ -136,10 +136,11 @@ class VisionTransformer(Attentive):
             raise UserError(
                 f"Expected a layer in 0 .. {last} (or -1, the last, to {-last - 1}), got {layer}."
             )
+        *earlier, block = list(self.blocks)[: layer % self.num_blocks + 1]
+        assert isinstance(block, Block)
         tokens = self.embed(images)
-        before, block = list(self.blocks)[:layer], self.blocks[layer]
-        for earlier in before:
-            tokens = earlier(tokens)
+        for other in earlier:
+            tokens = other(tokens)
         return block.attn.weights(block.norm1(tokens))
 
     def embed(self, images: Tensor) -> Tensor:
