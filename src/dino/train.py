@@ -42,7 +42,7 @@ from dino.schedules import Clock
 class Run:
     """Everything that decides what a training run does. It is saved with every checkpoint."""
 
-    data: Folder | Scenes = field(default_factory=Folder)
+    data: Folder | Scenes = field(default_factory=lambda: Folder(path="photos"))
     """The pictures."""
     backbone: ViT | Timm = field(default_factory=ViT)
     """The network that is trained."""
