@@ -1,0 +1,157 @@
+"""Any folder of pictures: nested or flat, with or without class folders; what is wrong in it is listed, not fatal."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dino.data.decode import MAX_PIXELS, SUFFIXES, decode, probe
+from dino.data.pictures import BadImage, Pictures, Skipped
+from dino.errors import UserError
+
+Progress = Callable[[int, int], None]  # (done, of how many)
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """A folder of pictures on this machine."""
+
+    path: str
+    """The folder. Every picture below it is used, at any depth; hidden files and other files are left alone."""
+
+    def open(self, progress: Progress | None = None) -> "FolderPictures":
+        """Find the pictures and look at each one's header: (done, total) is told to `progress` on the way."""
+        root = Path(self.path).expanduser()
+        if not root.exists():
+            raise UserError(f"no folder {self.path}: expected a folder of pictures. Check the path")
+        if not root.is_dir():
+            raise UserError(
+                f"{self.path} is a file: expected a folder of pictures. Give the folder that holds it: {root.parent}"
+            )
+        found, skipped, ignored = _walk(root)
+        with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:  # waiting for disks, mostly
+            sizes: list[tuple[int, int]] = []
+            files: list[str] = []
+            for done, (file, result) in enumerate(zip(found, pool.map(_look, found), strict=True), 1):
+                if isinstance(result, str):
+                    skipped.append(Skipped(printable(file, root), result))
+                else:
+                    files.append(file)
+                    sizes.append(result)
+                if progress is not None:
+                    progress(done, len(found))
+        if not files:
+            raise UserError(_nothing(self.path, skipped, ignored))
+        return FolderPictures(root, files, sizes, sorted(skipped), ignored)
+
+
+class FolderPictures(Pictures):
+    """The pictures of a folder, sorted by name; a name is the path below the folder, with /.
+
+    Labels: where every picture lies in one of two or more folders of the first level, that folder's name is its class.
+    Where these are all called train, val, test or the like, the next level is taken, under the same condition.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        files: Sequence[str],
+        sizes: Sequence[tuple[int, int]],
+        skipped: Sequence[Skipped],
+        ignored: Counter[str],
+    ) -> None:
+        names = [printable(file, root) for file in files]
+        labels, classes = class_folders(names)
+        super().__init__(names=names, sizes=sizes, labels=labels, classes=classes, skipped=skipped)
+        self.root = str(root)
+        self.ignored = ignored
+        """How many files were left alone: "hidden", and "other" for those that are not named like a picture."""
+        # Only a name that is not UTF-8 differs from its file: a second list of a million paths would be memory.
+        self._unprintable = {i: f for i, f in enumerate(files) if os.path.join(root, names[i]) != f}
+
+    def read(self, index: int) -> np.ndarray:
+        return decode(self._unprintable.get(index) or os.path.join(self.root, self.names[index]))
+
+
+def class_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
+    """(labels [N], classes) by the rule of FolderPictures; (None, []) where it finds no class folders."""
+    parts = [name.split("/") for name in names]
+    if all(len(p) > 2 and p[0].lower() in SPLITS for p in parts):
+        parts = [p[1:] for p in parts]
+    classes = sorted({p[0] for p in parts})
+    if len(classes) < 2 or any(len(p) < 2 for p in parts) or SPLITS.issuperset(c.lower() for c in classes):
+        return None, []
+    number = {name: i for i, name in enumerate(classes)}
+    return np.array([number[p[0]] for p in parts], dtype=np.int64), classes
+
+
+def printable(file: str, root: Path) -> str:
+    """The path below root, with /; bytes that are no UTF-8 are spelled \\xNN, so that every output can hold it."""
+    relative = os.path.relpath(file, root).replace(os.sep, "/")
+    return os.fsencode(relative).decode("utf-8", "backslashreplace")
+
+
+def _look(file: str) -> tuple[int, int] | str:
+    try:
+        return probe(file)
+    except BadImage as bad:
+        return bad.reason
+
+
+def _walk(root: Path) -> tuple[list[str], list[Skipped], Counter[str]]:
+    """(files named like pictures, sorted; folders that cannot be listed; how many other files there are).
+
+    Each real folder is entered once, however many links lead to it: a link back up is no loop. Links to folders wait
+    until the real folders are done, so that a picture has the same name whether or not a link to it exists.
+    """
+    files: list[str] = []
+    skipped: list[Skipped] = []
+    ignored: Counter[str] = Counter()
+    seen: set[tuple[int, int]] = set()
+    folders, links = [str(root)], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(_entries(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            skipped.append(Skipped(printable(folder, root), f"the folder cannot be listed: {error.strerror}"))
+            continue
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                ignored["hidden"] += 1
+            elif entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+                files.append(entry.path)
+            else:
+                ignored["other"] += 1
+    return sorted(files, key=os.fsencode), skipped, ignored
+
+
+def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        yield from entries
+
+
+def _nothing(path: str, skipped: Sequence[Skipped], ignored: Counter[str]) -> str:
+    if not skipped:
+        others = f" ({ignored.total()} other or hidden files are there)" if ignored.total() else ""
+        return (
+            f"no pictures in {path}{others}: expected files named {', '.join(sorted(SUFFIXES))}, at any depth. "
+            "Give the folder that holds the pictures"
+        )
+    shown = "\n".join(f"  {name}: {reason}" for name, reason in sorted(skipped)[:5])
+    more = f"\n  ... and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+    return (
+        f"none of the {len(skipped)} files in {path} is a picture that can be used:\n{shown}{more}\n"
+        f"Expected whole JPEG, PNG, WebP, BMP, GIF or TIFF files of at most {MAX_PIXELS} pixels: copy them again"
+    )

@@ -1,0 +1,246 @@
+"""Batches as a function of (seed, epoch, position): any number of workers or ranks, and any resume, gives the same.
+
+The order of an epoch depends on (seed, epoch) alone, and every random draw of a picture's views on (seed, epoch,
+picture) alone. A worker makes a whole batch at a time, so that batches come in order and nothing is copied twice.
+"""
+
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dino.data.pictures import BadImage, Pictures, Skipped
+from dino.data.views import Batch, MultiCrop, eval_transform, planar
+from dino.errors import UserError
+
+ORDER, SAMPLE = 0, 1  # what a random stream is for: the streams of different purposes never meet
+
+
+class Step(NamedTuple):
+    """One training step's pictures on this rank."""
+
+    epoch: int
+    step: int
+    """Within the epoch."""
+    batch: Batch
+    skipped: list[Skipped]
+    """Pictures of this batch that could not be read; they are left out of it, never replaced by a blank."""
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """[n] int64: the order in which epoch `epoch` sees the n pictures."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(ORDER, epoch))).permutation(n)
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The source of every random draw for picture `index` in epoch `epoch`."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SAMPLE, epoch, index)))
+
+
+def steps_per_epoch(n: int, batch_size: int, world: int = 1) -> int:
+    """Whole batches in n pictures; raises UserError where there is none, or where a batch cannot be dealt out."""
+    if batch_size < 1 or batch_size % world:
+        raise UserError(
+            f"batch size {batch_size} on {world} processes: expected a multiple of {world}, so that each "
+            f"gets the same number of pictures. Try {max(1, batch_size // world) * world}"
+        )
+    if batch_size > n:
+        raise UserError(
+            f"batch size {batch_size} with {n} pictures: expected at most as many as there are pictures. "
+            f"Set the batch size to {max(1, n // world) * world} or less, or give more pictures"
+        )
+    return n // batch_size
+
+
+def train_batches(
+    pictures: Pictures,
+    views: MultiCrop,
+    *,
+    batch_size: int,
+    seed: int,
+    epochs: int,
+    clock_start: tuple[int, int] = (0, 0),
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+) -> Iterator[Step]:
+    """The steps from clock_start = (epoch, step in it) to the end of epoch epochs - 1, on this rank.
+
+    batch_size counts all ranks; rank r makes positions r, r + world, ... of each batch. The pictures that fill no
+    whole batch at an epoch's end are left out; another epoch's order leaves out others.
+    """
+    steps = steps_per_epoch(len(pictures), batch_size, world)
+
+    def jobs() -> Iterator[tuple[int, int, np.ndarray]]:
+        first = clock_start[1]
+        for epoch in range(clock_start[0], epochs):
+            order = epoch_order(seed, epoch, len(pictures))
+            for step in range(first, steps):
+                yield epoch, step, order[step * batch_size : (step + 1) * batch_size][rank::world]
+            first = 0
+
+    yield from _serve(_Train(pictures, views, seed), jobs(), workers, prefetch, pin_memory)
+
+
+def eval_batches(
+    pictures: Pictures,
+    size: int,
+    batch_size: int,
+    workers: int = 0,
+    indices: Sequence[int] | np.ndarray | None = None,
+    pin_memory: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(indices [b] int64, uint8 [b, 3, size, size]) over `indices`, all by default, in order.
+
+    Unreadable pictures are left out, of the indices too.
+    """
+    chosen = np.arange(len(pictures)) if indices is None else np.asarray(indices, dtype=np.int64)
+    jobs = (chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size))
+    yield from _serve(_Eval(pictures, size), jobs, workers, 2, pin_memory)
+
+
+class _Train:
+    """(epoch, step, indices) -> Step."""
+
+    def __init__(self, pictures: Pictures, views: MultiCrop, seed: int) -> None:
+        self.pictures, self.views, self.seed = pictures, views, seed
+
+    def __call__(self, job: tuple[int, int, np.ndarray]) -> Step:
+        epoch, step, indices = job
+        recipe, count = self.views, len(indices)
+        shapes = [(2, recipe.global_size), (recipe.local, recipe.local_size)]
+        stacks = [np.empty((n, count, 3, side, side), np.uint8) for n, side in shapes if n]
+        used: list[int] = []
+        skipped: list[Skipped] = []
+        for index in indices.tolist():
+            image = _read(self.pictures, index, skipped)
+            if image is None:
+                continue
+            crops = recipe(image, sample_rng(self.seed, epoch, index))
+            for stack, part in zip(stacks, (crops[:2], crops[2:]), strict=False):
+                planar(part, stack[:, len(used)])
+            used.append(index)
+        if not used:
+            shown = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+            raise UserError(
+                f"none of the {count} pictures of step {step} in epoch {epoch} can be read any more ({shown}): "
+                "expected the pictures that were there at the start. Is the disk still there?"
+            )
+        labels = None if self.pictures.labels is None else torch.from_numpy(self.pictures.labels[used])
+        batch = Batch(tuple(torch.from_numpy(stack[:, : len(used)]) for stack in stacks), labels)
+        return Step(epoch, step, batch, skipped)
+
+
+class _Eval:
+    """indices -> (indices that could be read, pictures)."""
+
+    def __init__(self, pictures: Pictures, size: int) -> None:
+        self.pictures, self.size = pictures, size
+
+    def __call__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        stack = np.empty((len(indices), 3, self.size, self.size), np.uint8)
+        used: list[int] = []
+        for index in indices.tolist():
+            image = _read(self.pictures, index, [])
+            if image is not None:
+                stack[len(used)] = eval_transform(image, self.size)
+                used.append(index)
+        return torch.tensor(used, dtype=torch.int64), torch.from_numpy(stack[: len(used)])
+
+
+def _read(pictures: Pictures, index: int, skipped: list[Skipped]) -> np.ndarray | None:
+    try:
+        return pictures.read(index)
+    except BadImage as bad:
+        skipped.append(Skipped(pictures.names[index], bad.reason))
+        return None
+
+
+class _Jobs(Dataset):
+    """DataLoader's view of it: a "sample" is a whole batch, its "index" the job that describes it."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make = make
+
+    def __getitem__(self, job: Any) -> Any:
+        try:
+            return self.make(job)
+        except UserError as error:  # DataLoader would wrap it in a worker's traceback
+            return error
+
+
+def _serve(make: Callable, jobs: Iterable, workers: int, prefetch: int, pin_memory: bool) -> Iterator[Any]:
+    """make(job) for every job in order, by this process or by workers ahead of it."""
+    with warnings.catch_warnings():
+        # More workers than cores may be right where disks are slow; forking beside threads is safe here, since a
+        # worker uses one thread and none of its parent's locks.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
+        results = iter(
+            DataLoader(
+                _Jobs(make),
+                sampler=_Once(jobs),
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=prefetch if workers else None,
+                worker_init_fn=_start_worker,
+                collate_fn=_as_it_is,
+                pin_memory=pin_memory,
+            )
+        )
+    try:
+        while True:
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" in str(error):
+                    raise UserError(_DEAD) from error
+                raise
+            if isinstance(result, UserError):
+                raise result
+            yield result
+    finally:
+        stop = getattr(results, "_shutdown_workers", None)
+        if stop is not None:  # now, rather than when the garbage is collected
+            stop()
+
+
+_DEAD = (
+    "a data worker process died: it was killed, most often because memory ran out (in a container: because the shared "
+    "memory /dev/shm is too small). Continue with --resume and fewer workers, a smaller batch, or more shared memory "
+    "(docker run --shm-size=8g)"
+)
+
+
+class _Once:
+    """The jobs, as a sampler: iterated once, lazily, of no known length."""
+
+    def __init__(self, jobs: Iterable) -> None:
+        self.jobs = jobs
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.jobs)
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
+
+
+def _start_worker(_: int) -> None:
+    """Ctrl-C and SIGTERM are the main process's to answer: it saves first, and still needs its workers for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave_later)
+
+
+def _leave_later(*_: object) -> None:
+    signal.alarm(20) if hasattr(signal, "alarm") else os._exit(0)  # SIGALRM ends the process

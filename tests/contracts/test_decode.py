@@ -1,0 +1,235 @@
+"""Every format that people have, every way in which a file is broken."""
+
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from dino.data import decode as module
+from dino.data.decode import BadImage, decode, probe
+
+
+def picture(height: int = 40, width: int = 60) -> np.ndarray:
+    """A smooth gradient: lossy formats keep it to a few grey levels."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 200 // width, y * 200 // height, (x + y) * 100 // (width + height)], -1).astype(np.uint8)
+
+
+def saved(tmp_path, image, name, **options):
+    path = tmp_path / name
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "tolerance"),
+    [
+        ("a.jpg", "RGB", 6),
+        ("a.jpg", "L", 6),
+        ("a.jpg", "CMYK", 10),
+        ("a.png", "RGB", 0),
+        ("a.png", "L", 0),
+        ("a.png", "P", 0),
+        ("a.png", "1", 0),
+        ("a.png", "LA", 0),
+        ("a.webp", "RGB", 12),
+        ("a.bmp", "RGB", 0),
+        ("a.bmp", "P", 0),
+        ("a.gif", "P", 0),
+        ("a.tif", "RGB", 0),
+        ("a.tif", "CMYK", 0),
+        ("a.tif", "P", 0),
+    ],
+)
+def test_formats_decode_to_what_pillow_shows(tmp_path, name, mode, tolerance):
+    image = Image.fromarray(picture()).convert(mode)
+    path = saved(tmp_path, image, f"ä 写真 {name}", **({"quality": 95} if name.endswith(("jpg", "webp")) else {}))
+    with Image.open(path) as again:
+        expected = np.asarray(again.convert("RGB")).astype(int)
+    got = decode(path)
+    assert got.dtype == np.uint8
+    assert np.abs(got.astype(int) - expected).max() <= tolerance
+    assert np.abs(got.astype(int) - np.asarray(image.convert("RGB"))).mean() <= tolerance
+    assert probe(path) == (got.shape[1], got.shape[0]) == image.size
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif"])
+def test_transparency_is_laid_on_white(tmp_path, name):
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    rgba[:, :4] = (255, 0, 0, 255)
+    rgba[:, 4:] = (9, 9, 9, 0)
+    got = decode(saved(tmp_path, Image.fromarray(rgba), name, **({"lossless": True} if "webp" in name else {})))
+    np.testing.assert_array_equal(got[0, :4], [[255, 0, 0]] * 4)
+    np.testing.assert_array_equal(got[0, 4:], [[255, 255, 255]] * 4)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, name, channels):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16)
+    path = tmp_path / name
+    cv2.imwrite(str(path), np.repeat(ramp[None, :, None], channels, 2).repeat(4, 0))
+    got = decode(path).astype(int)
+    assert np.abs(got[0, :, 0] - np.arange(256)).max() <= 1
+    assert (got[..., 0] == got[..., 2]).all()
+
+
+def test_float_tiff_is_stretched(tmp_path):
+    path = saved(tmp_path, Image.fromarray(np.linspace(-2, 3, 256, dtype=np.float32)[None].repeat(2, 0)), "a.tif")
+    assert np.abs(decode(path)[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
+def test_exif_orientation(tmp_path, name, orientation):
+    image = Image.fromarray(picture())
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = saved(tmp_path, image, name, exif=exif, **({} if name.endswith(("png", "tif")) else {"quality": 95}))
+    with Image.open(path) as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored).convert("RGB")).astype(int)
+    got = decode(path)
+    assert probe(path) == (got.shape[1], got.shape[0])
+    assert got.shape == expected.shape
+    assert np.abs(got.astype(int) - expected).mean() < 3
+
+
+def test_first_frame_of_animations(tmp_path):
+    frames = [Image.new("RGB", (9, 7), color) for color in ("red", "blue", "green")]
+    for name in ("a.gif", "a.webp"):
+        path = saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:])
+        red, green, blue = decode(path)[3, 4]
+        assert red > 240
+        assert green < 10
+        assert blue < 10
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1)])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.bmp", "a.gif", "a.tif"])
+def test_tiny(tmp_path, name, shape):
+    path = saved(tmp_path, Image.new("RGB", shape, (200, 200, 200)), name)
+    assert probe(path) == shape
+    assert np.abs(decode(path).astype(int) - 200).max() <= 3
+
+
+def encoded(kind: str) -> bytes:
+    noisy = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    options = {"progressive": True} if kind == "progressive" else {}
+    Image.fromarray(noisy).save(out, "JPEG" if kind == "progressive" else kind, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "progressive", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+@pytest.mark.parametrize("part", [0.999, 0.9, 0.5, 0.1, 0.003])
+def test_a_file_cut_short_is_refused_by_probe_and_decode(tmp_path, kind, part, capfd):
+    whole = encoded(kind)
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(whole)
+    decode(path)
+    path.write_bytes(whole[: int(len(whole) * part) - 1])
+    for look in (probe, decode):
+        with pytest.raises(BadImage):
+            look(path)
+    out, err = capfd.readouterr()
+    assert out + err == ""
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_file_whose_end_was_lost_to_zeros_is_refused(tmp_path, kind):
+    whole = encoded(kind)
+    path = tmp_path / "zeros.jpg"
+    path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    with pytest.raises(BadImage):
+        decode(path)
+
+
+def test_something_behind_the_picture_is_no_fault(tmp_path):
+    path = tmp_path / "motion.jpg"
+    path.write_bytes(encoded("JPEG") + b"\0\0\0\x18ftypmp42" + bytes(200_000))
+    assert probe(path) == (96, 64)
+    assert decode(path).shape == (64, 96, 3)
+
+
+def test_broken_content_is_silent(tmp_path, capfd):
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF"):
+        data = bytearray(encoded(kind))
+        data[len(data) // 2 : len(data) // 2 + 40] = b"\x55" * 40
+        path = tmp_path / f"broken.{kind}"
+        path.write_bytes(data)
+        try:
+            decode(path)
+        except BadImage as bad:
+            assert bad.reason
+    out, err = capfd.readouterr()
+    assert out + err == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"<html>not found</html>", "not an image"),
+        (bytes(5000), "zeros"),
+        (b"\xff\xd8\xff", "cut short"),
+        (b"\x89PNG\r\n\x1a\n", "cut short"),
+        (b"RIFF\x04\0\0\0WAVEdata", "no WebP"),
+    ],
+)
+def test_not_an_image(tmp_path, content, reason):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    for look in (probe, decode):
+        with pytest.raises(BadImage, match=reason):
+            look(path)
+
+
+def test_not_a_file(tmp_path):
+    for path in (tmp_path, tmp_path / "absent.jpg"):
+        with pytest.raises(BadImage):
+            probe(path)
+
+
+def png(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def forged(kind: str) -> bytes:
+    """A small file whose header says 60000 x 60000."""
+    if kind == "PNG":
+        return png(60000, 60000)
+    data = bytearray(encoded(kind))
+    at = {"JPEG": data.find(b"\xff\xc0") + 5, "BMP": 18, "GIF": 6}[kind]
+    data[at : at + (8 if kind == "BMP" else 4)] = {
+        "JPEG": struct.pack(">HH", 60000, 60000),
+        "BMP": struct.pack("<ii", 60000, -60000),
+        "GIF": struct.pack("<HH", 60000, 60000),
+    }[kind]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF"])
+def test_bombs_are_refused_by_their_header(tmp_path, kind, monkeypatch):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(forged(kind))
+    monkeypatch.setattr(module, "_opencv", lambda data: pytest.fail("decoded"))
+    monkeypatch.setattr(module, "_pillow", lambda file, plugin: pytest.fail("decoded"))
+    with pytest.raises(BadImage, match="too large" if kind != "BMP" else "too large|cut short"):
+        decode(path)
+
+
+def test_a_hundred_megapixels_pass(tmp_path):
+    assert module.MAX_PIXELS > 100e6
+    path = tmp_path / "large.png"
+    path.write_bytes(png(10_000, 10_000))
+    assert probe(path) == (10_000, 10_000)  # the header is fine; there is no content to decode
+    with pytest.raises(BadImage):
+        decode(path)
