@@ -1,0 +1,162 @@
+"""Folders as people have them: what is used, what is left out and why, and the errors that say what to do."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dino.data.folder import Folder, class_folders
+from dino.errors import UserError
+
+
+@pytest.fixture
+def photos(tmp_path):
+    root = tmp_path / "my photos"
+    root.mkdir()
+    return root
+
+
+def put(root, *names, value=100):
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + i, 10), (value, i, 0)).save(path)
+
+
+def test_nested_pictures_in_order_of_their_names(photos):
+    put(photos, "b.png", "ü/日本 語/ж.jpg", "ü/a.PNG", "a/z.bmp")
+    told = []
+    pictures = Folder(path=str(photos)).open(progress=lambda done, total: told.append((done, total)))
+    assert pictures.names == ["a/z.bmp", "b.png", "ü/a.PNG", "ü/日本 語/ж.jpg"]
+    assert pictures.sizes.tolist() == [[23, 10], [20, 10], [22, 10], [21, 10]]
+    assert [int(pictures.read(i)[0, 0, 1]) for i in (0, 1, 2)] == [3, 0, 2]
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert pictures.labels is None
+    assert pictures.short_side == 10
+    again = pickle.loads(pickle.dumps(pictures))
+    np.testing.assert_array_equal(again.read(3), pictures.read(3))
+
+
+def test_bad_files_are_listed_and_other_files_counted(photos):
+    put(photos, "good.png", "cut.png", ".hidden.png", ".thumbs/x.png", "__MACOSX/y.png")
+    whole = (photos / "cut.png").read_bytes()
+    (photos / "cut.png").write_bytes(whole[:-5])
+    (photos / "empty.jpg").touch()
+    (photos / "page.jpg").write_text("<html>")
+    (photos / "notes.txt").write_text("no picture")
+    (photos / "gone.png").symlink_to(photos / "nowhere.png")
+    os.mkfifo(photos / "pipe.jpg")
+    pictures = Folder(path=str(photos)).open()
+    assert pictures.names == ["good.png"]
+    assert [s.name for s in pictures.skipped] == ["cut.png", "empty.jpg", "gone.png", "page.jpg", "pipe.jpg"]
+    assert [s.reason.split(" ")[0] for s in pictures.skipped] == ["cut", "empty", "No", "not", "not"]
+    assert pictures.ignored == {"hidden": 3, "other": 1}
+
+
+def test_links_are_followed_and_loops_are_not(photos, tmp_path):
+    put(photos, "real/a.png")
+    put(tmp_path / "elsewhere", "b.png")
+    (photos / "A link").symlink_to(photos / "real")  # sorts first; the real folder names the picture all the same
+    (photos / "real" / "loop").symlink_to(photos)
+    (photos / "elsewhere").symlink_to(tmp_path / "elsewhere")
+    (photos / "c.png").symlink_to(tmp_path / "elsewhere" / "b.png")
+    pictures = Folder(path=str(photos)).open()
+    assert pictures.names == ["c.png", "elsewhere/b.png", "real/a.png"]
+    assert pictures.read(0).shape == (10, 20, 3)
+
+
+def test_a_name_that_is_no_text(photos):
+    put(photos, "a.png")
+    try:
+        os.rename(os.fsencode(photos / "a.png"), os.fsencode(photos) + b"/\xff\xfe.png")
+    except OSError:
+        pytest.skip("this file system takes only names that are text")
+    pictures = Folder(path=str(photos)).open()
+    assert pictures.names == ["\\xff\\xfe.png"]
+    assert pictures.names[0].encode()  # can be printed, and written to a report
+    assert pictures.read(0).shape == (10, 20, 3)
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o000])
+def test_folders_that_may_not_be_written_or_listed(photos, mode):
+    put(photos, "a.png", "locked/b.png")
+    (photos / "locked").chmod(mode)
+    try:
+        readable = os.access(photos / "locked", os.R_OK)
+        pictures = Folder(path=str(photos)).open()
+    finally:
+        (photos / "locked").chmod(0o755)
+    assert pictures.names == (["a.png", "locked/b.png"] if readable else ["a.png"])
+    if not readable:
+        assert pictures.skipped[0].name == "locked"
+        assert "cannot be listed" in pictures.skipped[0].reason
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "labels"),
+    [
+        (["cat/1.jpg", "dog/x/2.jpg", "cat/3.jpg"], ["cat", "dog"], [0, 1, 0]),
+        (["cat/1.jpg", "cat/2.jpg"], [], None),
+        (["cat/1.jpg", "dog/2.jpg", "3.jpg"], [], None),
+        (["train/1.jpg", "val/2.jpg"], [], None),
+        (["train/cat/1.jpg", "Val/cat/2.jpg", "train/dog/3.jpg"], ["cat", "dog"], [0, 0, 1]),
+        (["train/cat/1.jpg", "val/2.jpg"], [], None),
+    ],
+)
+def test_class_folders(names, classes, labels):
+    got, found = class_folders(names)
+    assert found == classes
+    assert labels == (None if got is None else got.tolist())
+
+
+def test_held_back_part_is_stratified_and_disjoint(photos):
+    put(photos, *(f"{kind}/{i}.png" for kind, n in (("a", 20), ("b", 10), ("c", 1)) for i in range(n)))
+    pictures = Folder(path=str(photos)).open()
+    train, held = pictures.split(0.2, seed=1)
+    assert train.labels is not None
+    assert held.labels is not None
+    assert np.bincount(held.labels, minlength=3).tolist() == [4, 2, 0]
+    assert sorted(train.names + held.names) == pictures.names
+    assert held.names == pictures.split(0.2, seed=1)[1].names != pictures.split(0.2, seed=2)[1].names
+    np.testing.assert_array_equal(held.read(3), pictures.read(pictures.names.index(held.names[3])))
+
+
+def test_fingerprint_changes_with_the_pictures(photos):
+    put(photos, "a.png", "b.png")
+    before = Folder(path=str(photos)).open().fingerprint
+    assert Folder(path=str(photos)).open().fingerprint == before
+    put(photos, "c.png")
+    assert Folder(path=str(photos)).open().fingerprint != before
+
+
+def test_in_memory_gives_the_same_pictures_and_never_reads_again(photos):
+    put(photos, "a.png", "b.png", "c.png")
+    pictures = Folder(path=str(photos)).open()
+    expected = [pictures.read(i) for i in (0, 2)]
+    (photos / "b.png").write_bytes(b"")
+    kept = pictures.in_memory()
+    assert kept.nbytes == 3 * 10 * (20 + 21 + 22)
+    for name in ("a.png", "b.png", "c.png"):
+        (photos / name).unlink()
+    for index, picture in zip((0, 2), expected, strict=True):
+        np.testing.assert_array_equal(kept.read(index), picture)
+    with pytest.raises(Exception, match="empty"):
+        kept.read(1)
+
+
+def test_errors_say_what_to_do(photos):
+    with pytest.raises(UserError, match="no folder .*nowhere"):
+        Folder(path=str(photos / "nowhere")).open()
+    with pytest.raises(UserError, match="no pictures in"):
+        Folder(path=str(photos)).open()
+    (photos / "notes.txt").touch()
+    with pytest.raises(UserError, match="1 other or hidden"):
+        Folder(path=str(photos)).open()
+    put(photos, "a.png")
+    with pytest.raises(UserError, match=r"is a file.*folder that holds it"):
+        Folder(path=str(photos / "a.png")).open()
+    (photos / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the 1 files(.|\n)*a.png: empty file"):
+        Folder(path=str(photos)).open()
