@@ -1,8 +1,9 @@
-"""What the report promises: it tells the run it was given, alone in one file, whole or partial, whatever the names."""
+"""What the report promises: it tells its run, in one file, whole or partial, whatever the names."""
 
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dino.analysis.health import diagnose, outputs_health, rank_me
 from dino.analysis.report import write_report
 from dino.analysis.snapshots import choose_samples, read_index, read_neighbours, snapshot, write_neighbours
 from dino.config import edit, to_dict
+from dino.data.folder import Folder
 from dino.data.pictures import BadImage, Pictures
 from dino.errors import UserError
 from dino.evals.evaluator import Extracted
@@ -50,12 +52,21 @@ def rows(steps: int = 120, *, best: float = 61.25) -> list[dict]:
     for step in range(10, steps + 1, 10):
         t = step / steps
         loss, entropy = math.log(K) * (1 - 0.6 * t), math.log(K) * (0.8 - 0.5 * t)
-        more = {"kl": loss - entropy, "marginal_entropy": 6.5, "lr": 1e-3 * (1 - t), "momentum": 0.99 + 0.01 * t}
+        more = {
+            "kl": loss - entropy,
+            "marginal_entropy": 6.5,
+            "lr": 1e-3 * (1 - t),
+            "momentum": 0.99 + 0.01 * t,
+        }
         speed = {"images_per_s": 100 + 5 * t, "wait": 0.03, "time": 60 * t, "weight_decay": 0.04}
-        found.append({"step": step, "epoch": step / 10, "loss": loss, "teacher_entropy": entropy, **more, **speed})
+        found.append(
+            {"step": step, "epoch": step / 10, "loss": loss, "teacher_entropy": entropy, **more, **speed}
+        )
         if step % 40 == 0:
             accuracy = best - 0.5 * abs(step - 80)  # the best one is not the last
-            found.append({"step": step, "epoch": step / 10, "eval": "knn", "20-NN": accuracy, "20-NN top-5": 99.0})
+            found.append(
+                {"step": step, "epoch": step / 10, "eval": "knn", "20-NN": accuracy, "20-NN top-5": 99.0}
+            )
     return found
 
 
@@ -69,11 +80,19 @@ def backbone() -> torch.nn.Module:
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    """A copy of `finished` to write to, and to break."""
+    return Path(shutil.copytree(finished, tmp_path / finished.name))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder as training leaves it."""
-    folder = tmp_path / "flowers & <weeds>"
+    folder = tmp_path_factory.mktemp("runs") / "flowers & <weeds>"
     (folder / "snapshots").mkdir(parents=True)
-    run = edit(Run(), method=dict(out_dim=K), optim=dict(epochs=12), out=str(folder))
+    run = edit(
+        Run(data=Folder(path="photos")), method=dict(out_dim=K), optim=dict(epochs=12), out=str(folder)
+    )
     described = {
         "run": to_dict(run),
         "backbone": to_dict(run.backbone),
@@ -82,7 +101,9 @@ def run_dir(tmp_path: Path) -> Path:
         "versions": {"dino": "0.1.0", "torch": "2.11.0"},
     }
     (folder / "run.json").write_text(json.dumps(described))
-    (folder / "plan.json").write_text(json.dumps([{"name": "K", "value": "1024", "why": "24 pictures are few"}]))
+    (folder / "plan.json").write_text(
+        json.dumps([{"name": "K", "value": "1024", "why": "24 pictures are few"}])
+    )
     write_rows(folder, rows())
     skipped = [{"name": "a <b>.jpg", "reason": "cut short"}, {"name": "notes.txt", "reason": "not an image"}]
     (folder / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in skipped) + '{"name": "to')
@@ -99,7 +120,13 @@ def run_dir(tmp_path: Path) -> Path:
 
 def test_the_page_tells_the_run(run_dir: Path) -> None:
     html = write_report(run_dir).read_text()
-    for told in ("61.2 %", "33.8 %", "28.5 %", "epoch 8", f"ln K = {math.log(K):.2f}"):  # the best, not the last
+    for told in (
+        "61.2 %",
+        "33.8 %",
+        "28.5 %",
+        "epoch 8",
+        f"ln K = {math.log(K):.2f}",
+    ):  # the best, not the last
         assert told in html, told
     assert "24 pictures are few" in html
     assert "cut short" in html
@@ -116,7 +143,9 @@ def test_nothing_is_fetched_and_nothing_breaks_out(run_dir: Path) -> None:
     assert "<script" not in html
     assert "<weeds>" not in html
     assert "&lt;weeds&gt;" in html
-    assert html.count("data:image/jpeg;base64,") >= 4 * (1 + 3) + 4 * (1 + 2 + 3)  # over epochs, then the heads
+    assert html.count("data:image/jpeg;base64,") >= 4 * (1 + 3) + 4 * (
+        1 + 2 + 3
+    )  # over epochs, then the heads
     assert len(html) < 3_000_000
 
 

@@ -2,8 +2,6 @@
 
 Nothing is fetched: pictures travel inside of the page.
 """
-page.
-"""
 
 import base64
 import io
@@ -51,7 +49,8 @@ def bars(label: str, values: Mapping[str, float], note: str = "") -> str:
         for place, (name, value) in enumerate(values.items())
     )
     return (
-        f'<div class="card tile wide"><div class="label">{escape(label)}</div>{rows}'
+        f'<div class="card tile wide"><div class="label">{escape(label)}</div>'
+        f'<div class="value">{next(iter(values.values())):.1f} <span>%</span></div>{rows}'
         f'<div class="small" style="margin-top:8px">{escape(note)}</div></div>'
     )
 

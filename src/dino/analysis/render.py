@@ -40,7 +40,7 @@ def overlay(
     grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32) * 0.55
     base = 0.35 * picture + 0.65 * np.repeat(grey, 3, axis=2)
     glow = _colored(stretch(values), (height, width), colors, True).astype(np.float32)
-    alpha = strength * level**0.8
+    alpha = strength * level**1.2
     lit = picture * level + base * (1 - level)
     return np.clip(lit * (1 - alpha) + glow * alpha, 0, 255).astype(np.uint8)
 

@@ -243,8 +243,12 @@ def _settings(run_dir: Path, run: Mapping) -> str:
         usual = _usual(read_run(run_dir))
     except (UserError, TypeError, ValueError):  # a run of another version: shown as it is, nothing muted
         usual = {}
-    groups = {"Run": {name: value for name, value in run.items() if not isinstance(value, dict)}}
-    groups |= {SECTIONS.get(name, name): value for name, value in run.items() if isinstance(value, dict)}
+    groups: dict[str, dict[str, Any]] = {
+        "Run": {name: value for name, value in run.items() if not isinstance(value, dict)}
+    }
+    groups |= {
+        SECTIONS.get(str(name), str(name)): value for name, value in run.items() if isinstance(value, dict)
+    }
     defaults = {"Run": usual} | {SECTIONS.get(name, name): usual.get(name, {}) for name in run}
     cards = []
     for title, values in groups.items():

@@ -5,8 +5,8 @@ Everything lies in RUN/snapshots, small, with a JSON index beside it:
 
     index.json            the sample pictures, and for each epoch the maps' files
     pictures/0.jpg        a sample as the network sees it (resized, center crop)
-    epoch_0010/0.png      its maps, one grey pixel per patch, side by side: every head, their mean, the mean's mask;
-                          each head and the mean stretched to 0 .. 255
+    epoch_0010/0.png      its maps, one grey pixel per patch, side by side: every head, the mean
+                          (each stretched to 0 .. 255), and the mean's mask
     epoch_0010/0.jpg      the mean over heads, laid over the picture
     neighbours.json       for each query its nearest pictures; thumbs/ holds them
 """

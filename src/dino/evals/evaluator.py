@@ -73,7 +73,7 @@ def extract(
     """
     mine, rows, features = share_of(pictures, backbone.embed_dim)
     done = 0
-    with evaluating(backbone):
+    with evaluating(backbone), torch.random.fork_rng(devices=[]):  # loaders draw a seed: give it back
         for indices, images in eval_batches(pictures, size, batch_size, workers, indices=mine):
             indices = torch.as_tensor(indices, dtype=torch.int64)
             with autocast():

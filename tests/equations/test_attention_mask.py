@@ -1,0 +1,199 @@
+"""Masks that keep a part of the mass; maps of the right head, layer and query, for pictures of any shape."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dino.analysis import render
+from dino.analysis.attention import attend, fit, look, mass_mask, saliency
+from dino.errors import UserError
+from dino.models.backbone import Attentive, Backbone, Features
+from dino.models.vit import ViT
+
+
+def masked_by_loop(values: np.ndarray, mass: float) -> np.ndarray:
+    """Takes patches from the most attended on, until they hold the mass."""
+    kept, held = np.zeros(len(values), bool), 0.0
+    for i in np.argsort(-values, kind="stable"):
+        if held >= mass * values.sum():
+            break
+        kept[i], held = True, held + values[i]
+    return kept
+
+
+@pytest.mark.parametrize("mass", [0.1, 0.6, 0.8, 0.95])
+def test_the_mask_is_the_smallest_that_holds_the_mass(mass: float) -> None:
+    values = np.random.default_rng(0).exponential(size=(5, 3, 60))
+    masks = mass_mask(values, mass)
+    for value, mask in zip(values.reshape(-1, 60), masks.reshape(-1, 60), strict=True):
+        assert np.array_equal(mask, masked_by_loop(value, mass))
+        assert value[mask].sum() >= mass * value.sum()
+        assert value[mask].sum() - value[mask].min() < mass * value.sum()
+
+
+def test_edges_of_the_mask() -> None:
+    assert mass_mask(np.ones(10), 1.0).all()
+    assert mass_mask(np.array([0.0, 9.0, 1.0]), 0.6).tolist() == [False, True, False]
+    assert mass_mask(np.array([5.0]), 0.6).tolist() == [True]
+    assert mass_mask(np.zeros(4), 0.6).sum() == 1  # no mass at all: still a mask
+    assert mass_mask(np.ones(10), 0.6).tolist() == [False] * 4 + [True] * 6
+    for mass in (0.0, -1.0, 1.5):
+        with pytest.raises(UserError, match="mass"):
+            mass_mask(np.ones(3), mass)
+
+
+class Pointing(Attentive):
+    """Attention that says where it is: head n of layer l, query q gives patch k weight f(l, n, q, k)."""
+
+    embed_dim, patch, num_blocks = 4, 8, 3
+
+    def __init__(self, registers: int = 0) -> None:
+        super().__init__()
+        self.registers = registers
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def features(self, images: Tensor, layers: int = 1) -> list[Features]:
+        raise NotImplementedError
+
+    def attention(self, images: Tensor, layer: int = -1) -> Tensor:
+        assert not self.training
+        tokens = 1 + self.registers + (images.shape[2] // 8) * (images.shape[3] // 8)
+        query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
+        base = key + 1000 * query + 1e6 * (layer % self.num_blocks)
+        return torch.stack([base, base + 0.5]).float()[None].expand(len(images), -1, -1, -1)
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_maps_hold_patches_only_and_the_right_head_layer_and_query(registers: int) -> None:
+    network = Pointing(registers).train()
+    seen = attend(network, picture(40, 80), layer=-2, size=40)  # 5 x 10 patches
+    first = 1 + registers
+    expected = 1e6 + first + np.arange(50).reshape(5, 10)
+    np.testing.assert_allclose(seen.heads, np.stack([expected, expected + 0.5]))
+    np.testing.assert_allclose(seen.mean, expected + 0.25)
+    assert seen.layer == 1
+    assert network.training  # given back as it was
+    point = attend(
+        network, picture(40, 80), layer=0, query=(79, 0), size=40
+    )  # the upper right corner: patch 9
+    np.testing.assert_allclose(point.heads[0], 1000 * (first + 9) + first + np.arange(50).reshape(5, 10))
+    below = attend(network, picture(40, 80), layer=0, query=(8, 39.9), size=40)  # the last row, second column
+    assert below.heads[0, 0, 0] == 1000 * (first + 41) + first
+
+
+def test_points_are_in_the_coordinates_of_the_picture_as_given() -> None:
+    seen = attend(Pointing(), picture(400, 800), layer=0, query=(799, 399), size=40)  # shrunk tenfold
+    assert seen.heads[0, 0, 0] == 1000 * 50 + 1
+    assert seen.point is not None
+    np.testing.assert_allclose(seen.point, (79.95, 39.95))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(1, 1, 32), (37, 53, 32), (300, 20, 16), (64, 64, 480), (500, 375, 224)]
+)
+def test_any_shape_fits_whole_patches(height: int, width: int, size: int) -> None:
+    fitted = fit(picture(height, width), size, 8)
+    assert not fitted.shape[0] % 8
+    assert not fitted.shape[1] % 8
+    assert min(fitted.shape[:2]) == pytest.approx(size, abs=4)
+    assert fitted.shape[0] / fitted.shape[1] == pytest.approx(height / width, rel=0.15)
+
+
+def test_what_cannot_be_shown_is_said() -> None:
+    with pytest.raises(UserError, match=r"-3 \.\. 2"):
+        attend(Pointing(), picture(40, 40), layer=3)
+    with pytest.raises(UserError, match="outside"):
+        attend(Pointing(), picture(40, 40), query=(40, 0))
+    with pytest.raises(UserError, match="smaller size"):
+        attend(Pointing(), picture(10, 4000), size=480)
+    with pytest.raises(UserError, match="saliency"):
+        attend(Halves(), picture(40, 40))
+
+
+class Halves(Backbone):
+    """No attention: the left half looks like the pooled feature, the right half like its opposite."""
+
+    embed_dim, patch = 2, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def features(self, images: Tensor, layers: int = 1) -> list[Features]:
+        side = torch.ones(len(images), images.shape[2] // 8, images.shape[3] // 8, 2)
+        side[:, :, side.shape[2] // 2 :] = -1
+        return [Features(torch.full((len(images), 2), 3.0), side)]
+
+
+def test_similarity_stands_in_where_there_is_no_attention() -> None:
+    seen = look(Halves(), picture(32, 64), size=32)
+    assert seen.kind == "similarity"
+    np.testing.assert_allclose(seen.mean[:, :4], 1, atol=1e-6)
+    np.testing.assert_allclose(seen.mean[:, 4:], 0, atol=1e-6)
+    assert seen.mask[:, 4:].sum() == 0
+    assert look(Pointing(), picture(32, 64), size=32).kind == "attention"
+    assert saliency(Halves(), picture(30, 30), size=16).heads.shape == (1, 2, 2)
+
+
+def test_a_real_transformer_is_read_as_its_attention_says() -> None:
+    torch.manual_seed(0)
+    network = ViT(size="tiny", patch=8, image_size=32, width=24, depth=2, heads=3, registers=2).build().eval()
+    image = picture(32, 48)
+    seen = attend(network, image, size=32)
+    from dino.data.views import normalize
+
+    with torch.no_grad():
+        batch = normalize(torch.from_numpy(image.transpose(2, 0, 1).copy())[None])
+        expected = network.attention(batch)[0, :, 0, 3:].reshape(3, 4, 6)
+    np.testing.assert_allclose(seen.heads, expected.numpy(), atol=1e-6)
+
+
+def test_pictures_of_maps_show_high_where_high_is() -> None:
+    values = np.zeros((4, 4), np.float32)
+    values[1, 2] = 5
+    drawn = render.heat(values, (64, 64), smooth=False)
+    bright = drawn.sum(axis=2)
+    assert (bright[16:32, 32:48] == bright.max()).all()
+    assert (
+        np.delete(bright.reshape(4, 16, 4, 16).transpose(0, 2, 1, 3).reshape(16, -1), 6, 0) < bright.max()
+    ).all()
+    smooth = render.heat(values, (64, 64)).sum(axis=2)
+    assert np.unravel_index(smooth.argmax(), smooth.shape)[0] // 16 == 1
+    constant = render.heat(np.ones((3, 3)), (6, 6))
+    assert len(np.unique(constant.reshape(-1, 3), axis=0)) == 1
+
+
+def test_the_cutout_keeps_the_picture_inside_of_the_mask() -> None:
+    image, mask = np.full((64, 64, 3), 200, np.uint8), np.zeros((4, 4), bool)
+    mask[:2] = True
+    drawn = render.cutout(image, mask)
+    assert (drawn[4:24, 4:60] == 200).all()
+    assert (drawn[40:] < 60).all()
+
+
+def test_the_figure_has_a_row_per_picture_and_a_panel_per_head(tmp_path) -> None:
+    pictures = [attend(Pointing(), picture(40, width), size=40, query=(5, 5)) for width in (40, 80)]
+    names = [name for name, _ in render.panels(pictures[0])]
+    assert names == ["picture", "mean", "overlay", "mask 60%", "head 0", "head 1"]
+    one, both = (
+        render.figure(pictures[:1], height=48),
+        render.figure(pictures, height=48, names=["a", "long name" * 9]),
+    )
+    assert both.shape[0] > one.shape[0]
+    assert both.shape[1] > one.shape[1]  # the wider picture decides
+    path = render.save(tmp_path / "deep/figure.png", both)
+    from PIL import Image
+
+    with Image.open(path) as image:
+        assert np.array_equal(np.asarray(image), both)

@@ -1,0 +1,293 @@
+"""Weighted k-NN against a plain loop, and at its edges: few pictures, few classes, no labels, any chunks."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dino.data.pictures import BadImage, Pictures
+from dino.errors import UserError
+from dino.evals import evaluator
+from dino.evals.evaluator import Extracted, evaluating, extract
+from dino.evals.knn import (
+    KNN,
+    accuracy_of,
+    knn_accuracy,
+    nearest_neighbours,
+    pixel_feature,
+    raw_pixels,
+    untrained,
+)
+from dino.models.backbone import Backbone, Features
+
+
+def loop(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int, t: float) -> tuple:
+    """Appendix F.1, one picture and one vote at a time."""
+    top1 = top5 = 0
+    for feature, label in zip(test, test_labels.tolist(), strict=True):
+        near = [
+            (float(feature @ other / (feature.norm() * other.norm())), int(own))
+            for other, own in zip(train, train_labels, strict=True)
+        ]
+        near.sort(reverse=True)
+        votes = dict.fromkeys(sorted({*train_labels.tolist(), *test_labels.tolist()}), 0.0)
+        for similarity, own in near[:k]:
+            votes[own] += math.exp(similarity / t)
+        ranked = sorted(votes, key=lambda name: -votes[name])
+        top1 += ranked[0] == label
+        top5 += label in ranked[: min(5, k)]
+    return 100 * top1 / len(test), 100 * top5 / len(test)
+
+
+def clusters(count: int, classes: int, seed: int, spread: float = 1.4) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    centers = torch.randn(classes, 8, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(classes, (count,), generator=rng)
+    return centers[labels] + spread * torch.randn(count, 8, generator=rng), labels
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 20, 60])
+def test_equals_the_loop(k: int) -> None:
+    train, test = clusters(60, 9, 0), clusters(41, 9, 1)
+    top1, top5 = loop(*train, *test, k, 0.07)
+    assert knn_accuracy(*train, *test, k=(k,)) == pytest.approx({f"{k}-NN": top1, f"{k}-NN top-5": top5})
+    assert 0 < top1 < 100
+
+
+def test_near_neighbours_weigh_more() -> None:
+    """One very near neighbour outvotes two far ones, which a plain majority would follow."""
+    angles = torch.tensor([0.05, 1.2, 1.3])
+    train = torch.stack([angles.cos(), angles.sin()], 1)
+    test = torch.tensor([[1.0, 0.0]])
+    labels, truth = torch.tensor([4, 7, 7]), torch.tensor([4])
+    assert knn_accuracy(train, labels, test, truth, k=(3,))["3-NN"] == 100
+    assert knn_accuracy(train, labels, test, truth, k=(3,), temperature=1e6)["3-NN"] == 0
+
+
+def test_any_labels_and_scales_of_features() -> None:
+    (train, labels), (test, truth) = clusters(80, 6, 0), clusters(50, 6, 1)
+    before = knn_accuracy(train, labels, test, truth, k=(5, 20))
+    names = torch.tensor([3, 1000, 17, 2**40, 5, 6]).sort().values
+    scaled = train * torch.rand(80, 1).add(0.1)
+    assert knn_accuracy(scaled, names[labels], 9 * test, names[truth], k=(5, 20)) == before
+
+
+def test_chunks_change_nothing() -> None:
+    (train, labels), (test, truth) = clusters(70, 5, 0), clusters(33, 5, 1)
+    whole = knn_accuracy(train, labels, test, truth)
+    assert knn_accuracy(train, labels, test, truth, chunk=4) == whole
+    one, many = nearest_neighbours(train, test, 9), nearest_neighbours(train, test, 9, memory_rows=7)
+    torch.testing.assert_close(one[0], many[0])
+    assert torch.equal(one[1], many[1])
+
+
+def test_more_neighbours_asked_than_there_are() -> None:
+    (train, labels), (test, truth) = clusters(12, 3, 0), clusters(9, 3, 1)
+    result = knn_accuracy(train, labels, test, truth, k=(12, 200))
+    assert result["200-NN"] == result["12-NN"]
+    assert result["200-NN top-5"] == 100  # three classes: any of five guesses
+
+
+def test_a_class_that_nobody_knows_is_missed_and_unlabelled_pictures_do_not_count() -> None:
+    train, labels = torch.eye(4), torch.tensor([0, 1, -1, 1])
+    test, truth = torch.eye(4)[[0, 1, 2, 0]], torch.tensor([0, 1, -1, 8])
+    assert knn_accuracy(train, labels, test, truth, k=(1,))["1-NN"] == pytest.approx(100 * 2 / 3)
+    assert knn_accuracy(train, labels.clone().fill_(1), test, truth, k=(1,))["1-NN"] == pytest.approx(100 / 3)
+
+
+def test_equal_votes_go_to_the_smaller_label() -> None:
+    train, labels = torch.eye(2).repeat(2, 1), torch.tensor([5, 2, 2, 5])
+    test = torch.tensor([[1.0, 1.0]])
+    assert knn_accuracy(train, labels, test, torch.tensor([2]), k=(4,))["4-NN"] == 100
+
+
+def test_features_of_zero_and_half_precision_are_no_trouble() -> None:
+    (train, labels), (test, truth) = clusters(30, 3, 0), clusters(20, 3, 1)
+    assert knn_accuracy(torch.zeros_like(train), labels, test, truth, k=(5,))["5-NN"] >= 0
+    exact = knn_accuracy(train.bfloat16().float(), labels, test.bfloat16().float(), truth, k=(5,))
+    assert knn_accuracy(train.bfloat16(), labels, test.bfloat16(), truth, k=(5,)) == exact
+
+
+def test_votes_are_float32_under_autocast() -> None:
+    (train, _), (test, _) = clusters(60, 5, 0), clusters(40, 5, 1)
+    exact = nearest_neighbours(train, test, 9)
+    before = torch.get_float32_matmul_precision()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(nearest_neighbours(train, test, 9)[0], exact[0], rtol=0, atol=0)
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(train_labels=torch.full((6,), -1)), "photos/cat/1.jpg"),
+        (dict(test_features=torch.zeros(4, 3)), "one width"),
+        (dict(test_labels=torch.zeros(3, dtype=torch.int64)), "one label per feature"),
+        (dict(k=(0,)), "at least 1"),
+        (dict(k=()), "at least 1"),
+    ],
+)
+def test_what_cannot_work_is_said(change: dict, said: str) -> None:
+    labels = torch.zeros(6, dtype=torch.int64)
+    good = dict(train_features=torch.rand(6, 2), train_labels=labels, test_features=torch.rand(4, 2))
+    with pytest.raises(UserError, match=said):
+        knn_accuracy(**{**good, "test_labels": labels[:4], **change})
+
+
+def test_no_labels_at_all_is_said() -> None:
+    side = Extracted(torch.rand(4, 2), None, torch.arange(4), [])
+    with pytest.raises(UserError, match="training pictures have none"):
+        accuracy_of(side, side)
+
+
+class Squares(Pictures):
+    """Plain squares, brighter with their number; the numbers in `bad` cannot be read."""
+
+    def __init__(self, count: int = 11, bad: tuple[int, ...] = (3, 10)) -> None:
+        self.bad = bad
+        labels = [i % 2 for i in range(count)]
+        super().__init__(names=[f"{i}.png" for i in range(count)], sizes=[(40, 40)] * count, labels=labels)
+
+    def read(self, index: int) -> np.ndarray:
+        if index in self.bad:
+            raise BadImage(self.names[index], "cut short")
+        image = np.full((40, 40, 3), 10 * index, np.uint8)
+        image[:20] += 100
+        return image
+
+
+class MeanColor(Backbone):
+    """The mean of every channel, and a batch norm that would remember having been trained."""
+
+    embed_dim, patch = 3, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.frozen = nn.BatchNorm1d(3).eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(images.mean((2, 3)))
+
+    def features(self, images: Tensor, layers: int = 1) -> list[Features]:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_extraction_keeps_order_leaves_out_the_bad_and_disturbs_nothing(batch_size: int) -> None:
+    backbone = MeanColor().train()
+    backbone.frozen.eval()
+    heard: list[tuple[int, int]] = []
+    out = extract(
+        backbone,
+        Squares(),
+        size=16,
+        device="cpu",
+        batch_size=batch_size,
+        progress=lambda done, total: heard.append((done, total)),
+    )
+    assert out.indices.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert [(skipped.name, skipped.reason) for skipped in out.skipped] == [
+        ("3.png", "cut short"),
+        ("10.png", "cut short"),
+    ]
+    assert out.labels is not None
+    assert out.labels.tolist() == [0, 1, 0, 0, 1, 0, 1, 0, 1]
+    assert (
+        out.features[1:, 0] > out.features[:-1, 0]
+    ).all()  # brighter and brighter: rows belong to their picture
+    assert heard[-1] == (9, 11)
+    assert backbone.training
+    assert backbone.norm.training
+    assert not backbone.frozen.training
+    assert backbone.norm.num_batches_tracked == 0
+
+
+def test_modes_come_back_after_an_error() -> None:
+    backbone = MeanColor().train()
+    with pytest.raises(RuntimeError), evaluating(backbone):
+        raise RuntimeError
+    assert backbone.norm.training
+
+
+def test_two_ranks_together_extract_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank's share is extracted in turn, and gathering is played by hand."""
+    backbone, pictures = MeanColor(), Squares()
+    alone = extract(backbone, pictures, size=16, device="cpu")
+    shares: dict[int, list[Tensor]] = {0: [], 1: []}
+
+    def play(rank: int) -> Iterator[Extracted]:
+        monkeypatch.setattr(evaluator.dist, "world", lambda: 2)
+        monkeypatch.setattr(evaluator.dist, "rank", lambda: rank)
+        monkeypatch.setattr(evaluator.dist, "gather", lambda rows: shares[rank].append(rows) or rows)
+        yield extract(backbone, pictures, size=16, device="cpu")
+
+    for rank in (0, 1):
+        next(play(rank))
+    assert [len(rows) for rows in shares[0]] == [
+        len(rows) for rows in shares[1]
+    ]  # collectives want equal shapes
+    monkeypatch.setattr(evaluator.dist, "world", lambda: 1)
+    rows, features = (torch.cat(parts) for parts in zip(shares[0], shares[1], strict=True))
+    both = evaluator.gathered(rows, features, pictures, "cpu")
+    assert torch.equal(both.indices, alone.indices)
+    torch.testing.assert_close(both.features, alone.features)
+
+
+def test_raw_pixels_ignore_brightness_and_leave_out_the_bad() -> None:
+    out = raw_pixels(Squares())
+    assert out.features.shape == (9, 768)
+    assert len(out.skipped) == 2
+    torch.testing.assert_close(
+        out.features[0], out.features[-1], atol=1e-5, rtol=0
+    )  # same shape, other brightness
+    flat = pixel_feature(np.full((5, 9, 3), 7, np.uint8))
+    assert np.isfinite(flat).all()  # nothing to normalise
+
+
+def test_raw_pixels_reach_their_known_figure(shared) -> None:
+    """imagenette128's own description states 35.6 % for this floor."""
+    from PIL import Image
+
+    features, labels = {}, {}
+    for part in ("train", "val"):
+        files = sorted((shared / f"data/imagenette128/{part}").glob("*/*.JPEG"))
+        classes = sorted({file.parent.name for file in files})
+        pixels = [pixel_feature(np.asarray(Image.open(file).convert("RGB"))) for file in files]
+        features[part] = torch.from_numpy(np.stack(pixels))
+        labels[part] = torch.tensor([classes.index(file.parent.name) for file in files])
+    result = knn_accuracy(features["train"], labels["train"], features["val"], labels["val"], k=(20,))
+    assert result["20-NN"] == pytest.approx(35.6, abs=0.05)
+
+
+def test_the_evaluator_states_its_floors_and_disturbs_no_randomness() -> None:
+    pictures = Squares(bad=())
+    bound = KNN(k=1, batch_size=4).bind(pictures, pictures, size=16, device="cpu")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    floors = bound.baselines(MeanColor)
+    assert torch.equal(torch.rand(3), expected)
+    assert set(floors) == {"raw_pixels", "random_weights"}
+    assert bound.name == "knn"
+    assert set(bound(MeanColor())) == set(floors["random_weights"]) == {"1-NN", "1-NN top-5"}
+
+
+def test_a_large_memory_is_thinned_evenly() -> None:
+    bound = KNN(max_memory=4).bind(Squares(), Squares(), size=16, device="cpu")
+    assert bound.train.names == ["0.png", "3.png", "7.png", "10.png"]
+    assert len(bound.test) == 11
+
+
+def test_untrained_weights_are_the_same_for_the_same_seed() -> None:
+    class Random(MeanColor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3))
+
+    first, again, other = untrained(Random), untrained(Random), untrained(Random, seed=1)
+    assert torch.equal(first.get_parameter("weight"), again.get_parameter("weight"))
+    assert not torch.equal(first.get_parameter("weight"), other.get_parameter("weight"))
