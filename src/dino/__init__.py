@@ -43,7 +43,7 @@ _HOMES = {
     "ViT": "dino.models.vit",
     "Run": "dino.train",
 }
-__all__ = ["__version__", "train", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", "train", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
@@ -61,7 +61,7 @@ def __dir__() -> list[str]:
 
 
 class _Trains(ModuleType):
-    """`dino.train` is the module that trains (`dino.train.Run`), and calling it trains: `dino.train("photos")`."""
+    """`dino.train` is a module (`dino.train.Run`), and calling it trains: `dino.train("photos")`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from dino import api
@@ -70,7 +70,7 @@ class _Trains(ModuleType):
 
 
 class _Package(ModuleType):
-    """Python sets a submodule on its package when it is imported; that is when `train` learns to be called."""
+    """An import sets a submodule on its package: that is when `train` learns to be called."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "train" and isinstance(value, ModuleType):

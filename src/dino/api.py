@@ -9,53 +9,38 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 
 from dino import __version__, dist
 from dino.analysis.attention import Attention, Query, attend, saliency
+from dino.begin import find, resumed, settle, show_plan
 from dino.checkpoint import write_json
 from dino.config import edit
-from dino.data.decode import decode
 from dino.data.folder import Folder
-from dino.data.pictures import BadImage, Pictures, Skipped
+from dino.data.pictures import Pictures, Skipped
 from dino.data.scenes import Scenes
 from dino.errors import UserError
 from dino.evals.evaluator import extract
 from dino.evals.knn import KS, accuracy_of, raw_pixels, untrained
-from dino.models import BackboneConfig, Timm, ViT
+from dino.models import Timm
 from dino.models.backbone import Attentive, Backbone
-from dino.models.pretrained import RELEASED, infer, load
-from dino.models.weights import read_safetensors
 from dino.presets import resolve
 from dino.runtime import machine, start
-from dino.session import Outcome, find, resumed, run_session, settle, show_plan
+from dino.session import Outcome, run_session
+from dino.sources import Checkpoint, Source, open_checkpoint, open_pictures, read_picture
 from dino.terminal import Done, Terminal
-from dino.train import Run, read_run
+from dino.train import Run
 
-Source = str | Path | Folder | Scenes | Pictures
-"""Pictures: a folder, `"scenes"`, settings, or anything that is `Pictures`."""
 Labelling = Callable[[str], Any]
 """Given what is about to happen, a context that gives a `Done`."""
 
 
-def open_pictures(source: Source, progress: Done | None = None, *, part: str = "train") -> Pictures:
-    """The pictures of a source. `"scenes"` draws 2000 of the part `train`, or 500 of another one."""
-    if isinstance(source, Pictures):
-        return source
-    if source == "scenes":
-        source = Scenes(count=2000 if part == "train" else 500, part=cast(Any, part))
-    elif isinstance(source, str | Path):
-        source = Folder(path=str(source))
-    return source.open(progress)
-
-
-# -- train -------------------------------------------------------------------------------------------------------------
+# -- train -------------------------------------------------------------------------------------------------
 
 
 def train(
@@ -109,64 +94,7 @@ def _data_settings(source: Source) -> dict[str, Any]:
     return {"data": Scenes() if source == "scenes" else Folder(path=str(source))}
 
 
-# -- a checkpoint, wherever it comes from --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A backbone ready for use, and what is known of it."""
-
-    source: str
-    backbone: Backbone
-    network: BackboneConfig | None
-    """Its settings, where they are known: what random weights are drawn from."""
-    size: int
-    """Side in pixels of the pictures that it was trained on."""
-    folder: Path | None
-    """Where what is measured of it may be written: beside it."""
-
-    @property
-    def hash(self) -> str:
-        """16 hex digits over the weights: the same wherever they lie."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.backbone.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-
-def open_checkpoint(
-    source: str | Path | Backbone | Checkpoint, device: torch.device | None = None
-) -> Checkpoint:
-    """Loads a run's folder, a file, a released name or timm:NAME, and moves it to the device."""
-    if isinstance(source, Checkpoint):
-        return source
-    device = device or machine().device
-    if isinstance(source, Backbone):
-        return _checkpoint(type(source).__name__, source.to(device), None)
-    backbone, path, name = load(source).to(device), Path(source), str(source)
-    if path.is_dir():
-        run = read_run(path)
-        return Checkpoint(name, backbone, run.backbone, run.views.global_size, path)
-    if name in RELEASED:
-        return _checkpoint(name, backbone, RELEASED[name].backbone)
-    if name.startswith("timm:"):
-        return _checkpoint(name, backbone, Timm(name=name.removeprefix("timm:")))
-    network = read_safetensors(path)[1] if path.suffix == ".safetensors" else None
-    return _checkpoint(name, backbone, network, path.parent)
-
-
-def _checkpoint(
-    source: str, backbone: Backbone, network: BackboneConfig | None, folder: Path | None = None
-) -> Checkpoint:
-    if network is None:
-        with suppress(UserError):  # unknown: no floor of random weights then, and the usual size
-            network = infer(backbone.state_dict(), Path(source))
-    size = network.image_size if isinstance(network, ViT) else 224
-    return Checkpoint(source, backbone, network, size, folder)
-
-
-# -- evaluate ------------------------------------------------------------------------------------------------------------
+# -- evaluate ----------------------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -185,8 +113,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Weighted k-NN accuracy of frozen features (Appendix F.1), and beside it raw pixels and random weights.
 
-    Without `val` a share of every class of `train` is held back and asked about. Gives {"knn": {"20-NN": percent,
-    ...}, "floors": {"raw_pixels": {...}, "random_weights": {...}}, "protocol": ..., "data": ..., "checkpoint": ...}.
+    Without `val` a share of every class of `train` is held back and asked about. Gives
+    {"knn": {"20-NN": percent}, "floors": {"raw_pixels": {...}, "random_weights": {...}}, "protocol": ...,
+    "data": ..., "checkpoint": ..., "versions": ...}.
     """
     label = progress or (lambda _: nullcontext(None))
     with start("float32") as rt:
@@ -196,8 +125,8 @@ def evaluate(
             queries = open_pictures(val, done, part="val") if val is not None else None
         if memory.labels is None:
             raise UserError(
-                f"k-NN accuracy needs labels, and {train} has none: put the pictures of each class in a folder of its "
-                "own (photos/cat/1.jpg, photos/dog/2.jpg, ...)."
+                f"k-NN accuracy needs labels, and {train} has none: put the pictures of each class in "
+                "a folder of its own (photos/cat/1.jpg, photos/dog/2.jpg, ...)."
             )
         if queries is None:
             memory, queries = memory.split(held_back, 0)
@@ -245,7 +174,7 @@ def relabelled(pictures: Pictures, like: Pictures) -> Pictures:
     unknown = [name for name in pictures.classes if name not in like.classes]
     if unknown:
         raise UserError(
-            f"The validation pictures have classes that the training pictures lack: {', '.join(unknown[:8])}.\n"
+            f"The validation pictures have classes that the others lack: {', '.join(unknown[:8])}.\n"
             f"Training classes: {', '.join(like.classes[:12])}."
         )
     numbers = np.array([like.classes.index(name) for name in pictures.classes], dtype=np.int64)
@@ -275,7 +204,7 @@ def save_evaluation(result: Mapping[str, Any], name: str, folder: Path) -> Path:
     return write_json(folder / f"{name}-{data.hexdigest()[:8]}.json", dict(result))
 
 
-# -- embed ---------------------------------------------------------------------------------------------------------------
+# -- embed -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -323,7 +252,7 @@ def embed(
         )
 
 
-# -- attention -----------------------------------------------------------------------------------------------------------
+# -- attention ---------------------------------------------------------------------------------------------
 
 
 def attention(
@@ -335,9 +264,9 @@ def attention(
     mass: float = 0.6,
     size: int | None = None,
 ) -> Attention:
-    """What the backbone looks at in one picture (a file, or uint8 [H, W, 3] RGB): every head, mean, and masks.
+    """What the backbone looks at in one picture (a file, or uint8 [H, W, 3] RGB): every head, mean, masks.
 
-    A network without attention gives the similarity of each place to its pooled feature instead (kind says so).
+    A network without attention gives the similarity of each place to its pooled feature (kind says so).
     """
     found = open_checkpoint(checkpoint)
     image = picture if isinstance(picture, np.ndarray) else read_picture(picture)
@@ -352,13 +281,3 @@ def attention(
 def attention_size(found: Checkpoint) -> int:
     """The paper's 480 for networks trained at 224 or more; twice the training size for smaller ones."""
     return min(480, 2 * found.size) if found.size < 224 else 480
-
-
-def read_picture(path: str | Path) -> np.ndarray:
-    """One picture as uint8 [H, W, 3] RGB. Raises UserError where it is missing or none."""
-    if not Path(path).is_file():
-        raise UserError(f"There is no picture {path}{'; it is a folder' if Path(path).is_dir() else ''}.")
-    try:
-        return decode(Path(path))
-    except BadImage as bad:
-        raise UserError(f"{path} cannot be shown: {bad.reason}") from bad

@@ -19,7 +19,7 @@ MEMORY_SECONDS = 60.0
 
 
 class Watch:
-    """Epoch, step, loss, teacher entropy, images/s, share of waiting, time left; `with Watch(...) as watch`."""
+    """Epoch, step, loss, teacher entropy, images/s, waiting, time left: `with Watch(...) as watch`."""
 
     def __init__(self, terminal: Terminal, clock: Clock, prototypes: int) -> None:
         self._terminal, self._clock, self._top = terminal, clock, math.log(prototypes)

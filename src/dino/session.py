@@ -19,45 +19,20 @@ from dino import checkpoint, dist
 from dino.analysis.health import diagnose
 from dino.analysis.report import write_report
 from dino.analysis.snapshots import choose_samples, snapshot, write_neighbours
-from dino.config import edit, to_dict
 from dino.data.pictures import Pictures
 from dino.errors import UserError
 from dino.evals.evaluator import extract
 from dino.live import Watch
 from dino.logs import read_metrics
-from dino.models.vit import ViT
-from dino.presets.plan import Plan, Reason, plan
-from dino.runtime import Machine, Runtime
+from dino.runtime import Runtime
 from dino.schedules import Clock
 from dino.terminal import Terminal
-from dino.train import Ended, EpochDone, Evaluated, Logged, Run, Started, read_run, train
+from dino.train import Ended, EpochDone, Evaluated, Logged, Run, Started, train
 
 SNAPSHOTS = 5
 """Checkpoints at which the attention of the sample pictures is kept."""
 NEIGHBOUR_PICTURES = 5000
 """Pictures among which the report's nearest neighbours are searched."""
-MAY_CHANGE = (
-    "data.path",
-    "knn.every_epochs",
-    "knn.batch_size",
-    "knn.k",
-    "knn.max_memory",
-    "optim.clip",
-    "optim.lr",
-    "optim.min_lr",
-    "precision",
-    "workers",
-    "log_every",
-    "save_minutes",
-    "keep_every",
-    "out",
-)
-"""Fields that a resumed run may change: how fast and how safely it trains and what it writes, not what it learns."""
-ON_A_CPU = 60.0
-"""Minutes that the plan fills on a CPU where nobody says otherwise."""
-
-Change = Callable[[Run], Run]
-"""What the person set themselves, applied to any Run."""
 
 
 @dataclass(frozen=True)
@@ -81,168 +56,6 @@ class Outcome:
     @property
     def report(self) -> Path:
         return self.folder / "report.html"
-
-
-# -- what to train ---------------------------------------------------------------------------------------------------
-
-
-def settle(
-    pictures: Pictures,
-    here: Machine,
-    *,
-    preset: Run | None,
-    change: Change,
-    minutes: float | None = None,
-    world: int = 1,
-) -> Plan:
-    """The plan for these pictures and this machine, with what the person set in it.
-
-    What is set is planned with: the number of epochs and the expected time are those of the run as it will be.
-    """
-    if preset is not None:
-        first = plan(pictures, here, preset=change(preset), minutes=minutes, world=world)
-        return _with_changes(first, preset, change)
-    first = plan(pictures, here, minutes=minutes, world=world)
-    asked = change(first.run)
-    if asked == first.run:
-        return first
-    if asked.optim.epochs != first.run.optim.epochs:
-        minutes = None
-    elif minutes is None and here.device.type == "cpu":
-        minutes = ON_A_CPU
-    asked = change(_followed(first.run, asked))
-    second = plan(pictures, here, preset=asked, minutes=minutes, world=world)
-    known = {reason.name: reason for reason in second.reasons if reason.name != "recipe"}
-    reasons = [known.pop(reason.name, reason) for reason in first.reasons]
-    return _with_changes(Plan(second.run, [*reasons, *known.values()]), first.run, change)
-
-
-def _followed(run: Run, asked: Run) -> Run:
-    """The planned run where the person changed its length or its crops: what hangs on them follows."""
-    epochs, size = asked.optim.epochs, asked.views.global_size
-    if epochs != run.optim.epochs:
-        warmup = min(run.optim.warmup_epochs, 0.1 * epochs)
-        run = edit(run, optim=dict(warmup_epochs=warmup), knn=dict(every_epochs=max(1.0, epochs // 15)))
-    if size != run.views.global_size and isinstance(run.backbone, ViT):
-        run = edit(run, backbone=dict(image_size=size))
-    return run
-
-
-ROWS = {
-    "method.out_dim": "K",
-    "optim.batch_size": "batch",
-    "optim.lr": "learning rate",
-    "optim.epochs": "epochs",
-    "workers": "workers",
-    "precision": "precision",
-}
-"""Settings that have a row of their own in the plan."""
-
-
-def _with_changes(planned: Plan, before: Run, change: Change) -> Plan:
-    """The plan with what the person set: in the row of that setting, or in a row of its own below."""
-    run = change(planned.run)
-    reasons = {reason.name: reason for reason in planned.reasons}
-    for name, old, value in differences(before, change(before)):
-        if name.split(".")[0] not in ("out", "data"):
-            row = ROWS.get(name, flag(name))
-            reasons[row] = Reason(row, shown(value), f"you set it; the plan had {shown(old)}")
-    return Plan(run, list(reasons.values()))
-
-
-def differences(before: Run, after: Run) -> list[tuple[str, Any, Any]]:
-    """(dotted field, old value, new value) of every setting that differs."""
-    old, new = flat(to_dict(before)), flat(to_dict(after))
-    return [(name, old.get(name), new.get(name)) for name in [*old, *(n for n in new if n not in old)]
-            if old.get(name) != new.get(name)]  # fmt: skip
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """The settings of `to_dict` by their dotted names; a nested value's own name gives its type."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for name, item in value.items():
-        found |= flat(item, prefix if name == "type" and prefix else f"{prefix}.{name}".lstrip("."))
-    return found
-
-
-def flag(name: str) -> str:
-    """A dotted field as it is typed: optim.batch_size -> --optim.batch-size."""
-    return f"--{name.replace('_', '-')}"
-
-
-def shown(value: Any) -> str:
-    """A setting as it is typed."""
-    return (
-        " ".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else f"{value}"
-    )
-
-
-def show_plan(terminal: Terminal, planned: Plan) -> None:
-    rows = [(reason.name, reason.value, reason.why) for reason in planned.reasons]
-    terminal.table("The plan", ("", "choice", "why"), rows)
-    terminal.say()
-
-
-# -- a run that is already there -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Found:
-    """What lies in an output folder."""
-
-    run: Run
-    step: int
-    steps: int
-
-    @property
-    def finished(self) -> bool:
-        return self.step >= self.steps
-
-
-def find(folder: Path) -> Found | None:
-    """The run in a folder with the step it is saved at; None where nothing was saved yet.
-
-    Raises UserError where the folder's name is taken by something that is no folder.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"The run's folder {folder} is a file. Choose another one with --out.")
-    if not (folder / "run.json").is_file() or not (folder / "checkpoints/last.pt").is_file():
-        return None
-    run = read_run(folder)
-    described = json.loads((folder / "run.json").read_text())
-    per_epoch = max(1, described["data"]["trained_on"] // run.optim.batch_size)
-    saved = checkpoint.load(folder / "checkpoints/last.pt")
-    return Found(edit(run, out=str(folder)), saved["step"], per_epoch * run.optim.epochs)
-
-
-def resumed(found: Found, change: Change) -> Run:
-    """The found run with what the person set again. Raises UserError where that would change what is learned."""
-    folder = found.run.out
-    if found.finished:
-        raise UserError(
-            f"The run in {folder} is finished: {found.step} of {found.steps} steps. Its report is {folder}/report.html.\n"
-            "To train anew, choose another folder with --out."
-        )
-    run = change(found.run)
-    refused = [item for item in differences(found.run, run) if item[0] not in MAY_CHANGE]
-    if refused:
-        listed = "\n".join(
-            f"  {flag(name)} is {shown(old)} there, got {shown(new)}" for name, old, new in refused
-        )
-        raise UserError(
-            f"The run in {folder} cannot go on with other settings of what it learns:\n{listed}\n"
-            "Leave them away to go on, or start another run with --out."
-        )
-    return edit(run, out=folder)
-
-
-# -- training, watched -----------------------------------------------------------------------------------------------
 
 
 def run_session(
@@ -396,7 +209,7 @@ class _Session:
         )
 
     def neighbours(self, backbone: Any, done: Callable[[int, int], None]) -> None:
-        """Nearest neighbours of the sample pictures among some thousands, for the report; all ranks take part."""
+        """Nearest neighbours of the sample pictures, for the report; all ranks take part."""
         step = max(1, -(-len(self.shown) // NEIGHBOUR_PICTURES))
         kept = sorted({*range(0, len(self.shown), step), *self.samples})
         pictures = self.shown.subset(kept)
@@ -425,9 +238,7 @@ class _Session:
             )
         clock = outcome.clock
         if not outcome.finished:
-            say(
-                f"Stopped at step {clock.step} of {clock.steps}; all is saved in {self.folder}/checkpoints/last.pt."
-            )
+            say(f"Stopped at step {clock.step} of {clock.steps}; saved in {self.folder}/checkpoints/last.pt")
             say(f"Go on with:  dino train --resume {self.folder}")
             return
         if outcome.quality:

@@ -1,7 +1,7 @@
 """What a person sees: messages, tables, progress. On a terminal a live bar, in a file or a pipe plain lines.
 
-Figures go to standard output. With `--json` standard output holds one JSON object and nothing else, and everything
-said on the way goes to standard error. Ranks other than the first say nothing.
+Figures go to standard output. With `--json` standard output holds one JSON object and nothing else, and all
+that is said on the way goes to standard error. Ranks other than the first say nothing.
 """
 
 import json
@@ -26,7 +26,7 @@ Done = Callable[[int, int], None]
 
 
 def is_main() -> bool:
-    """Whether this process speaks: the first rank, or the only process. Asked before any process group exists."""
+    """Whether this process speaks: the first rank, or the only one. Asked before any process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -57,17 +57,13 @@ class Terminal:
         """One message; `text` is taken as it is, brackets included."""
         self.console.print(_plain_text(text), style=style, soft_wrap=not self.live)
 
-    def table(
-        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, lines: bool = False
-    ) -> None:
-        """A table; all columns but the first and the last are as narrow as what they hold."""
-        table = Table(
-            title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_lines=lines
-        )
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table below its title; what does not fit is folded, the first column excepted."""
+        self.say(title, style="bold")
+        table = Table(box=None, pad_edge=False)
         for i, column in enumerate(columns):
-            table.add_column(
-                column, no_wrap=i == 0, header_style="dim", style="bold" if i == 0 else "", overflow="fold"
-            )
+            style = "" if i else "cyan"
+            table.add_column(column, no_wrap=i == 0, header_style="dim", style=style, overflow="fold")
         for row in rows:
             table.add_row(*map(_plain_text, row))
         self.console.print(table)

@@ -20,16 +20,16 @@ COMMANDS = {
     "presets": ("dino.cli.show", "list the recipes"),
     "show": ("dino.cli.show", "print a recipe's settings, or a run's"),
 }
-"""Each command's module, which has a function of the command's name taking the rest of the line, and what it does."""
+"""Each command's module, which has a function of the command's name, and what it does."""
 
 EXAMPLES = """\
-  dino train photos/                           train on a folder, nested or flat, with or without class folders
+  dino train photos/                           train on a folder, with or without class folders
   dino train scenes --minutes 5                train on pictures that dino draws itself
   dino eval knn runs/photos photos/            20-NN accuracy, beside raw pixels and random weights
   dino attention runs/photos photos/cat.jpg    attention maps of every head, and the mask of 60 % of the mass
   dino embed runs/photos photos/ -o features.parquet
 
-CHECKPOINT is a run's folder, a weights file (.safetensors, .pth), a released network (dino_vits16) or timm:NAME.
+CHECKPOINT is a run's folder, a file (.safetensors, .pth), a released network (dino_vits16) or timm:NAME.
 'dino COMMAND --help' shows a command's options and more examples."""
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -75,6 +75,6 @@ def _run(argv: list[str]) -> int:
 def help_text() -> str:
     lines = "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())
     return (
-        f"dino {__version__}: self-distillation with no labels. From a folder of pictures to a trained backbone.\n\n"
+        f"dino {__version__}: self-distillation with no labels.\n\n"
         f"usage: dino COMMAND ...\n\ncommands:\n{lines}\n\nexamples:\n{EXAMPLES}"
     )

@@ -12,14 +12,14 @@ from dino.errors import UserError
 from dino.terminal import speaking
 
 EXAMPLES = """\
-  dino attention runs/photos cat.jpg dog.jpg        maps in attention/cat/, attention/dog/, and attention/all.png
-  dino attention runs/photos cat.jpg --point 120 80 what the patch at this place attends to (Fig. 8)
+  dino attention runs/photos cat.jpg dog.jpg         maps in attention/
+  dino attention runs/photos cat.jpg --point 120 80  what the patch at this place attends to (Fig. 8)
   dino attention dino_vits8 cat.jpg --layer 3 --size 480 -o maps/"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """Draw the attention of every head, their mean, the mask of 60 % of the mass, and overlays, for each picture."""
+    """Draw what a backbone attends to: every head, their mean, the mask of 60 % of the mass, overlays."""
 
     checkpoint: tyro.conf.Positional[str]
     """A run's folder, a weights file, a released network (dino_vits16) or timm:NAME."""
@@ -32,7 +32,7 @@ class AttentionOptions:
     mass: float = 0.6
     """Share of the attention that the masks hold."""
     size: int | None = None
-    """Short side in pixels of what the network sees; 480, or twice what it was trained on where that is small."""
+    """Short side in pixels of what the network sees; 480, or twice what it was trained on if that is less."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "attention"
     """Folder for the figures."""
     json: Switch = False
@@ -62,10 +62,7 @@ def attention(argv: Sequence[str]) -> int:
             )
             seen.append(maps)
             own = folder / _unique(path.stem, [other.stem for other, _ in images[:place]])
-            files = [
-                save(own / f"{name.replace(' %', '').replace(' ', '-')}.png", drawn)
-                for name, drawn in panels(maps)
-            ]
+            files = [save(own / f"{_file(name)}.png", drawn) for name, drawn in panels(maps)]
             covered = float(maps.mask.mean())
             terminal.say(
                 f"{path}: {len(maps.heads)} heads on {maps.mean.shape[1]}x{maps.mean.shape[0]} patches, "
@@ -88,3 +85,8 @@ def attention(argv: Sequence[str]) -> int:
 
 def _unique(stem: str, taken: list[str]) -> str:
     return stem if stem not in taken else f"{stem}-{taken.count(stem) + 1}"
+
+
+def _file(panel: str) -> str:
+    """`mask 60%` -> `mask-60`."""
+    return panel.replace("%", "").replace(" ", "-")

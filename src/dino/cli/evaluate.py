@@ -22,7 +22,7 @@ NAMES = {"raw_pixels": "raw pixels", "random_weights": "random weights"}
 
 @dataclass(frozen=True, kw_only=True)
 class KnnOptions:
-    """Weighted k-NN accuracy of frozen features, beside the floors: raw pixels, and the network before training.
+    """Weighted k-NN accuracy of frozen features, beside its floors: raw pixels, and random weights.
 
     The result is also written next to the checkpoint, in evals/.
     """
@@ -53,16 +53,17 @@ class KnnOptions:
     """One JSON object on standard output, messages on standard error."""
 
 
-def eval(argv: Sequence[str]) -> int:  # noqa: A001 - the command's name
+def eval(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(
-            f"usage: dino eval NAME CHECKPOINT ...\n\nevaluations:\n  knn   weighted k-NN accuracy\n\nexamples:\n{EXAMPLES}"
+            "usage: dino eval NAME CHECKPOINT ...\n\nevaluations:\n  knn   weighted k-NN accuracy\n\n"
+            f"examples:\n{EXAMPLES}"
         )
         return 0
     if argv[0] not in EVALUATIONS:
         raise UserError(
-            f"There is no evaluation {argv[0]!r}{nearest(argv[0], EVALUATIONS)}\nExpected: {', '.join(EVALUATIONS)}, "
-            "as in: dino eval knn CHECKPOINT TRAIN VAL"
+            f"There is no evaluation {argv[0]!r}{nearest(argv[0], EVALUATIONS)}\n"
+            f"Expected one of {', '.join(EVALUATIONS)}, as in: dino eval knn CHECKPOINT TRAIN VAL"
         )
     options = parse(KnnOptions, argv[1:], "dino eval knn", EXAMPLES)
     _check(options)
@@ -101,10 +102,13 @@ def _knn(options: KnnOptions, terminal: Terminal, give) -> None:
     columns = ["", options.checkpoint, *(NAMES[name] for name in floors)]
     rows = [
         [name, f"{value:.1f} %", *(f"{floor[name]:.1f} %" for floor in floors.values())]
-        for name, value in result["knn"].items()
+        for name, value in sorted(result["knn"].items(), key=lambda item: "top-5" in item[0])
     ]
     train, val = result["data"]["train"], result["data"]["val"]
-    title = f"k-NN accuracy, {val['pictures']} pictures asked about, {train['pictures']} vote, {train['classes']} classes"
+    title = (
+        f"k-NN accuracy: {val['pictures']} pictures of {train['classes']} classes asked about, "
+        f"{train['pictures']} vote, at {result['protocol']['size']} pixels"
+    )
     terminal.table(title, columns, rows)
     skipped = train["skipped"] + (val["skipped"] if options.val else 0)
     if skipped:

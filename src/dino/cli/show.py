@@ -56,21 +56,31 @@ def show(argv: Sequence[str]) -> int:
     examples = "  dino show vits16\n  dino show runs/photos\n  dino show vits16 --json > run.json"
     options = parse(ShowOptions, argv, "dino show", examples)
     with speaking(options.json) as (terminal, give):
+        from dino.begin import flat
         from dino.presets import resolve
-        from dino.session import flag, flat, shown
         from dino.train import read_run
 
         folder = Path(options.preset)
         run = read_run(folder) if folder.is_dir() else resolve(options.preset)
         described: dict[str, Any] = to_dict(run)
         rows = [
-            (name if isinstance(described.get(name), dict) else flag(name), shown(value))
+            (name, str(value)) if isinstance(described.get(name), dict) else _typed(name, value)
             for name, value in flat(described).items()
             if name != "type"
         ]
         terminal.table(options.preset, ("setting", "value"), rows)
         give(described)
     return 0
+
+
+def _typed(name: str, value: Any) -> tuple[str, str]:
+    """A setting as it is typed: a switch has no value."""
+    from dino.begin import flag, shown
+
+    if isinstance(value, bool):
+        place, _, field = name.rpartition(".")
+        return (flag(name) if value else flag(f"{place}.no-{field}".lstrip(".")), "")
+    return flag(name), shown(value)
 
 
 def report(argv: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from dino import dist
+from dino.begin import Found, find, resumed, settle, show_plan
 from dino.checkpoint import write_json
 from dino.cli.options import Switch, parse
 from dino.config import edit, to_dict
@@ -24,7 +25,7 @@ from dino.models.vit import ViT
 from dino.presets import resolve
 from dino.presets.plan import Plan
 from dino.runtime import Runtime, machine, start
-from dino.session import Found, Outcome, find, resumed, run_session, settle, show_plan
+from dino.session import Outcome, run_session
 from dino.terminal import Terminal, speaking
 from dino.train import Run
 
@@ -45,12 +46,12 @@ SWITCHES = ("--dry-run", "--yes", "-y", "--json")
 class TrainOptions:
     """Train a backbone on a folder of pictures, without labels.
 
-    Settings that are not given are chosen from the pictures and the machine, and the plan says why; with --preset
-    they are the recipe's. The defaults shown here are the paper's.
+    Settings that are not given are chosen from the pictures and the machine, and the plan says why; with
+    --preset they are the recipe's. The defaults shown here are the paper's.
     """
 
     folder: tyro.conf.Positional[str] = ""
-    """Folder of pictures, nested or flat; class folders give the accuracy while training. `scenes` draws pictures."""
+    """Folder of pictures, nested or flat; class folders give the accuracy on the way. `scenes` draws some."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """A recipe to start from (`dino presets`), or MODULE:FUNCTION that returns a dino.Run."""
     network: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
@@ -94,11 +95,11 @@ def train(argv: Sequence[str]) -> int:
     return 0 if outcome.finished else 128 + (outcome.signal or signal.SIGINT)
 
 
-# -- reading the command line -----------------------------------------------------------------------------------------
+# -- reading the command line ------------------------------------------------------------------------------
 
 
 class _Given:
-    """The command line, to be laid over any Run: first over a skeleton of the right types, then over the plan."""
+    """The command line, laid over a Run: first over a skeleton of the right types, then over the plan."""
 
     def __init__(self, argv: list[str]) -> None:
         self.argv = argv
@@ -121,7 +122,7 @@ class _Given:
             found = find(Path(folder))
             if found is None:
                 raise UserError(
-                    f"There is nothing to resume in {folder}: expected the folder of a run, with run.json and "
+                    f"There is nothing to resume in {folder}: expected a run's folder, with run.json and "
                     f"checkpoints/last.pt.{_runs_nearby(Path(folder))}"
                 )
             return found.run
@@ -188,11 +189,11 @@ def _check(options: TrainOptions) -> None:
         raise UserError(f"--minutes must be above 0; got {options.minutes:g}.")
 
 
-# -- where the run goes -----------------------------------------------------------------------------------------------
+# -- where the run goes ------------------------------------------------------------------------------------
 
 
 def _where(options: TrainOptions, given: _Given, terminal: Terminal) -> tuple[Path, Found | None]:
-    """The run's folder, and the run that is there and goes on. Never takes a folder that holds another run."""
+    """The run's folder, and the run that is there and goes on. Takes no folder of another run."""
     if options.resume is not None:
         return Path(options.resume), find(Path(options.resume))
     folder = Path(options.run.out if given.has("--out") else f"runs/{options.name or _named(options)}")
@@ -244,7 +245,7 @@ def _runs_nearby(folder: Path) -> str:
     return f"\nRuns there: {', '.join(runs)}." if runs else ""
 
 
-# -- the plan, or the run that goes on --------------------------------------------------------------------------------
+# -- the plan, or the run that goes on ---------------------------------------------------------------------
 
 
 def _opened(data: Folder | Scenes, terminal: Terminal) -> Pictures:
