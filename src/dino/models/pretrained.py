@@ -96,8 +96,8 @@ def load(source: str | Path, *, which: Which = "teacher", backbone: BackboneConf
 def built(config: BackboneConfig, state: State, source: str) -> Backbone:
     """The network of `config` with the weights of `state`, ready to be evaluated.
 
-    A classifier on top (fc, head) is the one thing that a file may have too much; XCiT's official names are put
-    into timm's.
+    A classifier on top (fc, head) is the one thing that a file may have too much. XCiT's official names are
+    put into timm's.
     """
     if isinstance(config, Timm):
         config = Timm(name=config.name, args=config.args)  # its weights are here: nothing to download
@@ -186,11 +186,11 @@ def infer(state: State, path: Path) -> BackboneConfig:
 
 
 def infer_vit(state: State, path: Path) -> ViT:
-    """Width, depth, patch, positions and registers from shapes; 64 channels per head, as in the paper's ViTs."""
+    """Width, depth, patch, positions and registers from shapes; 64 channels per head, as in the paper."""
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     if width % 64:
         raise UserError(
-            f"{path} is a ViT of width {width}, whose number of heads cannot be told (64 channels each is the rule).\n"
+            f"{path} is a ViT of width {width}, and its heads are not the usual width / 64.\n"
             f"Say it: load({str(path)!r}, backbone=ViT(width={width}, heads=...))."
         )
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0

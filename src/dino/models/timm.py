@@ -179,7 +179,7 @@ def create(name: str, *, drop_path: float, pretrained: bool, args: Mapping[str, 
             liked = {key: value for key, value in liked.items() if key not in refused}
         except Exception as error:
             if not pretrained:
-                raise
+                raise UserError(f"timm cannot build {name} with {wanted}: {error}") from error
             reason = str(error).strip() or type(error).__name__
             raise UserError(
                 f"Cannot get pretrained weights of {name}: {reason}\n"

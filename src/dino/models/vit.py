@@ -228,8 +228,16 @@ class Attention(nn.Module):
         return scores.softmax(dim=-1)
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, N, D] -> queries, keys and values, each [B, heads, N, d]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        """[B, N, D] -> queries, keys and values, each [B, heads, N, d].
+
+        The keys' bias is left out. It adds q . b to all scores of a query, which the softmax takes away again, so
+        its gradient is zero but for rounding; AdamW would blow that up into a walk at random.
+        """
+        bias = self.qkv.bias
+        if bias is not None:
+            for_q, for_k, for_v = bias.chunk(3)
+            bias = torch.cat([for_q, torch.zeros_like(for_k), for_v])
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
 

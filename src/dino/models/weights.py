@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,8 @@ Which = Literal["teacher", "student"]
 def read_file(path: Path) -> Any:
     """What a .pth or .pt file holds: tensors, plain values, and argparse.Namespace, as the authors save."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of another pickle protocol: it reads, or it raises
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -83,7 +85,7 @@ def save_backbone(
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load `state`, every name and shape of it. Raises UserError with the difference, and then loads nothing."""
+    """Load `state`, every name and shape of it. A UserError says the difference, and nothing is loaded."""
     own = module.state_dict()
     missing = [f"  missing     {name} {shape(own[name])}" for name in own if name not in state]
     unexpected = [f"  unexpected  {name} {shape(state[name])}" for name in state if name not in own]
@@ -154,7 +156,7 @@ def backbone_weights(content: Any, path: Path, which: Which) -> State:
 
 
 def unprefixed(state: State, path: Path, which: Which) -> State:
-    """Names without `teacher.`, `module.` and `backbone.`; what is beside the backbone (heads) is left out."""
+    """Names without `teacher.`, `module.` and `backbone.`; what is beside the backbone is left out."""
     networks = {name.split(".")[0] for name in state} & {"student", "teacher"}
     if networks and which not in networks:
         raise UserError(f"{path} holds a {' and a '.join(sorted(networks))}, and no {which}.")

@@ -1,0 +1,241 @@
+"""What every backbone must do, whatever its network; and what is true of the Vision Transformer alone."""
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+from dino.errors import UserError
+from dino.models import Attentive, Backbone, Timm, ViT
+
+TINY = {"width": 32, "depth": 3, "heads": 2, "image_size": 32}
+BACKBONES = {
+    "vit": ViT(patch=8, **TINY),
+    "vit-registers": ViT(patch=8, registers=3, **TINY),
+    "vit-patch5": ViT(patch=5, **TINY),
+    "resnet": Timm(name="test_resnet"),
+    "convnext": Timm(name="test_convnext"),
+    "efficientnet": Timm(name="test_efficientnet"),
+    "xcit": Timm(name="xcit_nano_12_p16_224", args=(("depth", "2"),)),
+    "swin (NHWC)": Timm(
+        name="swin_tiny_patch4_window7_224", args=(("depths", "(1, 1, 1, 1)"), ("embed_dim", "24"))
+    ),
+    "timm-vit": Timm(name="test_vit"),
+    "timm-vit-registers": Timm(name="test_vit", args=(("reg_tokens", "2"),)),
+}
+
+
+@pytest.fixture(params=BACKBONES, scope="module")
+def backbone(request) -> Backbone:
+    torch.manual_seed(0)
+    return BACKBONES[request.param].build(drop_path=0.0).eval()
+
+
+def images(height: int, width: int, count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(height * width))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (67, 101)], ids=str)
+def test_the_vector_is_the_features_cls_at_any_size(backbone: Backbone, size):
+    x = images(*size)
+    with torch.no_grad():
+        vector, [features] = backbone(x), backbone.features(x)
+    assert vector.shape == (2, backbone.embed_dim)
+    torch.testing.assert_close(features.cls, vector, atol=1e-5, rtol=1e-4)
+    h, w = features.patches.shape[1:3]
+    assert h in (size[0] // backbone.patch, -(-size[0] // backbone.patch))
+    assert w in (size[1] // backbone.patch, -(-size[1] // backbone.patch))
+    assert vector.std(0).max() > 0, "two images, one vector"
+
+
+def test_images_of_a_batch_do_not_see_each_other(backbone: Backbone):
+    x = images(64, 64, count=3)
+    with torch.no_grad():
+        together, alone = backbone(x), torch.cat([backbone(x[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_the_spatial_map_lies_as_the_image_does(backbone: Backbone):
+    """What changes in the upper right corner of a wide image changes most in the upper right of the map."""
+    x = images(64, 128, count=1)
+    y = x.clone()
+    y[..., : backbone.patch, -backbone.patch :] += 3.0
+    with torch.no_grad():
+        change = (backbone.features(y)[0].patches - backbone.features(x)[0].patches).norm(dim=-1)[0]
+    row, column = divmod(int(change.argmax()), change.shape[1])
+    assert row <= change.shape[0] // 2 - (change.shape[0] > 2)
+    assert column >= change.shape[1] // 2
+
+
+def test_more_layers_end_with_the_same_one(backbone: Backbone):
+    x = images(64, 64)
+    with torch.no_grad():
+        [last], two = backbone.features(x), backbone.features(x, layers=2)
+    assert len(two) == 2
+    torch.testing.assert_close(two[-1].cls, last.cls)
+    torch.testing.assert_close(two[-1].patches, last.patches)
+    assert two[0].cls.shape != last.cls.shape or not torch.allclose(two[0].cls, last.cls)
+    with pytest.raises(UserError):
+        backbone.features(x, layers=99)
+
+
+def test_every_parameter_learns(backbone: Backbone):
+    x = images(64, 64)
+    backbone.zero_grad()
+    backbone(x).pow(2).sum().backward()
+    idle = [name for name, p in backbone.named_parameters() if p.requires_grad and p.grad is None]
+    assert not idle
+
+
+def test_attention_is_what_the_network_weighs_its_values_with(backbone: Backbone):
+    if not isinstance(backbone, Attentive):
+        pytest.skip("no self-attention over tokens")
+    x = images(48, 64)
+    net = getattr(backbone, "net", backbone)
+    attn, seen = net.blocks[1].attn, {}
+    hooks = [
+        attn.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0])),
+        attn.register_forward_hook(lambda _, __, out: seen.update(out=out)),
+    ]
+    with torch.no_grad():
+        backbone(x)
+        [hook.remove() for hook in hooks]
+        weights = backbone.attention(x, layer=1)
+        again = backbone.attention(x, layer=1 - backbone.num_blocks)
+        heads = weights.shape[1]
+        values = attn.qkv(seen["x"]).chunk(3, dim=-1)[2].unflatten(-1, (heads, -1))
+        mixed = attn.proj(torch.einsum("bhqk,bkhd->bqhd", weights, values).flatten(2))
+    torch.testing.assert_close(mixed, seen["out"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    torch.testing.assert_close(weights, again)
+    h, w = backbone.features(x)[0].patches.shape[1:3]
+    assert weights.shape[-1] == 1 + backbone.registers + h * w
+    with pytest.raises(UserError):
+        backbone.attention(x, layer=backbone.num_blocks)
+
+
+# ---------------------------------------------------------------- the Vision Transformer
+
+
+def test_sizes_are_those_of_table_1():
+    with torch.device("meta"):
+        millions = {
+            (size, patch): sum(p.numel() for p in ViT(size=size, patch=patch).build().parameters()) / 1e6
+            for size, patch in (("tiny", 16), ("small", 16), ("small", 8), ("base", 16), ("base", 8))
+        }
+    table = {("tiny", 16): 5, ("small", 16): 21, ("small", 8): 21, ("base", 16): 85, ("base", 8): 85}
+    assert {key: int(value) for key, value in millions.items()} == table
+
+
+def test_our_vit_is_timms_vit():
+    """The same names and, with the same weights, the same vector: two implementations, one definition."""
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=3).eval()
+    ours = ViT(size="tiny", depth=3).build().eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = images(224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
+
+
+def test_pixels_that_fill_no_patch_are_not_seen():
+    vit = BACKBONES["vit-patch5"].build().eval()
+    x = images(33, 37)
+    with torch.no_grad():
+        torch.testing.assert_close(vit(x), vit(x[..., :30, :35]))
+    with pytest.raises(UserError, match="smaller than one patch"):
+        vit(images(4, 40))
+
+
+@pytest.mark.parametrize("hw", [(2, 2), (3, 7), (16, 16), (13, 1)], ids=str)
+def test_positions_are_sampled_with_a_tenth_more(hw):
+    """The authors' scale is (grid + 0.1) / side: not that of a plain resize, which would be seen here."""
+    vit = BACKBONES["vit"].build()
+    torch.nn.init.normal_(vit.pos_embed)
+    grid = vit.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    scale = [(side + 0.1) / 4 for side in hw]
+    authors = F.interpolate(grid, scale_factor=scale, mode="bicubic").flatten(2).mT
+    plain = F.interpolate(grid, size=hw, mode="bicubic").flatten(2).mT
+    torch.testing.assert_close(vit.positions(*hw)[:, 1:], authors)
+    assert not torch.allclose(authors, plain, atol=1e-3)
+    torch.testing.assert_close(vit.positions(*hw)[:, :1], vit.pos_embed[:, :1])
+    assert vit.positions(4, 4) is vit.pos_embed
+
+
+def test_drop_path_grows_with_depth_keeps_the_mean_and_is_off_in_evaluation():
+    vit = ViT(patch=8, drop_path=0.4, **TINY).build()
+    assert [block.drop_path for block in vit.blocks] == pytest.approx([0, 0.2, 0.4])
+    from dino.models.vit import drop_path
+
+    dropped = drop_path(torch.ones(20000, 2, 2), 0.4)
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.6])
+    assert (dropped == dropped[:, :1, :1]).all(), "a whole image's branch is dropped, or none of it"
+    assert dropped.mean() == pytest.approx(1, abs=0.03)
+    x = images(32, 32)
+    assert not torch.equal(vit(x), vit(x))
+    vit.eval()
+    assert torch.equal(vit(x), vit(x))
+    teacher = ViT(patch=8, drop_path=0.4, **TINY).build(drop_path=0.0)
+    assert torch.equal(teacher(x), teacher(x)), "in training mode, as the authors' teacher is"
+
+
+def test_registers_change_nothing_but_what_attention_reads():
+    """A register is one more token for every query, without a position and without a place in the map."""
+    vit = BACKBONES["vit-registers"].build().eval()
+    x = images(32, 48)
+    with torch.no_grad():
+        before = vit.features(x)[0]
+        vit.register_tokens += 1.0
+        after = vit.features(x)[0]
+    assert before.patches.shape[1:3] == (4, 6)
+    assert not torch.allclose(before.cls, after.cls)
+
+
+def test_initial_weights_are_the_authors():
+    torch.manual_seed(0)
+    vit = ViT(size="tiny", depth=2, registers=4).build()
+    for name, p in vit.named_parameters():
+        if name.endswith("bias") and "patch_embed" not in name:
+            assert (p == 0).all(), name
+        elif "norm" in name:
+            assert (p == 1).all(), name
+        elif "patch_embed" not in name:
+            assert p.std().item() == pytest.approx(0.02, rel=0.15), name
+
+
+@pytest.mark.parametrize("wrong", [{"patch": 0}, {"patch": 64, "image_size": 32}, {"width": 30, "heads": 4}])
+def test_settings_that_make_no_network_are_refused(wrong):
+    with pytest.raises(UserError):
+        ViT(**wrong)
+
+
+# ---------------------------------------------------------------- timm
+
+
+def test_an_unknown_name_gets_the_nearest():
+    with pytest.raises(UserError, match="resnet50"):
+        Timm(name="resnet_50").build()
+
+
+def test_what_a_network_does_not_take_is_said():
+    with pytest.raises(UserError, match="no_such_setting"):
+        Timm(name="resnet10t", args=(("no_such_setting", "1"),)).build()
+    with pytest.raises(UserError, match="stochastic depth"):
+        Timm(name="hrnet_w18_small", drop_path=0.1).build()
+
+
+def test_drop_path_is_the_students_alone():
+    config = Timm(name="test_vit", drop_path=0.5)
+    x = images(64, 64)
+    torch.manual_seed(0)
+    student, teacher = config.build(), config.build(drop_path=0.0)
+    assert not torch.equal(student(x), student(x))
+    assert torch.equal(teacher(x), teacher(x))
+
+
+def test_weights_that_cannot_be_downloaded_are_said(monkeypatch: pytest.MonkeyPatch):
+    def offline(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UserError, match=r"pretrained weights of resnet10t: Network is unreachable"):
+        Timm(name="resnet10t", pretrained=True).build()

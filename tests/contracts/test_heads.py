@@ -1,0 +1,120 @@
+"""Heads: the equations of Fig. 9 as oracles, the variants of App. C, and g = h after f over views."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dino.errors import UserError
+from dino.models import DINOHead, Network
+from dino.models.heads import WeightNormLinear
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def test_outputs_are_cosines_to_the_prototypes():
+    head = DINOHead(12, 40, hidden=16, bottleneck=8)
+    x = torch.randn(5, 12)
+    bottleneck = head.mlp(x)
+    cosines = F.cosine_similarity(bottleneck[:, None], head.last_layer.weight_v[None], dim=-1)
+    torch.testing.assert_close(head(x), cosines)
+
+
+def test_weight_norm_is_torchs():
+    ours = WeightNormLinear(6, 9, free_length=True)
+    theirs = nn.utils.parametrizations.weight_norm(nn.Linear(6, 9, bias=False), dim=0)
+    with torch.no_grad():
+        ours.weight_g.uniform_(0.5, 2)
+        theirs.parametrizations.weight.original0.copy_(ours.weight_g)
+        theirs.parametrizations.weight.original1.copy_(ours.weight_v)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(ours(x), theirs(x))
+    ours(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    torch.testing.assert_close(ours.weight_g.grad, theirs.parametrizations.weight.original0.grad)
+    torch.testing.assert_close(ours.weight_v.grad, theirs.parametrizations.weight.original1.grad)
+
+
+def test_norm_last_keeps_the_lengths_at_one():
+    fixed, free = DINOHead(12, 40), DINOHead(12, 40, norm_last=False)
+    assert not fixed.last_layer.weight_g.requires_grad
+    assert free.last_layer.weight_g.requires_grad
+    assert (fixed.last_layer.weight_g == 1).all()
+    assert (free.last_layer.weight_g == 1).all()
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("bottleneck", [8, None])
+def test_layers_counts_the_linear_layers(layers: int, bottleneck: int | None):
+    """App. C counts `layers` in all without the bottleneck, and with it one more, weight-normalised."""
+    head = DINOHead(12, 40, layers=layers, hidden=16, bottleneck=bottleneck)
+    linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    assert len(linear) == layers
+    x, widths = torch.randn(5, 12), [12, *[16] * (layers - 1), bottleneck or 40]
+    assert [m.in_features for m in linear] + [linear[-1].out_features] == widths
+    for i, module in enumerate(linear):  # the definition, layer by layer
+        y = module(x if i == 0 else y)  # noqa: F821
+        y = F.gelu(y) if i < layers - 1 else y
+    torch.testing.assert_close(head(x), head.last_layer(F.normalize(y, dim=-1)) if bottleneck else y)
+
+
+def test_relu_and_batch_norm_are_between_the_layers_and_not_after_the_last():
+    head = DINOHead(12, 40, hidden=16, bottleneck=8, norm="batch", act="relu")
+    kinds = [type(module) for module in head.mlp]
+    inner = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
+    assert kinds == [*inner, *inner, nn.Linear]
+
+
+def test_linear_layers_start_small_without_bias():
+    head = DINOHead(64, 40, hidden=128, bottleneck=32)
+    for module in head.mlp:
+        if isinstance(module, nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
+            assert (module.bias == 0).all()
+    assert head.last_layer.weight_v.std().item() == pytest.approx((1 / 3 / 32) ** 0.5, rel=0.1)
+
+
+def test_the_norm_is_taken_in_float32_under_autocast():
+    """Half floats would lose what the bottleneck's small values say, and overflow at its large ones."""
+    head = DINOHead(12, 40, layers=1, bottleneck=8)
+    x = torch.randn(5, 12)
+    seen = []
+    head.last_layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        head(x)
+    assert seen[0].dtype == torch.float32
+    torch.testing.assert_close(seen[0].norm(dim=-1), torch.ones(5))
+
+
+def test_no_layer_is_refused():
+    with pytest.raises(UserError, match="at least 1"):
+        DINOHead(12, 40, layers=0)
+
+
+class MeanColour(nn.Module):
+    """A backbone whose vector can be written down: an image's mean colour; it counts its calls."""
+
+    embed_dim = 3
+    calls = 0
+
+    def forward(self, images):
+        self.calls += 1
+        return images.mean((2, 3))
+
+
+def test_network_keeps_the_order_of_views_and_images():
+    network = Network(MeanColour(), nn.Identity())  # pyright: ignore[reportArgumentType]
+    views = [torch.randn(2, 4, 3, 8, 8), torch.randn(5, 4, 3, 6, 6)]
+    expected = torch.cat([stack.mean((3, 4)) for stack in views])
+    torch.testing.assert_close(network(views), expected)
+    assert network.backbone.calls == 2, "one pass per resolution"
+
+
+def test_the_head_sees_all_views_at_once():
+    """A batch norm in the head normalises over every crop, as in the authors' code."""
+    network = Network(MeanColour(), nn.BatchNorm1d(3, affine=False))  # pyright: ignore[reportArgumentType]
+    out = network([torch.randn(2, 4, 3, 8, 8) + 5, torch.randn(6, 4, 3, 4, 4)])
+    torch.testing.assert_close(out.flatten(0, 1).mean(0), torch.zeros(3), atol=1e-5, rtol=0)

@@ -1,0 +1,297 @@
+"""Loading what somebody has trained: every layout, never a partial load, never any code."""
+
+import argparse
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from dino.config import to_dict
+from dino.errors import UserError
+from dino.models import DINOHead, Network, Timm, ViT, pretrained
+from dino.models.pretrained import RELEASED, load, load_strict, save_backbone
+
+VIT = ViT(width=64, depth=2, heads=1, patch=8, image_size=32, drop_path=0.0)
+X = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def networks() -> dict[str, Network]:
+    torch.manual_seed(0)
+    return {
+        which: Network(VIT.build(), DINOHead(64, 32, hidden=16, bottleneck=8))
+        for which in ("student", "teacher")
+    }
+
+
+def same(loaded, expected) -> bool:
+    assert not loaded.training
+    with torch.no_grad():
+        return torch.equal(loaded(X), expected.eval()(X))
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_the_authors_full_checkpoint(networks, tmp_path: Path, which):
+    """The student comes from DistributedDataParallel, the teacher does not; the rest is an optimizer and
+    arguments.
+    """
+    student = {f"module.{name}": value for name, value in networks["student"].state_dict().items()}
+    optimizer = torch.optim.AdamW(networks["student"].parameters()).state_dict()
+    saved = {
+        "student": student,
+        "teacher": networks["teacher"].state_dict(),
+        "optimizer": optimizer,
+        "epoch": 100,
+        "args": argparse.Namespace(arch="vit_small", lr=5e-4, data_path="/data"),
+        "dino_loss": {"center": torch.zeros(1, 32)},
+    }
+    torch.save(saved, tmp_path / "checkpoint.pth")
+    assert same(load(tmp_path / "checkpoint.pth", which=which), networks[which].backbone)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_this_projects_checkpoint(networks, tmp_path: Path, which):
+    """The network comes from the file's Run: heads = 2 could not be read off the weights."""
+    config = ViT(width=64, depth=2, heads=2, patch=8, image_size=32)
+    backbones = {name: config.build(drop_path=0.0) for name in networks}
+    method = {f"{n}.backbone.{key}": v for n, b in backbones.items() for key, v in b.state_dict().items()}
+    method |= {f"{n}.head.{key}": v for n, b in networks.items() for key, v in b.head.state_dict().items()}
+    saved = {
+        "run": {"type": "Run", "backbone": to_dict(config)},
+        "method": {**method, "center": torch.zeros(32)},
+    }
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(saved, tmp_path / "checkpoints" / "last.pt")
+    assert same(load(tmp_path, which=which), backbones[which])
+    assert same(load(tmp_path / "checkpoints" / "last.pt", which=which), backbones[which])
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+@pytest.mark.parametrize("registers", [0, 3])
+def test_a_backbone_alone_tells_its_geometry(tmp_path: Path, prefix, registers):
+    config = ViT(width=128, depth=3, patch=4, image_size=20, registers=registers, mlp_ratio=2, heads=2)
+    network = config.build(drop_path=0.0)
+    state = {prefix + name: value for name, value in network.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pth")
+    assert same(load(tmp_path / "weights.pth"), network)
+
+
+def test_a_run_gives_its_exported_teacher(networks, tmp_path: Path):
+    save_backbone(VIT, networks["teacher"].backbone.state_dict(), tmp_path / "backbone.safetensors")
+    assert same(load(str(tmp_path)), networks["teacher"].backbone)
+    with pytest.raises(UserError, match=r"checkpoints/last\.pt"):
+        load(tmp_path, which="student")
+
+
+def test_what_is_saved_loads_in_timm_by_timms_names(tmp_path: Path):
+    config = Timm(name="test_resnet", pretrained=True)  # pretrained must not download again
+    ours = Timm(name="test_resnet").build()
+    save_backbone(config, ours.state_dict(), tmp_path / "r.safetensors")
+    theirs = timm.create_model("test_resnet", num_classes=0)
+    theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "r.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(X), ours.eval()(X))
+    assert same(load(tmp_path / "r.safetensors"), ours)
+
+
+def test_a_vit_is_saved_in_timms_names_too(tmp_path: Path):
+    ours = ViT(size="tiny", depth=2).build()
+    save_backbone(ViT(size="tiny", depth=2), ours.state_dict(), tmp_path / "v.safetensors")
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2)
+    theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "v.safetensors"))
+
+
+def test_a_classifier_on_top_is_left_and_the_network_named_from_the_weights(tmp_path: Path):
+    theirs = timm.create_model("resnet18", num_classes=10)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "r.pth")
+    theirs.reset_classifier(0)
+    assert same(load(tmp_path / "r.pth"), theirs)
+
+
+def test_xcits_official_names(tmp_path: Path):
+    """Released XCiT files say pos_embeder, and keep q, k and v of the class attention in one."""
+    torch.manual_seed(0)
+    theirs = timm.create_model("xcit_nano_12_p8_224", num_classes=0)
+    official = {}
+    for name, value in theirs.state_dict().items():
+        if ".attn.q." in name and name.startswith("cls_attn_blocks"):
+            parts = [theirs.state_dict()[name.replace(".q.", f".{part}.")] for part in "qkv"]
+            official[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+        elif not (name.startswith("cls_attn_blocks") and (".attn.k." in name or ".attn.v." in name)):
+            official[name.replace("pos_embed.", "pos_embeder.")] = value
+    torch.save(official, tmp_path / "xcit.pth")
+    assert same(load(tmp_path / "xcit.pth"), theirs)
+
+
+# ---------------------------------------------------------------- what must not pass
+
+
+def test_a_file_that_does_not_fit_is_shown_and_nothing_is_loaded():
+    network = VIT.build()
+    state = dict(network.state_dict())
+    state["norm.extra"] = torch.zeros(3)
+    state["cls_token"] = torch.zeros(1, 1, 32)
+    del state["norm.bias"]
+    state["norm.weight"] = torch.full((64,), 7.0)
+    with pytest.raises(UserError) as raised:
+        load_strict(network, state, "some.pth")
+    message = str(raised.value)
+    assert "some.pth" in message
+    assert "1 missing, 1 unexpected, 1 of another shape" in message
+    assert "missing     norm.bias [64]" in message
+    assert "unexpected  norm.extra [3]" in message
+    assert "cls_token: expected [1, 1, 64], got [1, 1, 32]" in message
+    assert (network.norm.weight == 1).all()
+
+
+class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_loading_never_runs_code(tmp_path: Path, write):
+    write({"teacher": Evil(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="run code"):
+        load(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+BAD = ("empty.pth", "text.pth", "cut.pth", "cut.safetensors", "list.pt", "nothing.pt")
+
+
+def bad_files(folder: Path) -> dict[str, Path]:
+    files = {
+        name: folder / name
+        for name in ("empty.pth", "text.pth", "cut.pth", "cut.safetensors", "list.pt", "nothing.pt")
+    }
+    files["empty.pth"].write_bytes(b"")
+    files["text.pth"].write_text("not weights at all")
+    torch.save(VIT.build().state_dict(), folder / "whole.pth")
+    files["cut.pth"].write_bytes((folder / "whole.pth").read_bytes()[:-1000])
+    save_backbone(VIT, VIT.build().state_dict(), folder / "whole.safetensors")
+    files["cut.safetensors"].write_bytes((folder / "whole.safetensors").read_bytes()[:-1000])
+    torch.save([1, 2], files["list.pt"])
+    torch.save({"epoch": 3}, files["nothing.pt"])
+    return files
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_file_of_weights_is_said_by_name(tmp_path: Path, name):
+    with pytest.raises(UserError, match=name):
+        load(bad_files(tmp_path)[name])
+
+
+def test_a_network_that_cannot_be_told_is_asked_for(tmp_path: Path):
+    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "unknown.pth")
+    with pytest.raises(UserError, match="backbone="):
+        load(tmp_path / "unknown.pth")
+    narrow = ViT(width=48, depth=1, heads=3, patch=8, image_size=16)
+    network = narrow.build(drop_path=0.0)
+    torch.save(network.state_dict(), tmp_path / "narrow.pth")
+    with pytest.raises(UserError, match="width 48"):
+        load(tmp_path / "narrow.pth")
+    assert same(load(tmp_path / "narrow.pth", backbone=narrow), network)
+
+
+def test_a_student_that_is_not_there(networks, tmp_path: Path):
+    torch.save({"teacher": networks["teacher"].state_dict()}, tmp_path / "t.pth")
+    with pytest.raises(UserError, match="no student"):
+        load(tmp_path / "t.pth", which="student")
+
+
+def test_names_that_are_nearly_right(tmp_path: Path):
+    with pytest.raises(UserError, match="did you mean 'dino_vits16'"):
+        load("dino_vit16")
+    with pytest.raises(UserError, match="not the directory of a run"):
+        load(tmp_path)
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = save_backbone(VIT, VIT.build().state_dict(), tmp_path / "b.safetensors")
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        save_backbone(VIT, VIT.build().state_dict(), path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+# ---------------------------------------------------------------- released weights
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """torch.hub's cache in a fresh folder, and a download that serves a small ViT; gives the addresses asked
+    for.
+    """
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setitem(RELEASED, "dino_vits16", RELEASED["dino_vits16"]._replace(backbone=VIT))
+    torch.manual_seed(0)
+    weights, asked = VIT.build().state_dict(), []
+
+    def serve(url: str, path: str, **_) -> None:
+        asked.append(url)
+        torch.save(weights, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", serve)
+    return asked
+
+
+def test_a_released_name_is_downloaded_once_and_its_sum_kept(hub: list[str], tmp_path: Path):
+    load("dino_vits16")
+    load("dino_vits16")
+    assert hub == [
+        "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
+    ]
+    [note] = (tmp_path / "hub/checkpoints").glob("*.sha256")
+    assert len(note.read_text().split()[0]) == 64
+
+
+def test_a_cached_file_that_changed_is_refused(hub: list[str], tmp_path: Path):
+    load("dino_vits16")
+    cached = tmp_path / "hub/checkpoints/dino_deitsmall16_pretrain.pth"
+    torch.save({name: value + 1 for name, value in VIT.build().state_dict().items()}, cached)
+    with pytest.raises(UserError, match="SHA-256"):
+        load("dino_vits16")
+
+
+def test_without_a_network_the_address_and_the_place_are_said(hub: list[str], tmp_path: Path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(UserError) as raised:
+        load("dino_vitb8")
+    assert "https://dl.fbaipublicfiles.com/dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth" in str(
+        raised.value
+    )
+    assert str(tmp_path / "hub/checkpoints/dino_vitbase8_pretrain.pth") in str(raised.value)
+
+
+def test_every_released_network_is_the_one_its_file_is_for(shared: Path):
+    keys = json.loads((shared / "reference/golden/official_state_dict_keys.json").read_text())
+    entries = {
+        "dino_vits16": "vit_small_patch16",
+        "dino_vits8": "vit_small_patch8",
+        "dino_vitb16": "vit_base_patch16",
+    }
+    entries |= {"dino_vitb8": "vit_base_patch8", "dino_resnet50": "resnet50"}
+    for name, entry in entries.items():
+        with torch.device("meta"):
+            state = RELEASED[name].backbone.build().state_dict()
+        assert {key: list(value.shape) for key, value in state.items()} == keys[entry], name
+        inferred = pretrained.infer({key: value for key, value in state.items()}, Path(name))
+        assert inferred == RELEASED[name].backbone, name
