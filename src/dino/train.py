@@ -30,7 +30,7 @@ from dino.methods.dino import DINO, DINOConfig
 from dino.methods.method import Method
 from dino.models.backbone import Backbone
 from dino.models.heads import Network
-from dino.models.pretrained import save_backbone
+from dino.models.pretrained import load_strict, save_backbone
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.optim import Optim, clip_grad_norms_, set_hyper
@@ -434,7 +434,7 @@ def _restore(state: State, run: Run, pictures: Pictures) -> None:
             f"{path} was trained on other pictures than these {len(pictures)}: some were added, removed or changed. "
             "Give the same data to go on, or another --out to start anew."
         )
-    state.method.load_state_dict(saved["method"])
+    load_strict(state.method, saved["method"], str(path))
     state.optimizer.load_state_dict(saved["optimizer"])
     state.scaler.load_state_dict(saved["scaler"])
     state.step, state.best = saved["step"], saved["best"]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golden import TRAJECTORY, Check, Result, read, tensors
+from golden import SINGLE, TRAJECTORY, Check, Result, read, tensors
 
 
 def loss(path: Path) -> Result:
@@ -174,8 +174,8 @@ def _missing(module: torch.nn.Module, expected: dict[str, Tensor]) -> list[str]:
 
 
 def _tolerance(value: Any) -> float:
-    """float32 has about seven digits: 1e-5 absolute up to 10, then what float32 can hold."""
-    return max(1e-5, 1e-6 * float(np.abs(value).max()))
+    """1e-5 absolute, or one step of float32 where that is more: above 128."""
+    return max(SINGLE, float(np.spacing(np.float32(abs(value)))))
 
 
 def _count(data: Any, prefix: str) -> int:

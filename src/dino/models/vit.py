@@ -230,7 +230,7 @@ class Attention(nn.Module):
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, D] -> queries, keys and values, each [B, heads, N, d].
 
-        The keys' bias is left out. It adds q . b to all scores of a query, which the softmax takes away again, so
+        The keys' bias is left out. It adds q . b to all scores of a query, which softmax takes away again, so
         its gradient is zero but for rounding; AdamW would blow that up into a walk at random.
         """
         bias = self.qkv.bias
