@@ -1,12 +1,13 @@
 """JPEG files to 2x224 + 8x96 normalised crops on one core: this project, the authors' recipe, and lightly's.
 
-Each candidate goes through the same files in turns (interleaved, so that a slow minute hits all alike), from the bytes
-on the disk (in the page cache) to float32 tensors. Ours includes `normalize`, which training does on the device.
+Each candidate goes through the same files in turns (interleaved, so that a slow minute hits all alike), from
+the bytes on the disk (in the page cache) to float32 tensors. Ours includes `normalize`, which training does
+on the device.
 
     python benchmarks/data.py [--folder PHOTOS] [--json data.json]
 
-Without a folder it writes JPEG files of 500 x 375 of its own, of 50 to 100 kB. The `bench` group holds lightly; where it
-is not installed its line is left out.
+Without a folder it writes JPEG files of 500 x 375 of its own, of 50 to 100 kB. The `bench` group holds
+lightly; where it is not installed its line is left out.
 """
 
 import argparse
@@ -136,7 +137,8 @@ def measure(files: list[Path], rounds: int) -> dict[str, list[float]]:
 
 def machine() -> str:
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, one used"
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, one used"
 
 
 def _lines(path: str) -> list[str]:
@@ -144,7 +146,9 @@ def _lines(path: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", help="JPEG files to take instead of drawn ones")
     parser.add_argument("--files", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=9)
@@ -163,11 +167,18 @@ def main() -> None:
         times = measure(files, options.rounds)
     base = times["pillow + torchvision"]
     rows = {}
-    print(f"{machine()}; {len(files)} files, median {kilobytes:.0f} kB; medians of {options.rounds} interleaved rounds")
+    print(
+        f"{machine()}; {len(files)} files, median {kilobytes:.0f} kB; "
+        f"medians of {options.rounds} interleaved rounds"
+    )
     print(f"{'':24}{'ms/image':>10}{'images/s':>10}{'ratio':>8}")
     for name, each in times.items():
         ratio = statistics.median(b / t for b, t in zip(base, each, strict=True))
-        rows[name] = {"ms": statistics.median(each), "images_per_s": 1e3 / statistics.median(each), "ratio": ratio}
+        rows[name] = {
+            "ms": statistics.median(each),
+            "images_per_s": 1e3 / statistics.median(each),
+            "ratio": ratio,
+        }
         print(f"{name:24}{rows[name]['ms']:10.2f}{rows[name]['images_per_s']:10.1f}{ratio:8.2f}")
     if options.json:
         about = {"machine": machine(), "files": len(files), "median_kB": kilobytes, "rounds": options.rounds}

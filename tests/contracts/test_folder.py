@@ -58,7 +58,9 @@ def test_bad_files_are_listed_and_other_files_counted(photos):
 def test_links_are_followed_and_loops_are_not(photos, tmp_path):
     put(photos, "real/a.png")
     put(tmp_path / "elsewhere", "b.png")
-    (photos / "A link").symlink_to(photos / "real")  # sorts first; the real folder names the picture all the same
+    (photos / "A link").symlink_to(
+        photos / "real"
+    )  # sorts first; the real folder names the picture all the same
     (photos / "real" / "loop").symlink_to(photos)
     (photos / "elsewhere").symlink_to(tmp_path / "elsewhere")
     (photos / "c.png").symlink_to(tmp_path / "elsewhere" / "b.png")
@@ -147,7 +149,7 @@ def test_in_memory_gives_the_same_pictures_and_never_reads_again(photos):
 
 
 def test_errors_say_what_to_do(photos):
-    with pytest.raises(UserError, match="no folder .*nowhere"):
+    with pytest.raises(UserError, match=r"no folder .*nowhere"):
         Folder(path=str(photos / "nowhere")).open()
     with pytest.raises(UserError, match="no pictures in"):
         Folder(path=str(photos)).open()

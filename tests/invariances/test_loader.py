@@ -104,9 +104,7 @@ def test_unreadable_pictures_are_left_out_and_reported(workers):
         for x, y in zip(a.batch.views, b.batch.views, strict=True):
             assert torch.equal(x[:, keep], y)
         reported += b.skipped
-    assert {tuple(s) for s in reported} == {
-        (f"{i}.png", "cut short") for i in (2, 5) if i in order[:8]
-    }
+    assert {tuple(s) for s in reported} == {(f"{i}.png", "cut short") for i in (2, 5) if i in order[:8]}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,12 +1,14 @@
-"""From a file to uint8 RGB: `probe` looks at the header and the end, `decode` gives the pixels, `BadImage` says why not.
+"""From a file to uint8 RGB: `probe` looks at the header and the end, `decode` gives the pixels, `BadImage`
+says why not.
 
-A decoder gives grey blocks for what is missing of a file that is cut short, and allocates what a forged header asks
-for. So the structure of every format is walked here first: the size is checked before a pixel is decoded, and the end
-of the picture must be there. Then the common kinds (8-bit colour or grey, no transparency) go through OpenCV, all
-others (palette, transparency, CMYK, 16 bits, TIFF, GIF) through the one Pillow plugin that is meant for them.
+A decoder gives grey blocks for what is missing of a file that is cut short, and allocates what a forged
+header asks for. So the structure of every format is walked here first: the size is checked before a pixel is
+decoded, and the end of the picture must be there. Then the common kinds (8-bit colour or grey, no
+transparency) go through OpenCV, all others (palette, transparency, CMYK, 16 bits, TIFF, GIF) through the one
+Pillow plugin that is meant for them.
 
-Transparent pictures are laid on white, 16 bits are scaled to 8 (x / 257), floats from their own range; a GIF or an
-animated WebP gives its first frame; EXIF's orientation is applied.
+Transparent pictures are laid on white, 16 bits are scaled to 8 (x / 257), floats from their own range; a GIF
+or an animated WebP gives its first frame; EXIF's orientation is applied.
 """
 
 import contextlib
@@ -39,7 +41,20 @@ __all__ = ["MAX_PIXELS", "SUFFIXES", "BadImage", "decode", "probe"]
 
 MAX_PIXELS = 2**27  # 134 megapixels, 403 MB once decoded: beyond it a header is taken for a bomb
 SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"]  # what a folder is searched for
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".apng",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+    ]  # what a folder is searched for
 )
 
 cv2.setNumThreads(0)  # a picture is one thread's work; the worker processes are the parallelism
@@ -62,7 +77,8 @@ class _Header:
 
 
 def probe(path: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) as `decode` will give them, from the header and the file's structure; raises BadImage."""
+    """(width, height) as `decode` will give them, from the header and the file's structure; raises
+    BadImage."""
     with _reasons(path), _open(path) as file:
         header = _header(file)
     return (header.height, header.width) if header.orientation >= 5 else (header.width, header.height)
@@ -120,7 +136,7 @@ def _header(file: BinaryIO) -> _Header:
                 raise _Bad(f"impossible size {header.width}x{header.height}")
             if header.width * header.height > MAX_PIXELS:
                 raise _Bad(
-                    f"{header.width}x{header.height} pixels, more than {MAX_PIXELS}: too large to decode safely"
+                    f"{header.width}x{header.height} pixels, over {MAX_PIXELS}: too large to decode safely"
                 )
             return header
     if not any(start):
@@ -366,7 +382,8 @@ def _pillow(file: BinaryIO, plugin: type) -> np.ndarray:
 
 
 def _scaled(values: np.ndarray, mode: str) -> np.ndarray:
-    """Grey of more than 8 bits: 16 bits keep their range, wider integers and floats are stretched to their own."""
+    """Grey of more than 8 bits: 16 bits keep their range, wider integers and floats are stretched to their
+    own."""
     values = np.nan_to_num(values.astype(np.float32))
     low, high = 0.0, 65535.0
     if mode == "F" or (mode == "I" and (values.min() < 0 or values.max() > high)):

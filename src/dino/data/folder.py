@@ -1,4 +1,5 @@
-"""Any folder of pictures: nested or flat, with or without class folders; what is wrong in it is listed, not fatal."""
+"""Any folder of pictures: nested or flat, with or without class folders; what is wrong in it is listed, not
+fatal."""
 
 import os
 from collections import Counter
@@ -22,7 +23,8 @@ class Folder:
     """A folder of pictures on this machine."""
 
     path: str
-    """The folder. Every picture below it is used, at any depth; hidden files and other files are left alone."""
+    """The folder. Every picture below it is used, at any depth; hidden files and other files are left
+    alone."""
 
     def open(self, progress: Progress | None = None) -> "FolderPictures":
         """Find the pictures and look at each one's header: (done, total) is told to `progress` on the way."""
@@ -31,7 +33,8 @@ class Folder:
             raise UserError(f"no folder {self.path}: expected a folder of pictures. Check the path")
         if not root.is_dir():
             raise UserError(
-                f"{self.path} is a file: expected a folder of pictures. Give the folder that holds it: {root.parent}"
+                f"{self.path} is a file: expected a folder of pictures. "
+                f"Give the folder that holds it: {root.parent}"
             )
         found, skipped, ignored = _walk(root)
         with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:  # waiting for disks, mostly
@@ -53,8 +56,9 @@ class Folder:
 class FolderPictures(Pictures):
     """The pictures of a folder, sorted by name; a name is the path below the folder, with /.
 
-    Labels: where every picture lies in one of two or more folders of the first level, that folder's name is its class.
-    Where these are all called train, val, test or the like, the next level is taken, under the same condition.
+    Labels: where every picture lies in one of two or more folders of the first level, that folder's name is
+    its class. Where these are all called train, val, test or the like, the next level is taken, under the
+    same condition.
     """
 
     def __init__(
@@ -70,8 +74,10 @@ class FolderPictures(Pictures):
         super().__init__(names=names, sizes=sizes, labels=labels, classes=classes, skipped=skipped)
         self.root = str(root)
         self.ignored = ignored
-        """How many files were left alone: "hidden", and "other" for those that are not named like a picture."""
-        # Only a name that is not UTF-8 differs from its file: a second list of a million paths would be memory.
+        """How many files were left alone: "hidden", and "other" for those that are not named like a
+        picture."""
+        # Only a name that is not UTF-8 differs from its file: a second list of a million paths would be
+        # memory.
         self._unprintable = {i: f for i, f in enumerate(files) if os.path.join(root, names[i]) != f}
 
     def read(self, index: int) -> np.ndarray:
@@ -91,7 +97,8 @@ def class_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
 
 
 def printable(file: str, root: Path) -> str:
-    """The path below root, with /; bytes that are no UTF-8 are spelled \\xNN, so that every output can hold it."""
+    """The path below root, with /; bytes that are no UTF-8 are spelled \\xNN, so that every output can hold
+    it."""
     relative = os.path.relpath(file, root).replace(os.sep, "/")
     return os.fsencode(relative).decode("utf-8", "backslashreplace")
 
@@ -106,8 +113,9 @@ def _look(file: str) -> tuple[int, int] | str:
 def _walk(root: Path) -> tuple[list[str], list[Skipped], Counter[str]]:
     """(files named like pictures, sorted; folders that cannot be listed; how many other files there are).
 
-    Each real folder is entered once, however many links lead to it: a link back up is no loop. Links to folders wait
-    until the real folders are done, so that a picture has the same name whether or not a link to it exists.
+    Each real folder is entered once, however many links lead to it: a link back up is no loop. Links to
+    folders wait until the real folders are done, so that a picture has the same name whether or not a link
+    to it exists.
     """
     files: list[str] = []
     skipped: list[Skipped] = []
@@ -146,12 +154,13 @@ def _nothing(path: str, skipped: Sequence[Skipped], ignored: Counter[str]) -> st
     if not skipped:
         others = f" ({ignored.total()} other or hidden files are there)" if ignored.total() else ""
         return (
-            f"no pictures in {path}{others}: expected files named {', '.join(sorted(SUFFIXES))}, at any depth. "
-            "Give the folder that holds the pictures"
+            f"no pictures in {path}{others}: expected files named {', '.join(sorted(SUFFIXES))}, at any "
+            "depth. Give the folder that holds the pictures"
         )
     shown = "\n".join(f"  {name}: {reason}" for name, reason in sorted(skipped)[:5])
     more = f"\n  ... and {len(skipped) - 5} more" if len(skipped) > 5 else ""
     return (
         f"none of the {len(skipped)} files in {path} is a picture that can be used:\n{shown}{more}\n"
-        f"Expected whole JPEG, PNG, WebP, BMP, GIF or TIFF files of at most {MAX_PIXELS} pixels: copy them again"
+        f"Expected whole JPEG, PNG, WebP, BMP, GIF or TIFF files of at most {MAX_PIXELS} pixels. "
+        "Copy them again"
     )

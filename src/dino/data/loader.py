@@ -1,7 +1,9 @@
-"""Batches as a function of (seed, epoch, position): any number of workers or ranks, and any resume, gives the same.
+"""Batches as a function of (seed, epoch, position): any number of workers or ranks, and any resume, gives
+the same.
 
-The order of an epoch depends on (seed, epoch) alone, and every random draw of a picture's views on (seed, epoch,
-picture) alone. A worker makes a whole batch at a time, so that batches come in order and nothing is copied twice.
+The order of an epoch depends on (seed, epoch) alone, and every random draw of a picture's views on (seed,
+epoch, picture) alone. A worker makes a whole batch at a time, so that batches come in order and nothing is
+copied twice.
 """
 
 import os
@@ -44,7 +46,8 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 def steps_per_epoch(n: int, batch_size: int, world: int = 1) -> int:
-    """Whole batches in n pictures; raises UserError where there is none, or where a batch cannot be dealt out."""
+    """Whole batches in n pictures; raises UserError where there is none, or where a batch cannot be dealt
+    out."""
     if batch_size < 1 or batch_size % world:
         raise UserError(
             f"batch size {batch_size} on {world} processes: expected a multiple of {world}, so that each "
@@ -74,8 +77,8 @@ def train_batches(
 ) -> Iterator[Step]:
     """The steps from clock_start = (epoch, step in it) to the end of epoch epochs - 1, on this rank.
 
-    batch_size counts all ranks; rank r makes positions r, r + world, ... of each batch. The pictures that fill no
-    whole batch at an epoch's end are left out; another epoch's order leaves out others.
+    batch_size counts all ranks; rank r makes positions r, r + world, ... of each batch. The pictures that
+    fill no whole batch at an epoch's end are left out; another epoch's order leaves out others.
     """
     steps = steps_per_epoch(len(pictures), batch_size, world)
 
@@ -131,7 +134,7 @@ class _Train:
         if not used:
             shown = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
             raise UserError(
-                f"none of the {count} pictures of step {step} in epoch {epoch} can be read any more ({shown}): "
+                f"none of the {count} pictures of epoch {epoch}, step {step} can be read any more ({shown}): "
                 "expected the pictures that were there at the start. Is the disk still there?"
             )
         labels = None if self.pictures.labels is None else torch.from_numpy(self.pictures.labels[used])
@@ -180,8 +183,8 @@ class _Jobs(Dataset):
 def _serve(make: Callable, jobs: Iterable, workers: int, prefetch: int, pin_memory: bool) -> Iterator[Any]:
     """make(job) for every job in order, by this process or by workers ahead of it."""
     with warnings.catch_warnings():
-        # More workers than cores may be right where disks are slow; forking beside threads is safe here, since a
-        # worker uses one thread and none of its parent's locks.
+        # More workers than cores may be right where disks are slow; forking beside threads is safe here,
+        # since a worker uses one thread and none of its parent's locks.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
         results = iter(
@@ -216,9 +219,9 @@ def _serve(make: Callable, jobs: Iterable, workers: int, prefetch: int, pin_memo
 
 
 _DEAD = (
-    "a data worker process died: it was killed, most often because memory ran out (in a container: because the shared "
-    "memory /dev/shm is too small). Continue with --resume and fewer workers, a smaller batch, or more shared memory "
-    "(docker run --shm-size=8g)"
+    "a data worker process died, most often because memory ran out (in a container: because the "
+    "shared memory /dev/shm is too small). Resume with fewer workers, a smaller batch, or more "
+    "shared memory (docker run --shm-size=8g)"
 )
 
 
@@ -237,7 +240,8 @@ def _as_it_is(result: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C and SIGTERM are the main process's to answer: it saves first, and still needs its workers for that."""
+    """Ctrl-C and SIGTERM are the main process's to answer: it saves first, and still needs its workers for
+    that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave_later)
 

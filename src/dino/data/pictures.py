@@ -1,7 +1,8 @@
 """The contract that every source of images meets: names, labels, sizes, and `read(i)`, and nothing else.
 
 Training, evaluation and embedding see `Pictures` only; a folder, the drawn scenes and a benchmark's files are
-the same to them. A source reads in any process (it is pickled to the workers), and read(i) is a function of i.
+the same to them. A source reads in any process (it is pickled to the workers), and read(i) is a function of
+i.
 """
 
 import hashlib
@@ -80,7 +81,8 @@ class Pictures(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over names, sizes and labels: equal where the same pictures come in the same order."""
+        """16 hex digits over names, sizes and labels: equal where the same pictures come in the same
+        order."""
         digest = hashlib.sha256()
         for name in self.names:
             digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
@@ -94,11 +96,13 @@ class Pictures(ABC):
         return _Subset(self, np.asarray(indices, dtype=np.int64))
 
     def in_memory(self, threads: int = 2, progress: Callable[[int, int], None] | None = None) -> "Pictures":
-        """The same pictures, each decoded once, now, into one block of `nbytes`. Forked workers share the block."""
+        """The same pictures, each decoded once, now, into one block of `nbytes`. Forked workers share the
+        block."""
         return _InMemory(self, threads, progress)
 
     def split(self, fraction: float, seed: int) -> tuple["Pictures", "Pictures"]:
-        """(the rest, a held-back part), disjoint: round(fraction n) pictures of every class that has n, at least
+        """(the rest, a held-back part), disjoint: round(fraction n) pictures of every class that has n, at
+        least
         one where n > 1. Pictures without a label are never held back unless no picture has one."""
         if not 0 < fraction < 1:
             raise ValueError(f"a fraction in (0, 1) is held back, got {fraction}")

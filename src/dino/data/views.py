@@ -1,9 +1,10 @@
 """Sec. 3.1, multi-crop: the set V of views of a picture, drawn as the authors draw them, on uint8.
 
-Every operation is the authors' (torchvision's on Pillow pictures) in distribution, and most are the same to the
-last bit or to one grey level; tests/equations/test_views.py states by how much each differs. What makes it fast:
-the picture is decoded once, a crop is a slice, brightness, contrast and solarisation are table look-ups by OpenCV,
-and the views stay uint8 until they are on the device, where `normalize` makes them float.
+Every operation is the authors' (torchvision's on Pillow pictures) in distribution, and most are the same to
+the last bit or to one grey level; tests/equations/test_views.py states by how much each differs. What makes
+it fast: the picture is decoded once, a crop is a slice, brightness, contrast and solarisation are table
+look-ups by OpenCV, and the views stay uint8 until they are on the device, where `normalize` makes them
+float.
 """
 
 import math
@@ -29,14 +30,16 @@ class Batch(NamedTuple):
     """Views of B pictures, stacked per resolution."""
 
     views: tuple[Tensor, ...]
-    """views[0] [2, B, 3, H, W] the global views; views[1] [n, B, 3, h, w] the local ones, absent where n = 0; uint8."""
+    """views[0] [2, B, 3, H, W] the global views; views[1] [n, B, 3, h, w] the local ones, absent where n =
+    0; uint8."""
     labels: Tensor | None = None
     """[B] int64, -1 where a picture has none; None where the source has no labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiCrop:
-    """The authors' augmentation: two global views and `local` local ones, each cropped, flipped, coloured, blurred."""
+    """The authors' augmentation: two global views and `local` local ones, each cropped, flipped, coloured,
+    blurred."""
 
     global_size: int = 224
     """Side of the global views, in pixels."""
@@ -69,7 +72,8 @@ class MultiCrop:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Smallest and largest standard deviation of the blur, in pixels of the view."""
     solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
-    """Probability that the bright part is inverted, on the first global view, the second, and each local one."""
+    """Probability that the bright part is inverted, on the first global view, the second, and each local
+    one."""
     solarize_threshold: int = 128
     """Values from here on are inverted by solarisation."""
 
@@ -105,7 +109,8 @@ class MultiCrop:
         )
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-        """uint8 RGB [H, W, 3] -> 2 global views [S, S, 3], then the local ones [s, s, 3]; all draws come from rng."""
+        """uint8 RGB [H, W, 3] -> 2 global views [S, S, 3], then the local ones [s, s, 3]; all draws come
+        from rng."""
         kinds = [(0, self.global_size, self.global_scale), (1, self.global_size, self.global_scale)]
         kinds += [(2, self.local_size, self.local_scale)] * self.local
         return [self._view(image, kind, size, scale, rng) for kind, size, scale in kinds]
@@ -113,7 +118,7 @@ class MultiCrop:
     def _view(
         self, image: np.ndarray, kind: int, size: int, scale: tuple[float, float], rng: np.random.Generator
     ) -> np.ndarray:
-        top, left, height, width = crop_box(*image.shape[:2], scale, self.ratio, rng)
+        top, left, height, width = crop_box(image.shape[0], image.shape[1], scale, self.ratio, rng)
         view = resize(image[top : top + height, left : left + width], size, size)
         if rng.random() < self.flip:
             view = cv2.flip(view, 1)
@@ -155,8 +160,8 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """(top, left, h, w) of a random crop, as torchvision's RandomResizedCrop draws it.
 
-    Area uniform in `scale` times the picture's, log of width / height uniform in `ratio`; ten tries to fit, then the
-    largest centered crop within `ratio`.
+    Area uniform in `scale` times the picture's, log of width / height uniform in `ratio`; ten tries to fit,
+    then the largest centered crop within `ratio`.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -176,13 +181,15 @@ def crop_box(
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bicubic (a = -0.5), antialiased: Pillow's, to one grey level.
 
-    By PyTorch's uint8 kernel, which is Pillow's algorithm in AVX2 on channels-last bytes: 4 times faster than Pillow,
-    and on strong reductions faster than OpenCV's INTER_AREA, which blurs; OpenCV's cubic (a = -0.75) has no
-    antialiasing.
+    By PyTorch's uint8 kernel, which is Pillow's algorithm in AVX2 on channels-last bytes: 4 times faster
+    than Pillow, and on strong reductions faster than OpenCV's INTER_AREA, which blurs; OpenCV's cubic (a =
+    -0.75) has no antialiasing.
     """
     if image.shape[:2] == (height, width):
         return np.ascontiguousarray(image)
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).unsqueeze(0).permute(0, 3, 1, 2)  # channels last
+    pixels = (
+        torch.from_numpy(np.require(image, requirements=("C", "W"))).unsqueeze(0).permute(0, 3, 1, 2)
+    )  # channels last
     pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True, align_corners=False)
     return np.ascontiguousarray(pixels.squeeze(0).permute(1, 2, 0).numpy())
 
@@ -191,7 +198,8 @@ _LEVELS = np.arange(256, dtype=np.float32)
 
 
 def _blend_table(base: float, factor: float) -> np.ndarray:
-    """[256] uint8: base + factor (x - base) for every grey level x, clamped and truncated as Pillow's blend does."""
+    """[256] uint8: base + factor (x - base) for every grey level x, clamped and truncated as Pillow's blend
+    does."""
     return np.clip(base + factor * (_LEVELS - base), 0, 255).astype(np.uint8)
 
 
@@ -226,7 +234,8 @@ def gray(view: np.ndarray) -> np.ndarray:
 
 
 def blur(view: np.ndarray, sigma: float) -> np.ndarray:
-    """A Gaussian of this standard deviation; Pillow's GaussianBlur(radius=sigma) approximates the same by boxes."""
+    """A Gaussian of this standard deviation; Pillow's GaussianBlur(radius=sigma) approximates the same by
+    boxes."""
     return cv2.GaussianBlur(view, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
 
 
@@ -243,7 +252,8 @@ def planar(views: Sequence[np.ndarray], out: np.ndarray) -> None:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 [..., 3, H, W] -> float32, each channel less ImageNet's mean and over its deviation; on any device."""
+    """uint8 [..., 3, H, W] -> float32, each channel less ImageNet's mean and over its deviation; on any
+    device."""
     mean, std = (images.new_tensor(v, dtype=torch.float32).mul(255)[:, None, None] for v in (MEAN, STD))
     return images.to(torch.float32).sub_(mean).mul_(1 / std)
 

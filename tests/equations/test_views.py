@@ -1,0 +1,231 @@
+"""The views are drawn from the authors' distribution: each operation against Pillow and torchvision, and
+the whole."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageFilter, ImageOps
+
+from dino.data.views import (
+    MEAN,
+    STD,
+    MultiCrop,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    blur,
+    crop_box,
+    eval_transform,
+    gray,
+    normalize,
+    planar,
+    resize,
+    solarize,
+)
+from dino.errors import UserError
+
+
+def photo(height: int = 150, width: int = 200) -> np.ndarray:
+    """Smooth coloured noise with some hard edges: the spectrum of a photo, roughly."""
+    rng = np.random.default_rng(0)
+    image = np.full((height, width, 3), 120.0)
+    for cells, strength in ((3, 60), (9, 35), (40, 20), (150, 12)):
+        noise = rng.normal(size=(cells, cells, 3)) * strength + 128
+        image += (
+            np.asarray(Image.fromarray(noise.clip(0, 255).astype(np.uint8)).resize((width, height))) - 128.0
+        )
+    image[30:60, 40:120] = (230, 40, 20)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+PHOTO = photo()
+
+
+def gap(ours: np.ndarray, theirs: Image.Image) -> tuple[float, float]:
+    """(mean absolute difference, difference of the means), in grey levels."""
+    difference = ours.astype(float) - np.asarray(theirs).astype(float)
+    return float(np.abs(difference).mean()), float(abs(difference.mean()))
+
+
+@pytest.mark.parametrize("box", [(0, 0, 150, 200), (10, 20, 30, 40), (3, 5, 96, 96), (0, 0, 140, 9)])
+@pytest.mark.parametrize("size", [7, 96, 224])
+def test_resize_is_pillows_antialiased_bicubic(box, size):
+    top, left, h, w = box
+    crop = PHOTO[top : top + h, left : left + w]
+    theirs = Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC)
+    assert gap(resize(crop, size, size), theirs)[0] < 0.3
+    assert np.abs(resize(crop, size, size).astype(int) - np.asarray(theirs)).max() <= 1
+
+
+@pytest.mark.parametrize("factor", [0.6, 0.85, 1.0, 1.2, 1.4])
+def test_brightness_contrast_saturation(factor):
+    image = Image.fromarray(PHOTO)
+    assert gap(adjust_brightness(PHOTO, factor), TF.adjust_brightness(image, factor))[0] < 0.01
+    assert gap(adjust_contrast(PHOTO, factor), TF.adjust_contrast(image, factor))[0] < 0.5
+    assert gap(adjust_saturation(PHOTO, factor), TF.adjust_saturation(image, factor))[0] < 0.7
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.1, -0.03, 0.0, 0.04, 0.1])
+def test_hue(turn):
+    spread, shift = gap(adjust_hue(PHOTO, turn), TF.adjust_hue(Image.fromarray(PHOTO), turn))
+    assert spread < 1.0
+    assert shift < 0.5
+
+
+def test_gray_and_solarize():
+    image = Image.fromarray(PHOTO)
+    assert gap(gray(PHOTO), image.convert("L").convert("RGB"))[0] < 0.1
+    np.testing.assert_array_equal(solarize(PHOTO, 128), np.asarray(ImageOps.solarize(image, 128)))
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 1.5, 2.0])
+def test_blur_spreads_as_pillows(sigma):
+    theirs = Image.fromarray(PHOTO).filter(ImageFilter.GaussianBlur(sigma))
+    assert gap(blur(PHOTO, sigma), theirs)[0] < 0.8
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    theirs = np.asarray(Image.fromarray(noise).filter(ImageFilter.GaussianBlur(sigma)))
+    assert blur(noise, sigma).std() == pytest.approx(theirs.std(), rel=0.06)
+
+
+@pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
+@pytest.mark.parametrize("shape", [(375, 500), (100, 900)])
+def test_crops_are_drawn_as_torchvision_draws_them(scale, shape):
+    rng, image = np.random.default_rng(0), torch.empty(3, *shape)
+    ratio = (3 / 4, 4 / 3)
+    torch.manual_seed(0)
+    ours = np.array([crop_box(*shape, scale, ratio, rng) for _ in range(3000)], float)
+    theirs = np.array(
+        [T.RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(3000)], float
+    )
+
+    def facts(boxes):
+        top, left, h, w = boxes.T
+        return {"area": h * w / (shape[0] * shape[1]), "ratio": np.log(w / h), "y": (top + h / 2) / shape[0],
+                "x": (left + w / 2) / shape[1]}  # fmt: skip
+
+    assert (ours[:, 0] + ours[:, 2] <= shape[0]).all()
+    assert (ours[:, 1] + ours[:, 3] <= shape[1]).all()
+    for (name, a), b in zip(facts(ours).items(), facts(theirs).values(), strict=True):
+        levels = np.linspace(0.05, 0.95, 10)
+        np.testing.assert_allclose(np.quantile(a, levels), np.quantile(b, levels), atol=0.035, err_msg=name)
+
+
+def test_the_whole_distribution():
+    """Mean and spread of each view's per-channel mean, deviation and sharpness, against the recipe in
+    Pillow."""
+    image, draws = Image.fromarray(PHOTO), 300
+    torch.manual_seed(0)
+    color = [
+        T.RandomHorizontalFlip(0.5),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+        T.RandomGrayscale(0.2),
+    ]
+
+    def theirs(size, scale, blurred, solarized):
+        view = T.RandomResizedCrop(size, scale=scale, interpolation=T.InterpolationMode.BICUBIC)(image)
+        for change in color:
+            view = change(view)
+        if torch.rand(()) < blurred:
+            view = view.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(0.1, 2.0))))
+        if torch.rand(()) < solarized:
+            view = ImageOps.solarize(view)
+        return np.asarray(view)
+
+    def facts(view):
+        pixels = view.astype(float)
+        saturation = pixels.max(2) - pixels.min(2)
+        sharp = np.abs(np.diff(pixels, axis=1)).mean()
+        return [*pixels.mean((0, 1)), *pixels.std((0, 1)), saturation.mean(), 10 * sharp]
+
+    rng = np.random.default_rng(0)
+    recipe = MultiCrop(global_size=48, local_size=32, local=1)
+    ours = np.array([[facts(view) for view in recipe(PHOTO, rng)] for _ in range(draws)])
+    kinds = [(48, (0.4, 1.0), 1.0, 0.0), (48, (0.4, 1.0), 0.1, 0.2), (32, (0.05, 0.4), 0.5, 0.0)]
+    reference = np.array([[facts(theirs(*kind)) for kind in kinds] for _ in range(draws)])
+    # Two samples of 300: means differ by 4 standard errors at most, spreads by a fifth.
+    error = np.sqrt((ours.var(0) + reference.var(0)) / draws)
+    assert (np.abs(ours.mean(0) - reference.mean(0)) < 4 * error + 0.3).all()
+    np.testing.assert_allclose(ours.std(0), reference.std(0), rtol=0.28, atol=0.3)
+
+
+def test_each_probability_and_kind_is_used():
+    """Each field alone changes what it says on the views that it names, and nothing else."""
+    off = {"flip": 0.0, "jitter": 0.0, "gray": 0.0, "blur": (0.0,) * 3, "solarize": (0.0,) * 3}
+    square = {
+        "global_size": 64,
+        "local_size": 64,
+        "local": 1,
+        "global_scale": (1.0, 1.0),
+        "ratio": (1.0, 1.0),
+    }
+    image = PHOTO[:64, :64]
+
+    def views(**changes):
+        recipe = MultiCrop(**(off | square | {"local_scale": (1.0, 1.0)} | changes))
+        return recipe(image, np.random.default_rng(0))
+
+    for view in views():
+        np.testing.assert_array_equal(view, image)
+    for view in views(flip=1.0):
+        np.testing.assert_array_equal(view, image[:, ::-1])
+    for view in views(gray=1.0):
+        np.testing.assert_array_equal(view, gray(image))
+    for field, change in (("solarize", lambda v: solarize(v, 128)), ("blur", lambda v: blur(v, 2.0))):
+        for kind in range(3):
+            odds = tuple(float(k == kind) for k in range(3))
+            for at, view in enumerate(views(**{field: odds, "blur_sigma": (2.0, 2.0)})):
+                np.testing.assert_array_equal(view, change(image) if at == kind else image)
+    none = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+    for name in none:
+        got = views(jitter=1.0, **(none | {name: 0.5}))[0].astype(int)
+        still = views(jitter=1.0, **none)[0].astype(int)
+        assert np.abs(still - image).max() <= 6  # 8-bit HSV and back
+        assert np.abs(got - image).mean() > 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (32, 32), (5, 2)])
+def test_tiny_pictures(shape):
+    image = np.full((*shape, 3), 77, np.uint8)
+    recipe = MultiCrop(global_size=32, local_size=16, local=2, jitter=0.0, solarize=(0.0, 0.0, 0.0))
+    for seed in range(10):
+        views = recipe(image, np.random.default_rng(seed))
+        assert [v.shape for v in views] == [(32, 32, 3)] * 2 + [(16, 16, 3)] * 2
+        assert all((np.abs(v.astype(int) - 77) <= 1).all() for v in views)
+    assert (eval_transform(image, 32) == 77).all()
+
+
+def test_the_same_draws_give_the_same_views():
+    a, b, c = (MultiCrop(local=2)(PHOTO, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert all((x == y).all() for x, y in zip(a, b, strict=True))
+    assert not any((x == y).all() for x, y in zip(a, c, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(150, 200), (200, 150), (90, 91), (100, 390)])
+def test_eval_transform_is_resize_and_center_crop(shape):
+    image = Image.fromarray(photo(*shape))
+    theirs = T.CenterCrop(112)(T.Resize(128, interpolation=T.InterpolationMode.BICUBIC)(image))
+    ours = eval_transform(np.asarray(image), 112).transpose(1, 2, 0)
+    assert np.abs(ours.astype(int) - np.asarray(theirs)).max() <= 1
+
+
+def test_normalize_and_planar():
+    out = np.empty((2, 3, *PHOTO.shape[:2]), np.uint8)
+    planar([PHOTO, PHOTO[::-1]], out)
+    theirs = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])(Image.fromarray(PHOTO))
+    stacked = torch.from_numpy(out).unsqueeze(1)
+    torch.testing.assert_close(normalize(stacked)[0, 0], theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(normalize(stacked)[1, 0], theirs.flip(1), atol=1e-5, rtol=1e-5)
+    assert stacked.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"flip": 1.2}, {"blur": (1.0, 0.5)}, {"local": -1}, {"global_size": 0}, {"local_scale": (0.5, 0.4)},
+     {"global_scale": (0.0, 1.0)}, {"hue": 0.6}, {"solarize": (0.0, -0.1, 0.0)}, {"contrast": -1.0}],
+)  # fmt: skip
+def test_wrong_fields_are_refused_by_name(wrong):
+    with pytest.raises(UserError, match=rf"views\.{next(iter(wrong))}: expected .*, got"):
+        MultiCrop(**wrong)
