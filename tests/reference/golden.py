@@ -61,7 +61,7 @@ class Check:
         self.results.append(Result(value, bound, value <= bound, where))
 
     def equal(self, where: str, actual: Any, expected: Any) -> None:
-        """Labels, masks, ranks and names: exactly the same. The error is the number (or size) of differences."""
+        """Labels, masks, ranks and names: exactly the same. The error is the largest difference."""
         if isinstance(expected, np.ndarray | torch.Tensor | int | float | bool):
             self.close(where, actual, expected, tolerance=0.0)
             return

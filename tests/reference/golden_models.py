@@ -13,7 +13,7 @@ from golden import SINGLE, Check, Result, read, tensors
 
 
 def vit(path: Path) -> Result:
-    """[CLS], the last two blocks' tokens and the last attention, for square, small, oblong and large images."""
+    """[CLS], the last two blocks' tokens and the last attention, for images of several sizes."""
     from dino.models.vit import VisionTransformer
 
     data, check = read(path), Check()
