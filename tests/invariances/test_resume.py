@@ -1,0 +1,200 @@
+"""A run that was killed, stopped or left goes on as if nothing had happened: bit for bit."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CPU, Run, edit, fit, last, same_training, spawn, tiny
+
+from dino import checkpoint
+from dino.data.scenes import Scenes
+from dino.errors import UserError
+from dino.logs import read_metrics
+from dino.train import Ended, Evaluated, Logged, train
+
+TIMES = {"time", "images_per_s", "wait"}
+"""What a clock on the wall says, and no two runs agree about."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that nobody interrupted, with its k-NN."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run = tiny(tmp_path_factory.mktemp("whole") / "run", knn=dict(every_epochs=1))
+    ended = fit(run)[-1]
+    torch.set_num_threads(threads)
+    assert isinstance(ended, Ended)
+    assert ended.finished
+    return run
+
+
+def metrics(run: Run) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(Path(run.out))]
+
+
+def assert_same(run: Run, whole: Run) -> None:
+    assert not same_training(run, whole)
+    backbones = [(Path(r.out) / "backbone.safetensors").read_bytes() for r in (run, whole)]
+    assert backbones[0] == backbones[1]
+    assert metrics(run) == metrics(whole)
+
+
+def test_a_run_killed_in_the_middle_of_an_epoch_ends_where_it_would_have(tmp_path: Path, whole: Run) -> None:
+    """It dies as cruelly as can be: with step 8's checkpoint written, and not yet renamed."""
+    run = edit(whole, out=str(tmp_path / "run"))
+    killed = spawn(run, "--kill-at", "8")
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert last(run)["step"] == 7  # 2 of 5 steps into the second epoch
+    assert len(list((Path(run.out) / "checkpoints").glob(".last.pt*.part"))) == 1
+    assert [line["step"] for line in metrics(run)][-1] == 8
+    fit(run, resume=True)
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize("until", [2, 6, 11, 15])
+def test_a_run_left_at_any_step_ends_where_it_would_have(tmp_path: Path, whole: Run, until: int) -> None:
+    """In the first epoch, at the first step of one (5 is saved), past the warm-ups, before the last save."""
+    run = edit(whole, out=str(tmp_path / "run"))
+    fit(run, until=until)
+    assert last(run)["step"] == until - 1
+    fit(run, resume=True, until=min(until + 2, 15))  # and once more
+    fit(run, resume=True)
+    assert_same(run, whole)
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
+    run = tiny(tmp_path / "run", optim=dict(epochs=1))
+    fit(run)
+    before = last(run)
+    events = fit(run, resume=True)
+    assert not [event for event in events if isinstance(event, Logged)]
+    assert isinstance(events[-1], Ended)
+    assert events[-1].finished
+    assert not [key for key in before if key == "step" and last(run)[key] != before[key]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(tmp_path: Path, whole: Run, number: signal.Signals) -> None:
+    """save_minutes is an hour: what is saved is saved because of the signal."""
+    run = edit(whole, out=str(tmp_path / "run"), save_minutes=60)
+    events = []
+    before = signal.getsignal(number)
+    for event in train(run, CPU, run.data.open()):
+        events.append(event)
+        if isinstance(event, Logged) and event.clock.step == 8:
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+    assert isinstance(events[-1], Ended)
+    assert not events[-1].finished
+    assert events[-1].clock.step == last(run)["step"] == 8
+    fit(edit(run, save_minutes=0), resume=True)
+    assert_same(run, whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    run = tiny(tmp_path / "run", save_minutes=60)
+    training = train(run, CPU, run.data.open())
+
+    def press_twice() -> None:
+        for event in training:
+            if isinstance(event, Logged) and event.clock.step == 3:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        press_twice()
+    training.close()
+    assert not (Path(run.out) / "checkpoints" / "last.pt").exists()
+
+
+def test_evaluations_in_between_change_nothing(tmp_path: Path, whole: Run) -> None:
+    """k-NN every epoch, once at the end, or somebody who looks at the backbone after every step."""
+    seldom = edit(whole, out=str(tmp_path / "seldom"), knn=dict(every_epochs=3))
+    assert len([e for e in fit(seldom) if isinstance(e, Evaluated)]) == 1
+    assert not [d for d in same_training(seldom, whole) if not d.startswith("/best")]
+
+    curious = edit(whole, out=str(tmp_path / "curious"), seed=whole.seed)
+    method = None
+    for event in train(curious, CPU, curious.data.open()):
+        method = getattr(event, "method", method)
+        assert method is not None
+        method.backbone.eval()
+        with torch.no_grad():
+            method.backbone(torch.randn(2, 3, 32, 32))
+        method.backbone.train()
+    assert not same_training(curious, whole)
+
+
+def test_another_seed_is_another_run(tmp_path: Path, whole: Run) -> None:
+    """Or the comparisons above would prove nothing."""
+    other = edit(whole, out=str(tmp_path / "run"), seed=1)
+    fit(other)
+    assert same_training(other, whole)
+
+
+def test_resume_asks_for_the_same_pictures_and_for_a_checkpoint(tmp_path: Path) -> None:
+    run = tiny(tmp_path / "run", optim=dict(epochs=1))
+    with pytest.raises(UserError, match="No checkpoint at"):
+        fit(run, resume=True)
+    fit(run, until=3)
+    with pytest.raises(UserError, match="other pictures"):
+        fit(edit(run, data=Scenes(count=44, size=32, classes=4, seed=5)), resume=True)
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_name(tmp_path: Path) -> None:
+    run = tiny(tmp_path / "run", optim=dict(epochs=1))
+    fit(run, until=3)
+    for change in (dict(backbone=dict(depth=3)), dict(method=dict(out_dim=32))):
+        with pytest.raises(UserError, match=r"last\.pt"):
+            fit(edit(run, **change), resume=True)
+
+
+# -- a loss that is no number -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path: Path, log_every: int) -> None:
+    run = tiny(tmp_path / "run", log_every=log_every)
+    training = train(run, CPU, run.data.open())
+    method = None
+
+    def poison() -> None:
+        nonlocal method
+        for event in training:
+            method = getattr(event, "method", method)
+            if isinstance(event, Logged) and event.clock.step >= 8:
+                assert method is not None
+                next(method.student.parameters()).data.fill_(float("nan"))
+
+    with pytest.raises(UserError, match=r"stopped being a finite number.*--optim\.lr"):
+        poison()
+    saved = last(run)
+    assert saved["step"] in (7, 8)
+    broken = [n for n, v in saved["method"].items() if not torch.isfinite(v).all() and "student" not in n]
+    assert not broken
+    lines = (Path(run.out) / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["loss"] is not None for line in lines)
+
+
+def test_a_full_disk_while_training_leaves_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny(tmp_path / "run")
+    real, calls = checkpoint.torch.save, []
+
+    def fills_up(data: dict, file: object) -> None:
+        calls.append(data["step"])
+        if data["step"] == 6:
+            file.write(b"half")  # pyright: ignore[reportAttributeAccessIssue]
+            raise OSError(28, "No space left on device")
+        real(data, file)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(checkpoint.torch, "save", fills_up)
+    with pytest.raises(UserError, match=r"full.*free some space"):
+        fit(run)
+    assert last(run)["step"] == 5
+    assert [path.name for path in (Path(run.out) / "checkpoints").iterdir()] == ["last.pt"]

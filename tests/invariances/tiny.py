@@ -1,0 +1,136 @@
+"""A training run that takes a second, in this process or in one of its own that can be killed.
+
+As a script: `tiny.py RUN.json [--kill-at STEP]` trains the Run in the file, and kills itself in the middle of
+saving STEP.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino import checkpoint
+from dino.config import edit, from_dict, to_dict
+from dino.data.scenes import Scenes
+from dino.data.views import MultiCrop
+from dino.evals.knn import KNN
+from dino.methods.dino import DINOConfig
+from dino.models.vit import ViT
+from dino.optim import Optim
+from dino.runtime import Runtime, start
+from dino.train import Event, Logged, Run, train
+
+CPU = Runtime(torch.device("cpu"), "float32")
+SRC = Path(__file__).parents[2] / "src"
+
+RUN = Run(
+    data=Scenes(
+        count=44, size=32, classes=4
+    ),  # 40 are trained on where k-NN holds 4 back; the rest never fills a batch
+    backbone=ViT(width=48, depth=2, heads=3, patch=8, image_size=32, drop_path=0.2),
+    method=DINOConfig(
+        out_dim=64,
+        head_hidden=32,
+        head_bottleneck=16,
+        momentum=0.9,
+        warmup_teacher_temp=0.04,
+        teacher_temp=0.06,
+        warmup_teacher_temp_epochs=2,
+    ),
+    views=MultiCrop(global_size=32, local_size=16, local=2),
+    optim=Optim(epochs=3, batch_size=8, lr=0.03, warmup_epochs=1, clip=1.0),
+    knn=KNN(every_epochs=0),
+    workers=0,
+    log_every=1,
+    save_minutes=0,  # after every step
+    precision="float32",
+)
+"""5 steps an epoch, 15 in all; drop-path, the frozen last layer, clipping and every schedule are at work."""
+
+
+def tiny(out: Path, **changes: Any) -> Run:
+    return edit(edit(RUN, out=str(out)), **changes)
+
+
+def fit(run: Run, *, resume: bool = False, until: int | None = None, rt: Runtime = CPU) -> list[Event]:
+    """Trains; leaves without a word when step `until` comes: its metrics are there, its checkpoint not."""
+    events = []
+    for event in train(run, rt, run.data.open(), resume=resume):
+        events.append(event)
+        if until is not None and isinstance(event, Logged) and event.clock.step == until:
+            break
+    return events
+
+
+def last(run: Run) -> checkpoint.Saved:
+    return checkpoint.load(Path(run.out) / "checkpoints" / "last.pt")
+
+
+def differences(one: Any, other: Any, where: str = "", same: Callable = torch.equal) -> list[str]:
+    """The places at which two states differ; tensors by `same`, all else by ==."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if same(one, other) else [f"{where}: by {(one - other).abs().max().item():.3g}"]
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [d for key in one for d in differences(one[key], other[key], f"{where}/{key}", same)]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return [
+            d
+            for i, (a, b) in enumerate(zip(one, other, strict=True))
+            for d in differences(a, b, f"{where}/{i}", same)
+        ]
+    return [] if one == other else [f"{where}: {one!r} and {other!r}"]
+
+
+def same_training(one: Run, other: Run) -> list[str]:
+    """Differences between where two runs stand: step, weights, center, optimizer, best. Bit for bit."""
+    a, b = dict(last(one)), dict(last(other))
+    return differences({k: v for k, v in a.items() if k != "run"}, {k: v for k, v in b.items() if k != "run"})
+
+
+def spawn(run: Run, *arguments: str, rank: int = 0, world: int = 1, port: int = 0) -> subprocess.Popen:
+    """The run in a process of its own, as rank `rank` of `world`, as torchrun would start it."""
+    path = Path(f"{run.out}.{rank}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(to_dict(run)))
+    env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if world > 1:
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, __file__, str(path), *arguments]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def spawn_ranks(run: Run, world: int, *arguments: str) -> None:
+    """The run on `world` gloo ranks, to its end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [spawn(run, *arguments, rank=rank, world=world, port=port) for rank in range(world)]
+    try:
+        outputs = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, outputs, strict=True):
+        assert process.returncode == 0, errors
+
+
+def main(arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    run = from_dict(Run, json.loads(Path(arguments[0]).read_text()))
+    at = int(arguments[-1]) if "--kill-at" in arguments else None
+    with start(run.precision) as rt:
+        for event in train(run, rt, run.data.open()):
+            if isinstance(event, Logged) and event.clock.step == at:
+                os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
