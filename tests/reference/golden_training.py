@@ -166,7 +166,20 @@ def _run_of(given: dict[str, Any], init: dict[str, Tensor]) -> Any:
 def _same_weights(check: Check, where: str, module: torch.nn.Module, expected: dict[str, Tensor]) -> None:
     ours = module.state_dict()
     for name, value in expected.items():
-        check.close(f"{where}/{name}", ours[name], value, TRAJECTORY)
+        check.close(f"{where}/{name}", ours[name], value, _allowed(name, value))
+
+
+def _allowed(name: str, value: Tensor) -> float | np.ndarray:
+    """The tolerance of a weight, element by element: `TRAJECTORY`, but for the keys' biases.
+
+    Softmax takes a key's bias away, so its gradient is rounding and AdamW makes a walk at random of it: 1.5e-4
+    in 12 steps of the reference at a learning rate of 2e-3, in another direction on every machine. Ours stands
+    still. It changes no output; it is held to ten times that walk.
+    """
+    if not name.endswith("attn.qkv.bias"):
+        return TRAJECTORY
+    query, key, value = np.full((3, len(value) // 3), TRAJECTORY)
+    return np.concatenate([query, 10 * key, value])
 
 
 def _missing(module: torch.nn.Module, expected: dict[str, Tensor]) -> list[str]:
