@@ -150,6 +150,14 @@ def test_a_file_cut_short_is_refused_by_probe_and_decode(tmp_path, kind, part, c
     assert out + err == ""
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_one_missing_byte_is_noticed(tmp_path, kind):
+    path = tmp_path / "cut.png"
+    path.write_bytes(encoded(kind)[:-1])
+    with pytest.raises(BadImage, match="cut short"):
+        probe(path)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_file_whose_end_was_lost_to_zeros_is_refused(tmp_path, kind):
     whole = encoded(kind)

@@ -58,9 +58,11 @@ def test_bad_files_are_listed_and_other_files_counted(photos):
 def test_links_are_followed_and_loops_are_not(photos, tmp_path):
     put(photos, "real/a.png")
     put(tmp_path / "elsewhere", "b.png")
-    (photos / "A link").symlink_to(
-        photos / "real"
-    )  # sorts first; the real folder names the picture all the same
+    for name in (
+        "A link",
+        "z link",
+    ):  # sorts before and after: the real folder names the picture all the same
+        (photos / name).symlink_to(photos / "real")
     (photos / "real" / "loop").symlink_to(photos)
     (photos / "elsewhere").symlink_to(tmp_path / "elsewhere")
     (photos / "c.png").symlink_to(tmp_path / "elsewhere" / "b.png")
