@@ -43,7 +43,22 @@ _HOMES = {
     "ViT": "dino.models.vit",
     "Run": "dino.train",
 }
-__all__ = ["__version__", "train", *_HOMES]
+__all__ = [
+    "DINO",
+    "Folder",
+    "Run",
+    "Scenes",
+    "Timm",
+    "UserError",
+    "ViT",
+    "__version__",
+    "attention",
+    "edit",
+    "embed",
+    "evaluate",
+    "load",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

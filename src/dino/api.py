@@ -6,8 +6,6 @@ features = dino.embed(backbone, "photos").features
 """
 
 import hashlib
-import importlib.metadata
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dino import __version__, dist
+from dino import dist
 from dino.analysis.attention import Attention, Query, attend, saliency
-from dino.begin import find, resumed, settle, show_plan
 from dino.checkpoint import write_json
 from dino.config import edit
 from dino.data.folder import Folder
@@ -31,8 +28,9 @@ from dino.models import Timm
 from dino.models.backbone import Attentive, Backbone
 from dino.presets import resolve
 from dino.runtime import machine, start
-from dino.session import Outcome, run_session
-from dino.sources import Checkpoint, Source, open_checkpoint, open_pictures, read_picture
+from dino.session.begin import find, resumed, settle, show_plan
+from dino.session.sources import Checkpoint, Source, open_checkpoint, open_pictures, read_picture
+from dino.session.training import Outcome, run_session
 from dino.terminal import Done, Terminal
 from dino.train import Run
 
@@ -115,7 +113,7 @@ def evaluate(
 
     Without `val` a share of every class of `train` is held back and asked about. Gives
     {"knn": {"20-NN": percent}, "floors": {"raw_pixels": {...}, "random_weights": {...}}, "protocol": ...,
-    "data": ..., "checkpoint": ..., "versions": ...}.
+    "data": ..., "checkpoint": ...}.
     """
     label = progress or (lambda _: nullcontext(None))
     with start("float32") as rt:
@@ -159,7 +157,6 @@ def evaluate(
                          "held_back": None if val is not None else held_back},
             "data": {"train": _described(memory), "val": _described(queries)},
             "checkpoint": {"source": found.source, "hash": found.hash},
-            "versions": versions(),
         }  # fmt: skip
 
 
@@ -191,11 +188,6 @@ def _described(pictures: Pictures) -> dict[str, Any]:
         "skipped": len(pictures.skipped),
         "fingerprint": pictures.fingerprint,
     }
-
-
-def versions() -> dict[str, str]:
-    known = {name: importlib.metadata.version(name) for name in ("torch", "timm", "numpy")}
-    return {"dino": __version__, **known, "python": platform.python_version()}
 
 
 def save_evaluation(result: Mapping[str, Any], name: str, folder: Path) -> Path:

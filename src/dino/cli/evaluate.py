@@ -1,11 +1,14 @@
 """dino eval: how good a backbone's features are."""
 
+import importlib.metadata
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
+from dino import __version__
 from dino.cli.options import Switch, parse
 from dino.errors import UserError, nearest
 from dino.terminal import Terminal, speaking
@@ -98,6 +101,7 @@ def _knn(options: KnnOptions, terminal: Terminal, give) -> None:
         workers=options.workers,
         progress=terminal.progress,
     )
+    result["versions"] = _versions()
     floors = result["floors"]
     columns = ["", options.checkpoint, *(NAMES[name] for name in floors)]
     rows = [
@@ -118,3 +122,8 @@ def _knn(options: KnnOptions, terminal: Terminal, give) -> None:
         result["file"] = str(save_evaluation(result, "knn", folder))
         terminal.say(f"Written to {result['file']}", style="dim")
     give(result)
+
+
+def _versions() -> dict[str, str]:
+    known = {name: importlib.metadata.version(name) for name in ("torch", "timm", "numpy")}
+    return {"dino": __version__, **known, "python": platform.python_version()}

@@ -56,8 +56,8 @@ def show(argv: Sequence[str]) -> int:
     examples = "  dino show vits16\n  dino show runs/photos\n  dino show vits16 --json > run.json"
     options = parse(ShowOptions, argv, "dino show", examples)
     with speaking(options.json) as (terminal, give):
-        from dino.begin import flat
         from dino.presets import resolve
+        from dino.session.begin import flat
         from dino.train import read_run
 
         folder = Path(options.preset)
@@ -75,7 +75,7 @@ def show(argv: Sequence[str]) -> int:
 
 def _typed(name: str, value: Any) -> tuple[str, str]:
     """A setting as it is typed: a switch has no value."""
-    from dino.begin import flag, shown
+    from dino.session.begin import flag, shown
 
     if isinstance(value, bool):
         place, _, field = name.rpartition(".")

@@ -12,7 +12,6 @@ from typing import Annotated
 import tyro
 
 from dino import dist
-from dino.begin import Found, find, resumed, settle, show_plan
 from dino.checkpoint import write_json
 from dino.cli.options import Switch, parse
 from dino.config import edit, to_dict
@@ -25,7 +24,8 @@ from dino.models.vit import ViT
 from dino.presets import resolve
 from dino.presets.plan import Plan
 from dino.runtime import Runtime, machine, start
-from dino.session import Outcome, run_session
+from dino.session.begin import Found, find, resumed, settle, show_plan
+from dino.session.training import Outcome, run_session
 from dino.terminal import Terminal, speaking
 from dino.train import Run
 
@@ -128,6 +128,8 @@ class _Given:
             return found.run
         preset = self.value("--preset")
         run = resolve(preset) if preset else Run()
+        if isinstance(run.data, Folder) and ":" not in (preset or ""):  # a recipe is for anybody's pictures
+            run = edit(run, data=Folder(path=""))
         if self.says_scenes():
             run = edit(run, data=run.data if isinstance(run.data, Scenes) else Scenes())
         if (name := self.value("--network")) is not None:
