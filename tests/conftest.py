@@ -4,7 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+
+from dino import environment
+
+environment.prepare()  # before torch is loaded
+
+import torch  # noqa: E402
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 

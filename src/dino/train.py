@@ -58,6 +58,8 @@ class Run:
     """Precision of the matrix products."""
     workers: int = 2
     """Processes that decode and crop, per rank; 0 does it in the training process."""
+    cache: bool = False
+    """Keep the decoded pictures in memory: worth it where they fit, and where reading one is slow."""
     seed: int = 0
     """Decides the weights at the start, the order of the pictures and every augmentation."""
     log_every: int = 10
@@ -165,6 +167,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     cannot fill a batch, the loss stops being a number, a disk is full, or the checkpoint is of another run.
     """
     out = Path(run.out)
+    pictures = pictures.in_memory() if run.cache else pictures
     labelled = pictures.labels is not None and run.knn.every_epochs > 0
     rest, held_back = pictures.split(run.knn.held_back, run.seed) if labelled else (pictures, None)
     per_epoch = steps_per_epoch(run, rest)

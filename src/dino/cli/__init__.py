@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dino import __version__
+from dino import __version__, environment
 from dino.environment import prepare
 from dino.errors import UserError, nearest
 
@@ -38,6 +38,7 @@ USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
+    environment.prepare()
     prepare()
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
