@@ -68,13 +68,14 @@ def test_the_spatial_map_lies_as_the_image_does(backbone: Backbone):
 
 
 def test_more_layers_end_with_the_same_one(backbone: Backbone):
-    x = images(64, 64)
+    x = images(64, 128)
     with torch.no_grad():
         [last], two = backbone.features(x), backbone.features(x, layers=2)
     assert len(two) == 2
     torch.testing.assert_close(two[-1].cls, last.cls)
     torch.testing.assert_close(two[-1].patches, last.patches)
     assert two[0].cls.shape != last.cls.shape or not torch.allclose(two[0].cls, last.cls)
+    assert all(f.patches.shape[2] == 2 * f.patches.shape[1] for f in two), "rows, then columns"
     with pytest.raises(UserError):
         backbone.features(x, layers=99)
 

@@ -149,6 +149,22 @@ def test_a_file_that_does_not_fit_is_shown_and_nothing_is_loaded():
     assert (network.norm.weight == 1).all()
 
 
+@pytest.mark.parametrize("wrong", ["missing", "unexpected", "shape"])
+def test_one_name_is_enough_to_refuse(wrong):
+    network = VIT.build()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    state = {name: value + 1 for name, value in before.items()}
+    if wrong == "missing":
+        del state["norm.bias"]
+    elif wrong == "unexpected":
+        state["norm.extra"] = torch.zeros(3)
+    else:
+        state["norm.bias"] = torch.zeros(3)
+    with pytest.raises(UserError, match=rf"{wrong} +norm\."):
+        load_strict(network, state, "some.pth")
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 class Evil:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
