@@ -75,7 +75,7 @@ def test_more_layers_end_with_the_same_one(backbone: Backbone):
     torch.testing.assert_close(two[-1].cls, last.cls)
     torch.testing.assert_close(two[-1].patches, last.patches)
     assert two[0].cls.shape != last.cls.shape or not torch.allclose(two[0].cls, last.cls)
-    assert all(f.patches.shape[2] == 2 * f.patches.shape[1] for f in two), "rows, then columns"
+    assert all(f.patches.shape[2] > 1.5 * f.patches.shape[1] for f in two), "rows, then columns"
     with pytest.raises(UserError):
         backbone.features(x, layers=99)
 
