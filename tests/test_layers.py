@@ -9,7 +9,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 
 LAYERS = [
-    {"errors"},
+    {"errors", "environment"},
     {"objectives", "schedules", "dist", "config"},
     {"models"},
     {"data", "optim"},

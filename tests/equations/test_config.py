@@ -179,7 +179,6 @@ def other(value: Any) -> Any:
 
 def test_a_whole_run_and_every_choice_inside_it_survive_json() -> None:
     from dino.data.folder import Folder
-
     from dino.data.scenes import Scenes
     from dino.models.timm import Timm
     from dino.models.vit import ViT

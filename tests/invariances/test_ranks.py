@@ -33,8 +33,8 @@ def assert_close(run: Run, whole: Run) -> None:
 def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
     """Weights, teacher, center, metrics and k-NN; and what two ranks have saved, one goes on with.
 
-    No drop-path (each rank draws its own), and plain momentum: AdamW would turn the rounding of a gradient that
-    is zero in truth into a step of full length.
+    No drop-path (each rank draws its own), and plain momentum: AdamW would turn the rounding of a gradient
+    that is zero in truth into a step of full length.
     """
     one = tiny(
         tmp_path / "one",
