@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment.prepare()
     prepare()
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # a reader who left is noticed here, not in the interpreter's last moments
+        return code
     except UserError as error:
         if os.environ.get("DINO_DEBUG"):
             raise
@@ -70,9 +72,7 @@ def _run(argv: list[str]) -> int:
         raise UserError(
             f"There is no command {name!r}{nearest(name, COMMANDS)}\nCommands: {', '.join(COMMANDS)}."
         )
-    code = getattr(importlib.import_module(COMMANDS[name][0]), name)(rest)
-    sys.stdout.flush()  # a reader who left is noticed here, not in the interpreter's last moments
-    return code
+    return getattr(importlib.import_module(COMMANDS[name][0]), name)(rest)
 
 
 def help_text() -> str:

@@ -1,1 +1,1 @@
-"""Between a person and the machine: how a session begins, how it is watched, where pictures and weights are."""
+"""Between a person and the machine: how a session begins and is watched, where pictures and weights are."""

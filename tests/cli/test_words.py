@@ -1,0 +1,143 @@
+"""Help, names, and what is shown while training: all that needs no training."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import dino as package
+from dino.cli.train import network
+from dino.config import edit
+from dino.errors import UserError
+from dino.live import Watch
+from dino.models import Timm, ViT
+from dino.schedules import Clock
+from dino.session.begin import differences, flag
+from dino.terminal import Terminal, duration, speaking
+from dino.train import Run
+
+SRC = Path(__file__).parents[2] / "src"
+
+
+def test_help_and_import_are_light():
+    code = (
+        "import sys, dino, dino.cli; dino.cli.main(['--help']); dino.cli.main(['nonsense']); dir(dino)\n"
+        "heavy = {'torch', 'numpy', 'cv2', 'timm', 'tyro'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(SRC)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [["train"], ["eval", "knn"], ["attention"], ["embed"], ["report"], ["show"]]
+)
+def test_every_commands_help_ends_with_examples(dino, words):
+    ran = dino(*words, "--help")
+    assert ran.code == 0
+    _, _, examples = ran.out.partition("\nexamples:\n")
+    assert f"dino {' '.join(words)} " in examples
+
+
+def test_help_explains_every_setting_of_a_run(dino):
+    ran = dino("train", "--help")
+    for words in (
+        "--method.momentum FLOAT",
+        "--views.local INT",
+        "--optim.clip FLOAT",
+        "Times that every picture is seen",
+    ):
+        assert words in ran.out
+
+
+def test_flags_follow_the_type_of_the_network(dino, photos):
+    assert "--backbone.name" in dino("train", "--network", "timm:resnet18", "--help").out
+    assert "--backbone.patch" in dino("train", "--preset", "vits8", "--help").out
+    assert "--data.count" in dino("train", "scenes", "--help").out
+
+
+def test_presets_say_what_was_reported(dino):
+    ran = dino("presets")
+    assert ran.code == 0
+    assert "vits16" in ran.out
+    assert set(dino("presets", "--json").json["presets"]) >= {"vits16", "vitb8", "resnet50", "small", "demo"}
+
+
+def test_the_package_has_its_names():
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    assert callable(package.train)
+    assert package.train.Run is package.Run  # the module, which can be called
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = package.nonsense
+
+
+def test_network_names():
+    assert network("vit_tiny/8") == ViT(size="tiny", patch=8)
+    assert network("timm:resnet18") == Timm(name="resnet18")
+    with pytest.raises(UserError, match="vit_base/16"):
+        network("vit_bass/16")
+
+
+def test_differences_are_named_as_flags():
+    run = Run()
+    changed = edit(run, optim=dict(batch_size=7), views=dict(local=0))
+    assert differences(run, changed) == [("views.local", 8, 0), ("optim.batch_size", 1024, 7)]
+    assert flag("optim.batch_size") == "--optim.batch-size"
+    assert ("backbone", "ViT", "Timm") in differences(run, edit(run, backbone=Timm()))
+
+
+def test_json_keeps_standard_output_to_itself(capsys):
+    with speaking(True) as (terminal, give):
+        print("a library says something")
+        terminal.say("a message")
+        give({"answer": 42})
+    out, err = capsys.readouterr()
+    assert out == '{"answer": 42}\n'
+    assert "a library says something" in err
+    assert "a message" in err
+
+
+def test_other_ranks_are_silent(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with speaking(False) as (terminal, give):
+        terminal.say("a message")
+        terminal.table("title", ("a", "b"), [("c", "d")])
+        give({"answer": 42})
+    assert capsys.readouterr() == ("", "")
+
+
+def test_messages_are_taken_as_they_are(capsys):
+    Terminal().say("a file [bold]name[/bold] \udce9.jpg")
+    assert "[bold]name[/bold] ?.jpg" in capsys.readouterr().out
+
+
+def test_the_live_bar_shows_figures_and_time_left():
+    terminal = Terminal()
+    terminal.console = Console(force_terminal=True, width=100, record=True, file=io.StringIO())
+    watch = Watch(terminal, Clock(0, 10, 3), prototypes=32)
+    watch.logged(
+        Clock(10, 10, 3), {"loss": 3.25, "teacher_entropy": 2.5, "images_per_s": 123.4, "wait": 0.05}
+    )
+    terminal.console.print(watch._draw())
+    shown = terminal.console.export_text()
+    for words in (
+        "epoch 1/3",
+        "33%",
+        "step 10/30",
+        "loss 3.250",
+        "teacher entropy 2.50 of 3.47",
+        "123 images/s",
+        "5% waiting",
+    ):
+        assert words in shown
+
+
+def test_durations():
+    assert [duration(s) for s in (8, 200, 7500, 360_000)] == ["8 s", "3 min 20 s", "2 h 05 min", "4 d 4 h"]
