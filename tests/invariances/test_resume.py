@@ -107,7 +107,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         press_twice()
-    training.close()
+    training.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert not (Path(run.out) / "checkpoints" / "last.pt").exists()
 
 
