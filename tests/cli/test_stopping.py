@@ -87,6 +87,9 @@ def test_resume_goes_on_to_the_end(copy, dino):
 
 def test_an_attempt_that_saved_nothing_starts_anew(copy, photos, dino, tiny_preset):
     shutil.rmtree(copy / "checkpoints")
+    index = json.loads((copy / "snapshots/index.json").read_text())
+    index["epochs"].append({"epoch": 9, "maps": {}})  # of the first attempt
+    (copy / "snapshots/index.json").write_text(json.dumps(index))
     ran = dino(
         "train", photos, "--preset", "tiny:run", "--optim.epochs", "1", "--log-every", "1", "--out", copy
     )

@@ -141,3 +141,26 @@ def test_the_live_bar_shows_figures_and_time_left():
 
 def test_durations():
     assert [duration(s) for s in (8, 200, 7500, 360_000)] == ["8 s", "3 min 20 s", "2 h 05 min", "4 d 4 h"]
+
+
+def test_the_plan_shows_another_network_in_its_row(dino, photos, tmp_path):
+    ran = dino(
+        "train",
+        photos,
+        "--network",
+        "vit_tiny/8",
+        "--backbone.depth",
+        "1",
+        "--optim.epochs",
+        "3",
+        "--dry-run",
+        "--json",
+    )
+    assert ran.code == 0, ran.err
+    plan = {row["name"]: row for row in ran.json["plan"]}
+    assert plan["network"]["value"] == "ViT-tiny/8"
+    assert plan["epochs"]["value"] == "3"
+    assert "--backbone.depth" in plan
+    assert ran.json["run"]["backbone"]["depth"] == 1
+    assert ran.json["run"]["backbone"]["image_size"] == ran.json["run"]["views"]["global_size"]
+    assert list(tmp_path.iterdir()) == []  # a dry run writes nothing

@@ -11,7 +11,7 @@ from dino.config import edit, to_dict
 from dino.data.pictures import Pictures
 from dino.errors import UserError
 from dino.models.vit import ViT
-from dino.presets.plan import Plan, Reason, plan
+from dino.presets.plan import Plan, Reason, network_name, plan
 from dino.runtime import Machine
 from dino.terminal import Terminal
 from dino.train import Run, read_run
@@ -66,7 +66,7 @@ def settle(
         minutes = ON_A_CPU
     asked = change(_followed(first.run, asked))
     second = plan(pictures, here, preset=asked, minutes=minutes, world=world)
-    known = {reason.name: reason for reason in second.reasons if reason.name != "recipe"}
+    known = {reason.name: reason for reason in second.reasons if reason.name in ("epochs", "expected time")}
     reasons = [known.pop(reason.name, reason) for reason in first.reasons]
     return _with_changes(Plan(second.run, [*reasons, *known.values()]), first.run, change)
 
@@ -95,9 +95,14 @@ ROWS = {
 
 def _with_changes(planned: Plan, before: Run, change: Change) -> Plan:
     """The plan with what the person set: in the row of that setting, or in a row of its own below."""
-    run = change(planned.run)
+    run, asked = change(planned.run), change(before)
     reasons = {reason.name: reason for reason in planned.reasons}
-    for name, old, value in differences(before, change(before)):
+    set_here = {name: (old, value) for name, old, value in differences(before, asked)}
+    if set_here.keys() & {"backbone", "backbone.name", "backbone.size", "backbone.patch"}:
+        reasons["network"] = Reason("network", network_name(run.backbone), "you set it")
+    if "backbone" in set_here:  # of another type: none of its settings is the plan's
+        set_here = {name: both for name, both in set_here.items() if not name.startswith("backbone")}
+    for name, (old, value) in set_here.items():
         if name.split(".")[0] not in ("out", "data"):
             row = ROWS.get(name, flag(name))
             reasons[row] = Reason(row, shown(value), f"you set it; the plan had {shown(old)}")
