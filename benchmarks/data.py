@@ -146,9 +146,7 @@ def _lines(path: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="JPEG files to take instead of drawn ones")
     parser.add_argument("--files", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=9)
@@ -167,10 +165,7 @@ def main() -> None:
         times = measure(files, options.rounds)
     base = times["pillow + torchvision"]
     rows = {}
-    print(
-        f"{machine()}; {len(files)} files, median {kilobytes:.0f} kB; "
-        f"medians of {options.rounds} interleaved rounds"
-    )
+    print(f"{machine()}; {len(files)} files, median {kilobytes:.0f} kB; medians of {options.rounds} interleaved rounds")
     print(f"{'':24}{'ms/image':>10}{'images/s':>10}{'ratio':>8}")
     for name, each in times.items():
         ratio = statistics.median(b / t for b, t in zip(base, each, strict=True))

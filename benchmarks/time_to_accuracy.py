@@ -21,10 +21,11 @@ from rich.table import Table
 from dino.config import edit, to_dict
 from dino.data.folder import Folder
 from dino.evals.knn import KNN
+from dino.events import EpochDone, Logged, Started
 from dino.presets.plan import measure
 from dino.presets.small import RECIPES
 from dino.runtime import machine, start
-from dino.train import EpochDone, Logged, Run, Started, train
+from dino.training import Run, train
 
 
 def main() -> None:
@@ -40,7 +41,10 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     here = machine()
-    pictures, val = Folder(path=str(options.data / "train")).open(), Folder(path=str(options.data / "val")).open()
+    pictures, val = (
+        Folder(path=str(options.data / "train")).open(),
+        Folder(path=str(options.data / "val")).open(),
+    )
     run = RECIPES[options.recipe]()
     speed = measure(run, here, pictures)
     rate = options.images_per_second or 1 / speed.seconds(run, here, 1)

@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py [--batch 8] [--networks vit_tiny vit_small resnet50] [--json step.json]
 
-Ours is `dino.train.train_step`. The plain step does the same arithmetic the way Algorithm 1 reads: each crop passes
+Ours is `dino.training.train_step`. The plain step does the same arithmetic the way Algorithm 1 reads: each crop passes
 alone, each pair of views has a loss of its own, the teacher follows parameter by parameter, all in float32.
 Crops are the paper's 2x224 + 8x96. Each version runs in a process of its own, so that peak memory is its own; the
 versions take turns, and the medians of the turns are compared.
@@ -29,7 +29,7 @@ from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.runtime import Runtime, machine
 from dino.schedules import Clock
-from dino.train import Run, State, build_method, train_step
+from dino.training import Run, State, build_method, train_step
 
 NETWORKS = {
     "vit_tiny": ViT(size="tiny", patch=16),

@@ -10,12 +10,14 @@ SRC = Path(__file__).parents[1] / "src"
 
 LAYERS = [
     {"errors", "environment"},
+    {"files"},
     {"objectives", "schedules", "dist", "config"},
     {"models"},
     {"data", "optim"},
     {"methods", "evals"},
     {"runtime", "checkpoint", "fast", "logs"},
-    {"train"},
+    {"events", "meter", "signals"},
+    {"training"},
     {"presets", "analysis"},
     {"terminal"},
     {"live"},
@@ -27,9 +29,8 @@ LAYERS = [
 """From the ground up. A module may import what lies below it, and its own box (the name after `dino.`)."""
 
 SIDEWAYS = {
-    ("logs", "checkpoint"): "metrics are rewritten whole, by the checkpoints' writer",
     ("runtime", "fast"): "the one place that chooses the fast twins",
-    ("train", ""): "the version that run.json names",
+    ("training", ""): "the version that run.json names",
     ("cli", ""): "the version",
     ("analysis", "presets"): "both are at the top",
     ("presets", "analysis"): "both are at the top",
@@ -67,9 +68,7 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
                 base = ".".join([*above, *([node.module] if node.module else [])])
             # `from dino import dist` names a module, `from dino.optim import Optim` does not
             inner = base == "dino"
-            yield from (
-                (node.lineno, f"dino.{a.name}" if inner and is_module(a.name) else base) for a in node.names
-            )
+            yield from ((node.lineno, f"dino.{a.name}" if inner and is_module(a.name) else base) for a in node.names)
 
 
 def is_module(name: str) -> bool:
@@ -114,7 +113,7 @@ def test_the_ground_needs_torch_and_the_standard_library_only() -> None:
         ("evals", "dino.methods.dino", False),
         ("models", "dino.objectives", True),
         ("objectives", "dino.models.vit", False),
-        ("optim", "dino.train", False),
+        ("optim", "dino.training", False),
         ("data", "dino.optim", False),
         ("models", "dino.checkpoint", False),
         ("train", "dino.fast.attention", False),
@@ -136,11 +135,11 @@ def test_a_file_of_every_kind_of_import_is_read(tmp_path: Path, monkeypatch: pyt
     file = package / "net.py"
     file.write_text(
         "import torch\nfrom dino import dist, load\nfrom ..data import views\nfrom .vit import ViT\n"
-        "def later():\n    import dino.train\n"
+        "def later():\n    import dino.training\n"
     )
     monkeypatch.setattr("test_layers.SRC", tmp_path)
     names = [name for _, name in imported(file)]
-    assert names == ["torch", "dino.dist", "dino", "dino.data", "dino.models.vit", "dino.train"]
+    assert names == ["torch", "dino.dist", "dino", "dino.data", "dino.models.vit", "dino.training"]
 
 
 def test_decisions_about_the_machine_have_one_home() -> None:
@@ -155,11 +154,7 @@ def test_decisions_about_the_machine_have_one_home() -> None:
             continue
         kept = {"WORLD_SIZE", "LOCAL_RANK"} | (set() if box in {"cli", "terminal"} else {"RANK"})
         for node in ast.walk(ast.parse(path.read_text())):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and node.func.attr == "cuda"
-            ):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
                 found.append(f"{path}:{node.lineno}: .cuda()")
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in kept:
                 found.append(f"{path}:{node.lineno}: {node.value}")

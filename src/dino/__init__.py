@@ -8,8 +8,6 @@ Names are imported when they are first used, so that `import dino` and `dino --h
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -27,12 +25,13 @@ if TYPE_CHECKING:
     from dino.models.pretrained import load as load
     from dino.models.timm import Timm as Timm
     from dino.models.vit import ViT as ViT
-    from dino.train import Run as Run
+    from dino.training import Run as Run
 
 _HOMES = {
     "attention": "dino.api",
     "embed": "dino.api",
     "evaluate": "dino.api",
+    "train": "dino.api",
     "edit": "dino.config",
     "Folder": "dino.data.folder",
     "Scenes": "dino.data.scenes",
@@ -41,7 +40,7 @@ _HOMES = {
     "load": "dino.models.pretrained",
     "Timm": "dino.models.timm",
     "ViT": "dino.models.vit",
-    "Run": "dino.train",
+    "Run": "dino.training",
 }
 __all__ = [
     "DINO",
@@ -62,8 +61,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        return importlib.import_module("dino.train")
     if name not in _HOMES:
         raise AttributeError(f"module 'dino' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
@@ -73,24 +70,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Trains(ModuleType):
-    """`dino.train` is a module (`dino.train.Run`), and calling it trains: `dino.train("photos")`."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from dino import api
-
-        return api.train(*args, **kwargs)
-
-
-class _Package(ModuleType):
-    """An import sets a submodule on its package: that is when `train` learns to be called."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "train" and isinstance(value, ModuleType):
-            value.__class__ = _Trains
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

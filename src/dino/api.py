@@ -16,7 +16,6 @@ import numpy as np
 
 from dino import dist
 from dino.analysis.attention import Attention, Query, attend, saliency
-from dino.checkpoint import write_json
 from dino.config import edit
 from dino.data.folder import Folder
 from dino.data.pictures import Pictures, Skipped
@@ -24,6 +23,7 @@ from dino.data.scenes import Scenes
 from dino.errors import UserError
 from dino.evals.evaluator import extract
 from dino.evals.knn import KS, accuracy_of, raw_pixels, untrained
+from dino.files import write_json
 from dino.models import Timm
 from dino.models.backbone import Attentive, Backbone
 from dino.presets import resolve
@@ -32,7 +32,7 @@ from dino.session.begin import find, resumed, settle, show_plan
 from dino.session.sources import Checkpoint, Source, open_checkpoint, open_pictures, read_picture
 from dino.session.training import Outcome, run_session
 from dino.terminal import Done, Terminal
-from dino.train import Run
+from dino.training import Run
 
 Labelling = Callable[[str], Any]
 """Given what is about to happen, a context that gives a `Done`."""
@@ -147,9 +147,7 @@ def evaluate(
         if floors:
             result["floors"]["raw_pixels"] = score(None, "raw pixels")
         if floors and found.network is not None:
-            network = (
-                edit(found.network, pretrained=False) if isinstance(found.network, Timm) else found.network
-            )
+            network = edit(found.network, pretrained=False) if isinstance(found.network, Timm) else found.network
             fresh = untrained(lambda: network.build(drop_path=0.0)).to(rt.device)
             result["floors"]["random_weights"] = score(fresh, "random weights")
         return result | {
@@ -163,9 +161,7 @@ def evaluate(
 def relabelled(pictures: Pictures, like: Pictures) -> Pictures:
     """The pictures with the class numbers of `like`, matched by the classes' names."""
     if pictures.labels is None:
-        raise UserError(
-            "k-NN accuracy needs labels, and the validation pictures have none: give class folders."
-        )
+        raise UserError("k-NN accuracy needs labels, and the validation pictures have none: give class folders.")
     if pictures.classes == like.classes:
         return pictures
     unknown = [name for name in pictures.classes if name not in like.classes]

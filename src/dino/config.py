@@ -66,9 +66,7 @@ def from_dict(kind: Any, data: Any, where: str = "") -> Any:
         kinds = [inner[0]] * len(data) if len(inner) == 2 and inner[1] is Ellipsis else list(inner)
         if len(kinds) != len(data):
             raise UserError(f"{where}: expected {len(kinds)} values, got {len(data)}: {data!r}.")
-        return tuple(
-            from_dict(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, data, strict=True))
-        )
+        return tuple(from_dict(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, data, strict=True)))
     if origin is typing.Literal:
         options = typing.get_args(kind)
         if data not in options:
@@ -101,9 +99,7 @@ def _from_mapping(kind: Any, data: Any, where: str) -> Any:
     for field in dataclasses.fields(kind):
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if needed and field.name not in given:
-            raise UserError(
-                f"{where}: expected the field {field.name!r}, which has no default; got {data!r}."
-            )
+            raise UserError(f"{where}: expected the field {field.name!r}, which has no default; got {data!r}.")
     return kind(**{name: from_dict(hints[name], item, f"{where}.{name}") for name, item in given.items()})
 
 
@@ -111,14 +107,10 @@ def _from_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
     if data is None and types.NoneType in options:
         return None
     if isinstance(data, Mapping):
-        named = {
-            getattr(option, "__name__", ""): option for option in options if dataclasses.is_dataclass(option)
-        }
+        named = {getattr(option, "__name__", ""): option for option in options if dataclasses.is_dataclass(option)}
         tag = data.get("type", "")
         if not isinstance(tag, str) or tag not in named:
-            raise UserError(
-                f"{where}: expected one of {', '.join(named)}, got {tag!r}{nearest(str(tag), named)}"
-            )
+            raise UserError(f"{where}: expected one of {', '.join(named)}, got {tag!r}{nearest(str(tag), named)}")
         return from_dict(named[tag], data, where)
     failures = []
     for option in options:

@@ -29,9 +29,7 @@ class Watch:
         self._activity = "starting"
         self._live = None
         if terminal.live:
-            self._live = Live(
-                get_renderable=self._draw, console=terminal.console, refresh_per_second=4, transient=True
-            )
+            self._live = Live(get_renderable=self._draw, console=terminal.console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> "Watch":
         if self._live is not None:
@@ -52,9 +50,7 @@ class Watch:
         last = clock.step == clock.steps
         if self._live is None and (last or now - self._said > QUIET_SECONDS or self._said == self._began):
             self._said = now
-            self._terminal.say(
-                "  ".join([self._epoch(), self._step(), *self._figures(), f"ETA {self._left()}"])
-            )
+            self._terminal.say("  ".join([self._epoch(), self._step(), *self._figures(), f"ETA {self._left()}"]))
 
     def busy(self, what: str) -> None:
         """Something else than training goes on; its time does not count against the speed."""
@@ -94,9 +90,7 @@ class Watch:
         share = self._clock.step / max(1, self._clock.steps)
         times = f"{share:4.0%}  {duration(time.monotonic() - self._began)}, {self._left()} left"
         top.add_row(Text(self._epoch(), style="bold"), bar, times)
-        below = Text(
-            "  ".join([self._step(), *self._figures()]), style="default", overflow="ellipsis", no_wrap=True
-        )
+        below = Text("  ".join([self._step(), *self._figures()]), style="default", overflow="ellipsis", no_wrap=True)
         if self._activity:
             below.append(f"  {escape(self._activity)} …", style="dim")
         return Group(top, below)

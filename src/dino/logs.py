@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dino.checkpoint import write_whole
+from dino.files import write_whole
 
 METRICS = "metrics.jsonl"
 

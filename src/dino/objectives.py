@@ -58,8 +58,8 @@ def dino_loss(
 @torch.no_grad()
 def momentum_update(teacher: list[Tensor], student: list[Tensor], momentum: float) -> None:
     """Sec. 3.1: theta_t <- m theta_t + (1 - m) theta_s, in place, over lists of parameters in the same order."""
-    torch._foreach_mul_(teacher, momentum)
-    torch._foreach_add_(teacher, student, alpha=1 - momentum)
+    torch._foreach_mul_(teacher, momentum)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(teacher, student, alpha=1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def update_center(center: Tensor, batch_center: Tensor, momentum: float) -> Tensor:

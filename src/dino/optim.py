@@ -100,9 +100,9 @@ def clip_grad_norms_(parameters: Iterable[Tensor], max_norm: float) -> None:
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if max_norm > 0 and gradients:
-        norms = torch.stack(torch._foreach_norm(gradients))
+        norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
         scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, list(scales.unbind()))
+        torch._foreach_mul_(gradients, list(scales.unbind()))  # pyright: ignore[reportPrivateImportUsage]
 
 
 class LARS(torch.optim.Optimizer):
@@ -113,7 +113,13 @@ class LARS(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float = 0.0, *, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 1e-3
+        self,
+        params: Any,
+        lr: float = 0.0,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 1e-3,
     ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
 

@@ -48,7 +48,12 @@ def machine() -> Machine:
         good = torch.cuda.is_bf16_supported(including_emulation=False)
         why = "the card multiplies bfloat16 natively" if good else "the card has float16 but no bfloat16"
         return Machine(
-            torch.device("cuda", index), card.name, cores, card.total_memory, "bfloat16" if good else "float16", why
+            torch.device("cuda", index),
+            card.name,
+            cores,
+            card.total_memory,
+            "bfloat16" if good else "float16",
+            why,
         )
     if torch.backends.mps.is_available():
         return Machine(torch.device("mps"), "Apple GPU", cores, _memory(), "float32", "the reference precision")

@@ -43,9 +43,7 @@ def command(*words: str | Path) -> list[str]:
 
 def spawn(*words: str | Path, cwd: Path) -> Ran:
     """The command as a person runs it: a process of its own."""
-    done = subprocess.run(
-        command(*words), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command(*words), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
@@ -89,7 +87,7 @@ from dino.methods.dino import DINOConfig
 from dino.data.views import MultiCrop
 from dino.models.vit import ViT
 from dino.optim import Optim
-from dino.train import Run
+from dino.training import Run
 
 def run():
     return Run(
@@ -120,9 +118,7 @@ def process():
 
     def start(*words: str | Path, cwd: Path) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command(*words), cwd=cwd, env=environment(), stdout=pipe, stderr=pipe, text=True
-        )
+        return subprocess.Popen(command(*words), cwd=cwd, env=environment(), stdout=pipe, stderr=pipe, text=True)
 
     return start
 

@@ -90,9 +90,7 @@ def test_an_attempt_that_saved_nothing_starts_anew(copy, photos, dino, tiny_pres
     index = json.loads((copy / "snapshots/index.json").read_text())
     index["epochs"].append({"epoch": 9, "maps": {}})  # of the first attempt
     (copy / "snapshots/index.json").write_text(json.dumps(index))
-    ran = dino(
-        "train", photos, "--preset", "tiny:run", "--optim.epochs", "1", "--log-every", "1", "--out", copy
-    )
+    ran = dino("train", photos, "--preset", "tiny:run", "--optim.epochs", "1", "--log-every", "1", "--out", copy)
     assert ran.code == 0, ran.err
     assert [row["step"] for row in read_metrics(copy) if "loss" in row] == [1, 2]
     epochs = [entry["epoch"] for entry in json.loads((copy / "snapshots/index.json").read_text())["epochs"]]
@@ -107,9 +105,7 @@ def test_a_reader_who_leaves_is_no_error(process, tmp_path):
 
 
 def test_two_ranks_speak_once(tiny_folder, photos, torchrun):
-    done = torchrun(
-        "train", photos, "--preset", "tiny:run", "--optim.epochs", "1", "--out", "two", cwd=tiny_folder
-    )
+    done = torchrun("train", photos, "--preset", "tiny:run", "--optim.epochs", "1", "--out", "two", cwd=tiny_folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The plan") == 1
     assert done.stdout.count("Training 1 epochs") == 1

@@ -72,9 +72,7 @@ def test_eval_says_value_protocol_data_and_checkpoint(trained, photos, dino):
     assert json.loads(Path(result["file"]).read_text()) == {k: v for k, v in result.items() if k != "file"}
     assert result["file"].startswith(str(run))
     # the file in the run and the run are the same checkpoint, and one evaluation gives one value
-    again = dino(
-        "eval", "knn", run / "backbone.safetensors", photos, "--k", "1", "5", "--json", "--no-floors"
-    ).json
+    again = dino("eval", "knn", run / "backbone.safetensors", photos, "--k", "1", "5", "--json", "--no-floors").json
     assert again["checkpoint"]["hash"] == result["checkpoint"]["hash"]
     assert again["knn"] == result["knn"]
     assert package.evaluate(run, photos, k=(1, 5), floors=False)["knn"] == result["knn"]
@@ -82,10 +80,7 @@ def test_eval_says_value_protocol_data_and_checkpoint(trained, photos, dino):
 
 def test_pictures_that_vote_for_themselves_are_right(trained, photos, dino):
     run, _ = trained
-    assert (
-        dino("eval", "knn", run, photos, photos, "--k", "1", "--no-floors", "--json").json["knn"]["1-NN"]
-        == 100
-    )
+    assert dino("eval", "knn", run, photos, photos, "--k", "1", "--no-floors", "--json").json["knn"]["1-NN"] == 100
 
 
 def test_eval_prints_a_table(trained, photos, dino):
@@ -135,9 +130,7 @@ def test_attention_draws_every_head_the_mean_and_the_mask(trained, photos, dino,
     assert names == {"picture.png", "mean.png", "overlay.png", "mask-60.png", "head-0.png", "head-1.png"}
     point = dino("attention", run, picture, "--point", "5", "30", "--layer", "0", "-o", "point", "--json")
     assert point.json["pictures"][0]["layer"] == 0
-    one, other = (
-        np.asarray(Image.open(tmp_path / name / picture.stem / "mean.png")) for name in ("maps", "point")
-    )
+    one, other = (np.asarray(Image.open(tmp_path / name / picture.stem / "mean.png")) for name in ("maps", "point"))
     assert one.shape == other.shape == (64, 64, 3)
     assert (one != other).any()
 
@@ -162,9 +155,7 @@ def test_show_tells_the_run_as_flags_that_train_takes(trained, photos, dino):
     run, _ = trained
     ran = dino("show", run)
     flags = dict(
-        line.split(None, 1)
-        for line in ran.out.splitlines()
-        if line.startswith("--") and len(line.split()) > 1
+        line.split(None, 1) for line in ran.out.splitlines() if line.startswith("--") and len(line.split()) > 1
     )
     assert flags["--backbone.width"].strip() == "48"
     assert flags["--views.blur"].strip() == "1 0.1 0.5"

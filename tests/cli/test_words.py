@@ -17,7 +17,7 @@ from dino.models import Timm, ViT
 from dino.schedules import Clock
 from dino.session.begin import differences, flag
 from dino.terminal import Terminal, duration, speaking
-from dino.train import Run
+from dino.training import Run
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -28,16 +28,12 @@ def test_help_and_import_are_light():
         "heavy = {'torch', 'numpy', 'cv2', 'timm', 'tyro'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": str(SRC)}, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(SRC)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "examples:" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "words", [["train"], ["eval", "knn"], ["attention"], ["embed"], ["report"], ["show"]]
-)
+@pytest.mark.parametrize("words", [["train"], ["eval", "knn"], ["attention"], ["embed"], ["report"], ["show"]])
 def test_every_commands_help_ends_with_examples(dino, words):
     ran = dino(*words, "--help")
     assert ran.code == 0
@@ -122,9 +118,7 @@ def test_the_live_bar_shows_figures_and_time_left():
     terminal = Terminal()
     terminal.console = Console(force_terminal=True, width=100, record=True, file=io.StringIO())
     watch = Watch(terminal, Clock(0, 10, 3), prototypes=32)
-    watch.logged(
-        Clock(10, 10, 3), {"loss": 3.25, "teacher_entropy": 2.5, "images_per_s": 123.4, "wait": 0.05}
-    )
+    watch.logged(Clock(10, 10, 3), {"loss": 3.25, "teacher_entropy": 2.5, "images_per_s": 123.4, "wait": 0.05})
     terminal.console.print(watch._draw())
     shown = terminal.console.export_text()
     for words in (

@@ -17,9 +17,7 @@ BACKBONES = {
     "convnext": Timm(name="test_convnext"),
     "efficientnet": Timm(name="test_efficientnet"),
     "xcit": Timm(name="xcit_nano_12_p16_224", args=(("depth", "2"),)),
-    "swin (NHWC)": Timm(
-        name="swin_tiny_patch4_window7_224", args=(("depths", "(1, 1, 1, 1)"), ("embed_dim", "24"))
-    ),
+    "swin (NHWC)": Timm(name="swin_tiny_patch4_window7_224", args=(("depths", "(1, 1, 1, 1)"), ("embed_dim", "24"))),
     "timm-vit": Timm(name="test_vit"),
     "timm-vit-registers": Timm(name="test_vit", args=(("reg_tokens", "2"),)),
 }

@@ -15,6 +15,7 @@ import torch
 
 from dino import checkpoint
 from dino.errors import UserError
+from dino.files import write_whole
 
 
 def saved(step: int = 3, size: int = 10) -> checkpoint.Saved:
@@ -146,7 +147,7 @@ def test_a_device_that_is_always_full(tmp_path: Path) -> None:
         aside.write_bytes(b"x" * 10)
 
     with pytest.raises(UserError, match="full"):
-        checkpoint.write_whole(tmp_path / "file", write)
+        write_whole(tmp_path / "file", write)
     assert files(tmp_path) == []
 
 

@@ -17,9 +17,7 @@ from dino.data.decode import BadImage, decode, probe
 def picture(height: int = 40, width: int = 60) -> np.ndarray:
     """A smooth gradient: lossy formats keep it to a few grey levels."""
     y, x = np.mgrid[:height, :width]
-    return np.stack([x * 200 // width, y * 200 // height, (x + y) * 100 // (width + height)], -1).astype(
-        np.uint8
-    )
+    return np.stack([x * 200 // width, y * 200 // height, (x + y) * 100 // (width + height)], -1).astype(np.uint8)
 
 
 def saved(tmp_path, image, name, **options):
@@ -50,9 +48,7 @@ def saved(tmp_path, image, name, **options):
 )
 def test_formats_decode_to_what_pillow_shows(tmp_path, name, mode, tolerance):
     image = Image.fromarray(picture()).convert(mode)
-    path = saved(
-        tmp_path, image, f"ä 写真 {name}", **({"quality": 95} if name.endswith(("jpg", "webp")) else {})
-    )
+    path = saved(tmp_path, image, f"ä 写真 {name}", **({"quality": 95} if name.endswith(("jpg", "webp")) else {}))
     with Image.open(path) as again:
         expected = np.asarray(again.convert("RGB")).astype(int)
     got = decode(path)
@@ -67,9 +63,7 @@ def test_transparency_is_laid_on_white(tmp_path, name):
     rgba = np.zeros((8, 8, 4), np.uint8)
     rgba[:, :4] = (255, 0, 0, 255)
     rgba[:, 4:] = (9, 9, 9, 0)
-    got = decode(
-        saved(tmp_path, Image.fromarray(rgba), name, **({"lossless": True} if "webp" in name else {}))
-    )
+    got = decode(saved(tmp_path, Image.fromarray(rgba), name, **({"lossless": True} if "webp" in name else {})))
     np.testing.assert_array_equal(got[0, :4], [[255, 0, 0]] * 4)
     np.testing.assert_array_equal(got[0, 4:], [[255, 255, 255]] * 4)
 
@@ -86,9 +80,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, name, channels):
 
 
 def test_float_tiff_is_stretched(tmp_path):
-    path = saved(
-        tmp_path, Image.fromarray(np.linspace(-2, 3, 256, dtype=np.float32)[None].repeat(2, 0)), "a.tif"
-    )
+    path = saved(tmp_path, Image.fromarray(np.linspace(-2, 3, 256, dtype=np.float32)[None].repeat(2, 0)), "a.tif")
     assert np.abs(decode(path)[0, :, 0].astype(int) - np.arange(256)).max() <= 1
 
 
@@ -98,9 +90,7 @@ def test_exif_orientation(tmp_path, name, orientation):
     image = Image.fromarray(picture())
     exif = Image.Exif()
     exif[274] = orientation
-    path = saved(
-        tmp_path, image, name, exif=exif, **({} if name.endswith(("png", "tif")) else {"quality": 95})
-    )
+    path = saved(tmp_path, image, name, exif=exif, **({} if name.endswith(("png", "tif")) else {"quality": 95}))
     with Image.open(path) as stored:
         expected = np.asarray(ImageOps.exif_transpose(stored).convert("RGB")).astype(int)
     got = decode(path)
@@ -216,12 +206,7 @@ def png(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def forged(kind: str) -> bytes:

@@ -12,7 +12,7 @@ from dino.data.pictures import Pictures
 from dino.errors import UserError
 from dino.presets.plan import Plan, duration, plan
 from dino.runtime import Machine
-from dino.train import Run
+from dino.training import Run
 
 CPU = Machine(torch.device("cpu"), "a processor", 2, 8 * 2**30, "float32", "no bfloat16 here")
 

@@ -23,10 +23,7 @@ X = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 @pytest.fixture
 def networks() -> dict[str, Network]:
     torch.manual_seed(0)
-    return {
-        which: Network(VIT.build(), DINOHead(64, 32, hidden=16, bottleneck=8))
-        for which in ("student", "teacher")
-    }
+    return {which: Network(VIT.build(), DINOHead(64, 32, hidden=16, bottleneck=8)) for which in ("student", "teacher")}
 
 
 def same(loaded, expected) -> bool:
@@ -186,8 +183,7 @@ BAD = ("empty.pth", "text.pth", "cut.pth", "cut.safetensors", "list.pt", "nothin
 
 def bad_files(folder: Path) -> dict[str, Path]:
     files = {
-        name: folder / name
-        for name in ("empty.pth", "text.pth", "cut.pth", "cut.safetensors", "list.pt", "nothing.pt")
+        name: folder / name for name in ("empty.pth", "text.pth", "cut.pth", "cut.safetensors", "list.pt", "nothing.pt")
     }
     files["empty.pth"].write_bytes(b"")
     files["text.pth"].write_text("not weights at all")
@@ -269,9 +265,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_released_name_is_downloaded_once_and_its_sum_kept(hub: list[str], tmp_path: Path):
     load("dino_vits16")
     load("dino_vits16")
-    assert hub == [
-        "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
-    ]
+    assert hub == ["https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"]
     [note] = (tmp_path / "hub/checkpoints").glob("*.sha256")
     assert len(note.read_text().split()[0]) == 64
 
@@ -291,9 +285,7 @@ def test_without_a_network_the_address_and_the_place_are_said(hub: list[str], tm
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(UserError) as raised:
         load("dino_vitb8")
-    assert "https://dl.fbaipublicfiles.com/dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth" in str(
-        raised.value
-    )
+    assert "https://dl.fbaipublicfiles.com/dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth" in str(raised.value)
     assert str(tmp_path / "hub/checkpoints/dino_vitbase8_pretrain.pth") in str(raised.value)
 
 

@@ -20,7 +20,7 @@ from dino.data.pictures import BadImage, Pictures
 from dino.errors import UserError
 from dino.evals.evaluator import Extracted
 from dino.models.vit import ViT
-from dino.train import Run
+from dino.training import Run
 
 K = 1024
 
@@ -59,14 +59,10 @@ def rows(steps: int = 120, *, best: float = 61.25) -> list[dict]:
             "momentum": 0.99 + 0.01 * t,
         }
         speed = {"images_per_s": 100 + 5 * t, "wait": 0.03, "time": 60 * t, "weight_decay": 0.04}
-        found.append(
-            {"step": step, "epoch": step / 10, "loss": loss, "teacher_entropy": entropy, **more, **speed}
-        )
+        found.append({"step": step, "epoch": step / 10, "loss": loss, "teacher_entropy": entropy, **more, **speed})
         if step % 40 == 0:
             accuracy = best - 0.5 * abs(step - 80)  # the best one is not the last
-            found.append(
-                {"step": step, "epoch": step / 10, "eval": "knn", "20-NN": accuracy, "20-NN top-5": 99.0}
-            )
+            found.append({"step": step, "epoch": step / 10, "eval": "knn", "20-NN": accuracy, "20-NN top-5": 99.0})
     return found
 
 
@@ -90,9 +86,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder as training leaves it."""
     folder = tmp_path_factory.mktemp("runs") / "flowers & <weeds>"
     (folder / "snapshots").mkdir(parents=True)
-    run = edit(
-        Run(data=Folder(path="photos")), method=dict(out_dim=K), optim=dict(epochs=12), out=str(folder)
-    )
+    run = edit(Run(data=Folder(path="photos")), method=dict(out_dim=K), optim=dict(epochs=12), out=str(folder))
     described = {
         "run": to_dict(run),
         "backbone": to_dict(run.backbone),
@@ -101,9 +95,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "versions": {"dino": "0.1.0", "torch": "2.11.0"},
     }
     (folder / "run.json").write_text(json.dumps(described))
-    (folder / "plan.json").write_text(
-        json.dumps([{"name": "K", "value": "1024", "why": "24 pictures are few"}])
-    )
+    (folder / "plan.json").write_text(json.dumps([{"name": "K", "value": "1024", "why": "24 pictures are few"}]))
     write_rows(folder, rows())
     skipped = [{"name": "a <b>.jpg", "reason": "cut short"}, {"name": "notes.txt", "reason": "not an image"}]
     (folder / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in skipped) + '{"name": "to')
@@ -143,9 +135,7 @@ def test_nothing_is_fetched_and_nothing_breaks_out(run_dir: Path) -> None:
     assert "<script" not in html
     assert "<weeds>" not in html
     assert "&lt;weeds&gt;" in html
-    assert html.count("data:image/jpeg;base64,") >= 4 * (1 + 3) + 4 * (
-        1 + 2 + 3
-    )  # over epochs, then the heads
+    assert html.count("data:image/jpeg;base64,") >= 4 * (1 + 3) + 4 * (1 + 2 + 3)  # over epochs, then the heads
     assert len(html) < 3_000_000
 
 

@@ -26,13 +26,9 @@ def test_picture_is_a_function_of_settings_and_index_alone():
 
 
 def test_another_process_draws_the_same():
-    code = (
-        "import zlib; from dino.data.scenes import *; print([zlib.crc32(Scenes().read(i)) for i in (7, 3)])"
-    )
+    code = "import zlib; from dino.data.scenes import *; print([zlib.crc32(Scenes().read(i)) for i in (7, 3)])"
     told = [
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-        ).stdout
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
         for _ in range(2)
     ]
     assert told[0] == told[1] == f"{[zlib.crc32(Scenes().read(i)) for i in (7, 3)]}\n"
@@ -75,9 +71,7 @@ def test_it_meets_the_contract_of_pictures():
         np.testing.assert_array_equal(source.read(i), Scenes(classes=4).read(i))
     rest, held = source.split(0.25, seed=0)
     assert set(rest.names).isdisjoint(held.names)
-    assert (
-        np.bincount(held.labels, minlength=4).tolist() == [2, 2, 2, 2] or len(held) == 12
-    )  # 10 of a class: 2 or 3
+    assert np.bincount(held.labels, minlength=4).tolist() == [2, 2, 2, 2] or len(held) == 12  # 10 of a class: 2 or 3
 
 
 def test_mask_is_where_the_thing_is():
@@ -211,14 +205,11 @@ def test_neither_raw_pixels_nor_colours_tell_the_class():
         assert right < bound, look.__name__
 
     upright = [
-        Scenes(count=n, size=48, turn=0.0, company=0.0, clutter=0, part=p)
-        for n, p in ((300, "train"), (100, "val"))
+        Scenes(count=n, size=48, turn=0.0, company=0.0, clutter=0, part=p) for n, p in ((300, "train"), (100, "val"))
     ]
     shapes = [
         np.stack([place(thing, pose._replace(x=0.0, y=0.0, size=0.4), 48)[..., 0].clip(-4, 4).ravel()
                   for thing, pose in (source.scene(i).things[0] for i in range(source.count))])
         for source in upright
     ]  # fmt: skip
-    assert (
-        _vote(shapes[0], upright[0].open().labels, shapes[1], 10) == upright[1].open().labels
-    ).mean() > 0.9
+    assert (_vote(shapes[0], upright[0].open().labels, shapes[1], 10) == upright[1].open().labels).mean() > 0.9

@@ -81,9 +81,7 @@ def test_maps_hold_patches_only_and_the_right_head_layer_and_query(registers: in
     np.testing.assert_allclose(seen.mean, expected + 0.25)
     assert seen.layer == 1
     assert network.training  # given back as it was
-    point = attend(
-        network, picture(40, 80), layer=0, query=(79, 0), size=40
-    )  # the upper right corner: patch 9
+    point = attend(network, picture(40, 80), layer=0, query=(79, 0), size=40)  # the upper right corner: patch 9
     np.testing.assert_allclose(point.heads[0], 1000 * (first + 9) + first + np.arange(50).reshape(5, 10))
     below = attend(network, picture(40, 80), layer=0, query=(8, 39.9), size=40)  # the last row, second column
     assert below.heads[0, 0, 0] == 1000 * (first + 41) + first
@@ -165,9 +163,7 @@ def test_pictures_of_maps_show_high_where_high_is() -> None:
     drawn = render.heat(values, (64, 64), smooth=False)
     bright = drawn.sum(axis=2)
     assert (bright[16:32, 32:48] == bright.max()).all()
-    assert (
-        np.delete(bright.reshape(4, 16, 4, 16).transpose(0, 2, 1, 3).reshape(16, -1), 6, 0) < bright.max()
-    ).all()
+    assert (np.delete(bright.reshape(4, 16, 4, 16).transpose(0, 2, 1, 3).reshape(16, -1), 6, 0) < bright.max()).all()
     smooth = render.heat(values, (64, 64)).sum(axis=2)
     assert np.unravel_index(smooth.argmax(), smooth.shape)[0] // 16 == 1
     constant = render.heat(np.ones((3, 3)), (6, 6))

@@ -87,9 +87,7 @@ def back(kind: Any, value: Any) -> Any:
     "value",
     [
         Street(),
-        Street(
-            first=House(pet=Dog(tail=1.0), rooms=(), garden=Cat(lives=1)), curve=Warmup(1.5, Cosine(1.0, 0.5))
-        ),
+        Street(first=House(pet=Dog(tail=1.0), rooms=(), garden=Cat(lives=1)), curve=Warmup(1.5, Cosine(1.0, 0.5))),
         Street(curve=EpochRamp(0.04, 0.07, 30)),
         Street(first=House(notes=(("a", "1"), ("b", "2")), heating="wood", sold=True)),
     ],
@@ -182,7 +180,7 @@ def test_a_whole_run_and_every_choice_inside_it_survive_json() -> None:
     from dino.data.scenes import Scenes
     from dino.models.timm import Timm
     from dino.models.vit import ViT
-    from dino.train import Run
+    from dino.training import Run
 
     runs = [
         Run(data=data, backbone=backbone)
@@ -208,7 +206,7 @@ def test_a_whole_run_and_every_choice_inside_it_survive_json() -> None:
 
 
 def test_a_run_is_not_read_from_settings_that_cannot_be() -> None:
-    from dino.train import Run
+    from dino.training import Run
 
     for wrong in (
         {"optim": {"epochs": 0}},

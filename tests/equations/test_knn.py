@@ -196,9 +196,7 @@ def test_extraction_keeps_order_leaves_out_the_bad_and_disturbs_nothing(batch_si
     ]
     assert out.labels is not None
     assert out.labels.tolist() == [0, 1, 0, 0, 1, 0, 1, 0, 1]
-    assert (
-        out.features[1:, 0] > out.features[:-1, 0]
-    ).all()  # brighter and brighter: rows belong to their picture
+    assert (out.features[1:, 0] > out.features[:-1, 0]).all()  # brighter and brighter: rows belong to their picture
     assert heard[-1] == (9, 11)
     assert backbone.training
     assert backbone.norm.training
@@ -227,9 +225,7 @@ def test_two_ranks_together_extract_what_one_does(monkeypatch: pytest.MonkeyPatc
 
     for rank in (0, 1):
         next(play(rank))
-    assert [len(rows) for rows in shares[0]] == [
-        len(rows) for rows in shares[1]
-    ]  # collectives want equal shapes
+    assert [len(rows) for rows in shares[0]] == [len(rows) for rows in shares[1]]  # collectives want equal shapes
     monkeypatch.setattr(evaluator.dist, "world", lambda: 1)
     rows, features = (torch.cat(parts) for parts in zip(shares[0], shares[1], strict=True))
     both = evaluator.gathered(rows, features, pictures, "cpu")
@@ -241,9 +237,7 @@ def test_raw_pixels_ignore_brightness_and_leave_out_the_bad() -> None:
     out = raw_pixels(Squares())
     assert out.features.shape == (9, 768)
     assert len(out.skipped) == 2
-    torch.testing.assert_close(
-        out.features[0], out.features[-1], atol=1e-5, rtol=0
-    )  # same shape, other brightness
+    torch.testing.assert_close(out.features[0], out.features[-1], atol=1e-5, rtol=0)  # same shape, other brightness
     flat = pixel_feature(np.full((5, 9, 3), 7, np.uint8))
     assert np.isfinite(flat).all()  # nothing to normalise
 

@@ -20,9 +20,7 @@ def slow_softmax(row: list[float], temperature: float) -> list[float]:
     return [value / sum(exponentials) for value in exponentials]
 
 
-def slow_loss(
-    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
-) -> float:
+def slow_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float) -> float:
     """Eq. 1, 2, 3 as they are printed, averaged over the pairs: x over the teacher's views, x' != x in V."""
     pairs = []
     for x in range(teacher.shape[0]):
@@ -91,9 +89,7 @@ def test_eq3_leaves_out_a_view_with_itself() -> None:
     assert own == pytest.approx(slow_loss(teacher, teacher, torch.zeros(8), 0.1, 0.04), rel=1e-4)
     changed = student.clone()
     changed[0] += 1.0  # softmax ignores a shift of all: so does the loss
-    torch.testing.assert_close(
-        dino_loss(changed, teacher, **settings), dino_loss(student, teacher, **settings)
-    )
+    torch.testing.assert_close(dino_loss(changed, teacher, **settings), dino_loss(student, teacher, **settings))
 
 
 def test_eq1_center_is_subtracted_and_lowers_what_is_common() -> None:
@@ -186,9 +182,7 @@ def test_eq4_center_is_a_moving_average_of_the_batch() -> None:
             mean = sum(float(batch[g, b, k]) for g in range(2) for b in range(3)) / 6
             by_hand[k] = 0.9 * by_hand[k] + 0.1 * mean
     torch.testing.assert_close(center, torch.tensor(by_hand))
-    assert torch.equal(
-        update_center(center, teacher[0][0, 0], 0.0), teacher[0][0, 0]
-    )  # m = 0: this batch alone
+    assert torch.equal(update_center(center, teacher[0][0, 0], 0.0), teacher[0][0, 0])  # m = 0: this batch alone
 
 
 def test_the_teacher_is_a_moving_average_of_the_student() -> None:
@@ -196,10 +190,7 @@ def test_the_teacher_is_a_moving_average_of_the_student() -> None:
     student = [logits(3, 2, seed=2), logits(4, seed=3)]
     expected = [
         torch.tensor(
-            [
-                0.996 * a + (1 - 0.996) * b
-                for a, b in zip(t.flatten().tolist(), s.flatten().tolist(), strict=True)
-            ]
+            [0.996 * a + (1 - 0.996) * b for a, b in zip(t.flatten().tolist(), s.flatten().tolist(), strict=True)]
         )
         for t, s in zip(teacher, student, strict=True)
     ]

@@ -134,9 +134,7 @@ def test_adamw_and_sgd_against_a_loop_over_numbers(algorithm, by_hand) -> None:
             by_hand(value, [float(g[name].flatten()[i]) for g in gradients], lrs, used)
             for i, value in enumerate(before[name].flatten().tolist())
         ]
-        torch.testing.assert_close(
-            parameter.detach().flatten(), torch.tensor(expected), atol=1e-5, rtol=1e-4, msg=name
-        )
+        torch.testing.assert_close(parameter.detach().flatten(), torch.tensor(expected), atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_lars_against_a_loop_over_tensors() -> None:

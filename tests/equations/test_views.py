@@ -34,9 +34,7 @@ def photo(height: int = 150, width: int = 200) -> np.ndarray:
     image = np.full((height, width, 3), 120.0)
     for cells, strength in ((3, 60), (9, 35), (40, 20), (150, 12)):
         noise = rng.normal(size=(cells, cells, 3)) * strength + 128
-        image += (
-            np.asarray(Image.fromarray(noise.clip(0, 255).astype(np.uint8)).resize((width, height))) - 128.0
-        )
+        image += np.asarray(Image.fromarray(noise.clip(0, 255).astype(np.uint8)).resize((width, height))) - 128.0
     image[30:60, 40:120] = (230, 40, 20)
     return image.clip(0, 255).astype(np.uint8)
 
@@ -97,9 +95,7 @@ def test_crops_are_drawn_as_torchvision_draws_them(scale, shape):
     ratio = (3 / 4, 4 / 3)
     torch.manual_seed(0)
     ours = np.array([crop_box(*shape, scale, ratio, rng) for _ in range(3000)], float)
-    theirs = np.array(
-        [T.RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(3000)], float
-    )
+    theirs = np.array([T.RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(3000)], float)
 
     def facts(boxes):
         top, left, h, w = boxes.T

@@ -8,8 +8,9 @@ import pytest
 from tiny import CPU, RUN, edit, fit
 
 from dino.data.pictures import Pictures
+from dino.events import Evaluated, Started
 from dino.logs import read_metrics
-from dino.train import Evaluated, Started, train
+from dino.training import train
 
 LN_K = math.log(RUN.method.out_dim)
 

@@ -25,9 +25,7 @@ def assert_close(run: Run, whole: Run) -> None:
         assert line["step"] == expected["step"]
         for name in SAME_MEANING & expected.keys():
             assert line[name] == pytest.approx(expected[name], abs=1e-5), (line["step"], name)
-        assert {k: v for k, v in line.items() if "NN" in k} == {
-            k: v for k, v in expected.items() if "NN" in k
-        }
+        assert {k: v for k, v in line.items() if "NN" in k} == {k: v for k, v in expected.items() if "NN" in k}
 
 
 def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:

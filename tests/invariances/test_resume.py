@@ -11,8 +11,9 @@ from tiny import CPU, Run, edit, fit, last, same_training, spawn, tiny
 from dino import checkpoint
 from dino.data.scenes import Scenes
 from dino.errors import UserError
+from dino.events import Ended, Evaluated, Logged
 from dino.logs import read_metrics
-from dino.train import Ended, Evaluated, Logged, train
+from dino.training import train
 
 TIMES = {"time", "images_per_s", "wait"}
 """What a clock on the wall says, and no two runs agree about."""

@@ -21,11 +21,12 @@ from dino.config import edit, from_dict, to_dict
 from dino.data.scenes import Scenes
 from dino.data.views import MultiCrop
 from dino.evals.knn import KNN
+from dino.events import Event, Logged
 from dino.methods.dino import DINOConfig
 from dino.models.vit import ViT
 from dino.optim import Optim
 from dino.runtime import Runtime, start
-from dino.train import Event, Logged, Run, train
+from dino.training import Run, train
 
 CPU = Runtime(torch.device("cpu"), "float32")
 SRC = Path(__file__).parents[2] / "src"
@@ -81,9 +82,7 @@ def differences(one: Any, other: Any, where: str = "", same: Callable = torch.eq
         return [d for key in one for d in differences(one[key], other[key], f"{where}/{key}", same)]
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         return [
-            d
-            for i, (a, b) in enumerate(zip(one, other, strict=True))
-            for d in differences(a, b, f"{where}/{i}", same)
+            d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in differences(a, b, f"{where}/{i}", same)
         ]
     return [] if one == other else [f"{where}: {one!r} and {other!r}"]
 

@@ -97,9 +97,7 @@ def main(arguments: list[str]) -> int:
             continue
         failed |= not result.ok
         line = f"{'ok' if result.ok else 'FAIL'}  {name}  max_abs_error={result.max_abs_error:.3g}"
-        print(
-            f"{line}  tolerance={result.tolerance:.3g}{'' if result.ok else f'  {result.where}'}", flush=True
-        )
+        print(f"{line}  tolerance={result.tolerance:.3g}{'' if result.ok else f'  {result.where}'}", flush=True)
     return int(failed)
 
 

@@ -54,9 +54,7 @@ class Check:
             error = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
         error = np.where(actual == expected, 0.0, np.where(np.isfinite(error), error, np.inf))
         limit = np.broadcast_to(np.asarray(tolerance, np.float64), error.shape)
-        worst = np.argmax(
-            error / np.maximum(limit, 1e-300)
-        )  # the element nearest to failing, or failing by most
+        worst = np.argmax(error / np.maximum(limit, 1e-300))  # the element nearest to failing, or failing by most
         value, bound = float(error.flat[worst]), float(limit.flat[worst])
         self.results.append(Result(value, bound, value <= bound, where))
 
@@ -72,9 +70,7 @@ class Check:
     def result(self) -> Result:
         if not self.results:
             return Result(float("inf"), 0.0, False, "nothing was compared")
-        return max(
-            self.results, key=lambda r: (not r.ok, r.max_abs_error / r.tolerance if r.tolerance else 0.0)
-        )
+        return max(self.results, key=lambda r: (not r.ok, r.max_abs_error / r.tolerance if r.tolerance else 0.0))
 
 
 def tensors(data: Any, prefix: str) -> dict[str, torch.Tensor]:

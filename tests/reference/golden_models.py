@@ -96,7 +96,5 @@ def released(name: str, shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]
     k, bottleneck = shapes["module.head.last_layer.weight_v"]
     hidden = shapes["module.head.mlp.0.weight"][0]
     layers = sum(len(shape) == 2 and ".mlp." in key and ".head." in key for key, shape in shapes.items())
-    network = Network(
-        backbone, DINOHead(backbone.embed_dim, k, layers=layers, hidden=hidden, bottleneck=bottleneck)
-    )
+    network = Network(backbone, DINOHead(backbone.embed_dim, k, layers=layers, hidden=hidden, bottleneck=bottleneck))
     return {f"module.{key}": value for key, value in network.state_dict().items()}

@@ -87,7 +87,7 @@ def trajectory(path: Path) -> Result:
     from dino.data.views import Batch
     from dino.runtime import Runtime
     from dino.schedules import Clock
-    from dino.train import State, build_method, train_step
+    from dino.training import State, build_method, train_step
 
     data, check = read(path), Check()
     settings, init = json.loads(str(data["config"])), tensors(data, "init")
@@ -121,7 +121,7 @@ def _run_of(given: dict[str, Any], init: dict[str, Tensor]) -> Any:
     from dino.methods.dino import DINOConfig
     from dino.models.vit import ViT
     from dino.optim import Optim
-    from dino.train import Run
+    from dino.training import Run
 
     vit, optional = given["vit"], ("student_temp", "center_momentum")
     method = DINOConfig(
@@ -142,9 +142,7 @@ def _run_of(given: dict[str, Any], init: dict[str, Tensor]) -> Any:
         algorithm=given["optimizer"],
         epochs=given["epochs"],
         batch_size=given["batch"],
-        lr=given["lr"]
-        * 256
-        / given["batch"],  # the file's is what the optimizer gets; ours is per 256 pictures
+        lr=given["lr"] * 256 / given["batch"],  # the file's is what the optimizer gets; ours is per 256 pictures
         min_lr=given["min_lr"],
         warmup_epochs=given["warmup_epochs"],
         weight_decay=given["weight_decay"],
@@ -172,9 +170,9 @@ def _same_weights(check: Check, where: str, module: torch.nn.Module, expected: d
 def _allowed(name: str, value: Tensor) -> float | np.ndarray:
     """The tolerance of a weight, element by element: `TRAJECTORY`, but for the keys' biases.
 
-    Softmax takes a key's bias away, so its gradient is rounding and AdamW makes a walk at random of it: 1.5e-4
-    in 12 steps of the reference at a learning rate of 2e-3, in another direction on every machine. Ours stands
-    still. It changes no output; it is held to ten times that walk.
+    Softmax takes a key's bias away, so its gradient is rounding, and AdamW makes a walk at random of it:
+    1.5e-4 in 12 steps of the reference at a learning rate of 2e-3, elsewhere on every machine. Ours stands
+    still. It changes no output, and is held to ten times that walk.
     """
     if not name.endswith("attn.qkv.bias"):
         return TRAJECTORY
@@ -205,9 +203,7 @@ def _head_layers(names: Any) -> int:
 
     `mlp.0` alone in one layer (named head.mlp.weight); otherwise Linear, [norm,] activation, ..., Linear.
     """
-    places = sorted(
-        {int(n.split(".")[2]) for n in names if n.startswith("head.mlp.") and n.split(".")[2].isdigit()}
-    )
+    places = sorted({int(n.split(".")[2]) for n in names if n.startswith("head.mlp.") and n.split(".")[2].isdigit()})
     if not places:
         return 1
     norm = 1 in places

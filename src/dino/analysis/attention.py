@@ -103,9 +103,7 @@ def attend(
         )
     blocks = backbone.num_blocks
     if not -blocks <= layer < blocks:
-        raise UserError(
-            f"layer must lie in {-blocks} .. {blocks - 1} for a network of {blocks} blocks, not {layer}."
-        )
+        raise UserError(f"layer must lie in {-blocks} .. {blocks - 1} for a network of {blocks} blocks, not {layer}.")
     picture = fit(image, size, backbone.patch)
     rows, columns = picture.shape[0] // backbone.patch, picture.shape[1] // backbone.patch
     extra = 1 + backbone.registers
@@ -129,9 +127,7 @@ def saliency(backbone: Backbone, image: np.ndarray, *, mass: float = 0.6, size: 
     picture = fit(image, size, backbone.patch)
     with _still(backbone) as device:
         out = backbone.features(_batch(picture, device))[0]
-        alike = torch.cosine_similarity(
-            out.patches.float(), out.cls.float()[:, None, None], dim=-1
-        )  # [1, h, w]
+        alike = torch.cosine_similarity(out.patches.float(), out.cls.float()[:, None, None], dim=-1)  # [1, h, w]
     heads = alike.clamp(min=0).cpu().numpy()
     return _attention(picture, heads, -1, "cls", None, mass, "similarity")
 

@@ -93,9 +93,7 @@ def chart(
         parts.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         above = y - 5 if y > TOP + 14 else y + 13
         label = f"{escape(name)} {_number(value)}{unit}"
-        parts.append(
-            f'<text class="note" x="{WIDTH - RIGHT}" y="{above:.1f}" text-anchor="end">{label}</text>'
-        )
+        parts.append(f'<text class="note" x="{WIDTH - RIGHT}" y="{above:.1f}" text-anchor="end">{label}</text>')
     for number, points in enumerate(lines.values()):
         placed = [place(x, y) for x, y in zip(*points, strict=True)]
         parts.append(_curve(placed, number))

@@ -102,9 +102,7 @@ def definitions(title: str, kind: str, rows: Iterable[tuple[str, str, bool]]) ->
 def table(rows: Iterable[Iterable[str]], *, first: str = "") -> str:
     """Rows of text; `first` is the class of each row's first cell."""
     body = "".join(
-        "<tr>"
-        + "".join(f'<td class="{first if i == 0 else ""}">{escape(c)}</td>' for i, c in enumerate(row))
-        + "</tr>"
+        "<tr>" + "".join(f'<td class="{first if i == 0 else ""}">{escape(c)}</td>' for i, c in enumerate(row)) + "</tr>"
         for row in rows
     )
     return f'<div style="overflow-x:auto"><table class="list">{body}</table></div>' if body else ""

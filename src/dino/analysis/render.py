@@ -9,16 +9,14 @@ from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 
 from dino.analysis.attention import Attention
-from dino.checkpoint import write_whole
+from dino.files import write_whole
 
 PAPER, INK, FAINT = (255, 255, 255), (38, 38, 42), (120, 120, 128)
 EDGE = (255, 214, 84)
 GAP, MARGIN, LABEL = 6, 20, 30
 
 
-def heat(
-    values: np.ndarray, shape: tuple[int, int], *, colors: str = "magma", smooth: bool = True
-) -> np.ndarray:
+def heat(values: np.ndarray, shape: tuple[int, int], *, colors: str = "magma", smooth: bool = True) -> np.ndarray:
     """A map [h, w] as a picture [*shape, 3] uint8, its lowest value the darkest colour and its highest the
     lightest.
     """
@@ -31,9 +29,7 @@ def stretch(values: np.ndarray) -> np.ndarray:
     return values / max(float(values.max()), 1e-12)
 
 
-def overlay(
-    picture: np.ndarray, values: np.ndarray, *, colors: str = "inferno", strength: float = 0.75
-) -> np.ndarray:
+def overlay(picture: np.ndarray, values: np.ndarray, *, colors: str = "inferno", strength: float = 0.75) -> np.ndarray:
     """The map glowing over the darkened picture: where attention is low, the picture stays, grey and dim."""
     height, width = picture.shape[:2]
     level = _resize(stretch(values), (height, width), smooth=True)[..., None]

@@ -20,10 +20,10 @@ from dino.analysis.curves import History, chart, line, read_history
 from dino.analysis.health import diagnose
 from dino.analysis.render import cutout, heat
 from dino.analysis.snapshots import read_index, read_neighbours
-from dino.checkpoint import write_whole
 from dino.config import to_dict
 from dino.errors import UserError
-from dino.train import read_run
+from dino.files import write_whole
+from dino.training import read_run
 
 COLUMNS = 6
 """Epochs shown side by side, and heads."""
@@ -44,9 +44,7 @@ def write_report(run_dir: Path | str) -> Path:
     run_dir = Path(run_dir)
     described = _json(run_dir / "run.json")
     if not isinstance(described, dict):
-        raise UserError(
-            f"No run in {run_dir}: expected its run.json. Give the folder that `dino train` wrote to."
-        )
+        raise UserError(f"No run in {run_dir}: expected its run.json. Give the folder that `dino train` wrote to.")
     run, history = described.get("run", described), read_history(run_dir)
     body = [
         _header(run_dir, described, run, history),
@@ -100,11 +98,7 @@ def _headline(described: Mapping, run: Mapping, history: History) -> str:
         values = history.line(key)[1]
         if values:
             limit = (
-                f"of ln K = {top:.2f}"
-                if top and key != "kl"
-                else "0 is nothing left to learn"
-                if key == "kl"
-                else ""
+                f"of ln K = {top:.2f}" if top and key != "kl" else "0 is nothing left to learn" if key == "kl" else ""
             )
             tiles.append(page.tile(label, f"{values[-1]:.3f}", limit))
     speeds, waits = history.line("images_per_s")[1], history.line("wait")[1]
@@ -125,9 +119,7 @@ def _curves(described: Mapping, run: Mapping, history: History) -> str:
     name, rows = _knn(history)
     floors = _floors(described, history, name)
     drawn = [
-        chart(
-            {name or "k-NN": line(rows, name)}, title="Quality", unit=" %", references=floors, from_zero=True
-        ),
+        chart({name or "k-NN": line(rows, name)}, title="Quality", unit=" %", references=floors, from_zero=True),
         chart(
             {"loss": history.line("loss")},
             title="Loss",
@@ -148,9 +140,7 @@ def _curves(described: Mapping, run: Mapping, history: History) -> str:
         chart({"images/s": history.line("images_per_s")}, title="Speed", from_zero=True),
     ]
     charts = "".join(drawn)
-    return page.section(
-        "Curves", "Over epochs.", f'<div class="grid charts">{charts}</div>' if charts else ""
-    )
+    return page.section("Curves", "Over epochs.", f'<div class="grid charts">{charts}</div>' if charts else "")
 
 
 def _attention(folder: Path) -> str:
@@ -159,8 +149,7 @@ def _attention(folder: Path) -> str:
     if not epochs:
         return ""
     shown = [
-        epochs[i]
-        for i in sorted(set(np.linspace(0, len(epochs) - 1, min(COLUMNS, len(epochs))).round().astype(int)))
+        epochs[i] for i in sorted(set(np.linspace(0, len(epochs) - 1, min(COLUMNS, len(epochs))).round().astype(int)))
     ]
     last = shown[-1]
     over, detail = [], []
@@ -213,11 +202,7 @@ def _neighbours(folder: Path) -> str:
     for query in found.get("queries", []):
         near = query.get("neighbours", [])
         most = max(most, len(near))
-        cells = [
-            page.cell(
-                _thumb(folder, query), query.get("label") or Path(query["name"]).name, alt=query["name"]
-            )
-        ]
+        cells = [page.cell(_thumb(folder, query), query.get("label") or Path(query["name"]).name, alt=query["name"])]
         for one in near:
             same = "same" if query.get("label") and one.get("label") == query["label"] else ""
             under = f"{one['similarity']:.2f}  {one.get('label') or ''}".strip()
@@ -233,9 +218,7 @@ def _plan(run_dir: Path, described: Mapping) -> str:
     if isinstance(reasons, dict):
         reasons = reasons.get("reasons", [])
     rows = [[str(r.get(key, "")) for key in ("name", "value", "why")] for r in reasons if isinstance(r, dict)]
-    return page.section(
-        "Why these settings", "What the plan chose from the data and the machine.", page.table(rows)
-    )
+    return page.section("Why these settings", "What the plan chose from the data and the machine.", page.table(rows))
 
 
 def _settings(run_dir: Path, run: Mapping) -> str:
@@ -246,9 +229,7 @@ def _settings(run_dir: Path, run: Mapping) -> str:
     groups: dict[str, dict[str, Any]] = {
         "Run": {name: value for name, value in run.items() if not isinstance(value, dict)}
     }
-    groups |= {
-        SECTIONS.get(str(name), str(name)): value for name, value in run.items() if isinstance(value, dict)
-    }
+    groups |= {SECTIONS.get(str(name), str(name)): value for name, value in run.items() if isinstance(value, dict)}
     defaults = {"Run": usual} | {SECTIONS.get(name, name): usual.get(name, {}) for name in run}
     cards = []
     for title, values in groups.items():
@@ -316,9 +297,7 @@ def _environment(described: Mapping, history: History) -> str:
         rows.append(("machine", str(machine)))
     times = history.line("time")[1]
     if times:
-        spent = times[-1] + sum(
-            before for before, after in pairwise(times) if after < before
-        )  # resumed: starts anew
+        spent = times[-1] + sum(before for before, after in pairwise(times) if after < before)  # resumed: starts anew
         rows.append(("time training", _duration(spent)))
     data = described.get("data") or {}
     rows += [
@@ -383,13 +362,7 @@ def _value(value: Any) -> str:
 
 def _duration(seconds: float) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{seconds / 60:.1f} min"
-        if seconds > 90
-        else f"{seconds:.0f} s"
-    )
+    return f"{hours} h {minutes} min" if hours else f"{seconds / 60:.1f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
 def _at(data: Mapping, *names: str) -> Any:

@@ -21,12 +21,12 @@ import numpy as np
 
 from dino.analysis.attention import look
 from dino.analysis.render import overlay, save, stretch
-from dino.checkpoint import write_json
 from dino.data.pictures import BadImage, Pictures
 from dino.data.views import eval_transform
 from dino.errors import UserError
 from dino.evals.evaluator import Extracted
 from dino.evals.knn import nearest_neighbours
+from dino.files import write_json
 from dino.models.backbone import Backbone
 
 JPEG = {"quality": 82, "optimize": True}
@@ -79,11 +79,7 @@ def snapshot(
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of the maps; an empty one where there is none, or none that can be read."""
     index = _read_json(folder / "index.json")
-    return (
-        index
-        if isinstance(index, dict) and {"pictures", "epochs"} <= set(index)
-        else {"pictures": {}, "epochs": []}
-    )
+    return index if isinstance(index, dict) and {"pictures", "epochs"} <= set(index) else {"pictures": {}, "epochs": []}
 
 
 def write_neighbours(
@@ -113,9 +109,7 @@ def write_neighbours(
             for value, place in zip(values, places, strict=True)
             if place != rows[query]
         ]
-        near = [
-            _thumb(pictures, index, folder, size) | {"similarity": round(v, 4)} for index, v in others[:k]
-        ]
+        near = [_thumb(pictures, index, folder, size) | {"similarity": round(v, 4)} for index, v in others[:k]]
         listed.append({**_thumb(pictures, query, folder, size), "neighbours": near})
     return write_json(folder / "neighbours.json", {"pictures": len(features), "queries": listed})
 

@@ -69,9 +69,7 @@ def _run(argv: list[str]) -> int:
         return 0
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
-        raise UserError(
-            f"There is no command {name!r}{nearest(name, COMMANDS)}\nCommands: {', '.join(COMMANDS)}."
-        )
+        raise UserError(f"There is no command {name!r}{nearest(name, COMMANDS)}\nCommands: {', '.join(COMMANDS)}.")
     return getattr(importlib.import_module(COMMANDS[name][0]), name)(rest)
 
 

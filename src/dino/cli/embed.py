@@ -51,7 +51,7 @@ def embed(argv: Sequence[str]) -> int:
         from dino import dist
         from dino.api import embed as features_of
         from dino.api import open_checkpoint
-        from dino.checkpoint import write_whole
+        from dino.files import write_whole
 
         found = open_checkpoint(options.checkpoint)
         with terminal.progress("embedding") as done:

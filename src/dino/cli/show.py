@@ -58,7 +58,7 @@ def show(argv: Sequence[str]) -> int:
     with speaking(options.json) as (terminal, give):
         from dino.presets import resolve
         from dino.session.begin import flat
-        from dino.train import read_run
+        from dino.training import read_run
 
         folder = Path(options.preset)
         run = read_run(folder) if folder.is_dir() else resolve(options.preset)

@@ -12,13 +12,13 @@ from typing import Annotated
 import tyro
 
 from dino import dist
-from dino.checkpoint import write_json
 from dino.cli.options import Switch, parse
 from dino.config import edit, to_dict
 from dino.data.folder import Folder
 from dino.data.pictures import Pictures
 from dino.data.scenes import Scenes
 from dino.errors import UserError, nearest
+from dino.files import write_json
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.presets import resolve
@@ -27,7 +27,7 @@ from dino.runtime import Runtime, machine, start
 from dino.session.begin import Found, find, resumed, settle, show_plan
 from dino.session.training import Outcome, run_session
 from dino.terminal import Terminal, speaking
-from dino.train import Run
+from dino.training import Run
 
 EXAMPLES = """\
   dino train photos/                                 a plan for these pictures and this machine, then training
@@ -148,9 +148,7 @@ class _Given:
         options = parse(TrainOptions, self.argv, "dino train", EXAMPLES, default=TrainOptions(run=over))
         data = options.run.data
         if options.folder and not self.says_scenes():
-            data = (
-                edit(data, path=options.folder) if isinstance(data, Folder) else Folder(path=options.folder)
-            )
+            data = edit(data, path=options.folder) if isinstance(data, Folder) else Folder(path=options.folder)
             options = edit(options, run=edit(options.run, data=data))
         return options
 
@@ -171,9 +169,7 @@ def network(name: str) -> ViT | Timm:
     match = re.fullmatch(r"(?:vit[_-])?(tiny|small|base)[/_-]?(\d+)", name.lower())
     if match is None:
         known = ("vit_tiny/16", "vit_small/16", "vit_small/8", "vit_base/16", "vit_base/8")
-        raise UserError(
-            f"There is no network {name!r}{nearest(name, known)}\nExpected vit_SIZE/PATCH or timm:NAME."
-        )
+        raise UserError(f"There is no network {name!r}{nearest(name, known)}\nExpected vit_SIZE/PATCH or timm:NAME.")
     return ViT(size=match[1], patch=int(match[2]))  # pyright: ignore[reportArgumentType]
 
 
@@ -235,9 +231,7 @@ def _must_be_writable(folder: Path) -> None:
     """Found out now, not after an hour: the nearest folder that exists can be written."""
     nearest_there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not nearest_there.is_dir():
-        raise UserError(
-            f"The run's folder {folder} cannot be made: {nearest_there} is a file. Choose another --out."
-        )
+        raise UserError(f"The run's folder {folder} cannot be made: {nearest_there} is a file. Choose another --out.")
     if not os.access(nearest_there, os.W_OK):
         raise UserError(f"The run's folder {folder} cannot be written. Choose another one with --out.")
 
@@ -274,12 +268,8 @@ def _planned(
         return edit(given.change(edit(run, data=options.run.data)), out=str(folder))
 
     preset = options.run if options.preset is not None else None
-    with terminal.progress(
-        "measuring this machine"
-    ):  # every rank measures, together; the first one's plan holds
-        own = settle(
-            pictures, machine(), preset=preset, change=change, minutes=options.minutes, world=rt.world
-        )
+    with terminal.progress("measuring this machine"):  # every rank measures, together; the first one's plan holds
+        own = settle(pictures, machine(), preset=preset, change=change, minutes=options.minutes, world=rt.world)
         planned = dist.on_main(lambda: own)
     show_plan(terminal, planned)
     return planned

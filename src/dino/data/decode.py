@@ -135,9 +135,7 @@ def _header(file: BinaryIO) -> _Header:
             if header.width <= 0 or header.height <= 0:
                 raise _Bad(f"impossible size {header.width}x{header.height}")
             if header.width * header.height > MAX_PIXELS:
-                raise _Bad(
-                    f"{header.width}x{header.height} pixels, over {MAX_PIXELS}: too large to decode safely"
-                )
+                raise _Bad(f"{header.width}x{header.height} pixels, over {MAX_PIXELS}: too large to decode safely")
             return header
     if not any(start):
         raise _Bad("starts with zeros: not an image, or its content was lost")

@@ -33,8 +33,7 @@ class Folder:
             raise UserError(f"no folder {self.path}: expected a folder of pictures. Check the path")
         if not root.is_dir():
             raise UserError(
-                f"{self.path} is a file: expected a folder of pictures. "
-                f"Give the folder that holds it: {root.parent}"
+                f"{self.path} is a file: expected a folder of pictures. Give the folder that holds it: {root.parent}"
             )
         found, skipped, ignored = _walk(root)
         with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:  # waiting for disks, mostly

@@ -104,9 +104,7 @@ def _any_colour(rng: Rng) -> Colour:
 
 def draw_texture(rng: Rng, colour: Colour, strength: float) -> Texture:
     light, chroma, hue = colour
-    sign, step, tint, which, period, angle, right, down = rng.random(
-        8
-    ).tolist()  # one call: this is drawn most
+    sign, step, tint, which, period, angle, right, down = rng.random(8).tolist()  # one call: this is drawn most
     other = light + (0.08 + 0.12 * step) * (1 if sign < 0.5 else -1)
     return Texture(
         weave=_WEAVES[int(which * len(_WEAVES))],
@@ -116,9 +114,7 @@ def draw_texture(rng: Rng, colour: Colour, strength: float) -> Texture:
         colours=np.stack(
             [
                 oklch(light, chroma, hue),
-                oklch(
-                    min(max(other, 0.2), 0.97), chroma * (0.6 + 0.8 * tint), hue + float(rng.normal(0, 0.5))
-                ),
+                oklch(min(max(other, 0.2), 0.97), chroma * (0.6 + 0.8 * tint), hue + float(rng.normal(0, 0.5))),
             ]
         ),
         depth=strength * (0.4 + 0.6 * float(rng.random())),
@@ -157,9 +153,7 @@ def _cloud() -> Array:
 def _sample_cloud(u: Array, v: Array) -> Array:
     """The noise at (u, v), one bump per unit or so."""
     side = np.float32(16)
-    return cv2.remap(
-        _cloud(), (u * side) % 256, (v * side) % 256, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP
-    )
+    return cv2.remap(_cloud(), (u * side) % 256, (v * side) % 256, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
 
 
 def weave(texture: Texture, x: Array, y: Array) -> Array:
@@ -179,9 +173,7 @@ def weave(texture: Texture, x: Array, y: Array) -> Array:
     if texture.weave == "clouds":
         return _sample_cloud(u * np.float32(0.5), v * np.float32(0.5))
     if texture.weave == "marble":
-        return _crisp(
-            np.sin((u + 1.4 * _sample_cloud(u * np.float32(0.4), v * np.float32(0.4))) * turn) * 0.6
-        )
+        return _crisp(np.sin((u + 1.4 * _sample_cloud(u * np.float32(0.4), v * np.float32(0.4))) * turn) * 0.6)
     return _sample_cloud(u * np.float32(2.2), v * np.float32(2.2))
 
 
@@ -274,9 +266,7 @@ def _lay_thing(picture: Array, thing: Thing, pose: Pose) -> Array:
     _lay(colour, thing.ink[:, None, None], lines * np.float32(0.85))
     rim = 0.035 * size  # the bevel: the border is as steep as a pillow's, the middle is flat
     height = np.minimum(np.maximum(distance, -1), np.float32(rim))
-    slope = np.float32(_LIGHT[0]) * cv2.Sobel(height, -1, 1, 0) + np.float32(_LIGHT[1]) * cv2.Sobel(
-        height, -1, 0, 1
-    )
+    slope = np.float32(_LIGHT[0]) * cv2.Sobel(height, -1, 1, 0) + np.float32(_LIGHT[1]) * cv2.Sobel(height, -1, 0, 1)
     colour *= 1 - np.float32(0.028) * slope
     _lay(picture, colour, alpha)
     return alpha

@@ -93,9 +93,7 @@ class Scenes:
                     f"scenes: {name} must be from {low} to {high}, got {value}; choose a value in that range."
                 )
         if self.part not in PARTS:
-            raise UserError(
-                f"scenes: part must be one of {', '.join(PARTS)}, got {self.part!r}; choose one of them."
-            )
+            raise UserError(f"scenes: part must be one of {', '.join(PARTS)}, got {self.part!r}; choose one of them.")
 
     # What a picture is drawn from
 
@@ -140,9 +138,7 @@ class Scenes:
         if self.clutter:
             for _ in range(int(rng.integers(1, 3))):
                 x, y = rng.uniform(-0.6, 0.6, 2)
-                pieces.append(
-                    self._piece(rng, behind, x, y, size=rng.uniform(0.4, 0.7), slim=rng.uniform(0.3, 0.9))
-                )
+                pieces.append(self._piece(rng, behind, x, y, size=rng.uniform(0.4, 0.7), slim=rng.uniform(0.3, 0.9)))
         for _ in range(int(rng.integers(self.clutter + 1))):
             x, y = rng.uniform(-0.5, 0.5, 2)
             colour = behind if rng.random() < 0.6 else mine

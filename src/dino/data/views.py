@@ -104,9 +104,7 @@ class MultiCrop:
             ("hue", 0.5),
         ):
             _expect(0 <= getattr(self, name) <= top, name, getattr(self, name), f"a strength from 0 to {top}")
-        _expect(
-            0 <= self.solarize_threshold <= 256, "solarize_threshold", self.solarize_threshold, "0 to 256"
-        )
+        _expect(0 <= self.solarize_threshold <= 256, "solarize_threshold", self.solarize_threshold, "0 to 256")
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """uint8 RGB [H, W, 3] -> 2 global views [S, S, 3], then the local ones [s, s, 3]; all draws come
@@ -216,9 +214,7 @@ def adjust_contrast(view: np.ndarray, factor: float) -> np.ndarray:
 
 def adjust_saturation(view: np.ndarray, factor: float) -> np.ndarray:
     """Away from each pixel's own grey."""
-    return cv2.addWeighted(
-        view, factor, gray(view), 1 - factor, -0.5
-    )  # -0.5: Pillow truncates, OpenCV rounds
+    return cv2.addWeighted(view, factor, gray(view), 1 - factor, -0.5)  # -0.5: Pillow truncates, OpenCV rounds
 
 
 def adjust_hue(view: np.ndarray, turn: float) -> np.ndarray:
@@ -262,9 +258,7 @@ def eval_transform(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 RGB [H, W, 3] -> uint8 [3, size, size]: the shorter side to size * 256 / 224, then the center."""
     height, width = image.shape[:2]
     short = min(height, width)
-    if (
-        max(height, width) > 4 * short
-    ):  # of a strip only the middle is seen: resizing it all could take gigabytes
+    if max(height, width) > 4 * short:  # of a strip only the middle is seen: resizing it all could take gigabytes
         top, left = max(0, (height - 4 * short) // 2), max(0, (width - 4 * short) // 2)
         image = image[top : top + 4 * short, left : left + 4 * short]
         height, width = image.shape[:2]

@@ -20,9 +20,7 @@ from dino.evals.evaluator import Autocast, Extracted, Progress, extract, gathere
 from dino.models.backbone import Backbone
 
 KS = (10, 20, 100, 200)  # Appendix F.1; 20 is the one that the paper reports
-CLASS_FOLDERS = (
-    "Put the pictures of each class in a folder of its own: photos/cat/1.jpg, photos/dog/2.jpg, ..."
-)
+CLASS_FOLDERS = "Put the pictures of each class in a folder of its own: photos/cat/1.jpg, photos/dog/2.jpg, ..."
 MEMORY_ROWS = 65536  # training pictures compared at once, for a chunk of test pictures: 64 MB of similarities
 
 

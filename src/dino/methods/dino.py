@@ -142,14 +142,12 @@ class DINO(Method):
     def before_step(self, clock: Clock) -> None:
         """The prototypes stand still in the first epoch, or the student chases a moving random target."""
         if clock.step < self.config.freeze_last_layer * clock.steps_per_epoch:
-            for parameter in self.student.head.last_layer.parameters():
+            for parameter in self._prototypes.parameters():
                 parameter.grad = None
 
     def after_step(self, carry: Carry, clock: Clock) -> None:
         """Algorithm 1, its last two lines: the teacher follows the student, the center follows the teacher."""
-        momentum_update(
-            list(self.teacher.parameters()), list(self.student.parameters()), self._momentum(clock)
-        )
+        momentum_update(list(self.teacher.parameters()), list(self.student.parameters()), self._momentum(clock))
         if self.config.centering:
             count = dist.total(carry.count.to(carry.logits))
             batch_center = dist.total(carry.logits) / count
@@ -159,6 +157,10 @@ class DINO(Method):
     def backbone(self) -> Backbone:
         """The teacher's: better than the student's all along (Fig. 6)."""
         return self.teacher.backbone
+
+    @property
+    def _prototypes(self) -> nn.Module:
+        return self.student.head.get_submodule("last_layer")
 
     @property
     def trained(self) -> nn.Module:

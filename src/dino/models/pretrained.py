@@ -41,15 +41,9 @@ class Released(NamedTuple):
 
 HOST = "https://dl.fbaipublicfiles.com/dino/"
 RELEASED = {
-    "dino_vits16": Released(
-        ViT(size="small", patch=16), "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
-    ),
-    "dino_vits8": Released(
-        ViT(size="small", patch=8), "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
-    ),
-    "dino_vitb16": Released(
-        ViT(size="base", patch=16), "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"
-    ),
+    "dino_vits16": Released(ViT(size="small", patch=16), "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
+    "dino_vits8": Released(ViT(size="small", patch=8), "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"),
+    "dino_vitb16": Released(ViT(size="base", patch=16), "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
     "dino_vitb8": Released(ViT(size="base", patch=8), "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth"),
     "dino_resnet50": Released(Timm(name="resnet50"), "dino_resnet50_pretrain/dino_resnet50_pretrain.pth"),
     **{
@@ -132,8 +126,7 @@ def download(url: str, sha256: str | None) -> Path:
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
         except Exception as error:  # of the network, of the disk: whatever it is, the way out is the same
             raise UserError(
-                f"Cannot download {url} ({error}).\n"
-                f"Check the connection, or get the file by hand and put it at {path}"
+                f"Cannot download {url} ({error}).\nCheck the connection, or get the file by hand and put it at {path}"
             ) from error
     note = path.with_name(f"{path.name}.sha256")
     expected = sha256 or (note.read_text().split()[0] if note.is_file() else None)
@@ -141,8 +134,7 @@ def download(url: str, sha256: str | None) -> Path:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
     if expected and actual != expected:
         raise UserError(
-            f"{path} has the SHA-256 {actual}, expected {expected}.\n"
-            f"Remove it, and {note.name}, to get it again."
+            f"{path} has the SHA-256 {actual}, expected {expected}.\nRemove it, and {note.name}, to get it again."
         )
     if not note.is_file():
         with contextlib.suppress(OSError):  # a cache that others own
@@ -172,9 +164,7 @@ def infer(state: State, path: Path) -> BackboneConfig:
     if "cls_attn_blocks.0.norm1.weight" in state and "cls_token" in state:
         sizes = {128: "nano", 192: "tiny", 384: "small", 512: "medium", 768: "large"}
         size, depth = sizes.get(state["cls_token"].shape[-1]), count(state, r"blocks\.(\d+)\.")
-        halvings = (
-            count(state, r"patch_embed\.proj\.(\d+)\.") // 2 + 1
-        )  # convolutions of stride 2, with GELU between
+        halvings = count(state, r"patch_embed\.proj\.(\d+)\.") // 2 + 1  # convolutions of stride 2, with GELU between
         patch = {4: 16, 3: 8}.get(halvings)
         if size and patch:
             return Timm(name=f"xcit_{size}_{depth}_p{patch}_224")

@@ -53,9 +53,7 @@ class TimmNetwork(Backbone):
         own_names(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net.forward_head(
-            self.net.forward_features(whole_patches(self.net, images)), pre_logits=True
-        )
+        return self.net.forward_head(self.net.forward_features(whole_patches(self.net, images)), pre_logits=True)
 
     def features(self, images: Tensor, layers: int = 1) -> list[Features]:
         """The last of timm's stages or blocks, each with its own width in a ConvNet; the final one as in
@@ -118,9 +116,7 @@ class TimmViT(Attentive):
         own_names(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net.forward_head(
-            self.net.forward_features(whole_patches(self.net, images)), pre_logits=True
-        )
+        return self.net.forward_head(self.net.forward_features(whole_patches(self.net, images)), pre_logits=True)
 
     def features(self, images: Tensor, layers: int = 1) -> list[Features]:
         if not 1 <= layers <= self.num_blocks:
@@ -137,9 +133,7 @@ class TimmViT(Attentive):
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
         if not -self.num_blocks <= layer < self.num_blocks:
             last = self.num_blocks - 1
-            raise UserError(
-                f"Expected a layer in 0 .. {last} (or -1, the last, to {-last - 1}), got {layer}."
-            )
+            raise UserError(f"Expected a layer in 0 .. {last} (or -1, the last, to {-last - 1}), got {layer}.")
         attn, entering = self.net.blocks[layer].attn, []
         watch = attn.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
         try:
@@ -173,9 +167,7 @@ def create(name: str, *, drop_path: float, pretrained: bool, args: Mapping[str, 
             if not refused:
                 raise UserError(f"timm cannot build {name} with {wanted}: {error}") from error
             if "drop_path_rate" in refused and drop_path > 0:
-                raise UserError(
-                    f"{name} has no stochastic depth: expected drop_path 0, got {drop_path}."
-                ) from error
+                raise UserError(f"{name} has no stochastic depth: expected drop_path 0, got {drop_path}.") from error
             liked = {key: value for key, value in liked.items() if key not in refused}
         except Exception as error:
             if not pretrained:

@@ -51,9 +51,7 @@ class ViT:
     def __post_init__(self) -> None:
         width, _, heads = self.shape
         if self.patch < 1 or self.image_size < self.patch:
-            raise UserError(
-                f"ViT: expected 1 <= patch <= image_size, got {self.patch} and {self.image_size}."
-            )
+            raise UserError(f"ViT: expected 1 <= patch <= image_size, got {self.patch} and {self.image_size}.")
         if heads < 1 or width % heads:
             raise UserError(f"ViT: the width must be a multiple of the heads, got {width} and {heads}.")
 
@@ -105,9 +103,7 @@ class VisionTransformer(Attentive):
         if registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio, qkv_bias, norm_eps, rate) for rate in rates
-        )
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qkv_bias, norm_eps, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.apply(init_weights)
         for tokens in (self.cls_token, self.pos_embed, *([self.register_tokens] if registers else [])):
@@ -133,9 +129,7 @@ class VisionTransformer(Attentive):
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
         if not -self.num_blocks <= layer < self.num_blocks:
             last = self.num_blocks - 1
-            raise UserError(
-                f"Expected a layer in 0 .. {last} (or -1, the last, to {-last - 1}), got {layer}."
-            )
+            raise UserError(f"Expected a layer in 0 .. {last} (or -1, the last, to {-last - 1}), got {layer}.")
         *earlier, block = list(self.blocks)[: layer % self.num_blocks + 1]
         assert isinstance(block, Block)
         tokens = self.embed(images)
@@ -154,9 +148,7 @@ class VisionTransformer(Attentive):
         """(h, w), the whole patches in an image; what is left at the right and lower border is not seen."""
         height, width = images.shape[-2:]
         if min(height, width) < self.patch:
-            raise UserError(
-                f"An image of {height} x {width} is smaller than one patch ({self.patch} pixels)."
-            )
+            raise UserError(f"An image of {height} x {width} is smaller than one patch ({self.patch} pixels).")
         return height // self.patch, width // self.patch
 
     def positions(self, h: int, w: int) -> Tensor:

@@ -7,10 +7,8 @@ hold module.backbone.* and module.head.*; and weights below a key "state_dict" o
 
 import argparse
 import json
-import os
 import pickle
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from dino.config import from_dict, to_dict
 from dino.errors import UserError
+from dino.files import write_whole
 from dino.models import BackboneConfig
 
 State = dict[str, Tensor]
@@ -56,32 +55,15 @@ def read_safetensors(path: Path) -> tuple[State, BackboneConfig | None]:
     return state, from_dict(BackboneConfig, described) if described else None
 
 
-def save_backbone(
-    config: BackboneConfig | Mapping[str, Any], state: Mapping[str, Tensor], path: Path
-) -> Path:
+def save_backbone(config: BackboneConfig | Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> Path:
     """Weights with the description of their network, as .safetensors: `load(path)` needs nothing else.
 
-    The file is written aside, flushed to the disk and renamed: it is whole, or it is the old one.
+    The file is whole, or it is the old one.
     """
     described = dict(config) if isinstance(config, Mapping) else to_dict(config)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    content = safetensors.torch.save(tensors, metadata={"backbone": json.dumps(described)})
-    aside = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            aside = file.name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror}. The file that was there is kept.") from error
-    finally:
-        if aside:
-            Path(aside).unlink(missing_ok=True)
-    return path
+    metadata = {"backbone": json.dumps(described)}
+    return write_whole(path, lambda aside: safetensors.torch.save_file(tensors, aside, metadata=metadata))
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -127,8 +109,7 @@ def xcit_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> State:
         fused = re.fullmatch(r"(cls_attn_blocks\.\d+\.attn\.)qkv\.(weight|bias)", name)
         if fused and f"{fused[1]}q.{fused[2]}" in own:
             renamed |= {
-                f"{fused[1]}{part}.{fused[2]}": piece
-                for part, piece in zip("qkv", value.chunk(3), strict=True)
+                f"{fused[1]}{part}.{fused[2]}": piece for part, piece in zip("qkv", value.chunk(3), strict=True)
             }
         else:
             renamed[name.replace("pos_embeder.", "pos_embed.")] = value
@@ -138,9 +119,7 @@ def xcit_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> State:
 def backbone_weights(content: Any, path: Path, which: Which) -> State:
     """The backbone's state dict in what a .pth or .pt file holds; see the layouts at the top."""
     if not isinstance(content, Mapping):
-        raise UserError(
-            f"{path} holds no weights: expected names and tensors, got a {type(content).__name__}."
-        )
+        raise UserError(f"{path} holds no weights: expected names and tensors, got a {type(content).__name__}.")
     nested = [name for name, value in content.items() if isinstance(value, Mapping)]
     networks = [name for name in ("student", "teacher") if name in nested]
     if networks and which not in networks:
@@ -162,7 +141,5 @@ def unprefixed(state: State, path: Path, which: Which) -> State:
         raise UserError(f"{path} holds a {' and a '.join(sorted(networks))}, and no {which}.")
     for prefix in (f"{which}.", "module.", "backbone.", "module."):
         if any(name.startswith(prefix) for name in state):
-            state = {
-                name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
-            }
+            state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     return state

@@ -1,7 +1,7 @@
 """A recipe is a function that returns a Run: complete, named, with what was reported for it and what it cost.
 
-    presets.resolve("vits16")                 # one of the table below
-    presets.resolve("mymodule:my_run")        # any function of yours that returns a Run
+presets.resolve("vits16")                 # one of the table below
+presets.resolve("mymodule:my_run")        # any function of yours that returns a Run
 """
 
 import importlib
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dino.errors import UserError, nearest
 from dino.presets.paper import resnet50, resnet50_800, vitb8, vitb16, vits8, vits16, vits16_300, vits16_800
 from dino.presets.small import demo, small
-from dino.train import Run
+from dino.training import Run
 
 PRESETS: dict[str, Callable[[], Run]] = {
     "demo": demo,

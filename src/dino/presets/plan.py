@@ -18,7 +18,7 @@ from dino.models.vit import ViT
 from dino.presets.small import small
 from dino.runtime import Machine, Runtime
 from dino.schedules import Clock
-from dino.train import Run, State, build_method, train_step
+from dino.training import Run, State, build_method, train_step
 
 PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
 """K by the number of pictures: many more prototypes than kinds of things only stay unused (App. C: 65536)."""
@@ -54,7 +54,12 @@ class Speed:
 
 
 def plan(
-    pictures: Pictures, here: Machine, *, preset: Run | None = None, world: int = 1, minutes: float | None = None
+    pictures: Pictures,
+    here: Machine,
+    *,
+    preset: Run | None = None,
+    world: int = 1,
+    minutes: float | None = None,
 ) -> Plan:
     """A Run for these pictures on this machine, with the reasons.
 
@@ -130,14 +135,20 @@ def _for_data(pictures: Pictures, here: Machine, world: int) -> tuple[Run, list[
     reasons.append(Reason("network", network_name(backbone), why))
 
     prototypes = next((k for most, k in PROTOTYPES if count <= most), 65536)
-    reasons.append(Reason("K", f"{prototypes}", f"prototypes for {count:,} pictures (65536 for ImageNet's 1.3 million)"))
+    reasons.append(
+        Reason("K", f"{prototypes}", f"prototypes for {count:,} pictures (65536 for ImageNet's 1.3 million)")
+    )
 
     views, reason = _crops(base if on_cpu else Run(), backbone, side, on_cpu)
     reasons.append(reason)
 
     batch = _batch(count, here, backbone, views.global_size, world)
     reasons.append(
-        Reason("batch", f"{batch}", "pictures a step over all ranks; small enough for many steps, and for the memory")
+        Reason(
+            "batch",
+            f"{batch}",
+            "pictures a step over all ranks; small enough for many steps, and for the memory",
+        )
     )
     run = edit(
         base,
@@ -159,7 +170,9 @@ def _for_data(pictures: Pictures, here: Machine, world: int) -> tuple[Run, list[
             "the paper's" if large else "a faster teacher: with few steps, the paper's 0.996 would stay near its start",
         )
     )
-    reasons.append(Reason("learning rate", f"{run.optim.lr:g} per 256", "the paper's" if large else "tuned on small data"))
+    reasons.append(
+        Reason("learning rate", f"{run.optim.lr:g} per 256", "the paper's" if large else "tuned on small data")
+    )
     return run, reasons
 
 
@@ -197,7 +210,11 @@ def _for_machine(run: Run, here: Machine, world: int, *, keep_precision: bool) -
     workers = min(16, max(1, spare // 2 if here.device.type == "cpu" else spare - 1))
     run = edit(run, precision=precision, workers=workers)
     return run, [
-        Reason("machine", f"{here.name}, {here.cores} cores", f"{here.memory / 2**30:.0f} GiB; device {here.device}"),
+        Reason(
+            "machine",
+            f"{here.name}, {here.cores} cores",
+            f"{here.memory / 2**30:.0f} GiB; device {here.device}",
+        ),
         Reason("precision", precision, why),
         Reason("workers", f"{workers}", f"processes that decode and crop, of {here.cores} cores"),
     ]
@@ -252,4 +269,6 @@ def network_name(backbone: ViT | Timm) -> str:
 
 
 def _recipe(run: Run) -> str:
-    return f"{network_name(run.backbone)}, {run.optim.epochs} epochs, batch {run.optim.batch_size}, K {run.method.out_dim}"
+    return (
+        f"{network_name(run.backbone)}, {run.optim.epochs} epochs, batch {run.optim.batch_size}, K {run.method.out_dim}"
+    )

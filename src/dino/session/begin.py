@@ -14,7 +14,7 @@ from dino.models.vit import ViT
 from dino.presets.plan import Plan, Reason, network_name, plan
 from dino.runtime import Machine
 from dino.terminal import Terminal
-from dino.train import Run, read_run
+from dino.training import Run, read_run
 
 MAY_CHANGE = (
     "data.path",
@@ -184,9 +184,7 @@ def resumed(found: Found, change: Change) -> Run:
     run = change(found.run)
     refused = [item for item in differences(found.run, run) if item[0] not in MAY_CHANGE]
     if refused:
-        listed = "\n".join(
-            f"  {flag(name)} is {shown(old)} there, got {shown(new)}" for name, old, new in refused
-        )
+        listed = "\n".join(f"  {flag(name)} is {shown(old)} there, got {shown(new)}" for name, old, new in refused)
         raise UserError(
             f"The run in {folder} cannot go on with other settings of what it learns:\n{listed}\n"
             "Leave them away to go on, or start another run with --out."

@@ -20,7 +20,7 @@ from dino.models.pretrained import RELEASED, infer, load
 from dino.models.weights import read_safetensors
 from dino.runtime import machine
 from dino.terminal import Done
-from dino.train import read_run
+from dino.training import read_run
 
 Source = str | Path | Folder | Scenes | Pictures
 """Pictures: a folder, `"scenes"`, settings, or anything that is `Pictures`."""
@@ -70,9 +70,7 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
 
-def open_checkpoint(
-    source: str | Path | Backbone | Checkpoint, device: torch.device | None = None
-) -> Checkpoint:
+def open_checkpoint(source: str | Path | Backbone | Checkpoint, device: torch.device | None = None) -> Checkpoint:
     """Loads a run's folder, a file, a released name or timm:NAME, and moves it to the device."""
     if isinstance(source, Checkpoint):
         return source

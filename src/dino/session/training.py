@@ -1,33 +1,31 @@
 """One training session as a person sees it: the plan, the bar, the snapshots, the report.
 
-`dino.train.train` says what happens; everything that is drawn, written for people, or asked lies here.
+`dino.training.train` says what happens; everything that is drawn, written for people, or asked lies here.
 """
 
 import json
-import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dino import checkpoint, dist
+from dino import dist, files
 from dino.analysis.health import diagnose
 from dino.analysis.report import write_report
 from dino.analysis.snapshots import choose_samples, snapshot, write_neighbours
 from dino.data.pictures import Pictures
 from dino.errors import UserError
 from dino.evals.evaluator import extract
+from dino.events import Ended, EpochDone, Evaluated, Logged, Started
 from dino.live import Watch
 from dino.logs import read_metrics
 from dino.runtime import Runtime
 from dino.schedules import Clock
 from dino.terminal import Terminal
-from dino.train import Ended, EpochDone, Evaluated, Logged, Run, Started, train
+from dino.training import Run, train
 
 SNAPSHOTS = 5
 """Checkpoints at which the attention of the sample pictures is kept."""
@@ -58,16 +56,12 @@ class Outcome:
         return self.folder / "report.html"
 
 
-def run_session(
-    run: Run, rt: Runtime, pictures: Pictures, terminal: Terminal, *, resume: bool = False
-) -> Outcome:
+def run_session(run: Run, rt: Runtime, pictures: Pictures, terminal: Terminal, *, resume: bool = False) -> Outcome:
     """Trains to the end, or until somebody asks to stop; writes snapshots and the report on the way."""
     folder = Path(run.out)
     session = _Session(run, rt, pictures, terminal, folder)
     try:
-        with heard_signals() as heard:
-            ended = session.watch(resume)
-            outcome = session.outcome(ended, heard())
+        outcome = session.outcome(session.watch(resume))
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"The device ran out of memory: {str(error).splitlines()[0]}\n"
@@ -130,16 +124,10 @@ class _Session:
             self.snapshot(started.method, 0)
         held = f", {len(started.held_back)} held back" if started.held_back else ""
         begun = f"Going on at step {clock.step} of" if resume else f"Training {clock.epochs} epochs,"
-        self.terminal.say(
-            f"{begun} {clock.steps} steps on {len(started.train)} pictures{held}; {self.folder}/"
-        )
+        self.terminal.say(f"{begun} {clock.steps} steps on {len(started.train)} pictures{held}; {self.folder}/")
         if self.baselines:
-            floors = ", ".join(
-                f"{k.replace('_', ' ')} {_first(v)[1]:.1f} %" for k, v in self.baselines.items()
-            )
-            self.terminal.say(
-                f"{_first(next(iter(self.baselines.values())))[0]} floors to rise above: {floors}"
-            )
+            floors = ", ".join(f"{k.replace('_', ' ')} {_first(v)[1]:.1f} %" for k, v in self.baselines.items())
+            self.terminal.say(f"{_first(next(iter(self.baselines.values())))[0]} floors to rise above: {floors}")
 
     def evaluated(self, event: Evaluated) -> None:
         self.quality = event.values
@@ -182,16 +170,13 @@ class _Session:
         )
 
     def write_skipped(self, skipped: dict[str, str]) -> None:
-        lines = [
-            json.dumps({"name": name, "reason": why}, ensure_ascii=False) + "\n"
-            for name, why in skipped.items()
-        ]
-        checkpoint.write_whole(
+        lines = [json.dumps({"name": name, "reason": why}, ensure_ascii=False) + "\n" for name, why in skipped.items()]
+        files.write_whole(
             self.folder / "skipped.jsonl",
             lambda aside: aside.write_text("".join(lines), "utf-8", "backslashreplace"),
         )
 
-    def outcome(self, ended: Ended, number: int | None) -> Outcome:
+    def outcome(self, ended: Ended) -> Outcome:
         if ended.finished:
             with self.terminal.progress("neighbours") as done:
                 self.neighbours(ended.method.backbone, done)
@@ -200,7 +185,7 @@ class _Session:
             run=self.run,
             clock=ended.clock,
             finished=ended.finished,
-            signal=number,
+            signal=ended.signal,
             metrics=self.metrics,
             quality=self.quality,
             best=self.best,
@@ -243,41 +228,10 @@ class _Session:
             return
         if outcome.quality:
             name, value = _first(outcome.quality)
-            best = (
-                f" (best {outcome.best['value']:.1f} % in epoch {outcome.best['epoch']:.0f})"
-                if outcome.best
-                else ""
-            )
+            best = f" (best {outcome.best['value']:.1f} % in epoch {outcome.best['epoch']:.0f})" if outcome.best else ""
             say(f"{name} {value:.1f} %{best}", style="bold")
         say(f"Report     {outcome.report}")
         say(f"Backbone   {self.folder}/backbone.safetensors    in Python: dino.load({str(self.folder)!r})")
-
-
-@contextmanager
-def heard_signals() -> Iterator[Callable[[], int | None]]:
-    """Remembers which signal came last, while somebody else's handler acts on it."""
-    ours, theirs = os.pipe()
-    os.set_blocking(ours, False)
-    os.set_blocking(theirs, False)
-    try:
-        before = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
-    except ValueError:  # not the main thread: no signal comes here
-        yield lambda: None
-        return
-
-    def heard() -> int | None:
-        try:
-            numbers = [n for n in os.read(ours, 4096) if n in (signal.SIGINT, signal.SIGTERM)]
-        except BlockingIOError:
-            return None
-        return numbers[-1] if numbers else None
-
-    try:
-        yield heard
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(ours)
-        os.close(theirs)
 
 
 def _first(values: dict[str, float]) -> tuple[str, float]:

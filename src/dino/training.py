@@ -4,19 +4,18 @@
 draws bars, pictures and reports between its steps. There are no callbacks; what happens, and when, is on the page.
 """
 
+import json
 import math
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dino import checkpoint, dist
+from dino import __version__, checkpoint
 from dino.config import from_dict, to_dict
 from dino.data.folder import Folder
 from dino.data.loader import train_batches
@@ -25,9 +24,11 @@ from dino.data.scenes import Scenes
 from dino.data.views import Batch, MultiCrop
 from dino.errors import UserError
 from dino.evals.knn import KNN, BoundKNN
+from dino.events import Ended, EpochDone, Evaluated, Event, Logged, Started
+from dino.files import remove_parts, write_json
 from dino.logs import Log
+from dino.meter import Meter
 from dino.methods.dino import DINO, DINOConfig
-from dino.methods.method import Method
 from dino.models.backbone import Backbone
 from dino.models.heads import Network
 from dino.models.pretrained import load_strict, save_backbone
@@ -36,6 +37,7 @@ from dino.models.vit import ViT
 from dino.optim import Optim, clip_grad_norms_, set_hyper
 from dino.runtime import Precision, Runtime
 from dino.schedules import Clock
+from dino.signals import stop_signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,51 +83,6 @@ class State:
     scaler: torch.amp.GradScaler
     step: int = 0
     best: dict[str, Any] = field(default_factory=dict)
-
-
-class Started(NamedTuple):
-    """Training is about to take its first step (or goes on from `clock.step`)."""
-
-    clock: Clock
-    method: Method
-    train: Pictures
-    held_back: Pictures | None
-    baselines: dict[str, dict[str, float]]
-
-
-class Logged(NamedTuple):
-    """Metrics, averaged over the steps since the last ones."""
-
-    clock: Clock
-    metrics: dict[str, float]
-
-
-class Evaluated(NamedTuple):
-    """The held-back pictures were asked about."""
-
-    clock: Clock
-    name: str
-    values: dict[str, float]
-    is_best: bool
-
-
-class EpochDone(NamedTuple):
-    """A whole epoch is behind; the method may be looked at (not touched)."""
-
-    clock: Clock
-    method: Method
-
-
-class Ended(NamedTuple):
-    """All is saved. `finished` is False where a signal asked to stop."""
-
-    clock: Clock
-    method: Method
-    finished: bool
-    skipped: dict[str, str]
-
-
-Event = Started | Logged | Evaluated | EpochDone | Ended
 
 
 def build_method(run: Run) -> DINO:
@@ -178,16 +135,22 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     knn = None
     if held_back is not None:
         knn = run.knn.bind(
-            rest, held_back, size=run.views.global_size, device=rt.device, workers=run.workers, autocast=rt.autocast
+            rest,
+            held_back,
+            size=run.views.global_size,
+            device=rt.device,
+            workers=run.workers,
+            autocast=rt.autocast,
         )
     clock = Clock(state.step, per_epoch, run.optim.epochs)
     baselines = _baselines(run, knn, resume)
     yield Started(clock, state.method, rest, held_back, baselines)
     if rt.is_main:
-        checkpoint.write_json(out / "run.json", describe(run, pictures, rest, baselines))
+        remove_parts(out / "checkpoints")
+        write_json(out / "run.json", describe(run, pictures, rest, baselines))
     log = Log(out, state.step) if rt.is_main else None
     skipped = {item.name: item.reason for item in pictures.skipped}
-    window = Window(run, rt)
+    meter = Meter(run.optim, run.method, rt.world)
     saved_at = time.monotonic()
     finished = state.step >= clock.steps
     try:
@@ -203,18 +166,18 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
                 rank=rt.rank,
                 world=rt.world,
             )
-            for _, _, batch, unreadable in window.waiting(batches):
+            for _, _, batch, unreadable in meter.waiting(batches):
                 skipped |= {item.name: item.reason for item in unreadable}
                 clock = clock._replace(step=state.step)
                 rt.seed_step(run.seed, state.step)
-                window.add(train_step(state, model, rt.place(batch), clock, run, rt), batch)
+                meter.add(train_step(state, model, rt.place(batch), clock, run, rt), batch)
                 state.step += 1
                 epoch_ends = state.step % per_epoch == 0
                 finished = state.step == clock.steps
                 done = clock._replace(step=state.step)
                 if state.step % run.log_every == 0 or epoch_ends:
-                    metrics = window.close(clock)
-                    _must_be_finite(metrics, done, out)
+                    metrics = meter.close(clock)
+                    _must_be_finite(math.isfinite(metrics["loss"]), done)
                     if log is not None:
                         log.write(state.step, {"epoch": state.step / per_epoch, **metrics})
                     yield Logged(done, metrics)
@@ -225,11 +188,11 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
                     if evaluated.is_best and rt.is_main:
                         _save(state, run, rest, out / "checkpoints/best.pt")
                     yield evaluated
-                stopping = _any_rank(stop.is_set, rt, state.step)
+                stopping = stop.agreed(rt, state.step)
                 due = time.monotonic() - saved_at > 60 * run.save_minutes
                 if rt.is_main and (due or stopping or finished):
                     saved_at = time.monotonic()
-                    window.check()
+                    _must_be_finite(meter.is_finite(), clock)
                     _save(state, run, rest, out / "checkpoints/last.pt")
                 if rt.is_main and epoch_ends and run.keep_every and done.epoch % run.keep_every == 0:
                     _save(state, run, rest, out / f"checkpoints/epoch_{done.epoch:04d}.pt")
@@ -242,7 +205,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
             log.close()
     if rt.is_main:
         export_backbone(run, state.method.backbone, out)
-    yield Ended(clock._replace(step=state.step), state.method, finished, skipped)
+    yield Ended(clock._replace(step=state.step), state.method, finished, skipped, stop.signal)
 
 
 def steps_per_epoch(run: Run, pictures: Pictures) -> int:
@@ -258,8 +221,6 @@ def steps_per_epoch(run: Run, pictures: Pictures) -> int:
 
 def describe(run: Run, pictures: Pictures, rest: Pictures, baselines: dict[str, Any]) -> dict[str, Any]:
     """What run.json holds: the complete Run, and what it ran on."""
-    from dino import __version__
-
     return {
         "run": to_dict(run),
         "backbone": to_dict(run.backbone),
@@ -277,8 +238,6 @@ def describe(run: Run, pictures: Pictures, rest: Pictures, baselines: dict[str, 
 
 def read_run(folder: Path) -> Run:
     """The Run of a run's folder. Raises UserError where there is none."""
-    import json
-
     path = folder / "run.json"
     if not path.is_file():
         raise UserError(f"No run in {folder}: it has no run.json. Expected a folder that `dino train` made.")
@@ -291,100 +250,6 @@ def read_run(folder: Path) -> Run:
 def export_backbone(run: Run, backbone: Backbone, out: Path) -> Path:
     """The teacher's backbone, alone, as safetensors: what `dino.load` and timm read."""
     return save_backbone(run.backbone, backbone.state_dict(), out / "backbone.safetensors")
-
-
-class Window:
-    """Metrics between two log lines: sums that stay on the device, and where the time went."""
-
-    def __init__(self, run: Run, rt: Runtime) -> None:
-        self._optim, self._method, self._rt = run.optim, run.method, rt
-        self._began = time.monotonic()
-        self._open()
-
-    def _open(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps, self._pictures = 0, 0
-        self._waited, self._since = 0.0, time.monotonic()
-
-    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches, and the time it took to get each on the account of the data."""
-        batches = iter(batches)
-        while True:
-            asked = time.monotonic()
-            item = next(batches, None)
-            self._waited += time.monotonic() - asked
-            if item is None:
-                return
-            yield item
-
-    def add(self, metrics: dict[str, Tensor], batch: Batch) -> None:
-        for name, value in metrics.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._steps += 1
-        self._pictures += batch.views[0].shape[1]
-
-    def check(self) -> None:
-        """Before a checkpoint is replaced: what was trained since the last line must still be numbers."""
-        if "loss" in self._sums and not torch.isfinite(self._sums["loss"]):
-            raise _not_finite()
-
-    def close(self, clock: Clock) -> dict[str, float]:
-        """Averages over the window's steps and ranks, with the schedules' values; opens the next window."""
-        stacked = dist.mean(torch.stack(list(self._sums.values()))) / max(1, self._steps)
-        metrics = dict(zip(self._sums, stacked.tolist(), strict=True))  # the one place that waits for the device
-        seconds = time.monotonic() - self._since
-        metrics |= {
-            "lr": self._optim.lr_schedule()(clock),
-            "weight_decay": self._optim.weight_decay_schedule()(clock),
-            "momentum": self._method.momentum_schedule()(clock),
-            "teacher_temp": self._method.teacher_temp_schedule()(clock),
-            "images_per_s": self._rt.world * self._pictures / seconds,
-            "wait": self._waited / seconds,
-            "time": time.monotonic() - self._began,
-        }
-        self._open()
-        return metrics
-
-
-class Stop:
-    """Whether somebody asked to stop; set by the signal, read between steps."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def is_set(self) -> bool:
-        return self.signal is not None
-
-
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM ask for a stop after the step in hand; a second Ctrl-C stops at once, unsaved."""
-    stop = Stop()
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.signal is not None:
-            raise KeyboardInterrupt
-        stop.signal = number
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: nobody can press Ctrl-C here
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _any_rank(is_set: Any, rt: Runtime, step: int) -> bool:
-    """Whether any rank was asked to stop; ranks agree every 10 steps, one process asks itself each time."""
-    if rt.world == 1:
-        return is_set()
-    if step % 10:
-        return False
-    return bool(dist.total(torch.tensor([float(is_set())], device=rt.device)).item())
 
 
 def _fresh(run: Run, rt: Runtime) -> tuple[DINO, torch.optim.Optimizer, torch.amp.GradScaler]:
@@ -410,8 +275,6 @@ def _baselines(run: Run, knn: BoundKNN | None, resume: bool) -> dict[str, dict[s
     """Measured once, at the start of a run; a resumed one reads them back."""
     path = Path(run.out) / "run.json"
     if resume and path.is_file():
-        import json
-
         return json.loads(path.read_text()).get("baselines", {})
     return {} if knn is None else knn.baselines(lambda: run.backbone.build(drop_path=0.0))
 
@@ -443,13 +306,11 @@ def _restore(state: State, run: Run, pictures: Pictures) -> None:
     state.step, state.best = saved["step"], saved["best"]
 
 
-def _must_be_finite(metrics: dict[str, float], clock: Clock, out: Path) -> None:
-    if not math.isfinite(metrics["loss"]):
-        raise _not_finite(f" at step {clock.step} (epoch {clock.step / clock.steps_per_epoch:.1f})")
-
-
-def _not_finite(where: str = "") -> UserError:
-    return UserError(
-        f"The loss stopped being a finite number{where}. Nothing was saved since; the last good checkpoint is kept. "
-        "Lower --optim.lr, set --optim.clip to 1 or less, or train with --precision float32, and --resume."
-    )
+def _must_be_finite(is_finite: bool, clock: Clock) -> None:
+    if not is_finite:
+        raise UserError(
+            f"The loss stopped being a finite number at step {clock.step} "
+            f"(epoch {clock.step / clock.steps_per_epoch:.1f}). Nothing was saved since; the last good checkpoint "
+            "is kept. Lower --optim.lr, set --optim.clip to 1 or less, or train with --precision float32, and "
+            "--resume."
+        )

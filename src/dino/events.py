@@ -1,0 +1,55 @@
+"""What happens while training, one type each: `training.train` yields them, whoever drives it matches on them."""
+
+from typing import NamedTuple
+
+from dino.data.pictures import Pictures
+from dino.methods.method import Method
+from dino.schedules import Clock
+
+
+class Started(NamedTuple):
+    """Training is about to take its first step (or goes on from `clock.step`)."""
+
+    clock: Clock
+    method: Method
+    train: Pictures
+    held_back: Pictures | None
+    baselines: dict[str, dict[str, float]]
+
+
+class Logged(NamedTuple):
+    """Metrics, averaged over the steps since the last ones."""
+
+    clock: Clock
+    metrics: dict[str, float]
+
+
+class Evaluated(NamedTuple):
+    """The held-back pictures were asked about."""
+
+    clock: Clock
+    name: str
+    values: dict[str, float]
+    is_best: bool
+
+
+class EpochDone(NamedTuple):
+    """A whole epoch is behind; the method may be looked at (not touched)."""
+
+    clock: Clock
+    method: Method
+
+
+class Ended(NamedTuple):
+    """All is saved. `finished` is False where a signal asked to stop."""
+
+    clock: Clock
+    method: Method
+    finished: bool
+    skipped: dict[str, str]
+    """Files that were left out, with the reasons."""
+    signal: int | None = None
+    """What asked to stop, on this rank."""
+
+
+Event = Started | Logged | Evaluated | EpochDone | Ended

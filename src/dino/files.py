@@ -1,0 +1,76 @@
+"""Files that are whole or not there: written aside, flushed to the disk, renamed."""
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dino.errors import UserError
+
+PART = ".part"
+"""How the name of a file ends while it is being written; a process that is killed leaves one behind."""
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Calls `write` with a file beside `path`, then renames it: `path` is always the old or the new one.
+
+    A full disk, or a folder that may not be written, is a UserError; the old file stays.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror}.{_advice(error)}") from error
+    aside = Path(name)
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        aside.chmod(0o666 & ~_umask())
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror or error}.{_advice(error)}") from error
+    except RuntimeError as error:
+        if (disk := _behind(error)) is None:
+            raise
+        raise UserError(f"Cannot write {path}: {disk.strerror or disk}.{_advice(disk)}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: Path, data: Any) -> Path:
+    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    return write_whole(path, lambda aside: aside.write_text(text))
+
+
+def remove_parts(folder: Path) -> None:
+    """Takes away what killed processes left behind, in a folder that nobody else writes to."""
+    for part in folder.glob(f".*{PART}"):
+        part.unlink(missing_ok=True)
+
+
+def _behind(error: BaseException) -> OSError | None:
+    """The failed write that torch's writer stumbled over; it then raises a RuntimeError of its own."""
+    context = error.__context__
+    while context is not None and not isinstance(context, OSError):
+        context = context.__context__
+    return context
+
+
+def _advice(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return " The disk is full: free some space and run the same command again. The last good file is kept."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return " Choose a folder that may be written, with --out."
+    return ""
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

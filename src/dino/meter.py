@@ -1,0 +1,66 @@
+"""What a line of metrics is made of: averages over some steps, the schedules' values, and where the time went."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino import dist
+from dino.data.views import Batch
+from dino.methods.dino import DINOConfig
+from dino.optim import Optim
+from dino.schedules import Clock
+
+
+class Meter:
+    """Metrics between two log lines: sums that stay on the device, and where the time went."""
+
+    def __init__(self, optim: Optim, method: DINOConfig, world: int) -> None:
+        self._optim, self._method, self._world = optim, method, world
+        self._began = time.monotonic()
+        self._open()
+
+    def _open(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps, self._pictures = 0, 0
+        self._waited, self._since = 0.0, time.monotonic()
+
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, and the time it took to get each on the account of the data."""
+        batches = iter(batches)
+        while True:
+            asked = time.monotonic()
+            item = next(batches, None)
+            self._waited += time.monotonic() - asked
+            if item is None:
+                return
+            yield item
+
+    def add(self, metrics: dict[str, Tensor], batch: Batch) -> None:
+        for name, value in metrics.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._steps += 1
+        self._pictures += batch.views[0].shape[1]
+
+    def is_finite(self) -> bool:
+        """Whether what was trained since the last line is still made of numbers; waits for the device."""
+        return "loss" not in self._sums or bool(torch.isfinite(self._sums["loss"]))
+
+    def close(self, clock: Clock) -> dict[str, float]:
+        """Averages over the window's steps and ranks, with the schedules' values; opens the next window."""
+        stacked = dist.mean(torch.stack(list(self._sums.values()))) / max(1, self._steps)
+        metrics = dict(zip(self._sums, stacked.tolist(), strict=True))  # the one place that waits for the device
+        seconds = time.monotonic() - self._since
+        metrics |= {
+            "lr": self._optim.lr_schedule()(clock),
+            "weight_decay": self._optim.weight_decay_schedule()(clock),
+            "momentum": self._method.momentum_schedule()(clock),
+            "teacher_temp": self._method.teacher_temp_schedule()(clock),
+            "images_per_s": self._world * self._pictures / seconds,
+            "wait": self._waited / seconds,
+            "time": time.monotonic() - self._began,
+        }
+        self._open()
+        return metrics
