@@ -1,6 +1,6 @@
 """20-NN accuracy against wall-clock time, trained from scratch on a folder of pictures with class folders.
 
-    python benchmarks/time_to_accuracy.py DATA --recipe best --minutes 30 --json curve.json
+    python benchmarks/time_to_accuracy.py DATA --recipe small --minutes 30 --json curve.json
 
 DATA holds train/ and val/. All of train/ is trained on, without its labels; every few minutes the teacher's
 features of val/ are classified by their 20 nearest neighbours in train/. The clock counts everything but that
@@ -31,7 +31,7 @@ from dino.training import Run, train
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with train/CLASS/* and val/CLASS/*")
-    parser.add_argument("--recipe", choices=list(RECIPES), default="best")
+    parser.add_argument("--recipe", choices=list(RECIPES), default="small")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--every", type=float, default=5, help="minutes between two measurements")
     parser.add_argument("--images-per-second", type=float, help="speed to plan with, instead of measuring it")

@@ -8,10 +8,11 @@ import pytest
 from dino import environment
 
 environment.prepare()  # before torch is loaded
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers of pytest share two cores
 
 import torch  # noqa: E402
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -116,12 +116,12 @@ def test_the_ground_needs_torch_and_the_standard_library_only() -> None:
         ("optim", "dino.training", False),
         ("data", "dino.optim", False),
         ("models", "dino.checkpoint", False),
-        ("train", "dino.fast.attention", False),
+        ("training", "dino.fast.attention", False),
         ("runtime", "dino.fast.attention", True),
         ("evals", "dino.data.pictures", True),
         ("objectives", "dino.schedules", False),
         ("config", "dino.errors", True),
-        ("train", "dino.analysis.report", False),
+        ("training", "dino.analysis.report", False),
     ],
 )
 def test_the_rule_itself(importer: str, name: str, fine: bool) -> None:

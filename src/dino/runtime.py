@@ -56,11 +56,13 @@ def machine() -> Machine:
             why,
         )
     if torch.backends.mps.is_available():
-        return Machine(torch.device("mps"), "Apple GPU", cores, _memory(), "float32", "the reference precision")
+        return Machine(torch.device("mps"), "Apple GPU", cores, machine_memory(), "float32", "the reference precision")
     if _has_bfloat16():
-        return Machine(torch.device("cpu"), _cpu(), cores, _memory(), "bfloat16", "the processor multiplies bfloat16")
+        return Machine(
+            torch.device("cpu"), _cpu(), cores, machine_memory(), "bfloat16", "the processor multiplies bfloat16"
+        )
     why = "this processor has no bfloat16 instructions: emulated, they are many times slower"
-    return Machine(torch.device("cpu"), _cpu(), cores, _memory(), "float32", why)
+    return Machine(torch.device("cpu"), _cpu(), cores, machine_memory(), "float32", why)
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def _memory() -> int:
+def machine_memory() -> int:
     """Bytes this process may use: the computer's, or less inside a container."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:

@@ -109,7 +109,7 @@ def test_a_preset_keeps_its_recipe_and_takes_the_machine() -> None:
     recipe = edit(presets.resolve("vits16"), optim=dict(batch_size=2), views=dict(local=0, global_size=32))
     chosen = plan(Flat(20, 64), CPU, preset=recipe).run
     assert chosen.precision == "float32"
-    kept = dataclasses.replace(chosen, precision=recipe.precision, workers=recipe.workers)
+    kept = dataclasses.replace(chosen, precision=recipe.precision, workers=recipe.workers, cache=recipe.cache)
     assert kept == recipe
 
 

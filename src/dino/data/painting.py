@@ -5,21 +5,26 @@ of a scene gives the same picture at any size. Nothing here knows of classes but
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from dino.data.shapes import SIDE, VARIANTS, stencil
+from dino.data.shapes import KINDS, SIDE, VARIANTS, stencil
 
 Array = np.ndarray  # float32; a picture is [3, h, w] until it is done: numpy is fastest so
 Rng = np.random.Generator
 Colour = tuple[float, float, float]  # lightness, chroma, hue in Oklch
 
+_USUAL = ((0.78, 0.09, 1.3), (0.42, 0.06, 4.4))  # amber on slate: what colours come near to as variety goes to 0
 _LIGHT = (-0.6, -0.8)  # where the light comes from: the upper left
 _WEAVES = ("plain", "stripes", "checks", "dots", "clouds", "marble", "grain")
+_COATS = tuple(
+    (weave, band) for band in ((3.5, 5.0), (8.0, 11.0)) for weave in ("stripes", "checks", "dots", "marble", "grain")
+)
+"""What the surface of a kind is like, by its number: a weave, coarse or fine; its colours are anybody's."""
 
 
 class Pose(NamedTuple):
@@ -87,15 +92,22 @@ def oklch(light: float, chroma: float, hue: float) -> Array:
     return np.array([255 * min(max(v, 0.0), 1.0) ** (1 / 2.2) for v in linear], np.float32)
 
 
-def draw_colours(rng: Rng, beside: Colour | None = None) -> tuple[Colour, Colour]:
-    """Two Oklch colours from one distribution, redrawn until they differ: which is whose is a coin's toss.
+def draw_colours(rng: Rng, beside: Colour | None = None, variety: float = 1.0) -> tuple[Colour, Colour]:
+    """Two Oklch colours, of a thing and of its ground, redrawn until they differ in lightness.
 
-    With `beside`, the first is given and only the second is drawn.
+    At variety 1 they come from one distribution, and which is lighter is a coin's toss; below, every picture's pair
+    comes nearer to one and the same. With `beside`, the first is given and only the second is drawn.
     """
     while True:
-        first, second = beside or _any_colour(rng), _any_colour(rng)
+        first = beside or _mixed(_any_colour(rng), _USUAL[0], variety)
+        second = _mixed(_any_colour(rng), _USUAL[1], variety)
         if abs(first[0] - second[0]) > 0.2:
             return first, second
+
+
+def _mixed(colour: Colour, usual: Colour, variety: float) -> Colour:
+    light, chroma, hue = (variety * a + (1 - variety) * b for a, b in zip(colour, usual, strict=True))
+    return light, chroma, hue
 
 
 def _any_colour(rng: Rng) -> Colour:
@@ -121,13 +133,25 @@ def draw_texture(rng: Rng, colour: Colour, strength: float) -> Texture:
     )
 
 
-def draw_thing(rng: Rng, kind: str, colour: Colour, strength: float) -> Thing:
+def draw_thing(rng: Rng, kind: str, colour: Colour, strength: float, *, coat: bool) -> Thing:
+    """A thing of a kind, in any variant, turn of colour and texture; with `coat`, in its kind's own weave."""
     light, chroma, hue = colour
     ink = light + 0.3 if light < 0.6 else light - 0.3
+    variant, texture = int(rng.integers(VARIANTS)), draw_texture(rng, colour, strength)
+    if coat:
+        weave, band = _COATS[KINDS.index(kind)]
+        step = float(rng.uniform(0.2, 0.35)) * (1 if light < 0.6 else -1)
+        texture = replace(
+            texture,
+            weave=weave,
+            frequency=float(rng.uniform(*band)),
+            depth=1.0,
+            colours=np.stack([oklch(light, chroma, hue), oklch(light + step, chroma, hue + float(rng.normal(0, 0.6)))]),
+        )
     return Thing(
         kind=kind,
-        variant=int(rng.integers(VARIANTS)),
-        texture=draw_texture(rng, colour, strength),
+        variant=variant,
+        texture=texture,
         ink=oklch(ink, chroma, hue + float(rng.normal(0, 0.8))),
     )
 

@@ -71,10 +71,17 @@ class Scenes:
     """another seed, other pictures"""
     part: Literal["train", "val", "test"] = "train"
     """which pictures of the seed: the parts share none"""
+    span: tuple[float, float] = (0.32, 0.5)
+    """smallest and largest size of a thing: the side of a square of its area, as a part of the picture's side"""
     turn: float = 60.0
     """a thing is turned by at most this many degrees either way; 180 is any direction"""
+    variety: float = 1.0
+    """how much colours and light differ between pictures; near 0 all are alike, and what is left is the thing"""
     texture: float = 0.7
     """how strong the textures on things and ground are: 0 plain colours, 1 strong"""
+    coats: bool = True
+    """each kind of thing has a surface of its own (stripes, checks, dots, marble or grain, coarse or fine), in any
+    colours; without, only the shape tells the kind, which takes much longer to learn"""
     clutter: int = 5
     """at most this many bars and balls lie behind a thing; one picture in four has one in front"""
     company: float = 0.25
@@ -85,13 +92,16 @@ class Scenes:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("count", 0, 10**9), ("size", 16, 4096), ("classes", 2, len(KINDS)), ("seed", 0, 2**63 - 1),
-            ("turn", 0, 180), ("texture", 0, 1), ("clutter", 0, 50), ("company", 0, 1), ("noise", 0, 100),
+            ("turn", 0, 180), ("variety", 0, 1), ("texture", 0, 1), ("clutter", 0, 50), ("company", 0, 1),
+            ("noise", 0, 100),
         ):  # fmt: skip
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(
                     f"scenes: {name} must be from {low} to {high}, got {value}; choose a value in that range."
                 )
+        if not 0.05 <= self.span[0] <= self.span[1] <= 1:
+            raise UserError(f"scenes: span must be two sizes from 0.05 to 1, the smaller first; got {self.span}.")
         if self.part not in PARTS:
             raise UserError(f"scenes: part must be one of {', '.join(PARTS)}, got {self.part!r}; choose one of them.")
 
@@ -109,11 +119,11 @@ class Scenes:
         thing, mine, behind = self._look(i)
         rng = self._rng(i, _SCENE, view)
         if view:
-            behind = draw_colours(rng, beside=mine)[1]
-        pose = self._pose(rng, thing, float(rng.uniform(0.32, 0.5)))
+            behind = draw_colours(rng, beside=mine, variety=self.variety)[1]
+        pose = self._pose(rng, thing, float(rng.uniform(*self.span)))
         things = [(thing, pose)]
         if rng.random() < self.company:
-            small = draw_thing(rng, thing.kind, mine, self.texture)
+            small = draw_thing(rng, thing.kind, mine, self.texture, coat=self.coats)
             x, y = (-math.copysign(0.34, at) + float(rng.normal(0, 0.03)) for at in (pose.x, pose.y))
             things.append((small, Pose(x, y, self._turn(rng), float(rng.uniform(0.13, 0.18)))))
         return Scene(things, self._ground(rng, behind, mine, pose))
@@ -121,8 +131,8 @@ class Scenes:
     def _look(self, i: int) -> tuple[Thing, Colour, Colour]:
         """Picture i's thing, its colour, and the colour of its ground in view 0."""
         rng = self._rng(i, _LOOK)
-        mine, behind = draw_colours(rng)
-        return draw_thing(rng, KINDS[self.label(i)], mine, self.texture), mine, behind
+        mine, behind = draw_colours(rng, variety=self.variety)
+        return draw_thing(rng, KINDS[self.label(i)], mine, self.texture, coat=self.coats), mine, behind
 
     def _turn(self, rng: np.random.Generator) -> float:
         return math.radians(rng.uniform(-self.turn, self.turn))
@@ -150,7 +160,7 @@ class Scenes:
             pieces.append(self._piece(rng, behind, x, y, size=size, slim=slim, before=True))
         return Ground(
             texture=draw_texture(rng, behind, self.texture),
-            light=(float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(0, 0.7))),
+            light=(float(rng.uniform(0, 2 * np.pi)), self.variety * float(rng.uniform(0, 0.7))),
             clutter=tuple(pieces),
             grain=self.noise * float(rng.random()),
         )
@@ -206,7 +216,11 @@ class Scenes:
         things, paths = [thing], [_Path.drawn(rng, float(rng.uniform(0.3, 0.4)), self.turn)]
         if i % 2:
             other = KINDS[(self.label(i) + int(rng.integers(1, self.classes))) % self.classes]
-            things.append(draw_thing(rng, other, draw_colours(rng, beside=mine)[1], self.texture))
+            things.append(
+                draw_thing(
+                    rng, other, draw_colours(rng, beside=mine, variety=self.variety)[1], self.texture, coat=self.coats
+                )
+            )
             paths.append(_Path.drawn(rng, float(rng.uniform(0.2, 0.26)), self.turn))
         ground, drift = self.scene(i).ground, rng.normal(0, 0.15, 2)
         drawn = []

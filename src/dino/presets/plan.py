@@ -16,7 +16,7 @@ from dino.data.views import Batch
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.presets.small import small
-from dino.runtime import Machine, Runtime
+from dino.runtime import Machine, Runtime, machine_memory
 from dino.schedules import Clock
 from dino.training import Run, State, build_method, train_step
 
@@ -70,7 +70,7 @@ def plan(
         run, reasons = preset, [Reason("recipe", _recipe(preset), "as the preset says")]
     else:
         run, reasons = _for_data(pictures, here, world)
-    run, more = _for_machine(run, here, world, keep_precision=preset is not None)
+    run, more = _for_machine(run, pictures, here, world, keep_precision=preset is not None)
     reasons += more
     reasons += _held_back(run, pictures)
     if len(pictures) < run.optim.batch_size:
@@ -200,23 +200,24 @@ def _batch(count: int, here: Machine, backbone: ViT, size: int, world: int) -> i
     return max(1, min(2 ** int(math.log2(max(1, wanted))), count))
 
 
-def _for_machine(run: Run, here: Machine, world: int, *, keep_precision: bool) -> tuple[Run, list[Reason]]:
-    """What the machine decides: precision and workers."""
+def _for_machine(
+    run: Run, pictures: Pictures, here: Machine, world: int, *, keep_precision: bool
+) -> tuple[Run, list[Reason]]:
+    """What the machine decides: precision, workers, and whether the decoded pictures stay in memory."""
     if keep_precision and run.precision == "float32":
         precision, why = run.precision, "as the recipe says"
     else:
         precision, why = here.precision, here.why
     spare = here.cores // max(1, world if here.device.type != "cpu" else 1)
     workers = min(16, max(1, spare // 2 if here.device.type == "cpu" else spare - 1))
-    run = edit(run, precision=precision, workers=workers)
+    cache = world == 1 and pictures.nbytes < machine_memory() / 8
+    run = edit(run, precision=precision, workers=workers, cache=cache)
+    size = f"{pictures.nbytes / 2**20:,.0f} MiB decoded, of {machine_memory() / 2**30:.0f} GiB"
     return run, [
-        Reason(
-            "machine",
-            f"{here.name}, {here.cores} cores",
-            f"{here.memory / 2**30:.0f} GiB; device {here.device}",
-        ),
+        Reason("machine", f"{here.name}, {here.cores} cores", f"{here.memory / 2**30:.0f} GiB; device {here.device}"),
         Reason("precision", precision, why),
         Reason("workers", f"{workers}", f"processes that decode and crop, of {here.cores} cores"),
+        Reason("pictures stay in memory", "yes" if cache else "no", size),
     ]
 
 

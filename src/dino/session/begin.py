@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "optim.min_lr",
     "precision",
     "workers",
+    "cache",
     "log_every",
     "save_minutes",
     "keep_every",
