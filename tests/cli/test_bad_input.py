@@ -50,7 +50,7 @@ def test_all_files_bad(dino, tmp_path):
 
 @pytest.mark.usefixtures("tiny_preset")
 def test_batch_larger_than_the_data(dino, photos):
-    ran = dino("train", photos, "--preset", "tiny:run", "--optim.batch-size", "37", "--json")
+    ran = dino("train", photos, "--preset", "tiny_recipe:run", "--optim.batch-size", "37", "--json")
     refused(ran, "37", "36", "--optim.batch-size")
 
 

@@ -17,7 +17,7 @@ LINE = ("--optim.epochs", "12", "--log-every", "1", "--out", "run")
 def stopped(tiny_folder, photos, process):
     """A run that SIGTERM stopped on its way: (its folder, exit code, what it said)."""
     run = tiny_folder / "run"
-    with process("train", photos, "--preset", "tiny:run", *LINE, cwd=tiny_folder) as training:
+    with process("train", photos, "--preset", "tiny_recipe:run", *LINE, cwd=tiny_folder) as training:
         until = time.monotonic() + 240
         while training.poll() is None and time.monotonic() < until:
             if len([row for row in read_metrics(run) if "loss" in row]) >= 2:
@@ -45,7 +45,7 @@ def test_sigterm_saves_and_says_how_to_go_on(stopped):
 
 @pytest.mark.usefixtures("tiny_preset")
 def test_the_same_command_again_names_both_choices(copy, photos, dino):
-    ran = dino("train", photos, "--preset", "tiny:run", *LINE)
+    ran = dino("train", photos, "--preset", "tiny_recipe:run", *LINE)
     assert ran.code == 2
     assert "--resume run" in ran.err
     assert "--out run-2" in ran.err
@@ -56,7 +56,7 @@ def test_the_same_command_again_asks_where_somebody_can_answer(copy, photos, din
     monkeypatch.setattr(Terminal, "asks", property(lambda self: True))
     asked = []
     monkeypatch.setattr(Terminal, "ask", lambda self, question, answers: asked.append(question) or "q")
-    assert dino("train", photos, "--preset", "tiny:run", *LINE).code == 130
+    assert dino("train", photos, "--preset", "tiny_recipe:run", *LINE).code == 130
     assert "stopped at step" in asked[0]
 
 
@@ -90,7 +90,7 @@ def test_an_attempt_that_saved_nothing_starts_anew(copy, photos, dino, tiny_pres
     index = json.loads((copy / "snapshots/index.json").read_text())
     index["epochs"].append({"epoch": 9, "maps": {}})  # of the first attempt
     (copy / "snapshots/index.json").write_text(json.dumps(index))
-    ran = dino("train", photos, "--preset", "tiny:run", "--optim.epochs", "1", "--log-every", "1", "--out", copy)
+    ran = dino("train", photos, "--preset", "tiny_recipe:run", "--optim.epochs", "1", "--log-every", "1", "--out", copy)
     assert ran.code == 0, ran.err
     assert [row["step"] for row in read_metrics(copy) if "loss" in row] == [1, 2]
     epochs = [entry["epoch"] for entry in json.loads((copy / "snapshots/index.json").read_text())["epochs"]]
@@ -105,7 +105,7 @@ def test_a_reader_who_leaves_is_no_error(process, tmp_path):
 
 
 def test_two_ranks_speak_once(tiny_folder, photos, torchrun):
-    done = torchrun("train", photos, "--preset", "tiny:run", "--optim.epochs", "1", "--out", "two", cwd=tiny_folder)
+    done = torchrun("train", photos, "--preset", "tiny_recipe:run", "--optim.epochs", "1", "--out", "two", cwd=tiny_folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The plan") == 1
     assert done.stdout.count("Training 1 epochs") == 1

@@ -69,7 +69,6 @@ def test_the_package_has_its_names():
     for name in package.__all__:
         assert getattr(package, name) is not None
     assert callable(package.train)
-    assert package.train.Run is package.Run  # the module, which can be called
     with pytest.raises(AttributeError, match="nonsense"):
         _ = package.nonsense
 

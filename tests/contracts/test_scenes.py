@@ -76,7 +76,7 @@ def test_it_meets_the_contract_of_pictures():
 
 def test_mask_is_where_the_thing_is():
     """The mask is the placed silhouette, and the picture is darker or lighter inside it than around it."""
-    scenes = Scenes(noise=0.0, company=0.0, clutter=0, texture=0.0)
+    scenes = Scenes(noise=0.0, company=0.0, clutter=0, texture=0.0, coats=False)
     for i in range(20):
         things, _ = scenes.scene(i)
         (thing, pose) = things[0]

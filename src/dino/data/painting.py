@@ -22,7 +22,7 @@ _USUAL = ((0.78, 0.09, 1.3), (0.42, 0.06, 4.4))  # amber on slate: what colours 
 _LIGHT = (-0.6, -0.8)  # where the light comes from: the upper left
 _WEAVES = ("plain", "stripes", "checks", "dots", "clouds", "marble", "grain")
 _COATS = tuple(
-    (weave, band) for band in ((3.5, 5.0), (8.0, 11.0)) for weave in ("stripes", "checks", "dots", "marble", "grain")
+    (weave, band) for band in ((5.0, 6.5), (10.0, 13.0)) for weave in ("stripes", "checks", "dots", "marble", "grain")
 )
 """What the surface of a kind is like, by its number: a weave, coarse or fine; its colours are anybody's."""
 
