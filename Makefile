@@ -20,7 +20,10 @@ help:
 	@touch $@
 
 demo: .venv/ready
-	$(BIN)/dino demo
+	rm -rf runs/demo
+	$(BIN)/dino train --preset demo --minutes 4.5 --out runs/demo
+	$(BIN)/dino eval knn runs/demo scenes
+	@echo "The report: $(CURDIR)/runs/demo/report.html"
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
