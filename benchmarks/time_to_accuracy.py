@@ -63,7 +63,7 @@ def main() -> None:
     curve = follow(run, pictures, val, options.minutes, options.every, console)
     table = Table("minutes", "pictures", "epochs", "loss", "teacher entropy", "20-NN %", title=options.recipe)
     for point in curve:
-        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else f"{value:,}" for value in point.values()))
+        table.add_row(*map(shown, point.values()))
     console.print(table)
     if options.json:
         result = {
@@ -76,9 +76,15 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def shown(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if isinstance(value, float) else f"{value:,}"
+
+
 def follow(run: Run, pictures, val, minutes: float, every: float, console: Console) -> list[dict]:
     """Trains for so many minutes and measures every few; the measuring is not on the clock."""
-    curve, asked, next_at, loss, entropy = [], 0.0, 0.0, float("nan"), float("nan")
+    curve, asked, next_at, loss, entropy = [], 0.0, 0.0, None, None
     with start(run.precision) as rt:
         knn = KNN().bind(pictures, val, size=run.views.global_size, device=rt.device, autocast=rt.autocast)
         began, backbone = time.monotonic(), None
