@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dino import __version__, checkpoint
 from dino.config import from_dict, to_dict
 from dino.data.folder import Folder
-from dino.data.loader import train_batches
+from dino.data.loader import steps_per_epoch, train_batches
 from dino.data.pictures import Pictures
 from dino.data.scenes import Scenes
 from dino.data.views import Batch, MultiCrop
@@ -127,7 +127,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     pictures = pictures.in_memory() if run.cache else pictures
     labelled = pictures.labels is not None and run.knn.every_epochs > 0
     rest, held_back = pictures.split(run.knn.held_back, run.seed) if labelled else (pictures, None)
-    per_epoch = steps_per_epoch(run, rest)
+    per_epoch = steps_per_epoch(len(rest), run.optim.batch_size, rt.world)
     state = State(*_fresh(run, rt))
     if resume:
         _restore(state, run, rest)
@@ -206,17 +206,6 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     if rt.is_main:
         export_backbone(run, state.method.backbone, out)
     yield Ended(clock._replace(step=state.step), state.method, finished, skipped, stop.signal)
-
-
-def steps_per_epoch(run: Run, pictures: Pictures) -> int:
-    """Whole batches in the pictures; the last, incomplete one is left out, another in every epoch."""
-    batch = run.optim.batch_size
-    if len(pictures) < batch:
-        raise UserError(
-            f"The batch is larger than the data: optim.batch_size is {batch}, and there are {len(pictures)} pictures "
-            f"to train on. Set --optim.batch-size to {len(pictures)} or less."
-        )
-    return len(pictures) // batch
 
 
 def describe(run: Run, pictures: Pictures, rest: Pictures, baselines: dict[str, Any]) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def run():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a module `tiny_recipe` of one's own, whose function `run` is a recipe: `--preset tiny_recipe:run`."""
+    """A folder with a module of one's own, whose function `run` is a recipe: `--preset tiny_recipe:run`."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "tiny_recipe.py").write_text(PRESET)
     return folder

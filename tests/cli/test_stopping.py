@@ -105,7 +105,9 @@ def test_a_reader_who_leaves_is_no_error(process, tmp_path):
 
 
 def test_two_ranks_speak_once(tiny_folder, photos, torchrun):
-    done = torchrun("train", photos, "--preset", "tiny_recipe:run", "--optim.epochs", "1", "--out", "two", cwd=tiny_folder)
+    done = torchrun(
+        "train", photos, "--preset", "tiny_recipe:run", "--optim.epochs", "1", "--out", "two", cwd=tiny_folder
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The plan") == 1
     assert done.stdout.count("Training 1 epochs") == 1

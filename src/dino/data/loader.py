@@ -51,12 +51,12 @@ def steps_per_epoch(n: int, batch_size: int, world: int = 1) -> int:
     if batch_size < 1 or batch_size % world:
         raise UserError(
             f"batch size {batch_size} on {world} processes: expected a multiple of {world}, so that each "
-            f"gets the same number of pictures. Try {max(1, batch_size // world) * world}"
+            f"gets the same number of pictures. Try --optim.batch-size {max(1, batch_size // world) * world}."
         )
     if batch_size > n:
         raise UserError(
             f"batch size {batch_size} with {n} pictures: expected at most as many as there are pictures. "
-            f"Set the batch size to {max(1, n // world) * world} or less, or give more pictures"
+            f"Set the batch size (--optim.batch-size) to {max(1, n // world) * world} or less, or give more pictures."
         )
     return n // batch_size
 
