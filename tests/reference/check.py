@@ -29,8 +29,8 @@ CHECKS = {
     "retrieval.json": "golden_evals:retrieval",
     "copy_detection_ap.json": "golden_evals:copy_detection_ap",
     "copy_detection_descriptor.npz": "golden_evals:copy_detection_descriptor",
-    "video_propagation.npz": "golden_evals:video_propagation",
-    "davis_mini": "golden_evals:davis_mini",
+    "video_propagation.npz": "golden_video:video_propagation",
+    "davis_mini": "golden_video:davis_mini",
 }
 """File name or pattern -> module:function beside this file; `check(path) -> Result`."""
 
