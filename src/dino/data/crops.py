@@ -1,0 +1,60 @@
+"""What a linear classifier is trained on (Appendix F.2): random resized crops and flips, and no other change."""
+
+from collections.abc import Iterable, Iterator
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino.data.loader import _read, _serve, sample_rng
+from dino.data.pictures import Pictures
+from dino.data.views import crop_box
+
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop as it comes
+
+
+def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 RGB [H, W, 3] -> uint8 [3, size, size]: a part of 8 to 100 % of the area, mirrored half of the time.
+
+    Bilinear and antialiased, as torchvision resizes Pillow's pictures here, where the test pictures are bicubic.
+    """
+    top, left, height, width = crop_box(image.shape[0], image.shape[1], SCALE, RATIO, rng)
+    crop = bilinear(image[top : top + height, left : left + width], size)
+    if rng.random() < 0.5:
+        crop = cv2.flip(crop, 1)
+    return np.ascontiguousarray(crop.transpose(2, 0, 1))
+
+
+def bilinear(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> [size, size, 3], antialiased: Pillow's to one grey level."""
+    pixels = torch.from_numpy(np.require(image, requirements=("C", "W"))).unsqueeze(0).permute(0, 3, 1, 2)
+    pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return np.ascontiguousarray(pixels.squeeze(0).permute(1, 2, 0).numpy())
+
+
+def crop_batches(
+    pictures: Pictures, size: int, jobs: Iterable[tuple[int, np.ndarray]], *, seed: int = 0, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every job (epoch, indices): the indices [b] int64 that could be read, and uint8 [b, 3, size, size].
+
+    A crop is a function of (seed, epoch, index) alone, whatever the batches, workers and ranks.
+    """
+    yield from _serve(_Crops(pictures, size, seed), jobs, workers, 2, False)
+
+
+class _Crops:
+    def __init__(self, pictures: Pictures, size: int, seed: int) -> None:
+        self.pictures, self.size, self.seed = pictures, size, seed
+
+    def __call__(self, job: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor]:
+        epoch, indices = job
+        stack = np.empty((len(indices), 3, self.size, self.size), np.uint8)
+        used: list[int] = []
+        for index in indices.tolist():
+            image = _read(self.pictures, index, [])
+            if image is not None:
+                stack[len(used)] = random_crop(image, self.size, sample_rng(self.seed, epoch, index))
+                used.append(index)
+        return torch.tensor(used, dtype=torch.int64), torch.from_numpy(stack[: len(used)])

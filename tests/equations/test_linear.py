@@ -1,0 +1,334 @@
+"""The linear protocol against plain SGD, one classifier at a time; and that what is chosen is chosen without VAL."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino.data.crops import RATIO, SCALE, bilinear, crop_batches, random_crop
+from dino.data.loader import sample_rng
+from dino.data.pictures import BadImage, Pictures
+from dino.data.views import crop_box, normalize
+from dino.errors import UserError
+from dino.evals import augmented
+from dino.evals.evaluator import Site, evaluating
+from dino.evals.heads import Heads, places
+from dino.evals.linear import BoundLinear, Linear, Look, frozen_feature, paper_look
+from dino.models.backbone import Backbone, Features
+from dino.models.vit import ViT
+
+
+class Tinted(Pictures):
+    """Grey noise with a tint that tells the class; `bad` numbers cannot be read."""
+
+    def __init__(self, count: int, labels: list[int] | None = None, bad: tuple[int, ...] = (), seed: int = 0) -> None:
+        self.bad, self.seed = bad, seed
+        self.kinds = [i % 4 for i in range(count)]
+        super().__init__(
+            names=[f"{seed}/{i}.png" for i in range(count)],
+            sizes=[(24, 20)] * count,
+            labels=self.kinds if labels is None else labels,
+            classes=["a", "b", "c", "d"],
+        )
+
+    def read(self, index: int) -> np.ndarray:
+        if index in self.bad:
+            raise BadImage(self.names[index], "cut short")
+        rng = np.random.default_rng([self.seed, index])
+        image = rng.integers(60, 120, (20, 24, 3), dtype=np.uint8)
+        if self.kinds[index]:
+            image[..., self.kinds[index] - 1] += rng.integers(20, 60, dtype=np.uint8)
+        return image
+
+
+class Conv(Backbone):
+    """A ConvNet of two layers."""
+
+    embed_dim, patch = 12, 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 12, 3, 2, 1), nn.BatchNorm2d(12))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images).mean((2, 3))
+
+    def features(self, images: Tensor, layers: int = 1) -> list[Features]:
+        out = self.net(images)
+        return [Features(out.mean((2, 3)), out.permute(0, 2, 3, 1))]
+
+
+def vit(width: int = 24, depth: int = 5, heads: int = 2) -> Backbone:
+    torch.manual_seed(0)
+    return ViT(width=width, depth=depth, heads=heads, patch=8, image_size=16, drop_path=0.3).build()
+
+
+SITE = Site(size=16, batch_size=16)
+QUICK = Linear(epochs=6, crops=2, batch=32, lr=(0.01, 1.0, 10.0))
+
+
+def bound(settings: Linear = QUICK, site: Site = SITE, train: Pictures | None = None, val: Pictures | None = None):
+    return settings.bind((train or Tinted(80), val or Tinted(40, seed=1)), site)
+
+
+def fitted(evaluator: BoundLinear, backbone: Backbone, held: np.ndarray | None = None) -> Tensor:
+    """[D + 1, T, C]: what training leaves behind."""
+    look = evaluator.settings.look(backbone)
+    held = evaluator.held() if held is None else held
+
+    def extract(images: Tensor) -> Tensor:
+        return frozen_feature(backbone, normalize(images), look)
+
+    with evaluating(backbone):
+        width = extract(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)).shape[1]
+        return evaluator.fit(extract, width, held).weights.clone()
+
+
+# -- the classifiers -----------------------------------------------------------------------------------------------
+
+
+def test_heads_side_by_side_are_torchs_sgd_one_by_one() -> None:
+    rng = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(9, 5, generator=rng), torch.randint(3, (9,), generator=rng)) for _ in range(8)]
+    rates, decays = [0.1, 2.0, 0.5], [0.0, 0.01, 0.3]
+    heads = Heads(5, 3, rates, decays, seed=4)
+    start = heads.weights.clone()
+    for step, (x, y) in enumerate(batches):
+        heads.step(x, y, torch.ones(9, 3, dtype=torch.bool), factor=1 - step / 8)
+    assert torch.equal(start[-1], torch.zeros(3, 3))  # biases
+    for which, (lr, decay) in enumerate(zip(rates, decays, strict=True)):
+        alone = nn.Linear(5, 3)
+        alone.load_state_dict({"weight": start[:-1, which].T.clone(), "bias": torch.zeros(3)})
+        solver = torch.optim.SGD(alone.parameters(), lr=lr, momentum=0.9, weight_decay=decay)
+        for step, (x, y) in enumerate(batches):
+            solver.param_groups[0]["lr"] = lr * (1 - step / 8)
+            solver.zero_grad()
+            F.cross_entropy(alone(x), y).backward()
+            solver.step()
+        torch.testing.assert_close(heads.weights[:-1, which].T, alone.weight.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(heads.weights[-1, which], alone.bias.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            heads.logits(batches[0][0])[:, which], alone(batches[0][0]).detach(), atol=1e-4, rtol=0
+        )
+
+
+def test_a_head_learns_from_the_pictures_that_count_for_it_alone() -> None:
+    x, y = torch.randn(7, 4), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    counted = torch.tensor([[True, True]] * 5 + [[False, True]] * 2)
+    both, part = Heads(4, 3, [0.5, 0.5], [0, 0]), Heads(4, 3, [0.5], [0])
+    both.step(x, y, counted)
+    part.step(x[:5], y[:5], counted[:5, :1])
+    torch.testing.assert_close(both.weights[:, 0], part.weights[:, 0])
+    assert not torch.allclose(both.weights[:, 1], part.weights[:, 0])
+    nothing = Heads(4, 3, [0.5], [0])
+    before = nothing.weights.clone()
+    nothing.step(x[:0], y[:0], counted[:0, :1])  # a rank may own none of a small batch
+    assert torch.equal(nothing.weights, before)
+
+
+def test_places_are_those_of_a_stable_sort() -> None:
+    logits = torch.randn(50, 3, 7).mul(2).round()  # with many equal ones
+    labels = torch.randint(7, (50,))
+    order = logits.sort(dim=2, descending=True, stable=True).indices
+    assert torch.equal(places(logits, labels), (order == labels[:, None, None]).int().argmax(2))
+
+
+def test_a_classifier_out_of_bounds_is_never_right() -> None:
+    logits = torch.tensor([[[0.0, 1.0, 2.0], [torch.nan, torch.nan, torch.nan], [torch.inf, 0.0, 0.0]]])
+    assert places(logits, torch.tensor([2])).tolist() == [[0, 3, 3]]
+    wild = bound(replace(QUICK, lr=(1e42, 1.0)))(Conv())
+    table = wild.details["sweep"]
+    assert table[0]["top-1 on training pictures held back"] == 0
+    assert wild.details["chosen"]["lr"] == 1.0
+
+
+# -- what they see -------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_features() -> None:
+    """F.2: 4 [CLS] of ViT-S; [CLS] and mean patch of ViT-B; a ConvNet's pooled feature."""
+    images = torch.randn(2, 3, 16, 16)
+    small, base, conv = vit(), vit(width=768, depth=1, heads=12), Conv()
+    with evaluating(small), evaluating(base), evaluating(conv):
+        assert paper_look(small) == Look(4, False)
+        expected = torch.cat([block.cls for block in small.features(images, 4)], 1)
+        assert torch.equal(frozen_feature(small, images, Look(4, False)), expected)
+        torch.testing.assert_close(expected[:, -24:], small(images))
+        assert paper_look(base) == Look(1, True)
+        last = base.features(images)[0]
+        feature = frozen_feature(base, images, Look(1, True))
+        assert torch.equal(feature, torch.cat([last.cls, last.patches.flatten(1, 2).mean(1)], 1))
+        assert paper_look(conv) == Look(1, False)
+        assert torch.equal(frozen_feature(conv, images, Look(1, False)), conv(images))
+    assert paper_look(vit(depth=2)) == Look(2, False)  # it has no more
+
+
+@pytest.mark.parametrize(
+    ("change", "look"),
+    [
+        (dict(), Look(4, False)),
+        (dict(blocks=2), Look(2, False)),
+        (dict(patches=True), Look(4, True)),
+        (dict(blocks=1, patches=True), Look(1, True)),
+    ],
+)
+def test_settings_override_the_rule(change: dict, look: Look) -> None:
+    assert Linear(**change).look(vit()) == look
+    assert Linear(blocks=1).look(vit(width=768, depth=1, heads=12)) == Look(1, False)
+
+
+def test_random_crops_are_torchvisions() -> None:
+    """The same box, resized by Pillow as torchvision does it, is the same to one grey level."""
+    from PIL import Image
+    from torchvision.transforms import functional as tv
+
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    flips = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        crop = random_crop(image, 24, np.random.default_rng(seed)).transpose(1, 2, 0)
+        box = crop_box(50, 70, SCALE, RATIO, rng)
+        flipped = rng.random() < 0.5
+        flips += flipped
+        expected = np.asarray(tv.resized_crop(Image.fromarray(image), *box, [24, 24]))
+        expected = expected[:, ::-1] if flipped else expected
+        assert np.abs(crop.astype(int) - expected.astype(int)).max() <= 1
+    assert 4 <= flips <= 16
+    assert bilinear(image, 24).shape == (24, 24, 3)
+
+
+def test_a_crop_depends_on_seed_epoch_and_picture_alone() -> None:
+    pictures = Tinted(9, bad=(4,))
+    rows, images = next(crop_batches(pictures, 12, [(2, np.arange(9))], seed=5))
+    assert rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
+    alone = random_crop(pictures.read(7), 12, sample_rng(5, 2, 7))
+    assert np.array_equal(images[rows.tolist().index(7)].numpy(), alone)
+    others = [(5, 3), (6, 2)]
+    for seed, epoch in others:
+        other = next(crop_batches(pictures, 12, [(epoch, np.array([7]))], seed=seed))[1][0]
+        assert not np.array_equal(other.numpy(), alone)
+
+
+# -- the protocol --------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_trained_together_is_each_rate_trained_alone() -> None:
+    backbone = vit()
+    together = fitted(bound(), backbone)
+    for which, lr in enumerate(QUICK.lr):
+        alone = fitted(bound(replace(QUICK, lr=(lr,))), backbone)  # nothing to choose: all pictures train
+        torch.testing.assert_close(together[:, 3 + which], alone[:, 0], atol=1e-5, rtol=1e-5)
+    scores = bound()(backbone)
+    alone = bound(replace(QUICK, lr=(scores.details["chosen"]["lr"],)))(backbone)
+    assert dict(alone) == dict(scores)
+    assert set(scores) == {"top-1", "top-5"}
+
+
+def test_the_choice_never_looks_at_val() -> None:
+    """Wrong labels in VAL change the figure, and nothing that was chosen or trained."""
+    honest = bound()(vit())
+    poisoned = bound(val=Tinted(40, labels=[(i + 1) % 4 for i in range(40)], seed=1))(vit())
+    assert poisoned.details == honest.details
+    assert poisoned["top-1"] < 50 < honest["top-1"]
+    table = [row["top-1 on training pictures held back"] for row in honest.details["sweep"]]
+    assert len(set(table)) > 1
+    assert honest.details["sweep"][table.index(max(table))]["lr"] == honest.details["chosen"]["lr"]
+
+
+def test_pictures_of_the_choice_train_the_second_twins_alone() -> None:
+    evaluator, backbone = bound(), Conv()
+    held = evaluator.held()
+    assert np.bincount(np.asarray(evaluator.train.labels)[held]).tolist() == [2, 2, 2, 2]  # 10 % of every class
+    wrong = [(i % 4 + held[i]) % 4 for i in range(80)]
+    honest = fitted(evaluator, backbone)
+    other = fitted(bound(train=Tinted(80, labels=wrong)), backbone, held)
+    assert torch.equal(other[:, :3], honest[:, :3])
+    assert not torch.allclose(other[:, 3:], honest[:, 3:])
+
+
+def test_what_can_be_told_is_told_and_what_cannot_is_chance() -> None:
+    for backbone in (vit(), Conv()):
+        assert bound(replace(QUICK, epochs=30))(backbone)["top-1"] == 100
+    rng = np.random.default_rng(0)
+    random = [Tinted(n, labels=rng.integers(0, 4, n).tolist(), seed=n) for n in (80, 120)]
+    scores = bound(train=random[0], val=random[1])(Conv())
+    assert scores["top-1"] == pytest.approx(25, abs=15)
+    assert scores["top-5"] == 100  # four classes: any of five guesses
+
+
+def test_as_many_stored_crops_as_epochs_are_fresh_crops() -> None:
+    backbone, train = vit(depth=2), Tinted(50, bad=(7, 20))
+    stored = fitted(bound(replace(QUICK, crops=6), train=train), backbone)
+    fresh = fitted(bound(replace(QUICK, crops=0), train=train), backbone)
+    torch.testing.assert_close(stored, fresh, atol=1e-5, rtol=1e-5)
+    fewer = fitted(bound(replace(QUICK, crops=1), train=train), backbone)
+    assert not torch.allclose(fewer, fresh, atol=1e-3)
+
+
+@pytest.mark.parametrize("crops", [0, 2])
+def test_forward_batches_and_where_features_lie_change_nothing(crops: int, monkeypatch, tmp_path) -> None:
+    settings, backbone = replace(QUICK, crops=crops, epochs=3), vit(depth=2)
+    whole = fitted(bound(settings), backbone)
+    monkeypatch.setattr(augmented, "IN_MEMORY", 0)
+    site = replace(SITE, batch_size=5, cache=tmp_path / "cache")
+    torch.testing.assert_close(fitted(bound(settings, site), backbone), whole, atol=1e-5, rtol=1e-5)
+    assert not list(tmp_path.glob("cache/*"))  # what was stored is gone
+
+
+def test_progress_is_heard_and_the_networks_mode_comes_back() -> None:
+    heard: dict[str, tuple[int, int]] = {}
+
+    def progress(label: str):
+        return nullcontext(lambda done, total: heard.__setitem__(label, (done, total)))
+
+    backbone = Conv().train()
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    bound(site=replace(SITE, progress=progress))(backbone)
+    assert torch.equal(torch.rand(2), expected)
+    assert backbone.training
+    assert all(done == total for done, total in heard.values())
+    assert heard["training the classifiers"] == (480, 480)
+    assert "features of random crops, 2 of 2" in heard
+
+
+def test_a_rate_at_the_edge_is_reported() -> None:
+    scores = bound(replace(QUICK, lr=(1e-6, 1e-5)))(Conv())
+    assert scores.details["at_the_edge"]
+    assert not bound(replace(QUICK, lr=(1e-6, 1.0, 1e38)))(Conv()).details["at_the_edge"]
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(lr=()), "--lr needs"),
+        (dict(lr=(0.1, 0.0)), "--lr needs"),
+        (dict(weight_decay=(-1.0,)), "--weight-decay"),
+        (dict(choosing=1.0), "--choosing"),
+        (dict(epochs=0), "--epochs must be at least 1"),
+        (dict(crops=-1), "--crops must be at least 0"),
+        (dict(momentum=1.0), "--momentum"),
+    ],
+)
+def test_settings_that_cannot_work_are_said(change: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Linear(**change)
+
+
+def test_data_that_cannot_work_is_said() -> None:
+    with pytest.raises(UserError, match="none with a label"):
+        bound(val=Tinted(4, labels=[-1] * 4))
+    single = bound(train=Tinted(4))
+    with pytest.raises(UserError, match="no class has two"):
+        single(Conv())
+    with pytest.raises(UserError, match="Expected 1 to 5 layers"):
+        bound(Linear(blocks=9))(vit())
