@@ -26,9 +26,9 @@ CHECKS = {
     "trajectory_*.npz": "golden_training:trajectory",
     "knn.npz": "golden_evals:knn",
     "attention_threshold.npz": "golden_evals:attention_threshold",
-    "retrieval.json": "golden_evals:retrieval",
-    "copy_detection_ap.json": "golden_evals:copy_detection_ap",
-    "copy_detection_descriptor.npz": "golden_evals:copy_detection_descriptor",
+    "retrieval.json": "golden_retrieval:retrieval",
+    "copy_detection_ap.json": "golden_retrieval:copy_detection_ap",
+    "copy_detection_descriptor.npz": "golden_retrieval:copy_detection_descriptor",
     "video_propagation.npz": "golden_video:video_propagation",
     "davis_mini": "golden_video:davis_mini",
 }

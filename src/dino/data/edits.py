@@ -14,9 +14,14 @@ Rng = np.random.Generator
 def crop(image: Image, lost: float, rng: Rng) -> Image:
     """A rectangle of the picture's own proportions, `lost` (0..1) of the surface cut away."""
     height, width = image.shape[:2]
-    h, w = (max(1, round(side * (1 - lost) ** 0.5)) for side in (height, width))
+    h, w = cropped(height, width, lost)
     top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
     return image[top : top + h, left : left + w].copy()
+
+
+def cropped(height: int, width: int, lost: float) -> tuple[int, int]:
+    """(height, width) of what `crop` leaves."""
+    return max(1, round(height * (1 - lost) ** 0.5)), max(1, round(width * (1 - lost) ** 0.5))
 
 
 def jpeg(image: Image, quality: int) -> Image:

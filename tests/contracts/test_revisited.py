@@ -1,0 +1,174 @@
+"""The revisited benchmarks' files, what is said of those that are laid out otherwise, and the drawn benchmark."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from dino.data.revisited import HIDDEN, TURNED, VIEWS, drawn, open_revisited, read_ground_truth
+from dino.data.scenes import Scenes
+from dino.errors import UserError
+from dino.evals.evaluator import Site
+from dino.evals.retrieval import Retrieval
+
+GND: dict[str, Any] = {
+    "imlist": ["tower_1", "tower_2", "bridge_1", "bridge_2"],
+    "qimlist": ["tower_0", "bridge_0"],
+    "gnd": [
+        {"bbx": [2, 3, 20.4, 15.6], "easy": [0], "hard": [1], "junk": []},
+        {"bbx": [0.0, 0.0, 30.0, 24.0], "easy": [3], "hard": [], "junk": [2]},
+    ],
+}
+
+
+def benchmark(folder: Path, name: str = "gnd_towers.pkl", gnd: dict | None = None, skip: str = "") -> Path:
+    (folder / "jpg").mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate([*GND["imlist"], *GND["qimlist"]]):
+        if picture != skip:
+            image = np.full((24, 30, 3), 20 * i, np.uint8)
+            image[3:16, 2:20] = 255 - image[3:16, 2:20]
+            assert cv2.imwrite(str(folder / "jpg" / f"{picture}.jpg"), image)
+    data = GND if gnd is None else gnd
+    file = folder / name
+    file.write_text(json.dumps(data)) if name.endswith("json") else file.write_bytes(pickle.dumps(data))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gnd_towers.pkl", "gnd_towers.json"])
+def test_the_official_layout(tmp_path: Path, name: str) -> None:
+    for source in (benchmark(tmp_path, name), tmp_path / name):
+        landmarks = open_revisited(source)
+        assert landmarks.name == "towers"
+        assert landmarks.database.names == [f"{stem}.jpg" for stem in GND["imlist"]]
+        assert landmarks.queries.names == ["tower_0.jpg", "bridge_0.jpg"]
+        assert landmarks.boxed.sizes.tolist() == [[18, 13], [30, 24]]
+        assert landmarks.boxed.read(0).shape == (13, 18, 3)
+        np.testing.assert_array_equal(landmarks.boxed.read(0), landmarks.queries.read(0)[3:16, 2:20])
+        assert [part.tolist() for part in landmarks.ground_truth.truth[1]] == [[3], [], [2]]
+
+
+def test_pickles_with_arrays_and_names_with_suffixes(tmp_path: Path) -> None:
+    gnd = json.loads(json.dumps(GND))
+    gnd["imlist"] = [f"{name}.jpg" for name in gnd["imlist"]]
+    for entry in gnd["gnd"]:
+        entry |= {kind: np.array(entry[kind], dtype=np.int32) for kind in ("easy", "hard", "junk")}
+        entry["bbx"] = np.array(entry["bbx"])
+    benchmark(tmp_path / "arrays", gnd=gnd)
+    benchmark(tmp_path / "lists")
+    one, other = (open_revisited(tmp_path / folder).ground_truth for folder in ("arrays", "lists"))
+    assert one.fingerprint == other.fingerprint
+
+
+def test_of_several_the_one_whose_pictures_are_there(tmp_path: Path) -> None:
+    benchmark(tmp_path)
+    (tmp_path / "gnd_whole.json").write_text(json.dumps({**GND, "imlist": ["a", "b", "c", "d"]}))
+    assert open_revisited(tmp_path).name == "towers"
+    (tmp_path / "gnd_also.json").write_text(json.dumps(GND))
+    with pytest.raises(UserError, match=r"several benchmarks.*gnd_also\.json"):
+        open_revisited(tmp_path)
+    assert open_revisited(tmp_path / "gnd_also.json").name == "also"
+
+
+def test_the_mini_benchmark(shared: Path) -> None:
+    landmarks = open_revisited(shared / "data" / "rparis_mini")
+    assert (landmarks.name, len(landmarks.database), len(landmarks.queries)) == ("rparis_mini", 238, 12)
+    assert (landmarks.boxed.sizes <= landmarks.queries.sizes).all()
+    official = read_ground_truth(shared / "data" / "rparis_mini" / "gnd_rparis6k.pkl")
+    assert (len(official.database), len(official.queries)) == (6322, 70)
+
+
+def test_a_pickle_that_runs_a_program_is_refused(tmp_path: Path) -> None:
+    benchmark(tmp_path)
+    (tmp_path / "gnd_towers.pkl").write_bytes(b"cos\nsystem\n(S'touch " + bytes(tmp_path / "ran") + b"'\ntR.")
+    with pytest.raises(UserError, match=r"asks for os\.system"):
+        open_revisited(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"There is no .*nowhere"):
+        open_revisited(tmp_path / "nowhere")
+    benchmark(tmp_path / "roxford5k")
+    with pytest.raises(UserError, match=r"has no gnd_[\s\S]*jpg/[\s\S]*Give one of its folders: roxford5k"):
+        open_revisited(tmp_path)
+    with pytest.raises(UserError, match=r"1 of its pictures are missing.*bridge_1"):
+        open_revisited(benchmark(tmp_path / "lost", skip="bridge_1"))
+    broken = benchmark(tmp_path / "broken")
+    (broken / "jpg" / "tower_2.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    with pytest.raises(UserError, match=r"missing or broken.*tower_2 \(.+\)"):
+        open_revisited(broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"gnd": GND["gnd"][:1]}, "one entry of gnd for each query, got 1 for 2"),
+        ({"imlist": GND["imlist"][:3]}, "bridge_0 names pictures 2 to 3; imlist has 3"),
+        ({"gnd": [GND["gnd"][0], {**GND["gnd"][1], "hard": [3]}]}, "named twice in the lists of bridge_0"),
+        ({"gnd": [{"bbx": [0, 0, 9, 9], "ok": [0], "junk": []}] * 2}, "before they were revisited"),
+        ({"gnd": [{**GND["gnd"][0], "easy": [0.5]}, GND["gnd"][1]]}, "expected whole numbers"),
+        ({"gnd": [{**GND["gnd"][0], "bbx": [500, 3, 900, 20]}, GND["gnd"][1]]}, "pixels of the benchmark's own files"),
+        ({"gnd": [{**GND["gnd"][0], "bbx": [1, 2, 3]}, GND["gnd"][1]]}, "no ground truth"),
+        ({"gnd": 3}, "no ground truth"),
+    ],
+)
+def test_a_ground_truth_that_cannot_be(tmp_path: Path, change: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        open_revisited(benchmark(tmp_path, gnd=GND | change))
+
+
+def test_only_benchmarks_know_what_is_right(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="what is right"):
+        Retrieval().bind([open_revisited(benchmark(tmp_path)).database], Site())
+    assert Retrieval().bind([benchmark(tmp_path)], Site()).data["queries"]["benchmark"] == "towers"
+
+
+SCENES = Scenes(count=12, size=48, part="test")
+
+
+def test_drawn_positives_show_the_thing_of_the_query() -> None:
+    landmarks = drawn(SCENES)
+    database, truth = landmarks.database, landmarks.ground_truth.truth
+    assert len(database) == 12 * (VIEWS + 1)
+    for thing, lists in enumerate(truth):
+        numbers = np.sort(np.concatenate(lists))
+        assert numbers.tolist() == list(range(thing * VIEWS, (thing + 1) * VIEWS))
+        for number in lists.easy:
+            np.testing.assert_array_equal(database.read(number), SCENES.instance(thing, 1 + number % VIEWS))
+    asked = {SCENES.name(i) for i in range(12)}
+    strangers = [name for name in database.names[12 * VIEWS :]]
+    assert len(strangers) == 12
+    assert not any(name.split("-view")[0] + ".png" in asked for name in strangers)
+
+
+def test_drawn_difficulty_is_the_turn() -> None:
+    seen = set()
+    for thing, lists in enumerate(drawn(SCENES).ground_truth.truth):
+        for kind, numbers in lists._asdict().items():
+            for number in numbers:
+                before, now = (SCENES.scene(thing, view).things[0][1] for view in (0, 1 + number % VIEWS))
+                shown = (SCENES.draw(thing, 1 + number % VIEWS)[1] == 1).mean() / now.size**2
+                turned = abs(now.turn - before.turn)
+                assert (kind == "junk") == (shown < HIDDEN)
+                assert kind == "junk" or (kind == "hard") == (turned > TURNED)
+                seen.add(kind)
+    assert seen == {"easy", "hard", "junk"}
+
+
+def test_drawn_boxes_hold_the_thing() -> None:
+    landmarks = drawn(SCENES)
+    for thing in range(12):
+        left, top, right, bottom = landmarks.ground_truth.boxes[thing].astype(int)
+        mask = SCENES.mask(thing) == 1
+        assert mask.sum() == mask[top:bottom, left:right].sum() > 0
+        np.testing.assert_array_equal(landmarks.boxed.read(thing), SCENES.read(thing)[top:bottom, left:right])
+
+
+def test_drawn_pictures_have_a_key_of_their_own() -> None:
+    keys = {(d.content, d.fingerprint) for s in (SCENES, Scenes(count=12, size=48)) for d in drawn(s)[1:3]}
+    assert len(keys) == 4
+    assert drawn(SCENES).boxed.content != drawn(SCENES).queries.content

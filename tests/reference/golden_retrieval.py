@@ -1,0 +1,69 @@
+"""Search and copy detection against the official scorers' numbers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from golden import SINGLE, Check, Result, read, tensors
+
+
+def retrieval(path: Path) -> Result:
+    """mAP, AP per query and mean precision of given ranks, exactly."""
+    from dino.data.revisited import Truth
+    from dino.evals.ranking import ranked_places
+    from dino.evals.retrieval import protocol_scores
+
+    data, check = json.loads(path.read_text()), Check()
+    ranks = np.asarray(data["ranks"])
+    places = [
+        Truth(*(ranked_places(ranks[:, q], lists[kind]) for kind in Truth._fields))
+        for q, lists in enumerate(data["gnd"])
+    ]
+    for protocol, expected in data["expected"].items():
+        scores = protocol_scores(places, protocol, data["kappas"])
+        check.equal(f"{protocol}/map", scores.mean_ap, expected["map"])
+        check.equal(f"{protocol}/aps", scores.ap, expected["aps"])
+        check.equal(f"{protocol}/precision_at", list(scores.precision), expected["precision_at"])
+    return check.result()
+
+
+def copy_detection_ap(path: Path) -> Result:
+    """AP from the places of the positives that were found, exactly."""
+    from dino.evals.ranking import average_precision
+
+    check = Check()
+    for i, case in enumerate(json.loads(path.read_text())):
+        check.equal(f"case {i}", average_precision(case["ranks"], case["nres"]), case["ap"])
+    return check.result()
+
+
+def copy_detection_descriptor(path: Path) -> Result:
+    """[CLS || GeM of patches] by the network of vit.npz, and a whitening; an eigenvector's sign is free."""
+    from dino.evals.copy_detection import copy_descriptor, fit_whitening, whiten
+    from dino.models.vit import VisionTransformer
+
+    data, check = read(path), Check()
+    vit = read(path.with_name("vit.npz"))
+    config = json.loads(str(vit["config"]))
+    network = VisionTransformer(
+        width=config["embed_dim"],
+        depth=config["depth"],
+        heads=config["num_heads"],
+        patch=config["patch_size"],
+        image_size=config["img_size"],
+        mlp_ratio=config["mlp_ratio"],
+        qkv_bias=config["qkv_bias"],
+        norm_eps=config["layer_norm_eps"],
+    )
+    network.load_state_dict(tensors(vit, "weights"))
+    network.eval()
+    with torch.no_grad():
+        check.close("descriptor", copy_descriptor(network, torch.from_numpy(data["input"])), data["descriptor"], SINGLE)
+    fit, asked, expected = (torch.from_numpy(data[f"whiten_{part}"]) for part in ("fit", "in", "out"))
+    whitening = fit_whitening(fit, expected.shape[1], center=False)  # as the reference was made
+    actual = whiten(asked, whitening)
+    signs = (actual * expected).sum(0).sign()
+    check.close("whitening", actual * signs, expected, SINGLE)
+    return check.result()
