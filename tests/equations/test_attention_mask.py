@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from dino.analysis import render
-from dino.analysis.attention import attend, fit, look, mass_mask, saliency
+from dino.analysis.attention import SHOWN, attend, enlarged, look, saliency
 from dino.errors import UserError
+from dino.evals.attention_masks import fit, mass_mask
 from dino.models.backbone import Attentive, Backbone, Features
 from dino.models.vit import ViT
 
@@ -94,6 +95,49 @@ def test_points_are_in_the_coordinates_of_the_picture_as_given() -> None:
     np.testing.assert_allclose(seen.point, (79.95, 39.95))
 
 
+def test_several_points_are_seen_in_one_pass_as_each_alone() -> None:
+    network, points = Pointing(2), [(0.0, 0.0), (79.0, 39.0), (41.0, 3.0)]
+    calls: list[int] = []
+    plain = network.attention
+    network.attention = lambda images, layer=-1: calls.append(layer) or plain(images, layer)  # type: ignore[method-assign]
+    several = attend(network, picture(40, 80), query=points, layer=1, size=40)
+    assert calls == [1]
+    for one, point in zip(several, points, strict=True):
+        alone = attend(network, picture(40, 80), query=point, layer=1, size=40)
+        np.testing.assert_array_equal(one.heads, alone.heads)
+        assert (one.query, one.point) == (point, alone.point)
+    assert attend(network, picture(40, 80), query=[], size=40) == []
+
+
+def test_chosen_heads_are_those_and_their_mean() -> None:
+    seen = attend(Pointing(), picture(40, 40), size=40)
+    second = attend(Pointing(), picture(40, 40), size=40, heads=[1])
+    np.testing.assert_array_equal(second.heads, seen.heads[1:])
+    np.testing.assert_array_equal(second.mean, seen.heads[1])
+    assert second.numbers == (1,)
+    assert attend(Pointing(), picture(40, 40), size=40, heads=[1, 0, 1]).numbers == (1, 0)
+    assert [name for name, _ in render.panels(second)] == ["picture", "head 1", "overlay", "mask 60%"]
+    for wrong in ([2], [-1], []):
+        with pytest.raises(UserError, match=r"0 \.\. 1 for a network of 2 heads"):
+            attend(Pointing(), picture(40, 40), size=40, heads=wrong)
+
+
+def test_small_maps_are_drawn_large_on_the_picture_as_it_was_given() -> None:
+    photo = picture(800, 1000)
+    seen = attend(Pointing(), photo, size=40)
+    assert seen.picture.shape == (40, 48, 3)
+    assert seen.shown.shape == (400, 480, 3)  # ten times: patches stay squares of whole pixels
+    assert min(seen.shown.shape[:2]) >= SHOWN
+    assert all(min(drawn.shape[:2]) >= SHOWN for _, drawn in render.panels(seen))
+    blurred = enlarged(seen.picture, seen.picture)
+    assert seen.shown.astype(float).std() > 1.5 * blurred.astype(float).std()  # it kept the photo's detail
+    large = attend(Pointing(), photo, size=480)
+    assert large.shown is large.picture
+    point = attend(Pointing(), photo, size=40, query=(500, 400))
+    ring = np.argwhere((render.panels(point)[0][1] == render.EDGE).all(axis=2))
+    np.testing.assert_allclose(ring.mean(axis=0), (200, 240), atol=3)
+
+
 @pytest.mark.parametrize(
     ("height", "width", "size"), [(1, 1, 32), (37, 53, 32), (300, 20, 16), (64, 64, 480), (500, 375, 224)]
 )
@@ -170,6 +214,21 @@ def test_pictures_of_maps_show_high_where_high_is() -> None:
     assert len(np.unique(constant.reshape(-1, 3), axis=0)) == 1
 
 
+def test_maps_in_colours_are_where_their_masks_are_and_the_stronger_wins() -> None:
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    maps, masks = np.zeros((2, 4, 4), np.float32), np.zeros((2, 4, 4), bool)
+    maps[0, :, :2], masks[0, :, :2] = 1, True
+    maps[1, :, 2:], masks[1, :, 2:] = 7, True  # its own scale
+    maps[1, 0, 0], masks[1, 0, 0] = 2, True  # weaker there than the first
+    masks[1, 3, 3] = False
+    drawn = render.in_colours(grey, maps, masks, [(255, 0, 0), (0, 0, 255)]).astype(int)
+    middle = drawn[8::16, 8::16]
+    assert (middle[:, :2, 0] > middle[:, :2, 2] + 80).all()
+    assert (middle[:3, 2:, 2] > middle[:3, 2:, 0] + 80).all()
+    assert np.ptp(middle[3, 3]) < 10  # no mask: no colour
+    assert len(set(render.palette(40))) == 40
+
+
 def test_the_cutout_keeps_the_picture_inside_of_the_mask() -> None:
     image, mask = np.full((64, 64, 3), 200, np.uint8), np.zeros((4, 4), bool)
     mask[:2] = True
@@ -181,7 +240,7 @@ def test_the_cutout_keeps_the_picture_inside_of_the_mask() -> None:
 def test_the_figure_has_a_row_per_picture_and_a_panel_per_head(tmp_path) -> None:
     pictures = [attend(Pointing(), picture(40, width), size=40, query=(5, 5)) for width in (40, 80)]
     names = [name for name, _ in render.panels(pictures[0])]
-    assert names == ["picture", "mean", "overlay", "mask 60%", "head 0", "head 1"]
+    assert names == ["picture", "mean", "overlay", "mask 60%", "heads", "head 0", "head 1"]
     one, both = (
         render.figure(pictures[:1], height=48),
         render.figure(pictures, height=48, names=["a", "long name" * 9]),

@@ -25,7 +25,7 @@ CHECKS = {
     "param_groups.json": "golden_training:param_groups",
     "trajectory_*.npz": "golden_training:trajectory",
     "knn.npz": "golden_evals:knn",
-    "attention_threshold.npz": "golden_evals:attention_threshold",
+    "attention_threshold.npz": "golden_attention_masks:attention_threshold",
     "retrieval.json": "golden_retrieval:retrieval",
     "copy_detection_ap.json": "golden_retrieval:copy_detection_ap",
     "copy_detection_descriptor.npz": "golden_retrieval:copy_detection_descriptor",

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from golden import Check, Result, read
@@ -19,12 +18,4 @@ def knn(path: Path) -> Result:
     result = knn_accuracy(*arrays, k=ks, temperature=settings["temperature"])
     for k in ks:  # percent: 1e-9 is rounding of the same count of pictures, one picture more would be 100 / M
         check.close(f"k{k}", [result[f"{k}-NN"], result[f"{k}-NN top-5"]], data[f"top1_top5/k{k}"], 1e-9)
-    return check.result()
-
-
-def attention_threshold(path: Path) -> Result:
-    from dino.analysis.attention import mass_mask
-
-    data, check = read(path), Check()
-    check.equal("mask", mass_mask(np.asarray(data["attention"]), float(data["keep_mass"])), data["mask"])
     return check.result()

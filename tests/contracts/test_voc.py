@@ -1,0 +1,95 @@
+"""PASCAL VOC's files: the layout, the two kinds of masks, and what is said where something else lies there."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dino.data.pictures import BadImage
+from dino.data.voc import Masked, open_voc, read_mask
+from dino.errors import UserError
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    """Two pictures, one of them with both kinds of masks, as the benchmark is laid out."""
+    home = tmp_path / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationObject", "ImageSets/Segmentation"):
+        (home / folder).mkdir(parents=True)
+    for number, name in enumerate(("2007_000001", "2007_000002")):
+        Image.fromarray(np.full((20, 30, 3), 100, np.uint8)).save(home / f"JPEGImages/{name}.jpg")
+        for folder, shift in (("SegmentationClass", 0), ("SegmentationObject", 10)):
+            mask = np.zeros((20, 30), np.uint8)
+            mask[:5], mask[5] = 15 - shift + number, 255
+            image = Image.fromarray(mask, mode=None).convert("P")
+            image.putdata(mask.ravel().tolist())  # the numbers, whatever the palette
+            image.putpalette([value for i in range(256) for value in (i, 255 - i, 7)])
+            image.save(home / folder / f"{name}.png")
+    (home / "ImageSets/Segmentation/val.txt").write_text("2007_000001\n2007_000002\n")
+    (home / "ImageSets/Segmentation/train.txt").write_text("2007_000002\n")
+    return home
+
+
+def test_pictures_and_masks_are_read_as_numbers(voc: Path) -> None:
+    pictures = open_voc(voc)
+    assert isinstance(pictures, Masked)
+    assert pictures.names == ["2007_000001", "2007_000002"]
+    assert pictures.sizes.tolist() == [[30, 20], [30, 20]]
+    assert pictures.read(0).shape == (20, 30, 3)
+    assert np.unique(pictures.mask(0)).tolist() == [0, 15, 255]
+    assert np.unique(pictures.mask(1)).tolist() == [0, 16, 255]
+    objects = open_voc(voc, kind="instance")
+    assert np.unique(objects.mask(1)).tolist() == [0, 6, 255]
+    assert objects.fingerprint != pictures.fingerprint
+    assert open_voc(voc, split="train").names == ["2007_000002"]
+
+
+def test_any_of_the_folders_around_it_may_be_named(voc: Path) -> None:
+    assert len({open_voc(place).fingerprint for place in (voc, voc.parent, voc.parent.parent)}) == 1
+
+
+def test_another_layout_is_told_with_a_picture_of_the_right_one(voc: Path, tmp_path: Path) -> None:
+    for place in (tmp_path / "nowhere", voc / "JPEGImages"):
+        with pytest.raises(UserError, match=r"(?s)Expected the layout.*ImageSets/Segmentation/val.txt"):
+            open_voc(place)
+    with pytest.raises(UserError, match=r"did you mean 'train'\?.*\n.*Lists there: train, val"):
+        open_voc(voc, split="trian")
+    (voc / "SegmentationObject").rename(voc / "elsewhere")
+    with pytest.raises(UserError, match=r"It has SegmentationClass: .*--objects class"):
+        open_voc(voc, kind="instance")
+    (voc / "JPEGImages/2007_000002.jpg").unlink()
+    with pytest.raises(UserError, match=r"1 files are not there.*\n  JPEGImages/2007_000002.jpg"):
+        open_voc(voc)
+    (voc / "ImageSets/Segmentation/val.txt").write_text("\n")
+    with pytest.raises(UserError, match="the list is empty"):
+        open_voc(voc)
+
+
+def test_a_mask_that_is_none_is_named(voc: Path, tmp_path: Path) -> None:
+    pictures = open_voc(voc)
+    mask = voc / "SegmentationClass/2007_000001.png"
+    Image.new("P", (9, 9)).save(mask)
+    with pytest.raises(BadImage, match="is 9x9, and its picture is 30x20"):
+        pictures.mask(0)
+    Image.new("RGB", (30, 20)).save(mask)
+    with pytest.raises(BadImage, match="indexed PNG was expected"):
+        pictures.mask(0)
+    mask.write_bytes(b"hello")
+    with pytest.raises(BadImage, match="no PNG"):
+        read_mask(mask)
+    (voc / "JPEGImages/2007_000001.jpg").write_bytes(b"hello")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_voc(voc)
+
+
+def test_the_real_files(shared: Path) -> None:
+    folder = shared / "data/voc12"
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}")
+    pictures = open_voc(folder)
+    assert len(pictures) == 12
+    for index in range(len(pictures)):
+        found = set(np.unique(pictures.mask(index)).tolist())
+        assert found <= {*range(21), 255}
+        assert len(found & set(range(1, 21))) >= 1

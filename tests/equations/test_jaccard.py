@@ -1,0 +1,221 @@
+"""Attention masks against annotations: the counting is a loop over pixels, void is nowhere, the best head counts."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino import dist
+from dino.data.pictures import BadImage, Pictures
+from dino.errors import UserError
+from dino.evals.attention_masks import (
+    AttentionMasks,
+    ObjectScore,
+    cells_of,
+    jaccard,
+    mass_mask,
+    object_scores,
+    over_pictures,
+    patch_attention,
+    size_to_look_at,
+)
+from dino.evals.evaluator import Site
+from dino.models.backbone import Attentive, Backbone, Features
+from dino.models.vit import ViT
+
+
+def jaccard_by_pixels(mask: np.ndarray, annotation: np.ndarray, value: int) -> float:
+    """Each pixel looks up the patch that its middle lies in."""
+    (height, width), (h, w) = annotation.shape, mask.shape
+    both = either = 0
+    for y in range(height):
+        for x in range(width):
+            if annotation[y, x] == 255:
+                continue
+            in_mask = bool(mask[int((y + 0.5) * h / height), int((x + 0.5) * w / width)])
+            in_object = annotation[y, x] == value
+            both += in_mask and in_object
+            either += in_mask or in_object
+    return both / either if either else 0.0
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid"), [((40, 24), (5, 3)), ((37, 53), (4, 7)), ((3, 5), (4, 4)), ((9, 9), (1, 1))]
+)
+def test_jaccard_is_the_pixels_counted_one_by_one(shape, grid) -> None:
+    rng = np.random.default_rng(0)
+    annotation = rng.choice([0, 3, 15, 255], shape, p=[0.5, 0.2, 0.2, 0.1]).astype(np.uint8)
+    masks = rng.random((4, *grid)) < 0.4
+    masks[0], masks[1] = False, True
+    cells = cells_of(annotation, grid)
+    found = jaccard(masks, cells)
+    assert cells.objects == [3, 15]
+    expected = [[jaccard_by_pixels(mask, annotation, value) for mask in masks] for value in (3, 15)]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_void_is_neither_inside_nor_outside() -> None:
+    annotation = np.zeros((8, 8), np.uint8)
+    annotation[:, :4] = 7
+    mask = np.zeros((1, 2, 2), bool)
+    mask[0, :, 0] = True  # exactly the object
+    assert jaccard(mask, cells_of(annotation, (2, 2)))[0, 0] == 1
+    mask[:] = True
+    assert jaccard(mask, cells_of(annotation, (2, 2)))[0, 0] == 0.5
+    annotation[:, 4:] = 255  # what the mask covers too much is void now
+    assert jaccard(mask, cells_of(annotation, (2, 2)))[0, 0] == 1
+
+
+def test_a_picture_without_objects_has_no_score() -> None:
+    heads = np.random.default_rng(0).random((2, 4, 4))
+    annotation = np.full((8, 8), 255, np.uint8)
+    annotation[:4] = 0
+    assert list(object_scores(0, heads, annotation, (0.6,))) == []
+
+
+def test_the_best_head_counts_for_each_object_by_itself() -> None:
+    annotation = np.zeros((8, 8), np.uint8)
+    annotation[:4, :4], annotation[4:, 4:] = 1, 2
+    heads = np.zeros((3, 2, 2))
+    heads[0, 1, 1] = heads[2, 0, 0] = heads[1, 0, 1] = 1
+    first, second = object_scores(9, heads, annotation, (0.6,))
+    assert (first.object, first.head, first.best, first.area) == (1, 2, 1.0, 0.25)
+    assert (second.object, second.head, second.best) == (2, 0, 1.0)
+    assert first.picture == 9
+    kept = mass_mask(heads.mean(axis=0).ravel(), 0.6).reshape(1, 2, 2)  # two of three equal patches
+    assert first.mean == jaccard(kept, cells_of(annotation, (2, 2)))[0, 0]
+
+
+def test_objects_are_averaged_in_their_picture_first() -> None:
+    scores = [ObjectScore(picture, 1, 0.1, 0.6, best, 0, 0.0) for picture, best in ((0, 1.0), (0, 0.0), (3, 0.2))]
+    assert over_pictures(scores, "best") == pytest.approx(100 * (0.5 + 0.2) / 2)
+
+
+def test_the_size_is_the_papers_or_twice_what_a_small_network_knows() -> None:
+    assert [size_to_look_at(size) for size in (48, 96, 223, 224, 384)] == [96, 192, 446, 480, 480]
+
+
+class Bright(Attentive):
+    """Head 0 looks at what is bright, head 1 at what is dark; [CLS] and every patch alike."""
+
+    embed_dim, patch, num_blocks, registers = 2, 8, 2, 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def features(self, images: Tensor, layers: int = 1) -> list[Features]:
+        raise NotImplementedError
+
+    def attention(self, images: Tensor, layer: int = -1) -> Tensor:
+        bright = F.avg_pool2d(images.mean(dim=1, keepdim=True), 8).flatten(1)
+        scores = torch.cat([torch.zeros(len(images), 2), 5 * bright], dim=1)
+        heads = torch.stack([scores, -scores], dim=1).softmax(dim=-1)
+        return heads[:, :, None].expand(-1, -1, scores.shape[1], -1)
+
+
+class Planted(Pictures):
+    """Bright squares on dark ground, as annotated; picture 2 cannot be read, picture 3 has no object."""
+
+    def __init__(self, count: int = 6) -> None:
+        super().__init__(names=[f"{i}" for i in range(count)], sizes=[(32, 32)] * count)
+
+    def mask(self, index: int) -> np.ndarray:
+        mask = np.zeros((32, 32), np.uint8)
+        if index != 3:
+            mask[8:24, 8 * (index % 3) : 8 * (index % 3) + 16] = index + 1
+        return mask
+
+    def read(self, index: int) -> np.ndarray:
+        if index == 2:
+            raise BadImage("2", "is gone")
+        return np.repeat(np.where(self.mask(index) > 0, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def test_an_evaluation_of_what_was_planted() -> None:
+    evaluator = AttentionMasks(size=32).bind([Planted()], Site())
+    scores = evaluator(Bright())
+    assert scores["jaccard 60%"] == pytest.approx(75)  # 60 % of four equal patches are three
+    assert scores["jaccard 80%"] == pytest.approx(100)
+    assert scores["jaccard 60% of the mean map"] == pytest.approx(
+        400 / 7
+    )  # half of its mass is dark: three patches too many
+    assert evaluator.data["voc"]["pictures"] == 6
+    details = scores.details
+    assert details["skipped"] == [{"name": "2", "reason": "is gone"}]
+    assert (details["objects"], details["pictures with objects"]) == (4, 4)
+    assert details["a mask of everything"] == pytest.approx(25)
+    assert {row["head"] for row in details["per object"]} == {0}
+    assert details["per object"][-1] == {
+        "picture": "5", "object": 6, "area": 0.25, "mass": 0.8, "best": 1.0, "head": 0,
+        "mean": details["per object"][-1]["mean"],
+    }  # fmt: skip
+
+
+def test_any_number_of_ranks_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = AttentionMasks(size=32).bind([Planted()], Site())(Bright())
+    parts: list[Tensor] = []
+    monkeypatch.setattr(dist, "world", lambda: 4)
+    monkeypatch.setattr(dist, "gather", lambda rows: parts.append(rows) or torch.zeros(0, rows.shape[1]))
+    for rank in (3, 1, 0, 2):  # each tells what it found
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        with pytest.raises(UserError, match="None of the"):
+            AttentionMasks(size=32).bind([Planted()], Site())(Bright())
+    monkeypatch.setattr(dist, "gather", lambda rows: torch.cat(parts))
+    together = AttentionMasks(size=32).bind([Planted()], Site())(Bright())
+    assert together == alone
+    assert together.details == alone.details
+    assert sum(len(part) for part in parts) == 9  # four objects at two masses, and one that cannot be read
+
+
+def test_drawn_pictures_have_masks() -> None:
+    from dino.data.scenes import Scenes
+
+    net = ViT(size="tiny", patch=8, image_size=32, width=24, depth=1, heads=2).build()
+    scores = AttentionMasks(mass=(0.5,)).bind([Scenes(count=3, size=32, part="val").open()], Site(size=32))(net)
+    assert 0 < scores["jaccard 50%"] < 100
+    assert AttentionMasks().bind(["scenes"], Site()).data["voc"]["pictures"] == 500
+
+
+def test_settings_that_cannot_work_are_refused_before_any_picture() -> None:
+    for mass in ((), (0.6, 1.5), (0.0,)):
+        with pytest.raises(UserError, match=r"mass|share"):
+            AttentionMasks(mass=mass).bind([Planted()], Site())
+
+    class Plain(Pictures):
+        def read(self, index: int) -> np.ndarray:
+            raise NotImplementedError
+
+    with pytest.raises(UserError, match="Plain has none"):
+        AttentionMasks().bind([Plain(names=[], sizes=[])], Site())
+
+
+def test_a_network_without_attention_is_told_what_would_do() -> None:
+    class Convolutions(Backbone):
+        embed_dim, patch = 4, 8
+
+        def forward(self, images: Tensor) -> Tensor:
+            raise NotImplementedError
+
+        def features(self, images: Tensor, layers: int = 1) -> list[Features]:
+            raise NotImplementedError
+
+    with pytest.raises(UserError, match="Convolutions, which has no attention to read: expected a Vision Transformer"):
+        AttentionMasks(size=32).bind([Planted()], Site())(Convolutions())
+
+
+def test_rows_of_attention_are_those_of_the_network() -> None:
+    torch.manual_seed(0)
+    net = ViT(size="tiny", patch=8, image_size=32, width=24, depth=2, heads=3, registers=2).build().train()
+    image = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
+    rows = patch_attention(net, image, [None, 0, 23], layer=0)
+    assert net.training
+    from dino.data.views import normalize
+
+    with torch.no_grad():
+        whole = net.eval().attention(normalize(torch.from_numpy(image.transpose(2, 0, 1).copy())[None]), 0)[0]
+    np.testing.assert_allclose(rows, whole[:, [0, 3, 26], 3:].transpose(0, 1).reshape(3, 3, 4, 6).numpy(), atol=1e-6)
