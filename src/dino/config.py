@@ -53,7 +53,8 @@ def from_dict(kind: Any, data: Any, where: str = "") -> Any:
     """The inverse of `to_dict` for the type `kind` (a dataclass, a union, a tuple, or a plain type).
 
     Raises UserError naming the place, what was expected and what came. Fields that `data` lacks keep their
-    defaults, so that a file of an older version still reads.
+    defaults, and a class may list older names of its own in `formerly`, so that a file of an older version still
+    reads.
     """
     where = where or getattr(kind, "__name__", str(kind))
     origin = typing.get_origin(kind)
@@ -82,14 +83,21 @@ def from_dict(kind: Any, data: Any, where: str = "") -> Any:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields by their names."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _names(kind: Any) -> tuple[str, ...]:
+    """What a dataclass is called in a file, and what it was called in older ones (its class variable `formerly`)."""
+    return (kind.__name__, *getattr(kind, "formerly", ()))
 
 
 def _from_mapping(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: expected the fields of {kind.__name__}, got {data!r}.")
-    if (tag := data.get("type", kind.__name__)) != kind.__name__:
+    if (tag := data.get("type", kind.__name__)) not in _names(kind):
         raise UserError(f"{where}: expected a {kind.__name__}, got a {tag}.")
     hints = _hints(kind)
     given = {name: item for name, item in data.items() if name != "type"}
@@ -107,7 +115,7 @@ def _from_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
     if data is None and types.NoneType in options:
         return None
     if isinstance(data, Mapping):
-        named = {getattr(option, "__name__", ""): option for option in options if dataclasses.is_dataclass(option)}
+        named = {name: option for option in options if dataclasses.is_dataclass(option) for name in _names(option)}
         tag = data.get("type", "")
         if not isinstance(tag, str) or tag not in named:
             raise UserError(f"{where}: expected one of {', '.join(named)}, got {tag!r}{nearest(str(tag), named)}")
