@@ -104,7 +104,9 @@ def propagate(
     """Soft labels [h, w, C] of the second frame, the third, ...: from features [h, w, D] of all frames, the first one's
     labels [h, w, C], and of each later one the first frame and the last `context` before it."""
     frames = (F.normalize(frame.float(), dim=-1) for frame in features)
-    begin = next(frames)
+    begin = next(frames, None)
+    if begin is None:
+        return
     before: deque[tuple[Tensor, Tensor]] = deque(maxlen=context)
     for frame in frames:
         known = [(begin, first), *before]

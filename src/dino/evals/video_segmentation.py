@@ -59,7 +59,9 @@ def segment(
                 yield backbone.features(normalize(pixels.to(site.device)))[0].patches[0]
 
     maps = features()
-    begin = next(maps)
+    begin = next(maps, None)
+    if begin is None:
+        return
     numbers, first = one_hot(mask, *begin.shape[:2])
     known = dict(context=settings.context, radius=settings.radius, top_k=settings.top_k)
     for soft in propagate(chain([begin], maps), first.to(begin.device), temperature=settings.temperature, **known):

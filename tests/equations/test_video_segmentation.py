@@ -1,0 +1,307 @@
+"""Label propagation against plain loops, in any tiles and on any ranks; and a square that is followed exactly."""
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dino import dist
+from dino.data.davis import write_mask
+from dino.data.scenes import Scenes
+from dino.errors import UserError
+from dino.evals.davis_score import score_results
+from dino.evals.evaluator import Scores, Site
+from dino.evals.label_propagation import input_size, label_map, label_propagation, nearest, one_hot, propagate
+from dino.evals.video_segmentation import RawPatches, VideoSegmentation, segment
+from dino.models import Timm, ViT
+from dino.models.backbone import Backbone
+
+
+def oracle(query: Tensor, keys: Tensor, labels: Tensor, radius: int, top_k: int, temperature: float) -> Tensor:
+    """Section 3 of the protocol, one place and one neighbour at a time."""
+    h, w, _ = query.shape
+    out = torch.zeros(h, w, labels.shape[-1])
+    for y in range(h):
+        for x in range(w):
+            near = []
+            for frame in range(len(keys)):
+                for v in range(h):
+                    for u in range(w):
+                        if radius == 0 or (abs(v - y) <= radius and abs(u - x) <= radius):
+                            cosine = float(query[y, x].double() @ keys[frame, v, u].double())
+                            near.append((cosine, labels[frame, v, u]))
+            near.sort(key=lambda pair: -pair[0])
+            least = near[min(top_k, len(near)) - 1][0]
+            kept = [(math.exp(cosine / temperature), label) for cosine, label in near if cosine >= least - 1e-9]
+            out[y, x] = sum(weight * label for weight, label in kept) / sum(weight for weight, _ in kept)
+    return out
+
+
+def problem(h: int = 5, w: int = 7, frames: int = 3, classes: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(h * w)
+    features = F.normalize(torch.randn(frames + 1, h, w, 6, generator=rng), dim=-1)
+    return features[-1], features[:-1], torch.rand(frames, h, w, classes, generator=rng).softmax(-1)
+
+
+@pytest.mark.parametrize("tile", [2, 4, 12])
+@pytest.mark.parametrize(
+    ("radius", "top_k", "temperature"), [(2, 5, 0.1), (1, 1, 0.1), (0, 7, 0.5), (9, 4, 0.1), (1, 99, 1)]
+)
+def test_equals_the_loops_in_any_tiles(radius: int, top_k: int, temperature: float, tile: int) -> None:
+    query, keys, labels = problem()
+    expected = oracle(query, keys, labels, radius, top_k, temperature)
+    options = dict(radius=radius, top_k=top_k)
+    actual = label_propagation(query, keys, labels, temperature=temperature, tile=tile, **options)
+    torch.testing.assert_close(actual, expected, atol=2e-6, rtol=0)
+    assert (actual - labels.mean(0)).abs().max() > 0.05
+
+
+def test_a_repeated_frame_counts_as_often_as_it_comes() -> None:
+    """Four equal frames, the two nearest places asked for: all that are as near as the second are taken."""
+    query, keys, labels = problem(frames=4)
+    keys = keys[:1].expand(4, -1, -1, -1).contiguous()
+    actual = label_propagation(query, keys, labels, radius=2, top_k=2, tile=3)
+    torch.testing.assert_close(actual, oracle(query, keys, labels, 2, 2, 0.1), atol=2e-6, rtol=0)
+    first_two = label_propagation(query, keys[:2], labels[:2], radius=2, top_k=2)
+    assert (actual - first_two).abs().max() > 0.05
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that an operation gives."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(each, Tensor):
+                self.numel = max(self.numel, each.numel())
+        return out
+
+
+def test_the_whole_affinity_is_never_there() -> None:
+    query, keys, labels = problem(h=32, w=32, frames=2)
+    with Largest() as largest:
+        label_propagation(query, keys, labels, radius=4, tile=8)
+    whole = keys[..., 0].numel() * query[..., 0].numel()
+    assert 0 < largest.numel <= 8 * 8 * 2 * (8 + 2 * 4) ** 2 < whole / 60
+
+
+def test_autocast_does_not_blur_the_weights() -> None:
+    query, keys, labels = problem()
+    exact = label_propagation(query, keys, labels, radius=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(label_propagation(query, keys, labels, radius=2), exact, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("context", "asked"),
+    [
+        (2, [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4]]),
+        (9, [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]),
+        (0, [[0]] * 5),
+    ],
+)
+def test_a_frame_asks_the_first_and_the_last_few_before_it(monkeypatch, context: int, asked: list) -> None:
+    """Frame i is the unit vector i, of any length, and its labels say i as well."""
+    seen, read = [], []
+
+    def asks(query: Tensor, keys: Tensor, labels: Tensor, **_) -> Tensor:
+        assert labels.flatten().tolist() == keys.argmax(-1).flatten().tolist()
+        assert keys.norm(dim=-1).flatten().tolist() == [1] * len(keys)
+        seen.append(labels.flatten().tolist())
+        return query.argmax(-1, keepdim=True).float()
+
+    def features() -> Iterator[Tensor]:
+        for i in range(6):
+            read.append(i)
+            yield 3 * torch.eye(6)[i].reshape(1, 1, 6)
+
+    monkeypatch.setattr("dino.evals.label_propagation.label_propagation", asks)
+    masks = propagate(features(), torch.zeros(1, 1, 1), context=context)
+    next(masks)
+    assert read == [0, 1], "frames are read as they are needed"
+    assert len(list(masks)) == 4
+    assert seen == asked
+
+
+def test_no_frames_no_masks() -> None:
+    assert not list(propagate([], torch.zeros(1, 1, 2)))
+    assert not list(segment(RawPatches(), [], np.ones((8, 8), np.uint8), VideoSegmentation(), Site()))
+
+
+def test_label_maps_stretch_every_class_and_leave_flat_ones_alone() -> None:
+    soft = torch.tensor([[[0.9, 0.1, 0.0], [0.7, 0.3, 0.0]]])  # the object nowhere leads, but where it is strongest
+    assert label_map(soft, 2, 4).tolist() == [[0, 0, 1, 1]] * 2
+    everywhere = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
+    assert label_map(everywhere, 1, 2).tolist() == [[1, 1]]
+    assert label_map(everywhere.flip(-1), 1, 2).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("frame", "patch", "seen"),
+    [
+        ((480, 854), 8, (480, 832)),  # DAVIS
+        ((480, 910), 16, (480, 896)),
+        ((1080, 1920), 16, (480, 832)),
+        ((854, 480), 8, (832, 480)),
+        ((480, 854), 32, (480, 832)),
+        ((480, 854), 5, (480, 850)),
+        ((480, 854), 14, (476, 854 // 14 * 14)),
+        ((100, 5000), 8, (480, 24000 // 64 * 64)),
+    ],
+)
+def test_the_networks_input_is_whole_patches(frame, patch: int, seen) -> None:
+    assert input_size(*frame, size=480, patch=patch) == seen
+    assert all(side % patch == 0 for side in input_size(*frame, size=100, patch=patch, multiple=1))
+
+
+def test_nearest_takes_the_pixel_under_the_center() -> None:
+    assert nearest(np.arange(6).reshape(1, 6), 1, 3).tolist() == [[1, 3, 5]]
+    assert nearest(np.array([[1, 2]]), 2, 4).tolist() == [[1, 1, 2, 2]] * 2
+    picture = np.random.default_rng(0).integers(0, 9, (7, 11))
+    expected = np.asarray(Image.fromarray(picture.astype(np.uint8)).resize((5, 3), Image.Resampling.NEAREST))
+    assert (nearest(picture, 3, 5) == expected).all()
+
+
+def test_numbers_of_objects_may_have_gaps_and_void_is_ground() -> None:
+    mask = np.array([[7, 7, 255, 2]], np.uint8)
+    numbers, labels = one_hot(mask, 1, 4)
+    assert numbers.tolist() == [0, 2, 7]
+    assert labels.argmax(-1).tolist() == [[2, 2, 0, 1]]
+
+
+def square(frames: int = 6, height: int = 64, width: int = 96) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """A bright square that steps over noise, and its masks: it lies on whole patches of 8 pixels."""
+    ground = np.random.default_rng(0).integers(0, 60, (height, width, 3)).astype(np.uint8)
+    pictures, masks = [], []
+    for i in range(frames):
+        picture, mask = ground.copy(), np.zeros((height, width), np.uint8)
+        picture[16:40, 8 * i : 8 * i + 24], mask[16:40, 8 * i : 8 * i + 24] = 255, 7
+        pictures.append(picture)
+        masks.append(mask)
+    return pictures, masks
+
+
+def test_a_square_is_followed_exactly() -> None:
+    pictures, masks = square()
+    settings = VideoSegmentation(size=64, radius=3, multiple=8)
+    found = list(segment(RawPatches(), pictures, masks[0], settings, Site()))
+    assert len(found) == 5
+    for mine, true in zip(found, masks[1:], strict=True):
+        assert ((mine == 7) & (true == 7)).sum() / ((mine == 7) | (true == 7)).sum() > 0.95
+        assert set(np.unique(mine)) == {0, 7}
+
+
+NETWORKS = {
+    "vit": ViT(patch=8, width=32, depth=1, heads=2, image_size=32),
+    "vit, patch 5": ViT(patch=5, width=32, depth=1, heads=2, image_size=30),
+    "resnet": Timm(name="test_resnet"),
+    "convnext": Timm(name="test_convnext"),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+def test_any_network_and_frames_that_hold_no_whole_patches(network) -> None:
+    torch.manual_seed(0)
+    backbone = network.build(drop_path=0.0).eval()
+    pictures, masks = square(3, height=131, width=197)
+    with torch.no_grad():
+        found = list(segment(backbone, pictures, masks[0], VideoSegmentation(size=131), Site()))
+    assert [each.shape for each in found] == [(131, 197)] * 2
+    assert all(each.dtype == np.uint8 and set(np.unique(each)) <= {0, 7} for each in found)
+    assert any((each == 7).any() for each in found)
+
+
+def test_frames_of_two_sizes_are_refused() -> None:
+    pictures, masks = square(3)
+    pictures[2] = pictures[2][:-8]
+    with pytest.raises(UserError, match=r"96 x 56 pixels, and the first mask 96 x 64"):
+        list(segment(RawPatches(), pictures, masks[0], VideoSegmentation(size=64), Site()))
+
+
+@pytest.fixture(scope="module")
+def davis(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three drawn videos in DAVIS' layout, 5 and 4 frames long."""
+    root = tmp_path_factory.mktemp("videos") / "DAVIS"
+    for index, name in enumerate(("star", "flower", "gear")):
+        video = Scenes(size=48, part="val").video(index, 5 - index % 2)
+        for i, (frame, mask) in enumerate(zip(*video, strict=True)):
+            path = root / "JPEGImages/480p" / name / f"{i:05d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), frame[..., ::-1])
+            write_mask(root / "Annotations/480p" / name / f"{i:05d}.png", mask)
+    (root / "ImageSets/2017").mkdir(parents=True)
+    (root / "ImageSets/2017/val.txt").write_text("gear\nstar\nflower\n")
+    return root
+
+
+SMALL = VideoSegmentation(size=48, multiple=8)
+
+
+def test_the_evaluation_scores_what_it_writes(davis: Path, tmp_path: Path) -> None:
+    heard = []
+
+    def progress(label: str):
+        return nullcontext(lambda done, total: heard.append((label, done, total)))
+
+    bound = SMALL.bind([davis], Site(out=tmp_path, progress=progress))
+    scores = bound(RawPatches())
+    again = score_results(tmp_path / "video-segmentation", davis)
+    assert scores.details["official"] == again
+    assert scores["J&F"] == pytest.approx(100 * again["J&F-Mean"])
+    assert list(scores) == ["J&F", "J", "J recall", "J decay", "F", "F recall", "F decay"]
+    assert list(again["per_object"]) == ["gear_1", "star_1", "flower_1", "flower_2"]
+    assert len(list(tmp_path.rglob("*.png"))) == 14
+    assert ("frames", 11, 11) in heard
+    assert bound.data["davis"]["frames"] == 14
+    assert scores["J"] > scores.details["first_mask_kept"]["J"] + 10
+    assert bound.pixel_floor() == Scores(scores)
+
+
+def test_two_ranks_together_say_what_one_does(davis: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank's share is scored in turn, and gathering is played by hand."""
+    bound, alone = SMALL.bind([davis], Site()), SMALL.bind([davis], Site())(RawPatches())
+    shares: list[Tensor] = []
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    monkeypatch.setattr(dist, "gather", lambda rows: shares.append(rows) or rows)
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        bound(RawPatches())
+    assert [len(share) for share in shares[::2]] == [3, 1]
+    monkeypatch.setattr(dist, "gather", lambda rows: torch.cat(shares[2::-2]))  # ranks in any order
+    assert bound._summary(shares[0]) == alone.details["official"]
+
+
+def test_the_drawn_videos_need_no_files() -> None:
+    bound = VideoSegmentation().bind(["scenes"], Site(size=16))
+    assert bound.data["davis"]["sequences"] == 8
+    assert bound.settings.size == 32
+    assert next(bound.clips[0].frames()).shape == (32, 32, 3)
+    assert bound.data == VideoSegmentation().bind(["scenes"], Site(size=16)).data
+    assert bound.data != VideoSegmentation().bind(["scenes"], Site(size=24)).data
+
+
+@pytest.mark.parametrize(
+    "change", [dict(top_k=0), dict(radius=-1), dict(temperature=0.0), dict(size=-5), dict(context=-1)]
+)
+def test_settings_that_cannot_work_are_said(change: dict) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(change)).replace('_', '-')}"):
+        VideoSegmentation(**change)
+
+
+def test_nothing_of_the_backbone_is_changed(davis: Path) -> None:
+    backbone: Backbone = NETWORKS["resnet"].build().train()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    SMALL.bind([davis], Site())(backbone)
+    assert backbone.training
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
