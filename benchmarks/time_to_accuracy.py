@@ -20,6 +20,7 @@ from rich.table import Table
 
 from dino.config import edit, to_dict
 from dino.data.folder import Folder
+from dino.evals.evaluator import Site
 from dino.evals.knn import KNN
 from dino.events import EpochDone, Logged, Started
 from dino.presets.plan import measure
@@ -86,7 +87,9 @@ def follow(run: Run, pictures, val, minutes: float, every: float, console: Conso
     """Trains for so many minutes and measures every few; the measuring is not on the clock."""
     curve, asked, next_at, loss, entropy = [], 0.0, 0.0, None, None
     with start(run.precision) as rt:
-        knn = KNN().bind(pictures, val, size=run.views.global_size, device=rt.device, autocast=rt.autocast)
+        knn = KNN(k=(20,)).bind(
+            (pictures, val), Site(size=run.views.global_size, device=rt.device, autocast=rt.autocast)
+        )
         began, backbone = time.monotonic(), None
         for event in train(run, rt, pictures):
             if isinstance(event, Logged):

@@ -31,6 +31,7 @@ LAYERS = [
 SIDEWAYS = {
     ("runtime", "fast"): "the one place that chooses the fast twins",
     ("training", ""): "the version that run.json names",
+    ("api", ""): "the version that results name",
     ("cli", ""): "the version",
     ("analysis", "presets"): "both are at the top",
     ("presets", "analysis"): "both are at the top",

@@ -6,35 +6,39 @@ features = dino.embed(backbone, "photos").features
 """
 
 import hashlib
+import importlib.metadata
+import json
+import platform
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 import numpy as np
 
-from dino import dist
-from dino.analysis.attention import Attention, Query, attend, saliency
-from dino.config import edit
+from dino import __version__, dist
+from dino.analysis.attention import Attention, Point, Query, attend, saliency
+from dino.config import edit, to_dict
 from dino.data.folder import Folder
 from dino.data.pictures import Pictures, Skipped
 from dino.data.scenes import Scenes
+from dino.data.sources import PictureSource, open_pictures
 from dino.errors import UserError
-from dino.evals.evaluator import extract
-from dino.evals.knn import KS, accuracy_of, raw_pixels, untrained
+from dino.evals import find as find_evaluation
+from dino.evals.attention_masks import size_to_look_at
+from dino.evals.evaluator import Evaluation, Site, extract, floors_of, no_progress
 from dino.files import write_json
-from dino.models import Timm
 from dino.models.backbone import Attentive, Backbone
 from dino.presets import resolve
 from dino.runtime import machine, start
 from dino.session.begin import find, resumed, settle, show_plan
-from dino.session.sources import Checkpoint, Source, open_checkpoint, open_pictures, read_picture
+from dino.session.sources import Checkpoint, open_checkpoint, read_picture
 from dino.session.training import Outcome, run_session
 from dino.terminal import Done, Terminal
 from dino.training import Run
 
-Labelling = Callable[[str], Any]
+Labelling = Callable[[str], AbstractContextManager[Done]]
 """Given what is about to happen, a context that gives a `Done`."""
 
 
@@ -42,7 +46,7 @@ Labelling = Callable[[str], Any]
 
 
 def train(
-    pictures: Source,
+    pictures: PictureSource,
     *,
     preset: str | Run | None = None,
     out: str | Path | None = None,
@@ -84,7 +88,7 @@ def train(
             return run_session(run, rt, opened, terminal, resume=found is not None)
 
 
-def _data_settings(source: Source) -> dict[str, Any]:
+def _data_settings(source: PictureSource) -> dict[str, Any]:
     if isinstance(source, Pictures):
         return {}
     if isinstance(source, Folder | Scenes):
@@ -97,99 +101,60 @@ def _data_settings(source: Source) -> dict[str, Any]:
 
 def evaluate(
     checkpoint: str | Path | Backbone | Checkpoint,
-    train: Source,
-    val: Source | None = None,
-    *,
-    k: Sequence[int] = KS,
-    temperature: float = 0.07,
-    size: int | None = None,
-    held_back: float = 0.2,
+    evaluation: Evaluation | str,
+    *sources: PictureSource,
     floors: bool = True,
     batch_size: int = 64,
     workers: int = 0,
-    progress: Labelling | None = None,
+    cache: bool = True,
+    out: str | Path | None = None,
+    progress: Labelling = no_progress,
 ) -> dict[str, Any]:
-    """Weighted k-NN accuracy of frozen features (Appendix F.1), and beside it raw pixels and random weights.
+    """Any evaluation of the paper: `evaluate("runs/x", KNN(k=(5,)), "train", "val")`, or by name: `"knn"`.
 
-    Without `val` a share of every class of `train` is held back and asked about. Gives
-    {"knn": {"20-NN": percent}, "floors": {"raw_pixels": {...}, "random_weights": {...}}, "protocol": ...,
-    "data": ..., "checkpoint": ...}.
+    Gives {"evaluation": name, "values": {"20-NN": percent, ...}, "floors": {"raw_pixels": ..., "random_weights": ...},
+    "details", "protocol", "data", "checkpoint", "versions"}. floors: ask the same of random weights (and of raw pixels
+    where that has a meaning). cache: keep features beside the checkpoint. out: a folder for files it writes (masks).
     """
-    label = progress or (lambda _: nullcontext(None))
+    if isinstance(evaluation, str):
+        evaluation = cast(Evaluation, find_evaluation(evaluation)())
     with start("float32") as rt:
         found = open_checkpoint(checkpoint, rt.device)
-        with label("looking at the pictures") as done:
-            memory = open_pictures(train, done)
-            queries = open_pictures(val, done, part="val") if val is not None else None
-        if memory.labels is None:
-            raise UserError(
-                f"k-NN accuracy needs labels, and {train} has none: put the pictures of each class in "
-                "a folder of its own (photos/cat/1.jpg, photos/dog/2.jpg, ...)."
-            )
-        if queries is None:
-            memory, queries = memory.split(held_back, 0)
-        else:
-            queries = relabelled(queries, memory)
-        size = size or found.size
-        options: dict[str, Any] = dict(size=size, device=rt.device, batch_size=batch_size, workers=workers)
-
-        def score(backbone: Backbone | None, what: str) -> dict[str, float]:
-            sides = []
-            for pictures, which in ((memory, "training"), (queries, "validation")):
-                with label(f"{what}, {which} pictures") as done:
-                    if backbone is None:
-                        sides.append(raw_pixels(pictures, device=rt.device, progress=done))
-                    else:
-                        sides.append(extract(backbone, pictures, progress=done, **options))
-            return accuracy_of(*sides, k=k, temperature=temperature, device=rt.device)
-
-        result: dict[str, Any] = {"knn": score(found.backbone, "features"), "floors": {}}
-        if floors:
-            result["floors"]["raw_pixels"] = score(None, "raw pixels")
-        if floors and found.network is not None:
-            network = edit(found.network, pretrained=False) if isinstance(found.network, Timm) else found.network
-            fresh = untrained(lambda: network.build(drop_path=0.0)).to(rt.device)
-            result["floors"]["random_weights"] = score(fresh, "random weights")
-        return result | {
-            "protocol": {"name": "weighted k-NN", "k": list(k), "temperature": temperature, "size": size,
-                         "held_back": None if val is not None else held_back},
-            "data": {"train": _described(memory), "val": _described(queries)},
-            "checkpoint": {"source": found.source, "hash": found.hash},
-        }  # fmt: skip
-
-
-def relabelled(pictures: Pictures, like: Pictures) -> Pictures:
-    """The pictures with the class numbers of `like`, matched by the classes' names."""
-    if pictures.labels is None:
-        raise UserError("k-NN accuracy needs labels, and the validation pictures have none: give class folders.")
-    if pictures.classes == like.classes:
-        return pictures
-    unknown = [name for name in pictures.classes if name not in like.classes]
-    if unknown:
-        raise UserError(
-            f"The validation pictures have classes that the others lack: {', '.join(unknown[:8])}.\n"
-            f"Training classes: {', '.join(like.classes[:12])}."
+        site = Site(
+            device=rt.device,
+            workers=workers,
+            batch_size=batch_size,
+            size=found.size,
+            progress=progress,
+            cache=found.folder / "evals/features" if cache and found.folder is not None else None,
+            out=None if out is None else Path(out),
         )
-    numbers = np.array([like.classes.index(name) for name in pictures.classes], dtype=np.int64)
-    same = pictures.subset(np.arange(len(pictures)))
-    same.labels = np.where(pictures.labels >= 0, numbers[np.maximum(pictures.labels, 0)], -1)
-    same.classes = like.classes
-    return same
+        evaluator = evaluation.bind(sources, site)
+        scores = evaluator(found.backbone)
+        beside = floors_of(evaluator, found.fresh) if floors else {}
+        return {
+            "evaluation": evaluator.name,
+            "values": dict(scores),
+            "floors": {name: dict(values) for name, values in beside.items()},
+            "details": scores.details,
+            "protocol": to_dict(evaluation),
+            "data": {name: dict(part) for name, part in evaluator.data.items()},
+            "checkpoint": {"source": found.source, "hash": found.hash, "size": found.size},
+            "versions": versions(),
+        }
 
 
-def _described(pictures: Pictures) -> dict[str, Any]:
-    return {
-        "pictures": len(pictures),
-        "classes": len(pictures.classes),
-        "skipped": len(pictures.skipped),
-        "fingerprint": pictures.fingerprint,
-    }
+def versions() -> dict[str, str]:
+    """Of what a figure depends on."""
+    known = {name: importlib.metadata.version(name) for name in ("torch", "timm", "numpy")}
+    return {"dino": __version__, **known, "python": platform.python_version()}
 
 
-def save_evaluation(result: Mapping[str, Any], name: str, folder: Path) -> Path:
-    """Writes a result to FOLDER/NAME-DATA.json; another data set, another file."""
-    data = hashlib.sha256("".join(str(part["fingerprint"]) for part in result["data"].values()).encode())
-    return write_json(folder / f"{name}-{data.hexdigest()[:8]}.json", dict(result))
+def save_evaluation(result: Mapping[str, Any], folder: Path) -> Path:
+    """Writes a result to FOLDER/NAME-DATA.json; another data set or protocol, another file."""
+    measured = json.dumps([result["data"], result["protocol"]], sort_keys=True)
+    digest = hashlib.sha256(measured.encode()).hexdigest()[:8]
+    return write_json(folder / f"{result['evaluation']}-{digest}.json", dict(result))
 
 
 # -- embed -------------------------------------------------------------------------------------------------
@@ -210,7 +175,7 @@ class Embedding:
 
 def embed(
     checkpoint: str | Path | Backbone | Checkpoint,
-    pictures: Source,
+    pictures: PictureSource,
     *,
     size: int | None = None,
     batch_size: int = 64,
@@ -243,29 +208,50 @@ def embed(
 # -- attention ---------------------------------------------------------------------------------------------
 
 
+@overload
 def attention(
     checkpoint: str | Path | Backbone | Checkpoint,
     picture: str | Path | np.ndarray,
     *,
-    layer: int = -1,
     point: Query = "cls",
+    layer: int = -1,
+    heads: Sequence[int] | None = None,
     mass: float = 0.6,
     size: int | None = None,
-) -> Attention:
-    """What the backbone looks at in one picture (a file, or uint8 [H, W, 3] RGB): every head, mean, masks.
+) -> Attention: ...
+@overload
+def attention(
+    checkpoint: str | Path | Backbone | Checkpoint,
+    picture: str | Path | np.ndarray,
+    *,
+    point: list[Point],
+    layer: int = -1,
+    heads: Sequence[int] | None = None,
+    mass: float = 0.6,
+    size: int | None = None,
+) -> list[Attention]: ...
 
-    A network without attention gives the similarity of each place to its pooled feature (kind says so).
+
+def attention(
+    checkpoint: str | Path | Backbone | Checkpoint,
+    picture: str | Path | np.ndarray,
+    *,
+    point: Query | list[Point] = "cls",
+    layer: int = -1,
+    heads: Sequence[int] | None = None,
+    mass: float = 0.6,
+    size: int | None = None,
+) -> Attention | list[Attention]:
+    """What the backbone looks at in one picture (a file, or uint8 [H, W, 3] RGB): the heads, their mean, masks.
+
+    point: (x, y) in pixels of the picture instead of the [CLS] token; a list of points gives a list. A network
+    without attention gives the similarity of each place to its pooled feature (kind says so).
     """
     found = open_checkpoint(checkpoint)
     image = picture if isinstance(picture, np.ndarray) else read_picture(picture)
-    size = size or attention_size(found)
+    size = size or size_to_look_at(found.size)
     if isinstance(found.backbone, Attentive):
-        return attend(found.backbone, image, layer=layer, query=point, mass=mass, size=size)
-    if point != "cls" or layer != -1:
-        raise UserError(f"{found.source} has no attention: layers and points need a Vision Transformer.")
+        return attend(found.backbone, image, layer=layer, heads=heads, query=point, mass=mass, size=size)
+    if point != "cls" or layer != -1 or heads:
+        raise UserError(f"{found.source} has no attention: layers, heads and points need a Vision Transformer.")
     return saliency(found.backbone, image, mass=mass, size=size)
-
-
-def attention_size(found: Checkpoint) -> int:
-    """The paper's 480 for networks trained at 224 or more; twice the training size for smaller ones."""
-    return min(480, 2 * found.size) if found.size < 224 else 480

@@ -1,5 +1,6 @@
 """What happens while training, one type each: `training.train` yields them, whoever drives it matches on them."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from dino.data.pictures import Pictures
@@ -14,7 +15,7 @@ class Started(NamedTuple):
     method: Method
     train: Pictures
     held_back: Pictures | None
-    baselines: dict[str, dict[str, float]]
+    baselines: Mapping[str, Mapping[str, float]]
 
 
 class Logged(NamedTuple):

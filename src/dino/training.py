@@ -7,7 +7,7 @@ draws bars, pictures and reports between its steps. There are no callbacks; what
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from dino.data.pictures import Pictures
 from dino.data.scenes import Scenes
 from dino.data.views import Batch, MultiCrop
 from dino.errors import UserError
-from dino.evals.knn import KNN, BoundKNN
+from dino.evals.evaluator import Evaluator, Site, floors_of
+from dino.evals.watch import Watch
 from dino.events import Ended, EpochDone, Evaluated, Event, Logged, Started
 from dino.files import remove_parts, write_json
 from dino.logs import Log
@@ -54,7 +55,7 @@ class Run:
     """What the student and the teacher see of a picture."""
     optim: Optim = field(default_factory=Optim)
     """How the student moves."""
-    knn: KNN = field(default_factory=KNN)
+    knn: Watch = field(default_factory=Watch)
     """The accuracy measured while training, where the pictures have labels."""
     precision: Precision = "float32"
     """Precision of the matrix products."""
@@ -134,16 +135,9 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     model = rt.prepare(state.method)
     knn = None
     if held_back is not None:
-        knn = run.knn.bind(
-            rest,
-            held_back,
-            size=run.views.global_size,
-            device=rt.device,
-            workers=run.workers,
-            autocast=rt.autocast,
-        )
+        knn = run.knn.bind(rest, held_back, _site(run, rt))
     clock = Clock(state.step, per_epoch, run.optim.epochs)
-    baselines = _baselines(run, knn, resume)
+    baselines = _baselines(run, rt, knn, resume)
     yield Started(clock, state.method, rest, held_back, baselines)
     if rt.is_main:
         remove_parts(out / "checkpoints")
@@ -208,7 +202,9 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     yield Ended(clock._replace(step=state.step), state.method, finished, skipped, stop.signal)
 
 
-def describe(run: Run, pictures: Pictures, rest: Pictures, baselines: dict[str, Any]) -> dict[str, Any]:
+def describe(
+    run: Run, pictures: Pictures, rest: Pictures, baselines: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
     """What run.json holds: the complete Run, and what it ran on."""
     return {
         "run": to_dict(run),
@@ -251,7 +247,7 @@ def _is_due(every: float, clock: Clock) -> bool:
     return clock.step == clock.steps or math.floor(clock.epoch / every) > math.floor((clock.epoch - 1) / every)
 
 
-def _evaluate(knn: BoundKNN, state: State, clock: Clock) -> Evaluated:
+def _evaluate(knn: Evaluator, state: State, clock: Clock) -> Evaluated:
     values = dict(knn(state.method.backbone))
     first = next(iter(values.values()))
     is_best = first > state.best.get("value", -math.inf)
@@ -260,12 +256,22 @@ def _evaluate(knn: BoundKNN, state: State, clock: Clock) -> Evaluated:
     return Evaluated(clock, "knn", values, is_best)
 
 
-def _baselines(run: Run, knn: BoundKNN | None, resume: bool) -> dict[str, dict[str, float]]:
+def _site(run: Run, rt: Runtime) -> Site:
+    return Site(
+        device=rt.device,
+        workers=run.workers,
+        batch_size=run.knn.batch_size,
+        size=run.views.global_size,
+        autocast=rt.autocast,
+    )
+
+
+def _baselines(run: Run, rt: Runtime, knn: Evaluator | None, resume: bool) -> Mapping[str, Mapping[str, float]]:
     """Measured once, at the start of a run; a resumed one reads them back."""
     path = Path(run.out) / "run.json"
     if resume and path.is_file():
         return json.loads(path.read_text()).get("baselines", {})
-    return {} if knn is None else knn.baselines(lambda: run.backbone.build(drop_path=0.0))
+    return {} if knn is None else floors_of(knn, lambda: run.backbone.build(drop_path=0.0).to(rt.device))
 
 
 def _save(state: State, run: Run, pictures: Pictures, path: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 import dino as package
 from dino.data.folder import Folder
 from dino.data.views import eval_transform, normalize
+from dino.evals.knn import KNN
 from dino.logs import read_metrics
 
 
@@ -67,20 +68,20 @@ def test_eval_says_value_protocol_data_and_checkpoint(trained, photos, dino):
     assert ran.code == 0, ran.err
     result = ran.json
     assert set(result["floors"]) == {"raw_pixels", "random_weights"}
-    assert result["protocol"]["size"] == 32
+    assert result["checkpoint"]["size"] == 32
     assert result["data"]["val"]["pictures"] == 8
     assert json.loads(Path(result["file"]).read_text()) == {k: v for k, v in result.items() if k != "file"}
     assert result["file"].startswith(str(run))
     # the file in the run and the run are the same checkpoint, and one evaluation gives one value
     again = dino("eval", "knn", run / "backbone.safetensors", photos, "--k", "1", "5", "--json", "--no-floors").json
     assert again["checkpoint"]["hash"] == result["checkpoint"]["hash"]
-    assert again["knn"] == result["knn"]
-    assert package.evaluate(run, photos, k=(1, 5), floors=False)["knn"] == result["knn"]
+    assert again["values"] == result["values"]
+    assert package.evaluate(run, KNN(k=(1, 5)), photos, floors=False)["values"] == result["values"]
 
 
 def test_pictures_that_vote_for_themselves_are_right(trained, photos, dino):
     run, _ = trained
-    assert dino("eval", "knn", run, photos, photos, "--k", "1", "--no-floors", "--json").json["knn"]["1-NN"] == 100
+    assert dino("eval", "knn", run, photos, photos, "--k", "1", "--no-floors", "--json").json["values"]["1-NN"] == 100
 
 
 def test_eval_prints_a_table(trained, photos, dino):
@@ -127,7 +128,7 @@ def test_attention_draws_every_head_the_mean_and_the_mask(trained, photos, dino,
     (drawn,) = ran.json["pictures"]
     assert (drawn["heads"], drawn["grid"], drawn["layer"]) == (2, [8, 8], 1)
     names = {path.name for path in (tmp_path / "maps" / picture.stem).iterdir()}
-    assert names == {"picture.png", "mean.png", "overlay.png", "mask-60.png", "head-0.png", "head-1.png"}
+    assert names == {"picture.png", "mean.png", "overlay.png", "mask-60.png", "heads.png", "head-0.png", "head-1.png"}
     point = dino("attention", run, picture, "--point", "5", "30", "--layer", "0", "-o", "point", "--json")
     assert point.json["pictures"][0]["layer"] == 0
     one, other = (np.asarray(Image.open(tmp_path / name / picture.stem / "mean.png")) for name in ("maps", "point"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dino.data.pictures import BadImage, Pictures
 from dino.errors import UserError
 from dino.evals import evaluator
-from dino.evals.evaluator import Extracted, evaluating, extract
+from dino.evals.evaluator import Extracted, Site, evaluating, extract, floors_of, untrained
 from dino.evals.knn import (
     KNN,
     accuracy_of,
@@ -19,8 +19,8 @@ from dino.evals.knn import (
     nearest_neighbours,
     pixel_feature,
     raw_pixels,
-    untrained,
 )
+from dino.evals.watch import Watch
 from dino.models.backbone import Backbone, Features
 
 
@@ -259,11 +259,11 @@ def test_raw_pixels_reach_their_known_figure(shared) -> None:
 
 def test_the_evaluator_states_its_floors_and_disturbs_no_randomness() -> None:
     pictures = Squares(bad=())
-    bound = KNN(k=1, batch_size=4).bind(pictures, pictures, size=16, device="cpu")
+    bound = KNN(k=(1,)).bind((pictures, pictures), Site(size=16, batch_size=4))
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    floors = bound.baselines(MeanColor)
+    floors = floors_of(bound, MeanColor)
     assert torch.equal(torch.rand(3), expected)
     assert set(floors) == {"raw_pixels", "random_weights"}
     assert bound.name == "knn"
@@ -271,9 +271,9 @@ def test_the_evaluator_states_its_floors_and_disturbs_no_randomness() -> None:
 
 
 def test_a_large_memory_is_thinned_evenly() -> None:
-    bound = KNN(max_memory=4).bind(Squares(), Squares(), size=16, device="cpu")
+    bound = Watch(max_memory=4).bind(Squares(), Squares(), Site(size=16))
     assert bound.train.names == ["0.png", "3.png", "7.png", "10.png"]
-    assert len(bound.test) == 11
+    assert len(bound.val) == 11
 
 
 def test_untrained_weights_are_the_same_for_the_same_seed() -> None:

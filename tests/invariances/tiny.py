@@ -20,7 +20,7 @@ from dino import checkpoint
 from dino.config import edit, from_dict, to_dict
 from dino.data.scenes import Scenes
 from dino.data.views import MultiCrop
-from dino.evals.knn import KNN
+from dino.evals.watch import Watch
 from dino.events import Event, Logged
 from dino.methods.dino import DINOConfig
 from dino.models.vit import ViT
@@ -47,7 +47,7 @@ RUN = Run(
     ),
     views=MultiCrop(global_size=32, local_size=16, local=2),
     optim=Optim(epochs=3, batch_size=8, lr=0.03, warmup_epochs=1, clip=1.0),
-    knn=KNN(every_epochs=0),
+    knn=Watch(every_epochs=0),
     workers=0,
     log_every=1,
     save_minutes=0,  # after every step

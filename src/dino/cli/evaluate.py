@@ -1,129 +1,125 @@
-"""dino eval: how good a backbone's features are."""
+"""dino eval NAME: how good a backbone's features are, by any evaluation of the paper."""
 
-import importlib.metadata
-import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
-from dino import __version__
 from dino.cli.options import Switch, parse
-from dino.errors import UserError, nearest
+from dino.errors import UserError
+from dino.evals import EVALUATIONS, find
 from dino.terminal import Terminal, speaking
 
-EXAMPLES = """\
-  dino eval knn runs/photos photos/                    one folder: a part of every class is held back
-  dino eval knn runs/photos photos_train/ photos_val/
-  dino eval knn dino_vits16 photos/ --json             a released network; figures for a script
-  dino eval knn timm:resnet18 photos/ --k 5 20"""
-
-EVALUATIONS = ("knn",)
-NAMES = {"raw_pixels": "raw pixels", "random_weights": "random weights"}
+FLOORS = {"raw_pixels": "raw pixels", "random_weights": "random weights"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnOptions:
-    """Weighted k-NN accuracy of frozen features, beside its floors: raw pixels, and random weights.
+class Common:
+    """What every evaluation can be told."""
 
-    The result is also written next to the checkpoint, in evals/.
-    """
-
-    checkpoint: tyro.conf.Positional[str]
-    """A run's folder, a weights file, a released network (dino_vits16) or timm:NAME."""
-    train: tyro.conf.Positional[str]
-    """Folder of class folders whose pictures vote; `scenes` draws pictures."""
-    val: tyro.conf.Positional[str] = ""
-    """Folder of class folders that is asked about; without it a part of TRAIN is held back."""
-    k: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours that vote."""
-    temperature: float = 0.07
-    """Of the votes (Appendix F.1)."""
-    size: int | None = None
-    """Side in pixels of what the network sees; what it was trained on without it."""
-    held_back: float = 0.2
-    """Share of every class that is asked about, where there is no VAL."""
     floors: Switch = True
-    """Measure raw pixels and random weights too."""
+    """Ask the same of random weights, and of raw pixels where that has a meaning."""
     batch_size: int = 64
     """Pictures per forward pass."""
     workers: int = 0
     """Processes that decode."""
+    cache: Switch = True
+    """Keep the features beside the checkpoint, in evals/features/, for the next time."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""
-    """Folder for the result's JSON, instead of evals/ next to the checkpoint."""
+    """Folder for the result's JSON (and masks), instead of evals/ beside the checkpoint."""
     json: Switch = False
     """One JSON object on standard output, messages on standard error."""
 
 
 def eval(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(
-            "usage: dino eval NAME CHECKPOINT ...\n\nevaluations:\n  knn   weighted k-NN accuracy\n\n"
-            f"examples:\n{EXAMPLES}"
-        )
+        print(help_text())
         return 0
-    if argv[0] not in EVALUATIONS:
-        raise UserError(
-            f"There is no evaluation {argv[0]!r}{nearest(argv[0], EVALUATIONS)}\n"
-            f"Expected one of {', '.join(EVALUATIONS)}, as in: dino eval knn CHECKPOINT TRAIN VAL"
-        )
-    options = parse(KnnOptions, argv[1:], "dino eval knn", EXAMPLES)
-    _check(options)
-    with speaking(options.json) as (terminal, give):
-        _knn(options, terminal, give)
+    name, rest = argv[0], argv[1:]
+    evaluation = find(name)
+    options = parse(_options(evaluation), rest, f"dino eval {name}", evaluation.examples)
+    with speaking(options.common.json) as (terminal, give):
+        give(_evaluate(evaluation, options, terminal))
     return 0
 
 
-def _check(options: KnnOptions) -> None:
-    if not options.k or min(options.k) < 1:
-        raise UserError(f"--k needs numbers of at least 1; got {' '.join(map(str, options.k)) or 'none'}.")
-    if not 0 < options.held_back < 1:
-        raise UserError(f"--held-back must lie between 0 and 1; got {options.held_back:g}.")
+def help_text() -> str:
+    names = "\n".join(f"  {name:<20} {entry.what}" for name, entry in EVALUATIONS.items())
+    return (
+        "usage: dino eval NAME CHECKPOINT DATA...\n\n"
+        f"evaluations:\n{names}\n\n"
+        "CHECKPOINT is a run's folder, a file (.safetensors, .pth), a released network (dino_vits16) or timm:NAME.\n"
+        "DATA is what 'dino eval NAME --help' lists; the word scenes draws pictures, for a first try.\n\n"
+        f"examples:\n{find('knn').examples}"
+    )
 
 
-def _knn(options: KnnOptions, terminal: Terminal, give) -> None:
-    from pathlib import Path
+def _options(evaluation: Any) -> type:
+    """The options of one evaluation: its sources in order, its fields as flags, and what all share."""
+    checkpoint = "A run's folder, a weights file, a released network (dino_vits16) or timm:NAME."
+    fields: list[Any] = [("checkpoint", _positional(checkpoint))]
+    for source in evaluation.sources:
+        here = (source.name.lower(), _positional(source.help))
+        fields.append(here if source.required else (*here, field(default="")))
+    flat = tyro.conf.OmitArgPrefixes
+    fields.append(("protocol", Annotated[evaluation, flat], field(default_factory=evaluation)))
+    fields.append(("common", Annotated[Common, flat], field(default_factory=Common)))
+    options = make_dataclass("Options", fields, frozen=True)
+    options.__doc__ = f"{evaluation.__doc__}\n\nThe paper: {evaluation.paper}. The result is also written as JSON."
+    return options
 
+
+def _positional(help: str) -> Any:
+    return Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=help)]
+
+
+def _evaluate(evaluation: Any, options: Any, terminal: Terminal) -> dict[str, Any]:
     from dino.api import evaluate, open_checkpoint, save_evaluation
 
+    common: Common = options.common
+    given = [getattr(options, source.name.lower()) for source in evaluation.sources]
+    sources = [source for source in given if source]
     found = open_checkpoint(options.checkpoint)
     result = evaluate(
         found,
-        options.train,
-        options.val or None,
-        k=options.k,
-        temperature=options.temperature,
-        size=options.size,
-        held_back=options.held_back,
-        floors=options.floors,
-        batch_size=options.batch_size,
-        workers=options.workers,
+        options.protocol,
+        *sources,
+        floors=common.floors,
+        batch_size=common.batch_size,
+        workers=common.workers,
+        cache=common.cache,
+        out=common.out or None,
         progress=terminal.progress,
     )
-    result["versions"] = _versions()
-    floors = result["floors"]
-    columns = ["", options.checkpoint, *(NAMES[name] for name in floors)]
-    rows = [
-        [name, f"{value:.1f} %", *(f"{floor[name]:.1f} %" for floor in floors.values())]
-        for name, value in sorted(result["knn"].items(), key=lambda item: "top-5" in item[0])
-    ]
-    train, val = result["data"]["train"], result["data"]["val"]
-    title = (
-        f"k-NN accuracy: {val['pictures']} pictures of {train['classes']} classes asked about, "
-        f"{train['pictures']} vote, at {result['protocol']['size']} pixels"
-    )
-    terminal.table(title, columns, rows)
-    skipped = train["skipped"] + (val["skipped"] if options.val else 0)
-    if skipped:
-        terminal.say(f"{skipped} files could not be read and are left out.", style="yellow")
-    folder = Path(options.out) if options.out else found.folder and found.folder / "evals"
+    show(result, options.checkpoint, terminal)
+    folder = Path(common.out) if common.out else found.folder and found.folder / "evals"
     if folder is not None:
-        result["file"] = str(save_evaluation(result, "knn", folder))
-        terminal.say(f"Written to {result['file']}", style="dim")
-    give(result)
+        try:
+            result["file"] = str(save_evaluation(result, folder))
+            terminal.say(f"Written to {result['file']}", style="dim")
+        except UserError as error:
+            if common.out:
+                raise
+            terminal.say(f"{error} The figures are above; -o FOLDER writes them elsewhere.", style="yellow")
+    return result
 
 
-def _versions() -> dict[str, str]:
-    known = {name: importlib.metadata.version(name) for name in ("torch", "timm", "numpy")}
-    return {"dino": __version__, **known, "python": platform.python_version()}
+def show(result: Mapping[str, Any], checkpoint: str, terminal: Terminal) -> None:
+    """The figures as a table, the floors beside them."""
+    floors = result["floors"]
+    columns = ["", checkpoint, *(FLOORS[name] for name in floors)]
+    rows = [
+        [name, f"{value:.1f}", *(f"{floor[name]:.1f}" if name in floor else "-" for floor in floors.values())]
+        for name, value in result["values"].items()
+    ]
+    seen = "; ".join(f"{name}: {_counted(part)}" for name, part in result["data"].items())
+    terminal.table(f"{result['evaluation']} ({seen}), in percent", columns, rows)
+    if skipped := sum(int(part.get("skipped", 0)) for part in result["data"].values()):
+        terminal.say(f"{skipped} files could not be read and are left out.", style="yellow")
+
+
+def _counted(part: Mapping[str, Any]) -> str:
+    """`1500 pictures, 10 classes`: the numbers that a source says of itself."""
+    return ", ".join(f"{value:,} {name}" for name, value in part.items() if isinstance(value, int) and value)

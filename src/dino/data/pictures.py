@@ -91,6 +91,12 @@ class Pictures(ABC):
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
+    @property
+    def content(self) -> str | None:
+        """Equal only where every picture is the same, pixel by pixel: the key of what was computed of them. None
+        where the source cannot tell, and nothing is kept."""
+        return None
+
     def subset(self, indices: Sequence[int] | np.ndarray) -> "Pictures":
         """These pictures alone, in this order, with the same classes."""
         return _Subset(self, np.asarray(indices, dtype=np.int64))
@@ -128,6 +134,11 @@ class _Subset(Pictures):
         )
         self.source, self.indices = source, indices
 
+    @property
+    def content(self) -> str | None:
+        whole = self.source.content
+        return whole and hashlib.sha256(whole.encode() + self.indices.tobytes()).hexdigest()[:16]
+
     def read(self, index: int) -> np.ndarray:
         return self.source.read(int(self.indices[index]))
 
@@ -141,6 +152,7 @@ class _InMemory(Pictures):
             classes=source.classes,
             skipped=source.skipped,
         )
+        self.content_read = source.content
         self.starts = np.concatenate([[0], 3 * self.sizes.prod(axis=1).cumsum()])
         self.block = np.empty(self.starts[-1], dtype=np.uint8)
         self.bad: dict[int, BadImage] = {}
@@ -148,6 +160,10 @@ class _InMemory(Pictures):
             for done, _ in enumerate(pool.map(lambda index: self._fill(source, index), range(len(self))), 1):
                 if progress is not None:
                     progress(done, len(self))
+
+    @property
+    def content(self) -> str | None:
+        return self.content_read
 
     def _fill(self, source: Pictures, index: int) -> None:
         try:

@@ -277,6 +277,12 @@ class DrawnPictures(Pictures):
         settings = json.dumps(asdict(self.scenes), sort_keys=True)
         return hashlib.sha256((super().fingerprint + settings).encode()).hexdigest()[:16]
 
+    @property
+    def content(self) -> str:
+        """The settings, and one picture as this version of the package draws it."""
+        first = self.read(0).tobytes() if len(self) else b""
+        return hashlib.sha256(self.fingerprint.encode() + first).hexdigest()[:16]
+
     def read(self, index: int) -> Image:
         return self.scenes.read(index)
 

@@ -1,8 +1,14 @@
-"""What every evaluation shares: the contract, and features of a data set, once, over all ranks."""
+"""What every evaluation shares: the contract, and features of a data set, once, over all ranks.
 
-from collections.abc import Callable, Iterator, Mapping
+An evaluation is settings (a frozen dataclass: its fields are the protocol), bound to data it is an `Evaluator`, and
+called with a backbone it says numbers. The command line, the Python call and a training run need nothing else of it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,6 +18,7 @@ from dino import dist
 from dino.data.loader import eval_batches
 from dino.data.pictures import BadImage, Pictures, Skipped
 from dino.data.views import normalize
+from dino.evals.cache import key_of, remembered, weights_hash
 from dino.models.backbone import Backbone
 
 Progress = Callable[[int, int], None]
@@ -22,13 +29,110 @@ Autocast = Callable[[], AbstractContextManager]
 GATHER_ROWS = 16384  # rows of features that cross between ranks at once: 50 MB at 768 wide
 
 
+class Source(NamedTuple):
+    """One thing that a person gives behind the checkpoint: a folder, a file, or the word `scenes`."""
+
+    name: str
+    help: str
+    required: bool = True
+
+
+class Scores(dict[str, float]):
+    """Numbers by name, in percent unless the name says otherwise, in the order to show them."""
+
+    def __init__(self, values: Mapping[str, float], details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(values)
+        self.details = dict(details or {})
+        """What more the result's JSON holds: per query, per object, what was chosen."""
+
+
+@contextmanager
+def no_progress(label: str) -> Iterator[Progress]:
+    """For those whom nobody watches."""
+    yield lambda done, total: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where an evaluation works: what it needs of the machine, and of the checkpoint beside its weights."""
+
+    device: torch.device | str = "cpu"
+    workers: int = 0
+    """Processes that decode."""
+    batch_size: int = 64
+    """Pictures per forward pass."""
+    size: int = 224
+    """Side in pixels that the backbone was trained at: for protocols that do not fix one."""
+    autocast: Autocast = nullcontext
+    progress: Callable[[str], AbstractContextManager[Progress]] = no_progress
+    """`with site.progress("features") as done: done(3, 100)`."""
+    cache: Path | None = None
+    """Folder of features that were extracted before; None keeps none."""
+    out: Path | None = None
+    """Folder for the files that an evaluation writes (masks, ...); None writes none."""
+
+    def extract(
+        self, backbone: Backbone, pictures: Pictures, *, size: int | None = None, label: str = "features"
+    ) -> "Extracted":
+        """`extract` here, or what it gave before: the same weights saw the same pictures at the same size."""
+        size = size or self.size
+
+        def compute() -> Extracted:
+            with self.progress(label) as done:
+                return extract(
+                    backbone,
+                    pictures,
+                    size=size,
+                    device=self.device,
+                    batch_size=self.batch_size,
+                    workers=self.workers,
+                    autocast=self.autocast,
+                    progress=done,
+                )
+
+        if self.cache is None or (content := pictures.content) is None:
+            return compute()
+        stored = self.cache / f"{key_of(weights_hash(backbone), content, f'cls at {size}')}.safetensors"
+        tensors = remembered(stored, lambda: compute().tensors())
+        return Extracted.of(tensors, pictures)
+
+
 class Evaluator(Protocol):
-    """Anything that looks at a backbone and says numbers. It never sees a method, a loss or an optimizer."""
+    """Bound to data, looks at a backbone and says numbers. It never sees a method, a loss or an optimizer."""
 
     @property
     def name(self) -> str: ...
 
-    def __call__(self, backbone: Backbone) -> Mapping[str, float]: ...
+    @property
+    def data(self) -> Mapping[str, Mapping[str, Any]]:
+        """What it measures on, by the source's name: numbers of pictures, fingerprints."""
+        ...
+
+    def __call__(self, backbone: Backbone) -> Scores: ...
+
+
+@runtime_checkable
+class HasPixelFloor(Protocol):
+    """An evaluator that can ask the same of raw pixels: the floor that features must clear."""
+
+    def pixel_floor(self) -> Scores: ...
+
+
+class Evaluation(Protocol):
+    """The settings of an evaluation: a frozen dataclass whose fields are the protocol, and the flags."""
+
+    name: ClassVar[str]
+    """As in `dino eval NAME`."""
+    sources: ClassVar[tuple[Source, ...]]
+    """What stands behind the checkpoint on the command line, in order."""
+    paper: ClassVar[str]
+    """Which table and appendix it reproduces."""
+    examples: ClassVar[str]
+    """Command lines for --help."""
+
+    def bind(self, sources: Sequence[str | Path | Pictures], site: Site) -> Evaluator:
+        """Opens and checks the data. Raises UserError where its layout is another, with a picture of the right one."""
+        ...
 
 
 class Extracted(NamedTuple):
@@ -38,6 +142,36 @@ class Extracted(NamedTuple):
     labels: Tensor | None  # [N] int64, -1 where a picture has no label; None where the data set has no labels
     indices: Tensor  # [N] int64: the place of each row in the data set
     skipped: list[Skipped]  # pictures that could not be read, by name and reason
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file keeps of it; labels and reasons are the data set's to say."""
+        return {"features": self.features, "indices": self.indices}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor], pictures: Pictures) -> "Extracted":
+        """The rows of these pictures, which read as they did."""
+        indices = tensors["indices"]
+        labels = None
+        if pictures.labels is not None:
+            labels = torch.as_tensor(np.asarray(pictures.labels), dtype=torch.int64)[indices]
+        missing = np.setdiff1d(np.arange(len(pictures)), indices.numpy())
+        return Extracted(tensors["features"], labels, indices, [_why(pictures, int(i)) for i in missing])
+
+
+def untrained(build: Callable[[], Backbone], seed: int = 0) -> Backbone:
+    """The same network with random weights, without touching the random state of the run: a floor."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def floors_of(evaluator: Evaluator, build: Callable[[], Backbone] | None) -> dict[str, Scores]:
+    """What a figure stands beside: the same asked of raw pixels, where that has a meaning, and of random weights.
+
+    build makes the network with random weights on the evaluator's device; None where nobody knows its settings.
+    """
+    floors = {"raw_pixels": evaluator.pixel_floor()} if isinstance(evaluator, HasPixelFloor) else {}
+    return floors if build is None else floors | {"random_weights": evaluator(untrained(build))}
 
 
 @contextmanager
@@ -103,12 +237,7 @@ def gathered(rows: Tensor, features: Tensor, pictures: Pictures, device: torch.d
     rows, features = _gather_rows(rows, device), _gather_rows(features, device)
     order = rows.argsort(stable=True)
     order = order[rows[order] >= 0]
-    indices = rows[order]
-    labels = None
-    if pictures.labels is not None:
-        labels = torch.as_tensor(np.asarray(pictures.labels), dtype=torch.int64)[indices]
-    missing = np.setdiff1d(np.arange(len(pictures)), indices.numpy())
-    return Extracted(features[order], labels, indices, [_why(pictures, int(index)) for index in missing])
+    return Extracted.of({"features": features[order], "indices": rows[order]}, pictures)
 
 
 def _gather_rows(rows: Tensor, device: torch.device | str) -> Tensor:

@@ -1,12 +1,13 @@
 """Weighted nearest neighbours (Appendix F.1): how good frozen features are, with nothing to train and nothing
 to tune.
 
-Also the two floors that any figure stands beside: raw pixels, and the same network before training.
+Also the floor that any such figure stands beside: raw pixels.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from dino.data.pictures import BadImage, Pictures
+from dino.data.sources import CLASS_FOLDERS, PictureSource, described, labelled_pair
 from dino.errors import UserError
-from dino.evals.evaluator import Autocast, Extracted, Progress, extract, gathered, share_of
+from dino.evals.evaluator import Extracted, Progress, Scores, Site, Source, gathered, share_of
 from dino.models.backbone import Backbone
 
 KS = (10, 20, 100, 200)  # Appendix F.1; 20 is the one that the paper reports
-CLASS_FOLDERS = "Put the pictures of each class in a folder of its own: photos/cat/1.jpg, photos/dog/2.jpg, ..."
 MEMORY_ROWS = 65536  # training pictures compared at once, for a chunk of test pictures: 64 MB of similarities
 
 
@@ -96,77 +97,78 @@ def knn_accuracy(
 
 @dataclass(frozen=True, kw_only=True)
 class KNN:
-    """Weighted k-NN accuracy of the backbone on pictures with labels, measured while training."""
+    """Weighted k-NN accuracy of frozen features: nothing to train, nothing to tune."""
 
-    every_epochs: float = 1.0
-    """Measure each time this many epochs have passed; 0 never."""
-    k: int = 20
-    """Neighbours that vote (Appendix F.1 reports 20)."""
+    name: ClassVar[str] = "knn"
+    sources: ClassVar[tuple[Source, ...]] = (
+        Source("TRAIN", "Folder of class folders whose pictures vote; `scenes` draws pictures."),
+        Source("VAL", "Folder of class folders that is asked about; without it a part of TRAIN is.", required=False),
+    )
+    paper: ClassVar[str] = "Tables 2 and 10, Appendix F.1"
+    examples: ClassVar[str] = """\
+  dino eval knn runs/photos photos/                    one folder: a part of every class is held back
+  dino eval knn runs/photos photos_train/ photos_val/
+  dino eval knn dino_vits16 photos/ --json             a released network; figures for a script
+  dino eval knn timm:resnet18 photos/ --k 5 20"""
+
+    k: tuple[int, ...] = KS
+    """Numbers of neighbours that vote."""
+    temperature: float = 0.07
+    """Of the votes (Appendix F.1)."""
     size: int | None = None
-    """Side in pixels of the center crop that is shown to the backbone; None: the size of the global crops."""
-    held_back: float = 0.1
-    """Share of every class that is kept out of training and asked about."""
-    max_memory: int = 50_000
-    """Training pictures that vote, evenly spaced; more cost time and change the figure little."""
-    batch_size: int = 64
-    """Pictures per forward pass."""
+    """Side in pixels of what the network sees; without it, what it was trained on."""
+    held_back: float = 0.2
+    """Share of every class that is asked about, where there is no VAL."""
 
-    def bind(
-        self,
-        train: Pictures,
-        test: Pictures,
-        *,
-        size: int,
-        device: torch.device | str,
-        workers: int = 0,
-        autocast: Autocast = nullcontext,
-        progress: Progress | None = None,
-    ) -> "BoundKNN":
-        """The evaluator for these pictures on this device; `size` answers where the setting says None."""
-        if len(train) > self.max_memory:
-            train = train.subset(np.linspace(0, len(train) - 1, self.max_memory).round().astype(np.int64))
-        return BoundKNN(self, train, test, self.size or size, device, workers, autocast, progress)
+    def __post_init__(self) -> None:
+        if not self.k or min(self.k) < 1:
+            raise UserError(f"--k needs numbers of at least 1; got {' '.join(map(str, self.k)) or 'none'}.")
+        if not self.temperature > 0:
+            raise UserError(f"--temperature must be above 0; got {self.temperature:g}.")
+        if not 0 < self.held_back < 1:
+            raise UserError(f"--held-back must lie between 0 and 1; got {self.held_back:g}.")
+
+    def bind(self, sources: Sequence[PictureSource], site: Site) -> "BoundKNN":
+        with site.progress("looking at the pictures") as done:
+            train, val = labelled_pair(*sources, held_back=self.held_back, progress=done)
+        return BoundKNN(self, train, val, site)
 
 
 @dataclass(frozen=True)
 class BoundKNN:
-    """An `Evaluator`: the settings with the pictures and the machine they run on."""
+    """The evaluator: the settings with the pictures, and where it works."""
 
     settings: KNN
     train: Pictures
-    test: Pictures
-    size: int
-    device: torch.device | str
-    workers: int = 0
-    autocast: Autocast = nullcontext
-    progress: Progress | None = None
+    val: Pictures
+    site: Site
     name: str = "knn"
 
-    def __call__(self, backbone: Backbone) -> Mapping[str, float]:
-        """{"20-NN": percent, "20-NN top-5": percent}, the same on every rank."""
-        return self.score(*(self.features(backbone, pictures) for pictures in (self.train, self.test)))
+    @property
+    def data(self) -> Mapping[str, Mapping[str, Any]]:
+        return {"train": described(self.train), "val": described(self.val)}
 
-    def features(self, backbone: Backbone, pictures: Pictures) -> Extracted:
-        return extract(
-            backbone,
-            pictures,
-            size=self.size,
-            device=self.device,
-            batch_size=self.settings.batch_size,
-            workers=self.workers,
-            autocast=self.autocast,
-            progress=self.progress,
+    def __call__(self, backbone: Backbone) -> Scores:
+        """{"20-NN": percent, "20-NN top-5": percent, ...}, the same on every rank."""
+        size = self.settings.size
+        return self._score(
+            self.site.extract(backbone, self.train, size=size, label="features of the pictures that vote"),
+            self.site.extract(backbone, self.val, size=size, label="features of the pictures asked about"),
         )
 
-    def score(self, train: Extracted, test: Extracted) -> dict[str, float]:
-        return accuracy_of(train, test, (self.settings.k,), device=self.device)
+    def pixel_floor(self) -> Scores:
+        """The same vote of raw pixels."""
+        sides = []
+        for pictures in (self.train, self.val):
+            with self.site.progress("raw pixels") as done:
+                sides.append(raw_pixels(pictures, device=self.site.device, progress=done))
+        return self._score(*sides)
 
-    def baselines(self, build: Callable[[], Backbone]) -> dict[str, dict[str, float]]:
-        """The floors, by the same vote: {"raw_pixels": {"20-NN": ...}, "random_weights": {"20-NN": ...}}."""
-        fresh = untrained(build).to(self.device)
-        random = [self.features(fresh, pictures) for pictures in (self.train, self.test)]
-        pixels = [raw_pixels(pictures, device=self.device) for pictures in (self.train, self.test)]
-        return {"raw_pixels": self.score(*pixels), "random_weights": self.score(*random)}
+    def _score(self, train: Extracted, val: Extracted) -> Scores:
+        accuracies = accuracy_of(
+            train, val, self.settings.k, temperature=self.settings.temperature, device=self.site.device
+        )
+        return Scores(dict(sorted(accuracies.items(), key=lambda item: "top-5" in item[0])))
 
 
 def accuracy_of(train: Extracted, test: Extracted, k: Sequence[int] = KS, **options) -> dict[str, float]:
@@ -203,15 +205,6 @@ def raw_pixels(
         if progress is not None:
             progress(place + 1, len(mine))
     return gathered(rows, features, pictures, device)
-
-
-def untrained(build: Callable[[], Backbone], seed: int = 0) -> Backbone:
-    """The same network with random weights, without touching the random state of the run. build:
-    `config.build`
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
 
 
 @contextmanager

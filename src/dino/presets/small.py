@@ -8,7 +8,7 @@ reached yet: these recipes take off without collapse, none is known to be the be
 from dino.config import edit
 from dino.data.scenes import Scenes
 from dino.data.views import MultiCrop
-from dino.evals.knn import KNN
+from dino.evals.watch import Watch
 from dino.methods.dino import DINOConfig
 from dino.models.timm import Timm
 from dino.models.vit import ViT
@@ -41,7 +41,7 @@ def demo() -> Run:
         ),
         views=dict(global_size=48, local_size=24, blur_sigma=(0.1, 0.6)),
         optim=dict(batch_size=32, lr=8e-3),
-        knn=KNN(every_epochs=4),
+        knn=Watch(every_epochs=4),
         cache=True,
         out="runs/demo",
     )

@@ -1,40 +1,24 @@
-"""Where pictures and backbones come from: what a person names, opened."""
+"""Where backbones and single pictures come from: what a person names, opened."""
 
-import hashlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
 
+from dino.config import edit
 from dino.data.decode import decode
-from dino.data.folder import Folder
-from dino.data.pictures import BadImage, Pictures
-from dino.data.scenes import Scenes
+from dino.data.pictures import BadImage
 from dino.errors import UserError
+from dino.evals.cache import weights_hash
 from dino.models import BackboneConfig, Timm, ViT
 from dino.models.backbone import Backbone
 from dino.models.pretrained import RELEASED, infer, load
 from dino.models.weights import read_safetensors
 from dino.runtime import machine
-from dino.terminal import Done
 from dino.training import read_run
-
-Source = str | Path | Folder | Scenes | Pictures
-"""Pictures: a folder, `"scenes"`, settings, or anything that is `Pictures`."""
-
-
-def open_pictures(source: Source, progress: Done | None = None, *, part: str = "train") -> Pictures:
-    """The pictures of a source. `"scenes"` draws 2000 of the part `train`, or 500 of another one."""
-    if isinstance(source, Pictures):
-        return source
-    if source == "scenes":
-        source = Scenes(count=2000 if part == "train" else 500, part=cast(Any, part))
-    elif isinstance(source, str | Path):
-        source = Folder(path=str(source))
-    return source.open(progress)
 
 
 def read_picture(path: str | Path) -> np.ndarray:
@@ -62,12 +46,16 @@ class Checkpoint:
 
     @property
     def hash(self) -> str:
-        """16 hex digits over the weights: the same wherever they lie."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.backbone.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return weights_hash(self.backbone)
+
+    @property
+    def fresh(self) -> Callable[[], Backbone] | None:
+        """Builds the same network with random weights; None where its settings are not known."""
+        if self.network is None:
+            return None
+        network = edit(self.network, pretrained=False) if isinstance(self.network, Timm) else self.network
+        device = next(self.backbone.parameters()).device
+        return lambda: network.build(drop_path=0.0).to(device)
 
 
 def open_checkpoint(source: str | Path | Backbone | Checkpoint, device: torch.device | None = None) -> Checkpoint:
