@@ -9,7 +9,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 
 LAYERS = [
-    {"errors", "environment"},
+    {"errors", "environment", "units"},
     {"files"},
     {"objectives", "schedules", "dist", "config"},
     {"models"},

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dino.schedules import Clock
-from dino.terminal import QUIET_SECONDS, Terminal, duration
+from dino.terminal import QUIET_SECONDS, Terminal
+from dino.units import duration
 
 MEMORY_SECONDS = 60.0
 """The time left follows from the speed of about the last minute."""

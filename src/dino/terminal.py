@@ -126,15 +126,3 @@ def speaking(as_json: bool) -> Iterator[tuple[Terminal, Callable[[dict[str, Any]
         return
     with redirect_stdout(sys.stderr):
         yield terminal, give
-
-
-def duration(seconds: float) -> str:
-    """`8 s`, `3 min 20 s`, `2 h 05 min`, `3 d 4 h`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 172_800:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"

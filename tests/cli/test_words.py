@@ -16,8 +16,9 @@ from dino.live import Watch
 from dino.models import Timm, ViT
 from dino.schedules import Clock
 from dino.session.begin import differences, flag
-from dino.terminal import Terminal, duration, speaking
+from dino.terminal import Terminal, speaking
 from dino.training import Run
+from dino.units import duration
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -133,7 +134,9 @@ def test_the_live_bar_shows_figures_and_time_left():
 
 
 def test_durations():
-    assert [duration(s) for s in (8, 200, 7500, 360_000)] == ["8 s", "3 min 20 s", "2 h 05 min", "4 d 4 h"]
+    said = {8: "8 s", 200: "3 min 20 s", 599.7: "10 min", 1500: "25 min", 7500: "2 h 05 min", 360_000: "4 d 4 h"}
+    assert {seconds: duration(seconds) for seconds in said} == said
+    assert [duration(seconds) for seconds in (59.6, 3599, -1)] == ["1 min", "1 h 00 min", "0 s"]
 
 
 def test_the_plan_shows_another_network_in_its_row(dino, photos, tmp_path):

@@ -10,7 +10,7 @@ from dino import presets
 from dino.config import edit
 from dino.data.pictures import Pictures
 from dino.errors import UserError
-from dino.presets.plan import Plan, duration, plan
+from dino.presets.plan import Plan, plan
 from dino.runtime import Machine
 from dino.training import Run
 
@@ -122,13 +122,6 @@ def test_prototypes_grow_with_the_pictures() -> None:
 class _Huge(Flat):
     def __init__(self, count: int) -> None:
         super().__init__(count, 32)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(5, "5 s"), (150, "2 min"), (3600 * 3 + 1200, "3 h 20 min"), (3600 * 52, "2 d 4 h")]
-)
-def test_a_duration_reads_well(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def _names(chosen: Plan) -> set[str]:

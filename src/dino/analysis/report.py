@@ -24,6 +24,7 @@ from dino.config import to_dict
 from dino.errors import UserError
 from dino.files import write_whole
 from dino.training import read_run
+from dino.units import duration
 
 COLUMNS = 6
 """Epochs shown side by side, and heads."""
@@ -298,7 +299,7 @@ def _environment(described: Mapping, history: History) -> str:
     times = history.line("time")[1]
     if times:
         spent = times[-1] + sum(before for before, after in pairwise(times) if after < before)  # resumed: starts anew
-        rows.append(("time training", _duration(spent)))
+        rows.append(("time training", duration(spent)))
     data = described.get("data") or {}
     rows += [
         (f"data: {name.replace('_', ' ')}", _value(value))
@@ -358,11 +359,6 @@ def _value(value: Any) -> str:
         inside = ", ".join(f"{name} {_value(item)}" for name, item in value.items() if name != "type")
         return f"{value.get('type', '')}({inside})"
     return "–" if value is None or value == "" else str(value)
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{seconds / 60:.1f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
 def _at(data: Mapping, *names: str) -> Any:

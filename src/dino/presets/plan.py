@@ -19,6 +19,7 @@ from dino.presets.small import small
 from dino.runtime import Machine, Runtime, machine_memory
 from dino.schedules import Clock
 from dino.training import Run, State, build_method, train_step
+from dino.units import duration
 
 PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
 """K by the number of pictures: many more prototypes than kinds of things only stay unused (App. C: 65536)."""
@@ -104,17 +105,6 @@ def measure(run: Run, here: Machine, pictures: Pictures, *, steps: int = 3) -> S
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return Speed(statistics.median(times[1:]) / batch_size, _reading(run, pictures))
-
-
-def duration(seconds: float) -> str:
-    """A time for people: `40 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def _for_data(pictures: Pictures, here: Machine, world: int) -> tuple[Run, list[Reason]]:
