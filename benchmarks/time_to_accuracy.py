@@ -88,7 +88,7 @@ def follow(run: Run, pictures, val, minutes: float, every: float, console: Conso
     curve, asked, next_at, loss, entropy = [], 0.0, 0.0, None, None
     with start(run.precision) as rt:
         knn = KNN(k=(20,)).bind(
-            (pictures, val), Site(size=run.views.global_size, device=rt.device, autocast=rt.autocast)
+            (pictures, val), Site(size=run.knn.size or run.views.global_size, device=rt.device, autocast=rt.autocast)
         )
         began, backbone = time.monotonic(), None
         for event in train(run, rt, pictures):
