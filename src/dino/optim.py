@@ -1,4 +1,4 @@
-"""How the student moves: AdamW, SGD or LARS, two groups of parameters, clipping per tensor, and the schedules."""
+"""How the student moves: AdamW, SGD or LARS, groups of parameters, clipping per tensor, and the schedules."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dino.errors import UserError
+from dino.models.backbone import Backbone
 from dino.schedules import Constant, Cosine, Schedule, Warmup, scaled
 
 
@@ -26,25 +27,32 @@ class Optim:
     min_lr: float = 1e-6
     """Learning rate in the last step; not scaled by the batch."""
     warmup_epochs: float = 10
-    """Epochs in which the learning rate rises from 0 to its peak."""
+    """Epochs in which the learning rate rises to its peak."""
+    warmup_lr: float = 0.0
+    """Learning rate in the first step of the warm-up; not scaled by the batch."""
     weight_decay: float = 0.04
     """Weight decay in the first step; biases and norms have none."""
     weight_decay_end: float = 0.4
     """Weight decay in the last step, reached by a cosine."""
     clip: float = 3.0
     """Largest norm of the gradient of each parameter tensor; 0 does not clip."""
+    layer_decay: float = 1.0
+    """Each block of the backbone learns this many times as fast as the one after it. For fine-tuning; 1: all alike."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"optim.{name} must be at least 1; got {getattr(self, name)}.")
-        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip"):
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"optim.layer_decay must be above 0 and at most 1; got {self.layer_decay}.")
+        for name in ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"optim.{name} must be 0 or more; got {getattr(self, name)}.")
 
     def lr_schedule(self) -> Schedule:
         """Sec. 3.2: linear warm-up to lr * batch / 256, then a cosine to min_lr; a value per step."""
-        return scaled(Warmup(self.warmup_epochs, Cosine(self.lr, self.min_lr)), self.batch_size / 256)
+        peak = Cosine(self.lr, self.min_lr)
+        return scaled(Warmup(self.warmup_epochs, peak, self.warmup_lr), self.batch_size / 256)
 
     def weight_decay_schedule(self) -> Schedule:
         """Sec. 3.2: a cosine from 0.04 to 0.4 (a slip in some summaries gives this range to the learning rate)."""
@@ -54,7 +62,7 @@ class Optim:
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
         """The optimizer over a module's parameters; set_hyper gives it its rates at every step."""
-        groups = parameter_groups(module)
+        groups = parameter_groups(module, self.layer_decay)
         match self.algorithm:
             case "adamw":
                 return torch.optim.AdamW(groups, lr=0.0, fused=True)
@@ -74,21 +82,47 @@ def group_of(name: str, parameter: Tensor) -> Literal["decayed", "not_decayed", 
     return "not_decayed" if name.endswith(".bias") or parameter.ndim == 1 else "decayed"
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups, decayed first; each remembers in `decayed` which it is."""
-    groups: dict[str, list[Tensor]] = {"decayed": [], "not_decayed": [], "frozen": []}
+def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Two groups, decayed first, or two for each layer of a backbone whose layers learn at rates of their own.
+
+    Each group remembers in `decayed` whether weight decay is for it, and in `scale` its share of the learning rate.
+    """
+    scales = lr_scales(module, layer_decay)
+    groups: dict[tuple[str, float], list[Tensor]] = {}
+    for scale in sorted({1.0, *scales.values()}, reverse=True):
+        groups |= {("decayed", scale): [], ("not_decayed", scale): []}
     for name, parameter in module.named_parameters():
-        groups[group_of(name, parameter)].append(parameter)
+        if (kind := group_of(name, parameter)) != "frozen":
+            groups[kind, scales.get(name, 1.0)].append(parameter)
     return [
-        {"params": groups["decayed"], "decayed": True, "weight_decay": 0.0},
-        {"params": groups["not_decayed"], "decayed": False, "weight_decay": 0.0},
+        {"params": parameters, "decayed": kind == "decayed", "scale": scale, "weight_decay": 0.0}
+        for (kind, scale), parameters in groups.items()
     ]
 
 
+def lr_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Share of the learning rate of each parameter in a backbone inside `module`: decay ** (blocks + 1 - depth).
+
+    Layer-wise decay as in ELECTRA and BEiT: the last block has `layer_decay`, the stem decay ** (blocks + 1); what
+    stands outside, a head, has 1 and is not listed. Empty where nothing decays.
+    """
+    if layer_decay == 1:
+        return {}
+    scales = {}
+    for prefix, part in module.named_modules():
+        if isinstance(part, Backbone):
+            depths = part.depths()
+            top = 1 + max(depths.values())
+            scales |= {f"{prefix}.{name}".lstrip("."): layer_decay ** (top - depth) for name, depth in depths.items()}
+    if not scales:
+        raise UserError(f"optim.layer_decay is {layer_decay}, and there is no backbone whose layers it could mean.")
+    return scales
+
+
 def set_hyper(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
-    """This step's rates; the weight decay goes to the decayed group alone."""
+    """This step's rates: each group its share of the learning rate; weight decay for the decayed groups alone."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1.0)  # files of before have no scale
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0
 
 

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from dino.errors import UserError
-from dino.optim import LARS, Optim, clip_grad_norms_, group_of, parameter_groups, set_hyper
+from dino.models.heads import Network
+from dino.models.timm import Timm
+from dino.models.vit import ViT
+from dino.optim import LARS, Optim, clip_grad_norms_, group_of, lr_scales, parameter_groups, set_hyper
 from dino.schedules import Clock
 
 
@@ -244,14 +247,103 @@ def test_schedules_scale_with_the_batch_and_end_where_they_should() -> None:
     assert values[50] == pytest.approx(1e-6)
     assert decay(Clock(0, 5, 10)) == pytest.approx(0.04)
     assert decay(Clock(50, 5, 10)) == pytest.approx(0.4)
+    later = Optim(epochs=10, batch_size=512, lr=1e-3, warmup_epochs=2, warmup_lr=1e-6).lr_schedule()
+    assert later(Clock(0, 5, 10)) == 1e-6
+    assert later(Clock(9, 5, 10)) == pytest.approx(2e-3)
     constant = Optim(weight_decay=0.1, weight_decay_end=0.1).weight_decay_schedule()
     assert {constant(Clock(step, 5, 10)) for step in range(50)} == {0.1}
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(epochs=0), dict(batch_size=0), dict(lr=-1e-3), dict(clip=float("nan")), dict(warmup_epochs=-1)],
+    [
+        dict(epochs=0),
+        dict(batch_size=0),
+        dict(lr=-1e-3),
+        dict(clip=float("nan")),
+        dict(warmup_epochs=-1),
+        dict(warmup_lr=-1.0),
+        dict(layer_decay=0.0),
+        dict(layer_decay=1.5),
+    ],
 )
 def test_impossible_settings_are_refused_by_name(wrong) -> None:
     with pytest.raises(UserError, match=f"optim.{next(iter(wrong))}"):
         Optim(**wrong)
+
+
+# -- a rate for each layer ----------------------------------------------------------------------------------
+
+
+def classifier(vit: ViT) -> Network:
+    backbone = vit.build()
+    return Network(backbone, nn.Linear(backbone.embed_dim, 3))
+
+
+def test_the_deeper_a_layer_the_faster_it_learns() -> None:
+    """Stem 0.5^4, blocks 0.5^3, 0.5^2 and, with the last norm, 0.5^1; the head at the full rate."""
+    network = classifier(ViT(width=8, depth=3, heads=2, patch=8, image_size=16, registers=1))
+    scales = lr_scales(network, 0.5)
+    for name, _ in network.named_parameters():
+        part = name.split(".")
+        if part[0] == "head":
+            assert name not in scales
+        elif part[1] == "blocks":
+            assert scales[name] == [0.125, 0.25, 0.5][int(part[2])], name
+        else:
+            assert part[1] in ("cls_token", "pos_embed", "register_tokens", "patch_embed", "norm")
+            assert scales[name] == (0.5 if part[1] == "norm" else 0.0625), name
+
+
+def test_each_parameter_moves_at_the_rate_of_its_layer() -> None:
+    """One step of SGD on gradients of one: p - lr scale (1 + decay p), by hand for every parameter."""
+    network = classifier(ViT(width=8, depth=2, heads=2, patch=8, image_size=16))
+    optimizer = Optim(algorithm="sgd", layer_decay=0.5).build(network)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in network.parameters())
+    before, scales = copies(network), lr_scales(network, 0.5)
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    set_hyper(optimizer, lr=0.1, weight_decay=0.2)
+    optimizer.step()
+    for name, parameter in network.named_parameters():
+        decay = 0.2 if group_of(name, parameter) == "decayed" else 0.0
+        moved = before[name] - 0.1 * scales.get(name, 1.0) * (1 + decay * before[name])
+        torch.testing.assert_close(parameter.detach(), moved, msg=name)
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "lars"])
+def test_other_optimizers_take_steps_with_layers_too(algorithm) -> None:
+    network = classifier(ViT(width=8, depth=1, heads=2, patch=8, image_size=16))
+    optimizer = Optim(algorithm=algorithm, layer_decay=0.5).build(network)
+    before = copies(network)
+    put_gradients(network, 0)
+    set_hyper(optimizer, lr=0.1, weight_decay=0.0)
+    optimizer.step()
+    assert not [name for name, p in network.named_parameters() if torch.equal(p, before[name])]
+
+
+def test_without_layer_decay_there_are_the_two_groups_of_always() -> None:
+    """Checkpoints of before have two groups, and theirs have no scale."""
+    groups = parameter_groups(Odd())
+    assert [group["decayed"] for group in groups] == [True, False]
+    optimizer = Optim().build(Odd())
+    for group in optimizer.param_groups:
+        del group["scale"]
+    set_hyper(optimizer, lr=0.1, weight_decay=0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+
+
+def test_layers_are_numbered_as_timm_numbers_them() -> None:
+    """Its ViT and ours are the same network: so are the numbers; a ResNet has them, too."""
+    ours = ViT(size="tiny", depth=2, patch=16, image_size=32).build().depths()
+    theirs = Timm(name="vit_tiny_patch16_224", args=(("depth", "2"), ("img_size", "32"))).build()
+    assert {f"net.{name}": depth for name, depth in ours.items()} == theirs.depths()
+    resnet = Timm(name="resnet18").build()
+    assert resnet.depths().keys() == dict(resnet.named_parameters()).keys()
+    assert resnet.depths()["net.layer4.1.conv2.weight"] == max(resnet.depths().values()) == 8
+
+
+def test_layers_without_a_backbone_are_refused() -> None:
+    with pytest.raises(UserError, match="layer_decay"):
+        lr_scales(Odd(), 0.5)

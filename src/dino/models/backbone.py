@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from dino.errors import UserError
+
 
 class Features(NamedTuple):
     """What a network says about an image as a whole, and about each place in it."""
@@ -39,6 +41,13 @@ class Backbone(nn.Module, ABC):
         """The last `layers` blocks, the last one last, each through the final norm where there is one (App.
         F.2).
         """
+
+    def depths(self) -> dict[str, int]:
+        """How deep each parameter lies, by its name: 0 in the stem, then the number of its block, from 1.
+
+        A norm after the last block counts as that block's, as in timm. Layer-wise learning rates need it.
+        """
+        raise UserError(f"{type(self).__name__} does not say how deep its parameters lie: layer_decay must be 1.")
 
 
 class Attentive(Backbone):

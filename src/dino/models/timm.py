@@ -74,6 +74,9 @@ class TimmNetwork(Backbone):
         maps = [stage.permute(0, 2, 3, 1) for stage in earlier]
         return [*(Features(x.mean((1, 2)), x) for x in maps), Features(cls, self.spatial(final, images))]
 
+    def depths(self) -> dict[str, int]:
+        return depths(self.net)
+
     def final(self, images: Tensor) -> Tensor:
         """What timm calls the features, before pooling."""
         try:
@@ -129,6 +132,9 @@ class TimmViT(Attentive):
             intermediates_only=True,
         )
         return [Features(prefix[:, 0], patches.permute(0, 2, 3, 1)) for patches, prefix in last]
+
+    def depths(self) -> dict[str, int]:
+        return depths(self.net)
 
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
         if not -self.num_blocks <= layer < self.num_blocks:
@@ -208,6 +214,18 @@ def stride(net: Any) -> int:
     if info := getattr(net, "feature_info", None):
         return info[-1]["reduction"]
     return patch_size(net)[0] or 1
+
+
+def depths(net: Any) -> dict[str, int]:
+    """timm's own numbers of layers, by the names of `named_parameters` of what holds the network as `net`."""
+    from timm.models import group_parameters
+
+    if not hasattr(net, "group_matcher"):
+        raise UserError(
+            f"timm does not say how deep the parameters of {type(net).__name__} lie: layer_decay must be 1."
+        )
+    numbers: Any = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+    return {f"net.{name}": number for name, number in numbers.items()}
 
 
 def patch_size(net: Any) -> tuple[int, int]:

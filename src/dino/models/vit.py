@@ -126,6 +126,11 @@ class VisionTransformer(Attentive):
                 last.append(self.norm(tokens))
         return [Features(x[:, 0], x[:, 1 + self.registers :].unflatten(1, grid)) for x in last]
 
+    def depths(self) -> dict[str, int]:
+        deep = {id(p): self.num_blocks for p in self.norm.parameters()}
+        deep |= {id(p): number for number, block in enumerate(self.blocks, 1) for p in block.parameters()}
+        return {name: deep.get(id(p), 0) for name, p in self.named_parameters()}
+
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
         if not -self.num_blocks <= layer < self.num_blocks:
             last = self.num_blocks - 1
