@@ -87,6 +87,15 @@ def test_the_best_head_counts_for_each_object_by_itself() -> None:
     assert first.mean == jaccard(kept, cells_of(annotation, (2, 2)))[0, 0]
 
 
+def test_the_mean_over_heads_is_no_head() -> None:
+    annotation = np.zeros((8, 8), np.uint8)
+    annotation[:4] = 1
+    heads = np.zeros((2, 2, 2))
+    heads[0, 0, 0] = heads[1, 0, 1] = 1  # half of the object each
+    (score,) = object_scores(0, heads, annotation, (0.6,))
+    assert (score.best, score.mean) == (0.5, 1.0)
+
+
 def test_objects_are_averaged_in_their_picture_first() -> None:
     scores = [ObjectScore(picture, 1, 0.1, 0.6, best, 0, 0.0) for picture, best in ((0, 1.0), (0, 0.0), (3, 0.2))]
     assert over_pictures(scores, "best") == pytest.approx(100 * (0.5 + 0.2) / 2)
