@@ -279,7 +279,9 @@ def test_two_ranks_together_say_what_one_does(davis: Path, monkeypatch: pytest.M
         bound(RawPatches())
     assert [len(share) for share in shares[::2]] == [3, 1]
     monkeypatch.setattr(dist, "gather", lambda rows: torch.cat(shares[2::-2]))  # ranks in any order
-    assert bound._summary(shares[0]) == alone.details["official"]
+    together, expected = bound._summary(shares[0]), alone.details["official"]
+    assert together == expected
+    assert list(together["per_object"]) == list(expected["per_object"])
 
 
 def test_the_drawn_videos_need_no_files() -> None:

@@ -28,14 +28,14 @@ BRIGHT = (PALETTE / np.maximum(PALETTE.max(axis=1, keepdims=True), 1) * 255).ast
 GIF_SIDE, GIF_FRAMES = 480, 150
 
 
-def first_mask(path: Path, height: int, width: int) -> np.ndarray:
+def first_mask(path: str | Path, height: int, width: int) -> np.ndarray:
     """A person's mask of the first frame as uint8 [height, width], 0 the ground, 1, 2, ... the objects.
 
     Indexed PNG: the numbers as they are. Black and white: what is white is object 1. In a few plain colours: black, or
     transparent, is the ground, each other colour an object; DAVIS' own colours keep their numbers. Its size must be
     the frame's, or in proportion.
     """
-    mask = _read(path)
+    mask = _read(Path(path))
     if abs(mask.shape[0] * width - mask.shape[1] * height) > max(height, width, *mask.shape):
         raise UserError(
             f"The mask {path} is {mask.shape[1]} x {mask.shape[0]} pixels, and the first frame {width} x {height}: "

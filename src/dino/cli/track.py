@@ -38,7 +38,7 @@ class TrackOptions:
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "track"
     """Folder for the masks and the overlay."""
     size: int | None = None
-    """Short side in pixels of what the network sees; larger is finer. 480, or less if it was trained on less than 224."""
+    """Short side in pixels of what the network sees; larger is finer. 480, or less if it was trained on below 224."""
     context: int = 7
     """Frames before that labels are taken from, beside the first."""
     radius: int = 12
