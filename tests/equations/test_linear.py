@@ -145,6 +145,7 @@ def test_a_classifier_out_of_bounds_is_never_right() -> None:
     table = wild.details["sweep"]
     assert table[0]["top-1 on training pictures held back"] == 0
     assert wild.details["chosen"]["lr"] == 1.0
+    assert dict(bound(replace(QUICK, lr=(1e42,)))(Conv())) == {"top-1": 0, "top-5": 0}  # of four classes
 
 
 # -- what they see -------------------------------------------------------------------------------------------------

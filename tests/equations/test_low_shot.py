@@ -246,3 +246,10 @@ def test_progress_is_heard() -> None:
 def test_what_cannot_work_is_said(change: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
         bound(**change)
+
+
+def test_a_list_is_a_subset_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "1percent.txt").write_text("\n".join(f"{i}.png" for i in range(9)))
+    evaluator = bound(share=(), lists=(str(tmp_path / "1percent.txt"),))
+    assert evaluator.used.tolist() == list(range(9))
+    assert set(evaluator(Colours())) == {"1percent", "1percent 1-NN"}

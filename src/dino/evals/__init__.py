@@ -16,6 +16,8 @@ EVALUATIONS = {
     "knn": Entry("dino.evals.knn:KNN", "weighted k-NN accuracy of frozen features"),
     "linear": Entry("dino.evals.linear:Linear", "accuracy of a linear classifier on frozen features"),
     "low-shot": Entry("dino.evals.low_shot:LowShot", "accuracy with the labels of 1 %, 10 % or a few pictures"),
+    "retrieval": Entry("dino.evals.retrieval:Retrieval", "landmark search: revisited Oxford and Paris"),
+    "copy-detection": Entry("dino.evals.copy_detection:CopyDetection", "finding the originals of edited pictures"),
     "attention-masks": Entry(
         "dino.evals.attention_masks:AttentionMasks", "how well masks of the attention cover objects"
     ),

@@ -73,8 +73,8 @@ def knn_accuracy(
     without any vote included.
     """
     _check(train_features, train_labels, test_features, test_labels, k)
-    train_features, train_labels = train_features[train_labels >= 0], train_labels[train_labels >= 0]
-    test_features, test_labels = test_features[test_labels >= 0], test_labels[test_labels >= 0]
+    train_features, train_labels = _labelled(train_features, train_labels)
+    test_features, test_labels = _labelled(test_features, test_labels)
     if not len(train_labels) or not len(test_labels):
         raise UserError(
             f"k-NN needs labelled pictures on both sides, but {len(train_labels)} of the training and "
@@ -217,6 +217,12 @@ def _full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that have a label; without a copy of gigabytes where all have."""
+    known = labels >= 0
+    return (features, labels) if known.all() else (features[known], labels[known])
 
 
 def _check(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: Sequence[int]) -> None:

@@ -62,14 +62,15 @@ class LowShot:
     examples: ClassVar[str] = """\
   dino eval low-shot runs/photos photos/                      1 % and 10 % of the labels, five subsets of each
   dino eval low-shot runs/photos photos/ --share 1 --per-class 1 5 20
-  dino eval low-shot dino_vits16 imagenet/train imagenet/val --lists 1percent.txt 10percent.txt"""
+  dino eval low-shot dino_vits16 imagenet/train imagenet/val --share --lists 1percent.txt 10percent.txt"""
 
     share: tuple[float, ...] = (0.01, 0.1)
     """Shares of every class of TRAIN whose labels are known, at least one picture; 1 is all of them (Table 10)."""
     per_class: tuple[int, ...] = ()
     """Numbers of pictures of every class whose labels are known."""
-    lists: tuple[Path, ...] = ()
-    """Text files that name the pictures to use, one a line, instead of shares: SimCLR's splits, as in Table 12."""
+    lists: tuple[str, ...] = ()
+    """Text files that name the pictures to use, one a line: SimCLR's splits, as in Table 12. --share alone, without
+    numbers, draws none beside them."""
     subsets: int = 5
     """Random subsets of each share or number; the figure is their mean."""
     seed: int = 0
@@ -126,7 +127,7 @@ class LowShot:
             for share in self.share
         }
         drawn |= {f"{n} per class": [few(labels, per_class=n, seed=seed) for seed in seeds] for n in self.per_class}
-        return drawn | {file.stem: [listed(train.names, file)] for file in self.lists}
+        return drawn | {Path(file).stem: [listed(train.names, Path(file))] for file in self.lists}
 
 
 @dataclass(frozen=True)
