@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dino.data import loader
-from dino.data.loader import epoch_order, eval_batches, sample_rng, train_batches
+from dino.data.augment import Augment
+from dino.data.loader import epoch_order, eval_batches, mix_rng, sample_rng, train_batches
 from dino.data.pictures import BadImage, Pictures
 from dino.data.views import MultiCrop
 from dino.errors import UserError
@@ -58,6 +59,23 @@ def test_a_step_holds_the_views_of_its_pictures():
             stack, place = (step.batch.views[0], v) if v < 2 else (step.batch.views[1], v - 2)
             assert stack.is_contiguous()
             np.testing.assert_array_equal(stack[place, at].permute(1, 2, 0).numpy(), crop)
+
+
+def test_a_picture_may_come_several_times_in_a_row():
+    """10 pictures, 3 times each, in batches of 4: the order's first, cut at the length of an epoch."""
+    recipe, pictures = Augment(size=16, repeats=3), Drawn(10)
+    made = list(train_batches(pictures, recipe, batch_size=4, seed=3, epochs=1))
+    seen = np.repeat(epoch_order(3, 0, 10), 3)[:8].tolist()
+    assert [step.batch.views[0].shape for step in made] == [(1, 4, 3, 16, 16)] * 2
+    assert torch.cat([step.batch.labels for step in made]).tolist() == [index % 3 for index in seen]
+    views = torch.cat([step.batch.views[0][0] for step in made]).permute(0, 2, 3, 1).numpy()
+    for at, index in enumerate(seen):
+        np.testing.assert_array_equal(views[at], recipe(pictures.read(index), sample_rng(3, 0, index, at % 3))[0])
+    assert len({view.tobytes() for view in views}) == 8  # each copy is augmented anew
+    ranks = [train_batches(pictures, recipe, batch_size=4, seed=3, epochs=1, rank=r, world=2) for r in (0, 1)]
+    for step, *parts in zip(made, *ranks, strict=True):
+        for rank, part in enumerate(parts):
+            assert torch.equal(part.batch.views[0], step.batch.views[0][:, rank::2])
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -152,3 +170,5 @@ def test_streams_of_order_and_samples_never_meet():
     assert loader.ORDER != loader.SAMPLE
     order = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(loader.ORDER, 1)))
     assert order.random() != sample_rng(0, 1, 0).random()
+    streams = [sample_rng(0, 1, 1), sample_rng(0, 1, 1, 1), sample_rng(0, 1, 1, 2), mix_rng(0, 1), mix_rng(0, 2)]
+    assert len({stream.random() for stream in streams}) == len(streams)

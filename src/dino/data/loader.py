@@ -10,6 +10,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dino.data.pictures import BadImage, Pictures, Skipped
-from dino.data.views import Batch, MultiCrop, eval_transform, planar
+from dino.data.views import Batch, Views, eval_transform, planar
 from dino.errors import UserError
 
-ORDER, SAMPLE = 0, 1  # what a random stream is for: the streams of different purposes never meet
+ORDER, SAMPLE, MIX = 0, 1, 2  # what a random stream is for: the streams of different purposes never meet
 
 
 class Step(NamedTuple):
@@ -40,9 +41,15 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(ORDER, epoch))).permutation(n)
 
 
-def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The source of every random draw for picture `index` in epoch `epoch`."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SAMPLE, epoch, index)))
+def sample_rng(seed: int, epoch: int, index: int, copy: int = 0) -> np.random.Generator:
+    """The source of every random draw for picture `index` in epoch `epoch`; `copy` counts its repetitions."""
+    key = (SAMPLE, epoch, index, copy) if copy else (SAMPLE, epoch, index)
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+def mix_rng(seed: int, step: int) -> np.random.Generator:
+    """The source of what all pictures of a step share, on every rank (mixup, CutMix)."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(MIX, step)))
 
 
 def steps_per_epoch(n: int, batch_size: int, world: int = 1) -> int:
@@ -63,7 +70,7 @@ def steps_per_epoch(n: int, batch_size: int, world: int = 1) -> int:
 
 def train_batches(
     pictures: Pictures,
-    views: MultiCrop,
+    views: Views,
     *,
     batch_size: int,
     seed: int,
@@ -78,16 +85,18 @@ def train_batches(
     """The steps from clock_start = (epoch, step in it) to the end of epoch epochs - 1, on this rank.
 
     batch_size counts all ranks; rank r makes positions r, r + world, ... of each batch. The pictures that
-    fill no whole batch at an epoch's end are left out; another epoch's order leaves out others.
+    fill no whole batch at an epoch's end are left out; another epoch's order leaves out others. Where the views
+    repeat, each picture of the order comes so many times in a row, and an epoch is as long as without.
     """
-    steps = steps_per_epoch(len(pictures), batch_size, world)
+    steps, repeats = steps_per_epoch(len(pictures), batch_size, world), views.repeats
 
-    def jobs() -> Iterator[tuple[int, int, np.ndarray]]:
+    def jobs() -> Iterator[Job]:
         first = clock_start[1]
         for epoch in range(clock_start[0], epochs):
             order = epoch_order(seed, epoch, len(pictures))
             for step in range(first, steps):
-                yield epoch, step, order[step * batch_size : (step + 1) * batch_size][rank::world]
+                positions = np.arange(step * batch_size, (step + 1) * batch_size)[rank::world]
+                yield Job(epoch, step, order[positions // repeats], positions % repeats)
             first = 0
 
     yield from _serve(_Train(pictures, views, seed), jobs(), workers, prefetch, pin_memory)
@@ -110,36 +119,46 @@ def eval_batches(
     yield from _serve(_Eval(pictures, size), jobs, workers, 2, pin_memory)
 
 
-class _Train:
-    """(epoch, step, indices) -> Step."""
+class Job(NamedTuple):
+    """What a worker makes a batch of."""
 
-    def __init__(self, pictures: Pictures, views: MultiCrop, seed: int) -> None:
+    epoch: int
+    step: int
+    indices: np.ndarray
+    """[b] pictures, in order."""
+    copies: np.ndarray
+    """[b] which repetition of the picture each is; 0 where none repeats."""
+
+
+class _Train:
+    """Job -> Step."""
+
+    def __init__(self, pictures: Pictures, views: Views, seed: int) -> None:
         self.pictures, self.views, self.seed = pictures, views, seed
 
-    def __call__(self, job: tuple[int, int, np.ndarray]) -> Step:
-        epoch, step, indices = job
-        recipe, count = self.views, len(indices)
-        shapes = [(2, recipe.global_size), (recipe.local, recipe.local_size)]
-        stacks = [np.empty((n, count, 3, side, side), np.uint8) for n, side in shapes if n]
+    def __call__(self, job: Job) -> Step:
+        count, shapes = len(job.indices), self.views.stacks
+        stacks = [np.empty((n, count, 3, side, side), np.uint8) for n, side in shapes]
+        starts = np.cumsum([0, *(n for n, _ in shapes)]).tolist()
         used: list[int] = []
         skipped: list[Skipped] = []
-        for index in indices.tolist():
+        for index, copy in zip(job.indices.tolist(), job.copies.tolist(), strict=True):
             image = _read(self.pictures, index, skipped)
             if image is None:
                 continue
-            crops = recipe(image, sample_rng(self.seed, epoch, index))
-            for stack, part in zip(stacks, (crops[:2], crops[2:]), strict=False):
-                planar(part, stack[:, len(used)])
+            crops = self.views(image, sample_rng(self.seed, job.epoch, index, copy))
+            for stack, (start, end) in zip(stacks, pairwise(starts), strict=True):
+                planar(crops[start:end], stack[:, len(used)])
             used.append(index)
         if not used:
             shown = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
             raise UserError(
-                f"none of the {count} pictures of epoch {epoch}, step {step} can be read any more ({shown}): "
+                f"none of the {count} pictures of epoch {job.epoch}, step {job.step} can be read any more ({shown}): "
                 "expected the pictures that were there at the start. Is the disk still there?"
             )
         labels = None if self.pictures.labels is None else torch.from_numpy(self.pictures.labels[used])
         batch = Batch(tuple(torch.from_numpy(stack[:, : len(used)]) for stack in stacks), labels)
-        return Step(epoch, step, batch, skipped)
+        return Step(job.epoch, job.step, batch, skipped)
 
 
 class _Eval:

@@ -10,7 +10,7 @@ float.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -30,16 +30,40 @@ class Batch(NamedTuple):
     """Views of B pictures, stacked per resolution."""
 
     views: tuple[Tensor, ...]
-    """views[0] [2, B, 3, H, W] the global views; views[1] [n, B, 3, h, w] the local ones, absent where n =
-    0; uint8."""
+    """One [n, B, 3, H, W] per resolution, uint8 until it is on the device. Multi-crop: views[0] the 2 global views,
+    views[1] the local ones, absent where there are none. Supervised: views[0] the one view."""
     labels: Tensor | None = None
     """[B] int64, -1 where a picture has none; None where the source has no labels."""
+
+
+class Views(Protocol):
+    """Settings of an augmentation: what the loader needs to know of it, and the call that makes a picture's views."""
+
+    @property
+    def repeats(self) -> int:
+        """Times that a picture comes in a row in an epoch's order, each time augmented anew."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Side in pixels at which the network is meant to be used: evaluations show it center crops of that side."""
+        ...
+
+    @property
+    def stacks(self) -> list[tuple[int, int]]:
+        """(number, side) of the views of each resolution, in the order in which the call gives them."""
+        ...
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiCrop:
     """The authors' augmentation: two global views and `local` local ones, each cropped, flipped, coloured,
     blurred."""
+
+    repeats: ClassVar[int] = 1
+    """Times that a picture comes in a row; see `Views`."""
 
     global_size: int = 224
     """Side of the global views, in pixels."""
@@ -81,13 +105,13 @@ class MultiCrop:
         for name in ("flip", "jitter", "gray", "blur", "solarize"):
             value = getattr(self, name)
             odds = value if isinstance(value, tuple) else (value,)
-            _expect(all(0 <= p <= 1 for p in odds), name, value, "probabilities from 0 to 1")
+            expect(all(0 <= p <= 1 for p in odds), name, value, "probabilities from 0 to 1")
         for name in ("blur", "solarize"):
             value = getattr(self, name)
-            _expect(len(value) == 3, name, value, "three: first global view, second, local ones")
+            expect(len(value) == 3, name, value, "three: first global view, second, local ones")
         for name in ("global_size", "local_size"):
-            _expect(getattr(self, name) >= 1, name, getattr(self, name), "a side of at least 1 pixel")
-        _expect(self.local >= 0, "local", self.local, "a number of views, 0 or more")
+            expect(getattr(self, name) >= 1, name, getattr(self, name), "a side of at least 1 pixel")
+        expect(self.local >= 0, "local", self.local, "a number of views, 0 or more")
         for name, top in (
             ("global_scale", 1),
             ("local_scale", 1),
@@ -96,15 +120,25 @@ class MultiCrop:
         ):
             low, high = getattr(self, name)
             what = f"a lower and an upper bound, above 0{' and up to 1' if top == 1 else ''}"
-            _expect(0 < low <= high <= top, name, (low, high), what)
+            expect(0 < low <= high <= top, name, (low, high), what)
         for name, top in (
             ("brightness", math.inf),
             ("contrast", math.inf),
             ("saturation", math.inf),
             ("hue", 0.5),
         ):
-            _expect(0 <= getattr(self, name) <= top, name, getattr(self, name), f"a strength from 0 to {top}")
-        _expect(0 <= self.solarize_threshold <= 256, "solarize_threshold", self.solarize_threshold, "0 to 256")
+            expect(0 <= getattr(self, name) <= top, name, getattr(self, name), f"a strength from 0 to {top}")
+        expect(0 <= self.solarize_threshold <= 256, "solarize_threshold", self.solarize_threshold, "0 to 256")
+
+    @property
+    def size(self) -> int:
+        """Side in pixels at which the network is meant to be used: the global views'."""
+        return self.global_size
+
+    @property
+    def stacks(self) -> list[tuple[int, int]]:
+        """(number, side) of the views of each resolution, in their order."""
+        return [(n, side) for n, side in ((2, self.global_size), (self.local, self.local_size)) if n]
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """uint8 RGB [H, W, 3] -> 2 global views [S, S, 3], then the local ones [s, s, 3]; all draws come
@@ -144,7 +178,7 @@ class MultiCrop:
         return view
 
 
-def _expect(holds: bool, field: str, value: object, expected: str) -> None:
+def expect(holds: bool, field: str, value: object, expected: str) -> None:
     if not holds:
         raise UserError(f"views.{field}: expected {expected}, got {value}")
 
