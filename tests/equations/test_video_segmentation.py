@@ -287,10 +287,12 @@ def test_two_ranks_together_say_what_one_does(davis: Path, monkeypatch: pytest.M
 def test_the_drawn_videos_need_no_files() -> None:
     bound = VideoSegmentation().bind(["scenes"], Site(size=16))
     assert bound.data["davis"]["sequences"] == 8
-    assert bound.settings.size == 32
-    assert next(bound.clips[0].frames()).shape == (32, 32, 3)
-    assert bound.data == VideoSegmentation().bind(["scenes"], Site(size=16)).data
-    assert bound.data != VideoSegmentation().bind(["scenes"], Site(size=24)).data
+    assert bound.settings.size == 192
+    assert bound.data == VideoSegmentation().bind(["scenes"], Site(size=96)).data
+    assert bound.data != VideoSegmentation().bind(["scenes"], Site(size=128)).data
+    small = VideoSegmentation(size=32).bind(["scenes"], Site(size=128))
+    assert next(small.clips[0].frames()).shape == (32, 32, 3)
+    assert next(small.clips[0].masks()).max() == 1
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,10 @@ def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
 
 def contour(mask: np.ndarray) -> np.ndarray:
     """bool [H, W]: pixels that differ from the next one to the right, below, or across; bool [H, W]."""
-    right, below, across = mask.copy(), mask.copy(), mask.copy()  # past the border lies the same again
+    right, below, across = mask.copy(), mask.copy(), mask.copy()  # nothing differs past the border
     right[:, :-1] = mask[:, 1:]
     below[:-1] = mask[1:]
     across[:-1, :-1] = mask[1:, 1:]
-    across[-1, :-1], across[:-1, -1] = mask[-1, 1:], mask[1:, -1]
     return (mask ^ right) | (mask ^ below) | (mask ^ across)
 
 
@@ -74,7 +73,8 @@ def decay(values: np.ndarray) -> float:
 
 
 def frame_scores(mask: np.ndarray, truth: np.ndarray, objects: int) -> np.ndarray:
-    """J and F of objects 1 ... `objects` in one frame: label maps [H, W] -> [objects, 2]."""
+    """J and F of objects 1 ... `objects` in one frame: label maps [H, W] -> [objects, 2]. Other numbers, void among
+    them, are ground."""
     scores = np.empty((objects, 2))
     for label in range(1, objects + 1):
         mine, true = mask == label, truth == label
@@ -116,7 +116,7 @@ def object_name(sequence: str, label: int) -> str:
 
 def sequence_statistics(pairs: Iterable[tuple[np.ndarray, np.ndarray]], objects: int) -> np.ndarray:
     """`object_statistics` of one sequence: (mask, truth), label maps of the frames that count, one after the other."""
-    return object_statistics([frame_scores(mask, np.where(true == VOID, 0, true), objects) for mask, true in pairs])
+    return object_statistics([frame_scores(mask, true, objects) for mask, true in pairs])
 
 
 def score_results(

@@ -28,6 +28,7 @@ from dino.models.backbone import Backbone, Features
 
 SIZE = 480  # short side in pixels: DAVIS-2017 "480p"
 DRAWN_CLIPS, DRAWN_FRAMES = 8, 24
+DRAWN_SIZE = 192  # at least: on smaller ones, J tells how coarse the grid of patches is, and little else
 
 
 def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -91,7 +92,7 @@ class VideoSegmentation:
     split: str = "val"
     """Which list of ImageSets/2017."""
     size: int | None = None
-    """Short side in pixels of what the network sees; without it 480, for drawn videos twice what it was trained on."""
+    """Short side in pixels of what the network sees; without it 480, for drawn ones 192 or twice its training size."""
     multiple: int = 64
     """The long side is rounded down to a multiple of this, where that holds whole patches."""
     context: int = 7
@@ -116,7 +117,7 @@ class VideoSegmentation:
     def bind(self, sources: Sequence[Any], site: Site) -> "BoundVideoSegmentation":
         if str(sources[0]) != "scenes":
             return BoundVideoSegmentation(self, open_davis(sources[0], self.split), site)
-        size = self.size or min(SIZE, 2 * site.size)
+        size = self.size or min(SIZE, max(DRAWN_SIZE, 2 * site.size))
         clips = [DrawnClip(Scenes(size=size, part="val"), index, DRAWN_FRAMES) for index in range(DRAWN_CLIPS)]
         return BoundVideoSegmentation(replace(self, size=size, multiple=1), clips, site)
 
