@@ -266,6 +266,8 @@ def test_the_evaluation_scores_what_it_writes(davis: Path, tmp_path: Path) -> No
     assert bound.data["davis"]["frames"] == 14
     assert scores["J"] > scores.details["first_mask_kept"]["J"] + 10
     assert bound.pixel_floor() == Scores(scores)
+    assert bound(NETWORKS["vit"].build(drop_path=0.0)) != scores
+    assert score_results(tmp_path / "video-segmentation", davis) == again, "a floor leaves the masks alone"
 
 
 def test_two_ranks_together_say_what_one_does(davis: Path, monkeypatch: pytest.MonkeyPatch) -> None:

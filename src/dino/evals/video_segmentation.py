@@ -4,7 +4,7 @@ likeness of the last spatial map of a frozen network, and nothing else.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -130,6 +130,8 @@ class BoundVideoSegmentation:
     clips: Sequence[Clip]
     site: Site
     name: str = VideoSegmentation.name
+    seen: list[Backbone] = field(default_factory=list)
+    """The first network that was asked about: its masks are written, and not those of the floors that come after it."""
 
     @property
     def data(self) -> Mapping[str, Mapping[str, Any]]:
@@ -139,8 +141,11 @@ class BoundVideoSegmentation:
 
     def __call__(self, backbone: Backbone) -> Scores:
         """{"J&F": percent, "J": ..., ...}, the same on every rank."""
+        if not self.seen:
+            self.seen.append(backbone)
+        out = self.site.out if backbone is self.seen[0] else None
         with evaluating(backbone):
-            found = self._score(lambda clip, first: self._segment(backbone, clip, first), "frames", self.site.out)
+            found = self._score(lambda clip, first: self._segment(backbone, clip, first), "frames", out)
         kept = self._score(lambda clip, first: (first for _ in clip.frame_names[1:]), "first mask, kept")
         return Scores(percent(found), {"official": found, "first_mask_kept": percent(kept)})
 
