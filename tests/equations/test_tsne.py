@@ -87,6 +87,12 @@ def test_few_points_take_the_perplexity_that_they_have() -> None:
     assert torch.isfinite(tsne(torch.ones(8, 3), iterations=20).points).all()  # copies of one picture
 
 
+def test_few_points_are_better_off_with_a_smaller_rate_than_the_papers() -> None:
+    features = torch.randn(60, 20, generator=torch.Generator().manual_seed(0))
+    own, papers = (tsne(features, learning_rate=rate, iterations=300).divergence[-1] for rate in (None, 200.0))
+    assert own < 0.8 * papers
+
+
 def test_what_cannot_work_is_said() -> None:
     with pytest.raises(UserError, match="4 to 5000"):
         tsne(torch.zeros(3, 2))
