@@ -9,7 +9,7 @@ import tyro
 
 from dino.cli.options import Switch, parse
 from dino.errors import UserError
-from dino.evals import EVALUATIONS, find
+from dino.evals import EVALUATIONS, find, scorer
 from dino.terminal import Terminal, speaking
 
 FLOORS = {"raw_pixels": "raw pixels", "random_weights": "random weights"}
@@ -33,15 +33,49 @@ class Common:
     """One JSON object on standard output, messages on standard error."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """Scores results that exist already, by the official measure: no network and no pictures are needed.
+
+    Figures are the official ones, fractions of 1.
+    """
+
+    results: tyro.conf.Positional[str]
+    """Folder of the results: RESULTS/SEQUENCE/00001.png."""
+    root: tyro.conf.Positional[str]
+    """Folder of the benchmark, for its truth."""
+    split: str = "val"
+    """Which list of the benchmark: val, train, ..."""
+    json: Switch = False
+    """One JSON object on standard output, messages on standard error."""
+
+
 def eval(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
         return 0
     name, rest = argv[0], argv[1:]
+    if "--score" in rest:
+        return _score(name, [word for word in rest if word != "--score"])
     evaluation = find(name)
     options = parse(_options(evaluation), rest, f"dino eval {name}", evaluation.examples)
     with speaking(options.common.json) as (terminal, give):
         give(_evaluate(evaluation, options, terminal))
+    return 0
+
+
+def _score(name: str, words: Sequence[str]) -> int:
+    score = scorer(name)
+    prog = f"dino eval {name} --score"
+    options = parse(ScoreOptions, words, prog, f"  {prog} results/ DAVIS/ --json")
+    with speaking(options.json) as (terminal, give):
+        with terminal.progress("scoring") as done:
+            result = score(options.results, options.root, split=options.split, progress=done)
+        objects = result.get("per_object", {})
+        rows = [[key, f"{value:.3f}"] for key, value in result.items() if isinstance(value, float)]
+        rows += [[key, ", ".join(f"{k} {v:.3f}" for k, v in values.items())] for key, values in objects.items()]
+        terminal.table(f"{options.results} against {options.root}", ["", "score"], rows)
+        give(result)
     return 0
 
 

@@ -10,6 +10,8 @@ class Entry(NamedTuple):
     home: str
     """module:class of its settings."""
     what: str
+    score: str = ""
+    """module:function that scores results that exist already, given their folder and the benchmark's, if any can."""
 
 
 EVALUATIONS = {
@@ -18,18 +20,40 @@ EVALUATIONS = {
     "low-shot": Entry("dino.evals.low_shot:LowShot", "accuracy with the labels of 1 %, 10 % or a few pictures"),
     "retrieval": Entry("dino.evals.retrieval:Retrieval", "landmark search: revisited Oxford and Paris"),
     "copy-detection": Entry("dino.evals.copy_detection:CopyDetection", "finding the originals of edited pictures"),
+    "video-segmentation": Entry(
+        "dino.evals.video_segmentation:VideoSegmentation",
+        "following objects through videos from their first mask: DAVIS 2017",
+        score="dino.evals.davis_score:score_results",
+    ),
     "attention-masks": Entry(
         "dino.evals.attention_masks:AttentionMasks", "how well masks of the attention cover objects"
     ),
 }
 
 
-def find(name: str) -> Any:
-    """The class of an evaluation's settings (an `Evaluation`). Raises UserError with the nearest names."""
+def entry(name: str) -> Entry:
+    """The entry of that name. Raises UserError with the nearest names."""
     if name not in EVALUATIONS:
         raise UserError(
             f"There is no evaluation {name!r}{nearest(name, EVALUATIONS)}\n"
             f"Expected one of {', '.join(EVALUATIONS)}, as in: dino eval knn CHECKPOINT TRAIN VAL"
         )
-    module, kind = EVALUATIONS[name].home.split(":")
-    return getattr(importlib.import_module(module), kind)
+    return EVALUATIONS[name]
+
+
+def find(name: str) -> Any:
+    """The class of an evaluation's settings, an `Evaluation`."""
+    return _imported(entry(name).home)
+
+
+def scorer(name: str) -> Any:
+    """What scores results that exist, (results, root, *, split, progress) -> dict. Raises UserError where none can."""
+    if not entry(name).score:
+        able = ", ".join(name for name, one in EVALUATIONS.items() if one.score)
+        raise UserError(f"dino eval {name} has no --score: results that exist are scored by {able} alone.")
+    return _imported(entry(name).score)
+
+
+def _imported(home: str) -> Any:
+    module, thing = home.split(":")
+    return getattr(importlib.import_module(module), thing)
