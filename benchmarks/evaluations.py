@@ -9,6 +9,7 @@ turns (interleaved, so that a slow minute hits all alike), after one turn to war
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core, for everybody
 
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino.evals.davis_score import sequence_statistics
+from dino.evals.knn import KS, knn_accuracy
 from dino.evals.label_propagation import label_propagation
 
 
@@ -35,7 +38,7 @@ class Section:
     """The work, with its sizes: one line."""
     candidates: Mapping[str, Callable[[], object]]
     """The plain version first; each call does all the work once, and returns its result."""
-    error: Callable[[object, object], float] | None = None
+    error: Callable[[Any, Any], float] | None = None
     """How far apart the results of two candidates are."""
 
 
@@ -96,7 +99,53 @@ def drawn(time: float) -> np.ndarray:
     return mask
 
 
+# -- nearest neighbours ----------------------------------------------------------------------------------------
+
+
+def plain_knn(memory: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, ks=KS, chunk: int = 500) -> dict:
+    """Appendix F.1 as it is usually written: a chunk of queries against the whole memory at once, one-hot votes."""
+    hits, classes = {k: [0, 0] for k in ks}, int(labels.max()) + 1
+    for start in range(0, len(queries), chunk):
+        asked = truth[start : start + chunk, None]
+        similarity, rows = (queries[start : start + chunk] @ memory.T).topk(max(ks), dim=1)
+        votes = torch.zeros(*rows.shape, classes).scatter_(2, labels[rows][..., None], 1)
+        votes *= (similarity / 0.07).exp()[..., None]
+        for k in ks:
+            guesses = votes[:, :k].sum(1).topk(5, dim=1).indices == asked
+            hits[k][0] += int(guesses[:, 0].sum())
+            hits[k][1] += int(guesses.any(1).sum())
+    names = {f"{k}-NN{kind}": (k, i) for k in ks for i, kind in enumerate(("", " top-5"))}
+    return {name: 100 * hits[k][i] / len(queries) for name, (k, i) in names.items()}
+
+
+def knn_section(pictures: int = 1_281_167, asked: int = 500, wide: int = 384, classes: int = 1000) -> Section:
+    """As many features as ImageNet has training pictures, noise around a center per class; 500 of 50,000 queries."""
+    rng = torch.Generator().manual_seed(0)
+    centers = torch.randn(classes, wide, generator=rng)
+    labels = torch.randint(classes, (pictures + asked,), generator=rng)
+    features = torch.empty(pictures + asked, wide)
+    for rows in torch.arange(len(labels)).split(65536):  # no copy of the whole on the way
+        noise = torch.randn(len(rows), wide, generator=rng)
+        features[rows] = F.normalize(centers[labels[rows]] + 4 * noise, dim=1)
+    memory, queries = features[:pictures], features[pictures:]
+    half, known, truth = memory.half(), labels[:pictures], labels[pictures:]
+    return Section(
+        f"{asked} queries among {pictures:,} features, {wide} wide, k = 10, 20, 100, 200 (ImageNet asks 50,000)",
+        {
+            "plain, whole chunks": lambda: plain_knn(memory, known, queries, truth),
+            "blocks": lambda: knn_accuracy(memory, known, queries, truth),
+            "blocks, stored in float16": lambda: knn_accuracy(half, known, queries, truth),
+        },
+        farthest,
+    )
+
+
+def farthest(one: dict, other: dict) -> float:
+    return max(abs(one[name] - other[name]) for name in one)
+
+
 SECTIONS: dict[str, Callable[[], Section]] = {
+    "knn": knn_section,
     "label_propagation": label_propagation_section,
     "davis_score": davis_score_section,
 }
@@ -108,7 +157,9 @@ SECTIONS: dict[str, Callable[[], Section]] = {
 def measure(section: Section, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds of each candidate, the median of its ratios to the first, and how far its result is off."""
     times: dict[str, list[float]] = {name: [] for name in section.candidates}
-    results = {name: run() for name, run in section.candidates.items()}
+    results, memory = {}, {}
+    for name, run in section.candidates.items():
+        results[name], memory[name] = with_peak(run)
     for _ in range(rounds):
         for name, run in section.candidates.items():
             start = time.perf_counter()
@@ -120,10 +171,28 @@ def measure(section: Section, rounds: int) -> dict[str, dict[str, float]]:
         rows[name] = {
             "seconds": statistics.median(each),
             "ratio": statistics.median(plain / own for plain, own in zip(times[first], each, strict=True)),
+            "gib": memory[name],
         }
         if section.error is not None:
             rows[name]["error"] = section.error(results[first], results[name])
     return rows
+
+
+def with_peak(run: Callable[[], object]) -> tuple[object, float]:
+    """The result, and by how many GiB this process was larger in between than before; NaN where Linux does not say."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = resident("VmRSS")
+        result = run()
+        return result, (resident("VmHWM") - before) / 2**20
+    except OSError:
+        return run(), math.nan
+
+
+def resident(which: str) -> int:
+    """KiB of this process's memory, by the name that Linux gives it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    return int(line.split()[1])
 
 
 def machine() -> str:
@@ -149,10 +218,10 @@ def main() -> None:
         section = SECTIONS[name]()
         rows = measure(section, options.rounds)
         found[name] = {"what": section.what, "results": rows}
-        print(f"\n{name}: {section.what}\n{'':28}{'seconds':>10}{'ratio':>8}{'error':>10}")
+        print(f"\n{name}: {section.what}\n{'':28}{'seconds':>10}{'ratio':>8}{'GiB':>8}{'error':>10}")
         for candidate, row in rows.items():
             error = f"{row['error']:10.1e}" if "error" in row else ""
-            print(f"{candidate:28}{row['seconds']:10.3f}{row['ratio']:8.1f}{error}", flush=True)
+            print(f"{candidate:28}{row['seconds']:10.3f}{row['ratio']:8.1f}{row['gib']:8.2f}{error}", flush=True)
     if options.json:
         about = {"machine": machine(), "rounds": options.rounds, "torch": torch.__version__, "opencv": cv2.__version__}
         Path(options.json).write_text(json.dumps({**about, "sections": found}, indent=2) + "\n")
