@@ -19,11 +19,11 @@ from dino.errors import UserError, nearest
 from dino.files import write_whole
 
 VOID = 255
-"""Pixels that belong to nothing in particular; the semi-supervised task has none, and takes them for ground."""
+"""Pixels that belong to nothing in particular: taken for ground."""
 
 TREE = """\
   {root}/
-    ImageSets/2017/{split}.txt                    the names of the sequences, one a line
+    ImageSets/2017/{split}.txt                      the names of the sequences, one a line
     JPEGImages/480p/blackswan/00000.jpg ...     the frames of each
     Annotations/480p/blackswan/00000.png ...    its masks under the same names: 0 the ground, 1, 2, ... objects"""
 
