@@ -78,6 +78,8 @@ def test_the_gap_that_is_stated_holds_where_it_stops_early() -> None:
     least = fit_logistic(x, y, 3, 1e-4, tolerance=1e-12).loss
     rough = fit_logistic(x, y, 3, 1e-4, tolerance=0.5)
     assert least < rough.loss <= least + rough.gap
+    gradient = logistic_loss(rough.weights, x, y, 1e-4)[1]
+    assert rough.gap == pytest.approx(float(gradient.square().sum()) / 2e-4)  # strong convexity with modulus decay
     assert rough.gap <= 0.5 * rough.loss
     assert rough.evaluations < fit_logistic(x, y, 3, 1e-4, tolerance=1e-12).evaluations
 
