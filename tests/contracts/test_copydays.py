@@ -26,9 +26,12 @@ OFFICIAL = [
 
 
 def write(folder: Path, names: list[str]) -> Path:
-    for i, name in enumerate(names):
+    """Pictures with a texture that their group, the first four characters of the name, has for itself."""
+    for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        assert cv2.imwrite(str(folder / name), np.full((16, 20, 3), 9 * i, np.uint8))
+        rng = np.random.default_rng(list(Path(name).stem[:4].encode()))
+        coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        assert cv2.imwrite(str(folder / name), cv2.resize(coarse, (20, 16), interpolation=cv2.INTER_NEAREST))
     return folder
 
 
@@ -104,6 +107,9 @@ def test_copies_are_a_function_of_the_seed_and_say_their_sizes() -> None:
     assert not np.array_equal(other.read(4), drawn[4])
     assert len({copies.content, other.content, copies.fingerprint, other.fingerprint}) == 4
     assert len({picture.tobytes() for picture in drawn}) == 45
+    twins = EditedCopies(pictures.subset([0, 0]), pages.subset([0]), seed=1)  # each original has edits of its own
+    drawn_to = [i for i, (_, kind) in enumerate(twins.items) if kind in ("crop_50", "strong_rotate", "strong_paste")]
+    assert not any(np.array_equal(twins.read(i), twins.read(i + 15)) for i in drawn_to if i < 15)
 
 
 def test_blocks_are_named_as_in_copydays() -> None:
@@ -160,8 +166,10 @@ def test_a_folder_with_distractors_and_whitening(tmp_path: Path) -> None:
 def test_a_copy_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
     bound = CopyDetection().bind([write(tmp_path, OFFICIAL)], Site())
     (tmp_path / "strong/200002.jpg").write_bytes(b"gone")
-    (tmp_path / "original/200100.jpg").write_bytes(b"gone")
+    (tmp_path / "original/200000.jpg").write_bytes(b"gone")  # the first: the rows behind it must stay where they are
     scores = bound.pixel_floor()
-    assert sorted(skip["name"] for skip in scores.details["skipped"]) == ["original/200100.jpg", "strong/200002.jpg"]
-    assert "strong/200002.jpg" not in scores.details["place of the original"]
-    assert scores.details["place of the original"]["strong/200113.jpg"] == 1  # the last of two
+    assert sorted(skip["name"] for skip in scores.details["skipped"]) == ["original/200000.jpg", "strong/200002.jpg"]
+    places = scores.details["place of the original"]
+    assert "strong/200002.jpg" not in places
+    assert places["strong/200113.jpg"] == 0  # of 200100, the only one left
+    assert places["jpeg/3/200001.jpg"] == 1  # of the broken one: the last of two

@@ -9,6 +9,8 @@ import torch
 
 from dino.data.revisited import Truth, read_ground_truth
 from dino.data.scenes import Scenes
+from dino.data.views import normalize, resize
+from dino.evals.descriptors import describe
 from dino.evals.evaluator import Site
 from dino.evals.ranking import ranked_places
 from dino.evals.retrieval import KAPPAS, PROTOCOLS, Retrieval, multiscale, protocol_scores
@@ -124,6 +126,20 @@ def test_a_convnet_and_the_pixel_floor() -> None:
     assert set(evaluator(Timm(name="resnet18", args=args).build().eval())) == set(evaluator.pixel_floor())
 
 
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_every_row_is_its_own_picture(vit: Backbone, batch_size: int) -> None:
+    """Pictures of mixed shapes, which come out of order in batches: each row against that picture alone."""
+    database = Retrieval().bind([SCENES.open()], Site()).landmarks.database
+    shapes = np.array([[(24, 32), (40, 16), (32, 32)][i % 3] for i in range(len(database))])
+    site = Site(size=32, batch_size=batch_size)
+    out = describe(vit, database, shapes, vit, width=vit.embed_dim, what="cls", site=site)
+    assert out.indices.tolist() == list(range(len(database)))
+    for i, row in enumerate(out.features):
+        image = torch.from_numpy(resize(database.read(i), *shapes[i].tolist())).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            assert torch.allclose(vit(normalize(image))[0], row, atol=1e-4), i
+
+
 class Watching(Backbone):
     """Remembers the sides of what it sees."""
 
@@ -163,3 +179,8 @@ def test_features_are_kept(tmp_path: Path, vit: Backbone) -> None:
     other = Retrieval(multiscale=True).bind([SCENES.open()], Site(size=32, cache=tmp_path))
     other(vit)
     assert len(list(tmp_path.iterdir())) == 4
+    torch.manual_seed(1)
+    stranger = ViT(width=48, depth=1, heads=3, patch=8, image_size=32).build().eval()
+    assert evaluator(stranger) == Retrieval().bind([SCENES.open()], Site(size=32))(stranger)
+    assert len(list(tmp_path.iterdir())) == 6
+    assert evaluator(stranger).details != first.details

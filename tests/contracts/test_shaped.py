@@ -1,0 +1,66 @@
+"""Pictures that keep their shape: sizes, boxes, and batches of one shape each."""
+
+import numpy as np
+import pytest
+
+from dino.data.pictures import BadImage, Pictures
+from dino.data.shaped import Boxed, scale_to, scaled, shaped_batches
+from dino.data.views import resize
+
+
+class Mixed(Pictures):
+    """Noise of three shapes in turn; one cannot be read."""
+
+    def __init__(self, count: int, bad: int = -1) -> None:
+        sizes = [((40, 30), (30, 40), (20, 20))[i % 3] for i in range(count)]
+        super().__init__(names=[str(i) for i in range(count)], sizes=sizes)
+        self.bad = bad
+
+    def read(self, index: int) -> np.ndarray:
+        if index == self.bad:
+            raise BadImage(index, "broken")
+        width, height = self.sizes[index]
+        return np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_proportions_are_kept_and_nothing_grows() -> None:
+    sizes = np.array([[1024, 768], [300, 1200], [20, 10], [2000, 4]])
+    scale = scale_to(sizes, 512)
+    assert scaled(sizes, scale).tolist() == [[384, 512], [512, 128], [10, 20], [1, 512]]
+    assert scaled(sizes, scale, least=16).tolist() == [[384, 512], [512, 128], [16, 20], [16, 512]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_hold_one_shape_and_no_more_than_their_pixels(workers: int) -> None:
+    pictures = Mixed(20, bad=4)
+    shapes = scaled(pictures.sizes, scale_to(pictures.sizes, 20))
+    asked, seen, batches = [*range(1, 20)], {}, 0
+    for indices, images in shaped_batches(pictures, shapes, pixels=1000, indices=asked, workers=workers):
+        batches += 1
+        assert len(images) * images.shape[2] * images.shape[3] <= 1000
+        for index, image in zip(indices.tolist(), images, strict=True):
+            assert index not in seen
+            seen[index] = image
+            expected = resize(pictures.read(index), *shapes[index].tolist())
+            np.testing.assert_array_equal(image.numpy(), expected.transpose(2, 0, 1))
+    assert sorted(seen) == [i for i in asked if i != 4]
+    assert batches == 2 + 3 + 3  # 6 and 7 pictures of 300 pixels by threes, 6 of 400 by twos
+
+
+def test_a_picture_above_the_pixels_is_a_batch_of_its_own() -> None:
+    pictures = Mixed(3)
+    shapes = scaled(pictures.sizes, scale_to(pictures.sizes, 40))
+    assert [len(i) for i, _ in shaped_batches(pictures, shapes, pixels=1, indices=range(3))] == [1, 1, 1]
+
+
+def test_pictures_of_one_shape_come_in_order() -> None:
+    pictures = Mixed(12)
+    batches = shaped_batches(pictures, np.full((12, 2), 8), pixels=5 * 64, indices=range(12))
+    assert [i.tolist() for i, _ in batches] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
+
+
+def test_boxes_are_rounded_and_end_at_the_border() -> None:
+    pictures = Mixed(1)
+    box = Boxed(pictures, np.array([[2.4, 3.6, 50.0, 9.5]]))
+    assert box.sizes.tolist() == [[38, 6]]
+    np.testing.assert_array_equal(box.read(0), pictures.read(0)[4:10, 2:40])
