@@ -40,7 +40,7 @@ def open_film(path: str | Path, fps: float | None = None) -> Film:
     if fps is not None and not 0 < fps <= 1000:
         raise UserError(f"fps must lie above 0 and not above 1000, e.g. 25; received {fps:g}.")
     if path.is_dir():
-        frames = _frames(path)
+        frames = frame_files(path)
         if not frames:
             raise UserError(
                 f"{path} holds no frames: expected pictures named in their order, 00000.jpg, 00001.jpg, ..."
@@ -118,14 +118,14 @@ def _from_file(path: Path) -> Iterator[np.ndarray]:
 
 
 def _from_folder(path: Path) -> Iterator[np.ndarray]:
-    for file in _frames(path):
+    for file in frame_files(path):
         try:
             yield decode(file)
         except BadImage as bad:
             raise UserError(f"A frame cannot be read: {bad}\nCopy it again, or take it out of the folder.") from bad
 
 
-def _frames(path: Path) -> list[Path]:
+def frame_files(path: Path) -> list[Path]:
     """In the order that a person reads the names in: 2.jpg before 10.jpg."""
     files = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
     return sorted(files, key=_natural)

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dino.analysis.film import Film, _frames, write_film
+from dino.analysis.film import Film, frame_files, write_film
 from dino.data.davis import PALETTE, VOID, read_mask
 from dino.errors import UserError
 from dino.evals.evaluator import Progress, Site, evaluating
@@ -84,7 +84,7 @@ def frame_names(film: Film) -> Iterator[str]:
     """What the masks are called: as the pictures of a folder, or 00000, 00001, ..."""
     if not film.path.is_dir():
         return (f"{index:05d}" for index in range(10**9))
-    names = [file.stem for file in _frames(film.path)]
+    names = [file.stem for file in frame_files(film.path)]
     if len(set(names)) < len(names):
         raise UserError(f"Two frames in {film.path} have one name, but for its ending, and so would their masks.")
     return iter(names)

@@ -84,7 +84,7 @@ def _parquet(path: Path, embedding: "Embedding", about: dict) -> None:
     width = embedding.features.shape[1]
     flat = pyarrow.array(embedding.features.ravel())
     columns = {
-        "name": pyarrow.array([_text(name) for name in embedding.names], pyarrow.string()),
+        "name": pyarrow.array([encodable(name) for name in embedding.names], pyarrow.string()),
         "label": pyarrow.array(embedding.labels, pyarrow.string()),
         "feature": pyarrow.FixedSizeListArray.from_arrays(flat, width),
     }
@@ -98,7 +98,7 @@ def _npz(path: Path, embedding: "Embedding", about: dict) -> None:
     with open(path, "wb") as file:
         np.savez(
             file,
-            name=np.array([_text(name) for name in embedding.names], dtype=np.str_),
+            name=np.array([encodable(name) for name in embedding.names], dtype=np.str_),
             label=np.array([label or "" for label in embedding.labels], dtype=np.str_),
             feature=embedding.features,
             about=np.array(json.dumps(about)),
@@ -110,10 +110,10 @@ def _csv(path: Path, embedding: "Embedding", about: dict) -> None:
         rows = csv.writer(file)
         rows.writerow(["name", "label", *(f"f{i}" for i in range(embedding.features.shape[1]))])
         for name, label, feature in zip(embedding.names, embedding.labels, embedding.features, strict=True):
-            rows.writerow([_text(name), label or "", *map(str, feature)])
+            rows.writerow([encodable(name), label or "", *map(str, feature)])
 
 
-def _text(name: str) -> str:
+def encodable(name: str) -> str:
     """A file name as text; bytes that are none are shown as escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
 

@@ -173,7 +173,7 @@ def _draw(
 
 
 def _table(path: Path, names: Sequence[str], labels: Sequence[str | None], points: "np.ndarray") -> Path:
-    from dino.cli.embed import _text
+    from dino.cli.embed import encodable
     from dino.files import write_whole
 
     def write(aside: Path) -> None:
@@ -181,6 +181,6 @@ def _table(path: Path, names: Sequence[str], labels: Sequence[str | None], point
             rows = csv.writer(file)
             rows.writerow(["name", "label", "x", "y"])
             for name, label, (x, y) in zip(names, labels, points.tolist(), strict=True):
-                rows.writerow([_text(name), label or "", f"{x:.5g}", f"{y:.5g}"])
+                rows.writerow([encodable(name), label or "", f"{x:.5g}", f"{y:.5g}"])
 
     return write_whole(path, write)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.data.loader import _read, _serve, sample_rng
+from dino.data.loader import read_or_none, sample_rng, serve
 from dino.data.pictures import Pictures
 from dino.data.views import crop_box
 
@@ -41,7 +41,7 @@ def crop_batches(
 
     A crop is a function of (seed, epoch, index) alone, whatever the batches, workers and ranks.
     """
-    yield from _serve(_Crops(pictures, size, seed), jobs, workers, 2, False)
+    yield from serve(_Crops(pictures, size, seed), jobs, workers, 2, False)
 
 
 class _Crops:
@@ -53,7 +53,7 @@ class _Crops:
         stack = np.empty((len(indices), 3, self.size, self.size), np.uint8)
         used: list[int] = []
         for index in indices.tolist():
-            image = _read(self.pictures, index, [])
+            image = read_or_none(self.pictures, index, [])
             if image is not None:
                 stack[len(used)] = random_crop(image, self.size, sample_rng(self.seed, epoch, index))
                 used.append(index)

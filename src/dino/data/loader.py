@@ -99,7 +99,7 @@ def train_batches(
                 yield Job(epoch, step, order[positions // repeats], positions % repeats)
             first = 0
 
-    yield from _serve(_Train(pictures, views, seed), jobs(), workers, prefetch, pin_memory)
+    yield from serve(_Train(pictures, views, seed), jobs(), workers, prefetch, pin_memory)
 
 
 def eval_batches(
@@ -116,7 +116,7 @@ def eval_batches(
     """
     chosen = np.arange(len(pictures)) if indices is None else np.asarray(indices, dtype=np.int64)
     jobs = (chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size))
-    yield from _serve(_Eval(pictures, size), jobs, workers, 2, pin_memory)
+    yield from serve(_Eval(pictures, size), jobs, workers, 2, pin_memory)
 
 
 class Job(NamedTuple):
@@ -143,7 +143,7 @@ class _Train:
         used: list[int] = []
         skipped: list[Skipped] = []
         for index, copy in zip(job.indices.tolist(), job.copies.tolist(), strict=True):
-            image = _read(self.pictures, index, skipped)
+            image = read_or_none(self.pictures, index, skipped)
             if image is None:
                 continue
             crops = self.views(image, sample_rng(self.seed, job.epoch, index, copy))
@@ -171,14 +171,14 @@ class _Eval:
         stack = np.empty((len(indices), 3, self.size, self.size), np.uint8)
         used: list[int] = []
         for index in indices.tolist():
-            image = _read(self.pictures, index, [])
+            image = read_or_none(self.pictures, index, [])
             if image is not None:
                 stack[len(used)] = eval_transform(image, self.size)
                 used.append(index)
         return torch.tensor(used, dtype=torch.int64), torch.from_numpy(stack[: len(used)])
 
 
-def _read(pictures: Pictures, index: int, skipped: list[Skipped]) -> np.ndarray | None:
+def read_or_none(pictures: Pictures, index: int, skipped: list[Skipped]) -> np.ndarray | None:
     try:
         return pictures.read(index)
     except BadImage as bad:
@@ -199,7 +199,7 @@ class _Jobs(Dataset):
             return error
 
 
-def _serve(make: Callable, jobs: Iterable, workers: int, prefetch: int, pin_memory: bool) -> Iterator[Any]:
+def serve(make: Callable, jobs: Iterable, workers: int, prefetch: int, pin_memory: bool) -> Iterator[Any]:
     """make(job) for every job in order, by this process or by workers ahead of it."""
     with warnings.catch_warnings():
         # More workers than cores may be right where disks are slow; forking beside threads is safe here,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino.data.loader import _read, _serve
+from dino.data.loader import read_or_none, serve
 from dino.data.pictures import Pictures
 from dino.data.views import planar, resize
 
@@ -32,7 +32,7 @@ def shaped_batches(
     """
     chosen = np.asarray(indices, dtype=np.int64)
     chosen = chosen[np.lexsort((shapes[chosen, 1], shapes[chosen, 0]))]  # stable
-    yield from _serve(_Shaped(pictures), _jobs(chosen, shapes, pixels), workers, 2, False)
+    yield from serve(_Shaped(pictures), _jobs(chosen, shapes, pixels), workers, 2, False)
 
 
 def _jobs(chosen: np.ndarray, shapes: np.ndarray, pixels: int) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -53,7 +53,7 @@ class _Shaped:
         stack = np.empty((len(indices), 3, height, width), np.uint8)
         used: list[int] = []
         for index in indices.tolist():
-            image = _read(self.pictures, index, [])
+            image = read_or_none(self.pictures, index, [])
             if image is not None:
                 planar([resize(image, height, width)], stack[len(used) : len(used) + 1])
                 used.append(index)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino import dist
-from dino.evals.knn import _full_precision
+from dino.evals.evaluator import full_precision
 
 
 class Heads:
@@ -39,7 +39,7 @@ class Heads:
 
     def logits(self, features: Tensor) -> Tensor:
         """[B, D] -> [B, T, C]: one matrix product whatever T. Float32 on purpose."""
-        with _full_precision(features.device):
+        with full_precision(features.device):
             return (_with_one(features) @ self.weights.flatten(1)).unflatten(1, self.weights.shape[1:])
 
     def gradient(self, features: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Heads:
         residual = self.logits(features).softmax(-1)
         residual[torch.arange(len(labels), device=labels.device), :, labels] -= 1
         residual *= (counted / dist.total(counted.sum(0)).clamp(min=1))[..., None]
-        with _full_precision(features.device):
+        with full_precision(features.device):
             own = _with_one(features).T @ residual.flatten(1)
         return dist.total(own).unflatten(1, self.weights.shape[1:])
 

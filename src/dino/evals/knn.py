@@ -4,8 +4,7 @@ to tune.
 Also the floor that any such figure stands beside: raw pixels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from dino.data.pictures import BadImage, Pictures
 from dino.data.sources import CLASS_FOLDERS, PictureSource, described, labelled_pair
 from dino.errors import UserError
-from dino.evals.evaluator import Extracted, Progress, Scores, Site, Source, gathered, share_of
+from dino.evals.evaluator import Extracted, Progress, Scores, Site, Source, full_precision, gathered, share_of
 from dino.models.backbone import Backbone
 
 KS = (10, 20, 100, 200)  # Appendix F.1; 20 is the one that the paper reports
@@ -34,7 +33,7 @@ def nearest_neighbours(
     Float32 on purpose: at temperature .07 a similarity that is off by bfloat16's .004 moves a vote by 6 %.
     Between equal similarities the order is not defined; copies of one picture are the only ones that meet it.
     """
-    with _full_precision(queries.device):
+    with full_precision(queries.device):
         queries = F.normalize(queries.float(), dim=1)
         best = queries.new_empty(len(queries), 0)
         rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
@@ -205,18 +204,6 @@ def raw_pixels(
         if progress is not None:
             progress(place + 1, len(mine))
     return gathered(rows, features, pictures, device)
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32 and no bfloat16 products inside, whatever training has chosen."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

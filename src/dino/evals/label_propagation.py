@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino.data.davis import VOID
-from dino.evals.knn import _full_precision
+from dino.evals.evaluator import full_precision
 
 TILE = 12
 """Places on a side of what is compared at once. Measured at 60 x 104 places, 384 wide, 7 + 1 frames, radius 12: 0.9 s
@@ -42,7 +42,7 @@ def label_propagation(
     """
     h, w, _ = query.shape
     out = labels.new_empty(h, w, labels.shape[-1])
-    with _full_precision(query.device):  # bfloat16's error in a cosine would move a weight by 4 %
+    with full_precision(query.device):  # bfloat16's error in a cosine would move a weight by 4 %
         for top in range(0, h, tile):
             for left in range(0, w, tile):
                 rows, columns = slice(top, min(h, top + tile)), slice(left, min(w, left + tile))

@@ -1,17 +1,46 @@
 """The accuracy measured while training: what rises, and what the best checkpoint is chosen by."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from dino.data.pictures import Pictures
-from dino.evals.evaluator import Site
+from dino.evals.accuracy import Accuracy
+from dino.evals.evaluator import Scores, Site, floors_of
 from dino.evals.knn import KNN, BoundKNN
+from dino.models.backbone import Backbone
+from dino.models.heads import Network
+
+
+class Learner(Protocol):
+    """What is being trained, as far as an evaluation sees it. Every method is one."""
+
+    @property
+    def backbone(self) -> Backbone: ...
+
+    @property
+    def classifier(self) -> Network | None:
+        """A network that gives a number for each class, where labels are learned."""
+        ...
+
+
+class Watched(NamedTuple):
+    """What is measured of a learner, ready to be called as often as one likes."""
+
+    name: str
+    measure: Callable[[], Scores]
+    floors: Callable[[Callable[[], Backbone]], Mapping[str, Mapping[str, float]]]
+    """Given what builds the network with random weights on the device: what the figures must rise above."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """Weighted k-NN accuracy of the backbone on pictures with labels, measured while training."""
+    """The accuracy on pictures with labels, measured while training: of weighted k-NN on the backbone's features, or
+    of the classifier itself where the method trains one."""
+
+    formerly: ClassVar[tuple[str, ...]] = ("KNN",)
 
     every_epochs: float = 1.0
     """Measure each time this many epochs have passed; 0 never."""
@@ -20,14 +49,22 @@ class Watch:
     size: int | None = None
     """Side in pixels of the center crop that is shown to the backbone; None: the size of the global crops."""
     held_back: float = 0.1
-    """Share of every class that is kept out of training and asked about."""
+    """Share of every class that is kept out of training and asked about, where there are no pictures for that."""
     max_memory: int = 50_000
     """Training pictures that vote, evenly spaced; more cost time and change the figure little."""
     batch_size: int = 64
     """Pictures per forward pass."""
 
+    def on(self, learner: Learner, train: Pictures, asked: Pictures, site: Site) -> Watched:
+        """What is measured of this learner while it learns: its classifier's accuracy, or its features' by k-NN."""
+        if (classifier := learner.classifier) is not None:
+            accuracy = Accuracy(train, asked, self.size or site.size, site)
+            return Watched(accuracy.name, lambda: accuracy(classifier), lambda build: accuracy.floors())
+        knn = self.bind(train, asked, site)
+        return Watched(knn.name, lambda: knn(learner.backbone), lambda build: floors_of(knn, build))
+
     def bind(self, train: Pictures, held_back: Pictures, site: Site) -> BoundKNN:
-        """The evaluator for these pictures; the site's size answers where the setting says None."""
+        """The k-NN evaluator for these pictures; the site's size answers where the setting says None."""
         if len(train) > self.max_memory:
             train = train.subset(np.linspace(0, len(train) - 1, self.max_memory).round().astype(np.int64))
         return BoundKNN(KNN(k=(self.k,), size=self.size), train, held_back, site)
