@@ -22,8 +22,9 @@ MEMORY_SECONDS = 60.0
 class Watch:
     """Epoch, step, loss, teacher entropy, images/s, waiting, time left: `with Watch(...) as watch`."""
 
-    def __init__(self, terminal: Terminal, clock: Clock, prototypes: int) -> None:
-        self._terminal, self._clock, self._top = terminal, clock, math.log(prototypes)
+    def __init__(self, terminal: Terminal, clock: Clock, prototypes: int | None) -> None:
+        self._terminal, self._clock = terminal, clock
+        self._top = None if prototypes is None else math.log(prototypes)
         self._metrics: dict[str, float] = {}
         self._began = self._since = self._said = time.monotonic()
         self._rate = 0.0  # steps/s
@@ -75,7 +76,7 @@ class Watch:
         shown = []
         if "loss" in got:
             shown.append(f"loss {got['loss']:.3f}")
-        if "teacher_entropy" in got:
+        if "teacher_entropy" in got and self._top is not None:
             shown.append(f"teacher entropy {got['teacher_entropy']:.2f} of {self._top:.2f}")
         if "images_per_s" in got:
             shown.append(f"{got['images_per_s']:.0f} images/s")

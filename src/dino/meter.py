@@ -1,7 +1,7 @@
 """What a line of metrics is made of: averages over some steps, the schedules' values, and where the time went."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,16 +9,17 @@ from torch import Tensor
 
 from dino import dist
 from dino.data.views import Batch
-from dino.methods.dino import DINOConfig
 from dino.optim import Optim
-from dino.schedules import Clock
+from dino.schedules import Clock, Schedule
 
 
 class Meter:
     """Metrics between two log lines: sums that stay on the device, and where the time went."""
 
-    def __init__(self, optim: Optim, method: DINOConfig, world: int) -> None:
-        self._optim, self._method, self._world = optim, method, world
+    def __init__(self, optim: Optim, schedules: Mapping[str, Schedule], world: int) -> None:
+        """schedules: the method's own, by the names under which they are logged."""
+        rates = {"lr": optim.lr_schedule(), "weight_decay": optim.weight_decay_schedule()}
+        self._schedules, self._world = rates | dict(schedules), world
         self._began = time.monotonic()
         self._open()
 
@@ -54,10 +55,7 @@ class Meter:
         metrics = dict(zip(self._sums, stacked.tolist(), strict=True))  # the one place that waits for the device
         seconds = time.monotonic() - self._since
         metrics |= {
-            "lr": self._optim.lr_schedule()(clock),
-            "weight_decay": self._optim.weight_decay_schedule()(clock),
-            "momentum": self._method.momentum_schedule()(clock),
-            "teacher_temp": self._method.teacher_temp_schedule()(clock),
+            **{name: schedule(clock) for name, schedule in self._schedules.items()},
             "images_per_s": self._world * self._pictures / seconds,
             "wait": self._waited / seconds,
             "time": time.monotonic() - self._began,

@@ -15,24 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino import __version__, checkpoint
+from dino import __version__, checkpoint, dist
 from dino.config import from_dict, to_dict
+from dino.data.augment import Augment
 from dino.data.folder import Folder
 from dino.data.loader import steps_per_epoch, train_batches
 from dino.data.pictures import Pictures
 from dino.data.scenes import Scenes
+from dino.data.sources import relabelled
 from dino.data.views import Batch, MultiCrop
 from dino.errors import UserError
-from dino.evals.evaluator import Evaluator, Site, floors_of
-from dino.evals.watch import Watch
+from dino.evals.evaluator import Site
+from dino.evals.watch import Watch, Watched
 from dino.events import Ended, EpochDone, Evaluated, Event, Logged, Started
 from dino.files import remove_parts, write_json
 from dino.logs import Log
 from dino.meter import Meter
-from dino.methods.dino import DINO, DINOConfig
+from dino.methods.dino import DINOConfig
+from dino.methods.method import Method, Start
+from dino.methods.supervised import SupervisedConfig
 from dino.models.backbone import Backbone
-from dino.models.heads import Network
-from dino.models.pretrained import load_strict, save_backbone
+from dino.models.pretrained import load, load_strict, save_backbone
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.optim import Optim, clip_grad_norms_, set_hyper
@@ -47,12 +50,16 @@ class Run:
 
     data: Folder | Scenes = field(default_factory=lambda: Folder(path="photos"))
     """The pictures."""
+    val: Folder | Scenes | None = None
+    """Pictures with labels to be asked about while training; None: a share of every class is held back for that."""
     backbone: ViT | Timm = field(default_factory=ViT)
     """The network that is trained."""
-    method: DINOConfig = field(default_factory=DINOConfig)
+    init: str | None = None
+    """The backbone to begin with: a run's folder, a file, a released name, timm:NAME; None: random weights."""
+    method: DINOConfig | SupervisedConfig = field(default_factory=DINOConfig)
     """How it learns."""
-    views: MultiCrop = field(default_factory=MultiCrop)
-    """What the student and the teacher see of a picture."""
+    views: MultiCrop | Augment = field(default_factory=MultiCrop)
+    """What the method sees of a picture."""
     optim: Optim = field(default_factory=Optim)
     """How the student moves."""
     knn: Watch = field(default_factory=Watch)
@@ -74,28 +81,33 @@ class Run:
     out: str = "runs/dino"
     """Folder of everything the run writes."""
 
+    def __post_init__(self) -> None:
+        given, needed = self.views.stacks[0][0], self.method.global_views
+        if given < needed:
+            raise UserError(
+                f"{type(self.method).__name__} compares {needed} views of a picture, and {type(self.views).__name__} "
+                f"gives {given}: expected views=MultiCrop(...)."
+            )
+
 
 @dataclass
 class State:
     """What changes while training, and all that a checkpoint needs besides the Run."""
 
-    method: DINO
+    method: Method
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
     best: dict[str, Any] = field(default_factory=dict)
 
 
-def build_method(run: Run) -> DINO:
-    """The method of a run with fresh weights, on the CPU; the same for the same seed."""
+def build_method(run: Run, *, classes: int = 0, weights: Mapping[str, Tensor] | None = None) -> Method:
+    """The method of a run with fresh weights, on the CPU; the same for the same seed.
+
+    classes: how many the pictures' labels tell apart. weights: of the backbone that `run.init` names.
+    """
     torch.manual_seed(run.seed)
-    student = run.backbone.build()
-    teacher = run.backbone.build(drop_path=0.0)
-    return DINO(
-        Network(student, run.method.head(student.embed_dim)),
-        Network(teacher, run.method.head(teacher.embed_dim)),
-        run.method,
-    )
+    return run.method.build(Start(run.backbone, run.seed, classes, weights, run.init or ""))
 
 
 def train_step(state: State, model: nn.Module, batch: Batch, clock: Clock, run: Run, rt: Runtime) -> dict[str, Tensor]:
@@ -125,26 +137,24 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     cannot fill a batch, the loss stops being a number, a disk is full, or the checkpoint is of another run.
     """
     out = Path(run.out)
+    pictures = run.method.learnable(pictures)
     pictures = pictures.in_memory() if run.cache else pictures
-    labelled = pictures.labels is not None and run.knn.every_epochs > 0
-    rest, held_back = pictures.split(run.knn.held_back, run.seed) if labelled else (pictures, None)
+    rest, asked = _parts(run, pictures)
     per_epoch = steps_per_epoch(len(rest), run.optim.batch_size, rt.world)
-    state = State(*_fresh(run, rt))
+    state = _fresh(run, rt, len(pictures.classes), resume)
     if resume:
         _restore(state, run, rest)
     model = rt.prepare(state.method)
-    knn = None
-    if held_back is not None:
-        knn = run.knn.bind(rest, held_back, _site(run, rt))
+    watched = None if asked is None else run.knn.on(state.method, rest, asked, _site(run, rt))
     clock = Clock(state.step, per_epoch, run.optim.epochs)
-    baselines = _baselines(run, rt, knn, resume)
-    yield Started(clock, state.method, rest, held_back, baselines)
+    baselines = _baselines(run, rt, watched, resume)
+    yield Started(clock, state.method, rest, asked, baselines)
     if rt.is_main:
         remove_parts(out / "checkpoints")
         write_json(out / "run.json", describe(run, pictures, rest, baselines))
     log = Log(out, state.step) if rt.is_main else None
     skipped = {item.name: item.reason for item in pictures.skipped}
-    meter = Meter(run.optim, run.method, rt.world)
+    meter = Meter(run.optim, run.method.schedules(), rt.world)
     saved_at = time.monotonic()
     finished = state.step >= clock.steps
     try:
@@ -175,10 +185,11 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
                     if log is not None:
                         log.write(state.step, {"epoch": state.step / per_epoch, **metrics})
                     yield Logged(done, metrics)
-                if knn is not None and epoch_ends and _is_due(run.knn.every_epochs, done):
-                    evaluated = _evaluate(knn, state, done)
+                if watched is not None and epoch_ends and _is_due(run.knn.every_epochs, done):
+                    evaluated = _evaluate(watched, state, done)
                     if log is not None:
-                        log.write(state.step, {"epoch": state.step / per_epoch, "eval": "knn", **evaluated.values})
+                        named = {"epoch": state.step / per_epoch, "eval": evaluated.name}
+                        log.write(state.step, named | evaluated.values)
                     if evaluated.is_best and rt.is_main:
                         _save(state, run, rest, out / "checkpoints/best.pt")
                     yield evaluated
@@ -233,13 +244,30 @@ def read_run(folder: Path) -> Run:
 
 
 def export_backbone(run: Run, backbone: Backbone, out: Path) -> Path:
-    """The teacher's backbone, alone, as safetensors: what `dino.load` and timm read."""
+    """The method's backbone (DINO: the teacher's), alone, as safetensors: what `dino.load` and timm read."""
     return save_backbone(run.backbone, backbone.state_dict(), out / "backbone.safetensors")
 
 
-def _fresh(run: Run, rt: Runtime) -> tuple[DINO, torch.optim.Optimizer, torch.amp.GradScaler]:
-    method = build_method(run).to(rt.device)
-    return method, run.optim.build(method.trained), rt.scaler()
+def _parts(run: Run, pictures: Pictures) -> tuple[Pictures, Pictures | None]:
+    """(pictures to learn from, pictures with labels to be asked about while training; None where that cannot be)."""
+    if pictures.labels is None or run.knn.every_epochs == 0:
+        return pictures, None
+    if run.val is None:
+        return pictures.split(run.knn.held_back, run.seed)
+    asked = dist.on_main(run.val.open)  # looked at by the first rank alone
+    if asked.labels is None:
+        raise UserError("The accuracy on the pictures of --val needs labels, and they have none: give class folders.")
+    return pictures, relabelled(asked, pictures.classes)
+
+
+def _fresh(run: Run, rt: Runtime, classes: int, resume: bool) -> State:
+    """The state at step 0. A run that goes on needs no first weights: its checkpoint has them all."""
+    weights = None
+    if run.init is not None and not resume:
+        source = run.init
+        weights = dist.on_main(lambda: load(source).state_dict())
+    method = build_method(run, classes=classes, weights=weights).to(rt.device)
+    return State(method, run.optim.build(method.trained), rt.scaler())
 
 
 def _is_due(every: float, clock: Clock) -> bool:
@@ -247,13 +275,13 @@ def _is_due(every: float, clock: Clock) -> bool:
     return clock.step == clock.steps or math.floor(clock.epoch / every) > math.floor((clock.epoch - 1) / every)
 
 
-def _evaluate(knn: Evaluator, state: State, clock: Clock) -> Evaluated:
-    values = dict(knn(state.method.backbone))
-    first = next(iter(values.values()))
+def _evaluate(watched: Watched, state: State, clock: Clock) -> Evaluated:
+    values = dict(watched.measure())
+    name, first = next(iter(values.items()))
     is_best = first > state.best.get("value", -math.inf)
     if is_best:
-        state.best = {"value": first, "name": next(iter(values)), "epoch": clock.epoch}
-    return Evaluated(clock, "knn", values, is_best)
+        state.best = {"value": first, "name": name, "epoch": clock.epoch}
+    return Evaluated(clock, watched.name, values, is_best)
 
 
 def _site(run: Run, rt: Runtime) -> Site:
@@ -261,17 +289,17 @@ def _site(run: Run, rt: Runtime) -> Site:
         device=rt.device,
         workers=run.workers,
         batch_size=run.knn.batch_size,
-        size=run.views.global_size,
+        size=run.views.size,
         autocast=rt.autocast,
     )
 
 
-def _baselines(run: Run, rt: Runtime, knn: Evaluator | None, resume: bool) -> Mapping[str, Mapping[str, float]]:
+def _baselines(run: Run, rt: Runtime, watched: Watched | None, resume: bool) -> Mapping[str, Mapping[str, float]]:
     """Measured once, at the start of a run; a resumed one reads them back."""
     path = Path(run.out) / "run.json"
     if resume and path.is_file():
         return json.loads(path.read_text()).get("baselines", {})
-    return {} if knn is None else floors_of(knn, lambda: run.backbone.build(drop_path=0.0).to(rt.device))
+    return {} if watched is None else watched.floors(lambda: run.backbone.build(drop_path=0.0).to(rt.device))
 
 
 def _save(state: State, run: Run, pictures: Pictures, path: Path) -> None:

@@ -42,11 +42,11 @@ def rank_me(features: Tensor) -> float:
     return h(values / values.sum().clamp(min=1e-12)).exp().item()
 
 
-def diagnose(history: Sequence[Mapping[str, float | None]], prototypes: int) -> list[str]:
+def diagnose(history: Sequence[Mapping[str, float | None]], prototypes: int | None) -> list[str]:
     """What is wrong, in sentences that say what to do; empty where nothing is.
 
     history: logged training metrics in order (loss, teacher_entropy, kl; marginal_entropy where there is
-    one); prototypes: K. A non-finite value is None or NaN.
+    one); prototypes: K, None for a method without. A non-finite value is None or NaN.
     """
     rows = [row for row in history if "loss" in row]
     for row in rows:
@@ -55,7 +55,7 @@ def diagnose(history: Sequence[Mapping[str, float | None]], prototypes: int) -> 
                 f"The loss stopped being a number at step {row.get('step', '?')}. Resume from the last "
                 "checkpoint with a lower learning rate, clip 1 or less, or in float32."
             ]
-    if len(rows) < 5:
+    if len(rows) < 5 or prototypes is None:
         return []
     top = math.log(prototypes)
     recent = rows[-max(3, len(rows) // 10) :]

@@ -224,6 +224,8 @@ def serve(make: Callable, jobs: Iterable, workers: int, prefetch: int, pin_memor
                 result = next(results)
             except StopIteration:
                 return
+            except ConnectionError as error:  # it died while it was sending
+                raise UserError(_DEAD) from error
             except RuntimeError as error:
                 if "DataLoader worker" in str(error):
                     raise UserError(_DEAD) from error

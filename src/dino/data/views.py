@@ -10,7 +10,7 @@ float.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -61,9 +61,6 @@ class Views(Protocol):
 class MultiCrop:
     """The authors' augmentation: two global views and `local` local ones, each cropped, flipped, coloured,
     blurred."""
-
-    repeats: ClassVar[int] = 1
-    """Times that a picture comes in a row; see `Views`."""
 
     global_size: int = 224
     """Side of the global views, in pixels."""
@@ -129,6 +126,11 @@ class MultiCrop:
         ):
             expect(0 <= getattr(self, name) <= top, name, getattr(self, name), f"a strength from 0 to {top}")
         expect(0 <= self.solarize_threshold <= 256, "solarize_threshold", self.solarize_threshold, "0 to 256")
+
+    @property
+    def repeats(self) -> int:
+        """A picture comes once in an epoch."""
+        return 1
 
     @property
     def size(self) -> int:

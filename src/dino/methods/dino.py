@@ -1,7 +1,8 @@
 """DINO: self-distillation with no labels (Caron et al., 2021, Sec. 3.1, Fig. 2, Algorithm 1)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from dino import dist
 from dino.data.views import Batch
 from dino.errors import UserError
-from dino.methods.method import Method, Outputs
+from dino.methods.method import Method, MethodConfig, Outputs, Start
 from dino.models.backbone import Backbone
 from dino.models.heads import DINOHead, Network
 from dino.objectives import P, dino_loss, h, momentum_update, update_center
@@ -17,8 +18,10 @@ from dino.schedules import Clock, Constant, Cosine, EpochRamp, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class DINOConfig:
+class DINOConfig(MethodConfig):
     """The paper's method and its head. The defaults are the published code's; Sec. 3.2 names those that differ."""
+
+    global_views: ClassVar[int] = 2
 
     out_dim: int = 65536
     """K, the number of prototypes: 65536 for ImageNet (App. C), 1024 to 4096 for thousands of pictures."""
@@ -73,6 +76,20 @@ class DINOConfig:
         if not self.sharpening:
             return Constant(self.student_temp)
         return EpochRamp(self.warmup_teacher_temp, self.teacher_temp, self.warmup_teacher_temp_epochs)
+
+    @property
+    def summary(self) -> str:
+        return f"K {self.out_dim}"
+
+    def schedules(self) -> Mapping[str, Schedule]:
+        return {"momentum": self.momentum_schedule(), "teacher_temp": self.teacher_temp_schedule()}
+
+    def build(self, start: Start) -> "DINO":
+        """Student and teacher, the teacher a copy without drop-path."""
+        student, teacher = start.backbone(), start.backbone(drop_path=0.0)
+        return DINO(
+            Network(student, self.head(student.embed_dim)), Network(teacher, self.head(teacher.embed_dim)), self
+        )
 
     def head(self, in_dim: int) -> DINOHead:
         return DINOHead(
@@ -142,7 +159,7 @@ class DINO(Method):
     def before_step(self, clock: Clock) -> None:
         """The prototypes stand still in the first epoch, or the student chases a moving random target."""
         if clock.step < self.config.freeze_last_layer * clock.steps_per_epoch:
-            for parameter in self._prototypes.parameters():
+            for parameter in self._last_layer.parameters():
                 parameter.grad = None
 
     def after_step(self, carry: Carry, clock: Clock) -> None:
@@ -159,13 +176,16 @@ class DINO(Method):
         return self.teacher.backbone
 
     @property
-    def _prototypes(self) -> nn.Module:
-        return self.student.head.get_submodule("last_layer")
+    def trained(self) -> Network:
+        return self.student
 
     @property
-    def trained(self) -> nn.Module:
-        """The part that the optimizer moves."""
-        return self.student
+    def prototypes(self) -> int:
+        return self.config.out_dim
+
+    @property
+    def _last_layer(self) -> nn.Module:
+        return self.student.head.get_submodule("last_layer")
 
 
 def _check(holds: bool, expected: str, came: object) -> None:

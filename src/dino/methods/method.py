@@ -1,17 +1,21 @@
 """The contract between a method of learning and the loop that trains it.
 
 A method knows networks, losses and its own state (a teacher, a center, a queue). It never sees a device or a rank:
-the loop moves it and its batches, and `dist` is the identity where there is one process.
+the loop moves it and its batches, and `dist` is the identity where there is one process. Its settings are a
+`MethodConfig`, which builds it; nobody else needs to know which method it is.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from dino.data.pictures import Pictures
 from dino.data.views import Batch
-from dino.models.backbone import Backbone
-from dino.schedules import Clock
+from dino.models import Backbone, BackboneConfig, Network
+from dino.models.weights import load_strict
+from dino.schedules import Clock, Schedule
 
 
 class Outputs(NamedTuple):
@@ -32,15 +36,77 @@ class Method(nn.Module, ABC):
     def forward(self, batch: Batch, clock: Clock) -> Outputs:
         """The loss of a batch of normalised views; changes no state of the method's own."""
 
-    @abstractmethod
     def before_step(self, clock: Clock) -> None:
         """Gradients are ready and clipped: hold back what must not move yet."""
 
-    @abstractmethod
     def after_step(self, carry: Any, clock: Clock) -> None:
         """The student has moved: the method's own state follows."""
 
     @property
     @abstractmethod
+    def trained(self) -> nn.Module:
+        """The part that the optimizer moves."""
+
+    @property
+    @abstractmethod
     def backbone(self) -> Backbone:
         """The network that is evaluated and exported."""
+
+    @property
+    def classifier(self) -> Network | None:
+        """Backbone and head that give a number for each class, where the labels are learned: its own accuracy is
+        then what is measured while training."""
+        return None
+
+    @property
+    def prototypes(self) -> int | None:
+        """K, where pictures are spread over prototypes: ln K is what the curves are judged by."""
+        return None
+
+
+class Start(NamedTuple):
+    """What a method is built from, besides its own settings."""
+
+    network: BackboneConfig
+    seed: int = 0
+    """For randomness of its own that depends on the step."""
+    classes: int = 0
+    """How many the pictures' labels tell apart; 0 where there are none."""
+    weights: Mapping[str, Tensor] | None = None
+    """Of a backbone that somebody has trained; None begins with the network's own."""
+    source: str = ""
+    """Where those weights are from, for messages."""
+
+    def backbone(self, *, drop_path: float | None = None) -> Backbone:
+        """The network with its first weights; `drop_path` overrides its setting (0 for a teacher)."""
+        network = self.network.build(drop_path=drop_path)
+        if self.weights is not None:
+            load_strict(network, self.weights, self.source)
+        return network
+
+
+class MethodConfig(ABC):
+    """Settings of a method: a frozen dataclass whose fields become flags. It builds its method, and answers what the
+    rest of a run depends on."""
+
+    global_views: ClassVar[int] = 1
+    """Views of the first resolution that it needs of every picture."""
+    classifies: ClassVar[bool] = False
+    """Whether it learns the labels, so that its own classifier is what the accuracy is asked of."""
+
+    @abstractmethod
+    def build(self, start: Start) -> Method:
+        """The method with fresh weights, on the CPU; all randomness is torch's."""
+
+    @property
+    def summary(self) -> str:
+        """A few words for the plan."""
+        return type(self).__name__.removesuffix("Config")
+
+    def schedules(self) -> Mapping[str, Schedule]:
+        """Values of its own that change with the clock: logged beside the learning rate."""
+        return {}
+
+    def learnable(self, pictures: Pictures) -> Pictures:
+        """Those of the pictures that it can learn from. Raises UserError where there are none."""
+        return pictures

@@ -1,8 +1,8 @@
 """Weights in files: read without running code, fitted by name and shape, written whole or not at all.
 
 Known layouts of a .pth or .pt file: weights of a backbone alone; this project's checkpoints, whose "method"
-holds student.backbone.* and teacher.backbone.*; the authors' full checkpoints, whose "student" and "teacher"
-hold module.backbone.* and module.head.*; and weights below a key "state_dict" or "model".
+holds student.backbone.* and teacher.backbone.*, or network.backbone.* of a classifier; the authors' full checkpoints,
+whose "student" and "teacher" hold module.backbone.* and module.head.*; and weights below a key "state_dict" or "model".
 """
 
 import argparse
@@ -135,11 +135,11 @@ def backbone_weights(content: Any, path: Path, which: Which) -> State:
 
 
 def unprefixed(state: State, path: Path, which: Which) -> State:
-    """Names without `teacher.`, `module.` and `backbone.`; what is beside the backbone is left out."""
+    """Names without `teacher.`, `network.`, `module.` and `backbone.`; what is beside the backbone is left out."""
     networks = {name.split(".")[0] for name in state} & {"student", "teacher"}
     if networks and which not in networks:
         raise UserError(f"{path} holds a {' and a '.join(sorted(networks))}, and no {which}.")
-    for prefix in (f"{which}.", "module.", "backbone.", "module."):
+    for prefix in (f"{which}.", "network.backbone.", "module.", "backbone.", "module."):
         if any(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     return state

@@ -8,16 +8,21 @@ from typing import Any
 
 from dino import checkpoint
 from dino.config import edit, to_dict
+from dino.data.augment import Augment
 from dino.data.pictures import Pictures
 from dino.errors import UserError
+from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.presets.plan import Plan, Reason, network_name, plan
 from dino.runtime import Machine
+from dino.session.sources import Checkpoint
 from dino.terminal import Terminal
 from dino.training import Run, read_run
 
 MAY_CHANGE = (
     "data.path",
+    "init",
+    "val.path",
     "knn.every_epochs",
     "knn.batch_size",
     "knn.k",
@@ -74,11 +79,11 @@ def settle(
 
 def _followed(run: Run, asked: Run) -> Run:
     """The planned run where the person changed its length or its crops: what hangs on them follows."""
-    epochs, size = asked.optim.epochs, asked.views.global_size
+    epochs, size = asked.optim.epochs, asked.views.size
     if epochs != run.optim.epochs:
         warmup = min(run.optim.warmup_epochs, 0.1 * epochs)
         run = edit(run, optim=dict(warmup_epochs=warmup), knn=dict(every_epochs=max(1.0, epochs // 15)))
-    if size != run.views.global_size and isinstance(run.backbone, ViT):
+    if size != run.views.size and isinstance(run.backbone, ViT):
         run = edit(run, backbone=dict(image_size=size))
     return run
 
@@ -143,6 +148,21 @@ def show_plan(terminal: Terminal, planned: Plan) -> None:
     rows = [(reason.name, reason.value, reason.why) for reason in planned.reasons]
     terminal.table("The plan", ("", "choice", "why"), rows)
     terminal.say()
+
+
+def starting_from(run: Run, found: Checkpoint, *, size: int | None = None) -> Run:
+    """The run, begun with a checkpoint's backbone: its network, with the run's drop-path. size: side of the views."""
+    if found.network is None:
+        raise UserError(
+            f"{found.source} does not say which network its weights belong to, so training cannot build it."
+        )
+    network = edit(found.network, drop_path=run.backbone.drop_path)
+    if isinstance(network, Timm):
+        network = edit(network, pretrained=False)  # the weights are there
+    views = run.views
+    if size is not None:
+        views = edit(views, **{"size" if isinstance(views, Augment) else "global_size": size})
+    return edit(run, backbone=network, init=found.source, views=views)
 
 
 @dataclass(frozen=True)

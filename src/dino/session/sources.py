@@ -68,7 +68,7 @@ def open_checkpoint(source: str | Path | Backbone | Checkpoint, device: torch.de
     backbone, path, name = load(source).to(device), Path(source), str(source)
     if path.is_dir():
         run = read_run(path)
-        return Checkpoint(name, backbone, run.backbone, run.views.global_size, path)
+        return Checkpoint(name, backbone, run.backbone, run.views.size, path)
     if name in RELEASED:
         return _checkpoint(name, backbone, RELEASED[name].backbone)
     if name.startswith("timm:"):

@@ -5,7 +5,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Outcome:
     quality: dict[str, float] = field(default_factory=dict)
     """The last evaluation."""
     best: dict[str, Any] = field(default_factory=dict)
-    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -65,7 +65,7 @@ def run_session(run: Run, rt: Runtime, pictures: Pictures, terminal: Terminal, *
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"The device ran out of memory: {str(error).splitlines()[0]}\n"
-            f"Lower --optim.batch-size (it is {run.optim.batch_size}), --views.local or --method.out-dim."
+            f"Lower --optim.batch-size (it is {run.optim.batch_size}), or make the views fewer or smaller (--views)."
         ) from error
     if rt.is_main:
         session.finish(outcome)
@@ -79,7 +79,7 @@ class _Session:
         self.metrics: dict[str, float] = {}
         self.quality: dict[str, float] = {}
         self.best: dict[str, Any] = {}
-        self.baselines: dict[str, dict[str, float]] = {}
+        self.baselines: Mapping[str, Mapping[str, float]] = {}
         self.samples: list[int] = []
         self.due: list[float] = []
         self.advice: list[str] = []
@@ -92,7 +92,7 @@ class _Session:
             started = next(events)
         assert isinstance(started, Started)
         self.begin(started, resume)
-        with Watch(terminal, started.clock, run.method.out_dim) as watch:
+        with Watch(terminal, started.clock, started.method.prototypes) as watch:
             for event in events:
                 match event:
                     case Logged(clock, metrics):
@@ -152,7 +152,7 @@ class _Session:
             return
         self.due = [due for due in self.due if due > epoch]
         self.snapshot(method, epoch)
-        advice = diagnose(read_metrics(self.folder), self.run.method.out_dim)
+        advice = diagnose(read_metrics(self.folder), method.prototypes)
         for text in advice:
             if text.split(":")[0] not in self.advice:
                 self.advice.append(text.split(":")[0])
@@ -166,7 +166,7 @@ class _Session:
             self.samples,
             self.folder / "snapshots",
             epoch,
-            self.run.views.global_size,
+            self.run.views.size,
         )
 
     def write_skipped(self, skipped: dict[str, str]) -> None:
@@ -201,7 +201,7 @@ class _Session:
         extracted = extract(
             backbone,
             pictures,
-            size=self.run.views.global_size,
+            size=self.run.views.size,
             device=self.rt.device,
             workers=self.run.workers,
             autocast=self.rt.autocast,
@@ -234,5 +234,5 @@ class _Session:
         say(f"Backbone   {self.folder}/backbone.safetensors    in Python: dino.load({str(self.folder)!r})")
 
 
-def _first(values: dict[str, float]) -> tuple[str, float]:
+def _first(values: Mapping[str, float]) -> tuple[str, float]:
     return next(iter(values.items()))

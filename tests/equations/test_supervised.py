@@ -1,0 +1,195 @@
+"""Fine-tuning's loss against loops over single pictures and numbers; its draws against their definitions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dino.data.loader import mix_rng
+from dino.data.pictures import Pictures
+from dino.data.views import Batch
+from dino.errors import UserError
+from dino.methods.method import Start
+from dino.methods.supervised import Mix, Supervised, SupervisedConfig, draw_mix, mixed_images, mixed_targets, smoothed
+from dino.models.vit import ViT
+from dino.schedules import Clock
+
+VIT = ViT(width=8, depth=1, heads=1, patch=4, image_size=8, drop_path=0.0)
+
+
+def method(seed: int = 0, **settings: float) -> Supervised:
+    torch.manual_seed(0)
+    return SupervisedConfig(head_scale=50.0, **settings).build(Start(VIT, seed, classes=3))
+
+
+def batch(count: int) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    return Batch((torch.randn(1, count, 3, 8, 8, generator=generator),), torch.arange(count) % 3)
+
+
+def loss_by_hand(of: Supervised, images: Tensor, labels: list[int], mix: Mix) -> float:
+    """Picture by picture, class by class: what the pictures and their targets are, and the mean cross-entropy."""
+    count, smoothing, losses = len(images), of.config.smoothing, []
+    for i in range(count):
+        other = (i - count // 2) % count
+        image = images[i].clone()
+        for y in range(8):
+            for x in range(8):
+                if mix.box is None:
+                    image[:, y, x] = mix.weight * images[i, :, y, x] + (1 - mix.weight) * images[other, :, y, x]
+                elif mix.box[0] <= y < mix.box[1] and mix.box[2] <= x < mix.box[3]:
+                    image[:, y, x] = images[other, :, y, x]
+        logits = of.network.head(of.network.backbone(image[None]))[0].tolist()
+        total = sum(math.exp(value) for value in logits)
+        loss = 0.0
+        for k in range(3):
+            own, theirs = ((1 - smoothing) * (labels[j] == k) + smoothing / 3 for j in (i, other))
+            loss -= (mix.weight * own + (1 - mix.weight) * theirs) * math.log(math.exp(logits[k]) / total)
+        losses.append(loss)
+    return sum(losses) / count
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        (dict(mixup=0.0, cutmix=0.0, smoothing=0.0), "none"),
+        (dict(mixup=0.0, cutmix=0.0), "none"),
+        (dict(cutmix=0.0), "mixup"),
+        (dict(mixup=0.0, smoothing=0.2), "cutmix"),
+    ],
+)
+def test_the_loss_against_a_loop(settings, kind) -> None:
+    of, given = method(**settings), batch(6)
+    for step in range(4):
+        mix = draw_mix(of.config, 8, 8, mix_rng(0, step))
+        assert {"none": mix == Mix(), "mixup": mix.weight < 1 and mix.box is None, "cutmix": mix.box is not None}[kind]
+        out = of(given, Clock(step, 10, 1))
+        expected = loss_by_hand(of, given.views[0][0], [0, 1, 2, 0, 1, 2], mix)
+        assert out.loss.item() == pytest.approx(expected, abs=1e-5)
+        assert out.metrics["loss"] == out.loss.detach()
+
+
+def test_without_mixing_it_is_torchs_cross_entropy() -> None:
+    of, given = method(mixup=0.0, cutmix=0.0), batch(5)
+    logits = of.network([given.views[0]])[0]
+    expected = torch.nn.functional.cross_entropy(logits, given.labels, label_smoothing=0.1)
+    torch.testing.assert_close(of(given, Clock(0, 10, 1)).loss, expected)
+
+
+def test_several_views_of_a_picture_have_its_label_each() -> None:
+    of, one = method(mixup=0.0, cutmix=0.0), batch(4)
+    two = Batch((torch.cat([one.views[0], one.views[0].flip(-1)]),), one.labels)
+    apart = [of(Batch((two.views[0][i : i + 1],), one.labels), Clock(0, 10, 1)).loss for i in (0, 1)]
+    torch.testing.assert_close(of(two, Clock(0, 10, 1)).loss, sum(apart) / 2)
+
+
+def test_the_batch_that_is_given_is_not_changed() -> None:
+    given = batch(4)
+    before = given.views[0].clone()
+    for step in range(4):
+        method()(given, Clock(step, 10, 1))
+    assert torch.equal(given.views[0], before)
+
+
+def test_draws_depend_on_seed_and_step_alone() -> None:
+    config = SupervisedConfig()
+    assert draw_mix(config, 32, 32, mix_rng(1, 5)) == draw_mix(config, 32, 32, mix_rng(1, 5))
+    draws = [draw_mix(config, 32, 32, mix_rng(seed, step)) for seed in (0, 1) for step in range(5)]
+    assert len(set(draws)) == 10
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    method(seed=3, mixup=0.8)
+    torch.manual_seed(0)
+    draw_mix(config, 32, 32, mix_rng(0, 0))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_lambda_is_drawn_from_a_beta_distribution() -> None:
+    """Mixup: Beta(0.8, 0.8) has mean 1/2 and variance 1 / (4 (2 * 0.8 + 1)). CutMix is every other step."""
+    config, rng = SupervisedConfig(), np.random.default_rng(0)
+    draws = [draw_mix(config, 64, 64, rng) for _ in range(2000)]
+    mixup = np.array([mix.weight for mix in draws if mix.box is None])
+    assert len(mixup) == pytest.approx(1000, abs=5 * math.sqrt(500))
+    assert mixup.mean() == pytest.approx(0.5, abs=0.05)
+    assert mixup.var() == pytest.approx(1 / (4 * 2.6), abs=0.01)
+    only = [draw_mix(SupervisedConfig(mixup=0), 64, 64, rng) for _ in range(5)]
+    assert all(mix.box is not None for mix in only)
+
+
+def test_a_box_has_the_area_that_is_cut() -> None:
+    """1 - lambda of the picture, less where it stands out; its middle lies anywhere; lambda says what is left."""
+    config, rng, middles = SupervisedConfig(mixup=0.0), np.random.default_rng(0), []
+    for _ in range(500):
+        mix = draw_mix(config, 40, 60, rng)
+        assert mix.box is not None
+        top, bottom, left, right = mix.box
+        assert 0 <= top <= bottom <= 40
+        assert 0 <= left <= right <= 60
+        assert mix.weight == pytest.approx(1 - (bottom - top) * (right - left) / 2400)
+        middles.append(((top + bottom) / 80, (left + right) / 120))
+    assert np.mean(middles, axis=0) == pytest.approx([0.5, 0.5], abs=0.05)
+    # lambda is uniform before the cut at the border, which only gives back: its mean is above 1/2
+    weights = [draw_mix(config, 40, 60, rng).weight for _ in range(2000)]
+    assert 0.6 < np.mean(weights) < 0.8
+
+
+def test_targets_are_distributions() -> None:
+    labels = torch.tensor([0, 2, 1, 1])
+    targets = smoothed(labels, 3, 0.1)
+    assert targets[0].tolist() == pytest.approx([0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3])
+    torch.testing.assert_close(mixed_targets(targets, Mix(0.3)).sum(1), torch.ones(4))
+    torch.testing.assert_close(mixed_targets(targets, Mix(1.0)), targets)
+
+
+def test_half_a_batch_on_each_of_two_ranks_is_mixed_as_the_whole_is() -> None:
+    """Rank r has positions r, r + 2, ...: partners must lie on the same rank."""
+    views, mix = torch.randn(1, 8, 3, 4, 4), Mix(0.25, (0, 2, 1, 4))
+    whole = mixed_images(views, mix)
+    for rank in (0, 1):
+        assert torch.equal(mixed_images(views[:, rank::2], mix), whole[:, rank::2])
+
+
+def test_the_classifier_starts_small_and_the_backbone_as_it_was() -> None:
+    torch.manual_seed(3)
+    trained = VIT.build()
+    start = Start(VIT, 0, classes=4, weights=trained.state_dict(), source="somewhere")
+    built = SupervisedConfig().build(start)
+    assert all(torch.equal(a, b) for a, b in zip(built.backbone.parameters(), trained.parameters(), strict=True))
+    head = built.network.head
+    assert 0 < head.weight.abs().max() < 1e-3
+    assert not head.bias.any()
+    logits = built.classifier([torch.randn(1, 2, 3, 8, 8)])
+    assert logits.shape == (1, 2, 4)
+    with pytest.raises(UserError, match=r"somewhere.*do not fit"):
+        SupervisedConfig().build(Start(ViT(width=16, depth=1, heads=1, patch=4, image_size=8), 0, 4, start.weights,
+                                       "somewhere"))  # fmt: skip
+
+
+class Labelled(Pictures):
+    def __init__(self, labels: list[int] | None) -> None:
+        count = 5 if labels is None else len(labels)
+        super().__init__(names=[str(i) for i in range(count)], sizes=[(4, 4)] * count, labels=labels, classes=["a"])
+
+    def read(self, index: int) -> np.ndarray:
+        return np.zeros((4, 4, 3), np.uint8)
+
+
+def test_what_has_no_label_is_not_learned_from() -> None:
+    config = SupervisedConfig()
+    assert config.learnable(Labelled([0, -1, 2, -1])).names == ["0", "2"]
+    whole = Labelled([0, 1])
+    assert config.learnable(whole) is whole
+    for nothing in (Labelled(None), Labelled([-1, -1])):
+        with pytest.raises(UserError, match="a folder of its own"):
+            config.learnable(nothing)
+    with pytest.raises(UserError, match="two classes"):
+        config.build(Start(VIT, 0, classes=1))
+
+
+@pytest.mark.parametrize("wrong", [dict(smoothing=1.5), dict(mixup=-1.0), dict(cutmix_share=2.0), dict(head_scale=0.0)])
+def test_impossible_settings_are_refused_by_name(wrong) -> None:
+    with pytest.raises(UserError, match=rf"method\.{next(iter(wrong))}"):
+        SupervisedConfig(**wrong)

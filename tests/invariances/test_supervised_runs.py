@@ -1,0 +1,182 @@
+"""Supervised runs: the same whole or resumed, on one rank or two; they learn, begin with weights, read old files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import RUN, differences, edit, fit, last, same_training, spawn_ranks
+from torch import nn
+
+from dino.config import from_dict, to_dict
+from dino.data.augment import Augment
+from dino.data.pictures import Pictures
+from dino.data.scenes import Scenes
+from dino.data.views import MultiCrop
+from dino.errors import UserError
+from dino.evals.accuracy import Accuracy
+from dino.evals.evaluator import Site
+from dino.events import Evaluated, Started
+from dino.logs import read_metrics
+from dino.methods.supervised import SupervisedConfig
+from dino.models.backbone import Backbone, Features
+from dino.models.heads import Network
+from dino.models.pretrained import load
+from dino.training import Run, read_run
+
+LABELS = edit(
+    RUN,
+    backbone=dict(depth=1),
+    method=SupervisedConfig(),
+    views=Augment(size=32, repeats=2),
+    optim=dict(epochs=2, layer_decay=0.5, warmup_lr=1e-4),
+)
+"""5 steps an epoch, 10 in all; mixing, repeats, erasing, drop-path and a rate for each layer are at work."""
+
+
+def test_a_run_left_in_the_middle_ends_where_it_would_have(tmp_path: Path) -> None:
+    whole = edit(LABELS, out=str(tmp_path / "whole"), knn=dict(every_epochs=1))
+    evaluated = [event for event in fit(whole) if isinstance(event, Evaluated)]
+    assert [event.name for event in evaluated] == ["accuracy"] * 2
+    part = edit(whole, out=str(tmp_path / "part"))
+    fit(part, until=8)
+    fit(part, resume=True)
+    assert not same_training(part, whole)
+    ends = [[line for line in read_metrics(Path(run.out)) if "eval" in line] for run in (part, whole)]
+    assert ends[0] == ends[1]
+    assert {"top-1", "top-5"} <= ends[0][0].keys()
+    other = edit(whole, out=str(tmp_path / "other"), seed=1)
+    fit(other)
+    assert same_training(other, whole)  # or the comparison would prove nothing
+
+
+def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
+    whole = edit(LABELS, out=str(tmp_path / "one"), backbone=dict(drop_path=0.0), knn=dict(every_epochs=1))
+    fit(whole)
+    halves = edit(whole, out=str(tmp_path / "two"))
+    spawn_ranks(halves, 2)
+    close = lambda a, b: torch.allclose(a, b, rtol=0, atol=2e-6)  # noqa: E731
+    assert not differences(last(halves)["method"], last(whole)["method"], same=close)
+    for line, expected in zip(read_metrics(Path(halves.out)), read_metrics(Path(whole.out)), strict=True):
+        for name in {"loss", "lr", "top-1", "top-5"} & expected.keys():
+            assert line[name] == pytest.approx(expected[name], abs=1e-5), (line["step"], name)
+
+
+class Paints(Pictures):
+    """Two paints in any light."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(
+            names=[str(i) for i in range(count)],
+            sizes=np.full((count, 2), 32),
+            labels=np.arange(count) % 2,
+            classes=["red", "blue"],
+        )
+
+    def read(self, index: int) -> np.ndarray:
+        rng = np.random.default_rng(index)
+        picture = np.full((32, 32, 3), 90.0)
+        picture[..., 2 * (index % 2)] += 60
+        return (picture * rng.uniform(0.5, 1.5) + rng.normal(0, 10, picture.shape)).clip(0, 255).astype(np.uint8)
+
+
+def test_it_learns_and_the_classifier_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scenes, "open", lambda self, progress=None: Paints(self.count))
+    run = edit(
+        LABELS,
+        out=str(tmp_path / "run"),
+        data=Scenes(count=32),
+        val=Scenes(count=20),
+        views=dict(operations=0, repeats=1),
+        optim=dict(epochs=6, layer_decay=1.0, lr=0.03),
+        knn=dict(every_epochs=6),
+        save_minutes=60,
+    )
+    events = fit(run)
+    started = next(event for event in events if isinstance(event, Started))
+    assert started.held_back is not None
+    assert (len(started.train), len(started.held_back)) == (32, 20)  # all are trained on where others are asked
+    assert started.baselines == {"majority_class": {"top-1": 50.0, "top-5": 100.0}}
+    (evaluated,) = [event for event in events if isinstance(event, Evaluated)]
+    assert evaluated.values["top-1"] >= 95
+    assert json.loads((tmp_path / "run/run.json").read_text())["run"]["val"]["count"] == 20
+
+
+def test_it_starts_from_a_run_and_gives_a_backbone_that_loads(tmp_path: Path) -> None:
+    """A fine-tuned run begins with the teacher's weights of another one, bit for bit, and needs it once."""
+    first = edit(LABELS, out=str(tmp_path / "first"), optim=dict(epochs=1), method=RUN.method, views=RUN.views)
+    fit(first)
+    run = edit(LABELS, out=str(tmp_path / "second"), init=first.out, optim=dict(epochs=1))
+    started = fit(edit(run, optim=dict(lr=0.0, warmup_lr=0.0, min_lr=0.0)))[0]
+    assert isinstance(started, Started)
+    teacher = load(first.out).state_dict()
+    assert not differences(dict(started.method.backbone.state_dict()), dict(teacher))
+    for file in ("backbone.safetensors", "checkpoints/last.pt"):  # the steps were of length 0
+        assert not differences(dict(load(Path(run.out) / file).state_dict()), dict(teacher))
+    again = edit(run, out=str(tmp_path / "third"))
+    fit(again, until=3)
+    (tmp_path / "first/backbone.safetensors").unlink()
+    (tmp_path / "first/checkpoints/last.pt").unlink()
+    fit(again, resume=True)
+    with pytest.raises(UserError, match="do not fit"):
+        fit(edit(run, out=str(tmp_path / "fourth"), init=run.out, backbone=dict(depth=2)))
+
+
+def test_a_run_of_before_there_were_methods_reads(tmp_path: Path) -> None:
+    """run.json of the first version: no val, no init, k-NN under its former name."""
+    old = to_dict(RUN)
+    for name in ("val", "init"):
+        del old[name]
+    for name in ("layer_decay", "warmup_lr"):
+        del old["optim"][name]
+    old["knn"]["type"] = "KNN"
+    (tmp_path / "run.json").write_text(json.dumps({"run": old}))
+    assert read_run(tmp_path) == RUN
+    assert from_dict(Run, json.loads(json.dumps(to_dict(LABELS)))) == LABELS
+
+
+def test_dino_wants_two_views_of_a_picture() -> None:
+    with pytest.raises(UserError, match="2 views"):
+        edit(RUN, views=Augment())
+    assert edit(LABELS, views=MultiCrop()).views == MultiCrop()  # a classifier learns from any
+
+
+class Dial(Backbone):
+    """Says what number a picture is painted with."""
+
+    embed_dim, patch = 1, 1
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((1, 2, 3))[:, None]
+
+    def features(self, images: torch.Tensor, layers: int = 1) -> list[Features]:
+        raise NotImplementedError
+
+
+class Numbers(Pictures):
+    def __init__(self, labels: list[int], classes: int) -> None:
+        super().__init__(
+            names=[str(i) for i in range(len(labels))],
+            sizes=[(8, 8)] * len(labels),
+            labels=labels,
+            classes=[str(c) for c in range(classes)],
+        )
+
+    def read(self, index: int) -> np.ndarray:
+        return np.full((8, 8, 3), 255 * (index % 2), np.uint8)
+
+
+def test_accuracy_counts_what_is_right_at_once_and_among_five() -> None:
+    """Black pictures get the order 0 1 2 ... 6, white ones 6 5 4 ... 0."""
+    head = nn.Linear(1, 7)
+    head.weight.data = torch.arange(7.0)[:, None]
+    head.bias.data.zero_()
+    # pictures 0 2 4 6 are black, 1 3 5 white; one has no label
+    asked = Numbers([0, 6, 4, 0, 5, 5, -1], 7)
+    accuracy = Accuracy(Numbers([5, 5, 4, 0], 7), asked, 8, Site(batch_size=2))
+    network = Network(Dial(), head).train()
+    assert accuracy(network) == pytest.approx({"top-1": 100 * 2 / 6, "top-5": 100 * 4 / 6})
+    assert network.training
+    # 5 is the most frequent; 5, 0, 4 and, of the rest without any, 1 and 2 are the first five
+    assert accuracy.floors()["majority_class"] == pytest.approx({"top-1": 100 * 2 / 6, "top-5": 100 * 5 / 6})
