@@ -26,7 +26,7 @@ from dino.events import EpochDone, Logged, Started
 from dino.presets.plan import measure
 from dino.presets.small import RECIPES
 from dino.runtime import machine, start
-from dino.training import Run, train
+from dino.training import Run, export_backbone, train
 
 
 def main() -> None:
@@ -56,10 +56,12 @@ def main() -> None:
         optim=dict(epochs=epochs, warmup_epochs=min(run.optim.warmup_epochs, 0.1 * epochs)),
         knn=dict(every_epochs=0),
         precision=here.precision,
+        cache=True,
         seed=options.seed,
         out=str(options.out / options.recipe),
     )
-    console.print(f"{here.name}, {here.cores} cores, {run.precision}, torch {torch.__version__}")
+    threads = f"{torch.get_num_threads()} threads on {here.cores} cores"
+    console.print(f"{here.name}, {threads}, {run.precision}, torch {torch.__version__}")
     console.print(f"{options.recipe}: {epochs} epochs planned at {rate:.0f} images/s")
     curve = follow(run, pictures, val, options.minutes, options.every, console)
     table = Table("minutes", "pictures", "epochs", "loss", "teacher entropy", "20-NN %", title=options.recipe)
@@ -71,7 +73,7 @@ def main() -> None:
             "recipe": options.recipe,
             "run": to_dict(run),
             "curve": curve,
-            "machine": f"{here.name}, {here.cores} cores",
+            "machine": f"{here.name}, {threads}",
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -118,6 +120,7 @@ def follow(run: Run, pictures, val, minutes: float, every: float, console: Conso
                 console.print(f"{spent:6.1f} min  {seen:>9,} pictures  20-NN {accuracy:.1f} %")
                 next_at += every
             if over:
+                export_backbone(run, backbone, Path(run.out))  # for the evaluations
                 break
     return curve
 

@@ -9,13 +9,15 @@ import sys
 from collections.abc import Callable
 
 from dino.errors import UserError, nearest
+from dino.presets.finetune import cars, cifar10, cifar100, finetune, flowers, imagenet, inat18, inat19
 from dino.presets.paper import resnet50, resnet50_800, vitb8, vitb16, vits8, vits16, vits16_300, vits16_800
-from dino.presets.small import demo, small
+from dino.presets.small import demo, small, small_vit
 from dino.training import Run
 
 PRESETS: dict[str, Callable[[], Run]] = {
     "demo": demo,
     "small": small,
+    "small-vit": small_vit,
     "vits16": vits16,
     "vits16-300": vits16_300,
     "vits16-800": vits16_800,
@@ -24,6 +26,14 @@ PRESETS: dict[str, Callable[[], Run]] = {
     "vitb8": vitb8,
     "resnet50": resnet50,
     "resnet50-800": resnet50_800,
+    "finetune": finetune,
+    "finetune-cifar10": cifar10,
+    "finetune-cifar100": cifar100,
+    "finetune-inat18": inat18,
+    "finetune-inat19": inat19,
+    "finetune-flowers": flowers,
+    "finetune-cars": cars,
+    "finetune-imagenet": imagenet,
 }
 
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from dino.config import edit
+from dino.data.augment import Augment
 from dino.data.pictures import Pictures
-from dino.data.views import Batch
+from dino.data.views import Batch, MultiCrop
+from dino.methods.dino import DINOConfig
 from dino.models.timm import Timm
 from dino.models.vit import ViT
-from dino.presets.small import small
+from dino.presets.small import small, small_vit
 from dino.runtime import Machine, Runtime, machine_memory
 from dino.schedules import Clock
 from dino.training import Run, State, build_method, train_step
@@ -91,16 +93,16 @@ def measure(run: Run, here: Machine, pictures: Pictures, *, steps: int = 3) -> S
     """Takes a few real training steps and reads a few real pictures, and forgets them; some seconds."""
     rt = Runtime(here.device, run.precision)
     batch_size = min(run.optim.batch_size, 32 if here.device.type == "cpu" else 128)
-    method = build_method(run)
+    method = build_method(run, classes=len(pictures.classes))
     rt.prepare(method)
     state = State(method, run.optim.build(method.trained), rt.scaler())
-    sizes = [(2, run.views.global_size)] + [(run.views.local, run.views.local_size)] * (run.views.local > 0)
-    noise = [torch.randint(0, 256, (n, batch_size, 3, size, size), dtype=torch.uint8) for n, size in sizes]
+    noise = [torch.randint(0, 256, (n, batch_size, 3, side, side), dtype=torch.uint8) for n, side in run.views.stacks]
+    batch = Batch(tuple(noise), torch.arange(batch_size) % max(1, len(pictures.classes)))
     clock = Clock(0, steps + 1, run.optim.epochs)
     times = []
     for step in range(steps + 1):
         began = time.perf_counter()
-        train_step(state, method, rt.place(Batch(tuple(noise))), clock._replace(step=step), run, rt)
+        train_step(state, method, rt.place(batch), clock._replace(step=step), run, rt)
         if here.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
@@ -112,13 +114,13 @@ def _for_data(pictures: Pictures, here: Machine, world: int) -> tuple[Run, list[
     count, side = len(pictures), pictures.short_side
     on_cpu = here.device.type == "cpu"
     large = count >= 200_000 and not on_cpu
-    base = small()
+    base = small() if on_cpu else small_vit()
     reasons = [Reason("pictures", f"{count:,}", f"median short side {side} px")]
 
     backbone = base.backbone if on_cpu else ViT(size="small", patch=16)
-    assert isinstance(backbone, ViT)
+    assert isinstance(base.method, DINOConfig)
     why = (
-        "a CPU trains it in minutes; --network timm:NAME takes any other"
+        "the network that learns most in an hour on a CPU; --network vit_tiny/16 or timm:NAME takes another"
         if on_cpu
         else "the paper's main network; --network vit_base/16 or timm:NAME takes another"
     )
@@ -129,7 +131,7 @@ def _for_data(pictures: Pictures, here: Machine, world: int) -> tuple[Run, list[
         Reason("K", f"{prototypes}", f"prototypes for {count:,} pictures (65536 for ImageNet's 1.3 million)")
     )
 
-    views, reason = _crops(base if on_cpu else Run(), backbone, side, on_cpu)
+    views, reason = _crops(base.views if on_cpu else MultiCrop(), backbone, side, on_cpu)
     reasons.append(reason)
 
     batch = _batch(count, here, backbone, views.global_size, world)
@@ -140,23 +142,23 @@ def _for_data(pictures: Pictures, here: Machine, world: int) -> tuple[Run, list[
             "pictures a step over all ranks; small enough for many steps, and for the memory",
         )
     )
+    method = edit(base.method, out_dim=prototypes)
+    if large:
+        method = edit(method, momentum=0.996, teacher_temp=0.07, warmup_teacher_temp_epochs=30)
     run = edit(
         base,
-        backbone=edit(backbone, image_size=views.global_size),
+        backbone=edit(backbone, image_size=views.global_size) if isinstance(backbone, ViT) else backbone,
         views=views,
-        method=dict(out_dim=prototypes),
+        method=method,
         optim=dict(batch_size=batch),
+        knn=dict(size=base.knn.size and round(base.knn.size * views.global_size / base.views.size)),
     )
     if large:
-        run = edit(
-            run,
-            method=dict(momentum=0.996, teacher_temp=0.07, warmup_teacher_temp_epochs=30),
-            optim=dict(lr=5e-4, weight_decay_end=0.4),
-        )
+        run = edit(run, optim=dict(lr=5e-4, weight_decay_end=0.4))
     reasons.append(
         Reason(
             "teacher",
-            f"momentum {run.method.momentum:g} to {run.method.momentum_end:g}, temperature {run.method.teacher_temp:g}",
+            f"momentum {method.momentum:g} to {method.momentum_end:g}, temperature {method.teacher_temp:g}",
             "the paper's" if large else "a faster teacher: with few steps, the paper's 0.996 would stay near its start",
         )
     )
@@ -166,24 +168,27 @@ def _for_data(pictures: Pictures, here: Machine, world: int) -> tuple[Run, list[
     return run, reasons
 
 
-def _crops(base: Run, backbone: ViT, side: int, on_cpu: bool):
+def _crops(base: MultiCrop | Augment, backbone: ViT | Timm, side: int, on_cpu: bool):
     """Global and local crops that the pictures and the patches can fill."""
-    patch = backbone.patch
-    largest = base.views.global_size if on_cpu else 224
+    assert isinstance(base, MultiCrop)
+    patch = backbone.patch if isinstance(backbone, ViT) else 8
+    largest = base.global_size if on_cpu else 224
     wide = max(2 * patch, min(largest, side) // patch * patch)
-    narrow = max(patch, round(wide * base.views.local_size / base.views.global_size / patch) * patch)
-    views = edit(base.views, global_size=wide, local_size=narrow)
-    why = f"whole patches of {patch} px within pictures of {side} px"
+    narrow = max(patch, round(wide * base.local_size / base.global_size / patch) * patch)
+    views = edit(base, global_size=wide, local_size=narrow)
+    why = f"multiples of {patch} px within pictures of {side} px"
     if wide == largest:
         why += "; larger crops cost more than they bring here" if on_cpu else "; the paper's size"
     return views, Reason("crops", f"2x{wide} + {views.local}x{narrow}", why)
 
 
-def _batch(count: int, here: Machine, backbone: ViT, size: int, world: int) -> int:
+def _batch(count: int, here: Machine, backbone: ViT | Timm, size: int, world: int) -> int:
     """A power of two: what the memory holds, yet at least 25 steps an epoch where the data allows."""
-    tokens = 2 * (size // backbone.patch) ** 2 + 400  # of one picture's views, roughly
-    shape = backbone.shape
-    bytes_each = 40 * tokens * shape.width * shape.depth  # activations kept for the gradient
+    if isinstance(backbone, ViT):
+        tokens = 2 * (size // backbone.patch) ** 2 + 400  # of one picture's views, roughly
+        bytes_each = 40 * tokens * backbone.shape.width * backbone.shape.depth  # kept for the gradient
+    else:
+        bytes_each = 3000 * size**2  # a ResNet's: some 1000 bytes a pixel of its three pictures' worth of views
     fits = 0.5 * here.memory / bytes_each * world
     most = 64 if here.device.type == "cpu" else 1024
     wanted = min(fits, most, max(8, count / 25))
@@ -215,12 +220,13 @@ def _held_back(run: Run, pictures: Pictures) -> list[Reason]:
     if pictures.labels is None:
         return [Reason("quality", "loss and entropies", "no class folders: no accuracy can be measured")]
     share = f"{run.knn.held_back:.0%} of each of {len(pictures.classes)} classes is held back"
-    return [Reason("quality", f"{run.knn.k}-NN accuracy", share)]
+    what = "the classifier's accuracy" if run.method.classifies else f"{run.knn.k}-NN accuracy"
+    return [Reason("quality", what, share if run.val is None else "on the pictures that were given for it")]
 
 
 def _trained(run: Run, pictures: Pictures) -> int:
     """Pictures of one epoch: whole batches of what is not held back."""
-    held = 0 if pictures.labels is None else round(run.knn.held_back * len(pictures))
+    held = 0 if pictures.labels is None or run.val is not None else round(run.knn.held_back * len(pictures))
     return max(1, (len(pictures) - held) // run.optim.batch_size) * run.optim.batch_size
 
 
@@ -260,6 +266,5 @@ def network_name(backbone: ViT | Timm) -> str:
 
 
 def _recipe(run: Run) -> str:
-    return (
-        f"{network_name(run.backbone)}, {run.optim.epochs} epochs, batch {run.optim.batch_size}, K {run.method.out_dim}"
-    )
+    length = f"{run.optim.epochs} epochs, batch {run.optim.batch_size}"
+    return f"{network_name(run.backbone)}, {length}, {run.method.summary}"

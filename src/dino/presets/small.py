@@ -1,8 +1,8 @@
 """Recipes of this project for a laptop: thousands of pictures, a few cores, minutes to hours.
 
 With few steps DINO fails in one way above all: the student cannot predict the teacher yet, answers the mean of
-everything, the teacher follows, and the loss stays at ln K. LOG.md says what was tried against it, and what was not
-reached yet: these recipes take off without collapse, none is known to be the best.
+everything, the teacher follows, and the loss stays at ln K. What helped (LOG.md has the trials): many cheap pictures
+instead of few dear ones, a teacher that follows quickly, and batch norm in the head.
 """
 
 from dino.config import edit
@@ -17,21 +17,61 @@ from dino.training import Run
 
 
 def small() -> Run:
-    """A small ViT for thousands of pictures on a CPU. `dino train` starts from it there."""
+    """A ResNet-10 of half the width on small crops; `dino train` starts from it on a CPU.
+
+    On 6,500 photos of ten classes (Imagenette at 128 px), from nothing, one core: 20-NN accuracy 44 % after 30
+    minutes and 49 % after 40; random weights 26 %, raw pixels 36 %. Batch norm in the head makes the teacher's answers
+    differ from the first step on; at momentum 0.97 it passes on within a hundred steps what the student learns.
+    """
+    return Run(
+        backbone=Timm(name="resnet18", args=(("channels", "(32, 64, 128, 256)"), ("layers", "(1, 1, 1, 1)"))),
+        method=DINOConfig(
+            out_dim=1024,
+            momentum=0.97,
+            head_norm="batch",
+            head_hidden=512,
+            head_bottleneck=128,
+            freeze_last_layer=0,
+        ),
+        views=MultiCrop(
+            global_size=64,
+            local_size=32,
+            local=4,
+            global_scale=(0.3, 1.0),
+            local_scale=(0.05, 0.3),
+            blur_sigma=(0.03, 0.5),
+        ),
+        optim=Optim(
+            epochs=100,
+            batch_size=64,
+            lr=4e-3,
+            min_lr=1e-5,
+            warmup_epochs=2,
+            weight_decay=0.04,
+            weight_decay_end=0.04,
+        ),
+        knn=Watch(size=88),
+        workers=1,
+        out="runs/small",
+    )
+
+
+def small_vit() -> Run:
+    """A ViT-tiny of 6 blocks for thousands of pictures: attention maps, at several times the ConvNet's cost."""
     return Run(
         backbone=ViT(size="tiny", patch=16, image_size=96, drop_path=0.0, depth=6),
         method=DINOConfig(out_dim=1024, momentum=0.99, head_hidden=1024),
         views=MultiCrop(global_size=96, local_size=48, local=4),
         optim=Optim(epochs=100, batch_size=64, lr=1e-3, warmup_epochs=5, weight_decay=0.04, weight_decay_end=0.04),
         workers=1,
-        out="runs/small",
+        out="runs/small-vit",
     )
 
 
 def demo() -> Run:
     """Drawn pictures, a few minutes on two cores: what `make demo` trains."""
     return edit(
-        small(),
+        small_vit(),
         data=Scenes(count=2000, size=64),
         backbone=ViT(size="tiny", patch=8, image_size=48, drop_path=0.0, width=128, heads=4, depth=4),
         method=dict(
@@ -50,7 +90,7 @@ def demo() -> Run:
 def vit_tiny() -> Run:
     """ViT-tiny/16 at 2x128 + 6x64 with K 4096: the benchmark's fixed network and crops."""
     return edit(
-        small(),
+        small_vit(),
         backbone=ViT(size="tiny", patch=16, image_size=128, drop_path=0.0),
         method=dict(out_dim=4096, momentum=0.98, head_norm="batch", head_hidden=1024, freeze_last_layer=0),
         views=MultiCrop(global_size=128, local_size=64, local=6),
@@ -59,29 +99,5 @@ def vit_tiny() -> Run:
     )
 
 
-def small_convnet() -> Run:
-    """A ResNet-10 of half the width on small crops: many more pictures in the same time than any ViT sees.
-
-    Batch norm in the head makes the teacher's answers differ from the first step on, and a fast teacher
-    (momentum 0.97) passes on what the student learns within a hundred steps.
-    """
-    return edit(
-        small(),
-        backbone=Timm(name="resnet18", args=(("channels", "(32, 64, 128, 256)"), ("layers", "(1, 1, 1, 1)"))),
-        method=dict(momentum=0.97, head_norm="batch", head_hidden=512, head_bottleneck=128, freeze_last_layer=0),
-        views=MultiCrop(
-            global_size=64,
-            local_size=32,
-            local=4,
-            global_scale=(0.3, 1.0),
-            local_scale=(0.05, 0.3),
-            blur_sigma=(0.03, 0.5),
-        ),
-        optim=dict(lr=4e-3, min_lr=1e-5, warmup_epochs=2),
-        knn=Watch(size=96),
-        out="runs/small-convnet",
-    )
-
-
-RECIPES = {"vit-tiny": vit_tiny, "small": small, "small-convnet": small_convnet}
+RECIPES = {"vit-tiny": vit_tiny, "small": small, "small-vit": small_vit}
 """What benchmarks/time_to_accuracy.py compares."""

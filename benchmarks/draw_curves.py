@@ -1,0 +1,37 @@
+"""Draws what time_to_accuracy.py wrote: 20-NN accuracy against time, one line a recipe.
+
+python benchmarks/draw_curves.py docs/benchmarks/time_to_accuracy-*.json -o docs/images/time-to-accuracy.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RAW_PIXELS = 35.6  # of imagenette128's val part, by its own description and by tests/equations/test_knn.py
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("curves", type=Path, nargs="+", help="JSON files of time_to_accuracy.py")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the picture")
+    parser.add_argument("--floor", type=float, default=RAW_PIXELS, help="accuracy of raw pixels, a dashed line")
+    options = parser.parse_args()
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for path in options.curves:
+        result = json.loads(path.read_text())
+        points = result["curve"]
+        axes.plot([p["minutes"] for p in points], [p["accuracy"] for p in points], "o-", ms=4, label=result["recipe"])
+    axes.axhline(options.floor, ls="--", c="0.5", lw=1, label="raw pixels")
+    axes.set(xlabel="minutes of training", ylabel="20-NN accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(options.out, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
