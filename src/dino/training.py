@@ -220,6 +220,7 @@ def describe(
     return {
         "run": to_dict(run),
         "backbone": to_dict(run.backbone),
+        "learning": run.method.about,
         "data": {
             "pictures": len(pictures),
             "trained_on": len(rest),

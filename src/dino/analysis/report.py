@@ -29,7 +29,7 @@ from dino.units import duration
 COLUMNS = 6
 """Epochs shown side by side, and heads."""
 SHOWN_SKIPPED = 300
-FLOORS = {"raw_pixels": "raw pixels", "random_weights": "random weights"}
+FLOORS = {"raw_pixels": "raw pixels", "random_weights": "random weights", "majority_class": "majority class"}
 SECTIONS = {
     "data": "Pictures", "backbone": "Network", "method": "Method", "views": "Views", "optim": "Optimizer",
     "knn": "k-NN while training",
@@ -75,7 +75,7 @@ def _header(run_dir: Path, described: Mapping, run: Mapping, history: History) -
     pictures = _at(described, "data", "trained_on") or _at(described, "data", "pictures")
     where = _at(run, "data", "path")
     source = (f" on {pictures:,} pictures" if pictures else "") + (f" of {where}" if where else "")
-    text = f"{_network(run)}, self-distilled with no labels{source}; it {state}."
+    text = f"{_network(run)}, {described.get('learning', 'self-distilled with no labels')}{source}; it {state}."
     name = run_dir.resolve().name
     eyebrow = '<div class="eyebrow">dino · training report</div>'
     return f'{eyebrow}<h1>{page.escape(name)}</h1><p class="lead">{page.escape(text)}</p>\n'
@@ -89,7 +89,7 @@ def _diagnosis(run: Mapping, history: History) -> list[str]:
 def _headline(described: Mapping, run: Mapping, history: History) -> str:
     top = math.log(_at(run, "method", "out_dim") or 0) if _at(run, "method", "out_dim") else None
     tiles = []
-    name, rows = _knn(history)
+    name, rows = _quality(history)
     if rows:
         best = max(rows, key=lambda row: row[name])
         values = {"this run": best[name], **_floors(described, history, name)}
@@ -117,7 +117,7 @@ def _curves(described: Mapping, run: Mapping, history: History) -> str:
         "student": "student_entropy",
         "over the batch": "marginal_entropy",
     }
-    name, rows = _knn(history)
+    name, rows = _quality(history)
     floors = _floors(described, history, name)
     drawn = [
         chart({name or "k-NN": line(rows, name)}, title="Quality", unit=" %", references=floors, from_zero=True),
@@ -125,7 +125,7 @@ def _curves(described: Mapping, run: Mapping, history: History) -> str:
             {"loss": history.line("loss")},
             title="Loss",
             references=top,
-            note="At ln K the student only guesses.",
+            note="At ln K the student only guesses." if top else "",
         ),
         chart(
             {label: history.line(key) for label, key in entropies.items()},
@@ -315,10 +315,10 @@ def _environment(described: Mapping, history: History) -> str:
     return page.section("Environment", "What it ran on.", page.table(rows))
 
 
-def _knn(history: History) -> tuple[str, list[dict[str, Any]]]:
-    """The name of the k-NN figure ("20-NN" where it is there) and the evaluations that have it."""
-    rows = history.evaluations.get("knn", [])
-    names = [name for row in rows for name in row if re.fullmatch(r"\d+-NN", name)]
+def _quality(history: History) -> tuple[str, list[dict[str, Any]]]:
+    """The name of the figure measured while training ("20-NN" where it is there) and the evaluations that have it."""
+    rows = history.evaluations.get("knn") or history.evaluations.get("accuracy") or []
+    names = [name for row in rows for name in row if re.fullmatch(r"\d+-NN|top-1", name)]
     if not names:
         return "", []
     name = "20-NN" if "20-NN" in names else names[0]

@@ -55,6 +55,10 @@ def eval(argv: Sequence[str]) -> int:
         print(help_text())
         return 0
     name, rest = argv[0], argv[1:]
+    if name == "finetune":  # a training run, with a run's options and files
+        from dino.cli.finetune import finetune
+
+        return finetune(rest)
     if "--score" in rest:
         return _score(name, [word for word in rest if word != "--score"])
     evaluation = find(name)
@@ -80,7 +84,9 @@ def _score(name: str, words: Sequence[str]) -> int:
 
 
 def help_text() -> str:
-    names = "\n".join(f"  {name:<20} {entry.what}" for name, entry in EVALUATIONS.items())
+    about = {name: entry.what for name, entry in EVALUATIONS.items()}
+    about["finetune"] = "accuracy of the whole network, trained on with labels"
+    names = "\n".join(f"  {name:<20} {what}" for name, what in about.items())
     return (
         "usage: dino eval NAME CHECKPOINT DATA...\n\n"
         f"evaluations:\n{names}\n\n"

@@ -4,10 +4,10 @@ import itertools
 import os
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Protocol, cast
 
 import tyro
 
@@ -42,6 +42,33 @@ EXAMPLES = """\
 SWITCHES = ("--dry-run", "--yes", "-y", "--json")
 
 
+class Options(Protocol):
+    """What a session needs of a command's options, besides the run's own flags."""
+
+    @property
+    def folder(self) -> str: ...
+    @property
+    def preset(self) -> str | None: ...
+    @property
+    def minutes(self) -> float | None: ...
+    @property
+    def name(self) -> str | None: ...
+    @property
+    def resume(self) -> str | None: ...
+    @property
+    def dry_run(self) -> bool: ...
+    @property
+    def yes(self) -> bool: ...
+    @property
+    def json(self) -> bool: ...
+    @property
+    def run(self) -> Run: ...
+    @property
+    def recipe(self) -> str | None:
+        """The preset that the run is, with what the line sets in it; None where the plan chooses."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Train a backbone on a folder of pictures, without labels.
@@ -70,9 +97,17 @@ class TrainOptions:
     """One JSON object on standard output, messages on standard error."""
     run: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
 
+    @property
+    def recipe(self) -> str | None:
+        return self.preset
+
 
 def train(argv: Sequence[str]) -> int:
-    given = _Given(list(argv))
+    return carry_out(Given(list(argv)))
+
+
+def carry_out(given: "Given") -> int:
+    """A whole session, from a command line to the report; gives the exit code."""
     options = given.parse(given.skeleton())
     _check(options)
     with speaking(options.json) as (terminal, give):
@@ -98,11 +133,26 @@ def train(argv: Sequence[str]) -> int:
 # -- reading the command line ------------------------------------------------------------------------------
 
 
-class _Given:
+def preset_or_plan(name: str | None) -> Run:
+    """What the flags of `dino train` are laid over: a preset, or a Run for the plan to choose."""
+    return resolve(name) if name else Run()
+
+
+class Given:
     """The command line, laid over a Run: first over a skeleton of the right types, then over the plan."""
 
-    def __init__(self, argv: list[str]) -> None:
-        self.argv = argv
+    def __init__(
+        self,
+        argv: list[str],
+        *,
+        kind: Callable[..., Options] = TrainOptions,
+        prog: str = "dino train",
+        examples: str = EXAMPLES,
+        base: Callable[[str | None], Run] = preset_or_plan,
+        draws: bool | None = None,
+    ) -> None:
+        """base: the Run for the preset's name, or for none. draws: whether the pictures are `scenes`, where known."""
+        self.argv, self.kind, self.prog, self.examples, self.base, self.draws = argv, kind, prog, examples, base, draws
 
     def value(self, flag: str) -> str | None:
         """A flag's value before anything is parsed: what the types of the other flags depend on."""
@@ -127,7 +177,7 @@ class _Given:
                 )
             return found.run
         preset = self.value("--preset")
-        run = resolve(preset) if preset else Run()
+        run = self.base(preset)
         if isinstance(run.data, Folder) and ":" not in (preset or ""):  # a recipe is for anybody's pictures
             run = edit(run, data=Folder(path=""))
         if self.says_scenes():
@@ -138,14 +188,16 @@ class _Given:
 
     def says_scenes(self) -> bool:
         """Whether the folder is the word `scenes`: not the value of a flag."""
+        if self.draws is not None:
+            return self.draws
         pairs = itertools.pairwise(["", *self.argv])
         return any(
             word == "scenes" and (not before.startswith("-") or before in SWITCHES or "=" in before)
             for before, word in pairs
         )
 
-    def parse(self, over: Run) -> TrainOptions:
-        options = parse(TrainOptions, self.argv, "dino train", EXAMPLES, default=TrainOptions(run=over))
+    def parse(self, over: Run) -> Options:
+        options = parse(cast(type[Any], self.kind), self.argv, self.prog, self.examples, default=self.kind(run=over))
         data = options.run.data
         if options.folder and not self.says_scenes():
             data = edit(data, path=options.folder) if isinstance(data, Folder) else Folder(path=options.folder)
@@ -157,7 +209,7 @@ class _Given:
         if (name := self.value("--network")) is not None:
             backbone = network(name)
             if isinstance(backbone, ViT):
-                backbone = edit(backbone, image_size=run.views.global_size)
+                backbone = edit(backbone, image_size=run.views.size)
             run = edit(run, backbone=backbone)
         return self.parse(run).run
 
@@ -173,10 +225,10 @@ def network(name: str) -> ViT | Timm:
     return ViT(size=match[1], patch=int(match[2]))  # pyright: ignore[reportArgumentType]
 
 
-def _check(options: TrainOptions) -> None:
+def _check(options: Options) -> None:
     if options.resume is not None:
         for name in ("preset", "network", "minutes", "name"):
-            if getattr(options, name) is not None:
+            if getattr(options, name, None) is not None:
                 raise UserError(f"--{name} starts a run, --resume goes on with one: leave one of them away.")
     elif isinstance(options.run.data, Folder) and not options.run.data.path:
         raise UserError(
@@ -190,7 +242,7 @@ def _check(options: TrainOptions) -> None:
 # -- where the run goes ------------------------------------------------------------------------------------
 
 
-def _where(options: TrainOptions, given: _Given, terminal: Terminal) -> tuple[Path, Found | None]:
+def _where(options: Options, given: Given, terminal: Terminal) -> tuple[Path, Found | None]:
     """The run's folder, and the run that is there and goes on. Takes no folder of another run."""
     if options.resume is not None:
         return Path(options.resume), find(Path(options.resume))
@@ -220,10 +272,10 @@ def _where(options: TrainOptions, given: _Given, terminal: Terminal) -> tuple[Pa
     raise KeyboardInterrupt
 
 
-def _named(options: TrainOptions) -> str:
+def _named(options: Options) -> str:
     data = options.run.data
     source = Path(data.path).resolve().name if isinstance(data, Folder) else "scenes"
-    preset = (options.preset or "").rpartition(":")[2]
+    preset = (options.recipe or "").rpartition(":")[2]
     return "-".join(part for part in (source or "pictures", preset) if part)
 
 
@@ -261,13 +313,11 @@ def _opened(data: Folder | Scenes, terminal: Terminal) -> Pictures:
     return pictures
 
 
-def _planned(
-    options: TrainOptions, given: _Given, pictures: Pictures, folder: Path, rt: Runtime, terminal: Terminal
-) -> Plan:
+def _planned(options: Options, given: Given, pictures: Pictures, folder: Path, rt: Runtime, terminal: Terminal) -> Plan:
     def change(run: Run) -> Run:
         return edit(given.change(edit(run, data=options.run.data)), out=str(folder))
 
-    preset = options.run if options.preset is not None else None
+    preset = options.run if options.recipe is not None else None
     with terminal.progress("measuring this machine"):  # every rank measures, together; the first one's plan holds
         own = settle(pictures, machine(), preset=preset, change=change, minutes=options.minutes, world=rt.world)
         planned = dist.on_main(lambda: own)
@@ -275,7 +325,7 @@ def _planned(
     return planned
 
 
-def _resumed(found: Found, given: _Given, terminal: Terminal) -> tuple[Run, Pictures, None]:
+def _resumed(found: Found, given: Given, terminal: Terminal) -> tuple[Run, Pictures, None]:
     run = resumed(found, lambda run: edit(given.change(run), out=run.out))
     return run, _opened(run.data, terminal), None
 

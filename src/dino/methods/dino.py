@@ -22,6 +22,7 @@ class DINOConfig(MethodConfig):
     """The paper's method and its head. The defaults are the published code's; Sec. 3.2 names those that differ."""
 
     global_views: ClassVar[int] = 2
+    about: ClassVar[str] = "self-distilled with no labels"
 
     out_dim: int = 65536
     """K, the number of prototypes: 65536 for ImageNet (App. C), 1024 to 4096 for thousands of pictures."""

@@ -93,6 +93,8 @@ class MethodConfig(ABC):
     """Views of the first resolution that it needs of every picture."""
     classifies: ClassVar[bool] = False
     """Whether it learns the labels, so that its own classifier is what the accuracy is asked of."""
+    about: ClassVar[str] = "trained with no labels"
+    """What the report says of a network that it trained."""
 
     @abstractmethod
     def build(self, start: Start) -> Method:

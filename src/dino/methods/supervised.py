@@ -29,6 +29,7 @@ class SupervisedConfig(MethodConfig):
     """Learning the labels of class folders. The defaults are DeiT's."""
 
     classifies: ClassVar[bool] = True
+    about: ClassVar[str] = "trained with labels"
 
     smoothing: float = 0.1
     """Part of every target that is spread evenly over all classes."""
