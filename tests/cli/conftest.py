@@ -14,7 +14,7 @@ from dino.data.scenes import Scenes
 
 SRC = Path(__file__).parents[2] / "src"
 TINY = """
-    --backbone.width 48 --backbone.depth 2 --backbone.heads 2 --backbone.patch 8
+    --network vit_tiny/8 --backbone.width 48 --backbone.depth 2 --backbone.heads 2
     --method.out-dim 32 --method.head-hidden 32
     --views.global-size 32 --views.local-size 16 --views.local 2
     --optim.batch-size 8 --workers 0 --precision float32

@@ -132,7 +132,7 @@ def test_attention_draws_every_head_the_mean_and_the_mask(trained, photos, dino,
     point = dino("attention", run, picture, "--point", "5", "30", "--layer", "0", "-o", "point", "--json")
     assert point.json["pictures"][0]["layer"] == 0
     one, other = (np.asarray(Image.open(tmp_path / name / picture.stem / "mean.png")) for name in ("maps", "point"))
-    assert one.shape == other.shape == (64, 64, 3)
+    assert one.shape == other.shape == (384, 384, 3)  # large enough to look at
     assert (one != other).any()
 
 

@@ -25,7 +25,7 @@ def test_gem_is_the_generalised_mean_of_each_channel() -> None:
                 values = patches[b, :, :, channel].flatten().tolist()
                 expected = (sum(x**p for x in values) / 12) ** (1 / p)
                 assert gem(patches, p)[b, channel].item() == pytest.approx(expected, rel=1e-5)
-    assert torch.allclose(gem(patches, 200.0), patches.amax((1, 2)), atol=0.02)
+    assert torch.allclose(gem(patches, 50.0), patches.amax((1, 2)), atol=0.06)  # 12 ** (-1 / 50) is 0.95
     assert torch.allclose(gem(-patches), torch.tensor(1e-6))  # what is negative counts as the floor
 
 

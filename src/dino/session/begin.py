@@ -88,6 +88,8 @@ def _followed(run: Run, asked: Run) -> Run:
     return run
 
 
+NETWORK = {"backbone", "backbone.name", "backbone.size", "backbone.patch"}
+"""Settings that the row `network` of the plan tells."""
 ROWS = {
     "method.out_dim": "K",
     "optim.batch_size": "batch",
@@ -104,10 +106,14 @@ def _with_changes(planned: Plan, before: Run, change: Change) -> Plan:
     run, asked = change(planned.run), change(before)
     reasons = {reason.name: reason for reason in planned.reasons}
     set_here = {name: (old, value) for name, old, value in differences(before, asked)}
-    if set_here.keys() & {"backbone", "backbone.name", "backbone.size", "backbone.patch"}:
+    if set_here.keys() & NETWORK:
         reasons["network"] = Reason("network", network_name(run.backbone), "you set it")
     if "backbone" in set_here:  # of another type: none of its settings is the plan's
         set_here = {name: both for name, both in set_here.items() if not name.startswith("backbone")}
+        defaults = edit(asked, backbone=type(asked.backbone)())
+        for name, _, value in differences(defaults, asked):
+            if name not in NETWORK and name != "backbone.image_size":
+                reasons[flag(name)] = Reason(flag(name), shown(value), "you set it")
     for name, (old, value) in set_here.items():
         if name.split(".")[0] not in ("out", "data"):
             row = ROWS.get(name, flag(name))
