@@ -10,8 +10,8 @@ SRC = Path(__file__).parents[1] / "src"
 
 LAYERS = [
     {"errors", "environment", "units"},
-    {"files"},
-    {"objectives", "schedules", "dist", "config"},
+    {"files", "dist"},
+    {"objectives", "schedules", "config"},
     {"models"},
     {"data", "optim"},
     {"methods", "evals"},

@@ -47,6 +47,15 @@ def total(tensor: Tensor) -> Tensor:
     return summed
 
 
+def most(tensor: Tensor) -> Tensor:
+    """The largest of the ranks' values, place by place; a new tensor of the same shape."""
+    if not _active():
+        return tensor
+    largest = tensor.clone()
+    td.all_reduce(largest, op=td.ReduceOp.MAX)
+    return largest
+
+
 def gather(tensor: Tensor) -> Tensor:
     """Each rank's rows one below the other, in the order of ranks; the ranks may hold different numbers of rows."""
     if not _active():
@@ -61,6 +70,19 @@ def gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     td.all_gather(parts, padded)
     return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+def shard(rows: Tensor) -> Tensor:
+    """This rank's part of rows that every rank holds, dealt out as the loader deals a batch: row p to rank p mod n."""
+    return rows[rank() :: world()]
+
+
+def unshard(rows: Tensor) -> Tensor:
+    """The rows of all ranks in the order in which they were dealt out: what `shard` undoes."""
+    if not _active():
+        return rows
+    dealt = torch.arange(rows.shape[0], device=rows.device) * world() + rank()
+    return gather(rows)[gather(dealt).argsort()]
 
 
 def barrier() -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino import dist
+
 
 def P(logits: Tensor, temperature: float, center: Tensor | float = 0.0) -> Tensor:
     """Eq. 1: softmax((logits - center) / temperature) over the K prototypes, [..., K] -> [..., K].
@@ -45,14 +47,55 @@ def dino_loss(
     the pairs; the published code averages over them (there are G V - G: 2 V - 2 for two global views), which
     keeps the learning rate independent of the number of crops. We average.
     """
-    teacher = P(teacher_logits, teacher_temp, center)
-    student = log_P(student_logits, student_temp)
+    return H_over_pairs(P(teacher_logits, teacher_temp, center), log_P(student_logits, student_temp))
+
+
+def H_over_pairs(targets: Tensor, log_q: Tensor) -> Tensor:
+    """Eq. 3 for targets however they were made: the mean of H(targets of x, q of x') over its pairs.
+
+    targets [G, B, K] and log_q [V, B, K], of which view g is the targets' view g.
+    """
+    return -mean_over_pairs(targets, log_q)
+
+
+def mean_over_pairs(teacher: Tensor, student: Tensor) -> Tensor:
+    """The mean of the products <teacher[x], student[x']> over Eq. 3's pairs x' != x and the batch, as one scalar.
+
+    teacher [G, B, K], student [V, B, K]. A sum over all pairs is one product of two sums; the pairs of a view with
+    itself are then taken away.
+    """
     views, batch = student.shape[:2]
     paired = min(views, teacher.shape[0])
-    # A sum over all pairs is one product of two sums; the pairs of a view with itself are then taken away.
-    everything = H(teacher.sum(0), student.sum(0)).sum()
-    itself = H(teacher[:paired], student[:paired]).sum()
+    everything = (teacher.sum(0) * student.sum(0)).sum(-1).sum()
+    itself = (teacher[:paired] * student[:paired]).sum(-1).sum()
     return (everything - itself) / (batch * (teacher.shape[0] * views - paired))
+
+
+def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Table 15, and SwAV's Sec. 3.1: targets that spread the batch over the K prototypes, [..., B, K] -> [..., B, K].
+
+    exp(logits / temperature), then again and again each prototype's column divided by its sum over the pictures of all
+    ranks, and each picture's row by its sum. Rows end as distributions, columns near B / K. Each view is spread on its
+    own. Computed in logarithms: no logit is too large or too small.
+    """
+    log_q = logits.float() / temperature
+    for _ in range(iterations):
+        log_q = log_q - _log_total_exp(log_q)
+        log_q = torch.log_softmax(log_q, dim=-1)
+    return log_q.exp()
+
+
+def softmax_over_batch(logits: Tensor, temperature: float) -> Tensor:
+    """Table 15: softmax(logits / temperature) over the pictures of all ranks, then each picture's row divided by its
+    sum, [..., B, K] -> [..., B, K]. That is Sinkhorn-Knopp's first iteration."""
+    return sinkhorn_knopp(logits, temperature, iterations=1)
+
+
+def _log_total_exp(x: Tensor) -> Tensor:
+    """log of the sum of exp(x) over the pictures of all ranks, [..., B, K] -> [..., 1, K]."""
+    own = x.logsumexp(-2, keepdim=True)
+    top = dist.most(own)
+    return top + dist.total((own - top).exp()).log()
 
 
 @torch.no_grad()
@@ -78,3 +121,18 @@ def h(p: Tensor) -> Tensor:
 def D_KL(p: Tensor, log_q: Tensor) -> Tensor:
     """Eq. 5, second term: KL(p | q), so that H(p, q) = h(p) + D_KL(p, q), [..., K] -> [...]."""
     return H(p, log_q) - h(p)
+
+
+def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float, usable: Tensor) -> Tensor:
+    """MoCo's Eq. 1 (He et al., 2020), -log exp(q.k / t) / (exp(q.k / t) + sum_i exp(q.n_i / t)), over Eq. 3's pairs.
+
+    queries [V, B, D] are the student's, keys [G, B, D] the teacher's: a query's keys are those of the other views of
+    its picture. negatives [Q, D] are keys of other pictures; those that are not `usable` [Q] do not count, and without
+    any the loss is 0. All are taken at unit length. MoCo has one query and one key of a picture.
+    """
+    queries, keys, negatives = (F.normalize(x.float(), dim=-1) for x in (queries, keys, negatives))
+    alike = (keys[:, None] * queries).sum(-1) / temperature  # [G, V, B]
+    away = (queries @ negatives.T).float() / temperature
+    away = away.masked_fill(~usable, -1e9).logsumexp(-1)  # [V, B]; -inf would give no gradient, but nan
+    pairs = 1 - torch.eye(*alike.shape[:2], device=alike.device)[..., None]
+    return (pairs * F.softplus(away - alike)).sum() / (pairs.sum() * alike.shape[2])

@@ -1,7 +1,7 @@
 """Networks: backbones that meet one contract, heads, and the weights that others have trained."""
 
 from dino.models.backbone import Attentive, Backbone, Features
-from dino.models.heads import DINOHead, Network
+from dino.models.heads import DINOHead, MLPHead, Network, Predictor
 from dino.models.timm import Timm
 from dino.models.vit import VisionTransformer, ViT
 
@@ -14,7 +14,9 @@ __all__ = [
     "BackboneConfig",
     "DINOHead",
     "Features",
+    "MLPHead",
     "Network",
+    "Predictor",
     "Timm",
     "ViT",
     "VisionTransformer",

@@ -53,6 +53,31 @@ class DINOHead(nn.Module):
         return self.last_layer(l2_norm(x) if self.normalised else x)
 
 
+class MLPHead(nn.Module):
+    """[n, D] -> [n, d]: the projection of BYOL, MoCo-v2 and SwAV, `layers` linear layers with norm and activation
+    between them. The last one has neither: what comes out is taken at unit length where it is compared.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        layers: int = 2,
+        hidden: int = 2048,
+        norm: Literal["none", "batch"] = "batch",
+        act: Literal["gelu", "relu"] = "relu",
+    ) -> None:
+        super().__init__()
+        if layers < 1:
+            raise UserError(f"MLPHead: expected at least 1 layer, got {layers}.")
+        self.mlp = mlp([in_dim, *[hidden] * (layers - 1), out_dim], norm=norm, act=act)
+        self.apply(init_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
 class WeightNormLinear(nn.Module):
     """x -> (g v / |v|) x, one length g and one direction v per output, no bias (Salimans and Kingma, 2016).
 
@@ -100,19 +125,42 @@ def l2_norm(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1)
 
 
-class Network(nn.Module):
-    """g = h after f: a backbone, then a head, over stacked views (Sec. 3.1)."""
+class Predictor(nn.Module):
+    """q of BYOL (Grill et al., 2020, Sec. 3.2; Tables 7 and 14): [n, K] -> [n, K], an MLP of one hidden layer that the
+    student alone has, to guess the teacher's outputs from its own."""
 
-    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        hidden: int = 4096,
+        norm: Literal["none", "batch"] = "batch",
+        act: Literal["gelu", "relu"] = "relu",
+    ) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.mlp = mlp([dim, hidden, dim], norm=norm, act=act)
+        self.apply(init_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+class Network(nn.Module):
+    """g = h after f: a backbone, then a head, over stacked views (Sec. 3.1); a student may have a predictor after."""
+
+    def __init__(self, backbone: Backbone, head: nn.Module, predictor: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone, self.head, self.predictor = backbone, head, predictor
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         """One [n, B, 3, H, W] per resolution -> [sum of n, B, K], views in the order given.
 
-        The backbone runs once per resolution, and the head once on everything: a batch norm in it sees all
-        views.
+        The backbone runs once per resolution, head and predictor once on everything: a batch norm in them sees
+        all views.
         """
         batch = views[0].shape[1]
         features = torch.cat([self.backbone(stack.flatten(0, 1)) for stack in views])
-        return self.head(features).unflatten(0, (-1, batch))
+        outputs = self.head(features)
+        if self.predictor is not None:
+            outputs = self.predictor(outputs)
+        return outputs.unflatten(0, (-1, batch))
