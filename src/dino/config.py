@@ -49,6 +49,30 @@ def to_dict(value: Any) -> Any:
     return value
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings of `to_dict` by their dotted names; a nested value's own name gives its type."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for name, item in value.items():
+        found |= flat(item, prefix if name == "type" and prefix else f"{prefix}.{name}".lstrip("."))
+    return found
+
+
+def differences(before: Any, after: Any) -> list[tuple[str, Any, Any]]:
+    """(dotted field, old value, new value) of every setting that differs."""
+    old, new = flat(to_dict(before)), flat(to_dict(after))
+    names = [*old, *(name for name in new if name not in old)]
+    return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
+
+
+def shown(value: Any) -> str:
+    """A setting's value as it is typed."""
+    if isinstance(value, list):
+        return " ".join(map(shown, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def from_dict(kind: Any, data: Any, where: str = "") -> Any:
     """The inverse of `to_dict` for the type `kind` (a dataclass, a union, a tuple, or a plain type).
 
