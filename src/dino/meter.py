@@ -9,17 +9,21 @@ from torch import Tensor
 
 from dino import dist
 from dino.data.views import Batch
+from dino.objectives import h
 from dino.optim import Optim
 from dino.schedules import Clock, Schedule
+from dino.vitals import Vitals
 
 
 class Meter:
     """Metrics between two log lines: sums that stay on the device, and where the time went."""
 
-    def __init__(self, optim: Optim, schedules: Mapping[str, Schedule], world: int) -> None:
-        """schedules: the method's own, by the names under which they are logged."""
+    def __init__(
+        self, optim: Optim, schedules: Mapping[str, Schedule], world: int, vitals: Vitals | None = None
+    ) -> None:
+        """schedules: the method's own, by the names under which they are logged. vitals: measured at each line."""
         rates = {"lr": optim.lr_schedule(), "weight_decay": optim.weight_decay_schedule()}
-        self._schedules, self._world = rates | dict(schedules), world
+        self._schedules, self._world, self._vitals = rates | dict(schedules), world, vitals
         self._began = time.monotonic()
         self._open()
 
@@ -37,6 +41,8 @@ class Meter:
             self._waited += time.monotonic() - asked
             if item is None:
                 return
+            if self._vitals is not None:
+                self._vitals.next_step()
             yield item
 
     def add(self, metrics: dict[str, Tensor], batch: Batch) -> None:
@@ -50,9 +56,17 @@ class Meter:
         return "loss" not in self._sums or bool(torch.isfinite(self._sums["loss"]))
 
     def close(self, clock: Clock) -> dict[str, float]:
-        """Averages over the window's steps and ranks, with the schedules' values; opens the next window."""
-        stacked = dist.mean(torch.stack(list(self._sums.values()))) / max(1, self._steps)
-        metrics = dict(zip(self._sums, stacked.tolist(), strict=True))  # the one place that waits for the device
+        """Averages over the window's steps and ranks, with the schedules' values; opens the next window.
+
+        Scalars are averaged; a vector of shares that sum to 1 becomes the number of those in use, exp of its entropy.
+        Vitals are of the last step.
+        """
+        measured = {} if self._vitals is None else self._vitals.measure()
+        values = {name: value / max(1, self._steps) for name, value in self._sums.items()} | measured
+        flat = dist.mean(torch.cat([value.float().flatten() for value in values.values()]))
+        parts = flat.split([value.numel() for value in values.values()])
+        scalars = torch.stack([part[0] if part.numel() == 1 else h(part).exp() for part in parts])
+        metrics = dict(zip(values, scalars.tolist(), strict=True))  # the one place that waits for the device
         seconds = time.monotonic() - self._since
         metrics |= {
             **{name: schedule(clock) for name, schedule in self._schedules.items()},

@@ -127,16 +127,20 @@ def set_hyper(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: floa
 
 
 @torch.no_grad()
-def clip_grad_norms_(parameters: Iterable[Tensor], max_norm: float) -> None:
+def clip_grad_norms_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scales each tensor's own gradient by max_norm / (norm + 1e-6) where that is below 1; 0 leaves all as they are.
 
-    Per tensor, as the published code does, not one norm over all. Nothing waits for the device.
+    Per tensor, as the published code does, not one norm over all. Gives the norm of all gradients together as it was
+    before. Nothing waits for the device.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if max_norm > 0 and gradients:
-        norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+    if not gradients:
+        return torch.zeros(())
+    norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+    if max_norm > 0:
         scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, list(scales.unbind()))  # pyright: ignore[reportPrivateImportUsage]
+    return norms.norm()
 
 
 class LARS(torch.optim.Optimizer):
