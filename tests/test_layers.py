@@ -15,7 +15,7 @@ LAYERS = [
     {"models"},
     {"data", "optim"},
     {"methods", "evals"},
-    {"runtime", "checkpoint", "fast", "logs"},
+    {"runtime", "checkpoint", "fast", "logs", "vitals"},
     {"events", "meter", "signals"},
     {"training"},
     {"presets", "analysis"},

@@ -42,6 +42,7 @@ from dino.optim import Optim, clip_grad_norms_, set_hyper
 from dino.runtime import Precision, Runtime
 from dino.schedules import Clock
 from dino.signals import stop_signals
+from dino.vitals import Vitals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +122,13 @@ def train_step(state: State, model: nn.Module, batch: Batch, clock: Clock, run: 
         out = model(batch, clock)
     scaler.scale(out.loss).backward()  # a disabled scaler is the identity: one path for every precision
     scaler.unscale_(optimizer)
-    clip_grad_norms_(method.trained.parameters(), run.optim.clip)
+    gradients = clip_grad_norms_(method.trained.parameters(), run.optim.clip)
     method.before_step(clock)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     method.after_step(out.carry, clock)
-    return out.metrics
+    return out.metrics | {"grad_norm": gradients}
 
 
 def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) -> Iterator[Event]:
@@ -154,7 +155,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
         write_json(out / "run.json", describe(run, pictures, rest, baselines))
     log = Log(out, state.step) if rt.is_main else None
     skipped = {item.name: item.reason for item in pictures.skipped}
-    meter = Meter(run.optim, run.method.schedules(), rt.world)
+    meter = Meter(run.optim, run.method.schedules(), rt.world, Vitals(state.method))
     saved_at = time.monotonic()
     finished = state.step >= clock.steps
     try:

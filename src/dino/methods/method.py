@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dino.data.pictures import Pictures
@@ -26,7 +27,8 @@ class Outputs(NamedTuple):
     carry: Any
     """What `after_step` needs of this batch; detached."""
     metrics: dict[str, Tensor]
-    """Detached scalars, left on the device until somebody logs them."""
+    """Detached scalars, left on the device until somebody logs them. A vector of shares that sum to 1 is logged as the
+    number of those in use: exp of the entropy of their average."""
 
 
 class Method(nn.Module, ABC):
@@ -41,6 +43,11 @@ class Method(nn.Module, ABC):
 
     def after_step(self, carry: Any, clock: Clock) -> None:
         """The student has moved: the method's own state follows."""
+
+    def vitals(self) -> dict[str, Tensor]:
+        """Scalars that tell how its own state does (`center_norm`, `teacher_distance`), on the device: asked once for a
+        line of metrics, not at every step."""
+        return {}
 
     @property
     @abstractmethod
@@ -62,6 +69,18 @@ class Method(nn.Module, ABC):
     def prototypes(self) -> int | None:
         """K, where pictures are spread over prototypes: ln K is what the curves are judged by."""
         return None
+
+
+@torch.no_grad()
+def relative_distance(teacher: nn.Module, student: nn.Module) -> Tensor:
+    """|theta_t - theta_s| / |theta_s| over the teacher's parameters and the student's of the same names."""
+    own, other = dict(teacher.named_parameters()), dict(student.named_parameters())
+    pairs = list(own.values()), [other[name] for name in own]
+    apart, length = (
+        torch.stack(torch._foreach_norm(parts)).norm()  # pyright: ignore[reportPrivateImportUsage]
+        for parts in (torch._foreach_sub(*pairs), pairs[1])  # pyright: ignore[reportPrivateImportUsage]
+    )
+    return apart / length
 
 
 class Start(NamedTuple):
