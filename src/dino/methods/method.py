@@ -74,13 +74,10 @@ class Method(nn.Module, ABC):
 @torch.no_grad()
 def relative_distance(teacher: nn.Module, student: nn.Module) -> Tensor:
     """|theta_t - theta_s| / |theta_s| over the teacher's parameters and the student's of the same names."""
-    own, other = dict(teacher.named_parameters()), dict(student.named_parameters())
-    pairs = list(own.values()), [other[name] for name in own]
-    apart, length = (
-        torch.stack(torch._foreach_norm(parts)).norm()  # pyright: ignore[reportPrivateImportUsage]
-        for parts in (torch._foreach_sub(*pairs), pairs[1])  # pyright: ignore[reportPrivateImportUsage]
-    )
-    return apart / length
+    names = [name for name, _ in teacher.named_parameters()]
+    own, other = ([net.get_parameter(name) for name in names] for net in (teacher, student))
+    apart = torch.stack([(a - b).norm() for a, b in zip(own, other, strict=True)])
+    return apart.norm() / torch.stack([b.norm() for b in other]).norm()
 
 
 class Start(NamedTuple):
