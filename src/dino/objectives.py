@@ -4,6 +4,8 @@ Shapes: V student views, G teacher views (the first G of the V), B pictures, K p
 divergence are computed in float32 whatever comes in; natural logarithms, so entropies are in nats and at most ln K.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -99,10 +101,11 @@ def _log_total_exp(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def momentum_update(teacher: list[Tensor], student: list[Tensor], momentum: float) -> None:
-    """Sec. 3.1: theta_t <- m theta_t + (1 - m) theta_s, in place, over lists of parameters in the same order."""
-    torch._foreach_mul_(teacher, momentum)  # pyright: ignore[reportPrivateImportUsage]
-    torch._foreach_add_(teacher, student, alpha=1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+def momentum_update(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float) -> None:
+    """Sec. 3.1: theta_t <- m theta_t + (1 - m) theta_s, in place, over parameters in the same order."""
+    moved = list(teacher)
+    torch._foreach_mul_(moved, momentum)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(moved, list(student), alpha=1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def update_center(center: Tensor, batch_center: Tensor, momentum: float) -> Tensor:
@@ -121,6 +124,15 @@ def h(p: Tensor) -> Tensor:
 def D_KL(p: Tensor, log_q: Tensor) -> Tensor:
     """Eq. 5, second term: KL(p | q), so that H(p, q) = h(p) + D_KL(p, q), [..., K] -> [...]."""
     return H(p, log_q) - h(p)
+
+
+def byol_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """BYOL's Eq. 2 (Grill et al., 2020), |q / |q| - z / |z||^2 = 2 - 2 cos(q, z), over Eq. 3's pairs: from 0 to 4.
+
+    student [V, B, D], the predictions q, and teacher [G, B, D], the projections z. BYOL adds its two pairs up. There
+    is no temperature: l2-normalised outputs are not sharpened (Tables 7 and 14, MSE).
+    """
+    return 2 - 2 * mean_over_pairs(F.normalize(teacher.float(), dim=-1), F.normalize(student.float(), dim=-1))
 
 
 def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float, usable: Tensor) -> Tensor:
