@@ -31,9 +31,9 @@ from dino.events import Ended, EpochDone, Evaluated, Event, Logged, Started
 from dino.files import remove_parts, write_json
 from dino.logs import Log
 from dino.meter import Meter
+from dino.methods import AnyMethod
 from dino.methods.dino import DINOConfig
 from dino.methods.method import Method, Start
-from dino.methods.supervised import SupervisedConfig
 from dino.models.backbone import Backbone
 from dino.models.pretrained import load, load_strict, save_backbone
 from dino.models.timm import Timm
@@ -57,7 +57,7 @@ class Run:
     """The network that is trained."""
     init: str | None = None
     """The backbone to begin with: a run's folder, a file, a released name, timm:NAME; None: random weights."""
-    method: DINOConfig | SupervisedConfig = field(default_factory=DINOConfig)
+    method: AnyMethod = field(default_factory=DINOConfig)
     """How it learns."""
     views: MultiCrop | Augment = field(default_factory=MultiCrop)
     """What the method sees of a picture."""
