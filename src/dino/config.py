@@ -77,8 +77,8 @@ def from_dict(kind: Any, data: Any, where: str = "") -> Any:
     """The inverse of `to_dict` for the type `kind` (a dataclass, a union, a tuple, or a plain type).
 
     Raises UserError naming the place, what was expected and what came. Fields that `data` lacks keep their
-    defaults, and a class may list older names of its own in `formerly`, so that a file of an older version still
-    reads.
+    defaults, and a class may list older names of its own in `formerly` and turn older fields into its own in
+    `from_older(fields)`, so that a file of an older version still reads.
     """
     where = where or getattr(kind, "__name__", str(kind))
     origin = typing.get_origin(kind)
@@ -125,6 +125,7 @@ def _from_mapping(kind: Any, data: Any, where: str) -> Any:
         raise UserError(f"{where}: expected a {kind.__name__}, got a {tag}.")
     hints = _hints(kind)
     given = {name: item for name, item in data.items() if name != "type"}
+    given = getattr(kind, "from_older", dict)(given)
     for name in given:
         if name not in hints:
             raise UserError(f"{where} has no field {name!r}{nearest(name, hints)}")

@@ -27,7 +27,7 @@ LONGER = edit(
     ("parts", "entropy", "kl"),
     [
         (dict(), (0.1 * LN_K, 0.95 * LN_K), (0.3, LN_K)),
-        (dict(centering=False), (0.0, 0.01 * LN_K), (0.0, 0.05)),  # one prototype takes everything
+        (dict(targets="none"), (0.0, 0.01 * LN_K), (0.0, 0.05)),  # one prototype takes everything
         (dict(sharpening=False), (0.97 * LN_K, LN_K), (0.0, LN_K)),  # all prototypes alike
     ],
     ids=["both", "no centering", "no sharpening"],

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,29 @@ from torch import Tensor, nn
 from dino import dist
 from dino.data.views import Batch
 from dino.errors import UserError
-from dino.methods.method import Method, MethodConfig, Outputs, Start
+from dino.methods.method import Method, MethodConfig, Outputs, Start, relative_distance
 from dino.models.backbone import Backbone
-from dino.models.heads import DINOHead, Network
-from dino.objectives import P, dino_loss, h, momentum_update, update_center
+from dino.models.heads import DINOHead, Network, Predictor
+from dino.objectives import (
+    H_over_pairs,
+    P,
+    byol_loss,
+    h,
+    log_P,
+    momentum_update,
+    sinkhorn_knopp,
+    softmax_over_batch,
+    update_center,
+)
 from dino.schedules import Clock, Constant, Cosine, EpochRamp, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class DINOConfig(MethodConfig):
-    """The paper's method and its head. The defaults are the published code's; Sec. 3.2 names those that differ."""
+    """The paper's method, its head, and the switches of its ablations (docs/switches.md has their figures).
+
+    The defaults are the published code's; Sec. 3.2 names those that differ.
+    """
 
     global_views: ClassVar[int] = 2
     about: ClassVar[str] = "self-distilled with no labels"
@@ -27,7 +40,7 @@ class DINOConfig(MethodConfig):
     out_dim: int = 65536
     """K, the number of prototypes: 65536 for ImageNet (App. C), 1024 to 4096 for thousands of pictures."""
     head_layers: int = 3
-    """Linear layers of the head's MLP, before the prototypes (App. C)."""
+    """Linear layers of the head's MLP, before the prototypes; App. C counts those too, where there is a bottleneck."""
     head_hidden: int = 2048
     """Width of the head's hidden layers."""
     head_bottleneck: int = 256
@@ -38,12 +51,21 @@ class DINOConfig(MethodConfig):
     """Activation inside the head (App. C: GELU 69.7, ReLU 68.9)."""
     norm_last: bool = True
     """Keep the prototypes at unit length. Stabler; False gained a little for ViT-S with a long schedule."""
+    predictor: bool = False
+    """BYOL's predictor behind the student's head, with hidden layers as wide as the head's (Table 7: 71.8 with, 72.8
+    without)."""
+    teacher: Literal["momentum", "student", "previous-step", "previous-epoch"] = "momentum"
+    """The student's slow average, or its copy: as it is, as it was a step ago, or an epoch ago (Fig. 6, Table 15)."""
+    targets: Literal["centering", "sinkhorn", "batch-softmax", "none"] = "centering"
+    """What keeps one prototype from taking everything (Table 15). With none, it does: entropy goes to 0 (Fig. 7)."""
+    loss: Literal["cross-entropy", "mse"] = "cross-entropy"
+    """mse compares l2-normalised outputs, which no temperature sharpens (Tables 7 and 14)."""
     student_temp: float = 0.1
     """tau_s, Sec. 3.2."""
     warmup_teacher_temp: float = 0.04
     """tau_t in the first epoch."""
     teacher_temp: float = 0.04
-    """tau_t after its warm-up. Lower is sharper; above 0.07 the outputs become uniform (App. D)."""
+    """tau_t after its warm-up. Lower is sharper, 0 the argmax; above 0.07 the outputs become uniform (App. D)."""
     warmup_teacher_temp_epochs: int = 0
     """Epochs in which tau_t goes from one to the other (Sec. 3.2: 30, from 0.04 to 0.07)."""
     momentum: float = 0.996
@@ -52,8 +74,6 @@ class DINOConfig(MethodConfig):
     """Momentum of the teacher in the last step, reached by a cosine."""
     center_momentum: float = 0.9
     """m of Eq. 4. 0 to 0.99 work, 0.999 does not (App. D)."""
-    centering: bool = True
-    """Off, one prototype takes everything: teacher entropy goes to 0 (Fig. 7)."""
     sharpening: bool = True
     """Off, the teacher has the student's temperature and becomes uniform: entropy goes to ln K (Fig. 7)."""
     freeze_last_layer: float = 1
@@ -67,6 +87,11 @@ class DINOConfig(MethodConfig):
             _check(getattr(self, name) >= 0, f"{name} must be 0 (argmax) or more", getattr(self, name))
         for name in ("momentum", "momentum_end", "center_momentum"):
             _check(0 <= getattr(self, name) <= 1, f"{name} must lie in 0 .. 1", getattr(self, name))
+        if self.targets in ("sinkhorn", "batch-softmax"):
+            _check(self.loss != "mse", f"loss mse needs targets centering or none, not {self.targets}", self.loss)
+            first = self.warmup_teacher_temp if self.warmup_teacher_temp_epochs else self.teacher_temp
+            warm = not self.sharpening or min(first, self.teacher_temp) > 0
+            _check(warm, f"targets {self.targets} has no argmax: expected a teacher's temperature above 0", 0)
 
     def momentum_schedule(self) -> Schedule:
         """Sec. 3.2: a cosine over the whole run, per step."""
@@ -83,14 +108,22 @@ class DINOConfig(MethodConfig):
         return f"K {self.out_dim}"
 
     def schedules(self) -> Mapping[str, Schedule]:
-        return {"momentum": self.momentum_schedule(), "teacher_temp": self.teacher_temp_schedule()}
+        momentum = {"momentum": self.momentum_schedule()} if self.teacher == "momentum" else {}
+        return momentum | ({"teacher_temp": self.teacher_temp_schedule()} if self.loss == "cross-entropy" else {})
+
+    @staticmethod
+    def from_older(fields: dict[str, Any]) -> dict[str, Any]:
+        """Files of before there were other targets say `centering`, yes or no."""
+        if "centering" in fields:
+            fields["targets"] = "centering" if fields.pop("centering") else "none"
+        return fields
 
     def build(self, start: Start) -> "DINO":
-        """Student and teacher, the teacher a copy without drop-path."""
+        """Student and teacher, the teacher a copy without drop-path and predictor."""
         student, teacher = start.backbone(), start.backbone(drop_path=0.0)
-        return DINO(
-            Network(student, self.head(student.embed_dim)), Network(teacher, self.head(teacher.embed_dim)), self
-        )
+        heads = self.head(student.embed_dim), self.head(teacher.embed_dim)
+        predictor = Predictor(self.out_dim, hidden=self.head_hidden) if self.predictor else None
+        return DINO(Network(student, heads[0], predictor), Network(teacher, heads[1]), self)
 
     def head(self, in_dim: int) -> DINOHead:
         return DINOHead(
@@ -115,8 +148,9 @@ class Carry(NamedTuple):
 class DINO(Method):
     """A student that learns to predict, from every view, what its own slow average says of the global views.
 
-    student and teacher are networks of the same shape; the teacher starts as the student's copy, takes no
-    gradients, and stays in training mode as the authors' does (it matters for batch norm alone).
+    student and teacher are networks of the same shape, but for a predictor that the student alone may have; the teacher
+    starts as the student's copy, takes no gradients, and stays in training mode as the authors' does (it matters for
+    batch norm alone).
     """
 
     center: Tensor
@@ -126,7 +160,7 @@ class DINO(Method):
         self.config = config
         self.student = student
         self.teacher = teacher
-        self.teacher.load_state_dict(self.student.state_dict())
+        self._copy_student()
         self.teacher.requires_grad_(False)
         self.register_buffer("center", torch.zeros(config.out_dim))
         self._momentum = config.momentum_schedule()
@@ -134,42 +168,71 @@ class DINO(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> Outputs:
         """Algorithm 1, the loss: the teacher sees the two global views, the student all of them."""
-        temperature = self._teacher_temp(clock)
         with torch.no_grad():
             teacher = self.teacher(batch.views[:1])  # [G, B, K]
-        student = self.student(batch.views)  # [V, B, K]
-        loss = dino_loss(
-            student,
-            teacher,
-            center=self.center,
-            student_temp=self.config.student_temp,
-            teacher_temp=temperature,
-        )
-        with torch.no_grad():
-            targets = P(teacher, temperature, self.center)
-            entropy = h(targets).mean()
-            metrics = {
-                "loss": loss.detach(),
-                "teacher_entropy": entropy,
-                "kl": loss.detach() - entropy,  # Eq. 5: every teacher view is in V - 1 pairs, so means subtract
-                "marginal_entropy": h(targets.mean((0, 1))),
-            }
             carry = Carry(teacher.float().sum((0, 1)), torch.full((), teacher.shape[0] * teacher.shape[1]))
+        student = self.student(batch.views)  # [V, B, K]
+        if self.config.loss == "mse":
+            loss = byol_loss(student, teacher.float() - self.center)  # centered, and at unit length: no temperature
+            return Outputs(loss, carry, {"loss": loss.detach()})
+        targets = self._targets(teacher, self._teacher_temp(clock))
+        loss = H_over_pairs(targets, log_P(student, self.config.student_temp))
+        entropy, shares = h(targets).mean(), targets.mean((0, 1))
+        metrics = {
+            "loss": loss.detach(),
+            "teacher_entropy": entropy,
+            "kl": loss.detach() - entropy,  # Eq. 5: every teacher view is in V - 1 pairs, so means subtract
+            "marginal_entropy": h(shares),
+            "prototypes_used": shares,
+        }
         return Outputs(loss, carry, metrics)
 
+    @torch.no_grad()
+    def _targets(self, teacher: Tensor, temperature: float) -> Tensor:
+        """What the student is to predict of the teacher's outputs, [G, B, K] -> [G, B, K]."""
+        match self.config.targets:
+            case "sinkhorn":
+                return sinkhorn_knopp(teacher, temperature)
+            case "batch-softmax":
+                return softmax_over_batch(teacher, temperature)
+            case "centering" | "none":  # without centering the center stays at 0
+                return P(teacher, temperature, self.center)
+
     def before_step(self, clock: Clock) -> None:
-        """The prototypes stand still in the first epoch, or the student chases a moving random target."""
+        """The prototypes stand still in the first epoch, or the student chases a moving random target.
+
+        A teacher from a step ago is the student as it is now, before it moves.
+        """
         if clock.step < self.config.freeze_last_layer * clock.steps_per_epoch:
             for parameter in self._last_layer.parameters():
                 parameter.grad = None
+        if self.config.teacher == "previous-step":
+            self._copy_student()
 
     def after_step(self, carry: Carry, clock: Clock) -> None:
         """Algorithm 1, its last two lines: the teacher follows the student, the center follows the teacher."""
-        momentum_update(list(self.teacher.parameters()), list(self.student.parameters()), self._momentum(clock))
-        if self.config.centering:
+        match self.config.teacher:
+            case "momentum":
+                student = dict(self.student.named_parameters())
+                followed = [student[name] for name, _ in self.teacher.named_parameters()]
+                momentum_update(list(self.teacher.parameters()), followed, self._momentum(clock))
+            case "student":
+                self._copy_student()
+            case "previous-epoch" if (clock.step + 1) % clock.steps_per_epoch == 0:
+                self._copy_student()
+        if self.config.targets == "centering":
             count = dist.total(carry.count.to(carry.logits))
             batch_center = dist.total(carry.logits) / count
             self.center.copy_(update_center(self.center, batch_center, self.config.center_momentum))
+
+    @torch.no_grad()
+    def _copy_student(self) -> None:
+        """The teacher becomes the student as it is, the statistics of batch norm included."""
+        student = self.student.state_dict()
+        self.teacher.load_state_dict({name: student[name] for name in self.teacher.state_dict()})
+
+    def vitals(self) -> dict[str, Tensor]:
+        return {"center_norm": self.center.norm(), "teacher_distance": relative_distance(self.teacher, self.student)}
 
     @property
     def backbone(self) -> Backbone:
@@ -181,8 +244,8 @@ class DINO(Method):
         return self.student
 
     @property
-    def prototypes(self) -> int:
-        return self.config.out_dim
+    def prototypes(self) -> int | None:
+        return self.config.out_dim if self.config.loss == "cross-entropy" else None
 
     @property
     def _last_layer(self) -> nn.Module:
