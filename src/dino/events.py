@@ -34,6 +34,21 @@ class Evaluated(NamedTuple):
     is_best: bool
 
 
+class Measuring(NamedTuple):
+    """One of the run's `evals` is about to be asked, which may take a while."""
+
+    clock: Clock
+    name: str
+
+
+class Measured(NamedTuple):
+    """One of the run's `evals` was asked."""
+
+    clock: Clock
+    name: str
+    values: dict[str, float]
+
+
 class EpochDone(NamedTuple):
     """A whole epoch is behind; the method may be looked at (not touched)."""
 
@@ -53,4 +68,4 @@ class Ended(NamedTuple):
     """What asked to stop, on this rank."""
 
 
-Event = Started | Logged | Evaluated | EpochDone | Ended
+Event = Started | Logged | Evaluated | Measuring | Measured | EpochDone | Ended

@@ -23,11 +23,12 @@ class Log:
         self._file = self._path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
+    def write(self, step: int, values: dict[str, Any], under: str = "") -> None:
+        """under: what TensorBoard calls the figures together."""
         self._file.write(_line({"step": step, **values}))
         for name, value in values.items():
             if isinstance(value, int | float) and name not in ("epoch", "time"):
-                self._board.add_scalar(name, value, step)
+                self._board.add_scalar(f"{under}/{name}".lstrip("/"), value, step)
 
     def close(self) -> None:
         self._file.close()

@@ -25,9 +25,10 @@ from dino.data.scenes import Scenes
 from dino.data.sources import relabelled
 from dino.data.views import Batch, MultiCrop
 from dino.errors import UserError
+from dino.evals.ask import Ask, Asked, bind_all, must_differ
 from dino.evals.evaluator import Site
 from dino.evals.watch import Watch, Watched
-from dino.events import Ended, EpochDone, Evaluated, Event, Logged, Started
+from dino.events import Ended, EpochDone, Evaluated, Event, Logged, Measured, Measuring, Started
 from dino.files import remove_parts, write_json
 from dino.logs import Log
 from dino.meter import Meter
@@ -65,6 +66,10 @@ class Run:
     """How the student moves."""
     knn: Watch = field(default_factory=Watch)
     """The accuracy measured while training, where the pictures have labels."""
+    evals: tuple[Ask, ...] = ()
+    """Evaluations of the network while it trains, each in quotes, as behind `dino eval` without CHECKPOINT:
+    --evals "linear train/ val/" "retrieval roxford5k/ --every-epochs 10". Asked at the end; with --every-epochs before
+    the first step too, and each time so many epochs have passed."""
     precision: Precision = "float32"
     """Precision of the matrix products."""
     workers: int = 2
@@ -89,6 +94,7 @@ class Run:
                 f"{type(self.method).__name__} compares {needed} views of a picture, and {type(self.views).__name__} "
                 f"gives {given}: expected views=MultiCrop(...)."
             )
+        must_differ(self.evals)
 
 
 @dataclass
@@ -146,7 +152,9 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     if resume:
         _restore(state, run, rest)
     model = rt.prepare(state.method)
-    watched = None if asked is None else run.knn.on(state.method, rest, asked, _site(run, rt))
+    site = _site(run, rt)
+    watched = None if asked is None else run.knn.on(state.method, rest, asked, site)
+    evals = bind_all(run.evals, site, state.method.backbone)
     clock = Clock(state.step, per_epoch, run.optim.epochs)
     baselines = _baselines(run, rt, watched, resume)
     yield Started(clock, state.method, rest, asked, baselines)
@@ -159,6 +167,8 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     saved_at = time.monotonic()
     finished = state.step >= clock.steps
     try:
+        if state.step == 0:
+            yield from _measured([one for one in evals if one.every_epochs], state, clock, log)
         with stop_signals() as stop:
             batches = train_batches(
                 rest,
@@ -195,13 +205,16 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
                         _save(state, run, rest, out / "checkpoints/best.pt")
                     yield evaluated
                 stopping = stop.agreed(rt, state.step)
-                due = time.monotonic() - saved_at > 60 * run.save_minutes
+                due_evals = [one for one in evals if epoch_ends and _is_due(one.every_epochs, done)]
+                due = time.monotonic() - saved_at > 60 * run.save_minutes or due_evals  # these may take long, or fail
                 if rt.is_main and (due or stopping or finished):
                     saved_at = time.monotonic()
                     _must_be_finite(meter.is_finite(), clock)
                     _save(state, run, rest, out / "checkpoints/last.pt")
                 if rt.is_main and epoch_ends and run.keep_every and done.epoch % run.keep_every == 0:
                     _save(state, run, rest, out / f"checkpoints/epoch_{done.epoch:04d}.pt")
+                if not stopping or finished:
+                    yield from _measured(due_evals, state, done, log)
                 if epoch_ends:
                     yield EpochDone(done, state.method)
                 if stopping or finished:
@@ -273,8 +286,11 @@ def _fresh(run: Run, rt: Runtime, classes: int, resume: bool) -> State:
 
 
 def _is_due(every: float, clock: Clock) -> bool:
-    """Whether a multiple of `every` epochs was passed in the epoch that just ended; the last one always counts."""
-    return clock.step == clock.steps or math.floor(clock.epoch / every) > math.floor((clock.epoch - 1) / every)
+    """Whether a multiple of `every` epochs was passed in the epoch that just ended; the last one always counts, and
+    0 means that one alone."""
+    if clock.step == clock.steps or not every:
+        return clock.step == clock.steps
+    return math.floor(clock.epoch / every) > math.floor((clock.epoch - 1) / every)
 
 
 def _evaluate(watched: Watched, state: State, clock: Clock) -> Evaluated:
@@ -284,6 +300,16 @@ def _evaluate(watched: Watched, state: State, clock: Clock) -> Evaluated:
     if is_best:
         state.best = {"value": first, "name": name, "epoch": clock.epoch}
     return Evaluated(clock, watched.name, values, is_best)
+
+
+def _measured(evals: list[Asked], state: State, clock: Clock, log: Log | None) -> Iterator[Event]:
+    """Asks these evaluations of the network as it is now."""
+    for one in evals:
+        yield Measuring(clock, one.label)
+        values = dict(one.evaluator(state.method.backbone))
+        if log is not None:
+            log.write(clock.step, {"epoch": clock.step / clock.steps_per_epoch, "eval": one.label, **values}, one.label)
+        yield Measured(clock, one.label, values)
 
 
 def _site(run: Run, rt: Runtime) -> Site:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from dino.cli.asks import positional, source_fields, sources_of
 from dino.cli.options import Switch, parse
 from dino.errors import UserError
 from dino.evals import EVALUATIONS, find, scorer
@@ -99,10 +100,7 @@ def help_text() -> str:
 def _options(evaluation: Any) -> type:
     """The options of one evaluation: its sources in order, its fields as flags, and what all share."""
     checkpoint = "A run's folder, a weights file, a released network (dino_vits16) or timm:NAME."
-    fields: list[Any] = [("checkpoint", _positional(checkpoint))]
-    for source in evaluation.sources:
-        here = (source.name.lower(), _positional(source.help))
-        fields.append(here if source.required else (*here, field(default="")))
+    fields: list[Any] = [("checkpoint", positional(checkpoint)), *source_fields(evaluation)]
     flat = tyro.conf.OmitArgPrefixes
     fields.append(("protocol", Annotated[evaluation, flat], field(default_factory=evaluation)))
     fields.append(("common", Annotated[Common, flat], field(default_factory=Common)))
@@ -111,21 +109,15 @@ def _options(evaluation: Any) -> type:
     return options
 
 
-def _positional(help: str) -> Any:
-    return Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=help)]
-
-
 def _evaluate(evaluation: Any, options: Any, terminal: Terminal) -> dict[str, Any]:
     from dino.api import evaluate, open_checkpoint, save_evaluation
 
     common: Common = options.common
-    given = [getattr(options, source.name.lower()) for source in evaluation.sources]
-    sources = [source for source in given if source]
     found = open_checkpoint(options.checkpoint)
     result = evaluate(
         found,
         options.protocol,
-        *sources,
+        *sources_of(options, evaluation),
         floors=common.floors,
         batch_size=common.batch_size,
         workers=common.workers,

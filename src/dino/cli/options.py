@@ -1,11 +1,14 @@
 """A command's options, typed: a frozen dataclass, parsed by tyro, whose help ends with examples."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
 from dino.terminal import is_main
+
+if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry
 
 T = TypeVar("T")
 
@@ -15,9 +18,21 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.PositionalMetavarFromFieldName)
 
 
-def parse(kind: type[T], argv: Sequence[str], prog: str, examples: str, default: Any = None) -> T:
-    """The options in argv; help and mistakes end the process as tyro does it, with exit code 0 or 2."""
+def parse(
+    kind: type[T],
+    argv: Sequence[str],
+    prog: str,
+    examples: str,
+    default: Any = None,
+    registry: "ConstructorRegistry | None" = None,
+) -> T:
+    """The options in argv; help and mistakes end the process as tyro does it, with exit code 0 or 2.
+
+    registry: how types that tyro does not know are read.
+    """
     more: dict[str, Any] = {} if default is None else {"default": default}
+    if registry is not None:
+        more["registry"] = registry
     try:
         return tyro.cli(kind, prog=prog, args=list(argv), config=CONFIG, console_outputs=is_main(), **more)
     except SystemExit as stop:

@@ -57,7 +57,7 @@ def show(argv: Sequence[str]) -> int:
     options = parse(ShowOptions, argv, "dino show", examples)
     with speaking(options.json) as (terminal, give):
         from dino.presets import resolve
-        from dino.session.begin import flat
+        from dino.session.begin import settings_of
         from dino.training import read_run
 
         folder = Path(options.preset)
@@ -65,7 +65,7 @@ def show(argv: Sequence[str]) -> int:
         described: dict[str, Any] = to_dict(run)
         rows = [
             (name, str(value)) if isinstance(described.get(name), dict) else _typed(name, value)
-            for name, value in flat(described).items()
+            for name, value in settings_of(run).items()
             if name != "type"
         ]
         terminal.table(options.preset, ("setting", "value"), rows)

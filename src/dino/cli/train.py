@@ -12,6 +12,7 @@ from typing import Annotated, Any, Protocol, cast
 import tyro
 
 from dino import dist
+from dino.cli.asks import ASKS
 from dino.cli.options import Switch, parse
 from dino.config import edit, to_dict
 from dino.data.folder import Folder
@@ -36,6 +37,7 @@ EXAMPLES = """\
   dino train photos/ --preset vits16 --optim.epochs 300 --optim.batch-size 512
   dino train photos/ --network timm:resnet18         any network of timm; or vit_small/8
   dino train scenes --minutes 5                      pictures that dino draws itself
+  dino train photos/ --evals "retrieval roxford5k/ --every-epochs 10" "linear train/ val/"    asked on the way
   dino train --resume runs/photos                    go on where it stopped
   torchrun --nproc-per-node 2 -m dino train photos/  on two GPUs, or two processes"""
 
@@ -197,7 +199,8 @@ class Given:
         )
 
     def parse(self, over: Run) -> Options:
-        options = parse(cast(type[Any], self.kind), self.argv, self.prog, self.examples, default=self.kind(run=over))
+        kind, default = cast(type[Any], self.kind), self.kind(run=over)
+        options = parse(kind, self.argv, self.prog, self.examples, default, ASKS)
         data = options.run.data
         if options.folder and not self.says_scenes():
             data = edit(data, path=options.folder) if isinstance(data, Folder) else Folder(path=options.folder)
@@ -344,6 +347,7 @@ def _result(outcome: Outcome) -> dict:
         "epochs": outcome.clock.epochs,
         "metrics": outcome.metrics,
         "quality": outcome.quality,
+        "evals": outcome.evals,
         "best": outcome.best,
         "baselines": outcome.baselines,
         "skipped": len(outcome.skipped),

@@ -7,7 +7,6 @@ counts; their Jaccard similarity with the object is averaged over a picture's ob
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import cv2
@@ -15,8 +14,10 @@ import numpy as np
 import torch
 
 from dino import dist
+from dino.data.folder import Folder
 from dino.data.pictures import BadImage, Pictures, Skipped
-from dino.data.sources import open_pictures
+from dino.data.scenes import Scenes
+from dino.data.sources import PictureSource, open_pictures
 from dino.data.views import normalize
 from dino.data.voc import CLASSES, GROUND, VOID, Kind, Masked, open_voc
 from dino.errors import UserError
@@ -55,6 +56,16 @@ def fit(image: np.ndarray, size: int, patch: int) -> np.ndarray:
     return cv2.resize(image, (columns * patch, rows * patch), interpolation=interpolation)
 
 
+def attentive(backbone: Backbone) -> Attentive:
+    """The network, which has attention to read; UserError where it has none."""
+    if not isinstance(backbone, Attentive):
+        raise UserError(
+            f"Attention maps were asked of {type(backbone).__name__}, which has no attention to read: "
+            "expected a Vision Transformer.\nGive one, for example dino_vits16; a ConvNet such as ResNet has none."
+        )
+    return backbone
+
+
 def patch_attention(
     backbone: Backbone,
     picture: np.ndarray,
@@ -68,11 +79,7 @@ def patch_attention(
     picture: uint8 [h patch, w patch, 3] RGB. layer: 0 is the first block, -1 the last. The keys are the patches
     alone: the class token and registers are left out, and what is left does not sum to 1.
     """
-    if not isinstance(backbone, Attentive):
-        raise UserError(
-            f"Attention maps were asked of {type(backbone).__name__}, which has no attention to read: "
-            "expected a Vision Transformer.\nGive one, for example dino_vits16; a ConvNet such as ResNet has none."
-        )
+    backbone = attentive(backbone)
     blocks = backbone.num_blocks
     if not -blocks <= layer < blocks:
         raise UserError(f"layer must lie in {-blocks} .. {blocks - 1} for a network of {blocks} blocks, not {layer}.")
@@ -209,17 +216,18 @@ class AttentionMasks:
     size: int | None = None
     """Short side in pixels of what the network sees; 480, or twice what it was trained on where that is below 224."""
 
-    def bind(self, sources: Sequence[str | Path | Pictures], site: Site) -> "BoundAttentionMasks":
+    def bind(self, sources: Sequence[PictureSource], site: Site) -> "BoundAttentionMasks":
         if not self.mass:
             raise UserError("attention-masks needs a share of the attention to keep: --mass 0.6, or --mass 0.6 0.8.")
         for mass in self.mass:
             mass_mask(np.ones(1), mass)  # says what is wrong with it
         (source,) = sources
-        if isinstance(source, Pictures) or str(source) == "scenes":
+        if isinstance(source, Pictures | Scenes) or str(source) == "scenes":
             pictures = open_pictures(source, part="val")
         else:
             with site.progress("looking at the pictures") as done:
-                pictures = open_voc(source, split=self.split, kind=self.objects, progress=done)
+                root = source.path if isinstance(source, Folder) else source
+                pictures = open_voc(root, split=self.split, kind=self.objects, progress=done)
         if not isinstance(pictures, Masked):
             raise UserError(
                 f"attention-masks needs pictures with masks, and {type(pictures).__name__} has none: give the folder "
@@ -240,6 +248,9 @@ class BoundAttentionMasks:
     @property
     def data(self) -> Mapping[str, Mapping[str, Any]]:
         return {"voc": {"pictures": len(self.pictures), "fingerprint": self.pictures.fingerprint}}
+
+    def must_suit(self, backbone: Backbone) -> None:
+        attentive(backbone)
 
     def __call__(self, backbone: Backbone) -> Scores:
         """{"jaccard 60%": percent, ..., "jaccard 60% of the mean map": percent, ...}, the same on every rank."""

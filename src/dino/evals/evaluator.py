@@ -6,7 +6,7 @@ called with a backbone it says numbers. The command line, the Python call and a 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -69,7 +69,7 @@ class Site:
     cache: Path | None = None
     """Folder of features that were extracted before; None keeps none."""
     out: Path | None = None
-    """Folder for the files that an evaluation writes (masks, ...); None writes none."""
+    """Folder for the files that an evaluation writes (masks, ...) of the network it is asked of; None writes none."""
 
     def extract(
         self, backbone: Backbone, pictures: Pictures, *, size: int | None = None, label: str = "features"
@@ -98,10 +98,16 @@ class Site:
 
 
 class Evaluator(Protocol):
-    """Bound to data, looks at a backbone and says numbers. It never sees a method, a loss or an optimizer."""
+    """Bound to data, looks at a backbone and says numbers. It never sees a method, a loss or an optimizer.
+
+    A frozen dataclass, so that it can be had for another site.
+    """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def site(self) -> Site: ...
 
     @property
     def data(self) -> Mapping[str, Mapping[str, Any]]:
@@ -116,6 +122,15 @@ class HasPixelFloor(Protocol):
     """An evaluator that can ask the same of raw pixels: the floor that features must clear."""
 
     def pixel_floor(self) -> Scores: ...
+
+
+@runtime_checkable
+class Particular(Protocol):
+    """An evaluator that cannot be asked of every network, and says so before the work begins."""
+
+    def must_suit(self, backbone: Backbone) -> None:
+        """Raises UserError where this network has not what is looked at."""
+        ...
 
 
 class Evaluation(Protocol):
@@ -169,9 +184,17 @@ def floors_of(evaluator: Evaluator, build: Callable[[], Backbone] | None) -> dic
     """What a figure stands beside: the same asked of raw pixels, where that has a meaning, and of random weights.
 
     build makes the network with random weights on the evaluator's device; None where nobody knows its settings.
+    Files are written of the network that is asked about, and not of these.
     """
+    evaluator = _without_files(evaluator)
     floors = {"raw_pixels": evaluator.pixel_floor()} if isinstance(evaluator, HasPixelFloor) else {}
     return floors if build is None else floors | {"random_weights": evaluator(untrained(build))}
+
+
+def _without_files(evaluator: Evaluator) -> Evaluator:
+    assert is_dataclass(evaluator)
+    assert not isinstance(evaluator, type)
+    return replace(evaluator, site=replace(evaluator.site, out=None))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ likeness of the last spatial map of a frozen network, and nothing else.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -115,11 +115,18 @@ class VideoSegmentation:
             raise UserError(f"--temperature must be above 0; got {self.temperature:g}.")
 
     def bind(self, sources: Sequence[Any], site: Site) -> "BoundVideoSegmentation":
-        if str(sources[0]) != "scenes":
-            return BoundVideoSegmentation(self, open_davis(sources[0], self.split), site)
+        (source,) = sources
+        if isinstance(source, str | Path) and str(source) != "scenes":
+            return BoundVideoSegmentation(self, open_davis(source, self.split), site)
         size = self.size or min(SIZE, max(DRAWN_SIZE, 2 * site.size))
-        clips = [DrawnClip(Scenes(size=size, part="val"), index, DRAWN_FRAMES) for index in range(DRAWN_CLIPS)]
-        return BoundVideoSegmentation(replace(self, size=size, multiple=1), clips, site)
+        drawn = Scenes(count=DRAWN_CLIPS, size=size, part="val") if str(source) == "scenes" else source
+        if not isinstance(drawn, Scenes):
+            raise UserError(
+                "video-segmentation needs videos with masks, "
+                f"and a {type(drawn).__name__} has none: give the folder of DAVIS 2017, or `scenes`."
+            )
+        clips = [DrawnClip(drawn, index, DRAWN_FRAMES) for index in range(drawn.count)]
+        return BoundVideoSegmentation(replace(self, size=self.size or drawn.size, multiple=1), clips, site)
 
 
 @dataclass(frozen=True)
@@ -130,8 +137,6 @@ class BoundVideoSegmentation:
     clips: Sequence[Clip]
     site: Site
     name: str = VideoSegmentation.name
-    seen: list[Backbone] = field(default_factory=list)
-    """The first network that was asked about: its masks are written, and not those of the floors that come after it."""
 
     @property
     def data(self) -> Mapping[str, Mapping[str, Any]]:
@@ -141,11 +146,8 @@ class BoundVideoSegmentation:
 
     def __call__(self, backbone: Backbone) -> Scores:
         """{"J&F": percent, "J": ..., ...}, the same on every rank."""
-        if not self.seen:
-            self.seen.append(backbone)
-        out = self.site.out if backbone is self.seen[0] else None
         with evaluating(backbone):
-            found = self._score(lambda clip, first: self._segment(backbone, clip, first), "frames", out)
+            found = self._score(lambda clip, first: self._segment(backbone, clip, first), "frames", self.site.out)
         kept = self._score(lambda clip, first: (first for _ in clip.frame_names[1:]), "first mask, kept")
         return Scores(percent(found), {"official": found, "first_mask_kept": percent(kept)})
 

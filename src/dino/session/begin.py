@@ -1,6 +1,7 @@
 """How a session begins: with a plan that holds what the person set, or with the run that is already there."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ MAY_CHANGE = (
     "knn.batch_size",
     "knn.k",
     "knn.max_memory",
+    "evals",
     "optim.clip",
     "optim.lr",
     "optim.min_lr",
@@ -123,9 +125,14 @@ def _with_changes(planned: Plan, before: Run, change: Change) -> Plan:
 
 def differences(before: Run, after: Run) -> list[tuple[str, Any, Any]]:
     """(dotted field, old value, new value) of every setting that differs."""
-    old, new = flat(to_dict(before)), flat(to_dict(after))
+    old, new = settings_of(before), settings_of(after)
     return [(name, old.get(name), new.get(name)) for name in [*old, *(n for n in new if n not in old)]
             if old.get(name) != new.get(name)]  # fmt: skip
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """Every setting of a run by its dotted name; its evaluations as they are typed."""
+    return flat(to_dict(run)) | {"evals": [shlex.quote(str(ask)) for ask in run.evals]}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
