@@ -33,6 +33,12 @@ class History:
         """A training metric over epochs, values that are missing or not finite left out."""
         return line(self.training, name)
 
+    @property
+    def seconds(self) -> float:
+        """Time spent training: a run that went on began to count anew."""
+        times = self.line("time")[1]
+        return sum(before for before, after in pairwise([*times, 0.0]) if after < before)
+
 
 def read_history(run_dir: Path) -> History:
     """metrics.jsonl of a run: a torn last line is left out, and where steps repeat (a resume) the later lines

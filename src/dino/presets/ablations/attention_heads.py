@@ -1,0 +1,27 @@
+"""App. D: the number of attention heads."""
+
+from dino.presets.ablations.bases import tiny_vit, vit_300
+from dino.presets.ablations.table import KNN, LINEAR, SPEED, Row, Table
+
+
+def _row(heads: int, knn: float, speed: float) -> Row:
+    return Row(
+        str(heads),
+        f"{heads} heads of {384 // heads}",
+        {"backbone": {"heads": heads}},
+        {"backbone": {"heads": heads // 2}},
+        paper={"20-NN": knn, "throughput": speed},
+        note=f"{heads // 2} heads of {96 // (heads // 2)} at scale small",
+    )
+
+
+TABLE = Table(
+    name="attention-heads",
+    title="App. D: number of attention heads",
+    protocol="ViT-S/16 (width 384) on ImageNet, 300 epochs; 20-NN, and images/s through the network on a V100.",
+    paper=vit_300,
+    small=tiny_vit,
+    figures=(KNN, LINEAR, SPEED),
+    rows=(_row(6, 72.8, 1007), _row(8, 73.1, 971), _row(12, 73.7, 927), _row(16, 73.8, 860)),
+    shows="More heads are a little better and a little slower.",
+)
