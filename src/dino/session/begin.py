@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dino import checkpoint
-from dino.config import edit, to_dict
+from dino.config import edit, flat, shown, to_dict
 from dino.data.augment import Augment
 from dino.data.pictures import Pictures
 from dino.errors import UserError
@@ -135,26 +135,9 @@ def settings_of(run: Run) -> dict[str, Any]:
     return flat(to_dict(run)) | {"evals": [shlex.quote(str(ask)) for ask in run.evals]}
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """The settings of `to_dict` by their dotted names; a nested value's own name gives its type."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for name, item in value.items():
-        found |= flat(item, prefix if name == "type" and prefix else f"{prefix}.{name}".lstrip("."))
-    return found
-
-
 def flag(name: str) -> str:
     """A dotted field as it is typed: optim.batch_size -> --optim.batch-size."""
     return f"--{name.replace('_', '-')}"
-
-
-def shown(value: Any) -> str:
-    """A setting's value as it is typed."""
-    if isinstance(value, list):
-        return " ".join(map(shown, value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def show_plan(terminal: Terminal, planned: Plan) -> None:

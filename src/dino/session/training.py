@@ -19,7 +19,7 @@ from dino.analysis.snapshots import choose_samples, snapshot, write_neighbours
 from dino.data.pictures import Pictures
 from dino.errors import UserError
 from dino.evals.evaluator import extract
-from dino.events import Ended, EpochDone, Evaluated, Logged, Measured, Measuring, Started
+from dino.events import Ended, EpochDone, Evaluated, Event, Logged, Measured, Measuring, Started
 from dino.live import Watch
 from dino.logs import read_metrics
 from dino.runtime import Runtime
@@ -60,10 +60,21 @@ class Outcome:
         return self.folder / "report.html"
 
 
-def run_session(run: Run, rt: Runtime, pictures: Pictures, terminal: Terminal, *, resume: bool = False) -> Outcome:
-    """Trains to the end, or until somebody asks to stop; writes snapshots and the report on the way."""
+def run_session(
+    run: Run,
+    rt: Runtime,
+    pictures: Pictures,
+    terminal: Terminal,
+    *,
+    resume: bool = False,
+    observe: Callable[[Event], None] = lambda event: None,
+) -> Outcome:
+    """Trains to the end, or until somebody asks to stop; writes snapshots and the report on the way.
+
+    observe: shown every event before the session looks at it.
+    """
     folder = Path(run.out)
-    session = _Session(run, rt, pictures, terminal, folder)
+    session = _Session(run, rt, pictures, terminal, folder, observe)
     try:
         outcome = session.outcome(session.watch(resume))
     except torch.OutOfMemoryError as error:
@@ -78,8 +89,17 @@ def run_session(run: Run, rt: Runtime, pictures: Pictures, terminal: Terminal, *
 
 
 class _Session:
-    def __init__(self, run: Run, rt: Runtime, pictures: Pictures, terminal: Terminal, folder: Path) -> None:
+    def __init__(
+        self,
+        run: Run,
+        rt: Runtime,
+        pictures: Pictures,
+        terminal: Terminal,
+        folder: Path,
+        observe: Callable[[Event], None],
+    ) -> None:
         self.run, self.rt, self.pictures, self.terminal, self.folder = run, rt, pictures, terminal, folder
+        self.observe = observe
         self.metrics: dict[str, float] = {}
         self.quality: dict[str, float] = {}
         self.evals: dict[str, dict[str, float]] = {}
@@ -96,9 +116,11 @@ class _Session:
         with terminal.progress("preparing"):  # the floors of the accuracy are measured before the first step
             started = next(events)
         assert isinstance(started, Started)
+        self.observe(started)
         self.begin(started, resume)
         with Watch(terminal, started.clock, started.method.prototypes) as watch:
             for event in events:
+                self.observe(event)
                 match event:
                     case Logged(clock, metrics):
                         self.metrics = metrics
