@@ -4,7 +4,7 @@ Nothing here starts a process group; `runtime.py` does, once. Every function may
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
@@ -39,12 +39,23 @@ def mean(tensor: Tensor) -> Tensor:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum over the ranks; a new tensor of the same shape."""
-    if not _active():
-        return tensor
-    summed = tensor.clone()
-    td.all_reduce(summed)
-    return summed
+    """The sum over the ranks; a new tensor of the same shape. The gradient of the sum of all ranks' losses goes back
+    through it."""
+    return _Total.apply(tensor) if _active() else tensor  # pyright: ignore[reportReturnType]
+
+
+class _Total(torch.autograd.Function):
+    """What a rank adds is in every rank's sum, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        summed = tensor.clone()
+        td.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return total(gradient)
 
 
 def most(tensor: Tensor) -> Tensor:

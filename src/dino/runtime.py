@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dino import dist
 from dino.data.views import Batch, normalize
 from dino.errors import UserError
+from dino.models.batch_norm import over_ranks
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -90,8 +91,8 @@ class Runtime:
     def prepare(self, method: nn.Module) -> nn.Module:
         """Moves a method to the device, and wraps it where there are several ranks. The method itself stays the
         one that holds the state; what is returned is what the step calls."""
-        if self.world > 1 and self.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(method)  # modules inside are swapped in place
+        if self.world > 1:
+            over_ranks(method, fused=self.device.type == "cuda")
         method.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if self.world == 1:
             return method
@@ -187,3 +188,16 @@ def machine_memory() -> int:
         return min(total, int(limit)) if limit.isdigit() else total
     except OSError:
         return total
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far: of the card, or of the computer's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status") as file:  # of this program alone; rusage counts what started it too
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
