@@ -8,6 +8,10 @@ class UserError(Exception):
     """A message for the person at the keyboard: what was expected, what came, and what to do about it."""
 
 
+class Diverged(UserError):
+    """The loss stopped being a number: what was trained since the last checkpoint is lost."""
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """`"; did you mean 'x' or 'y'?"`, or the empty string when nothing is close."""
     close = difflib.get_close_matches(word, list(options), n=3, cutoff=0.5)

@@ -7,10 +7,10 @@ draws bars, pictures and reports between its steps. There are no callbacks; what
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from dino.data.pictures import Pictures
 from dino.data.scenes import Scenes
 from dino.data.sources import relabelled
 from dino.data.views import Batch, MultiCrop
-from dino.errors import UserError
+from dino.errors import Diverged, UserError
 from dino.evals.ask import Ask, Asked, bind_all, must_differ
 from dino.evals.evaluator import Site
 from dino.evals.watch import Watch, Watched
@@ -84,6 +84,9 @@ class Run:
     """Minutes between two saves of checkpoints/last.pt; the end and Ctrl-C save too."""
     keep_every: int = 0
     """Epochs between two checkpoints that are kept for good; 0 keeps only the last and the best."""
+    on_collapse: Literal["warn", "stop", "rollback"] = "warn"
+    """What happens where the curves show a collapse: a warning; the end; or back to the last healthy checkpoint, and on
+    from there with milder settings (docs/collapse.md)."""
     out: str = "runs/dino"
     """Folder of everything the run writes."""
 
@@ -137,10 +140,10 @@ def train_step(state: State, model: nn.Module, batch: Batch, clock: Clock, run: 
     return out.metrics | {"grad_norm": gradients}
 
 
-def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) -> Iterator[Event]:
+def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) -> Generator[Event, bool | None]:
     """Trains a Run to its end on `pictures`, yielding what happens; drive it with a `for` loop.
 
-    resume goes on from the run's own checkpoints/last.pt, bit for bit on a CPU. Raises UserError where the data
+    Whoever answers True to a Logged (`send`, on every rank) ends it there, as a signal would. resume goes on from the run's own checkpoints/last.pt, bit for bit on a CPU. Raises UserError where the data
     cannot fill a batch, the loss stops being a number, a disk is full, or the checkpoint is of another run.
     """
     out = Path(run.out)
@@ -182,6 +185,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
                 world=rt.world,
             )
             for _, _, batch, unreadable in meter.waiting(batches):
+                enough = False
                 skipped |= {item.name: item.reason for item in unreadable}
                 clock = clock._replace(step=state.step)
                 rt.seed_step(run.seed, state.step)
@@ -195,7 +199,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
                     _must_be_finite(math.isfinite(metrics["loss"]), done)
                     if log is not None:
                         log.write(state.step, {"epoch": state.step / per_epoch, **metrics})
-                    yield Logged(done, metrics)
+                    enough = bool((yield Logged(done, metrics)))
                 if watched is not None and epoch_ends and _is_due(run.knn.every_epochs, done):
                     evaluated = _evaluate(watched, state, done)
                     if log is not None:
@@ -204,7 +208,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
                     if evaluated.is_best and rt.is_main:
                         _save(state, run, rest, out / "checkpoints/best.pt")
                     yield evaluated
-                stopping = stop.agreed(rt, state.step)
+                stopping = stop.agreed(rt, state.step) or enough
                 due_evals = [one for one in evals if epoch_ends and _is_due(one.every_epochs, done)]
                 due = time.monotonic() - saved_at > 60 * run.save_minutes or due_evals  # these may take long, or fail
                 if rt.is_main and (due or stopping or finished):
@@ -359,7 +363,7 @@ def _restore(state: State, run: Run, pictures: Pictures) -> None:
 
 def _must_be_finite(is_finite: bool, clock: Clock) -> None:
     if not is_finite:
-        raise UserError(
+        raise Diverged(
             f"The loss stopped being a finite number at step {clock.step} "
             f"(epoch {clock.step / clock.steps_per_epoch:.1f}). Nothing was saved since; the last good checkpoint "
             "is kept. Lower --optim.lr, set --optim.clip to 1 or less, or train with --precision float32, and "
