@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from dino.analysis import page
+from dino.analysis.asked import asked_section
 from dino.analysis.curves import History, chart, line, read_history
 from dino.analysis.health import diagnose
 from dino.analysis.render import cutout, heat
@@ -52,6 +53,7 @@ def write_report(run_dir: Path | str) -> Path:
         *(f'<p class="warning">{page.escape(said)}</p>' for said in _diagnosis(run, history)),
         _headline(described, run, history),
         _curves(described, run, history),
+        asked_section(history.evaluations),
         _attention(run_dir / "snapshots"),
         _neighbours(run_dir / "snapshots"),
         _plan(run_dir, described),
@@ -224,7 +226,8 @@ def _plan(run_dir: Path, described: Mapping) -> str:
 
 def _settings(run_dir: Path, run: Mapping) -> str:
     try:
-        usual = _usual(read_run(run_dir))
+        known = read_run(run_dir)
+        usual, run = _usual(known), {**run, "evals": list(map(str, known.evals))}  # as they are typed
     except (UserError, TypeError, ValueError):  # a run of another version: shown as it is, nothing muted
         usual = {}
     groups: dict[str, dict[str, Any]] = {
