@@ -29,6 +29,8 @@ from dino.evals import find as find_evaluation
 from dino.evals.attention_masks import size_to_look_at
 from dino.evals.evaluator import Evaluation, Site, extract, floors_of, no_progress
 from dino.files import write_json
+from dino.methods import method_named
+from dino.methods.dino import DINOConfig
 from dino.models.backbone import Attentive, Backbone
 from dino.presets import resolve
 from dino.runtime import machine, start
@@ -58,7 +60,8 @@ def train(
     """Trains a backbone on pictures; the plan chooses what is not given, as `dino train` does.
 
     preset: a recipe's name or a Run. changes: fields of `dino.Run`, nested ones as dicts:
-    `optim=dict(epochs=300), views=dict(local=4)`. resume goes on with the run that lies in `out`.
+    `optim=dict(epochs=300), views=dict(local=4)`; `method="byol"` takes a baseline, with settings for these pictures.
+    resume goes on with the run that lies in `out`.
     """
     terminal = Terminal(quiet=quiet)
     data = pictures.path if isinstance(pictures, Folder) else pictures
@@ -72,7 +75,12 @@ def train(
     opened = open_pictures(pictures)
     data_settings = _data_settings(pictures)
 
+    method = changes.get("method")
+    kind = method_named(changes.pop("method")) if isinstance(method, str) else None
+
     def change(run: Run) -> Run:
+        if kind is not None and type(run.method) is not kind:
+            run = edit(run, method=kind())
         return edit(run, out=str(folder), **data_settings, **changes)
 
     with start() as rt:
@@ -80,7 +88,15 @@ def train(
             run = resumed(found, change)
         else:
             base = resolve(preset) if isinstance(preset, str) else preset
-            planned = settle(opened, machine(), preset=base, change=change, minutes=minutes, world=rt.world)
+            planned = settle(
+                opened,
+                machine(),
+                preset=base,
+                change=change,
+                method=kind or DINOConfig,
+                minutes=minutes,
+                world=rt.world,
+            )
             planned = dist.on_main(lambda: planned)
             show_plan(terminal, planned)
             run = planned.run

@@ -20,6 +20,7 @@ from dino.data.pictures import Pictures
 from dino.data.scenes import Scenes
 from dino.errors import UserError, nearest
 from dino.files import write_json
+from dino.methods import METHODS, MethodName
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.presets import resolve
@@ -36,11 +37,14 @@ EXAMPLES = """\
   dino train photos/ --minutes 120                   as many epochs as fit into two hours
   dino train photos/ --preset vits16 --optim.epochs 300 --optim.batch-size 512
   dino train photos/ --network timm:resnet18         any network of timm; or vit_small/8
+  dino train photos/ --method byol                   a baseline; or moco, swav, supervised
   dino train scenes --minutes 5                      pictures that dino draws itself
   dino train photos/ --evals "retrieval roxford5k/ --every-epochs 10" "linear train/ val/"    asked on the way
   dino train --resume runs/photos                    go on where it stopped
   torchrun --nproc-per-node 2 -m dino train photos/  on two GPUs, or two processes"""
 
+COLLAPSED = 3
+"""Exit code of a run that --on-collapse ended."""
 SWITCHES = ("--dry-run", "--yes", "-y", "--json")
 
 
@@ -85,6 +89,9 @@ class TrainOptions:
     """A recipe to start from (`dino presets`), or MODULE:FUNCTION that returns a dino.Run."""
     network: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """vit_tiny/16, vit_small/8, vit_base/16, ..., or timm:NAME."""
+    method: MethodName | None = None
+    """How it learns: DINO (without this flag) or one of the paper's baselines. The flags --method.* are then this
+    method's own: `dino train --method moco --help` explains them."""
     minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
     """Time to spend; the number of epochs follows."""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
@@ -129,6 +136,8 @@ def carry_out(given: "Given") -> int:
             with start(run.precision) as rt:
                 outcome = run_session(run, rt, pictures, terminal, resume=found is not None)
         give(_result(outcome))
+    if outcome.collapse is not None:
+        return COLLAPSED
     return 0 if outcome.finished else 128 + (outcome.signal or signal.SIGINT)
 
 
@@ -186,7 +195,7 @@ class Given:
             run = edit(run, data=run.data if isinstance(run.data, Scenes) else Scenes())
         if (name := self.value("--network")) is not None:
             run = edit(run, backbone=network(name))
-        return run
+        return self.learning(run)
 
     def says_scenes(self) -> bool:
         """Whether the folder is the word `scenes`: not the value of a flag."""
@@ -214,7 +223,14 @@ class Given:
             if isinstance(backbone, ViT):
                 backbone = edit(backbone, image_size=run.views.size)
             run = edit(run, backbone=backbone)
-        return self.parse(run).run
+        return self.parse(self.learning(run)).run
+
+    def learning(self, run: Run) -> Run:
+        """The run with the method that the line names, at its own defaults where the run has another one."""
+        name = self.value("--method")
+        if name not in METHODS or type(run.method) is METHODS[name]:
+            return run  # a name that is none is refused with the other flags
+        return edit(run, method=METHODS[name]())
 
 
 def network(name: str) -> ViT | Timm:
@@ -230,7 +246,7 @@ def network(name: str) -> ViT | Timm:
 
 def _check(options: Options) -> None:
     if options.resume is not None:
-        for name in ("preset", "network", "minutes", "name"):
+        for name in ("preset", "network", "method", "minutes", "name"):
             if getattr(options, name, None) is not None:
                 raise UserError(f"--{name} starts a run, --resume goes on with one: leave one of them away.")
     elif isinstance(options.run.data, Folder) and not options.run.data.path:
@@ -322,7 +338,15 @@ def _planned(options: Options, given: Given, pictures: Pictures, folder: Path, r
 
     preset = options.run if options.recipe is not None else None
     with terminal.progress("measuring this machine"):  # every rank measures, together; the first one's plan holds
-        own = settle(pictures, machine(), preset=preset, change=change, minutes=options.minutes, world=rt.world)
+        own = settle(
+            pictures,
+            machine(),
+            preset=preset,
+            change=change,
+            method=type(options.run.method),
+            minutes=options.minutes,
+            world=rt.world,
+        )
         planned = dist.on_main(lambda: own)
     show_plan(terminal, planned)
     return planned
@@ -349,6 +373,7 @@ def _result(outcome: Outcome) -> dict:
         "quality": outcome.quality,
         "evals": outcome.evals,
         "best": outcome.best,
+        "collapse": outcome.collapse,
         "baselines": outcome.baselines,
         "skipped": len(outcome.skipped),
         "backbone": str(outcome.folder / "backbone.safetensors"),

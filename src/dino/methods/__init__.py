@@ -1,5 +1,8 @@
 """Ways to learn: one file, one method. Each is a frozen dataclass of settings that builds its `Method`."""
 
+from typing import Literal
+
+from dino.errors import UserError, nearest
 from dino.methods.byol import BYOLConfig
 from dino.methods.dino import DINOConfig
 from dino.methods.moco import MoCoConfig
@@ -9,6 +12,8 @@ from dino.methods.swav import SwAVConfig
 AnyMethod = DINOConfig | BYOLConfig | MoCoConfig | SwAVConfig | SupervisedConfig
 """Every method that a Run can name."""
 
+MethodName = Literal["dino", "byol", "moco", "swav", "supervised"]
+
 METHODS: dict[str, type[AnyMethod]] = {
     "dino": DINOConfig,
     "byol": BYOLConfig,
@@ -17,3 +22,10 @@ METHODS: dict[str, type[AnyMethod]] = {
     "supervised": SupervisedConfig,
 }
 """The methods by the names that a person types."""
+
+
+def method_named(name: str) -> type[AnyMethod]:
+    """The settings of a method by its name. Raises UserError with the nearest names."""
+    if name not in METHODS:
+        raise UserError(f"There is no method {name!r}{nearest(name, METHODS)}\nMethods: {', '.join(METHODS)}.")
+    return METHODS[name]

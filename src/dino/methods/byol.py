@@ -24,6 +24,7 @@ class BYOLConfig(MethodConfig):
     """A student that predicts its slow average. The defaults are BYOL's own."""
 
     global_views: ClassVar[int] = 2
+    local_views: ClassVar[bool] = False  # App. E: 66.6 without, 59.8 with them
     about: ClassVar[str] = "trained by BYOL with no labels"
 
     head_dim: int = 256

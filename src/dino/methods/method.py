@@ -109,6 +109,8 @@ class MethodConfig(ABC):
 
     global_views: ClassVar[int] = 1
     """Views of the first resolution that it needs of every picture."""
+    local_views: ClassVar[bool] = True
+    """Whether local views help it; the plan gives it some. Any method takes them, or does without."""
     classifies: ClassVar[bool] = False
     """Whether it learns the labels, so that its own classifier is what the accuracy is asked of."""
     about: ClassVar[str] = "trained with no labels"

@@ -28,6 +28,7 @@ from dino.schedules import Clock
 class SupervisedConfig(MethodConfig):
     """Learning the labels of class folders. The defaults are DeiT's."""
 
+    local_views: ClassVar[bool] = False  # it looks at the first resolution alone
     classifies: ClassVar[bool] = True
     about: ClassVar[str] = "trained with labels"
 

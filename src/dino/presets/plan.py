@@ -14,10 +14,11 @@ from dino.config import edit
 from dino.data.augment import Augment
 from dino.data.pictures import Pictures
 from dino.data.views import Batch, MultiCrop
+from dino.methods import AnyMethod
 from dino.methods.dino import DINOConfig
 from dino.models.timm import Timm
 from dino.models.vit import ViT
-from dino.presets.small import small, small_vit
+from dino.presets.small import small, small_method, small_vit
 from dino.runtime import Machine, Runtime, machine_memory
 from dino.schedules import Clock
 from dino.training import Run, State, build_method, train_step
@@ -61,18 +62,19 @@ def plan(
     here: Machine,
     *,
     preset: Run | None = None,
+    method: type[AnyMethod] = DINOConfig,
     world: int = 1,
     minutes: float | None = None,
 ) -> Plan:
     """A Run for these pictures on this machine, with the reasons.
 
-    preset: keep its recipe, and adapt what the machine decides alone (precision, workers). minutes: the time to
-    spend; the number of epochs follows from the speed that is measured here.
+    preset: keep its recipe, and adapt what the machine decides alone (precision, workers). method: how it learns where
+    there is no preset. minutes: the time to spend; the number of epochs follows from the speed that is measured here.
     """
     if preset is not None:
         run, reasons = preset, [Reason("recipe", _recipe(preset), "as the preset says")]
     else:
-        run, reasons = _for_data(pictures, here, world)
+        run, reasons = _for_data(pictures, here, world, method)
     run, more = _for_machine(run, pictures, here, world, keep_precision=preset is not None)
     reasons += more
     reasons += _held_back(run, pictures)
@@ -109,8 +111,8 @@ def measure(run: Run, here: Machine, pictures: Pictures, *, steps: int = 3) -> S
     return Speed(statistics.median(times[1:]) / batch_size, _reading(run, pictures))
 
 
-def _for_data(pictures: Pictures, here: Machine, world: int) -> tuple[Run, list[Reason]]:
-    """What the pictures decide: network, K, crops, batch, momentum, temperature."""
+def _for_data(pictures: Pictures, here: Machine, world: int, kind: type[AnyMethod]) -> tuple[Run, list[Reason]]:
+    """What the pictures decide: network, method, crops, batch."""
     count, side = len(pictures), pictures.short_side
     on_cpu = here.device.type == "cpu"
     large = count >= 200_000 and not on_cpu
@@ -118,7 +120,6 @@ def _for_data(pictures: Pictures, here: Machine, world: int) -> tuple[Run, list[
     reasons = [Reason("pictures", f"{count:,}", f"median short side {side} px")]
 
     backbone = base.backbone if on_cpu else ViT(size="small", patch=16)
-    assert isinstance(base.method, DINOConfig)
     why = (
         "the network that learns most in an hour on a CPU; --network vit_tiny/16 or timm:NAME takes another"
         if on_cpu
@@ -126,12 +127,10 @@ def _for_data(pictures: Pictures, here: Machine, world: int) -> tuple[Run, list[
     )
     reasons.append(Reason("network", network_name(backbone), why))
 
-    prototypes = next((k for most, k in PROTOTYPES if count <= most), 65536)
-    reasons.append(
-        Reason("K", f"{prototypes}", f"prototypes for {count:,} pictures (65536 for ImageNet's 1.3 million)")
-    )
+    method, of_method = _method(base, kind, count, large)
+    reasons += of_method
 
-    views, reason = _crops(base.views if on_cpu else MultiCrop(), backbone, side, on_cpu)
+    views, reason = _crops(base.views if on_cpu else MultiCrop(), backbone, side, on_cpu, method.local_views)
     reasons.append(reason)
 
     batch = _batch(count, here, backbone, views.global_size, world)
@@ -142,9 +141,6 @@ def _for_data(pictures: Pictures, here: Machine, world: int) -> tuple[Run, list[
             "pictures a step over all ranks; small enough for many steps, and for the memory",
         )
     )
-    method = edit(base.method, out_dim=prototypes)
-    if large:
-        method = edit(method, momentum=0.996, teacher_temp=0.07, warmup_teacher_temp_epochs=30)
     run = edit(
         base,
         backbone=edit(backbone, image_size=views.global_size) if isinstance(backbone, ViT) else backbone,
@@ -156,19 +152,33 @@ def _for_data(pictures: Pictures, here: Machine, world: int) -> tuple[Run, list[
     if large:
         run = edit(run, optim=dict(lr=5e-4, weight_decay_end=0.4))
     reasons.append(
-        Reason(
-            "teacher",
-            f"momentum {method.momentum:g} to {method.momentum_end:g}, temperature {method.teacher_temp:g}",
-            "the paper's" if large else "a faster teacher: with few steps, the paper's 0.996 would stay near its start",
-        )
-    )
-    reasons.append(
         Reason("learning rate", f"{run.optim.lr:g} per 256", "the paper's" if large else "tuned on small data")
     )
     return run, reasons
 
 
-def _crops(base: MultiCrop | Augment, backbone: ViT | Timm, side: int, on_cpu: bool):
+def _method(base: Run, kind: type[AnyMethod], count: int, large: bool) -> tuple[AnyMethod, list[Reason]]:
+    """How it learns: DINO with K and a teacher for so many pictures, or another method's settings for them."""
+    if kind is not DINOConfig:
+        method = kind() if large else small_method(kind, count)
+        why = "its publication's" if large else "smaller heads, a faster teacher: for thousands of pictures"
+        return method, [Reason("method", method.summary, f"you chose it; its settings are {why}")]
+    prototypes = next((k for most, k in PROTOTYPES if count <= most), 65536)
+    assert isinstance(base.method, DINOConfig)
+    method = edit(base.method, out_dim=prototypes)
+    if large:
+        method = edit(method, momentum=0.996, teacher_temp=0.07, warmup_teacher_temp_epochs=30)
+    return method, [
+        Reason("K", f"{prototypes}", f"prototypes for {count:,} pictures (65536 for ImageNet's 1.3 million)"),
+        Reason(
+            "teacher",
+            f"momentum {method.momentum:g} to {method.momentum_end:g}, temperature {method.teacher_temp:g}",
+            "the paper's" if large else "a faster teacher: with few steps, the paper's 0.996 would stay near its start",
+        ),
+    ]
+
+
+def _crops(base: MultiCrop | Augment, backbone: ViT | Timm, side: int, on_cpu: bool, local: bool):
     """Global and local crops that the pictures and the patches can fill."""
     assert isinstance(base, MultiCrop)
     patch = backbone.patch if isinstance(backbone, ViT) else 8
@@ -176,9 +186,13 @@ def _crops(base: MultiCrop | Augment, backbone: ViT | Timm, side: int, on_cpu: b
     wide = max(2 * patch, min(largest, side) // patch * patch)
     narrow = max(patch, round(wide * base.local_size / base.global_size / patch) * patch)
     views = edit(base, global_size=wide, local_size=narrow)
+    if not local:
+        views = edit(views, local=0, global_scale=(0.14, 1.0))  # the authors' scale of two views alone
     why = f"multiples of {patch} px within pictures of {side} px"
     if wide == largest:
         why += "; larger crops cost more than they bring here" if on_cpu else "; the paper's size"
+    if not local:
+        return views, Reason("crops", f"2x{wide}", f"{why}; local ones do not help this method")
     return views, Reason("crops", f"2x{wide} + {views.local}x{narrow}", why)
 
 

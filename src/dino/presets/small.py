@@ -5,10 +5,13 @@ everything, the teacher follows, and the loss stays at ln K. What helped (LOG.md
 instead of few dear ones, a teacher that follows quickly, and batch norm in the head.
 """
 
+import math
+
 from dino.config import edit
 from dino.data.scenes import Scenes
 from dino.data.views import MultiCrop
 from dino.evals.watch import Watch
+from dino.methods import AnyMethod, BYOLConfig, MoCoConfig, SwAVConfig
 from dino.methods.dino import DINOConfig
 from dino.models.timm import Timm
 from dino.models.vit import ViT
@@ -97,6 +100,17 @@ def vit_tiny() -> Run:
         optim=dict(batch_size=32, lr=4e-3, warmup_epochs=0.5),
         out="runs/vit-tiny",
     )
+
+
+def small_method(kind: type[AnyMethod], pictures: int) -> AnyMethod:
+    """A method's settings for thousands of pictures and few steps, where they are not its own defaults."""
+    half = 2 ** int(math.log2(max(64, pictures)))  # the keys of half an epoch: two of each picture
+    chosen = {
+        BYOLConfig: BYOLConfig(head_dim=128, head_hidden=512, momentum=0.97),
+        MoCoConfig: MoCoConfig(head_dim=128, head_hidden=512, momentum=0.97, queue=min(65536, half)),
+        SwAVConfig: SwAVConfig(out_dim=256, head_hidden=512),
+    }
+    return chosen.get(kind) or kind()
 
 
 RECIPES = {"vit-tiny": vit_tiny, "small": small, "small-vit": small_vit}

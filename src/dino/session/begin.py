@@ -12,6 +12,8 @@ from dino.config import edit, flat, shown, to_dict
 from dino.data.augment import Augment
 from dino.data.pictures import Pictures
 from dino.errors import UserError
+from dino.methods import AnyMethod
+from dino.methods.dino import DINOConfig
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.presets.plan import Plan, Reason, network_name, plan
@@ -29,6 +31,11 @@ MAY_CHANGE = (
     "knn.k",
     "knn.max_memory",
     "evals",
+    "on_collapse",
+    "method.teacher_temp",
+    "method.warmup_teacher_temp",
+    "method.momentum",
+    "method.center_momentum",
     "optim.clip",
     "optim.lr",
     "optim.min_lr",
@@ -40,7 +47,8 @@ MAY_CHANGE = (
     "keep_every",
     "out",
 )
-"""Fields that a resumed run may change: how fast and safely it trains, what it writes; not what it learns."""
+"""Fields that a resumed run may change: how fast and safely it trains, what is turned after a collapse, what it writes;
+not what it learns."""
 ON_A_CPU = 60.0
 """Minutes that the plan fills on a CPU where nobody says otherwise."""
 
@@ -54,17 +62,19 @@ def settle(
     *,
     preset: Run | None,
     change: Change,
+    method: type[AnyMethod] = DINOConfig,
     minutes: float | None = None,
     world: int = 1,
 ) -> Plan:
     """The plan for these pictures and this machine, with what the person set in it.
 
-    What is set is planned with: the number of epochs and the expected time are those of the run as it is.
+    method: what is planned for where there is no preset. What is set is planned with: the number of epochs and the
+    expected time are those of the run as it is.
     """
     if preset is not None:
         first = plan(pictures, here, preset=change(preset), minutes=minutes, world=world)
         return _with_changes(first, preset, change)
-    first = plan(pictures, here, minutes=minutes, world=world)
+    first = plan(pictures, here, method=method, minutes=minutes, world=world)
     asked = change(first.run)
     if asked == first.run:
         return first
@@ -116,6 +126,10 @@ def _with_changes(planned: Plan, before: Run, change: Change) -> Plan:
         for name, _, value in differences(defaults, asked):
             if name not in NETWORK and name != "backbone.image_size":
                 reasons[flag(name)] = Reason(flag(name), shown(value), "you set it")
+    if "method" in set_here:  # likewise
+        set_here = {name: both for name, both in set_here.items() if not name.startswith("method.")}
+        defaults = edit(asked, method=type(asked.method)())
+        set_here |= {name: (old, value) for name, old, value in differences(defaults, asked)}
     for name, (old, value) in set_here.items():
         if name.split(".")[0] not in ("out", "data"):
             row = ROWS.get(name, flag(name))
