@@ -18,9 +18,9 @@ from PIL import Image
 from dino.analysis import page
 from dino.analysis.asked import asked_section
 from dino.analysis.curves import History, chart, line, read_history
-from dino.analysis.health import diagnose
 from dino.analysis.render import cutout, heat
 from dino.analysis.snapshots import read_index, read_neighbours
+from dino.analysis.vital_signs import health_section, standing
 from dino.config import to_dict
 from dino.errors import UserError
 from dino.files import write_whole
@@ -50,9 +50,10 @@ def write_report(run_dir: Path | str) -> Path:
     run, history = described.get("run", described), read_history(run_dir)
     body = [
         _header(run_dir, described, run, history),
-        *(f'<p class="warning">{page.escape(said)}</p>' for said in _diagnosis(run, history)),
+        *(f'<p class="warning">{page.escape(str(said))}</p>' for said in standing(run_dir, described, history)),
         _headline(described, run, history),
         _curves(described, run, history),
+        health_section(run_dir, described, history),
         asked_section(history.evaluations),
         _attention(run_dir / "snapshots"),
         _neighbours(run_dir / "snapshots"),
@@ -81,11 +82,6 @@ def _header(run_dir: Path, described: Mapping, run: Mapping, history: History) -
     name = run_dir.resolve().name
     eyebrow = '<div class="eyebrow">dino · training report</div>'
     return f'{eyebrow}<h1>{page.escape(name)}</h1><p class="lead">{page.escape(text)}</p>\n'
-
-
-def _diagnosis(run: Mapping, history: History) -> list[str]:
-    prototypes = _at(run, "method", "out_dim")
-    return diagnose(history.training, prototypes) if prototypes else []
 
 
 def _headline(described: Mapping, run: Mapping, history: History) -> str:
