@@ -20,7 +20,8 @@ COMMANDS = {
     "pca": ("dino.cli.pca", "colour the patches of pictures by their features"),
     "track": ("dino.cli.track", "follow objects through a film from one mask"),
     "embed": ("dino.cli.embed", "write the features of pictures to a file"),
-    "report": ("dino.cli.show", "write a run's report.html again"),
+    "ablate": ("dino.cli.ablate", "run a table of the paper, row by row"),
+    "report": ("dino.cli.show", "write the page of a run, or of a table that was run"),
     "presets": ("dino.cli.show", "list the recipes"),
     "show": ("dino.cli.show", "print a recipe's settings, or a run's"),
 }

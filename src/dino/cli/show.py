@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from dino.cli.options import Switch, parse
 from dino.config import to_dict
-from dino.terminal import speaking
+from dino.terminal import Terminal, speaking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,16 @@ class ShowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Write a run's report.html again, from what lies in its folder."""
+    """Write the page of a run, or of a table that `dino ablate` ran, from what lies in its folder."""
 
     run: tyro.conf.Positional[str]
-    """A run's folder."""
+    """A run's folder, or a table's name (table7) or folder."""
+    scale: Literal["small", "paper"] | None = None
+    """Which scale of a table, where it was run at both."""
+    markdown: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Write a table as Markdown with a picture of its curves into this folder too, as docs/ablations/ has them."""
+    tables: str = "runs/ablate"
+    """Folder of all tables: what `dino ablate` was given as --out."""
     json: Switch = False
     """One JSON object on standard output, messages on standard error."""
 
@@ -84,11 +90,42 @@ def _typed(name: str, value: Any) -> tuple[str, str]:
 
 
 def report(argv: Sequence[str]) -> int:
-    options = parse(ReportOptions, argv, "dino report", "  dino report runs/photos")
+    examples = "  dino report runs/photos\n  dino report table7\n  dino report fig6 --markdown docs/ablations"
+    options = parse(ReportOptions, argv, "dino report", examples)
     with speaking(options.json) as (terminal, give):
-        from dino.analysis.report import write_report
+        if (Path(options.run) / "run.json").is_file() or (_is_path(options.run) and not _is_study(options.run)):
+            from dino.analysis.report import write_report
 
-        path = write_report(Path(options.run))
-        terminal.say(f"Report     {path}")
-        give({"report": str(path)})
+            path = write_report(Path(options.run))
+            terminal.say(f"Report     {path}")
+            give({"report": str(path)})
+        else:
+            give(_table_report(options, terminal))
     return 0
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).exists() or "/" in name
+
+
+def _is_study(folder: str) -> bool:
+    return (Path(folder) / "study.json").is_file()
+
+
+def _table_report(options: ReportOptions, terminal: Terminal) -> dict[str, Any]:
+    from dino.analysis.study import find_study
+    from dino.analysis.study_page import write_study_page
+    from dino.analysis.study_text import write_study_text
+    from dino.cli.ablate import show as show_table
+    from dino.cli.ablate import told
+
+    study = find_study(options.run, Path(options.tables), options.scale)
+    show_table(study, terminal)
+    page = write_study_page(study)
+    terminal.say(f"Report     {page}")
+    result = {**told(study), "report": str(page)}
+    if options.markdown is not None:
+        written = write_study_text(study, Path(options.markdown))
+        terminal.say(f"Markdown   {', '.join(map(str, written))}")
+        result["markdown"] = [str(path) for path in written]
+    return result

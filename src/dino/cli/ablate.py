@@ -1,0 +1,263 @@
+"""dino ablate: the paper's tables and figures, row by row, at the paper's scale or at a small one."""
+
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from dino.cli.options import Switch, parse
+from dino.errors import UserError
+from dino.terminal import Terminal, speaking
+
+EXAMPLES = """\
+  dino ablate                                               the tables
+  dino ablate table7 --data photos/                         all rows, small: about ten minutes each on one core
+  dino ablate table7 --data photos/ --dry-run               what each row changes, and what is done already
+  dino ablate fig7 --data train/ --val val/ --seeds 3 --processes 2
+  dino ablate table7 --only dino no-momentum --minutes 30 --linear
+  dino ablate table7                                        go on where it stopped, with the same pictures
+  torchrun --nproc-per-node 8 -m dino ablate table7 --scale paper --data imagenet/train --val imagenet/val
+  dino report table7                                        the page: our figures beside the paper's"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions:
+    """Run a table or figure of the paper, row by row; without a name, list them.
+
+    Every row and seed has a folder of its own, runs/ablate/TABLE/SCALE/ROW/seed0, and is a run like any other. What is
+    finished is kept, what was stopped goes on, what failed is tried again. Exit code: 0 where all rows are there, 1
+    where one failed.
+    """
+
+    table: tyro.conf.Positional[str] = ""
+    """table7, fig6, temperatures, ...; `dino ablate` lists them."""
+    scale: Literal["small", "paper"] = "small"
+    """small: minutes a row on one processor core. paper: ViT-S/16 and ImageNet's settings, for many GPUs."""
+    data: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder of class folders; `scenes` takes pictures that dino draws itself."""
+    val: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder of class folders that is asked about; without it a part of every class is held back."""
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROW...")] = ()
+    """Rows to run, by their names or numbers; without it all."""
+    seeds: int = 1
+    """Times that each row is run, from seed 0 on."""
+    processes: int = 1
+    """Rows that run at the same time."""
+    minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
+    """Time for the table's base on this machine; all rows have the epochs that follow from it."""
+    epochs: Annotated[int | None, tyro.conf.arg(metavar="EPOCHS")] = None
+    """Epochs of the table's base; rows that are longer are so many times longer."""
+    linear: Switch = False
+    """Measure a linear classifier on the frozen features too, also of rows that are finished."""
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Another base than the table's: a recipe, or MODULE:FUNCTION that returns a dino.Run."""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Processes that decode and crop, for each row."""
+    out: str = "runs/ablate"
+    """Folder of all tables."""
+    dry_run: Switch = False
+    """Print the rows and stop."""
+    json: Switch = False
+    """One JSON object on standard output, messages on standard error."""
+
+
+def ablate(argv: Sequence[str]) -> int:
+    options = parse(AblateOptions, argv, "dino ablate", EXAMPLES)
+    with speaking(options.json) as (terminal, give):
+        if not options.table:
+            give(_listed(terminal))
+            return 0
+        return _run(options, terminal, give)
+
+
+def _listed(terminal: Terminal) -> dict[str, Any]:
+    from dino.presets.ablations import tables
+
+    known = tables()
+    terminal.table("Tables", ("name", "rows", "what"), [(t.name, str(len(t.rows)), t.title) for t in known])
+    terminal.say("\ndino ablate NAME --data photos/ runs one; --dry-run shows its rows.")
+    return {"tables": {t.name: {"title": t.title, "rows": [row.name for row in t.rows]} for t in known}}
+
+
+def _run(options: AblateOptions, terminal: Terminal, give: Any) -> int:
+    from dino import dist
+    from dino.analysis.study import read_study
+    from dino.analysis.study_page import write_study_page
+    from dino.presets.ablations import table
+    from dino.runtime import start
+    from dino.session.ablate import cells_of, job_of, lacks, settle, share, unsettled
+
+    _check(options)
+    chosen, root = table(options.table), Path(options.out)
+    names = [row.name for row in chosen.select(options.only)]
+    with start() as rt:
+        if options.dry_run and options.data is None and options.preset is None:
+            study = read_study(root / chosen.name / options.scale) or unsettled(chosen, options.scale, root)
+        else:
+            study = settle(chosen, options.scale, _asked(options), root)
+        cells = cells_of(study, names, options.seeds)
+        if options.dry_run:
+            _show_rows(study, cells, terminal)
+            give(told(study))
+            return 0
+        jobs = [job_of(study, cell, linear=options.linear) for cell in cells]
+        if rt.is_main:
+            study.write()
+        shared = dist.on_main(lambda: [share(study, cell, job, root) for cell, job in zip(cells, jobs, strict=True)])
+        jobs = [job_of(study, cell, linear=options.linear) for cell in cells]  # a shared one lies elsewhere
+        left = [(cell, job) for cell, job in zip(cells, jobs, strict=True) if lacks(cell, job)]
+        _announce(study, cells, left, sum(shared), terminal)
+        work = _in_turn if rt.world > 1 else partial(_at_once, processes=options.processes)
+        stopped, failed = work(left, terminal)
+        if rt.is_main:
+            show(study, terminal)
+            page = write_study_page(study)
+            terminal.say(f"Report     {page}")
+            give({**told(study), "report": str(page)})
+    if stopped is not None:
+        terminal.say("Stopped; the same command goes on.")
+        return 128 + stopped
+    return int(failed > 0)
+
+
+def _asked(options: AblateOptions) -> Any:
+    from dino.data.folder import Folder
+    from dino.data.scenes import Scenes
+    from dino.data.sources import DRAWN
+    from dino.presets import resolve
+    from dino.session.ablate import Asked
+
+    data = None if options.data is None else Scenes() if options.data == "scenes" else Folder(path=options.data)
+    val = None
+    if options.val is not None:
+        val = Scenes(count=DRAWN["val"], part="val") if options.val == "scenes" else Folder(path=options.val)
+    return Asked(
+        data=data,
+        val=val,
+        preset=None if options.preset is None else resolve(options.preset),
+        epochs=options.epochs,
+        minutes=options.minutes,
+        workers=options.workers,
+        processes=options.processes,
+    )
+
+
+def _check(options: AblateOptions) -> None:
+    for name in ("seeds", "processes", "minutes", "epochs"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} must be above 0; got {value:g}.")
+    if options.minutes is not None and options.epochs is not None:
+        raise UserError("--minutes and --epochs both say how long a row is: leave one of them away.")
+
+
+def _at_once(left: list, terminal: Terminal, processes: int) -> tuple[int | None, int]:
+    """Each row in a process of its own, several at a time. Gives the signal that came, and how many failed."""
+    from dino.analysis.study import FAILED
+    from dino.files import write_json
+    from dino.session.ablate import task_of, threads_of
+    from dino.session.board import Board
+    from dino.session.crew import Crew
+
+    tasks = [task_of(cell, job) for cell, job in left]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of(processes))}
+    with Board(terminal, tasks) as board:
+        stopped = Crew(tasks, processes, environment).work(board.changed, board.tick)
+    failed = [(cell, task) for (cell, _), task in zip(left, tasks, strict=True) if task.state == "failed"]
+    for cell, task in failed:
+        if not cell.error:  # it was killed, and could not say so itself
+            write_json(cell.folder / FAILED, {"error": task.told["error"]})
+    return stopped, len(failed)
+
+
+def _in_turn(left: list, terminal: Terminal) -> tuple[int | None, int]:
+    """Under torchrun: one row after another, each on all ranks."""
+    from dino.runtime import start
+    from dino.session.row import Elsewhere, Stopped, complete
+
+    failed = 0
+    for cell, job in left:
+        terminal.say(f"{cell.row.name} seed {cell.seed}: {cell.row.what}", style="bold")
+        try:
+            with start(job.run.precision) as mine:
+                complete(job, mine, terminal, lambda state, **figures: None)
+        except Stopped as stopped:
+            return stopped.signal, failed
+        except Elsewhere:
+            terminal.say("another process is at it", style="yellow")
+        except UserError as error:
+            failed += 1
+            terminal.say(f"failed: {error}", style="red")
+        except KeyboardInterrupt:
+            return signal.SIGINT, failed
+    return None, failed
+
+
+# -- what is shown -----------------------------------------------------------------------------------------
+
+
+def _announce(study: Any, cells: list, left: list, shared: int, terminal: Terminal) -> None:
+    optim, data = study.base.optim, study.data
+    terminal.say(study.table.title, style="bold")
+    held = f", {data['held_back']:.0%} of every class held back" if data["held_back"] else ""
+    terminal.say(
+        f"{data['pictures']:,} pictures{held}; {optim.epochs} epochs, batch {optim.batch_size}; {study.folder}/"
+    )
+    if shared:
+        terminal.say(f"{shared} of the rows lie in other tables' folders, and are not run again.")
+    terminal.say(f"{len(left)} of {len(cells)} rows are left to run.")
+
+
+def _show_rows(study: Any, cells: list, terminal: Terminal) -> None:
+    from dino.session.begin import flag, shown
+
+    rows = []
+    for cell in cells:
+        changes = " ".join(f"{flag(name)} {shown(value)}" for name, _, value in study.settings(cell.row))
+        rows.append((cell.row.name, str(cell.seed), cell.state, cell.row.what, changes or "the base"))
+    terminal.table(study.table.title, ("row", "seed", "state", "what", "differs from the base by"), rows)
+    pictures = f"{study.data['pictures']:,} pictures" if study.data["pictures"] else "pictures that --data names"
+    terminal.say(f"\nThe base: {study.base.optim.epochs} epochs of {pictures}; {study.folder}/")
+
+
+def show(study: Any, terminal: Terminal) -> None:
+    """The table as it stands, in the terminal."""
+    figures = study.table.figures
+    rows = []
+    for row in study.table.rows:
+        cells = study.cells(row)
+        state = ", ".join(sorted({cell.state for cell in cells} - {"done"})) or ("" if cells else "not run")
+        found = []
+        for figure in figures:
+            paper = f"{row.paper[figure.name]:g}" if figure.name in row.paper else "-"
+            found += [spread_text(study.spread(row, figure.name), figure.digits), paper]
+        rows.append((row.name, row.what, *found, state))
+    columns = [text for figure in figures for text in (f"{figure.title}, {figure.unit}", "paper")]
+    terminal.table("", ("row", "", *columns, ""), rows)
+
+
+def spread_text(spread: Any, digits: int) -> str:
+    if spread is None:
+        return "-"
+    mean = f"{spread.mean:.{digits}f}"
+    return mean if spread.n == 1 else f"{mean} ({spread.low:.{digits}f} to {spread.high:.{digits}f}, n {spread.n})"
+
+
+def told(study: Any) -> dict[str, Any]:
+    """What --json gives of a table."""
+    rows = []
+    for row in study.table.rows:
+        runs = []
+        for cell in study.cells(row):
+            result = cell.result
+            figures = {} if result is None else {"values": dict(result.values), "seconds": result.seconds}
+            error = {"error": cell.error} if cell.state == "failed" else {}
+            runs.append({"seed": cell.seed, "state": cell.state, "folder": str(cell.home), **figures, **error})
+        spread = {f.name: one._asdict() for f in study.table.figures if (one := study.spread(row, f.name)) is not None}
+        rows.append({"row": row.name, "what": row.what, "paper": dict(row.paper), "ours": spread, "runs": runs})
+    return {"table": study.table.name, "scale": study.scale, "data": dict(study.data), "rows": rows}
