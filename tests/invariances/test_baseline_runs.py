@@ -1,0 +1,85 @@
+"""BYOL, MoCo-v2 and SwAV as runs: the same whole or resumed, on one rank or two."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import RUN, Run, differences, edit, fit, last, same_training, spawn_ranks
+
+from dino.config import from_dict, to_dict
+from dino.logs import read_metrics
+from dino.methods import METHODS, BYOLConfig, MoCoConfig, SwAVConfig
+from dino.methods.method import MethodConfig
+from dino.models.timm import Timm
+
+CONVNET = Timm(name="resnet18", args=(("channels", "(8, 8, 8, 16)"), ("layers", "(1, 1, 1, 1)")))
+SMALL = dict(head_dim=16, head_hidden=32)
+BASELINES = {
+    "byol": BYOLConfig(**SMALL, momentum=0.9),  # pyright: ignore[reportArgumentType]
+    "moco": MoCoConfig(**SMALL, queue=37, momentum=0.9),  # pyright: ignore[reportArgumentType]
+    "swav": SwAVConfig(**SMALL, out_dim=20, queue=19, queue_from=1),  # pyright: ignore[reportArgumentType]
+}
+"""16 keys a step wrap around in MoCo's queue of 37; SwAV's is full, and used, from step 8 on."""
+
+
+def baseline(name: str, out: Path, **changes: object) -> Run:
+    run = edit(RUN, method=BASELINES[name], out=str(out), optim=dict(epochs=2), save_minutes=60)
+    return edit(run, **changes)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_run_left_in_the_middle_ends_where_it_would_have(tmp_path: Path, name: str) -> None:
+    """Bit for bit: weights, batch norm, teacher, queue, prototypes, optimizer; on a ConvNet with local views."""
+    whole = baseline(name, tmp_path / "whole", backbone=CONVNET, views=dict(local=1), knn=dict(every_epochs=2))
+    fit(whole)
+    part = edit(whole, out=str(tmp_path / "part"), save_minutes=0)
+    for until in (4, 9):
+        fit(part, until=until, resume=until > 4)
+    fit(part, resume=True)
+    assert not same_training(part, whole)
+    ends = [[line for line in read_metrics(Path(run.out)) if "eval" in line] for run in (part, whole)]
+    assert ends[0] == ends[1]
+    other = edit(whole, out=str(tmp_path / "other"), seed=1)
+    fit(other)
+    assert same_training(other, whole)  # or the comparison would prove nothing
+
+
+def test_a_queue_is_a_part_of_what_is_saved(tmp_path: Path) -> None:
+    run = baseline("moco", tmp_path / "run", optim=dict(epochs=1))
+    fit(run)
+    state = last(run)["method"]
+    assert state["queue.place"] == 5 * 16 % 37
+    assert set(state["queue.born"].tolist()) == {2, 3, 4}  # 32 keys of the last two steps, and 5 of the one before
+    torch.testing.assert_close(state["queue.rows"].norm(dim=1), torch.ones(37))
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+@pytest.mark.parametrize("name", BASELINES)
+def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path, name: str, norm: str) -> None:
+    """Weights, teacher, queue and loss; plain momentum, for AdamW makes full steps of a gradient's rounding."""
+    one = baseline(
+        name,
+        tmp_path / "one",
+        method=dict(head_norm=norm),
+        backbone=dict(drop_path=0.0),
+        optim=dict(algorithm="sgd", lr=0.3, epochs=2),
+    )
+    fit(one)
+    two = edit(one, out=str(tmp_path / "two"))
+    spawn_ranks(two, 2)
+    assert not differences(last(two)["method"], last(one)["method"], same=close)
+    for line, expected in zip(read_metrics(Path(two.out)), read_metrics(Path(one.out)), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-4), line["step"]
+    still = edit(one, out=str(tmp_path / "still"), optim=dict(lr=0.0, min_lr=0.0))
+    fit(still)
+    assert differences(last(still)["method"], last(one)["method"], same=close)  # the training went somewhere
+
+
+@pytest.mark.parametrize("kind", METHODS.values())
+def test_a_runs_file_names_its_method(kind: type[MethodConfig]) -> None:
+    run = edit(RUN, method=kind())
+    assert from_dict(Run, to_dict(run)) == run
