@@ -143,8 +143,9 @@ def train_step(state: State, model: nn.Module, batch: Batch, clock: Clock, run: 
 def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) -> Generator[Event, bool | None]:
     """Trains a Run to its end on `pictures`, yielding what happens; drive it with a `for` loop.
 
-    Whoever answers True to a Logged (`send`, on every rank) ends it there, as a signal would. resume goes on from the run's own checkpoints/last.pt, bit for bit on a CPU. Raises UserError where the data
-    cannot fill a batch, the loss stops being a number, a disk is full, or the checkpoint is of another run.
+    Whoever answers True to a Logged (`send`, on every rank) ends it there, as a signal would. resume goes on from the
+    run's own checkpoints/last.pt, bit for bit on a CPU. Raises UserError where the data cannot fill a batch, the loss
+    stops being a number, a disk is full, or the checkpoint is of another run.
     """
     out = Path(run.out)
     pictures = run.method.learnable(pictures)

@@ -17,13 +17,14 @@ from dino.analysis.health import diagnose
 from dino.analysis.report import write_report
 from dino.analysis.snapshots import choose_samples, snapshot, write_neighbours
 from dino.data.pictures import Pictures
-from dino.errors import UserError
+from dino.errors import Diverged, UserError
 from dino.evals.evaluator import extract
 from dino.events import Ended, EpochDone, Evaluated, Event, Logged, Measured, Measuring, Started
 from dino.live import Watch
 from dino.logs import read_metrics
 from dino.runtime import Runtime
 from dino.schedules import Clock
+from dino.session.guard import Guard, Verdict, guarded
 from dino.terminal import Terminal
 from dino.training import Run, train
 
@@ -54,6 +55,8 @@ class Outcome:
     best: dict[str, Any] = field(default_factory=dict)
     baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    collapse: str | None = None
+    """What ended it, where it was to stop or to go back at a collapse, in words that say what to turn."""
 
     @property
     def report(self) -> Path:
@@ -107,9 +110,31 @@ class _Session:
         self.baselines: Mapping[str, Mapping[str, float]] = {}
         self.samples: list[int] = []
         self.due: list[float] = []
-        self.advice: list[str] = []
+        self.guard = Guard(run, terminal, is_main=rt.is_main)
+        self.collapsed: Verdict | None = None
 
     def watch(self, resume: bool) -> Ended:
+        """Follows the training to its end; after a collapse, once more from a healthy checkpoint."""
+        while True:
+            diverged = ended = None
+            try:
+                ended = self.follow(resume)
+            except Diverged as error:
+                if self.run.on_collapse != "rollback":
+                    raise
+                diverged = error
+                self.guard.diverged(str(error).splitlines()[0])
+            self.collapsed = self.guard.verdict(ended)
+            if self.collapsed is not None and self.collapsed.run is not None:
+                self.run, resume = self.collapsed.run, True
+            elif ended is None:
+                raise diverged or AssertionError("training ended without saying so")
+            elif self.collapsed is not None and self.collapsed.back_to is not None:
+                return ended._replace(clock=ended.clock._replace(step=self.collapsed.back_to), finished=False)
+            else:
+                return ended
+
+    def follow(self, resume: bool) -> Ended:
         """Follows the training from its first event to its last."""
         run, terminal = self.run, self.terminal
         events = train(run, self.rt, self.pictures, resume=resume)
@@ -118,8 +143,9 @@ class _Session:
         assert isinstance(started, Started)
         self.observe(started)
         self.begin(started, resume)
+        self.guard.begin(started)
         with Watch(terminal, started.clock, started.method.prototypes) as watch:
-            for event in events:
+            for event in guarded(events, self.guard):
                 self.observe(event)
                 match event:
                     case Logged(clock, metrics):
@@ -182,7 +208,7 @@ class _Session:
         self.terminal.say(f"epoch {event.clock.step // event.clock.steps_per_epoch}: {_told(event.name, event.values)}")
 
     def epoch_done(self, clock: Clock, method: Any) -> None:
-        """Keeps snapshots when due, and warns when the curves look like a collapse."""
+        """Keeps snapshots when due."""
         epoch = clock.step // clock.steps_per_epoch
         if not self.rt.is_main or not self.due or epoch < self.due[0]:
             return
@@ -228,6 +254,7 @@ class _Session:
             best=self.best,
             baselines=self.baselines,
             skipped=ended.skipped,
+            collapse=None if self.collapsed is None else str(self.collapsed.finding),
         )
 
     def neighbours(self, backbone: Any, done: Callable[[int, int], None]) -> None:
@@ -260,7 +287,8 @@ class _Session:
             )
         clock = outcome.clock
         if not outcome.finished:
-            say(f"Stopped at step {clock.step} of {clock.steps}; saved in {self.folder}/checkpoints/last.pt")
+            why = f" ({outcome.collapse.split(':')[0]})" if outcome.collapse else ""
+            say(f"Stopped at step {clock.step} of {clock.steps}{why}; saved in {self.folder}/checkpoints/last.pt")
             say(f"Go on with:  dino train --resume {self.folder}")
             return
         if outcome.quality:
