@@ -115,7 +115,8 @@ class Monitor:
                 f"the loss is {loss:.2f}, above {of_top}: the student is sure of itself and wrong, worse than guessing."
             )
             return [self._finding("Divergence", text)]
-        if loss > 0.9 * top and self._first_loss - loss < 0.1 * top:
+        grasped = self._first_loss - loss if unknown else together - loss
+        if loss > 0.9 * top and grasped < (0.1 if unknown else NO_MESSAGE) * top:
             text = f"the loss is {loss:.2f} of {of_top}, near to guessing. Early on this is usual. If it stays:"
             return [self._finding("Not learning yet", text, grave=False)]
         return []
