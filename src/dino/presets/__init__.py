@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from dino.errors import UserError, nearest
+from dino.presets.baselines import byol, moco, swav
 from dino.presets.finetune import cars, cifar10, cifar100, finetune, flowers, imagenet, inat18, inat19
 from dino.presets.paper import resnet50, resnet50_800, vitb8, vitb16, vits8, vits16, vits16_300, vits16_800
 from dino.presets.small import demo, small, small_vit
@@ -26,6 +27,9 @@ PRESETS: dict[str, Callable[[], Run]] = {
     "vitb8": vitb8,
     "resnet50": resnet50,
     "resnet50-800": resnet50_800,
+    "byol": byol,
+    "moco": moco,
+    "swav": swav,
     "finetune": finetune,
     "finetune-cifar10": cifar10,
     "finetune-cifar100": cifar100,

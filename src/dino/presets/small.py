@@ -108,7 +108,7 @@ def small_method(kind: type[AnyMethod], pictures: int) -> AnyMethod:
     chosen = {
         BYOLConfig: BYOLConfig(head_dim=128, head_hidden=512, momentum=0.97),
         MoCoConfig: MoCoConfig(head_dim=128, head_hidden=512, momentum=0.97, queue=min(65536, half)),
-        SwAVConfig: SwAVConfig(out_dim=256, head_hidden=512),
+        SwAVConfig: SwAVConfig(out_dim=300, head_hidden=512),
     }
     return chosen.get(kind) or kind()
 
