@@ -36,7 +36,16 @@ def test_another_process_draws_the_same():
 
 @pytest.mark.parametrize(
     "change",
-    [dict(seed=1), dict(part="val"), dict(turn=10.0), dict(texture=0.1), dict(clutter=0), dict(noise=0.0)],
+    [
+        dict(seed=1),
+        dict(part="val"),
+        dict(turn=10.0),
+        dict(texture=0.1),
+        dict(clutter=0),
+        dict(noise=0.0),
+        dict(herd=4),
+        dict(level=True),
+    ],
 )
 def test_every_setting_changes_the_pictures_and_the_fingerprint(change):
     plain, other = Scenes(count=20), replace(Scenes(count=20), **change)
@@ -98,6 +107,32 @@ def test_company_is_the_second_object_of_a_mask():
         assert things[0][0].kind == things[1][0].kind == KINDS[crowded.label(i)]
         counts = np.bincount(crowded.mask(i).ravel(), minlength=3)
         assert counts[1] > 2 * counts[2] > 0
+
+
+def test_a_herd_is_so_many_things_of_one_kind_and_every_quarter_shows_one():
+    scenes = Scenes(herd=4, span=(0.36, 0.46), clutter=0, company=0.0, noise=0.0)
+    for i in range(20):
+        things, mask = scenes.scene(i).things, scenes.mask(i)
+        assert [thing.kind for thing, _ in things] == [KINDS[scenes.label(i)]] * 4
+        half = scenes.size // 2
+        quarters = [mask[y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
+        assert all((quarter > 0).mean() > 0.1 for quarter in quarters)
+    assert set(np.unique(scenes.mask(0))) <= {0, 1, 2, 3, 4}
+
+
+def test_level_things_are_as_light_as_their_ground():
+    """The mean lightness under the mask and beside it: far apart without, near with."""
+
+    def gap(level: bool) -> float:
+        scenes = Scenes(level=level, span=(0.45, 0.5), clutter=0, company=0.0, noise=0.0, texture=0.1, variety=0.3)
+        apart = []
+        for i in range(30):
+            picture, mask = scenes.draw(i)
+            light = cv2.cvtColor(picture, cv2.COLOR_RGB2LAB)[..., 0].astype(float)
+            apart.append(abs(light[mask > 0].mean() - light[mask == 0].mean()))
+        return float(np.median(apart))
+
+    assert gap(True) < 15 < 30 < gap(False)
 
 
 def test_every_kind_covers_the_same_area():
@@ -166,7 +201,7 @@ def test_written_folder_holds_the_same_pictures(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(count=-1), dict(size=8), dict(classes=11), dict(classes=1), dict(turn=200.0), dict(part="dev")],
+    [dict(count=-1), dict(size=8), dict(classes=11), dict(classes=1), dict(turn=200.0), dict(part="dev"), dict(herd=0)],
 )
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):

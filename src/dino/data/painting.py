@@ -19,6 +19,7 @@ Rng = np.random.Generator
 Colour = tuple[float, float, float]  # lightness, chroma, hue in Oklch
 
 _USUAL = ((0.78, 0.09, 1.3), (0.42, 0.06, 4.4))  # amber on slate: what colours come near to as variety goes to 0
+_RELIEF = 0.3  # lightness between a ground and either colour of a coat on it, where both are equally light on average
 _LIGHT = (-0.6, -0.8)  # where the light comes from: the upper left
 _WEAVES = ("plain", "stripes", "checks", "dots", "clouds", "marble", "grain")
 _COATS = tuple(
@@ -105,6 +106,15 @@ def draw_colours(rng: Rng, beside: Colour | None = None, variety: float = 1.0) -
             return first, second
 
 
+def draw_level_colours(rng: Rng, beside: Colour | None = None, variety: float = 1.0) -> tuple[Colour, Colour]:
+    """Two Oklch colours, of a thing and of its ground, of which the thing's coat makes a mean as light as the ground:
+    its two colours lie `_RELIEF` either side. Brightness then tells nothing, and hue is anybody's.
+    """
+    ground = (0.6 + 0.3 * variety * float(rng.uniform(-1, 1)), 0.06, float(rng.uniform(0, 2 * np.pi)))
+    side = _RELIEF if rng.random() < 0.5 else -_RELIEF
+    return beside or (ground[0] + side, 0.06, float(rng.uniform(0, 2 * np.pi))), ground
+
+
 def _mixed(colour: Colour, usual: Colour, variety: float) -> Colour:
     light, chroma, hue = (variety * a + (1 - variety) * b for a, b in zip(colour, usual, strict=True))
     return light, chroma, hue
@@ -133,14 +143,16 @@ def draw_texture(rng: Rng, colour: Colour, strength: float) -> Texture:
     )
 
 
-def draw_thing(rng: Rng, kind: str, colour: Colour, strength: float, *, coat: bool) -> Thing:
-    """A thing of a kind, in any variant, turn of colour and texture; with `coat`, in its kind's own weave."""
+def draw_thing(rng: Rng, kind: str, colour: Colour, strength: float, *, coat: bool, level: bool = False) -> Thing:
+    """A thing of a kind, in any variant, turn of colour and texture; with `coat`, in its kind's own weave, whose second
+    colour, if `level`, lies as far on the other side of the ground's lightness."""
     light, chroma, hue = colour
     ink = light + 0.3 if light < 0.6 else light - 0.3
     variant, texture = int(rng.integers(VARIANTS)), draw_texture(rng, colour, strength)
     if coat:
         weave, band = _COATS[KINDS.index(kind)]
-        step = float(rng.uniform(0.2, 0.35)) * (1 if light < 0.6 else -1)
+        step = 2 * _RELIEF if level else float(rng.uniform(0.2, 0.35))
+        step *= 1 if light < 0.6 else -1
         texture = replace(
             texture,
             weave=weave,

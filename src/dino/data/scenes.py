@@ -29,12 +29,13 @@ from dino.data.painting import (
     Thing,
     compose,
     draw_colours,
+    draw_level_colours,
     draw_texture,
     draw_thing,
     reach,
 )
 from dino.data.pictures import Pictures
-from dino.data.shapes import KINDS
+from dino.data.shapes import KINDS, VARIANTS
 from dino.errors import UserError
 
 Image = np.ndarray  # uint8 [h, w, 3] RGB; a mask is uint8 [h, w]
@@ -82,6 +83,11 @@ class Scenes:
     coats: bool = True
     """each kind of thing has a surface of its own (stripes, checks, dots, marble or grain, coarse or fine), in any
     colours; without, only the shape tells the kind, which takes much longer to learn"""
+    level: bool = False
+    """coats are as light as their ground on average, half darker and half lighter: brightness tells no picture from
+    another, and a network that learns from views learns the things sooner"""
+    herd: int = 1
+    """things of the kind in a picture, loosely in rows: with several, every crop shows one"""
     clutter: int = 5
     """at most this many bars and balls lie behind a thing; one picture in four has one in front"""
     company: float = 0.25
@@ -93,7 +99,7 @@ class Scenes:
         for name, low, high in (
             ("count", 0, 10**9), ("size", 16, 4096), ("classes", 2, len(KINDS)), ("seed", 0, 2**63 - 1),
             ("turn", 0, 180), ("variety", 0, 1), ("texture", 0, 1), ("clutter", 0, 50), ("company", 0, 1),
-            ("noise", 0, 100),
+            ("noise", 0, 100), ("herd", 1, 25),
         ):  # fmt: skip
             value = getattr(self, name)
             if not low <= value <= high:
@@ -119,11 +125,11 @@ class Scenes:
         thing, mine, behind = self._look(i)
         rng = self._rng(i, _SCENE, view)
         if view:
-            behind = draw_colours(rng, beside=mine, variety=self.variety)[1]
-        pose = self._pose(rng, thing, float(rng.uniform(*self.span)))
-        things = [(thing, pose)]
+            behind = self._colours(rng, beside=mine)[1]
+        things = self._herd(rng, thing)
+        pose = things[0][1]
         if rng.random() < self.company:
-            small = draw_thing(rng, thing.kind, mine, self.texture, coat=self.coats)
+            small = self._thing(rng, thing.kind, mine)
             x, y = (-math.copysign(0.34, at) + float(rng.normal(0, 0.03)) for at in (pose.x, pose.y))
             things.append((small, Pose(x, y, self._turn(rng), float(rng.uniform(0.13, 0.18)))))
         return Scene(things, self._ground(rng, behind, mine, pose))
@@ -131,8 +137,28 @@ class Scenes:
     def _look(self, i: int) -> tuple[Thing, Colour, Colour]:
         """Picture i's thing, its colour, and the colour of its ground in view 0."""
         rng = self._rng(i, _LOOK)
-        mine, behind = draw_colours(rng, variety=self.variety)
-        return draw_thing(rng, KINDS[self.label(i)], mine, self.texture, coat=self.coats), mine, behind
+        mine, behind = self._colours(rng)
+        return self._thing(rng, KINDS[self.label(i)], mine), mine, behind
+
+    def _colours(self, rng: np.random.Generator, beside: Colour | None = None) -> tuple[Colour, Colour]:
+        """Of a thing, or the one given, and of its ground."""
+        return (draw_level_colours if self.level else draw_colours)(rng, beside, self.variety)
+
+    def _thing(self, rng: np.random.Generator, kind: str, colour: Colour) -> Thing:
+        return draw_thing(rng, kind, colour, self.texture, coat=self.coats, level=self.level)
+
+    def _herd(self, rng: np.random.Generator, thing: Thing) -> list[tuple[Thing, Pose]]:
+        """The thing, or as many of its kind in the same paint: each near the middle of a cell of a square grid."""
+        if self.herd == 1:
+            return [(thing, self._pose(rng, thing, float(rng.uniform(*self.span))))]
+        rows = math.ceil(math.sqrt(self.herd))
+        shift = rng.uniform(-0.25, 0.25, 2) / rows
+        placed = []
+        for n in range(self.herd):
+            x, y = (np.array(divmod(n, rows)[::-1]) + 0.5) / rows - 0.5 + shift + rng.uniform(-0.12, 0.12, 2) / rows
+            pose = Pose(float(x), float(y), self._turn(rng), float(rng.uniform(*self.span)))
+            placed.append((replace(thing, variant=int(rng.integers(VARIANTS))) if n else thing, pose))
+        return placed
 
     def _turn(self, rng: np.random.Generator) -> float:
         return math.radians(rng.uniform(-self.turn, self.turn))
@@ -190,7 +216,7 @@ class Scenes:
         return self.draw(i)[0]
 
     def mask(self, i: int) -> Image:
-        """uint8 [s, s]: 0 the ground and what stands before a thing, 1 the first thing, 2 the second."""
+        """uint8 [s, s]: 0 the ground and what stands before a thing, n the n-th thing."""
         return self.draw(i)[1]
 
     def instance(self, i: int, view: int) -> Image:
@@ -216,11 +242,7 @@ class Scenes:
         things, paths = [thing], [_Path.drawn(rng, float(rng.uniform(0.3, 0.4)), self.turn)]
         if i % 2:
             other = KINDS[(self.label(i) + int(rng.integers(1, self.classes))) % self.classes]
-            things.append(
-                draw_thing(
-                    rng, other, draw_colours(rng, beside=mine, variety=self.variety)[1], self.texture, coat=self.coats
-                )
-            )
+            things.append(self._thing(rng, other, self._colours(rng, beside=mine)[1]))
             paths.append(_Path.drawn(rng, float(rng.uniform(0.2, 0.26)), self.turn))
         ground, drift = self.scene(i).ground, rng.normal(0, 0.15, 2)
         drawn = []
