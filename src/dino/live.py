@@ -20,7 +20,7 @@ MEMORY_SECONDS = 60.0
 
 
 class Watch:
-    """Epoch, step, loss, teacher entropy, images/s, waiting, time left: `with Watch(...) as watch`."""
+    """Epoch, step, loss, teacher entropy, KL, rank of the features, images/s, waiting, time left: `with Watch(...) as watch`."""
 
     def __init__(self, terminal: Terminal, clock: Clock, prototypes: int | None) -> None:
         self._terminal, self._clock = terminal, clock
@@ -78,6 +78,10 @@ class Watch:
             shown.append(f"loss {got['loss']:.3f}")
         if "teacher_entropy" in got and self._top is not None:
             shown.append(f"teacher entropy {got['teacher_entropy']:.2f} of {self._top:.2f}")
+        if "kl" in got:
+            shown.append(f"KL {got['kl']:.2f}")
+        if "feature_rank" in got:
+            shown.append(f"rank {got['feature_rank']:.1f}")
         if "images_per_s" in got:
             shown.append(f"{got['images_per_s']:.0f} images/s")
         if "wait" in got:

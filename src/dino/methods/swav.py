@@ -105,12 +105,13 @@ class SwAV(Method):
         known = features[: self.config.global_views].detach()
         targets = self.targets(known, clock)
         loss = H_over_pairs(targets, log_P(logits, self.config.temperature))
-        entropy = h(targets).mean()
+        entropy, shares = h(targets).mean(), targets.mean((0, 1))
         metrics = {
             "loss": loss.detach(),
             "teacher_entropy": entropy,
             "kl": loss.detach() - entropy,  # every target is in V - 1 pairs, so means subtract
-            "marginal_entropy": h(targets.mean((0, 1))),
+            "marginal_entropy": h(shares),
+            "prototypes_used": shares,
         }
         return Outputs(loss, known.transpose(0, 1), metrics)
 
