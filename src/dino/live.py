@@ -20,7 +20,7 @@ MEMORY_SECONDS = 60.0
 
 
 class Watch:
-    """Epoch, step, loss, teacher entropy, KL, rank of the features, images/s, waiting, time left: `with Watch(...) as watch`."""
+    """Epoch, step, loss, entropy, KL, rank, images/s, waiting, time left: `with Watch(...) as watch`."""
 
     def __init__(self, terminal: Terminal, clock: Clock, prototypes: int | None) -> None:
         self._terminal, self._clock = terminal, clock
