@@ -167,8 +167,8 @@ def versions() -> dict[str, str]:
 
 
 def save_evaluation(result: Mapping[str, Any], folder: Path) -> Path:
-    """Writes a result to FOLDER/NAME-DATA.json; another data set or protocol, another file."""
-    measured = json.dumps([result["data"], result["protocol"]], sort_keys=True)
+    """Writes a result to FOLDER/NAME-DIGEST.json; another data set, protocol or network, another file."""
+    measured = json.dumps([result["data"], result["protocol"], result["checkpoint"]["hash"]], sort_keys=True)
     digest = hashlib.sha256(measured.encode()).hexdigest()[:8]
     return write_json(folder / f"{result['evaluation']}-{digest}.json", dict(result))
 

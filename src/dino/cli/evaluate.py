@@ -11,7 +11,7 @@ from dino.cli.asks import positional, source_fields, sources_of
 from dino.cli.options import Switch, parse
 from dino.errors import UserError
 from dino.evals import EVALUATIONS, find, scorer
-from dino.terminal import Terminal, speaking
+from dino.terminal import Terminal, is_main, speaking
 
 FLOORS = {"raw_pixels": "raw pixels", "random_weights": "random weights"}
 
@@ -125,9 +125,9 @@ def _evaluate(evaluation: Any, options: Any, terminal: Terminal) -> dict[str, An
         out=common.out or None,
         progress=terminal.progress,
     )
-    show(result, options.checkpoint, terminal)
+    show(result, found.name, terminal)
     folder = Path(common.out) if common.out else found.folder and found.folder / "evals"
-    if folder is not None:
+    if folder is not None and is_main():
         try:
             result["file"] = str(save_evaluation(result, folder))
             terminal.say(f"Written to {result['file']}", style="dim")
@@ -139,7 +139,7 @@ def _evaluate(evaluation: Any, options: Any, terminal: Terminal) -> dict[str, An
 
 
 def show(result: Mapping[str, Any], checkpoint: str, terminal: Terminal) -> None:
-    """The figures as a table, the floors beside them."""
+    """The figures as a table, the floors beside them. checkpoint: what the column of the figures is called."""
     floors = result["floors"]
     columns = ["", checkpoint, *(FLOORS[name] for name in floors)]
     rows = [

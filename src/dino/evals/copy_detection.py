@@ -119,7 +119,7 @@ class CopyDetection:
   dino eval copy-detection dino_vitb16 copydays/ yfcc10k/ yfcc20k/                Table 4: 224 pixels
   dino eval copy-detection dino_vitb8 copydays/ yfcc10k/ yfcc20k/ --size 320
   dino eval copy-detection runs/photos photos/ none more_photos/                  edited copies of your own pictures
-  dino eval copy-detection timm:resnet50 scenes                                   nothing to download"""
+  dino eval copy-detection runs/photos scenes                                     nothing to download"""
 
     size: int | None = None
     """Side in pixels of the square that a picture is resized to. None: the side the network was trained at."""

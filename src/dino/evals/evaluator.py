@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dino import dist
 from dino.data.loader import eval_batches
 from dino.data.pictures import BadImage, Pictures, Skipped
+from dino.data.sources import PictureSource
 from dino.data.views import normalize
 from dino.evals.cache import key_of, remembered, weights_hash
 from dino.models.backbone import Backbone
@@ -145,7 +146,7 @@ class Evaluation(Protocol):
     examples: ClassVar[str]
     """Command lines for --help."""
 
-    def bind(self, sources: Sequence[str | Path | Pictures], site: Site) -> Evaluator:
+    def bind(self, sources: Sequence[PictureSource], site: Site) -> Evaluator:
         """Opens and checks the data. Raises UserError where its layout is another, with a picture of the right one."""
         ...
 

@@ -26,7 +26,7 @@ from dino.models.weights import (
     xcit_names,
 )
 
-__all__ = ["RELEASED", "load", "load_strict", "save_backbone"]
+__all__ = ["RELEASED", "Loaded", "load", "load_described", "load_strict", "save_backbone"]
 
 
 class Released(NamedTuple):
@@ -64,13 +64,29 @@ def load(source: str | Path, *, which: Which = "teacher", backbone: BackboneConf
     authors' code. The last two hold a `which` each. `backbone` says what the network is, where the file does
     not tell.
     """
+    return load_described(source, which=which, backbone=backbone).backbone
+
+
+class Loaded(NamedTuple):
+    """A trained backbone, and what its source says of it."""
+
+    backbone: Backbone
+    config: BackboneConfig
+    run: Mapping[str, Any] | None = None
+    """The Run of a training checkpoint of this project, as JSON data."""
+
+
+def load_described(source: str | Path, *, which: Which = "teacher", backbone: BackboneConfig | None = None) -> Loaded:
+    """`load`, with what the source says of the network and of its training."""
     name, path = str(source), Path(source)
     if name in RELEASED:
         released = RELEASED[name]
         path = download(HOST + released.file, released.sha256)
-        return built(released.backbone, backbone_weights(read_file(path), path, which), name)
+        weights = backbone_weights(read_file(path), path, which)
+        return Loaded(built(released.backbone, weights, name), released.backbone)
     if name.startswith("timm:"):
-        return Timm(name=name.removeprefix("timm:"), pretrained=True).build().eval()
+        config = Timm(name=name.removeprefix("timm:"), pretrained=True)
+        return Loaded(config.build().eval(), config)
     if path.is_dir():
         path = file_of_run(path, which)
     if not path.is_file():
@@ -79,12 +95,15 @@ def load(source: str | Path, *, which: Which = "teacher", backbone: BackboneConf
             f"Nothing to load at {name!r}{hint or '.'}\n"
             f"Expected a run's directory, a file of weights, timm:NAME, or one of {', '.join(RELEASED)}."
         )
+    run = None
     if path.suffix == ".safetensors":
-        state, config = read_safetensors(path)
+        state, described = read_safetensors(path)
     else:
         content = read_file(path)
-        state, config = backbone_weights(content, path, which), config_of_checkpoint(content)
-    return built(backbone or config or infer(state, path), state, str(path))
+        state, described = backbone_weights(content, path, which), config_of_checkpoint(content)
+        run = content["run"] if described else None
+    config = backbone or described or infer(state, path)
+    return Loaded(built(config, state, str(path)), config, run)
 
 
 def built(config: BackboneConfig, state: State, source: str) -> Backbone:

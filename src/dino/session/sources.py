@@ -8,17 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dino.config import edit
+from dino.config import edit, from_dict
 from dino.data.decode import decode
 from dino.data.pictures import BadImage
 from dino.errors import UserError
 from dino.evals.cache import weights_hash
 from dino.models import BackboneConfig, Timm, ViT
 from dino.models.backbone import Backbone
-from dino.models.pretrained import RELEASED, infer, load
-from dino.models.weights import read_safetensors
+from dino.models.pretrained import RELEASED, Loaded, infer, load_described
 from dino.runtime import machine
-from dino.training import read_run
+from dino.training import Run, read_run
 
 
 def read_picture(path: str | Path) -> np.ndarray:
@@ -45,6 +44,14 @@ class Checkpoint:
     """Where what is measured of it may be written: beside it."""
 
     @property
+    def name(self) -> str:
+        """Short, for the head of a table: `runs/photos`, `photos/best.pt`, `timm:resnet50`."""
+        if self.folder is None:
+            return self.source
+        parts = [part for part in Path(self.source).resolve().parts if part != "checkpoints"]
+        return "/".join(parts[-2:])
+
+    @property
     def hash(self) -> str:
         return weights_hash(self.backbone)
 
@@ -64,24 +71,34 @@ def open_checkpoint(source: str | Path | Backbone | Checkpoint, device: torch.de
         return source
     device = device or machine().device
     if isinstance(source, Backbone):
-        return _checkpoint(type(source).__name__, source.to(device), None)
-    backbone, path, name = load(source).to(device), Path(source), str(source)
-    if path.is_dir():
-        run = read_run(path)
-        return Checkpoint(name, backbone, run.backbone, run.views.size, path)
-    if name in RELEASED:
-        return _checkpoint(name, backbone, RELEASED[name].backbone)
-    if name.startswith("timm:"):
-        return _checkpoint(name, backbone, Timm(name=name.removeprefix("timm:")))
-    network = read_safetensors(path)[1] if path.suffix == ".safetensors" else None
-    return _checkpoint(name, backbone, network, path.parent)
-
-
-def _checkpoint(
-    source: str, backbone: Backbone, network: BackboneConfig | None, folder: Path | None = None
-) -> Checkpoint:
-    if network is None:
+        network = None
         with suppress(UserError):  # unknown: no floor of random weights then, and the usual size
-            network = infer(backbone.state_dict(), Path(source))
-    size = network.image_size if isinstance(network, ViT) else 224
-    return Checkpoint(source, backbone, network, size, folder)
+            network = infer(source.state_dict(), Path(type(source).__name__))
+        size = network.image_size if isinstance(network, ViT) else 224
+        return Checkpoint(type(source).__name__, source.to(device), network, size, None)
+    found = load_described(source)
+    size = found.config.image_size if isinstance(found.config, ViT) else 224
+    folder = None
+    if not _is_name(str(source)):
+        path = Path(source)
+        folder = path if path.is_dir() else path.parent
+        if (run := _run_of(path, found)) is not None:
+            size = run.views.size
+    return Checkpoint(str(source), found.backbone.to(device), found.config, size, folder)
+
+
+def _is_name(source: str) -> bool:
+    return source in RELEASED or source.startswith("timm:")
+
+
+def _run_of(path: Path, found: Loaded) -> Run | None:
+    """The run that a folder, a file in it, or a training checkpoint anywhere is of; None for other files."""
+    if path.is_dir():
+        return read_run(path)
+    with suppress(UserError):  # of another version: the weights are there all the same
+        if found.run is not None:
+            return from_dict(Run, found.run)
+        if (path.parent / "run.json").is_file():
+            run = read_run(path.parent)
+            return run if run.backbone == found.config else None  # or somebody put another file there
+    return None
