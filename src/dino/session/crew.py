@@ -112,7 +112,9 @@ class Crew:
             stream.close()
             code = process.wait()
             del self.running[process]
-            if task.state not in ENDS:
+            if task.state not in ENDS and self.signal is not None:
+                task.state = "stopped"  # before or after training, where there is nothing to save
+            elif task.state not in ENDS:
                 task.hear({"state": "failed", "error": _ended(code, task.log)})
         if task.state != before:
             changed(task)
