@@ -23,7 +23,7 @@ from dino.config import edit, to_dict
 from dino.data.folder import Folder
 from dino.data.pictures import Pictures, Skipped
 from dino.data.scenes import Scenes
-from dino.data.sources import PictureSource, open_pictures
+from dino.data.sources import WORDS, PictureSource, open_pictures
 from dino.errors import UserError
 from dino.evals import find as find_evaluation
 from dino.evals.attention_masks import size_to_look_at
@@ -109,7 +109,7 @@ def _data_settings(source: PictureSource) -> dict[str, Any]:
         return {}
     if isinstance(source, Folder | Scenes):
         return {"data": source}
-    return {"data": Scenes() if source == "scenes" else Folder(path=str(source))}
+    return {"data": WORDS.get(str(source)) or Folder(path=str(source))}
 
 
 # -- evaluate ----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ class Named(NamedTuple):
 def named_pictures(names: Sequence[str], done: Callable[[int, int], None]) -> list[Named]:
     """All pictures that were named, and those of the folders that were; no two have one place."""
     from dino.api import read_picture
-    from dino.data.sources import open_pictures
+    from dino.data.sources import WORDS, open_pictures
 
     found: list[Named] = []
     taken: set[str] = set()
@@ -36,7 +36,7 @@ def named_pictures(names: Sequence[str], done: Callable[[int, int], None]) -> li
         found.append(Named(name, place, read))
 
     for name in names:
-        if name == "scenes":
+        if name in WORDS:
             pictures = open_pictures(name, part="val").subset(range(DRAWN))
         elif Path(name).is_dir():
             pictures = open_pictures(name, done)

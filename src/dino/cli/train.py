@@ -18,6 +18,7 @@ from dino.config import edit, to_dict
 from dino.data.folder import Folder
 from dino.data.pictures import Pictures
 from dino.data.scenes import Scenes
+from dino.data.sources import WORDS
 from dino.errors import UserError, nearest
 from dino.files import write_json
 from dino.methods import METHODS, MethodName
@@ -191,27 +192,26 @@ class Given:
         run = self.base(preset)
         if isinstance(run.data, Folder) and ":" not in (preset or ""):  # a recipe is for anybody's pictures
             run = edit(run, data=Folder(path=""))
-        if self.says_scenes():
-            run = edit(run, data=run.data if isinstance(run.data, Scenes) else Scenes())
+        if (word := self.drawn()) is not None:
+            run = edit(run, data=run.data if isinstance(run.data, Scenes) else WORDS[word])
         if (name := self.value("--network")) is not None:
             run = edit(run, backbone=network(name))
         return self.learning(run)
 
-    def says_scenes(self) -> bool:
-        """Whether the folder is the word `scenes`: not the value of a flag."""
+    def drawn(self) -> str | None:
+        """The word for drawn pictures that stands in the folder's place (`scenes`, `herds`): not a flag's value."""
         if self.draws is not None:
-            return self.draws
-        pairs = itertools.pairwise(["", *self.argv])
-        return any(
-            word == "scenes" and (not before.startswith("-") or before in SWITCHES or "=" in before)
-            for before, word in pairs
-        )
+            return "scenes" if self.draws else None
+        for before, word in itertools.pairwise(["", *self.argv]):
+            if word in WORDS and (not before.startswith("-") or before in SWITCHES or "=" in before):
+                return word
+        return None
 
     def parse(self, over: Run) -> Options:
         kind, default = cast(type[Any], self.kind), self.kind(run=over)
         options = parse(kind, self.argv, self.prog, self.examples, default, ASKS)
         data = options.run.data
-        if options.folder and not self.says_scenes():
+        if options.folder and self.drawn() is None:
             data = edit(data, path=options.folder) if isinstance(data, Folder) else Folder(path=options.folder)
             options = edit(options, run=edit(options.run, data=data))
         return options

@@ -1,6 +1,7 @@
 """Pictures by what a person names: a folder, the word `scenes`, settings, or `Pictures` themselves."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -8,13 +9,14 @@ import numpy as np
 
 from dino.data.folder import Folder
 from dino.data.pictures import Pictures
-from dino.data.scenes import Scenes
+from dino.data.scenes import HERDS, Scenes
 from dino.errors import UserError
 
 PictureSource = str | Path | Folder | Scenes | Pictures
 CLASS_FOLDERS = "Put the pictures of each class in a folder of its own: photos/cat/1.jpg, photos/dog/2.jpg, ..."
 DRAWN = {"train": 2000, "val": 500, "test": 500}
-"""How many pictures the word `scenes` draws."""
+"""How many pictures the words `scenes` and `herds` draw."""
+WORDS = {"scenes": Scenes(), "herds": HERDS}
 
 
 def open_pictures(
@@ -23,11 +25,11 @@ def open_pictures(
     *,
     part: Literal["train", "val", "test"] = "train",
 ) -> Pictures:
-    """The pictures of a source. `"scenes"` draws 2000 of the part `train`, or 500 of another one."""
+    """The pictures of a source. `"scenes"` and `"herds"` draw 2000 of the part `train`, or 500 of another one."""
     if isinstance(source, Pictures):
         return source
-    if str(source) == "scenes":
-        source = Scenes(count=DRAWN[part], part=part)
+    if str(source) in WORDS:
+        source = replace(WORDS[str(source)], count=DRAWN[part], part=part)
     elif isinstance(source, str | Path):
         source = Folder(path=str(source))
     return source.open(progress)

@@ -12,13 +12,14 @@ from dino.errors import UserError, nearest
 from dino.presets.baselines import byol, moco, swav
 from dino.presets.finetune import cars, cifar10, cifar100, finetune, flowers, imagenet, inat18, inat19
 from dino.presets.paper import resnet50, resnet50_800, vitb8, vitb16, vits8, vits16, vits16_300, vits16_800
-from dino.presets.small import demo, small, small_vit
+from dino.presets.small import demo, narrow_vit, small, small_vit
 from dino.training import Run
 
 PRESETS: dict[str, Callable[[], Run]] = {
     "demo": demo,
     "small": small,
     "small-vit": small_vit,
+    "narrow-vit": narrow_vit,
     "vits16": vits16,
     "vits16-300": vits16_300,
     "vits16-800": vits16_800,

@@ -1,0 +1,210 @@
+"""A run that collapses is told which way, and a healthy one nothing; a session stops there, or goes back."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CPU, RUN, Run, edit
+
+from dino import checkpoint
+from dino.analysis.advice import Finding, foresee, milder
+from dino.analysis.health import LINES, Monitor
+from dino.config import differences
+from dino.data.augment import Augment
+from dino.data.scenes import Scenes
+from dino.errors import Diverged
+from dino.events import Logged, Started
+from dino.methods.byol import BYOLConfig
+from dino.methods.dino import DINOConfig
+from dino.methods.moco import MoCoConfig
+from dino.methods.supervised import SupervisedConfig
+from dino.presets import paper, small
+from dino.session.guard import MARGIN
+from dino.session.training import run_session
+from dino.terminal import Terminal
+from dino.training import train
+
+DULL = edit(
+    RUN,
+    backbone=dict(drop_path=0.0),
+    method=dict(teacher_temp=0.04, warmup_teacher_temp_epochs=0, freeze_last_layer=0),
+    views=dict(local=0),
+    optim=dict(epochs=12, lr=0.03),
+    save_minutes=60,
+    cache=True,
+)
+"""44 pictures in colours that are all changed: too few and too alike to hold on to, so that what is wrong shows in 60
+steps."""
+HEALTHY = edit(
+    DULL,
+    data=Scenes(count=80, size=32, classes=4),
+    method=dict(momentum=0.98),
+    views=dict(saturation=0.0, hue=0.0, gray=0.0, solarize=(0.0, 0.0, 0.0), global_scale=(0.5, 1.0)),
+    optim=dict(epochs=8, weight_decay_end=0.04),
+)
+"""80 pictures that keep their colours; 80 steps."""
+SMALL = dict(head_hidden=32, head_dim=16, momentum=0.98)
+WILD = dict(algorithm="sgd", clip=0.0, warmup_epochs=0)
+
+
+def said(run: Run, out: Path, *, until: str = "") -> dict[str, int]:
+    """The findings of a run by name, each with the step at which it came first; leaves when `until` stands."""
+    run, found = edit(run, out=str(out / "run")), {}
+    events = train(run, CPU, run.data.open())
+    started = next(events)
+    assert isinstance(started, Started)
+    monitor = Monitor(started.method.prototypes, run, started.clock.steps_per_epoch)
+    for event in events:
+        if isinstance(event, Logged):
+            for finding in monitor.see({"step": event.clock.step, **event.metrics}):
+                found.setdefault(finding.name, event.clock.step)
+            if until in found:
+                break
+    events.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("run", "named", "turn"),
+    [
+        (edit(DULL, method=dict(targets="none")), "Collapse to one prototype", "--method.targets centering"),
+        (edit(DULL, method=dict(center_momentum=0.999)), "Collapse to one prototype", "Set it to 0.9"),
+        (edit(DULL, method=dict(sharpening=False)), "Uniform collapse", "--method.sharpening"),
+        (edit(DULL, method=dict(teacher_temp=0.08, warmup_teacher_temp=0.08)), "Uniform collapse", "Begin at 0.04"),
+        (edit(HEALTHY, method=dict(teacher="student")), "One target for all", "--method.teacher momentum"),
+        (edit(HEALTHY, method=dict(momentum=1.0)), "The teacher does not move", "--method.momentum"),
+        (edit(HEALTHY, optim=dict(WILD, lr=100.0)), "Feature collapse", "learning rate"),
+    ],
+    ids=["no centering", "slow center", "no sharpening", "hot", "no momentum", "still teacher", "rate too high"],
+)
+def test_each_collapse_is_named_with_what_to_turn(tmp_path: Path, run: Run, named: str, turn: str) -> None:
+    assert named in said(run, tmp_path, until=named)
+    assert turn in str(Finding(named, "", _advice(run, named)))
+
+
+def _advice(run: Run, named: str) -> str:
+    from dino.analysis.advice import advise
+
+    return advise(named, run)
+
+
+def test_a_loss_that_leaves_is_divergence_with_and_without_prototypes(tmp_path: Path) -> None:
+    """Supervised learning with steps far too long: first the loss rises, then it is no number."""
+    learned = edit(HEALTHY, method=SupervisedConfig(), views=Augment(size=32))
+    assert "Divergence" in said(edit(learned, optim=dict(WILD, lr=60.0)), tmp_path, until="Divergence")
+    with pytest.raises(Diverged):
+        said(edit(learned, optim=dict(WILD, lr=1e4)), tmp_path)
+    (finding,) = Monitor(64).see({"step": 40, "loss": math.nan})
+    assert finding.name == "Divergence"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [None, BYOLConfig(**SMALL), MoCoConfig(queue=64, **SMALL), SupervisedConfig()],
+    ids=["DINO", "BYOL", "MoCo", "supervised"],
+)
+def test_a_healthy_run_raises_none(tmp_path: Path, method: Any) -> None:
+    run = HEALTHY if method is None else edit(HEALTHY, method=method)
+    if isinstance(method, SupervisedConfig):
+        run = edit(run, views=Augment(size=32))
+    assert said(run, tmp_path) == {}
+    assert foresee(edit(run, optim=dict(epochs=20)), 10, 80) == []
+
+
+# -- before the first step ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (dict(method=dict(teacher_temp=0.08, warmup_teacher_temp=0.08)), "Temperature too high for its warm-up"),
+        (dict(method=dict(teacher_temp=0.07, warmup_teacher_temp_epochs=3)), "Temperature too high for its warm-up"),
+        (dict(method=dict(momentum=0.9999)), "Momentum too high for so few steps"),
+        (dict(method=dict(out_dim=65536)), "K too large for so few pictures"),
+        (dict(method=dict(center_momentum=0.999)), "Center too slow"),
+        (dict(method=dict(targets="none")), "No centering"),
+        (dict(method=dict(sharpening=False)), "No sharpening"),
+        (dict(method=dict(teacher="previous-step")), "No momentum"),
+        (dict(method=dict(head_bottleneck=0)), "No bottleneck"),
+        (dict(method=BYOLConfig(predictor=False)), "No predictor"),
+    ],
+)
+def test_settings_that_are_known_to_collapse_are_named_before_the_first_step(changes: dict, named: str) -> None:
+    run = edit(Run(), method=dict(out_dim=4096))
+    assert foresee(run, 100, 6500) == []
+    (finding,) = foresee(edit(run, **changes), 100, 6500)
+    assert finding.name == named
+
+
+def test_no_recipe_is_warned_of() -> None:
+    for recipe in (getattr(paper, name) for name in dir(paper) if name.startswith(("vit", "resnet"))):
+        assert foresee(recipe(), 1_281_167 // recipe().optim.batch_size, 1_281_167) == []
+    for recipe in (small.small, small.small_vit, small.narrow_vit, small.demo, small.vit_tiny):
+        pictures = 1800 if recipe is small.demo else 6500
+        assert foresee(recipe(), pictures // recipe().optim.batch_size, pictures) == []
+
+
+def test_what_the_teacher_took_on_is_that_of_the_momenta() -> None:
+    """Half its random start is left where the momenta multiply to a half."""
+    run = edit(Run(), method=DINOConfig(out_dim=64, momentum=0.5 ** (1 / 200), momentum_end=0.5 ** (1 / 200)))
+    (finding,) = foresee(run, 2, 1000)  # 100 epochs of 2 steps
+    assert "50%" in finding.seen
+
+
+def test_milder_settings_never_replace_a_missing_part() -> None:
+    run = edit(Run(), method=dict(teacher_temp=0.06, warmup_teacher_temp=0.04))
+    changed = {name: new for name, _, new in differences(run, milder(run, "Uniform collapse"))}
+    assert changed == {
+        "optim.lr": run.optim.lr / 2,
+        "method.teacher_temp": pytest.approx(0.045),
+        "method.warmup_teacher_temp": pytest.approx(0.03),
+    }
+    assert milder(edit(run, method=dict(targets="none")), "Collapse to one prototype") is None
+
+
+# -- what a session does about it --------------------------------------------------------------------------
+
+
+def session(run: Run, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
+    outcome = run_session(run, CPU, run.data.open(), Terminal())
+    return outcome, capsys.readouterr().out
+
+
+def test_stop_ends_at_the_collapse_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = edit(DULL, method=dict(targets="none"), on_collapse="stop", out=str(tmp_path / "run"))
+    outcome, out = session(run, capsys)
+    assert not outcome.finished
+    assert outcome.collapse.startswith("Collapse to one prototype")
+    assert outcome.clock.step == 30 + LINES - 1  # it must stand for some lines
+    assert checkpoint.load(tmp_path / "run/checkpoints/last.pt")["step"] == outcome.clock.step
+    assert out.count("Collapse to one prototype: teacher entropy") == 1
+    report = outcome.report.read_text()
+    assert "one output takes every picture" in report
+    assert "Effective rank" in report
+
+
+def test_rollback_goes_on_from_the_last_healthy_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate rises until the features fall together; then once more with half of it, which is still too much."""
+    monkeypatch.setattr("dino.session.guard.ROLLBACKS", 1)
+    wild = dict(WILD, lr=60.0, warmup_epochs=8, min_lr=0.0)
+    run = edit(HEALTHY, optim=wild, on_collapse="rollback", save_minutes=0, out=str(tmp_path / "run"))
+    outcome, out = session(run, capsys)
+    assert "the last healthy checkpoint; it goes on with --optim.lr 30 (was 60)" in out
+    assert "after 1 times it ends here" in out
+    assert not outcome.finished
+    saved = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
+    assert saved["step"] == outcome.clock.step
+    assert saved["run"]["optim"]["lr"] in (60.0, 30.0)
+    assert (tmp_path / "run/checkpoints/healthy.pt").is_file()
+    kept = torch.load(tmp_path / "run/checkpoints/healthy.pt", weights_only=True)
+    assert kept["step"] == saved["step"]
+    assert saved["step"] + MARGIN < outcome_step(out)
+
+
+def outcome_step(out: str) -> int:
+    """The step at which it collapsed last."""
+    return int(out.rsplit("Back from step ", 1)[1].split()[0])
