@@ -127,7 +127,8 @@ def _with_changes(planned: Plan, before: Run, change: Change) -> Plan:
             if name not in NETWORK and name != "backbone.image_size":
                 reasons[flag(name)] = Reason(flag(name), shown(value), "you set it")
     if "method" in set_here:  # likewise
-        set_here = {name: both for name, both in set_here.items() if not name.startswith("method.")}
+        reasons["method"] = Reason("method", run.method.summary, f"you set it; the plan had {before.method.summary}")
+        set_here = {name: both for name, both in set_here.items() if not name.startswith("method")}
         defaults = edit(asked, method=type(asked.method)())
         set_here |= {name: (old, value) for name, old, value in differences(defaults, asked)}
     for name, (old, value) in set_here.items():
