@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,7 +39,7 @@ class AblateOptions:
     scale: Literal["small", "paper"] = "small"
     """small: minutes a row on one processor core. paper: ViT-S/16 and ImageNet's settings, for many GPUs."""
     data: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder of class folders; `scenes` takes pictures that dino draws itself."""
+    """Folder of class folders; `scenes` and `herds` take pictures that dino draws itself."""
     val: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of class folders that is asked about; without it a part of every class is held back."""
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROW...")] = ()
@@ -128,17 +128,18 @@ def _run(options: AblateOptions, terminal: Terminal, give: Any) -> int:
 def _asked(options: AblateOptions) -> Any:
     from dino.data.folder import Folder
     from dino.data.scenes import Scenes
-    from dino.data.sources import DRAWN
+    from dino.data.sources import DRAWN, WORDS
     from dino.presets import resolve
     from dino.session.ablate import Asked
 
-    data = None if options.data is None else Scenes() if options.data == "scenes" else Folder(path=options.data)
-    val = None
-    if options.val is not None:
-        val = Scenes(count=DRAWN["val"], part="val") if options.val == "scenes" else Folder(path=options.val)
+    def named(word: str | None, part: Literal["train", "val"]) -> Folder | Scenes | None:
+        if word in WORDS:
+            return replace(WORDS[word], count=DRAWN[part], part=part)
+        return Folder(path=word) if word else None
+
     return Asked(
-        data=data,
-        val=val,
+        data=named(options.data, "train"),
+        val=named(options.val, "val"),
         preset=None if options.preset is None else resolve(options.preset),
         epochs=options.epochs,
         minutes=options.minutes,

@@ -77,12 +77,13 @@ def unsettled(table: Table, scale: Scale, root: Path = ROOT) -> Study:
 
 
 def _with_data(base: Run, asked: Asked, *, known: bool, table: Table) -> Run:
-    if asked.data is not None and not (isinstance(asked.data, Scenes) and isinstance(base.data, Scenes)):
+    drawn = asked.preset is not None and isinstance(asked.preset.data, Scenes) and isinstance(asked.data, Scenes)
+    if asked.data is not None and not drawn:  # a recipe for drawn pictures has its own
         base = edit(base, data=asked.data)
     elif asked.data is None and not known:
         raise UserError(
             f"Which pictures? Expected a folder of class folders: dino ablate {table.name} --data photos/\n"
-            "--data scenes takes pictures that dino draws itself; --val FOLDER are those that are asked about."
+            "--data scenes or herds takes pictures that dino draws itself; --val FOLDER are those that are asked about."
         )
     return base if asked.val is None else edit(base, val=asked.val)
 

@@ -14,10 +14,9 @@ from collections.abc import Callable
 from dino.config import edit
 from dino.data.views import MultiCrop
 from dino.evals.watch import Watch
-from dino.models.vit import ViT
 from dino.presets.ablations.table import Changes
 from dino.presets.paper import vits16_300
-from dino.presets.small import small
+from dino.presets.small import narrow_vit, small
 from dino.training import Run
 
 SEEN = 65_000
@@ -48,10 +47,10 @@ def conv() -> Run:
     return length(edit(run, knn=dict(size=66, every_epochs=100 / MEASURED)), EPOCHS)
 
 
-def tiny_vit() -> Run:
-    """A ViT of 4 blocks and 36 + 9 patches on the same crops: the tables that are about ViTs, at scale small."""
-    network = ViT(size="tiny", patch=8, image_size=48, drop_path=0.0, width=96, depth=4, heads=3)
-    return edit(conv(), backbone=network, optim=dict(lr=2e-3), knn=dict(size=48))
+def narrow() -> Run:
+    """`narrow_vit()` on the same crops, 36 + 9 patches: the tables that are about ViTs, at scale small."""
+    vit = narrow_vit()
+    return edit(conv(), backbone=vit.backbone, optim=dict(lr=vit.optim.lr), knn=dict(size=vit.knn.size))
 
 
 def length(run: Run, epochs: int) -> Run:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from dino.config import edit
 from dino.presets.ablations.baselines import byol, moco, swav
-from dino.presets.ablations.bases import conv, tiny_vit, vit_300
+from dino.presets.ablations.bases import conv, narrow, vit_300
 from dino.presets.ablations.table import KNN, LINEAR, Change, Changes, Row, Table
 from dino.presets.paper import resnet50_800
 from dino.training import Run
@@ -62,7 +62,7 @@ TABLE = Table(
     title="Table 13: methods on a ConvNet and on a ViT",
     protocol="ResNet-50 and ViT-S/16 on ImageNet, 300 epochs; linear top-1 and 20-NN. SwAV and DINO with multi-crop.",
     paper=vit_300,
-    small=tiny_vit,
+    small=narrow,
     figures=(LINEAR, KNN),
     rows=(
         _on_resnet(MOCO, 71.1, 62.9),
