@@ -30,12 +30,14 @@ WORSE_THAN_GUESSING = 1.1
 """Of ln K: a loss above it is of a student that is sure and wrong."""
 ONE_PROTOTYPE = 1.5
 """Prototypes in use, exp of the entropy of their shares: fewer are one."""
+RISEN = 3.0
+"""Without prototypes: times the loss of the first lines (MoCo's rises by itself, while its queue fills)."""
 SILENT, FEW_PROTOTYPES = 0.02, 0.05
 """Entropy and KL below the first, of ln K, are 0; then fewer prototypes than the second, of K, are too few as well."""
 NO_SPREAD = 0.03
 """Features whose directions differ by less than this, as a share of their length, are one feature."""
-ONE_DIRECTION, RANK_LOST = 1.2, 0.5
-"""An effective rank below the first is a line; it is lost where it was once higher by more than 1 / the second."""
+ONE_DIRECTION, RANK_LOST = 1.2, 0.25
+"""An effective rank below the first is a line; it is lost where it is below the second of what it once was."""
 STILL = 0.01
 """A teacher that has taken less than this of the student in `STILL_STEPS` steps does not move."""
 STILL_STEPS = 50
@@ -72,18 +74,24 @@ class Monitor:
         now = {name: value for name in row if (value := _mean(self._recent, name)) is not None}
         if math.isnan(self._first_loss):
             self._first_loss = now["loss"]
-        found = [] if step < self._grace else [*self._outputs(now), *self._features(now), *self._teacher(step, now)]
+        found = self._risen(now)
+        if step >= self._grace:
+            found += [*self._outputs(now), *self._features(now), *self._teacher(step, now)]
         self._lowest_loss = min(self._lowest_loss, now["loss"])
         self._highest_rank = max(self._highest_rank, now.get("feature_rank", 0.0))
         return sorted(found, key=lambda finding: not finding.grave)
 
+    def _risen(self, now: Mapping[str, float]) -> list[Finding]:
+        """Without prototypes, no loss is known for guessing: what is left is to have become much worse."""
+        loss = now["loss"]
+        if self._top is not None or loss <= RISEN * self._first_loss:
+            return []
+        return [self._finding("Divergence", f"the loss is {loss:.3g}, and was {self._first_loss:.3g} at first.")]
+
     def _outputs(self, now: Mapping[str, float]) -> list[Finding]:
-        """Divergence, and Fig. 7's two collapses."""
+        """Fig. 7's two collapses, their kin, and a student that is worse than guessing."""
         loss, entropy, kl = now["loss"], now.get("teacher_entropy"), now.get("kl")
         if self._top is None or entropy is None or kl is None:
-            if loss > 1.5 * self._first_loss:
-                text = f"the loss is {loss:.2f}, and was {self._first_loss:.2f} at first."
-                return [self._finding("Divergence", text)]
             return []
         top = self._top
         of_top = f"ln K = {top:.2f}"
