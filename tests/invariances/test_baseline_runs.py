@@ -1,10 +1,11 @@
 """BYOL, MoCo-v2 and SwAV as runs: the same whole or resumed, on one rank or two."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import RUN, Run, differences, edit, fit, last, same_training, spawn_ranks
+from tiny import RUN, Run, differences, edit, fit, last, run_on_ranks, same_training
 
 from dino.config import from_dict, to_dict
 from dino.logs import read_metrics
@@ -12,6 +13,7 @@ from dino.methods import METHODS, BYOLConfig, MoCoConfig, SwAVConfig
 from dino.methods.method import MethodConfig
 from dino.models.timm import Timm
 
+HERE = Path(__file__).parent
 CONVNET = Timm(name="resnet18", args=(("channels", "(8, 8, 8, 16)"), ("layers", "(1, 1, 1, 1)")))
 SMALL = dict(head_dim=16, head_hidden=32)
 BASELINES = {
@@ -54,29 +56,29 @@ def test_a_queue_is_a_part_of_what_is_saved(tmp_path: Path) -> None:
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(one, other, rtol=0, atol=5e-6)
+    return torch.allclose(one, other, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("norm", ["none", "batch"])
-@pytest.mark.parametrize("name", BASELINES)
-def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path, name: str, norm: str) -> None:
-    """Weights, teacher, queue and loss; plain momentum, for AdamW makes full steps of a gradient's rounding."""
-    one = baseline(
-        name,
-        tmp_path / "one",
-        method=dict(head_norm=norm),
-        backbone=dict(drop_path=0.0),
-        optim=dict(algorithm="sgd", lr=0.3, epochs=2),
-    )
-    fit(one)
-    two = edit(one, out=str(tmp_path / "two"))
-    spawn_ranks(two, 2)
-    assert not differences(last(two)["method"], last(one)["method"], same=close)
-    for line, expected in zip(read_metrics(Path(two.out)), read_metrics(Path(one.out)), strict=True):
-        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-4), line["step"]
-    still = edit(one, out=str(tmp_path / "still"), optim=dict(lr=0.0, min_lr=0.0))
-    fit(still)
-    assert differences(last(still)["method"], last(one)["method"], same=close)  # the training went somewhere
+def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
+    """Weights, statistics of batch norm, teacher, queue and loss; with batch norm over both ranks in head and network.
+
+    Plain momentum, for AdamW makes full steps of a gradient's rounding.
+    """
+    smooth = dict(algorithm="sgd", lr=0.3, epochs=2)
+    ones = [baseline(name, tmp_path / name, backbone=dict(drop_path=0.0), optim=smooth) for name in BASELINES]
+    ones.append(baseline("swav", tmp_path / "convnet", backbone=CONVNET, optim=smooth))
+    twos = [edit(one, out=f"{one.out}-two") for one in ones]
+    for two in twos:
+        Path(f"{two.out}.json").write_text(json.dumps(to_dict(two)))
+    run_on_ranks([str(HERE / "several_runs.py"), *(f"{two.out}.json" for two in twos)], 2)
+    for one, two in zip(ones, twos, strict=True):
+        fit(one)
+        assert not differences(last(two)["method"], last(one)["method"], one.out, same=close)
+        for line, expected in zip(read_metrics(Path(two.out)), read_metrics(Path(one.out)), strict=True):
+            assert line["loss"] == pytest.approx(expected["loss"], abs=1e-4), (one.out, line["step"])
+        still = edit(one, out=f"{one.out}-still", optim=dict(lr=0.0, min_lr=0.0))
+        fit(still)
+        assert differences(last(still)["method"], last(one)["method"], same=close)  # the training went somewhere
 
 
 @pytest.mark.parametrize("kind", METHODS.values())

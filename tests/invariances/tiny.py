@@ -98,22 +98,37 @@ def spawn(run: Run, *arguments: str, rank: int = 0, world: int = 1, port: int = 
     path = Path(f"{run.out}.{rank}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(to_dict(run)))
+    return spawn_script([__file__, str(path), *arguments], rank, world, port)
+
+
+def spawn_script(words: list[str], rank: int, world: int, port: int) -> subprocess.Popen:
+    """A script with its arguments, as rank `rank` of `world`, as torchrun would start it."""
     env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if world > 1:
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, __file__, str(path), *arguments]
+    command = [sys.executable, *words]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def spawn_ranks(run: Run, world: int, *arguments: str) -> None:
     """The run on `world` gloo ranks, to its end."""
+    finish(lambda rank, port: spawn(run, *arguments, rank=rank, world=world, port=port), world)
+
+
+def run_on_ranks(words: list[str], world: int) -> None:
+    """The script on `world` gloo ranks, to its end."""
+    finish(lambda rank, port: spawn_script(words, rank, world, port), world)
+
+
+def finish(start_one: Callable[[int, int], subprocess.Popen], world: int) -> None:
+    """Starts ranks 0, 1, ... at a free port, and waits for all; what one of them says as it fails fails the test."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [spawn(run, *arguments, rank=rank, world=world, port=port) for rank in range(world)]
+    started = [start_one(rank, port) for rank in range(world)]
     try:
-        outputs = [process.communicate(timeout=120) for process in started]
+        outputs = [process.communicate(timeout=600) for process in started]
     finally:
         for process in started:
             process.kill()

@@ -1,0 +1,93 @@
+"""Every method under one contract: found by its name, planned for pictures, a recipe of the paper where it has one."""
+
+import pytest
+
+import dino
+from dino import presets
+from dino.config import edit
+from dino.data.scenes import Scenes
+from dino.errors import UserError
+from dino.methods import METHODS, BYOLConfig, MoCoConfig, SwAVConfig, method_named
+from dino.methods.method import MethodConfig, Start
+from dino.models import ViT
+from dino.presets import plan as planning
+from dino.presets.plan import Speed, plan
+from dino.runtime import Machine, machine
+from dino.schedules import Clock
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine whose speed is known, so that a plan takes no time."""
+    monkeypatch.setattr(planning, "measure", lambda *_: Speed(0.01, 0.01))
+    return machine()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_planned_for_the_pictures(name: str, here: Machine) -> None:
+    pictures = Scenes(count=300, size=32, classes=3).open()
+    planned = plan(pictures, here, method=METHODS[name], minutes=1)
+    run = planned.run
+    assert type(run.method) is METHODS[name]
+    assert (run.views.stacks[1:] != []) == run.method.local_views
+    rows = {reason.name: reason.value for reason in planned.reasons}
+    assert ("K" in rows) if name == "dino" else (rows["method"] == run.method.summary)
+    start = Start(ViT(width=8, depth=1, heads=1, patch=8, image_size=16), classes=3)
+    method = run.method.build(start)
+    moved = {parameter for parameter in method.parameters() if parameter.requires_grad}
+    assert moved == {parameter for parameter in method.trained.parameters() if parameter.requires_grad}
+    assert not any("teacher" in key for key in method.trained.state_dict())
+    assert all(0 <= schedule(Clock(0, 5, 2)) <= 1 for schedule in run.method.schedules().values())
+
+
+def test_mocos_queue_is_planned_within_an_epoch(here: Machine) -> None:
+    """Keys older than an epoch do not count: more places than keys of an epoch (two of a picture) are never used."""
+    sizes = []
+    for count in (100, 300, 5000):
+        method = plan(Scenes(count=count, size=16).open(), here, method=MoCoConfig, minutes=1).run.method
+        assert isinstance(method, MoCoConfig)
+        sizes.append(method.queue)
+        assert method.queue <= 2 * count
+    assert sizes == sorted(set(sizes))
+
+
+def test_a_mistyped_method_names_the_nearest() -> None:
+    assert method_named("swav") is SwAVConfig
+    with pytest.raises(UserError, match=r"'mocov2'.*moco"):
+        method_named("mocov2")
+    with pytest.raises(UserError, match="byol"):
+        dino.train(Scenes(count=20), method="boyl", out="never-made")
+
+
+@pytest.mark.parametrize("kind", [BYOLConfig, MoCoConfig, SwAVConfig])
+def test_two_views_are_needed(kind: type[MethodConfig]) -> None:
+    with pytest.raises(UserError, match="2 views"):
+        edit(presets.resolve("finetune"), method=kind())
+
+
+def test_the_baselines_are_the_papers() -> None:
+    """Table 13: ViT-S/16, 300 epochs. App. B and the authors' answers: MoCo's head, queue, temperature and decay."""
+    runs = {name: presets.resolve(name) for name in ("byol", "moco", "swav")}
+    assert {name: run.views.stacks for name, run in runs.items()} == {
+        "byol": [(2, 224)],
+        "moco": [(2, 224)],
+        "swav": [(2, 224), (6, 96)],
+    }
+    for run in runs.values():
+        assert isinstance(run.backbone, ViT)
+        assert (run.backbone.size, run.backbone.patch, run.optim.epochs, run.optim.batch_size) == (
+            "small",
+            16,
+            300,
+            1024,
+        )
+        assert run.optim.lr == 5e-4
+    moco = runs["moco"].method
+    assert isinstance(moco, MoCoConfig)
+    assert (moco.temperature, moco.queue, moco.momentum, moco.momentum_end) == (0.1, 65536, 0.996, 1.0)
+    assert (moco.head_layers, moco.head_dim, moco.head_norm) == (3, 256, "batch")
+    assert (runs["moco"].optim.weight_decay, runs["moco"].optim.weight_decay_end, runs["moco"].optim.clip) == (
+        0.05,
+        0.05,
+        0,
+    )

@@ -1,0 +1,24 @@
+"""`several_runs.py RUN.json ...`: trains the Runs in the files one after the other, in one start of the ranks."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from dino.config import from_dict
+from dino.runtime import start
+from dino.training import Run, train
+
+
+def main(paths: list[str]) -> None:
+    torch.set_num_threads(1)
+    with start("float32") as rt:
+        for path in paths:
+            run = from_dict(Run, json.loads(Path(path).read_text()))
+            for _ in train(run, rt, run.data.open()):
+                pass
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
