@@ -1,0 +1,212 @@
+"""What the monitor costs: a training step with it and without, side by side.
+
+    python benchmarks/monitor.py [--networks vit_tiny narrow_vit small] [--turns 9] [--json monitor.json]
+
+With: what `dino train` does. Without: the same step with the loss alone, which needs no entropies, no shares of the
+prototypes and no norm of all gradients, and lines of metrics without vitals and without a `Monitor` that reads them.
+Both versions train in this process in turns of one line of metrics each (`log_every` steps and what the line itself
+takes), so that whatever else the machine does falls on both. The ratio is the median over the turns of neighbours'
+ratios; `parts` is what the added work takes when it is timed alone, which is steadier. On a CPU processor time is
+measured: of work, not of waiting for a core.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dino.analysis.health import Monitor
+from dino.config import edit
+from dino.data.views import Batch
+from dino.meter import Meter
+from dino.methods.dino import DINO, Carry, DINOConfig
+from dino.methods.method import Outputs
+from dino.objectives import H_over_pairs, P, h, log_P
+from dino.optim import clip_grad_norms_, set_hyper
+from dino.presets import resolve
+from dino.runtime import Runtime, machine
+from dino.schedules import Clock
+from dino.training import Run, State, build_method, train_step
+from dino.vitals import Vitals
+
+NETWORKS = {"vits16": "vits16", "vit_tiny": "vit-tiny", "small": "small", "demo": "demo"}
+"""By name: the preset whose network, crops and K they are."""
+CLOCK = Clock(1, 100, 100)
+
+
+def bare_step(state: State, batch: Batch, run: Run, rt: Runtime) -> dict[str, Tensor]:
+    """`train_step` as it would be if nobody asked how the run does: the loss, and nothing else."""
+    method = state.method
+    assert isinstance(method, DINO)
+    set_hyper(state.optimizer, lr=run.optim.lr_schedule()(CLOCK), weight_decay=run.optim.weight_decay_schedule()(CLOCK))
+    with rt.autocast():
+        out = bare_forward(method, batch)
+    state.scaler.scale(out.loss).backward()
+    state.scaler.unscale_(state.optimizer)
+    clip_grad_norms_(method.trained.parameters(), run.optim.clip)
+    method.before_step(CLOCK)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    method.after_step(out.carry, CLOCK)
+    return out.metrics
+
+
+def bare_forward(method: DINO, batch: Batch) -> Outputs:
+    """`DINO.forward` with the loss alone."""
+    with torch.no_grad():
+        teacher = method.teacher(batch.views[:1])
+        carry = Carry(teacher.float().sum((0, 1)), torch.full((), teacher.shape[0] * teacher.shape[1]))
+        targets = P(teacher, method.config.teacher_temp, method.center)
+    loss = H_over_pairs(targets, log_P(method.student(batch.views), method.config.student_temp))
+    return Outputs(loss, carry, {"loss": loss.detach()})
+
+
+@dataclass
+class Version:
+    """One way to train: a turn is the steps of a line of metrics, and the line."""
+
+    turn: Callable[[], None]
+    method: DINO
+
+
+def versions(run: Run, rt: Runtime) -> dict[str, Version]:
+    noise = [
+        torch.randint(0, 256, (n, run.optim.batch_size, 3, side, side), dtype=torch.uint8)
+        for n, side in run.views.stacks
+    ]
+    return {name: _version(run, rt, Batch(tuple(noise)), name == "with") for name in ("with", "without")}
+
+
+def _version(run: Run, rt: Runtime, batch: Batch, watched: bool) -> Version:
+    method = build_method(run)
+    assert isinstance(method, DINO)
+    model = rt.prepare(method)
+    state = State(method, run.optim.build(method.trained), rt.scaler())
+    monitor = Monitor(method.prototypes, run, CLOCK.steps_per_epoch)
+    meter = Meter(run.optim, run.method.schedules(), 1, Vitals(method) if watched else None)
+    line = 0
+
+    def turn() -> None:
+        nonlocal line
+        line += 1
+        for item in meter.waiting(iter([batch] * run.log_every)):
+            placed = rt.place(item)
+            done = train_step(state, model, placed, CLOCK, run, rt) if watched else bare_step(state, placed, run, rt)
+            meter.add(done, item)
+        metrics = meter.close(CLOCK)
+        if watched:
+            monitor.see({"step": line * run.log_every, **metrics})
+
+    return Version(turn, method)
+
+
+def parts(run: Run, rt: Runtime, repeats: int = 20) -> dict[str, float]:
+    """Seconds that each piece of the monitor's work takes by itself: the first two at a step, the others at a line."""
+    method = build_method(run).to(rt.device)
+    assert isinstance(method, DINO)
+    batch, K = run.optim.batch_size, method.config.out_dim
+    targets = torch.softmax(torch.randn(2, batch, K, device=rt.device), -1)
+    features = torch.randn(2 * batch, method.backbone.embed_dim, device=rt.device)
+    norms = torch.rand(300, device=rt.device)
+    vitals, monitor = Vitals(method), Monitor(K, run, CLOCK.steps_per_epoch)
+    shares, row = targets.mean((0, 1)), dict.fromkeys(("loss", "teacher_entropy", "kl", "marginal_entropy"), 1.0)
+
+    def measure() -> None:
+        vitals._latest.features = features
+        vitals.measure()
+
+    jobs: dict[str, Callable[[], object]] = {
+        "entropies and shares": lambda: (h(targets).mean(), h(targets.mean((0, 1))), shares.add_(shares)),
+        "norm of the gradients": norms.norm,
+        "vitals": measure,
+        "findings": lambda: monitor.see({"step": 500, **row}),
+    }
+    found = {}
+    for name, job in jobs.items():
+        job()
+        times = []
+        for _ in range(repeats):
+            began = _now(rt)
+            job()
+            times.append(_now(rt) - began)
+        found[name] = statistics.median(times)
+    return found
+
+
+def compare(run: Run, rt: Runtime, turns: int) -> dict[str, Any]:
+    """Seconds a step with and without, their ratio, and what the parts come to as a share of a step."""
+    ways, taken = versions(run, rt), {"with": [], "without": []}
+    for way in ways.values():
+        way.turn()
+    for number in range(turns):
+        for name in ("with", "without") if number % 2 else ("without", "with"):
+            began = _now(rt)
+            ways[name].turn()
+            taken[name].append((_now(rt) - began) / run.log_every)
+    pieces = parts(run, rt)
+    names = list(pieces)
+    added = sum(pieces[name] for name in names[:2]) + sum(pieces[name] for name in names[2:]) / run.log_every
+    without = statistics.median(taken["without"])
+    ratios = [a / b for a, b in zip(taken["with"], taken["without"], strict=True)]
+    return {
+        "with": statistics.median(taken["with"]),
+        "without": without,
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "parts": pieces,
+        "share": added / without,
+    }
+
+
+def _now(rt: Runtime) -> float:
+    """Seconds: of the processor's work on a CPU, on the wall once the device is done elsewhere."""
+    if rt.device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["vit_tiny", "small", "demo"])
+    parser.add_argument("--batch", type=int, default=16, help="pictures a step")
+    parser.add_argument("--turns", type=int, default=9, help="lines of metrics of each version, after one to warm up")
+    parser.add_argument("--log-every", type=int, default=10, help="steps a line")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    here, console = machine(), Console()
+    rt = Runtime(here.device, here.precision)
+    clock = "processor time" if here.device.type == "cpu" else "time"
+    table = Table("network", "K", "ms a step without", "with", "ratio (lowest .. highest)", "parts, of a step",
+                  title=f"{here.name}, {here.cores} cores, {clock}, batch {options.batch}")  # fmt: skip
+    rows = []
+    for network in options.networks:
+        run = edit(resolve(NETWORKS[network]), optim=dict(batch_size=options.batch), precision=rt.precision)
+        run = edit(run, log_every=options.log_every)
+        assert isinstance(run.method, DINOConfig)
+        found = compare(run, rt, options.turns)
+        rows.append({"network": network, "prototypes": run.method.out_dim, **found})
+        shown = f"{found['ratio']:.3f} ({found['lowest']:.3f} .. {found['highest']:.3f})"
+        times = [f"{1e3 * found[name]:.1f}" for name in ("without", "with")]
+        table.add_row(network, str(run.method.out_dim), *times, shown, f"{found['share']:.2%}")
+    console.print(table)
+    if options.json:
+        versions_ = {"python": platform.python_version(), "torch": str(torch.__version__)}
+        told = {"machine": f"{here.name}, {here.cores} cores", "clock": clock, "batch": options.batch, "rows": rows}
+        options.json.write_text(json.dumps(told | {"versions": versions_}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
