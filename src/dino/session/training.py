@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from dino import dist, files
-from dino.analysis.health import diagnose
 from dino.analysis.report import write_report
 from dino.analysis.snapshots import choose_samples, snapshot, write_neighbours
 from dino.data.pictures import Pictures
@@ -21,7 +20,6 @@ from dino.errors import Diverged, UserError
 from dino.evals.evaluator import extract
 from dino.events import Ended, EpochDone, Evaluated, Event, Logged, Measured, Measuring, Started
 from dino.live import Watch
-from dino.logs import read_metrics
 from dino.runtime import Runtime
 from dino.schedules import Clock
 from dino.session.guard import Guard, Verdict, guarded
@@ -214,11 +212,6 @@ class _Session:
             return
         self.due = [due for due in self.due if due > epoch]
         self.snapshot(method, epoch)
-        advice = diagnose(read_metrics(self.folder), method.prototypes)
-        for text in advice:
-            if text.split(":")[0] not in self.advice:
-                self.advice.append(text.split(":")[0])
-                self.terminal.say(text, style="yellow")
         write_report(self.folder)
 
     def snapshot(self, method: Any, epoch: float) -> None:
