@@ -60,17 +60,17 @@ def plain_propagation(
     return (affinity.T @ labels.flatten(0, 2)).unflatten(0, (h, w))
 
 
-def label_propagation_section() -> Section:
+def label_propagation_section(h: int = 60, w: int = 104, wide: int = 384) -> Section:
     """One frame of DAVIS at 480p (832 x 480) through ViT-S/8: 60 x 104 places, 384 wide, 7 + 1 frames, 2 objects."""
     rng = torch.Generator().manual_seed(0)
-    h, w, wide, frames, classes = 60, 104, 384, 8, 3
+    frames, classes = 8, 3
     scene = torch.randn(h, w, wide, generator=rng)
     seen = [scene + 0.7 * torch.randn(h, w, wide, generator=rng) for _ in range(frames + 1)]
     features = F.normalize(torch.stack(seen), dim=-1)
     labels = torch.rand(frames, h, w, classes, generator=rng).softmax(-1)
     query, keys = features[-1], features[:-1]
     return Section(
-        "one frame at 480p, ViT-S/8: 60 x 104 places from 8 frames, radius 12, top 5",
+        f"one frame at 480p, ViT-S/8: {h} x {w} places from 8 frames, radius 12, top 5",
         {
             "plain, whole affinity": lambda: plain_propagation(query, keys, labels),
             "local windows": lambda: label_propagation(query, keys, labels),
@@ -79,11 +79,11 @@ def label_propagation_section() -> Section:
     )
 
 
-def davis_score_section() -> Section:
+def davis_score_section(count: int = 50) -> Section:
     """50 frames of 854 x 480, 2 objects that drift, and masks of them that lie a little aside."""
-    frames = [(drawn(time), drawn(time + 0.02)) for time in np.linspace(0, 1, 50)]
+    frames = [(drawn(time), drawn(time + 0.02)) for time in np.linspace(0, 1, count)]
     return Section(
-        "J&F of 50 frames of 854 x 480, 2 objects",
+        f"J&F of {count} frames of 854 x 480, 2 objects",
         {"dino": lambda: sequence_statistics(iter(frames[1:-1]), 2)},
     )
 

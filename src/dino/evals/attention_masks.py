@@ -17,7 +17,7 @@ from dino import dist
 from dino.data.folder import Folder
 from dino.data.pictures import BadImage, Pictures, Skipped
 from dino.data.scenes import Scenes
-from dino.data.sources import PictureSource, open_pictures
+from dino.data.sources import WORDS, PictureSource, open_pictures
 from dino.data.views import normalize
 from dino.data.voc import CLASSES, GROUND, VOID, Kind, Masked, open_voc
 from dino.errors import UserError
@@ -222,7 +222,7 @@ class AttentionMasks:
         for mass in self.mass:
             mass_mask(np.ones(1), mass)  # says what is wrong with it
         (source,) = sources
-        if isinstance(source, Pictures | Scenes) or str(source) == "scenes":
+        if isinstance(source, Pictures | Scenes) or str(source) in WORDS:
             pictures = open_pictures(source, part="val")
         else:
             with site.progress("looking at the pictures") as done:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dino.data.copydays import BLOCKS, Copies, edited, find_copies, make_copies
 from dino.data.pictures import Pictures
 from dino.data.scenes import PARTS, DrawnPictures, Scenes
-from dino.data.sources import PictureSource, described, open_pictures
+from dino.data.sources import WORDS, PictureSource, described, open_pictures
 from dino.errors import UserError
 from dino.evals.descriptors import describe, every_row, skipped_of
 from dino.evals.evaluator import Extracted, Progress, Scores, Site, Source, evaluating
@@ -26,8 +26,8 @@ from dino.evals.knn import raw_pixels
 from dino.evals.ranking import average_precision, mean, places_of
 from dino.models.backbone import Backbone
 
-DRAWN = Scenes(count=100, part="test")
-"""The originals that the word `scenes` draws; four times as many others, and five times as many to whiten on."""
+DRAWN = 100
+"""Originals that the word `scenes` draws; four times as many others, and five times as many to whiten on."""
 FIT_ROWS = 4096  # descriptors that are float64 at once while a whitening is fitted: 50 MB at 1536 wide
 
 
@@ -145,7 +145,7 @@ class CopyDetection:
     def bind(self, sources: Sequence[PictureSource], site: Site) -> "BoundCopyDetection":
         given: list[PictureSource | None] = [None if str(s) == "none" else s for s in sources]
         pictures, others, extra = [*given, None, None][:3]
-        folders = [Path(s).expanduser().resolve() for s in given if isinstance(s, str | Path) and str(s) != "scenes"]
+        folders = [Path(s).expanduser().resolve() for s in given if isinstance(s, str | Path) and str(s) not in WORDS]
         if len(set(folders)) < len(folders):
             raise UserError("Copies, distractors and whitening must be different pictures; a folder is named twice.")
         with site.progress("looking at the pictures") as done:
@@ -159,8 +159,8 @@ class CopyDetection:
         """The copies, and pictures to whiten on where they are drawn."""
         if source is None:
             raise UserError("Copy detection needs pictures: Copydays, any folder, or `scenes`.")
-        if str(source) == "scenes":
-            source = DRAWN
+        if str(source) in WORDS:
+            source = replace(WORDS[str(source)], count=DRAWN, part="test")
         if isinstance(source, DrawnPictures):
             source = source.scenes
         if isinstance(source, Scenes):

@@ -5,7 +5,7 @@ scale or averaged over three. Scored as the revisited benchmarks are (Radenovic 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from dino.data.pictures import Pictures
 from dino.data.revisited import Landmarks, Truth, drawn, open_revisited
 from dino.data.scenes import DrawnPictures, Scenes
 from dino.data.shaped import scale_to, scaled
-from dino.data.sources import PictureSource, described
+from dino.data.sources import WORDS, PictureSource, described
 from dino.errors import UserError
 from dino.evals.descriptors import describe, every_row, skipped_of
 from dino.evals.evaluator import Extracted, Scores, Site, Source
@@ -35,8 +35,8 @@ PROTOCOLS = {
     "hard": (("hard",), ("junk", "easy")),
 }
 """What counts as right, and what is taken out of the ranking before it is scored: neither right nor wrong."""
-DRAWN = Scenes(count=100, part="test")
-"""What the word `scenes` draws."""
+DRAWN = 100
+"""Pictures that the word `scenes` draws."""
 
 
 class Protocol(NamedTuple):
@@ -109,8 +109,8 @@ class Retrieval:
     def bind(self, sources: Sequence[PictureSource], site: Site) -> "BoundRetrieval":
         (source,) = sources
         with site.progress("looking at the benchmark") as done:
-            if str(source) == "scenes":
-                return BoundRetrieval(self, drawn(DRAWN, done), site)
+            if str(source) in WORDS:
+                source = replace(WORDS[str(source)], count=DRAWN, part="test")
             if isinstance(source, Scenes | DrawnPictures):
                 scenes = source.scenes if isinstance(source, DrawnPictures) else source
                 return BoundRetrieval(self, drawn(scenes, done), site)

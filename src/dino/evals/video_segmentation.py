@@ -19,6 +19,7 @@ from dino import dist
 from dino.data.clips import Clip, DrawnClip
 from dino.data.davis import open_davis, write_mask
 from dino.data.scenes import Scenes
+from dino.data.sources import WORDS
 from dino.data.views import normalize
 from dino.errors import UserError
 from dino.evals.davis_score import STATISTICS, object_name, objects_of, sequence_statistics, summary
@@ -116,10 +117,11 @@ class VideoSegmentation:
 
     def bind(self, sources: Sequence[Any], site: Site) -> "BoundVideoSegmentation":
         (source,) = sources
-        if isinstance(source, str | Path) and str(source) != "scenes":
+        if isinstance(source, str | Path) and str(source) not in WORDS:
             return BoundVideoSegmentation(self, open_davis(source, self.split), site)
         size = self.size or min(SIZE, max(DRAWN_SIZE, 2 * site.size))
-        drawn = Scenes(count=DRAWN_CLIPS, size=size, part="val") if str(source) == "scenes" else source
+        drawn = WORDS.get(str(source))
+        drawn = source if drawn is None else replace(drawn, count=DRAWN_CLIPS, size=size, part="val")
         if not isinstance(drawn, Scenes):
             raise UserError(
                 "video-segmentation needs videos with masks, "

@@ -134,7 +134,7 @@ def _with_changes(planned: Plan, before: Run, change: Change) -> Plan:
     for name, (old, value) in set_here.items():
         if name.split(".")[0] not in ("out", "data"):
             row = ROWS.get(name, flag(name))
-            reasons[row] = Reason(row, shown(value), f"you set it; the plan had {shown(old)}")
+            reasons[row] = Reason(row, shown(value), f"you set it; the plan had {shown(old) or 'none'}")
     return Plan(run, list(reasons.values()))
 
 

@@ -1,0 +1,152 @@
+"""The command lines of the documentation work as they are typed: all are understood, and those on `scenes` are run."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino.cli.asks import parse_ask
+from dino.cli.evaluate import ScoreOptions, _options
+from dino.cli.options import parse
+from dino.data import sources
+from dino.data.scenes import Scenes
+from dino.data.views import MultiCrop
+from dino.evals import EVALUATIONS, copy_detection, find, retrieval, video_segmentation
+from dino.evals.watch import Watch
+from dino.methods.dino import DINOConfig
+from dino.models import timm as timm_models
+from dino.models.vit import ViT
+from dino.optim import Optim
+from dino.runtime import Runtime
+from dino.training import Run, train
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def typed() -> dict[str, str]:
+    """Every line of `dino eval` in the pages and in --help, without its remark: {line: where it stands}."""
+    texts = {page.name: page.read_text() for page in PAGES}
+    texts |= {f"dino eval {name} --help": find(name).examples for name in EVALUATIONS}
+    lines = {}
+    for place, text in texts.items():
+        for line in re.findall(r"^ *(dino eval .*)$", text, re.MULTILINE):
+            lines.setdefault(re.split(r"\s{2,}|\s#", line.strip())[0], place)
+    return lines
+
+
+LINES = typed()
+NAMED = {line: words for line in LINES if (words := shlex.split(line)[2:]) and words[0] in EVALUATIONS}
+DRAWN = {words[0]: line for line, words in NAMED.items() if "scenes" in words}
+ASKED = sorted(set(re.findall(r'--evals[ =]"([^"]+)"', "".join(map(Path.read_text, PAGES)))))
+
+
+@pytest.mark.parametrize("line", NAMED)
+def test_it_is_understood(line: str) -> None:
+    name, *words = NAMED[line]
+    if "--score" in words:
+        assert parse(ScoreOptions, [word for word in words if word != "--score"], "dino", "").root
+        return
+    options = parse(_options(find(name)), words, "dino", "")
+    assert options.checkpoint == words[0]
+
+
+def test_every_evaluation_has_a_line_that_needs_no_files() -> None:
+    assert DRAWN.keys() == EVALUATIONS.keys()
+
+
+@pytest.mark.parametrize("words", [words for words in ASKED if "NAME" not in words])
+def test_evaluations_on_the_way_are_understood(words: str) -> None:
+    assert str(parse_ask(words))
+
+
+# -- run, on fewer pictures than the word `scenes` draws --------------------------------------------------------
+
+
+QUICK = {"linear": ("--epochs", "2", "--lr", "0.1"), "low-shot": ("--share", "1", "--size", "32")}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`scenes` draws a few small pictures; timm's weights are random instead of downloaded."""
+    monkeypatch.setattr(sources, "DRAWN", {"train": 40, "val": 20, "test": 20})
+    for home in (retrieval, copy_detection):
+        monkeypatch.setattr(home, "DRAWN", 6)
+    monkeypatch.setattr(video_segmentation, "DRAWN_CLIPS", 1)
+    monkeypatch.setattr(video_segmentation, "DRAWN_FRAMES", 4)
+    monkeypatch.setattr(video_segmentation, "DRAWN_SIZE", 64)
+    create = timm_models.create
+    monkeypatch.setattr(
+        timm_models, "create", lambda *args, **options: create(*args, **options | {"pretrained": False})
+    )
+
+
+@pytest.fixture(scope="session")
+def trained_a_little(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, with its checkpoint."""
+    run = Run(
+        data=Scenes(count=16, size=32, classes=4),
+        backbone=ViT(width=48, depth=2, heads=3, patch=8, image_size=32),  # heads of 16: the weights do not tell
+        method=DINOConfig(out_dim=32, head_hidden=32, head_bottleneck=16),
+        views=MultiCrop(global_size=32, local=0),
+        optim=Optim(epochs=1, batch_size=8, warmup_epochs=0),
+        knn=Watch(every_epochs=0),
+        workers=0,
+        out=str(tmp_path_factory.mktemp("little") / "run"),
+    )
+    for _ in train(run, Runtime(torch.device("cpu"), "float32"), run.data.open()):
+        pass
+    return Path(run.out)
+
+
+@pytest.fixture
+def run(trained_a_little: Path, tmp_path: Path) -> Path:
+    """The trained run, called runs/x."""
+    (tmp_path / "runs").mkdir()
+    for name in ("x", "photos"):
+        (tmp_path / "runs" / name).symlink_to(trained_a_little)
+    return Path("runs/x")
+
+
+@pytest.mark.usefixtures("small", "run")
+@pytest.mark.parametrize("line", DRAWN.values(), ids=list(DRAWN))
+def test_it_runs(line: str, dino) -> None:
+    ran = dino(*shlex.split(line)[1:], "-o", "out", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["values"]
+    assert ran.json["floors"]["random_weights"].keys() == ran.json["values"].keys()
+    assert Path(ran.json["file"]).parent == Path("out")
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_its_checkpoints_and_their_copies_are_one_network(dino, run: Path) -> None:
+    """Asked at the size it was trained at, beside the same random weights; the table's head is short."""
+    Path("away.pt").write_bytes((run / "checkpoints/last.pt").read_bytes())
+    told, heads = [], []
+    for checkpoint in (run, run / "checkpoints/last.pt", run / "backbone.safetensors", "away.pt"):
+        words = ("eval", "knn", checkpoint, "scenes", "--k", "5")
+        ran = dino(*words, "-o", "out", "--json")
+        assert ran.code == 0, ran.err
+        told.append(ran.json)
+        heads.append(ran.err.splitlines()[1].split()[0])  # below the title, over the figures
+    for one in told:
+        assert {**one, "checkpoint": one["checkpoint"]["hash"]} == {
+            **told[0],
+            "checkpoint": told[0]["checkpoint"]["hash"],
+        }
+        assert one["checkpoint"]["size"] == 32
+    assert len(list(Path("out").glob("*.json"))) == 1  # one network, one file
+    assert heads[1:] == [f"{run.resolve().name}/last.pt", f"{run.resolve().name}/backbone.safetensors", heads[3]]
+    assert heads[0] == "/".join(run.resolve().parts[-2:])
+    assert heads[3].endswith("/away.pt")
+
+
+@pytest.mark.usefixtures("small", "run")
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_a_network_of_timm_will_do(name: str, dino) -> None:
+    ran = dino("eval", name, "timm:test_vit", "scenes", "--no-floors", "-o", "out", "--json", *QUICK.get(name, ()))
+    assert ran.code == 0, ran.err
+    assert ran.json["checkpoint"]["source"] == "timm:test_vit"
+    assert not ran.json["floors"]
