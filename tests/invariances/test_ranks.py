@@ -8,6 +8,9 @@ import pytest
 import torch
 from tiny import Run, differences, edit, fit, last, spawn_ranks, tiny
 
+from dino.data.scenes import Scenes
+from dino.evals.ask import Ask
+from dino.evals.knn import KNN
 from dino.logs import read_metrics
 
 SAME_MEANING = {"loss", "teacher_entropy", "kl", "lr", "weight_decay", "momentum", "teacher_temp"}
@@ -39,6 +42,7 @@ def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
         backbone=dict(drop_path=0.0),
         optim=dict(algorithm="sgd", lr=1.0, epochs=2),
         knn=dict(every_epochs=1),
+        evals=(Ask(evaluation=KNN(k=(3,)), sources=(Scenes(count=30, size=32, classes=4, seed=1),), every_epochs=1),),
         keep_every=1,
     )
     fit(one)
