@@ -19,7 +19,8 @@ from dino.presets.ablations.bases import SEEN
 from dino.runtime import Runtime
 from dino.session.ablate import Asked, job_of, lacks, settle, share
 from dino.session.crew import Crew, Task
-from dino.session.row import Elsewhere, complete
+from dino.session.notes import Elsewhere
+from dino.session.row import complete
 from dino.terminal import Terminal
 
 PRESET = """

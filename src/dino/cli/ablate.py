@@ -179,7 +179,8 @@ def _at_once(left: list, terminal: Terminal, processes: int) -> tuple[int | None
 def _in_turn(left: list, terminal: Terminal) -> tuple[int | None, int]:
     """Under torchrun: one row after another, each on all ranks."""
     from dino.runtime import start
-    from dino.session.row import Elsewhere, Stopped, complete
+    from dino.session.notes import Elsewhere
+    from dino.session.row import Stopped, complete
 
     failed = 0
     for cell, job in left:

@@ -4,7 +4,6 @@ As a process of its own: `python -m dino.session.row JOB.json` says how far it i
 all that people read goes to standard error.
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -12,14 +11,14 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dino import __version__, dist, environment
+from dino import dist, environment
 from dino.analysis.curves import read_history
 from dino.analysis.study import FAILED, RESULT, STUDENT, Result, read_students
 from dino.config import from_dict, to_dict
@@ -34,6 +33,7 @@ from dino.methods.method import Method
 from dino.models.backbone import Backbone
 from dino.runtime import Runtime, machine, peak_memory, start
 from dino.session.begin import find, resumed
+from dino.session.notes import Elsewhere, alone, note, notes
 from dino.session.training import run_session
 from dino.terminal import Terminal, speaking
 from dino.training import Run, train
@@ -61,11 +61,7 @@ class Job:
     """Figures to measure at the end besides those that training gives: linear, throughput."""
 
 
-class Elsewhere(Exception):  # noqa: N818 - it is no error
-    """Another process works on this row."""
-
-
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):  # noqa: N818 - it is no error
     """Somebody asked to stop; all is saved."""
 
     def __init__(self, number: int) -> None:
@@ -80,7 +76,7 @@ def complete(job: Job, rt: Runtime, terminal: Terminal, tell: Tell) -> Result:
     failed.json then says.
     """
     folder = Path(job.run.out)
-    with _alone(folder, rt):
+    with alone(folder, rt):
         dist.on_main(lambda: (folder / FAILED).unlink(missing_ok=True))
         try:
             _train(job, rt, terminal, tell)
@@ -107,7 +103,7 @@ def _train(job: Job, rt: Runtime, terminal: Terminal, tell: Tell) -> None:
     pictures: Pictures = dist.on_main(run.data.open)
     outcome = run_session(run, rt, pictures, terminal, resume=found is not None, observe=_Observer(job, rt, tell).see)
     if rt.is_main:
-        _note(folder / "attempts.jsonl", {"memory": peak_memory(rt.device)})
+        note(folder / "attempts.jsonl", {"memory": peak_memory(rt.device)})
     if not outcome.finished:
         raise Stopped(outcome.signal or signal.SIGTERM)
 
@@ -142,7 +138,7 @@ class _Observer:
                     assert student is not None
                     row = {"step": clock.step, "epoch": clock.step / clock.steps_per_epoch, **self.knn(student)}
                     if self.rt.is_main:
-                        _note(Path(self.job.run.out) / STUDENT, row)
+                        note(Path(self.job.run.out) / STUDENT, row)
 
 
 def student_of(method: Method) -> Backbone | None:
@@ -182,7 +178,7 @@ def _measured(job: Job, rt: Runtime, terminal: Terminal, tell: Tell) -> Result:
         return from_dict(Result, {**old, "values": values})
     clock, prototypes = started.clock, started.method.prototypes
     history, described = read_history(folder), json.loads((folder / "run.json").read_text())
-    memory = max(int(row["memory"]) for row in _notes(folder / "attempts.jsonl"))
+    memory = max((int(row["memory"]) for row in notes(folder / "attempts.jsonl")), default=0)
     values = _from_curves(folder, prototypes) | values
     values |= {"hours": history.seconds / 3600, "memory": memory / 2**30}
     speeds = history.line("images_per_s")[1]
@@ -199,7 +195,7 @@ def _measured(job: Job, rt: Runtime, terminal: Terminal, tell: Tell) -> Result:
         threads=torch.get_num_threads(),
         learned=job.learned,
         data=job.data,
-        versions={"dino": __version__, "torch": str(torch.__version__)},
+        versions=described["versions"],
     )
 
 
@@ -245,48 +241,6 @@ def _throughput(run: Run, rt: Runtime, terminal: Terminal, started: Started) -> 
 
 
 MEASURES = {"linear": _linear, "throughput": _throughput}
-
-
-# -- files -------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _alone(folder: Path, rt: Runtime) -> Iterator[None]:
-    """Holds the row's folder for as long as the `with` lasts. Raises Elsewhere where another process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        yield
-        return
-
-    def take() -> bool:
-        nonlocal file
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            return False
-        return True
-
-    file = None
-    if not dist.on_main(take):
-        raise Elsewhere(str(folder))
-    try:
-        yield
-    finally:
-        if file is not None:
-            file.close()
-
-
-def _note(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(dict(row)) + "\n")
-
-
-def _notes(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in path.read_text().splitlines()] if path.is_file() else [{"memory": 0}]
 
 
 def _keep(path: Path, step: int) -> None:

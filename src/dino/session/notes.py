@@ -1,0 +1,54 @@
+"""A row's folder while it is worked on: one process holds it, and notes lines of JSON in it."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dino import dist
+from dino.runtime import Runtime
+
+
+class Elsewhere(Exception):  # noqa: N818 - it is no error
+    """Another process works on this row."""
+
+
+@contextlib.contextmanager
+def alone(folder: Path, rt: Runtime) -> Iterator[None]:
+    """Holds the row's folder for as long as the `with` lasts. Raises Elsewhere where another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
+        return
+
+    def take() -> bool:
+        nonlocal file
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            return False
+        return True
+
+    file = None
+    if not dist.on_main(take):
+        raise Elsewhere(str(folder))
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def note(path: Path, row: Mapping[str, Any]) -> None:
+    """One more line of JSON."""
+    with path.open("a") as file:
+        file.write(json.dumps(dict(row)) + "\n")
+
+
+def notes(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.is_file() else []
