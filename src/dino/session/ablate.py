@@ -89,11 +89,12 @@ def _with_data(base: Run, asked: Asked, *, known: bool, table: Table) -> Run:
 
 
 def _for_machine(base: Run, asked: Asked, pictures: Pictures, here: Machine) -> Run:
-    """Precision, workers, and whether the decoded pictures stay in memory, once for each process."""
+    """Precision, workers, and whether the decoded pictures stay in memory, once for each process. A row that collapses
+    goes on to its end: that is its result."""
     precision = base.precision if base.precision == "float32" else here.precision
     cache = asked.processes * pictures.nbytes < machine_memory() / 4
     workers = base.workers if asked.workers is None else asked.workers
-    return edit(base, precision=precision, cache=cache, workers=workers)
+    return edit(base, precision=precision, cache=cache, workers=workers, on_collapse="warn")
 
 
 def _of_length(base: Run, asked: Asked, pictures: Pictures, here: Machine, scale: Scale, there: Study | None) -> Run:
