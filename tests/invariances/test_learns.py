@@ -42,20 +42,23 @@ def test_fig7_each_half_alone_collapses(tmp_path: Path, parts: dict, entropy: tu
 
 
 class Paints(Pictures):
-    """Four paints in any light, on stripes of any width and phase: pixels see the light and the stripes."""
+    """Four paints in any light, on stripes of any width and phase: pixels see the light and the stripes.
 
-    def __init__(self, count: int, size: int = 32) -> None:
+    paint: what a paint leaves of the light in the channels that are not its own; nearer to 1, paler and harder.
+    """
+
+    def __init__(self, count: int, size: int = 32, paint: float = 0.8) -> None:
         super().__init__(
             names=[str(i) for i in range(count)],
             sizes=np.full((count, 2), size),
             labels=np.arange(count) % 4,
             classes=["red", "green", "blue", "grey"],
         )
-        self.size = size
+        self.size, self.paint = size, paint
 
     def read(self, index: int) -> np.ndarray:
         rng = np.random.default_rng([index, 7])
-        paint = np.full(3, 0.8)
+        paint = np.full(3, self.paint)
         if index % 4 < 3:
             paint[index % 4] = 1.0
         place = np.add.outer(*(rng.uniform(-1, 1) * np.arange(self.size) for _ in range(2)))

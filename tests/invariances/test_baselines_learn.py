@@ -1,0 +1,45 @@
+"""BYOL, MoCo-v2 and SwAV learn: on pictures whose kind is neither in the brightness nor in any single pixel."""
+
+from pathlib import Path
+
+import pytest
+from test_learns import LONGER, Paints
+from tiny import CPU, edit
+
+from dino.events import Evaluated, Started
+from dino.methods import BYOLConfig, MoCoConfig, SwAVConfig
+from dino.training import train
+
+SMALL = dict(head_dim=32, head_hidden=64)
+LEARNERS = {
+    "byol": BYOLConfig(head_dim=32, head_hidden=128, momentum=0.9, momentum_end=0.99),
+    "moco": MoCoConfig(**SMALL, momentum=0.97, queue=128),  # pyright: ignore[reportArgumentType]
+    "swav": SwAVConfig(**SMALL, out_dim=32, freeze_prototypes=0),  # pyright: ignore[reportArgumentType]
+}
+PACE = {"byol": dict(epochs=12, lr=0.006), "moco": dict(epochs=8, lr=0.016), "swav": dict(epochs=8, lr=0.016)}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_it_learns(tmp_path: Path, name: str) -> None:
+    """20-NN on held-back pictures: clearly above the untrained network and raw pixels."""
+    run = edit(
+        LONGER,
+        out=str(tmp_path / "run"),
+        method=LEARNERS[name],
+        optim=dict(**PACE[name], batch_size=16, weight_decay_end=0.04),
+        views=dict(
+            saturation=0.0,
+            hue=0.0,
+            gray=0.0,
+            solarize=(0.0, 0.0, 0.0),
+            global_scale=(0.5, 1.0),
+            local_scale=(0.2, 0.5),
+        ),
+        knn=dict(every_epochs=100, held_back=0.3),
+        log_every=1000,
+    )
+    started, *rest = train(run, CPU, Paints(240, paint=0.88))
+    assert isinstance(started, Started)
+    floors = {name: values["20-NN"] for name, values in started.baselines.items()}
+    reached = [event.values["20-NN"] for event in rest if isinstance(event, Evaluated)][-1]
+    assert reached > max(floors.values()) + 5, (floors, reached)
