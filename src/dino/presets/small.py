@@ -87,11 +87,11 @@ def demo() -> Run:
     """Drawn herds, a few minutes on two cores: what `make demo` trains.
 
     20-NN rises to about twice the raw pixels'. Hues are turned freely, so that the coats are what crops share; rate and
-    momentum stay far from their usual ends, since a few thousand steps are no time to settle in.
+    momentum stay far from their usual ends, since a few hundred steps are no time to settle in.
     """
     return edit(
         narrow_vit(),
-        data=HERDS,
+        data=edit(HERDS, count=3000),
         backbone=ViT(size="tiny", patch=4, image_size=32, drop_path=0.0, width=96, heads=3, depth=3),
         method=dict(out_dim=256, head_hidden=256, head_bottleneck=64, momentum_end=0.99),
         views=MultiCrop(
