@@ -10,8 +10,10 @@ from tiny import CPU, RUN, edit, fit
 from dino.data.pictures import Pictures
 from dino.events import Evaluated, Started
 from dino.logs import read_metrics
+from dino.methods.dino import DINOConfig
 from dino.training import train
 
+assert isinstance(RUN.method, DINOConfig)
 LN_K = math.log(RUN.method.out_dim)
 
 LONGER = edit(
@@ -66,13 +68,14 @@ class Paints(Pictures):
         return (light[..., None] * paint).clip(0, 255).astype(np.uint8)
 
 
-def test_it_learns(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", ["centering", "sinkhorn"])
+def test_it_learns(tmp_path: Path, targets: str) -> None:
     """20-NN on held-back pictures: far above chance (25 %) and raw pixels, not below the untrained network,
     as a run is whose features fall together."""
     run = edit(
         LONGER,
         out=str(tmp_path / "run"),
-        method=dict(momentum=0.98),
+        method=dict(momentum=0.98, targets=targets),
         optim=dict(epochs=10, batch_size=16, lr=0.016, weight_decay_end=0.04),
         views=dict(
             saturation=0.0,

@@ -1,0 +1,136 @@
+"""DINO's switches as runs: resumed bit for bit, teachers that are what they are named, heads that train, learning."""
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CPU, RUN, differences, edit, fit, last, same_training
+
+from dino.data.views import Batch
+from dino.events import Logged, Started
+from dino.methods.dino import DINO, DINOConfig
+from dino.models.timm import Timm
+from dino.schedules import Clock
+from dino.training import Run, State, build_method, train, train_step
+
+CONVNET = Timm(name="resnet18", args=(("channels", "(8, 8, 8, 16)"), ("layers", "(1, 1, 1, 1)")))
+SHORT = edit(
+    RUN,
+    backbone=dict(width=24, depth=1, heads=2),
+    views=dict(local=1),
+    optim=dict(epochs=2),
+    method=dict(freeze_last_layer=0.4),
+)
+"""5 steps an epoch, 10 in all."""
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        dict(teacher="student", targets="sinkhorn"),
+        dict(teacher="previous-step", targets="batch-softmax", predictor=True),
+        dict(teacher="previous-epoch", targets="sinkhorn", head_norm="batch"),
+        dict(targets="none", loss="mse", predictor=True),
+        dict(targets="batch-softmax", sharpening=False, head_bottleneck=0, head_act="relu"),
+        dict(teacher_temp=0.0, warmup_teacher_temp_epochs=0, norm_last=False),
+    ],
+    ids=lambda method: ", ".join(map(str, method.values())),
+)
+def test_a_run_left_in_the_middle_of_an_epoch_ends_where_it_would_have(tmp_path: Path, method: dict) -> None:
+    """A teacher that is older than the student is in the checkpoint: here it differs from the student at step 7."""
+    whole = edit(SHORT, method=method, out=str(tmp_path / "whole"), save_minutes=60)
+    fit(whole)
+    part = edit(whole, out=str(tmp_path / "part"), save_minutes=0)
+    fit(part, until=8)
+    state = last(part)["method"]
+    names = [name for name in state if name.startswith("teacher.") and "weight_g" not in name]
+    apart = [name for name in names if not torch.equal(state[name], state[name.replace("teacher.", "student.", 1)])]
+    assert bool(apart) == (method.get("teacher") != "student")
+    fit(part, resume=True)
+    assert not same_training(part, whole)
+
+
+# -- teachers -----------------------------------------------------------------------------------------------
+
+
+def weights(method: DINO, which: str) -> dict[str, torch.Tensor]:
+    """Parameters and statistics of a network, without the predictor."""
+    network = {"teacher": method.teacher, "student": method.student}[which]
+    return {name: v.clone() for name, v in network.state_dict().items() if not name.startswith("predictor.")}
+
+
+def steps(run: Run) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """(steps taken, teacher, student) at the start and after every step."""
+    method = None
+    for event in train(run, CPU, run.data.open()):
+        if isinstance(event, Started | Logged):
+            method = event.method if isinstance(event, Started) else method
+            assert isinstance(method, DINO)
+            yield event.clock.step, weights(method, "teacher"), weights(method, "student")
+
+
+@pytest.fixture(params=["student", "previous-step", "previous-epoch"])
+def history(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, list, list]:
+    """A teacher's kind, the teacher and the student after 0, 1, ... 10 steps: a ConvNet with batch norm."""
+    method = dict(teacher=request.param, predictor=True, head_norm="batch")
+    run = edit(SHORT, backbone=CONVNET, method=method, out=str(tmp_path / "run"), save_minutes=60)
+    numbers, teachers, students = zip(*steps(run), strict=True)
+    assert numbers == tuple(range(11))
+    return request.param, list(teachers), list(students)
+
+
+def test_a_teacher_that_is_a_copy_is_the_student_of_then(history: tuple[str, list, list]) -> None:
+    """Now: equal after every step. A step ago: one behind. An epoch ago: still, but for the ends of epochs."""
+    kind, teachers, students = history
+    behind = {"student": lambda step: step, "previous-step": lambda step: step - 1}
+    then = behind.get(kind, lambda step: step // 5 * 5)
+    for step in range(1, 11):
+        assert not differences(alone(teachers[step]), alone(students[then(step)])), step
+        if step > 1:  # the first step's rate is 0
+            assert differences(alone(students[step]), alone(students[step - 1])), step  # or this would prove nothing
+        if kind != "previous-step" and then(step) == step:
+            assert not differences(teachers[step], students[step]), step  # the statistics too
+
+
+def alone(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the statistics of batch norm, which every forward pass moves."""
+    return {name: value for name, value in state.items() if "running" not in name and "num_batches" not in name}
+
+
+# -- heads (App. C) -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("norm", "act", "layers", "bottleneck"),
+    list(product(["none", "batch"], ["gelu", "relu"], [1, 2, 3, 4], [0, 8])),
+)
+def test_every_head_of_appendix_c_builds_and_trains(norm: Any, act: Any, layers: int, bottleneck: int) -> None:
+    """All of its parameters get a gradient, and steps on one batch bring it nearer to a teacher that stands still.
+
+    Without bottleneck and norm, a head of some layers says nearly the same of everything (deep ones fail in App. C):
+    it is at its teacher from the start.
+    """
+    settings = dict(head_norm=norm, head_act=act, head_layers=layers, head_bottleneck=bottleneck)
+    still = dict(momentum=1.0, center_momentum=1.0, freeze_last_layer=0, teacher_temp=0.04)
+    method = DINOConfig(out_dim=16, head_hidden=24, **settings, **still)  # pyright: ignore[reportArgumentType]
+    optim = dict(epochs=1, lr=0.1, min_lr=0.1, warmup_epochs=0, weight_decay=0.0, weight_decay_end=0.0)
+    run = edit(RUN, method=method, backbone=dict(width=12, depth=1, heads=1, drop_path=0.0), optim=optim)
+    dino = build_method(run)
+    assert isinstance(dino, DINO)
+    state = State(dino, run.optim.build(dino.trained), CPU.scaler())
+    generator = torch.Generator().manual_seed(0)
+    batch = Batch((torch.randn(2, 6, 3, 16, 16, generator=generator), torch.randn(1, 6, 3, 8, 8, generator=generator)))
+    dino(batch, Clock(0, 30, 1)).loss.backward()
+    for name, parameter in dino.student.head.named_parameters():
+        if parameter.requires_grad and not (norm == "batch" and name.endswith("bias")):
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
+    kl = [float(train_step(state, dino, batch, Clock(i, 30, 1), run, CPU)["kl"]) for i in range(30)]
+    if kl[0] < 0.01:
+        assert (norm, bottleneck) == ("none", 0)
+        assert layers > 1
+    else:
+        assert kl[-1] <= 0.8 * kl[0], kl
