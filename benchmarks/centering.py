@@ -99,7 +99,7 @@ def draw_batch(path: Path, seed: int = 79) -> None:
     for axis, (title, values) in zip(axes.flat, panels, strict=True):
         for channel in range(len(MEANS)):
             places = torch.arange(BATCH) + 0.16 * (channel - 2)
-            axis.bar(places, values[:, channel], 0.15, color=COLOURS[channel], label=NAMES[channel])
+            axis.bar(places.numpy(), values[:, channel].numpy(), 0.15, color=COLOURS[channel], label=NAMES[channel])
         axis.set(title=title, xticks=range(BATCH), xticklabels=[f"picture {i + 1}" for i in range(BATCH)])
         _plain(axis)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
@@ -130,7 +130,9 @@ def draw_study(found: dict, path: Path) -> None:
     middle.legend(frameon=False, fontsize=8)
     for colour, (momentum, values) in zip(COLOURS, found["lag"].items(), strict=False):
         smooth = torch.tensor(values).unfold(0, 20, 20).mean(1)
-        right.plot(torch.arange(len(smooth)) * 20 + 10, smooth, color=colour, label=f"m = {momentum:g}")
+        right.plot(
+            [20 * place + 10 for place in range(len(smooth))], smooth.tolist(), color=colour, label=f"m = {momentum:g}"
+        )
     right.set(title="share of the high channel, 6 ± 1", xlabel="batches", ylim=(0, 1))
     right.legend(frameon=False, fontsize=8)
     for axis in (left, middle, right):

@@ -2,15 +2,16 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from tiny import CPU, RUN, Run, edit
 
-from dino import checkpoint
+from dino import checkpoint, load
 from dino.analysis.advice import advise, foresee, milder
 from dino.analysis.health import LINES, Monitor
+from dino.analysis.vital_signs import read_said
 from dino.config import differences
 from dino.data.augment import Augment
 from dino.data.scenes import Scenes
@@ -22,10 +23,11 @@ from dino.methods.moco import MoCoConfig
 from dino.methods.supervised import SupervisedConfig
 from dino.presets import paper
 from dino.presets.small import demo, narrow_vit, small, small_vit, vit_tiny
-from dino.session.guard import MARGIN
+from dino.schedules import Clock
+from dino.session import guard
 from dino.session.training import run_session
 from dino.terminal import Terminal
-from dino.training import train
+from dino.training import build_method, read_run, train
 
 DULL = edit(
     RUN,
@@ -88,7 +90,7 @@ def test_each_collapse_is_named_with_what_to_turn(tmp_path: Path, run: Run, name
 def test_a_loss_that_leaves_is_divergence_with_and_without_prototypes(tmp_path: Path) -> None:
     """Supervised learning with steps far too long: the loss rises, or soon it is no number."""
     learned = edit(HEALTHY, method=SupervisedConfig(), views=Augment(size=32))
-    assert "Divergence" in said(edit(learned, optim=dict(WILD, lr=10.0)), tmp_path, until="Divergence")
+    assert "Divergence" in said(edit(learned, optim=dict(WILD, lr=60.0)), tmp_path, until="Divergence")
     with pytest.raises(Diverged):
         said(edit(learned, optim=dict(WILD, lr=1e4)), tmp_path)
     (finding,) = Monitor(64).see({"step": 40, "loss": math.nan})
@@ -183,23 +185,91 @@ def test_stop_ends_at_the_collapse_and_says_so(tmp_path: Path, capsys: pytest.Ca
 def test_rollback_goes_on_from_the_last_healthy_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rate rises until the features fall together; then once more with half of it, which is still too much."""
-    monkeypatch.setattr("dino.session.guard.ROLLBACKS", 1)
-    wild = dict(WILD, lr=60.0, warmup_epochs=8, min_lr=0.0)
-    run = edit(HEALTHY, optim=wild, on_collapse="rollback", save_minutes=0, out=str(tmp_path / "run"))
-    outcome, out = session(run, capsys)
-    assert "the last healthy checkpoint; it goes on with --optim.lr 30 (was 60)" in out
+    """In the second epoch the teacher's temperature is 2, and everything uniform; then 1.5, which is still too much. A
+    checkpoint is trusted soon, so that few steps do."""
+    monkeypatch.setattr(guard, "MARGIN", 3)
+    monkeypatch.setattr(guard, "ROLLBACKS", 1)
+    hot = dict(teacher_temp=2.0, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=2)
+    run = edit(HEALTHY, data=dict(count=160), method=hot, optim=dict(epochs=2, batch_size=4), save_minutes=0)
+    outcome, out = session(edit(run, on_collapse="rollback", out=str(tmp_path / "run")), capsys)
+    assert "the last healthy checkpoint; it goes on with" in out
+    assert "--optim.lr 0.015 (was 0.03)" in out
+    assert "--method.teacher-temp 1.5 (was 2)" in out
     assert "after 1 times it ends here" in out
     assert not outcome.finished
-    saved = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
-    assert saved["step"] == outcome.clock.step
-    assert saved["run"]["optim"]["lr"] in (60.0, 30.0)
-    assert (tmp_path / "run/checkpoints/healthy.pt").is_file()
-    kept = torch.load(tmp_path / "run/checkpoints/healthy.pt", weights_only=True)
-    assert kept["step"] == saved["step"]
-    assert saved["step"] + MARGIN < outcome_step(out)
+    collapsed = [int(text.split()[0]) for text in out.split("Back from step ")[1:]]
+    back = [int(text.split(",")[0]) for text in out.split(" to step ")[1:]]
+    assert all(25 < good < 40 < bad < 60 for good, bad in zip(back, collapsed, strict=True))
+    saved, kept = (checkpoint.load(tmp_path / f"run/checkpoints/{name}.pt") for name in ("last", "healthy"))
+    assert saved["step"] == kept["step"] == outcome.clock.step == back[-1]
+    exported = load(tmp_path / "run").state_dict()  # the healthy one's, not the collapsed
+    own = {name.removeprefix("teacher.backbone."): value for name, value in saved["method"].items()}
+    assert all(torch.equal(value, own[name]) for name, value in exported.items())
+    assert read_run(tmp_path / "run").method.teacher_temp == 1.5  # pyright: ignore[reportAttributeAccessIssue]
+    assert [row["step"] for row in read_said(tmp_path / "run") if "Back from" in row["said"]] == collapsed
 
 
-def outcome_step(out: str) -> int:
-    """The step at which it collapsed last."""
-    return int(out.rsplit("Back from step ", 1)[1].split()[0])
+class Line(NamedTuple):
+    """A healthy line, or one at ln K."""
+
+    loss: float
+    teacher_entropy: float
+    kl: float = 1.0
+    marginal_entropy: float = 4.0
+
+
+GOOD, BAD = Line(3.0, 2.0), Line(math.log(64), math.log(64), 0.0, math.log(64))
+
+
+def guarded_run(tmp_path: Path, **changes: Any) -> tuple[guard.Guard, Started]:
+    run = edit(HEALTHY, out=str(tmp_path / "run"), **changes)
+    started = Started(Clock(0, 10, 100), build_method(run), run.data.open(), None, {})
+    watching = guard.Guard(run, Terminal(quiet=True), is_main=True)
+    watching.begin(started)
+    return watching, started
+
+
+def feed(watching: guard.Guard, steps: range, line: Line, *, save_at: int = -1) -> list[int]:
+    """The steps at which training was to end; a checkpoint of that step is saved after the line of `save_at`."""
+    ended = []
+    for step in steps:
+        if watching.line(Logged(Clock(step, 10, 100), line._asdict())):
+            ended.append(step)
+        if step == save_at:
+            run = watching.run
+            saved = {"run": {}, "step": step, "method": {}, "optimizer": {}, "scaler": {}, "best": {}, "data": ""}
+            checkpoint.save(Path(run.out) / "checkpoints/last.pt", saved)  # pyright: ignore[reportArgumentType]
+    return ended
+
+
+def test_a_collapse_that_passes_stops_nothing(tmp_path: Path) -> None:
+    watching, _ = guarded_run(tmp_path, on_collapse="stop")
+    assert feed(watching, range(1, 60), GOOD) == []
+    assert feed(watching, range(60, 60 + 2 * LINES - 2), BAD) == []  # the mean of lines sees it at the last LINES - 1
+    assert feed(watching, range(80, 100), GOOD) == []
+    assert feed(watching, range(100, 120), BAD)
+
+
+def test_a_checkpoint_counts_once_healthy_lines_have_followed(tmp_path: Path) -> None:
+    """One saved shortly before the collapse shows is not trusted; the one before it is."""
+    watching, _ = guarded_run(tmp_path, on_collapse="rollback")
+    feed(watching, range(1, 50), GOOD, save_at=40)
+    assert not (tmp_path / "run/checkpoints/healthy.pt").exists()
+    feed(watching, range(50, 60), GOOD, save_at=55)
+    feed(watching, range(60, 62), GOOD, save_at=60)
+    ended = feed(watching, range(62, 80), BAD, save_at=70)
+    assert ended
+    watching.step = ended[0]
+    verdict = watching.verdict(None)
+    assert verdict is not None
+    assert verdict.back_to == 40
+    assert verdict.run is not None
+    assert verdict.run.optim.lr == watching.run.optim.lr == HEALTHY.optim.lr / 2
+
+
+def test_without_a_healthy_checkpoint_it_ends(tmp_path: Path) -> None:
+    watching, _ = guarded_run(tmp_path, on_collapse="rollback")
+    assert feed(watching, range(1, 80), BAD)
+    verdict = watching.verdict(None)
+    assert verdict is not None
+    assert verdict.run is verdict.back_to is None

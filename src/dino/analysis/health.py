@@ -60,6 +60,10 @@ class Monitor:
         self._first_loss, self._lowest_loss, self._highest_rank = math.nan, math.inf, 0.0
         self._taken, self._since = 0.0, None  # share of the student that the teacher took on, and from which step on
 
+    def judges(self, step: int) -> bool:
+        """Whether the first part of the run is over, in which only what has no excuse is named."""
+        return step >= self._grace
+
     def see(self, row: Mapping[str, Any]) -> list[Finding]:
         """The findings that stand after this line, the gravest first. A number that is none is None or NaN in it."""
         if "loss" not in row:
@@ -75,7 +79,7 @@ class Monitor:
         if math.isnan(self._first_loss):
             self._first_loss = now["loss"]
         found = self._risen(now)
-        if step >= self._grace:
+        if self.judges(step):
             found += [*self._outputs(now), *self._features(now), *self._teacher(step, now)]
         self._lowest_loss = min(self._lowest_loss, now["loss"])
         self._highest_rank = max(self._highest_rank, now.get("feature_rank", 0.0))

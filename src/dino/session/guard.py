@@ -86,7 +86,8 @@ class Guard:
             for finding in found:
                 self._say(event.clock, finding)
             grave = next((finding for finding in found if finding.grave), None)
-            self._keep(healthy=grave is None)
+            if self.run.on_collapse == "rollback" and self.monitor.judges(self.step):
+                self._keep(healthy=grave is None)
             self._standing = 0 if grave is None else self._standing + 1
         if self.run.on_collapse == "warn":
             return False
@@ -132,8 +133,6 @@ class Guard:
 
     def _keep(self, *, healthy: bool) -> None:
         """A checkpoint that training saved becomes the healthy one once `MARGIN` healthy lines have followed."""
-        if self.run.on_collapse != "rollback":
-            return
         self._lines += 1
         if not healthy:
             self._pending.unlink(missing_ok=True)
