@@ -211,6 +211,7 @@ def test_the_page_tells_ours_beside_the_papers_and_what_is_missing(study: Study)
     assert "raw pixels 30.0 %" in text
     assert "&lt;a processor&gt;" in text
     assert "ln K 6.93" in text
+    assert '<td class="paper">100.0</td>' in text
     assert "method.sharpening False (base True)" in text
     assert "http" not in text.replace("http-equiv", ""), "the page fetches nothing"
 

@@ -92,7 +92,10 @@ def spread_words(spread: Spread | None, figure: Figure) -> str:
 
 
 def paper_words(row: Row, figure: Figure) -> str:
-    return f"{row.paper[figure.name]:g}" if figure.name in row.paper else "–"
+    if figure.name not in row.paper:
+        return "–"
+    value = row.paper[figure.name]
+    return f"{value:.{figure.digits}f}" if figure.unit == "%" else f"{value:g}"
 
 
 def floors(study: Study) -> dict[str, float]:

@@ -229,6 +229,8 @@ def _show_rows(study: Any, cells: list, terminal: Terminal) -> None:
 
 def show(study: Any, terminal: Terminal) -> None:
     """The table as it stands, in the terminal."""
+    from dino.analysis.study_page import paper_words, spread_words
+
     figures = study.table.figures
     rows = []
     for row in study.table.rows:
@@ -236,18 +238,10 @@ def show(study: Any, terminal: Terminal) -> None:
         state = ", ".join(sorted({cell.state for cell in cells} - {"done"})) or ("" if cells else "not run")
         found = []
         for figure in figures:
-            paper = f"{row.paper[figure.name]:g}" if figure.name in row.paper else "-"
-            found += [spread_text(study.spread(row, figure.name), figure.digits), paper]
+            found += [spread_words(study.spread(row, figure.name), figure), paper_words(row, figure)]
         rows.append((row.name, row.what, *found, state))
     columns = [text for figure in figures for text in (f"{figure.title}, {figure.unit}", "paper")]
     terminal.table("", ("row", "", *columns, ""), rows)
-
-
-def spread_text(spread: Any, digits: int) -> str:
-    if spread is None:
-        return "-"
-    mean = f"{spread.mean:.{digits}f}"
-    return mean if spread.n == 1 else f"{mean} ({spread.low:.{digits}f} to {spread.high:.{digits}f}, n {spread.n})"
 
 
 def told(study: Any) -> dict[str, Any]:
