@@ -56,7 +56,9 @@ def test_a_queue_is_a_part_of_what_is_saved(tmp_path: Path) -> None:
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-4, atol=2e-5)
+    """Up to rounding, which ten batch norms over 16 small pictures make 1.4e-4 of on some threads; a still one differs by far
+    more."""
+    return torch.allclose(one, other, rtol=1e-4, atol=5e-4)
 
 
 def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
