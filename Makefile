@@ -21,7 +21,7 @@ help:
 
 demo: .venv/ready
 	rm -rf runs/demo
-	$(BIN)/dino train --preset demo --minutes 4.5 --out runs/demo
+	$(BIN)/dino train --preset demo --out runs/demo
 	$(BIN)/dino eval knn runs/demo herds herds
 	@echo "The report: $(CURDIR)/runs/demo/report.html"
 

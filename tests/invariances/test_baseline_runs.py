@@ -56,7 +56,7 @@ def test_a_queue_is_a_part_of_what_is_saved(tmp_path: Path) -> None:
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Up to rounding, of which batch norms over 16 small pictures make 1.4e-4; a run that stood still differs by more."""
+    """Up to rounding, of which batch norms over 16 small pictures make 1.4e-4; one that stood still differs by more."""
     return torch.allclose(one, other, rtol=1e-4, atol=5e-4)
 
 
