@@ -22,8 +22,8 @@ from dino.training import Run
 def small() -> Run:
     """A ResNet-10 of half the width on small crops; `dino train` starts from it on a CPU.
 
-    On 6,500 photos of ten classes (Imagenette at 128 px), from nothing, one core: 20-NN accuracy 44 % after 30
-    minutes and 49 % after 40; random weights 26 %, raw pixels 36 %. Batch norm in the head makes the teacher's answers
+    On 6,500 photos of ten classes (Imagenette at 128 px), from nothing, one thread: 20-NN accuracy 52 % after 30
+    minutes, 62 % after 60, 65 % after 110; random weights 26 %, raw pixels 36 %. Batch norm in the head makes the teacher's answers
     differ from the first step on; at momentum 0.97 it passes on within a hundred steps what the student learns.
     """
     return Run(
@@ -72,7 +72,10 @@ def small_vit() -> Run:
 
 
 def narrow_vit() -> Run:
-    """A ViT of 4 blocks, 128 wide, patches of 8 on crops of 48: attention maps from a CPU, at the ConvNet's cost."""
+    """A ViT of 4 blocks, 128 wide, patches of 8 on crops of 48: attention maps from a CPU, at the ConvNet's cost.
+
+    On the same photos and from less than one core: 37 % after 30 minutes and 40 % after 50; random weights 29 %.
+    """
     return edit(
         small(),
         backbone=ViT(size="tiny", patch=8, image_size=48, drop_path=0.0, width=128, heads=4, depth=4),
