@@ -23,8 +23,9 @@ def small() -> Run:
     """A ResNet-10 of half the width on small crops; `dino train` starts from it on a CPU.
 
     On 6,500 photos of ten classes (Imagenette at 128 px), from nothing, one thread: 20-NN accuracy 52 % after 30
-    minutes, 62 % after 60, 65 % after 110; random weights 26 %, raw pixels 36 %. Batch norm in the head makes the teacher's answers
-    differ from the first step on; at momentum 0.97 it passes on within a hundred steps what the student learns.
+    minutes, 62 % after 60, 65 % after 110; random weights 26 %, raw pixels 36 %. Batch norm in the head makes the
+    teacher's answers differ from the first step on; at momentum 0.97 it passes on within a hundred steps what the
+    student learns.
     """
     return Run(
         backbone=Timm(name="resnet18", args=(("channels", "(32, 64, 128, 256)"), ("layers", "(1, 1, 1, 1)"))),
