@@ -8,7 +8,7 @@ class UserError(Exception):
     """A message for the person at the keyboard: what was expected, what came, and what to do about it."""
 
 
-class Diverged(UserError):
+class Diverged(UserError):  # noqa: N818 - named by what happened
     """The loss stopped being a number: what was trained since the last checkpoint is lost."""
 
 
