@@ -39,7 +39,7 @@ from dino.schedules import Clock
 from dino.training import Run, State, build_method, train_step
 from dino.vitals import Vitals
 
-NETWORKS = {"vits16": "vits16", "vit_tiny": "vit-tiny", "small": "small", "demo": "demo"}
+NETWORKS = {"vits16": "vits16", "vit_tiny": "dino.presets.small:vit_tiny", "small": "small", "demo": "demo"}
 """By name: the preset whose network, crops and K they are."""
 CLOCK = Clock(1, 100, 100)
 

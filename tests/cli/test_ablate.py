@@ -55,9 +55,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(place, process):
-    """A row of 30 epochs that SIGTERM stopped: (exit code, what was said)."""
+    """A row of 12 epochs that SIGTERM stopped: (exit code, what was said)."""
     row = place / ROOT / "table9/small/8/seed0"
-    with process(*LINE, "--only", "8", "--epochs", "60", cwd=place) as running:
+    with process(*LINE, "--only", "8", "--epochs", "24", cwd=place) as running:
         until = time.monotonic() + 270
         while running.poll() is None and time.monotonic() < until:
             if len([line for line in read_metrics(row) if "loss" in line]) >= 2:
@@ -74,7 +74,7 @@ def test_a_table_goes_on_where_it_stopped_and_survives_a_row_that_fails(stopped,
     assert "8: stopped" in said
     row = place / ROOT / "table9/small/8/seed0"
     before = [line["step"] for line in read_metrics(row) if "loss" in line]
-    assert 2 <= len(before) < 150
+    assert 2 <= len(before) < 60
 
     monkeypatch.chdir(place)
     monkeypatch.syspath_prepend(str(place))
@@ -87,7 +87,7 @@ def test_a_table_goes_on_where_it_stopped_and_survives_a_row_that_fails(stopped,
     assert rows["512"]["runs"][0]["state"] == "failed"
     assert "batch" in rows["512"]["runs"][0]["error"]
     steps = [line["step"] for line in read_metrics(row) if "loss" in line]
-    assert steps == list(range(1, 151)), "30 epochs of 5 steps, none twice"
+    assert steps == list(range(1, 61)), "12 epochs of 5 steps, none twice"
     assert f"Going on at step {before[-1]}" in (row / "log.txt").read_text()
 
     ran = dino("report", "table9", "--markdown", "docs", "--json")
@@ -97,7 +97,7 @@ def test_a_table_goes_on_where_it_stopped_and_survives_a_row_that_fails(stopped,
 
     ran = dino(*LINE, "--only", "8", "--epochs", "6")
     assert ran.code == 2
-    assert "--optim.epochs is 60 there, got 6" in ran.err
+    assert "--optim.epochs is 24 there, got 6" in ran.err
     ran = dino("ablate", "table9", "--data", "scenes", "--preset", "small")
     assert ran.code == 2
     assert "rows of other pictures: 44 there, 2,000 here" in ran.err
