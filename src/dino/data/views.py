@@ -57,6 +57,24 @@ class Views(Protocol):
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]: ...
 
 
+class Draw(NamedTuple):
+    """All that chance decides of one view; what it takes to make the view of the picture."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+    factors: tuple[float, float, float, float]
+    """Of brightness, contrast and saturation, and the turn of the hue; they count where they are in `order`."""
+    order: tuple[int, ...]
+    """The colour changes by their number in CHANGES; empty without jitter."""
+    gray: bool
+    sigma: float
+    """Of the blur; 0 without."""
+    solarize: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class MultiCrop:
     """The authors' augmentation: two global views and `local` local ones, each cropped, flipped, coloured,
@@ -145,38 +163,45 @@ class MultiCrop:
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """uint8 RGB [H, W, 3] -> 2 global views [S, S, 3], then the local ones [s, s, 3]; all draws come
         from rng."""
-        kinds = [(0, self.global_size, self.global_scale), (1, self.global_size, self.global_scale)]
-        kinds += [(2, self.local_size, self.local_scale)] * self.local
-        return [self._view(image, kind, size, scale, rng) for kind, size, scale in kinds]
+        sides = [side for number, side in self.stacks for _ in range(number)]
+        draws = self.draw(image.shape[0], image.shape[1], rng)
+        return [self._view(image, draw, side) for draw, side in zip(draws, sides, strict=True)]
 
-    def _view(
-        self, image: np.ndarray, kind: int, size: int, scale: tuple[float, float], rng: np.random.Generator
-    ) -> np.ndarray:
-        top, left, height, width = crop_box(image.shape[0], image.shape[1], scale, self.ratio, rng)
-        view = resize(image[top : top + height, left : left + width], size, size)
-        if rng.random() < self.flip:
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> list[Draw]:
+        """All that chance decides of the views of a picture of this size, which is not looked at; in their order."""
+        scales = [self.global_scale] * 2 + [self.local_scale] * self.local
+        return [self._draw(height, width, min(n, 2), scale, rng) for n, scale in enumerate(scales)]
+
+    def _draw(self, height: int, width: int, kind: int, scale: tuple[float, float], rng: np.random.Generator) -> Draw:
+        box = crop_box(height, width, scale, self.ratio, rng)
+        flip = rng.random() < self.flip
+        jitter = rng.random() < self.jitter
+        factors, order = self._jitter(rng) if jitter else ((1.0, 1.0, 1.0, 0.0), ())
+        gray = rng.random() < self.gray
+        sigma = _uniform(rng, *self.blur_sigma) if rng.random() < self.blur[kind] else 0.0
+        return Draw(*box, flip, factors, order, gray, sigma, solarize=rng.random() < self.solarize[kind])
+
+    def _jitter(self, rng: np.random.Generator) -> tuple[tuple[float, float, float, float], tuple[int, ...]]:
+        """The factor of each of the four colour changes, and their order."""
+        brightness = _uniform(rng, max(0.0, 1 - self.brightness), 1 + self.brightness)
+        contrast = _uniform(rng, max(0.0, 1 - self.contrast), 1 + self.contrast)
+        saturation = _uniform(rng, max(0.0, 1 - self.saturation), 1 + self.saturation)
+        hue = _uniform(rng, -self.hue, self.hue)
+        return (brightness, contrast, saturation, hue), tuple(rng.permutation(4).tolist())
+
+    def _view(self, image: np.ndarray, draw: Draw, size: int) -> np.ndarray:
+        view = image[draw.top : draw.top + draw.height, draw.left : draw.left + draw.width]
+        view = resize(view, size, size)
+        if draw.flip:
             view = cv2.flip(view, 1)
-        if rng.random() < self.jitter:
-            view = self._jitter(view, rng)
-        if rng.random() < self.gray:
+        for which in draw.order:
+            view = CHANGES[which](view, draw.factors[which])
+        if draw.gray:
             view = gray(view)
-        if rng.random() < self.blur[kind]:
-            view = blur(view, _uniform(rng, *self.blur_sigma))
-        if rng.random() < self.solarize[kind]:
+        if draw.sigma:
+            view = blur(view, draw.sigma)
+        if draw.solarize:
             view = solarize(view, self.solarize_threshold)
-        return view
-
-    def _jitter(self, view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The four colour changes, each by a factor of its own, in a random order."""
-        changes = (
-            (adjust_brightness, _uniform(rng, max(0.0, 1 - self.brightness), 1 + self.brightness)),
-            (adjust_contrast, _uniform(rng, max(0.0, 1 - self.contrast), 1 + self.contrast)),
-            (adjust_saturation, _uniform(rng, max(0.0, 1 - self.saturation), 1 + self.saturation)),
-            (adjust_hue, _uniform(rng, -self.hue, self.hue)),
-        )
-        for which in rng.permutation(4):
-            change, factor = changes[which]
-            view = change(view, factor)
         return view
 
 
@@ -258,6 +283,10 @@ def adjust_hue(view: np.ndarray, turn: float) -> np.ndarray:
     hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)
     hsv[..., 0] += np.uint8(int(turn * 255) % 256)  # wraps around
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+CHANGES = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+"""The colour changes of the jitter, in the order of their factors."""
 
 
 def gray(view: np.ndarray) -> np.ndarray:
