@@ -12,6 +12,7 @@ or an animated WebP gives its first frame; EXIF's orientation is applied.
 """
 
 import contextlib
+import io
 import os
 import stat
 import struct
@@ -76,17 +77,17 @@ class _Header:
     orientation: int = 1  # EXIF's 1 ... 8
 
 
-def probe(path: str | os.PathLike) -> tuple[int, int]:
+def probe(path: str | os.PathLike, data: bytes | None = None) -> tuple[int, int]:
     """(width, height) as `decode` will give them, from the header and the file's structure; raises
     BadImage."""
-    with _reasons(path), _open(path) as file:
+    with _reasons(path), _open(path, data) as file:
         header = _header(file)
     return (header.height, header.width) if header.orientation >= 5 else (header.width, header.height)
 
 
-def decode(path: str | os.PathLike) -> np.ndarray:
-    """uint8 RGB [height, width, 3]; raises BadImage."""
-    with _reasons(path), _open(path) as file:
+def decode(path: str | os.PathLike, data: bytes | None = None) -> np.ndarray:
+    """uint8 RGB [height, width, 3]; raises BadImage. `data`: the file's bytes, where they were read already."""
+    with _reasons(path), _open(path, data) as file:
         header = _header(file)
         file.seek(0)
         if header.plain:
@@ -114,7 +115,10 @@ def _reasons(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _open(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def _open(path: str | os.PathLike, data: bytes | None) -> Iterator[BinaryIO]:
+    if data is not None:
+        yield io.BytesIO(data)
+        return
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise _Bad("not a regular file")
     with Path(path).open("rb") as file:
@@ -122,7 +126,8 @@ def _open(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def _header(file: BinaryIO) -> _Header:
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     if size == 0:
         raise _Bad("empty file")
     start = file.read(16)

@@ -4,7 +4,7 @@ fatal."""
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,9 @@ class Folder:
             raise UserError(
                 f"{self.path} is a file: expected a folder of pictures. Give the folder that holds it: {root.parent}"
             )
-        found, skipped, ignored = _walk(root)
+        skipped: list[Skipped] = []
+        ignored: Counter[str] = Counter()
+        found = sorted(walk(root, skipped, ignored), key=os.fsencode)
         with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:  # waiting for disks, mostly
             sizes: list[tuple[int, int]] = []
             files: list[str] = []
@@ -101,14 +103,33 @@ class FolderPictures(Pictures):
 
 def class_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
     """(labels [N], classes) by the rule of FolderPictures; (None, []) where it finds no class folders."""
-    parts = [name.split("/") for name in names]
-    if all(len(p) > 2 and p[0].lower() in SPLITS for p in parts):
-        parts = [p[1:] for p in parts]
-    classes = sorted({p[0] for p in parts})
-    if len(classes) < 2 or any(len(p) < 2 for p in parts) or SPLITS.issuperset(c.lower() for c in classes):
-        return None, []
+    level, classes = class_level(names)
+    return (labels_of(names, level, classes) if classes else None), classes
+
+
+def class_level(names: Iterable[str]) -> tuple[int, list[str]]:
+    """(which part of the path is a picture's class, all classes); no classes where there are no class folders."""
+    first: set[str] = set()
+    second: set[str] = set()
+    in_splits = True
+    for name in names:
+        parts = name.split("/")
+        if len(parts) < 2:
+            return 0, []
+        in_splits = in_splits and len(parts) > 2 and parts[0].lower() in SPLITS
+        first.add(parts[0])
+        if in_splits:
+            second.add(parts[1])
+    classes = sorted(second if in_splits else first)
+    if len(classes) < 2 or SPLITS.issuperset(c.lower() for c in classes):
+        return 0, []
+    return int(in_splits), classes
+
+
+def labels_of(names: Sequence[str], level: int, classes: Sequence[str]) -> np.ndarray:
+    """[N] int64: the number of each picture's class."""
     number = {name: i for i, name in enumerate(classes)}
-    return np.array([number[p[0]] for p in parts], dtype=np.int64), classes
+    return np.fromiter((number[name.split("/")[level]] for name in names), np.int64, len(names))
 
 
 def printable(file: str, root: Path) -> str:
@@ -125,39 +146,37 @@ def _look(file: str) -> tuple[int, int] | str:
         return bad.reason
 
 
-def _walk(root: Path) -> tuple[list[str], list[Skipped], Counter[str]]:
-    """(files named like pictures, sorted; folders that cannot be listed; how many other files there are).
+def walk(root: Path, skipped: list[Skipped], ignored: Counter[str]) -> Iterator[str]:
+    """The files named like pictures, in no order. Folders that cannot be listed are added to `skipped`, and how many
+    other files there are to `ignored`.
 
     Each real folder is entered once, however many links lead to it: a link back up is no loop. Links to
     folders wait until the real folders are done, so that a picture has the same name whether or not a link
     to it exists.
     """
-    files: list[str] = []
-    skipped: list[Skipped] = []
-    ignored: Counter[str] = Counter()
     seen: set[tuple[int, int]] = set()
     folders, links = [str(root)], []
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
+        below: list[os.DirEntry[str]] = []
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            entries = sorted(_entries(folder), key=lambda entry: entry.name)
+            for entry in _entries(folder):
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    ignored["hidden"] += 1
+                elif entry.is_dir():
+                    below.append(entry)
+                elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+                    yield entry.path
+                else:
+                    ignored["other"] += 1
         except OSError as error:
             skipped.append(Skipped(printable(folder, root), f"the folder cannot be listed: {error.strerror}"))
-            continue
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                ignored["hidden"] += 1
-            elif entry.is_dir():
-                (links if entry.is_symlink() else folders).append(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-                files.append(entry.path)
-            else:
-                ignored["other"] += 1
-    return sorted(files, key=os.fsencode), skipped, ignored
+        for entry in sorted(below, key=lambda entry: entry.name):
+            (links if entry.is_symlink() else folders).append(entry.path)
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
