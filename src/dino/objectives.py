@@ -80,11 +80,21 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
     ranks, and each picture's row by its sum. Rows end as distributions, columns near B / K. Each view is spread on its
     own. Computed in logarithms: no logit is too large or too small.
     """
-    log_q = logits.float() / temperature
+    return P(logits, temperature, sinkhorn_center(logits, temperature, iterations))
+
+
+def sinkhorn_center(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """The center with which Eq. 1 gives `sinkhorn_knopp`'s targets, [..., B, K] -> [..., 1, K].
+
+    A picture's row is divided by a number of its own, as any softmax does; what is left of the columns' divisions is
+    one number for each prototype: centering, with a center that is this batch's alone.
+    """
+    scaled = logits.float() / temperature
+    center, log_q = torch.zeros_like(scaled[..., :1, :]), scaled
     for _ in range(iterations):
-        log_q = log_q - _log_total_exp(log_q)
-        log_q = torch.log_softmax(log_q, dim=-1)
-    return log_q.exp()
+        center = center + _log_total_exp(log_q)
+        log_q = torch.log_softmax(scaled - center, dim=-1)
+    return center * temperature
 
 
 def softmax_over_batch(logits: Tensor, temperature: float) -> Tensor:

@@ -1,6 +1,6 @@
 """DINO: self-distillation with no labels (Caron et al., 2021, Sec. 3.1, Fig. 2, Algorithm 1)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -10,20 +10,11 @@ from torch import Tensor, nn
 from dino import dist
 from dino.data.views import Batch
 from dino.errors import UserError
+from dino.methods import distillation
 from dino.methods.method import Method, MethodConfig, Outputs, Start, relative_distance
 from dino.models.backbone import Backbone
 from dino.models.heads import DINOHead, Network, Predictor
-from dino.objectives import (
-    H_over_pairs,
-    P,
-    byol_loss,
-    h,
-    log_P,
-    momentum_update,
-    sinkhorn_knopp,
-    softmax_over_batch,
-    update_center,
-)
+from dino.objectives import h, momentum_update, update_center
 from dino.schedules import Clock, Constant, Cosine, EpochRamp, Schedule
 
 
@@ -145,6 +136,15 @@ class Carry(NamedTuple):
     count: Tensor
 
 
+class Taught(NamedTuple):
+    """The teacher's side of a batch, or of a part of it."""
+
+    teacher: Tensor
+    """[G, B, d], what enters its last layer."""
+    center: Tensor
+    """[K] or [G, 1, K]; of the whole batch."""
+
+
 class DINO(Method):
     """A student that learns to predict, from every view, what its own slow average says of the global views.
 
@@ -154,6 +154,8 @@ class DINO(Method):
     """
 
     center: Tensor
+    distil = staticmethod(distillation.distil)  # the runtime may put fast twins in place of these two
+    spread = staticmethod(distillation.spread)
 
     def __init__(self, student: Network, teacher: Network, config: DINOConfig) -> None:
         super().__init__()
@@ -166,37 +168,50 @@ class DINO(Method):
         self._momentum = config.momentum_schedule()
         self._teacher_temp = config.teacher_temp_schedule()
 
-    def forward(self, batch: Batch, clock: Clock) -> Outputs:
+    def forward(self, batch: Batch, clock: Clock, ahead: "Taught | None" = None) -> Outputs:
         """Algorithm 1, the loss: the teacher sees the two global views, the student all of them."""
-        with torch.no_grad():
-            teacher = self.teacher(batch.views[:1])  # [G, B, K]
-            carry = Carry(teacher.float().sum((0, 1)), torch.full((), teacher.shape[0] * teacher.shape[1]))
-        student = self.student(batch.views)  # [V, B, K]
-        if self.config.loss == "mse":
-            loss = byol_loss(student, teacher.float() - self.center)  # centered, and at unit length: no temperature
-            return Outputs(loss, carry, {"loss": loss.detach()})
-        targets = self._targets(teacher, self._teacher_temp(clock))
-        loss = H_over_pairs(targets, log_P(student, self.config.student_temp))
-        entropy, shares = h(targets).mean(), targets.mean((0, 1))
-        metrics = {
-            "loss": loss.detach(),
-            "teacher_entropy": entropy,
-            "kl": loss.detach() - entropy,  # Eq. 5: every teacher view is in V - 1 pairs, so means subtract
-            "marginal_entropy": h(shares),
-            "prototypes_used": shares,
-        }
-        return Outputs(loss, carry, metrics)
+        taught = ahead if ahead is not None else self.look_ahead([batch], clock)[0]
+        found = self.distil(
+            _embed(self.student, batch.views),
+            taught.teacher,
+            _outputs_of(self.student),
+            _outputs_of(self.teacher),
+            center=taught.center,
+            loss=self.config.loss,
+            student_temp=self.config.student_temp,
+            teacher_temp=self._teacher_temp(clock),
+        )
+        views, batch_size = taught.teacher.shape[:2]
+        carry = Carry(found.logits, torch.full((), views * batch_size))
+        metrics = {"loss": found.loss.detach()}
+        if found.entropy is not None and found.shares is not None:
+            metrics |= {
+                "teacher_entropy": found.entropy,
+                "kl": found.loss.detach() - found.entropy,  # Eq. 5: a teacher view is in V - 1 pairs, so means subtract
+                "marginal_entropy": h(found.shares),
+                "prototypes_used": found.shares,
+            }
+        return Outputs(found.loss, carry, metrics)
 
     @torch.no_grad()
-    def _targets(self, teacher: Tensor, temperature: float) -> Tensor:
-        """What the student is to predict of the teacher's outputs, [G, B, K] -> [G, B, K]."""
+    def look_ahead(self, parts: Sequence[Batch], clock: Clock) -> list["Taught"]:
+        """What the teacher makes of the global views, and the center of the whole batch, for each of its parts."""
+        seen = [_embed(self.teacher, part.views[:1]) for part in parts]
+        center = self._center_of(torch.cat(seen, dim=1), self._teacher_temp(clock))
+        return [Taught(teacher, center) for teacher in seen]
+
+    def _center_of(self, teacher: Tensor, temperature: float) -> Tensor:
+        """What is subtracted from the teacher's logits: the running center, or the batch's own (Table 15)."""
         match self.config.targets:
             case "sinkhorn":
-                return sinkhorn_knopp(teacher, temperature)
+                return self.spread(teacher, _outputs_of(self.teacher), temperature, 3)
             case "batch-softmax":
-                return softmax_over_batch(teacher, temperature)
+                return self.spread(teacher, _outputs_of(self.teacher), temperature, 1)
             case "centering" | "none":  # without centering the center stays at 0
-                return P(teacher, temperature, self.center)
+                return self.center
+
+    def merge(self, carries: Sequence[Carry]) -> Carry:
+        return Carry(*(torch.stack(values).sum(0) for values in zip(*carries, strict=True)))
 
     def before_step(self, clock: Clock) -> None:
         """The prototypes stand still in the first epoch, or the student chases a moving random target.
@@ -250,6 +265,21 @@ class DINO(Method):
     @property
     def _last_layer(self) -> nn.Module:
         return self.student.head.get_submodule("last_layer")
+
+
+def _embed(network: Network, views: Sequence[Tensor]) -> Tensor:
+    """One [n, B, 3, H, W] per resolution -> [sum of n, B, d]."""
+    assert isinstance(network.head, DINOHead)
+    return network.head.embed(network.features(views)).unflatten(0, (-1, views[0].shape[1]))
+
+
+def _outputs_of(network: Network) -> distillation.Layer:
+    """[..., d] -> [..., K]: the last layer, and a predictor where the student has one (its batch norm wants rows)."""
+    last = network.head.get_submodule("last_layer")
+    predictor = network.predictor
+    if predictor is None:
+        return last
+    return lambda x: predictor(last(x).flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def _check(holds: bool, expected: str, came: object) -> None:

@@ -49,8 +49,12 @@ class DINOHead(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(self.embed(x))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """[n, D] -> [n, d]: what the last layer compares with its K prototypes."""
         x = self.mlp(x)
-        return self.last_layer(l2_norm(x) if self.normalised else x)
+        return l2_norm(x) if self.normalised else x
 
 
 class MLPHead(nn.Module):
@@ -93,9 +97,13 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """g v / |v|, the K prototypes [K, d]."""
         v = self.weight_v.float()
-        weight = v * (self.weight_g.float() / v.norm(dim=-1, keepdim=True))
-        return F.linear(x, weight.to(x.dtype))
+        return v * (self.weight_g.float() / v.norm(dim=-1, keepdim=True))
 
 
 def mlp(
@@ -158,9 +166,11 @@ class Network(nn.Module):
         The backbone runs once per resolution, head and predictor once on everything: a batch norm in them sees
         all views.
         """
-        batch = views[0].shape[1]
-        features = torch.cat([self.backbone(stack.flatten(0, 1)) for stack in views])
-        outputs = self.head(features)
+        outputs = self.head(self.features(views))
         if self.predictor is not None:
             outputs = self.predictor(outputs)
-        return outputs.unflatten(0, (-1, batch))
+        return outputs.unflatten(0, (-1, views[0].shape[1]))
+
+    def features(self, views: Sequence[Tensor]) -> Tensor:
+        """One [n, B, 3, H, W] per resolution -> the backbone's vectors, [sum of n B, D]."""
+        return torch.cat([self.backbone(stack.flatten(0, 1)) for stack in views])
