@@ -1,0 +1,116 @@
+"""What the training benchmarks train: networks, crops and K by name, and whoever does the step."""
+
+import argparse
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dino.config import edit
+from dino.data.views import MultiCrop
+from dino.methods.dino import DINO, DINOConfig
+from dino.models.timm import Timm
+from dino.models.vit import ViT
+from dino.schedules import Clock
+from dino.training import Run, build_method
+from lightly_dino import LightlyDINO
+from plain import PlainDINO, Rates
+
+NETWORKS: dict[str, ViT | Timm] = {
+    "vit_tiny": ViT(size="tiny", patch=16),
+    "vit_small": ViT(size="small", patch=16),
+    "vit_small_8": ViT(size="small", patch=8),
+    "vit_base": ViT(size="base", patch=16),
+    "resnet50": Timm(name="resnet50"),
+    "narrow": ViT(patch=8, width=16, depth=2, heads=2, image_size=32),
+    "resnet_narrow": Timm(name="resnet10t"),
+}
+"""The last two are for tests of the benchmarks."""
+CLOCK = Clock(10_000, 1_000, 100)
+"""Past the warm-up, and past the epoch in which the prototypes stand still: every parameter moves."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One line of a benchmark, but for who does it."""
+
+    network: str
+    views: str
+    k: int
+    batch: int
+    drop_path: float
+    micro_batch: str = "0"
+
+    def run(self, precision: Any) -> Run:
+        """The settings of ours, complete."""
+        backbone = edit(NETWORKS[self.network], drop_path=self.drop_path) if self.is_vit else NETWORKS[self.network]
+        optim = {"batch_size": self.batch, "epochs": CLOCK.epochs} | self.micro()
+        run = Run(backbone=backbone, method=DINOConfig(out_dim=self.k), views=crops_of(self.views), precision=precision)
+        return edit(run, optim=optim, knn=dict(every_epochs=0))
+
+    @property
+    def is_vit(self) -> bool:
+        return isinstance(NETWORKS[self.network], ViT)
+
+    def micro(self) -> dict[str, Any]:
+        if self.micro_batch == "0":
+            return {}
+        return {"micro_batch": int(self.micro_batch) if self.micro_batch.isdigit() else self.micro_batch}
+
+    def peer(self, kind: str, precision: str, device: torch.device) -> PlainDINO | LightlyDINO:
+        """The plain version or lightly's, with the weights that ours begins with."""
+        method = build_method(self.run("float32"))
+        assert isinstance(method, DINO)
+        build: Callable[..., PlainDINO | LightlyDINO] = {"plain": PlainDINO, "lightly": LightlyDINO}[kind]
+        return build(NETWORKS[self.network], self.k, method.student.state_dict(), device, precision, self.drop_path)
+
+    def rates(self) -> Rates:
+        """What ours has at `CLOCK`, for the others."""
+        run = self.run("float32")
+        assert isinstance(run.method, DINOConfig)
+        return Rates(
+            lr=run.optim.lr_schedule()(CLOCK),
+            weight_decay=run.optim.weight_decay_schedule()(CLOCK),
+            momentum=run.method.momentum_schedule()(CLOCK),
+            teacher_temp=run.method.teacher_temp_schedule()(CLOCK),
+        )
+
+    def arguments(self) -> list[str]:
+        """What a child process is told."""
+        told = {"--network": self.network, "--views": self.views, "--k": self.k, "--batch": self.batch}
+        told |= {"--drop-path": self.drop_path, "--micro-batch": self.micro_batch}
+        return [str(word) for pair in told.items() for word in pair]
+
+
+def crops_of(text: str) -> MultiCrop:
+    """`2x224+8x96`: two global views of 224 pixels, eight local ones of 96; `2x224` has no local ones."""
+    found = re.fullmatch(r"2x(\d+)(?:\+(\d+)x(\d+))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected views like 2x224+8x96, got {text!r}")
+    size, local, local_size = found.groups()
+    return MultiCrop(global_size=int(size), local=int(local or 0), local_size=int(local_size or 96))
+
+
+def views_text(text: str) -> str:
+    crops_of(text)
+    return text
+
+
+def add_options(parser: argparse.ArgumentParser, **usual: Any) -> None:
+    """The options of `Work`, with these defaults."""
+    parser.add_argument("--network", choices=list(NETWORKS), default=usual["network"])
+    parser.add_argument("--views", type=views_text, default=usual["views"], help="like 2x224+8x96")
+    parser.add_argument("--k", type=int, default=usual["k"], help="prototypes")
+    parser.add_argument("--batch", type=int, default=usual["batch"], help="pictures a step")
+    parser.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a ViT's student")
+    parser.add_argument("--micro-batch", default="0", help="optim.micro_batch of ours; 0 leaves it as it is")
+    parser.add_argument("--versions", nargs="+", metavar="KIND:PRECISION", help="plain, dino or lightly : float32, ...")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--child", metavar="VERSION", help=argparse.SUPPRESS)
+
+
+def work_of(options: argparse.Namespace) -> Work:
+    names = ("network", "views", "k", "batch", "drop_path", "micro_batch")
+    return Work(**{name: getattr(options, name) for name in names})
