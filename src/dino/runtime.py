@@ -19,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dino import dist
 from dino.data.views import Batch, normalize
 from dino.errors import UserError
+from dino.fast import distillation as fast_distillation
+from dino.methods.dino import DINO
 from dino.models.batch_norm import over_ranks
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -74,6 +76,8 @@ class Runtime:
     precision: Precision
     rank: int = 0
     world: int = 1
+    fast: bool = True
+    """Whether the fast twins of readable functions are used; the numbers are the same."""
 
     @property
     def is_main(self) -> bool:
@@ -91,6 +95,8 @@ class Runtime:
     def prepare(self, method: nn.Module) -> nn.Module:
         """Moves a method to the device, and wraps it where there are several ranks. The method itself stays the
         one that holds the state; what is returned is what the step calls."""
+        if self.fast and isinstance(method, DINO):
+            method.distil, method.spread = fast_distillation.distil, fast_distillation.spread
         if self.world > 1:
             over_ranks(method, fused=self.device.type == "cuda")
         method.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

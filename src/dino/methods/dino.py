@@ -1,6 +1,6 @@
 """DINO: self-distillation with no labels (Caron et al., 2021, Sec. 3.1, Fig. 2, Algorithm 1)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -154,8 +154,8 @@ class DINO(Method):
     """
 
     center: Tensor
-    distil = staticmethod(distillation.distil)  # the runtime may put fast twins in place of these two
-    spread = staticmethod(distillation.spread)
+    distil: Callable[..., distillation.Distilled] = staticmethod(distillation.distil)
+    spread: Callable[..., Tensor] = staticmethod(distillation.spread)  # the runtime may put fast twins in place of both
 
     def __init__(self, student: Network, teacher: Network, config: DINOConfig) -> None:
         super().__init__()
