@@ -4,7 +4,6 @@ The network is timm's, and begins with the package's weights, so that losses can
 for a ViT, since timm interpolates positions with antialiasing. Each view passes alone, as in lightly's example.
 """
 
-import copy
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +60,8 @@ class LightlyDINO:
         from lightly.models.modules import DINOProjectionHead
 
         backbone = timm_network(self.settings, self.drop_path)
-        head = DINOProjectionHead(backbone.num_features, 2048, 256, self.out_dim, freeze_last_layer=1)
+        width = backbone.num_features
+        head = DINOProjectionHead(width, 2048, 256, self.out_dim, freeze_last_layer=1)
         part = {"backbone": backbone, "head": head}
         for name, module in part.items():
             begun = {key.removeprefix(f"{name}."): w for key, w in self.weights.items() if key.startswith(f"{name}.")}
@@ -70,9 +70,9 @@ class LightlyDINO:
             )
         self.weights = {}  # they would count as memory
         self.student = nn.Sequential(backbone, head).to(self.device)
-        still = timm_network(self.settings, 0.0)
-        still.load_state_dict(backbone.state_dict())
-        self.teacher = nn.Sequential(still, copy.deepcopy(head)).requires_grad_(False).to(self.device)
+        slow = timm_network(self.settings, 0.0), DINOProjectionHead(width, 2048, 256, self.out_dim)
+        self.teacher = nn.Sequential(*slow).requires_grad_(False).to(self.device)
+        self.teacher.load_state_dict(self.student.state_dict())
         self.criterion = DINOLoss(self.out_dim, warmup_teacher_temp_epochs=0).to(self.device)
         self.optimizer = torch.optim.AdamW([p for p in self.student.parameters() if p.requires_grad])
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")

@@ -115,7 +115,7 @@ class LastLayer(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Head(nn.Module):

@@ -35,8 +35,8 @@ def noise(work: Work) -> tuple[Tensor, ...]:
     return tuple(torch.randint(0, 256, (n, work.batch, 3, s, s), dtype=torch.uint8, generator=rng) for n, s in stacks)
 
 
-def child(version: str, work: Work, steps: int) -> None:
-    """One version in this process: prints what its steps took as JSON."""
+def child(version: str, work: Work, steps: int) -> dict:
+    """One version in this process: what its steps took."""
     kind, _, precision = version.partition(":")
     here = machine()
     views = noise(work)
@@ -48,7 +48,7 @@ def child(version: str, work: Work, steps: int) -> None:
     else:
         peer, rates = work.peer(kind, precision, here.device), work.rates()
         found = timed(lambda _: peer.step(crops, rates), steps, here.device)
-    print(json.dumps(found | {"peak": memory.peak()}))
+    return found | {"peak": memory.peak()}
 
 
 def ours(work: Work, precision: str, views: tuple[Tensor, ...], steps: int) -> dict:
@@ -89,7 +89,7 @@ def main() -> None:
     options = parser.parse_args()
     work = work_of(options)
     if options.child:
-        return child(options.child, work, options.steps)
+        return print(json.dumps(child(options.child, work, options.steps)))
     console, here = Console(), machine()
     versions = available(options.versions or usual_versions(here), console)
     told = [*work.arguments(), "--steps", str(options.steps)]
