@@ -22,6 +22,9 @@ class Optim:
     """Times that every picture is seen."""
     batch_size: int = 1024
     """Pictures in one step, over all ranks together."""
+    micro_batch: int | Literal["auto"] = 0
+    """Pictures that pass through the networks at once, on each rank: less memory, and nothing else changes. 0: the
+    whole batch; auto: as many as fit, counted once before the first step."""
     lr: float = 5e-4
     """Peak learning rate for a batch of 256; the batch scales it linearly."""
     min_lr: float = 1e-6
@@ -40,6 +43,8 @@ class Optim:
     """Each block of the backbone learns this many times as fast as the one after it. For fine-tuning; 1: all alike."""
 
     def __post_init__(self) -> None:
+        if self.micro_batch != "auto" and self.micro_batch < 0:
+            raise UserError(f"optim.micro_batch must be 0 (the whole batch) or more; got {self.micro_batch}.")
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"optim.{name} must be at least 1; got {getattr(self, name)}.")

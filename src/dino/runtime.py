@@ -7,7 +7,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,6 +103,12 @@ class Runtime:
         if self.world == 1:
             return method
         return DistributedDataParallel(method, broadcast_buffers=False)
+
+    def gathering(self, model: nn.Module, *, last: bool) -> AbstractContextManager:
+        """Around a part of a batch, forward and backward: the ranks add their gradients up after the last one alone."""
+        if last or not isinstance(model, DistributedDataParallel):
+            return nullcontext()
+        return model.no_sync()
 
     def place(self, batch: Batch) -> Batch:
         """A batch on the device: uint8 pictures become normalised float32 there, in the networks' layout."""

@@ -34,8 +34,9 @@ from dino.logs import Log
 from dino.meter import Meter
 from dino.methods import AnyMethod
 from dino.methods.dino import DINOConfig
-from dino.methods.method import Method, Start
+from dino.methods.method import Method, Outputs, Start
 from dino.models.backbone import Backbone
+from dino.models.batch_norm import has_batch_norm
 from dino.models.pretrained import load, load_strict, save_backbone
 from dino.models.timm import Timm
 from dino.models.vit import ViT
@@ -74,6 +75,9 @@ class Run:
     """Precision of the matrix products."""
     workers: int = 2
     """Processes that decode and crop, per rank; 0 does it in the training process."""
+    recompute: bool = False
+    """Keep only what enters each block and compute the rest again in the backward pass: far less memory, a third more
+    time."""
     cache: bool = False
     """Keep the decoded pictures in memory: worth it where they fit, and where reading one is slow."""
     seed: int = 0
@@ -98,6 +102,11 @@ class Run:
                 f"gives {given}: expected views=MultiCrop(...)."
             )
         must_differ(self.evals)
+        if self.optim.micro_batch and not self.method.in_parts:
+            raise UserError(
+                f"{type(self.method).__name__} brings the pictures of a batch together, so that parts of it would be "
+                "another method: expected --optim.micro-batch 0, and a smaller --optim.batch-size."
+            )
 
 
 @dataclass
@@ -117,7 +126,11 @@ def build_method(run: Run, *, classes: int = 0, weights: Mapping[str, Tensor] | 
     classes: how many the pictures' labels tell apart. weights: of the backbone that `run.init` names.
     """
     torch.manual_seed(run.seed)
-    return run.method.build(Start(run.backbone, run.seed, classes, weights, run.init or ""))
+    method = run.method.build(Start(run.backbone, run.seed, classes, weights, run.init or ""))
+    for part in method.trained.modules():
+        if isinstance(part, Backbone):
+            part.recompute(run.recompute)
+    return method
 
 
 def train_step(state: State, model: nn.Module, batch: Batch, clock: Clock, run: Run, rt: Runtime) -> dict[str, Tensor]:
@@ -127,9 +140,7 @@ def train_step(state: State, model: nn.Module, batch: Batch, clock: Clock, run: 
     """
     method, optimizer, scaler = state.method, state.optimizer, state.scaler
     set_hyper(optimizer, lr=run.optim.lr_schedule()(clock), weight_decay=run.optim.weight_decay_schedule()(clock))
-    with rt.autocast():
-        out = model(batch, clock)
-    scaler.scale(out.loss).backward()  # a disabled scaler is the identity: one path for every precision
+    out = _gradients(state, model, batch, clock, run, rt)
     scaler.unscale_(optimizer)
     gradients = clip_grad_norms_(method.trained.parameters(), run.optim.clip)
     method.before_step(clock)
@@ -138,6 +149,26 @@ def train_step(state: State, model: nn.Module, batch: Batch, clock: Clock, run: 
     optimizer.zero_grad(set_to_none=True)
     method.after_step(out.carry, clock)
     return out.metrics | {"grad_norm": gradients}
+
+
+def _gradients(state: State, model: nn.Module, batch: Batch, clock: Clock, run: Run, rt: Runtime) -> Outputs:
+    """Forward and backward of a batch, in parts of `optim.micro_batch` pictures: the loss is a mean over pictures, so
+    that the parts' gradients, each by its share of them, add up to the whole batch's."""
+    assert run.optim.micro_batch != "auto", "the plan has put a number in its place"
+    method, parts = state.method, batch.parts(run.optim.micro_batch)
+    ahead, outs, shares = [None], [], []
+    if len(parts) > 1:
+        with rt.autocast():
+            ahead = method.look_ahead((rt.place(Batch(part.views[:1])) for part in parts), clock)
+    for number, (part, known) in enumerate(zip(parts, ahead, strict=True), 1):
+        share = part.views[0].shape[1] / batch.views[0].shape[1]
+        with rt.gathering(model, last=number == len(parts)):
+            with rt.autocast():
+                out = model(rt.place(part), clock, known)
+            state.scaler.scale(out.loss * share).backward()  # a disabled scaler is the identity: one path for all
+        outs.append(out._replace(loss=out.loss.detach()))
+        shares.append(share)
+    return outs[0] if len(parts) == 1 else method.merge(outs, shares)
 
 
 def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) -> Generator[Event, bool | None]:
@@ -155,6 +186,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     state = _fresh(run, rt, len(pictures.classes), resume)
     if resume:
         _restore(state, run, rest)
+    _must_go_in_parts(run, state.method)
     model = rt.prepare(state.method)
     site = _site(run, rt)
     watched = None if asked is None else run.knn.on(state.method, rest, asked, site)
@@ -190,7 +222,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
                 skipped |= {item.name: item.reason for item in unreadable}
                 clock = clock._replace(step=state.step)
                 rt.seed_step(run.seed, state.step)
-                meter.add(train_step(state, model, rt.place(batch), clock, run, rt), batch)
+                meter.add(train_step(state, model, batch, clock, run, rt), batch)
                 state.step += 1
                 epoch_ends = state.step % per_epoch == 0
                 finished = state.step == clock.steps
@@ -288,6 +320,16 @@ def _fresh(run: Run, rt: Runtime, classes: int, resume: bool) -> State:
         weights = dist.on_main(lambda: load(source).state_dict())
     method = build_method(run, classes=classes, weights=weights).to(rt.device)
     return State(method, run.optim.build(method.trained), rt.scaler())
+
+
+def _must_go_in_parts(run: Run, method: Method) -> None:
+    """Batch norm compares the pictures of a batch, whatever the method does."""
+    if run.optim.micro_batch and has_batch_norm(method):
+        raise UserError(
+            f"--optim.micro-batch {run.optim.micro_batch}: network or head has batch norm, whose statistics are those "
+            "of the pictures that pass at once. Expected 0, and a smaller --optim.batch-size or --recompute; a ViT with "
+            "--method.head-norm none can go in parts."
+        )
 
 
 def _is_due(every: float, clock: Clock) -> bool:

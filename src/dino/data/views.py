@@ -35,6 +35,16 @@ class Batch(NamedTuple):
     labels: Tensor | None = None
     """[B] int64, -1 where a picture has none; None where the source has no labels."""
 
+    def parts(self, size: int) -> list["Batch"]:
+        """The batch in parts of at most `size` pictures, as even as they can be; 0 leaves it whole."""
+        count = self.views[0].shape[1]
+        if not 0 < size < count:
+            return [self]
+        number = math.ceil(count / size)
+        views = zip(*(view.tensor_split(number, dim=1) for view in self.views), strict=True)
+        labels = [None] * number if self.labels is None else self.labels.tensor_split(number)
+        return [Batch(stacks, own) for stacks, own in zip(views, labels, strict=True)]
+
 
 class Views(Protocol):
     """Settings of an augmentation: what the loader needs to know of it, and the call that makes a picture's views."""

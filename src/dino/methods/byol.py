@@ -46,6 +46,10 @@ class BYOLConfig(MethodConfig):
         must_lie(self, 1, math.inf, "head_dim", "head_layers", "head_hidden")
         must_lie(self, 0, 1, "momentum", "momentum_end")
 
+    @property
+    def in_parts(self) -> bool:
+        return True
+
     def schedules(self) -> Mapping[str, Schedule]:
         return {"momentum": Cosine(self.momentum, self.momentum_end)}
 
@@ -73,7 +77,7 @@ class BYOL(Method):
         self.teacher.requires_grad_(False)
         self._momentum = config.schedules()["momentum"]
 
-    def forward(self, batch: Batch, clock: Clock) -> Outputs:
+    def forward(self, batch: Batch, clock: Clock, ahead: None = None) -> Outputs:
         """BYOL's Eq. 2, in both directions, and from every local view to both global ones."""
         with torch.no_grad():
             teacher = self.teacher(batch.views[:1])  # [G, B, D]

@@ -1,6 +1,6 @@
 """DINO: self-distillation with no labels (Caron et al., 2021, Sec. 3.1, Fig. 2, Algorithm 1)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -98,6 +98,10 @@ class DINOConfig(MethodConfig):
     def summary(self) -> str:
         return f"K {self.out_dim}"
 
+    @property
+    def in_parts(self) -> bool:
+        return True
+
     def schedules(self) -> Mapping[str, Schedule]:
         momentum = {"momentum": self.momentum_schedule()} if self.teacher == "momentum" else {}
         return momentum | ({"teacher_temp": self.teacher_temp_schedule()} if self.loss == "cross-entropy" else {})
@@ -194,7 +198,7 @@ class DINO(Method):
         return Outputs(found.loss, carry, metrics)
 
     @torch.no_grad()
-    def look_ahead(self, parts: Sequence[Batch], clock: Clock) -> list["Taught"]:
+    def look_ahead(self, parts: Iterable[Batch], clock: Clock) -> list["Taught"]:
         """What the teacher makes of the global views, and the center of the whole batch, for each of its parts."""
         seen = [_embed(self.teacher, part.views[:1]) for part in parts]
         center = self._center_of(torch.cat(seen, dim=1), self._teacher_temp(clock))
@@ -210,7 +214,13 @@ class DINO(Method):
             case "centering" | "none":  # without centering the center stays at 0
                 return self.center
 
-    def merge(self, carries: Sequence[Carry]) -> Carry:
+    def merge(self, parts: Sequence[Outputs], shares: Sequence[float]) -> Outputs:
+        whole = super().merge(parts, shares)
+        if "marginal_entropy" in whole.metrics:
+            whole.metrics["marginal_entropy"] = h(whole.metrics["prototypes_used"])
+        return whole
+
+    def carried(self, carries: Sequence[Carry]) -> Carry:
         return Carry(*(torch.stack(values).sum(0) for values in zip(*carries, strict=True)))
 
     def before_step(self, clock: Clock) -> None:

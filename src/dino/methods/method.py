@@ -7,7 +7,7 @@ the loop moves it and its batches, and `dist` is the identity where there is one
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -37,8 +37,25 @@ class Method(nn.Module, ABC):
     """Forward, and then two moments around the optimizer's step. See `train.train_step` for the whole order."""
 
     @abstractmethod
-    def forward(self, batch: Batch, clock: Clock) -> Outputs:
-        """The loss of a batch of normalised views; changes no state of the method's own."""
+    def forward(self, batch: Batch, clock: Clock, ahead: Any = None) -> Outputs:
+        """The loss of a batch of normalised views; changes no state of the method's own.
+
+        ahead: where the batch is a part of a larger one, what `look_ahead` said of it.
+        """
+
+    def look_ahead(self, parts: Iterable[Batch], clock: Clock) -> list[Any]:
+        """What `forward` must know of the whole batch before it sees each of its parts, of which only the views of the
+        first resolution are given."""
+        return [None for _ in parts]
+
+    def merge(self, parts: Sequence[Outputs], shares: Sequence[float]) -> Outputs:
+        """The outputs of the whole batch from those of its parts, of which each has a share of the pictures."""
+        metrics = {name: _weighed([out.metrics[name] for out in parts], shares) for name in parts[0].metrics}
+        return Outputs(_weighed([out.loss for out in parts], shares), self.carried([o.carry for o in parts]), metrics)
+
+    def carried(self, carries: Sequence[Any]) -> Any:
+        """The carry of the whole batch from those of its parts."""
+        return None
 
     def before_step(self, clock: Clock) -> None:
         """Gradients are ready and clipped: hold back what must not move yet."""
@@ -71,6 +88,10 @@ class Method(nn.Module, ABC):
     def prototypes(self) -> int | None:
         """K, where pictures are spread over prototypes: ln K is what the curves are judged by."""
         return None
+
+
+def _weighed(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    return sum(value.detach() * share for value, share in zip(values, shares, strict=True))  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()
@@ -128,6 +149,11 @@ class MethodConfig(ABC):
     def schedules(self) -> Mapping[str, Schedule]:
         """Values of its own that change with the clock: logged beside the learning rate."""
         return {}
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a batch may be taken in parts (`optim.micro_batch`) and nothing changes but the memory."""
+        return False
 
     def learnable(self, pictures: Pictures) -> Pictures:
         """Those of the pictures that it can learn from. Raises UserError where there are none."""

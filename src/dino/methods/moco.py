@@ -4,7 +4,7 @@ A picture's two views shall be nearer to each other than to the pictures of many
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -55,6 +55,10 @@ class MoCoConfig(MethodConfig):
     def summary(self) -> str:
         return f"MoCo, queue {self.queue}"
 
+    @property
+    def in_parts(self) -> bool:
+        return True
+
     def schedules(self) -> Mapping[str, Schedule]:
         return {"momentum": Cosine(self.momentum, self.momentum_end)}
 
@@ -83,7 +87,7 @@ class MoCo(Method):
         self.queue = Queue(config.queue, config.head_dim)
         self._momentum = config.schedules()["momentum"]
 
-    def forward(self, batch: Batch, clock: Clock) -> Outputs:
+    def forward(self, batch: Batch, clock: Clock, ahead: None = None) -> Outputs:
         """MoCo's Eq. 1 in both directions, and from every local view to both global ones."""
         with torch.no_grad():
             keys = l2_norm(self.teacher(batch.views[:1]))  # [G, B, D]
@@ -91,6 +95,9 @@ class MoCo(Method):
         usable = self.queue.since(clock.step - max(1, clock.steps_per_epoch - 1))
         loss = info_nce(queries, keys, self.queue.rows, self.config.temperature, usable)
         return Outputs(loss, keys.transpose(0, 1), {"loss": loss.detach()})
+
+    def carried(self, carries: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(carries))
 
     def after_step(self, carry: Tensor, clock: Clock) -> None:
         """MoCo's Eq. 2, and the newest keys of all ranks take the place of the oldest. carry: the keys [B, G, D]."""

@@ -64,6 +64,10 @@ class SupervisedConfig(MethodConfig):
         head.weight.data.mul_(self.head_scale)
         return Supervised(Network(backbone, head), self, start.seed)
 
+    @property
+    def in_parts(self) -> bool:
+        return self.mixup == self.cutmix == 0  # else pictures of the whole batch are mixed
+
     def learnable(self, pictures: Pictures) -> Pictures:
         if pictures.labels is None or not (pictures.labels >= 0).any():
             raise UserError(
@@ -90,7 +94,7 @@ class Supervised(Method):
         super().__init__()
         self.config, self.network, self.seed = config, network, seed
 
-    def forward(self, batch: Batch, clock: Clock) -> Outputs:
+    def forward(self, batch: Batch, clock: Clock, ahead: None = None) -> Outputs:
         """H(targets, softmax(logits)) of the mixed views of the first resolution. What is mixed how depends on (seed,
         step) alone: ranks agree about it, and a run goes on as if it had never stopped."""
         assert batch.labels is not None, "the run gives labels: `learnable` has seen to it"

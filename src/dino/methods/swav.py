@@ -98,7 +98,7 @@ class SwAV(Method):
         self.config, self.network = config, network
         self.queue = Queue(config.queue, config.global_views, config.head_dim) if config.queue else None
 
-    def forward(self, batch: Batch, clock: Clock) -> Outputs:
+    def forward(self, batch: Batch, clock: Clock, ahead: None = None) -> Outputs:
         """SwAV's Eq. 1 and 2 in both directions, and from every local view to both global ones."""
         features = self.network(batch.views)  # [V, B, D], of unit length
         logits = self.head.prototypes(features)  # [V, B, K]

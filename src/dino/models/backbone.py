@@ -42,6 +42,11 @@ class Backbone(nn.Module, ABC):
         F.2).
         """
 
+    def recompute(self, on: bool) -> None:
+        """In training, whether only what enters each block is kept, and the rest computed again for the gradients."""
+        if on:
+            raise UserError(f"{type(self).__name__} cannot compute its blocks again: recompute must be off.")
+
     def depths(self) -> dict[str, int]:
         """How deep each parameter lies, by its name: 0 in the stem, then the number of its block, from 1.
 

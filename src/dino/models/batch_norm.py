@@ -7,6 +7,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dino import dist
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether what it makes of a picture depends on the others of its batch."""
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
 class RanksBatchNorm(_BatchNorm):
     """Batch norm [B, C, ...] with the mean and the variance of all ranks' batches together, each picture counted alike.
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -54,6 +54,9 @@ class TimmNetwork(Backbone):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net.forward_head(self.net.forward_features(whole_patches(self.net, images)), pre_logits=True)
+
+    def recompute(self, on: bool) -> None:
+        recompute(self.net, on)
 
     def features(self, images: Tensor, layers: int = 1) -> list[Features]:
         """The last of timm's stages or blocks, each with its own width in a ConvNet; the final one as in
@@ -120,6 +123,9 @@ class TimmViT(Attentive):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net.forward_head(self.net.forward_features(whole_patches(self.net, images)), pre_logits=True)
+
+    def recompute(self, on: bool) -> None:
+        recompute(self.net, on)
 
     def features(self, images: Tensor, layers: int = 1) -> list[Features]:
         if not 1 <= layers <= self.num_blocks:
@@ -260,3 +266,14 @@ def own_names(module: nn.Module) -> None:
 
     module.register_state_dict_post_hook(drop)
     module.register_load_state_dict_pre_hook(add)
+
+
+def recompute(net: nn.Module, on: bool) -> None:
+    """timm's own activation checkpointing. Raises UserError for a network that has none."""
+    if on:
+        try:
+            cast(Any, net).set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise UserError(
+                f"timm's {type(net).__name__} cannot compute its blocks again: --recompute False."
+            ) from error

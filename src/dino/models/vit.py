@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.init import trunc_normal_
+from torch.utils.checkpoint import checkpoint
 
 from dino.errors import UserError
 from dino.models.backbone import Attentive, Features
@@ -96,6 +97,7 @@ class VisionTransformer(Attentive):
         super().__init__()
         self.embed_dim, self.num_blocks = width, depth
         self.patch, self.registers = patch, registers
+        self._recompute = False
         self.side = image_size // patch  # of the grid whose positions are learned
         self.patch_embed = PatchEmbed(width, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -112,8 +114,12 @@ class VisionTransformer(Attentive):
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.embed(images)
         for block in self.blocks:
-            tokens = block(tokens)
+            again = self._recompute and torch.is_grad_enabled()
+            tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)
         return self.norm(tokens[:, 0])
+
+    def recompute(self, on: bool) -> None:
+        self._recompute = on
 
     def features(self, images: Tensor, layers: int = 1) -> list[Features]:
         if not 1 <= layers <= self.num_blocks:

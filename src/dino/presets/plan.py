@@ -18,6 +18,7 @@ from dino.methods import AnyMethod
 from dino.methods.dino import DINOConfig
 from dino.models.timm import Timm
 from dino.models.vit import ViT
+from dino.presets.memory import micro_batch
 from dino.presets.small import small, small_method, small_vit
 from dino.runtime import Machine, Runtime, machine_memory
 from dino.schedules import Clock
@@ -77,6 +78,10 @@ def plan(
         run, reasons = _for_data(pictures, here, world, method)
     run, more = _for_machine(run, pictures, here, world, keep_precision=preset is not None)
     reasons += more
+    if run.optim.micro_batch == "auto":
+        size, why = micro_batch(run, here, len(pictures.classes), world)
+        run = edit(run, optim=dict(micro_batch=size))
+        reasons.append(Reason("micro-batch", f"{size}" if size else "none", why))
     reasons += _held_back(run, pictures)
     if len(pictures) < run.optim.batch_size:
         return Plan(run, reasons)  # training refuses it, and says what to do

@@ -39,7 +39,9 @@ MAY_CHANGE = (
     "optim.clip",
     "optim.lr",
     "optim.min_lr",
+    "optim.micro_batch",
     "precision",
+    "recompute",
     "workers",
     "cache",
     "log_every",
@@ -105,6 +107,7 @@ NETWORK = {"backbone", "backbone.name", "backbone.size", "backbone.patch"}
 ROWS = {
     "method.out_dim": "K",
     "optim.batch_size": "batch",
+    "optim.micro_batch": "micro-batch",
     "optim.lr": "learning rate",
     "optim.epochs": "epochs",
     "workers": "workers",

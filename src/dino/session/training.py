@@ -81,7 +81,8 @@ def run_session(
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"The device ran out of memory: {str(error).splitlines()[0]}\n"
-            f"Lower --optim.batch-size (it is {run.optim.batch_size}), or make the views fewer or smaller (--views)."
+            f"--optim.micro-batch auto takes the batch of {run.optim.batch_size} in parts that fit and learns the same; "
+            "--recompute keeps less of each. Or lower --optim.batch-size."
         ) from error
     if rt.is_main:
         session.finish(outcome)

@@ -1,0 +1,170 @@
+"""A batch taken in parts is the same batch: weights, teacher, center and metrics; and recomputing changes nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CPU, RUN, differences, last, run_on_ranks
+
+from dino.config import edit, to_dict
+from dino.data.augment import Augment
+from dino.data.views import Batch
+from dino.errors import UserError
+from dino.logs import read_metrics
+from dino.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
+from dino.models.timm import Timm
+from dino.presets import memory
+from dino.presets.plan import plan
+from dino.runtime import Runtime, machine
+from dino.schedules import Clock
+from dino.training import Run, State, build_method, train, train_step
+
+HERE = Path(__file__).parent
+STILL = edit(RUN, backbone=dict(drop_path=0.0), optim=dict(algorithm="sgd", lr=1.0, warmup_epochs=0))
+"""Drop-path draws anew for every part; plain momentum, for AdamW makes full steps of a gradient's rounding."""
+
+METHODS: dict[str, Any] = {
+    "centering": {},
+    "sinkhorn": dict(targets="sinkhorn"),
+    "batch softmax": dict(targets="batch-softmax"),
+    "mse": dict(loss="mse"),
+    "moco": MoCoConfig(head_hidden=16, head_dim=8, queue=37, head_norm="none"),
+    "byol": BYOLConfig(head_hidden=16, head_dim=8, head_norm="none"),
+}
+
+
+def batch(count: int = 7) -> Batch:
+    seeded = torch.Generator().manual_seed(0)
+    views = [torch.randint(0, 256, (2, count, 3, side, side), dtype=torch.uint8, generator=seeded) for side in (32, 16)]
+    return Batch(tuple(views), torch.arange(count))
+
+
+def trained(run: Run, rt: Runtime = CPU) -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
+    """(the method's state after three steps, what each step measured)"""
+    method = build_method(run, classes=7)
+    rt.prepare(method)
+    state = State(method, run.optim.build(method.trained), rt.scaler())
+    measured = [train_step(state, method, batch(), Clock(step, 2, 3), run, rt) for step in range(3)]
+    return method.state_dict(), measured
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("name", METHODS)
+def test_parts_are_the_whole_batch(name: str, fast: bool) -> None:
+    rt = Runtime(CPU.device, "float32", fast=fast)
+    run = edit(STILL, method=METHODS[name])
+    whole, expected = trained(run, rt)
+    begun = build_method(run).state_dict()
+    for size in (1, 3):  # 7 pictures: 3 + 2 + 2
+        state, measured = trained(edit(run, optim=dict(micro_batch=size)), rt)
+        assert not differences(state, whole, same=close)
+        assert not differences(measured, expected, same=close)
+    assert len(differences(whole, begun, same=close)) > 10, "nothing was trained"
+
+
+def test_no_more_pictures_than_asked_for_pass_at_once() -> None:
+    run = edit(STILL, optim=dict(micro_batch=3))
+    method, seen = build_method(run), []
+    for network in (method.student, method.teacher):
+        network.backbone.register_forward_hook(lambda _, inputs, out: seen.append(len(out)))
+    state = State(method, run.optim.build(method.trained), CPU.scaler())
+    train_step(state, method, batch(), Clock(0, 2, 3), run, CPU)
+    assert max(seen) == 2 * 3
+    assert sum(seen) == 7 * (2 + 2 + 2), "each view of each picture once"
+
+
+def test_parts_on_two_ranks_are_the_whole_batch_on_one(tmp_path: Path) -> None:
+    """Sinkhorn-Knopp spreads all parts of all ranks together; the ranks add their gradients up once a step."""
+    one = edit(STILL, out=f"{tmp_path}/one", method=dict(targets="sinkhorn"), optim=dict(lr=0.1))
+    two = edit(one, out=f"{tmp_path}/two", optim=dict(micro_batch=3))
+    (tmp_path / "two.json").write_text(json.dumps(to_dict(two)))
+    run_on_ranks([str(HERE / "several_runs.py"), str(tmp_path / "two.json")], 2)
+    for _ in train(one, CPU, one.data.open()):
+        pass
+    assert not differences(last(two)["method"], last(one)["method"], same=close)
+    for line, expected in zip(read_metrics(Path(two.out)), read_metrics(Path(one.out)), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(method=SwAVConfig()),
+        dict(method=SupervisedConfig(mixup=0.8), views=Augment(size=32)),
+        dict(method=BYOLConfig(head_hidden=16, head_dim=8)),
+        dict(backbone=Timm(name="resnet18", args=(("channels", "(8, 8, 8, 16)"), ("layers", "(1, 1, 1, 1)")))),
+        dict(method=dict(head_norm="batch")),
+    ],
+    ids=["swav", "mixup", "byol's norms", "a ConvNet", "a norm in the head"],
+)
+def test_what_brings_the_pictures_together_refuses_parts(changes: dict[str, Any], tmp_path: Path) -> None:
+    def begin() -> None:
+        run = edit(edit(RUN, out=str(tmp_path), optim=dict(micro_batch=4)), **changes)
+        next(train(run, CPU, run.data.open()))
+
+    with pytest.raises(UserError, match="micro-batch"):
+        begin()
+
+
+def test_a_part_has_pictures() -> None:
+    with pytest.raises(UserError, match=r"whole batch.* or more; got -1"):
+        edit(RUN, optim=dict(micro_batch=-1))
+
+
+def test_auto_writes_a_number_into_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many as the counted bytes of a picture leave room for, in even parts; the whole batch where there is room."""
+    monkeypatch.setattr(memory, "step_memory", lambda run, here, count, classes: 100e6 + count * 50e6)
+    here = machine()
+    run = edit(STILL, optim=dict(micro_batch="auto", batch_size=20))
+    pictures = run.data.open()
+    for gigabytes, size in ((100, 0), (0.8, 7), (0.2, 1)):
+        # 0.7 * 800 MB less 100 MB is room for 9 of 50 MB: 20 pictures go in three parts of at most 7
+        small = here.__class__(**{**vars(here), "memory": int(gigabytes * 1e9)})
+        planned = plan(pictures, small, preset=run)
+        assert planned.run.optim.micro_batch == size
+        row = next(reason for reason in planned.reasons if reason.name == "micro-batch")
+        assert "48 MiB" in row.why
+    together = plan(pictures, here, preset=edit(run, method=dict(head_norm="batch")))
+    assert together.run.optim.micro_batch == 0
+
+
+def test_a_counted_step_grows_with_its_pictures_and_not_with_what_is_recomputed() -> None:
+    two, four, eight = (memory.step_memory(STILL, machine(), count, 1) for count in (2, 4, 8))
+    assert (eight - four) == pytest.approx(2 * (four - two), rel=0.05)
+    again = edit(STILL, recompute=True)
+    assert memory.step_memory(again, machine(), 8, 1) - memory.step_memory(again, machine(), 4, 1) < 0.5 * (
+        eight - four
+    )
+
+
+@pytest.mark.parametrize("timm", [False, True])
+def test_recomputing_changes_nothing(timm: bool) -> None:
+    """Also what drop-path draws is drawn again."""
+    args = tuple(dict(img_size="32", patch_size="8", embed_dim="48", depth="2", num_heads="3").items())
+    run = (
+        edit(STILL, backbone=Timm(name="vit_tiny_patch16_224", args=(*args, ("dynamic_img_size", "True"))))
+        if timm
+        else STILL
+    )
+    run = edit(run, backbone=dict(drop_path=0.3))
+    calls = []
+
+    def state(run: Run) -> Any:
+        method = build_method(run)
+        network = method.student.backbone
+        blocks = network.net.blocks if timm else network.blocks
+        calls.append(0)
+        blocks[0].register_forward_pre_hook(lambda *_: calls.append(calls.pop() + 1))
+        optimizer = State(method, run.optim.build(method.trained), CPU.scaler())
+        torch.manual_seed(3)
+        train_step(optimizer, method, batch(), Clock(0, 2, 3), run, CPU)
+        return method.state_dict()
+
+    assert not differences(state(edit(run, recompute=True)), state(run), same=close)
+    assert calls == [4, 2], "each resolution's blocks once more"
