@@ -214,7 +214,7 @@ def embed(
         rows = extracted.indices.tolist()
         labels = np.full(len(opened), -1) if opened.labels is None else opened.labels
         return Embedding(
-            names=[opened.names[row] for row in rows],
+            names=[opened.names[int(row)] for row in rows],
             features=extracted.features.numpy(),
             labels=[opened.classes[labels[row]] if labels[row] >= 0 else None for row in rows],
             skipped=[*opened.skipped, *extracted.skipped],

@@ -16,3 +16,13 @@ def duration(seconds: float) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(minutes / 60)
     return f"{hours // 24} d {hours % 24} h"
+
+
+def size_of(count: int) -> str:
+    """`312 bytes`, `4.1 kB`, `147 GB`: bytes, by thousands as disks are sold."""
+    if count < 1000:
+        return f"{count} bytes"
+    value, unit = float(count), 0
+    while value >= 999.5:
+        value, unit = value / 1000, unit + 1
+    return f"{value:.3g} {('kB', 'MB', 'GB', 'TB', 'PB')[unit - 1]}"

@@ -20,6 +20,7 @@ COMMANDS = {
     "pca": ("dino.cli.pca", "colour the patches of pictures by their features"),
     "track": ("dino.cli.track", "follow objects through a film from one mask"),
     "embed": ("dino.cli.embed", "write the features of pictures to a file"),
+    "data": ("dino.cli.data", "pack a folder of pictures into a few large files, and check such a pack"),
     "ablate": ("dino.cli.ablate", "run a table of the paper, row by row"),
     "report": ("dino.cli.show", "write the page of a run, or of a table that was run"),
     "presets": ("dino.cli.show", "list the recipes"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dino.data.decode import MAX_PIXELS, SUFFIXES, decode, probe
+from dino.data.pack import is_pack, open_pack, unfinished
 from dino.data.pictures import BadImage, Pictures, Skipped
 from dino.errors import UserError
 
@@ -21,15 +22,17 @@ SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "t
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """A folder of pictures on this machine."""
+    """A folder of pictures on this machine, or a pack of one."""
 
     path: str
     """The folder. Every picture below it is used, at any depth; hidden files and other files are left
-    alone."""
+    alone. Or what `dino data pack` made of one."""
 
-    def open(self, progress: Progress | None = None) -> "FolderPictures":
+    def open(self, progress: Progress | None = None) -> Pictures:
         """Find the pictures and look at each one's header: (done, total) is told to `progress` on the way."""
         root = Path(self.path).expanduser()
+        if is_pack(root) or unfinished(root):
+            return open_pack(root)
         if not root.exists():
             raise UserError(f"no folder {self.path}: expected a folder of pictures. Check the path")
         if not root.is_dir():

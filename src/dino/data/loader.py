@@ -142,6 +142,7 @@ class _Train:
         starts = np.cumsum([0, *(n for n, _ in shapes)]).tolist()
         used: list[int] = []
         skipped: list[Skipped] = []
+        self.pictures.expect(job.indices)
         for index, copy in zip(job.indices.tolist(), job.copies.tolist(), strict=True):
             image = read_or_none(self.pictures, index, skipped)
             if image is None:
@@ -170,6 +171,7 @@ class _Eval:
     def __call__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         stack = np.empty((len(indices), 3, self.size, self.size), np.uint8)
         used: list[int] = []
+        self.pictures.expect(indices)
         for index in indices.tolist():
             image = read_or_none(self.pictures, index, [])
             if image is not None:

@@ -218,7 +218,9 @@ def drawn(scenes: Scenes, progress: Progress | None = None) -> Landmarks:
         truth.append(Truth(*(numbers[[kind == k for kind in kinds]] for k in Truth._fields)))
         if progress is not None:
             progress(thing + 1, scenes.count)
-    ground = GroundTruth(database.names, queries.names, np.array(boxes, dtype=np.float64).reshape(-1, 4), truth)
+    ground = GroundTruth(
+        list(database.names), list(queries.names), np.array(boxes, dtype=np.float64).reshape(-1, 4), truth
+    )
     return Landmarks("scenes", database, queries, Boxed(queries, ground.boxes), ground)
 
 
