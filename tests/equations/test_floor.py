@@ -1,0 +1,185 @@
+"""What a step must cost: the formulas against torch's counter on real networks, known figures, and bytes by hand."""
+
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dino.analysis.floor import (
+    Floor,
+    Part,
+    counted_method,
+    floor,
+    head_operations,
+    moved,
+    network_operations,
+    operations,
+    parameter_counts,
+    timm_operations,
+    vit_operations,
+)
+from dino.config import edit
+from dino.data.views import MultiCrop
+from dino.methods import BYOLConfig
+from dino.methods.dino import DINOConfig
+from dino.models.timm import Timm
+from dino.models.vit import ViT
+from dino.optim import Optim
+from dino.presets import resolve
+from dino.training import Run
+
+TINY = Run(
+    backbone=ViT(width=48, depth=3, heads=3, patch=8, image_size=32, registers=2, mlp_ratio=3.0),
+    method=DINOConfig(out_dim=80, head_hidden=40, head_bottleneck=24),
+    views=MultiCrop(global_size=32, local_size=20, local=3),  # 20 is not a multiple of the patch
+    optim=Optim(batch_size=4),
+)
+VARIANTS = {
+    "as it is": {},
+    "one layer in the head": {"method": {"head_layers": 1}},
+    "no bottleneck": {"method": {"head_bottleneck": 0}},
+    "batch norm": {"method": {"head_norm": "batch"}},
+    "predictor": {"method": {"predictor": True}},
+    "global views alone": {"views": {"local": 0}},
+    "one block": {"backbone": {"depth": 1}},
+    "a ConvNet": {"backbone": Timm(name="resnet18", args=(("channels", "(8, 8, 16, 16)"),))},
+    "timm's ViT": {"backbone": Timm(name="test_vit")},
+}
+
+
+def total(parts: list[Part]) -> float:
+    return sum(part.total for part in parts)
+
+
+@pytest.mark.parametrize("change", VARIANTS.values(), ids=list(VARIANTS))
+def test_the_parts_sum_to_what_torch_counts_of_the_whole_step(change: dict) -> None:
+    """Forward and backward of the real method, loss included: not one operation apart."""
+    run = edit(TINY, **change)
+    parts, (convolutions, products) = operations(run, as_written=True), counted_method(run)
+    forward = sum(part.teacher + part.student for part in parts)
+    assert forward == convolutions.student + products.student
+    assert total(parts) == total([convolutions, products])
+
+
+@pytest.mark.parametrize("side", [32, 24, 20])
+def test_a_network_with_numbers_is_counted_alike(side: int) -> None:
+    """The processor's own attention kernel included, whose backward pass computes the weights again: 5 products, where
+    4 must be."""
+    network, method = TINY.backbone, TINY.method
+    assert isinstance(network, ViT)
+    assert isinstance(method, DINOConfig)
+    ops = vit_operations(network, side, as_written=True)
+    body, head = network.build(drop_path=0.0), method.head(48)
+    with FlopCounterMode(display=False) as counter:
+        out = head(body(torch.randn(2, 3, side, side)))
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    backward = counter.get_total_flops() - forward
+    of_head = sum(head_operations(method, 48).values())
+    assert forward == 2 * (sum(part.forward for part in ops.values()) + of_head)
+    again = ops["attention"].forward / 2
+    assert backward == 2 * (sum(part.backward for part in ops.values()) + 2 * of_head + again)
+
+
+def test_the_last_block_and_stochastic_depth_are_counted_where_they_are_needed() -> None:
+    """By hand: 16 of 17 tokens of the last block are asked for nothing but keys and values."""
+    network = ViT(width=48, depth=3, heads=3, patch=8, image_size=32, drop_path=0.0)
+    least, written = vit_operations(network, 32), vit_operations(network, 32, as_written=True)
+    tokens, width, hidden = 17, 48, 192
+    spared = tokens - 1  # tokens that nobody asks for
+    assert written["blocks' MLP"].forward - least["blocks' MLP"].forward == spared * 2 * 2 * width * hidden
+    assert written["attention"].forward - least["attention"].forward == spared * 2 * 2 * tokens * width
+    name = "queries, keys, values, projection"
+    assert written[name].forward - least[name].forward == spared * 2 * 2 * width * width
+    assert written["patch embedding"] == least["patch embedding"]
+    half = vit_operations(network, 32, drop_path=1.0, as_written=True)  # rates 0, 1/2 and 1
+    for part in ("attention", "blocks' MLP", name):
+        assert half[part].forward == pytest.approx(written[part].forward * (1 + 0.5 + 0) / 3)
+
+
+def test_the_student_alone_leaves_branches_out() -> None:
+    parts = {part.name: part for part in operations(TINY)}
+    still = {part.name: part for part in operations(edit(TINY, backbone=dict(drop_path=0.0)))}
+    assert parts["blocks' MLP"].teacher == still["blocks' MLP"].teacher
+    assert parts["blocks' MLP"].student < still["blocks' MLP"].student
+    assert total(operations(TINY)) < total(operations(TINY, as_written=True))
+
+
+@pytest.mark.parametrize(("size", "billions"), [("small", 4.6), ("base", 17.5)])
+def test_known_figures(size: Literal["small", "base"], billions: float) -> None:
+    """Multiply-adds of ViT-S/16 and ViT-B/16 at 224 x 224: the table of DeiT III's README (Touvron et al., 2022)."""
+    ops = vit_operations(ViT(size=size, patch=16), 224, as_written=True)
+    assert sum(part.forward for part in ops.values()) / 2 == pytest.approx(1e9 * billions, rel=0.005)
+
+
+def test_a_resnet_has_its_known_figure() -> None:
+    """ResNet-50: 4.1 billion multiply-adds (timm's card), 2 million of them in the classifier, which ours has not."""
+    ops = timm_operations(Timm(name="resnet50"), 224)
+    assert round(sum(part.forward for part in ops.values()) / 2e9, 1) == 4.1
+    stem = 2 * 112 * 112 * 64 * 3 * 49  # the pictures need no gradient
+    assert ops["convolutions"].backward == 2 * ops["convolutions"].forward - stem
+
+
+def test_other_methods_are_counted_too() -> None:
+    run = edit(TINY, method=BYOLConfig(head_dim=16, head_hidden=32))
+    convolutions, products = counted_method(run)
+    embedding = network_operations(run, "teacher")["patch embedding"].forward
+    embedding += sum(network_operations(run, "student")["patch embedding"])
+    assert convolutions.total == embedding
+    assert products.backward > products.student
+    assert operations(run) == [convolutions, products]
+
+
+# -- bytes -------------------------------------------------------------------------------------------------
+
+LINEAR = edit(
+    TINY,
+    backbone=ViT(width=4, depth=1, heads=1, patch=2, image_size=2, mlp_ratio=1.0),
+    method=dict(out_dim=5, head_layers=1, head_bottleneck=3),
+    views=MultiCrop(global_size=2, local_size=2, local=1),
+)
+
+
+def test_parameters_by_hand() -> None:
+    """Patches 4 x 12 + 4, [CLS] 4, positions 2 x 4; a block: norms 2 x 8, q k v 12 x 4 + 12, projection 4 x 4 + 4, MLP
+    2 x (4 x 4 + 4); the last norm 8; the head 3 x 4 + 3, prototypes 5 x 3 and their fixed lengths 5."""
+    body = 52 + 4 + 8 + 16 + 60 + 20 + 40 + 8
+    assert parameter_counts(LINEAR) == (body + 15 + 15, body + 15 + 15 + 5, 5)
+
+
+def test_bytes_by_hand() -> None:
+    trained, followed, center = parameter_counts(LINEAR)
+    assert moved(LINEAR, 7) == {
+        "views": 7 * 3 * 12,
+        "weights, read by the passes": 4 * (trained + trained + followed),
+        "gradients": 4 * (trained + trained),
+        "optimizer": 4 * 6 * trained,
+        "teacher and center": 8 * (followed + center),
+    }
+    half = moved(replace(LINEAR, precision="bfloat16"), 7)
+    assert half["weights, read by the passes"] == 2 * (trained + trained + followed)
+    assert half["gradients"] == 8 * trained
+    assert moved(edit(LINEAR, optim=dict(algorithm="sgd")), 7)["optimizer"] == 4 * 4 * trained
+
+
+def test_one_network_has_no_teacher_to_move() -> None:
+    run = edit(resolve("swav"), backbone=LINEAR.backbone)
+    trained, *rest = parameter_counts(run)
+    assert trained > 0
+    assert rest == [0, 0]
+
+
+def test_the_slower_of_the_two_is_the_floor() -> None:
+    one = Floor(operations=100.0, bytes=10.0)
+    assert (one.by_products(1000.0), one.by_memory(50.0)) == (10.0, 5.0)
+    assert one.images_per_s(1000.0, 50.0) == 5.0
+    assert one.images_per_s(1000.0, 500.0) == 10.0
+
+
+def test_a_larger_batch_shares_the_weights() -> None:
+    alone, many = floor(TINY, 1), floor(TINY, 100)
+    views = 3 * (2 * 32**2 + 3 * 20**2)
+    assert alone.operations == many.operations == total(operations(TINY))
+    assert (alone.bytes - views) / 100 == pytest.approx(many.bytes - views)
