@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,9 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from dino import dist
 from dino.data.views import Batch, normalize
 from dino.errors import UserError
-from dino.fast import distillation as fast_distillation
+from dino.fast import attention, distillation, packed
 from dino.methods.dino import DINO
 from dino.models.batch_norm import over_ranks
+from dino.models.heads import Network
+from dino.models.vit import Attention
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -95,14 +98,25 @@ class Runtime:
     def prepare(self, method: nn.Module) -> nn.Module:
         """Moves a method to the device, and wraps it where there are several ranks. The method itself stays the
         one that holds the state; what is returned is what the step calls."""
-        if self.fast and isinstance(method, DINO):
-            method.distil, method.spread = fast_distillation.distil, fast_distillation.spread
+        if self.fast:
+            self._with_twins(method)
         if self.world > 1:
             over_ranks(method, fused=self.device.type == "cuda")
         method.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if self.world == 1:
             return method
         return DistributedDataParallel(method, broadcast_buffers=False)
+
+    def _with_twins(self, method: nn.Module) -> None:
+        """Puts the fast twins in the place of the functions they equal."""
+        if isinstance(method, DINO):
+            method.distil, method.spread = distillation.distil, distillation.spread
+        for part in method.modules():
+            if isinstance(part, Attention):
+                part.attend = attention.attend
+            # A student's alone: the network that is watched (vitals) and evaluated goes the way it always goes.
+            if isinstance(part, Network) and self.device.type == "cuda" and part.backbone is not method.backbone:
+                part.features = partial(packed.features, part)
 
     def gathering(self, model: nn.Module, *, last: bool) -> AbstractContextManager:
         """Around a part of a batch, forward and backward: the ranks add their gradients up after the last one alone."""

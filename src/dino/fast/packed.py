@@ -1,0 +1,81 @@
+"""The twin of `Network.features` for our ViT: the tokens of all resolutions go through a block together.
+
+Norms, linear layers and MLP do not care which picture a token belongs to, so that each of them is one call over all
+tokens of all views; attention runs per resolution. A branch that drop-path leaves out is not computed.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dino.models.heads import Network
+from dino.models.vit import Attention, Block, VisionTransformer
+
+Shapes = list[tuple[int, int]]
+"""(images, tokens of each) per resolution."""
+
+
+def features(network: Network, views: Sequence[Tensor]) -> Tensor:
+    """As `Network.features`: one [n, B, 3, H, W] per resolution -> [sum of n B, D]."""
+    backbone = network.backbone
+    if len(views) == 1 or not isinstance(backbone, VisionTransformer):
+        return Network.features(network, views)
+    stacks = [backbone.embed(stack.flatten(0, 1)) for stack in views]
+    shapes = [(len(stack), stack.shape[1]) for stack in stacks]
+    tokens = torch.cat([stack.flatten(0, 1) for stack in stacks])
+    for block in backbone.blocks:
+        assert isinstance(block, Block)
+        if backbone.recomputes and torch.is_grad_enabled():
+            tokens = checkpoint(through, block, tokens, shapes, use_reentrant=False)
+        else:
+            tokens = through(block, tokens, shapes)
+    first = torch.cat([part[:, 0] for part in apart(tokens, shapes)])
+    return backbone.norm(first)
+
+
+def through(block: Block, x: Tensor, shapes: Shapes) -> Tensor:
+    """`Block.forward` over packed tokens [T, D]."""
+    rate = block.drop_path if block.training else 0.0
+    if rate == 0:
+        x = x + attention(block.attn, block.norm1(x), shapes)
+        return x + block.mlp(block.norm2(x))
+    rows, kept = draw(shapes, rate, x.device)
+    if len(rows):
+        x = x.index_add(0, rows, attention(block.attn, block.norm1(x[rows]), kept).to(x.dtype), alpha=1 / (1 - rate))
+    rows, _ = draw(shapes, rate, x.device)
+    if len(rows):
+        x = x.index_add(0, rows, block.mlp(block.norm2(x[rows])).to(x.dtype), alpha=1 / (1 - rate))
+    return x
+
+
+def attention(layer: Attention, x: Tensor, shapes: Shapes) -> Tensor:
+    """`Attention.forward` over packed tokens: one product for all queries, keys and values, then each resolution."""
+    qkv = layer.qkv_of(x)  # [T, 3, heads, d]
+    attended = [heads_of(layer, part) for part in apart(qkv, shapes)]
+    return layer.proj(torch.cat(attended))
+
+
+def heads_of(layer: Attention, qkv: Tensor) -> Tensor:
+    """[b, N, 3, heads, d] -> [b N, D]"""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return layer.attend(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def apart(packed: Tensor, shapes: Shapes) -> list[Tensor]:
+    """[T, ...] -> one [b, N, ...] per resolution."""
+    parts = packed.split([images * tokens for images, tokens in shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def draw(shapes: Shapes, rate: float, device: torch.device) -> tuple[Tensor, Shapes]:
+    """(rows of the tokens whose images keep their branch, the shapes of what is kept). Drawn on the host, which must
+    know how many there are."""
+    starts, kept, start = [], [], 0
+    for images, tokens in shapes:
+        chosen = (torch.rand(images) >= rate).nonzero()[:, 0]
+        starts.append((start + chosen[:, None] * tokens + torch.arange(tokens)).flatten())
+        kept.append((len(chosen), tokens))
+        start += images * tokens
+    return torch.cat(starts).to(device, non_blocking=True), kept

@@ -1,0 +1,104 @@
+"""The packed ViT and the chosen attention kernel equal the plain ones: values, gradients, and what drop-path drops."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dino.fast import attention, packed
+from dino.models import vit
+from dino.models.heads import Network
+from dino.models.timm import Timm
+from dino.models.vit import Block, ViT
+from dino.runtime import Runtime
+
+
+def network(**changes) -> Network:
+    torch.manual_seed(0)
+    settings = dict(width=24, depth=3, heads=3, patch=8, image_size=32, drop_path=0.0) | changes
+    net = Network(ViT(**settings).build(), nn.Identity())
+    nn.init.normal_(net.backbone.get_parameter("pos_embed"))  # images of another size must find other positions
+    return net
+
+
+def views() -> list[Tensor]:
+    seeded = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 3, 3, h, w, generator=seeded) for n, h, w in ((2, 32, 32), (3, 16, 24))]
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_packed_tokens_give_the_same_vectors_and_gradients(registers: int, recompute: bool) -> None:
+    net = network(registers=registers)
+    expected = net.features(views())
+    expected.square().sum().backward()
+    right = {name: p.grad for name, p in net.named_parameters()}
+    net.zero_grad()
+    net.backbone.recompute(recompute)
+    found = packed.features(net, views())
+    found.square().sum().backward()
+    torch.testing.assert_close(found, expected)
+    assert found.shape == (2 * 3 + 3 * 3, 24)
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.grad, right[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_other_networks_and_one_resolution_take_the_plain_way() -> None:
+    net = network()
+    assert torch.equal(packed.features(net, views()[:1]), net.features(views()[:1]))
+    other = Network(
+        Timm(name="resnet18", args=(("channels", "(8, 8, 8, 8)"), ("layers", "(1, 1, 1, 1)"))).build(), nn.Identity()
+    )
+    other.eval()
+    assert torch.equal(packed.features(other, views()), other.features(views()))
+
+
+def test_a_dropped_branch_is_left_out_and_a_kept_one_made_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the definition, picture by picture, with the draws told beforehand."""
+    torch.manual_seed(0)
+    block = Block(12, 2, 2.0, True, 1e-6, 0.25).train()
+    stacks = [torch.randn(3, 5, 12), torch.randn(2, 4, 12)]
+    shapes = [(3, 5), (2, 4)]
+    draws = iter([[0.9, 0.1, 0.3], [0.2, 0.8], [0.1, 0.1, 0.9], [0.3, 0.0]])  # the first branch's, then the second's
+    monkeypatch.setattr(torch, "rand", lambda count: torch.tensor(next(draws)))
+    x = torch.cat([stack.flatten(0, 1) for stack in stacks]).requires_grad_()
+    found = packed.apart(packed.through(block, x, shapes), shapes)
+    keeps = [([0.9, 0.1, 0.3], [0.1, 0.1, 0.9]), ([0.2, 0.8], [0.3, 0.0])]
+    for stack, out, (first, second) in zip(stacks, found, keeps, strict=True):
+        for image, got, one, two in zip(stack, out, first, second, strict=True):
+            expected = image[None]
+            if one >= 0.25:
+                expected = expected + block.attn(block.norm1(expected)) / 0.75
+            if two >= 0.25:
+                expected = expected + block.mlp(block.norm2(expected)) / 0.75
+            torch.testing.assert_close(got[None], expected)
+
+
+def test_all_branches_may_be_dropped() -> None:
+    block = Block(12, 2, 2.0, True, 1e-6, 0.999999).train()
+    x = torch.randn(3 * 5, 12)
+    assert torch.equal(packed.through(block, x, [(3, 5)]), x)
+    assert not torch.equal(packed.through(block.eval(), x, [(3, 5)]), x)
+
+
+@pytest.mark.parametrize("tokens", [37, attention.FEW + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kernel_attends_alike(tokens: int, dtype: torch.dtype) -> None:
+    seeded = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, tokens, 16, generator=seeded) for _ in range(3))
+    expected = vit.attend(q, k, v)
+    found = attention.attend(q.to(dtype), k.to(dtype), v.to(dtype)).float()
+    torch.testing.assert_close(found, expected, **({} if dtype == torch.float32 else dict(atol=0.02, rtol=0.02)))
+
+
+def test_the_runtime_alone_chooses() -> None:
+    """Twins hang on the method that was prepared, not on its class; the plain runtime leaves all as it is."""
+    from dino.training import Run, build_method
+
+    fast, plain = (
+        build_method(Run(backbone=ViT(width=24, depth=1, heads=3, patch=8, image_size=16))) for _ in range(2)
+    )
+    Runtime(torch.device("cpu"), "float32").prepare(fast)
+    Runtime(torch.device("cpu"), "float32", fast=False).prepare(plain)
+    assert fast.distil is not plain.distil
+    assert all(part.attend is attention.attend for part in fast.modules() if isinstance(part, vit.Attention))
+    assert all(part.attend is vit.attend for part in plain.modules() if isinstance(part, vit.Attention))
