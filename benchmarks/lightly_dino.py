@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dino.data.views import MultiCrop
-from dino.models.timm import Timm
+from dino.models.timm import Timm, create
 from dino.models.vit import ViT
 from plain import Rates
 
@@ -24,11 +24,10 @@ def installed() -> bool:
 
 def timm_network(settings: ViT | Timm, drop_path: float) -> Any:
     """timm's network of these settings, of any image size, without a classifier."""
-    import timm
     from timm.models.vision_transformer import VisionTransformer
 
     if isinstance(settings, Timm):
-        return timm.create_model(settings.name, num_classes=0)
+        return create(settings.name, drop_path=0.0, pretrained=False, args=dict(settings.args))
     width, depth, heads = settings.shape
     return VisionTransformer(
         img_size=settings.image_size,
@@ -53,6 +52,7 @@ class LightlyDINO:
     device: torch.device
     precision: str = "float32"
     drop_path: float = 0.1
+    hidden: int = 2048
     student: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class LightlyDINO:
 
         backbone = timm_network(self.settings, self.drop_path)
         width = backbone.num_features
-        head = DINOProjectionHead(width, 2048, 256, self.out_dim, freeze_last_layer=1)
+        head = DINOProjectionHead(width, self.hidden, 256, self.out_dim, freeze_last_layer=1)
         part = {"backbone": backbone, "head": head}
         for name, module in part.items():
             begun = {key.removeprefix(f"{name}."): w for key, w in self.weights.items() if key.startswith(f"{name}.")}
@@ -70,7 +70,7 @@ class LightlyDINO:
             )
         self.weights = {}  # they would count as memory
         self.student = nn.Sequential(backbone, head).to(self.device)
-        slow = timm_network(self.settings, 0.0), DINOProjectionHead(width, 2048, 256, self.out_dim)
+        slow = timm_network(self.settings, 0.0), DINOProjectionHead(width, self.hidden, 256, self.out_dim)
         self.teacher = nn.Sequential(*slow).requires_grad_(False).to(self.device)
         self.teacher.load_state_dict(self.student.state_dict())
         self.criterion = DINOLoss(self.out_dim, warmup_teacher_temp_epochs=0).to(self.device)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino.data.views import MEAN, STD, MultiCrop
-from dino.models.timm import Timm
+from dino.models.timm import Timm, create
 from dino.models.vit import ViT
 
 # -- the networks ----------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ class LastLayer(nn.Module):
 
 
 class Head(nn.Module):
-    def __init__(self, width: int, out_dim: int, hidden: int = 2048, bottleneck: int = 256) -> None:
+    def __init__(self, width: int, out_dim: int, hidden: int, bottleneck: int = 256) -> None:
         super().__init__()
         first, second, third = nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, bottleneck)
         self.mlp = nn.Sequential(first, nn.GELU(), second, nn.GELU(), third)
@@ -145,9 +145,7 @@ def plain_backbone(settings: ViT | Timm, drop_path: float) -> tuple[nn.Module, i
     """The network that `settings` mean, and its width."""
     if isinstance(settings, ViT):
         return PlainViT(settings, drop_path), settings.shape.width
-    import timm
-
-    net: Any = timm.create_model(settings.name, num_classes=0)
+    net: Any = create(settings.name, drop_path=0.0, pretrained=False, args=dict(settings.args))
     return net, net.num_features
 
 
@@ -177,11 +175,12 @@ class PlainDINO:
     device: torch.device
     precision: str = "float32"
     drop_path: float = 0.1
+    hidden: int = 2048
     student: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
         backbone, width = plain_backbone(self.settings, self.drop_path)
-        self.student = PlainNetwork(backbone, Head(width, self.out_dim))
+        self.student = PlainNetwork(backbone, Head(width, self.out_dim, self.hidden))
         self.student.load_state_dict(self.weights)
         self.weights = {}  # they would count as memory
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)

@@ -60,22 +60,25 @@ def ours(work: Work, precision: str, views: tuple[Tensor, ...], steps: int) -> d
 
         def step(number: int) -> Tensor:
             rt.seed_step(run.seed, number)
-            return train_step(state, model, rt.place(Batch(views)), CLOCK, run, rt)["loss"]
+            return train_step(state, model, Batch(views), CLOCK, run, rt)["loss"]
 
         return timed(step, steps, rt.device)
 
 
 def timed(step: Callable[[int], Tensor | float], steps: int, device: torch.device) -> dict:
     """The median of so many steps after one to warm up, which is told apart: it may have compiled."""
-    seconds, losses = [], []
+    seconds, work, losses = [], [], []
     for number in range(steps + 1):
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         losses.append(step(number))
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
+        work.append(time.process_time() - worked)
+    processor = {} if device.type == "cuda" else {"processor_seconds": statistics.median(work[1:])}
     return {
         "seconds": statistics.median(seconds[1:]),
+        **processor,
         "first_step_seconds": seconds[0],
         "losses": [float(loss) for loss in losses],
     }

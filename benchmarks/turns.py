@@ -132,15 +132,16 @@ def rows(results: dict[str, list[dict]], pictures: int) -> list[dict[str, Any]]:
         if "failed" in turns[0]:
             found.append({"version": version, **turns[0]})
             continue
+        clocks = [clock for clock in ("seconds", "processor_seconds") if clock in turns[0]]
         seconds = [turn["seconds"] for turn in turns]
-        numbers = {key for key, value in turns[0].items() if isinstance(value, int | float)} - {"seconds"}
+        numbers = {key for key, value in turns[0].items() if isinstance(value, int | float)} - {*clocks}
         found.append(
             {
                 "version": version,
                 "images_per_s": pictures / statistics.median(seconds),
                 "ratio": statistics.median(base["seconds"] / own for base, own in zip(first, seconds, strict=False)),
                 **{key: statistics.median(turn[key] for turn in turns) for key in sorted(numbers)},
-                "seconds": seconds,
+                **{clock: [turn[clock] for turn in turns] for clock in clocks},
                 **{key: value for key, value in turns[0].items() if isinstance(value, list)},
             }
         )

@@ -24,8 +24,8 @@ NETWORKS: dict[str, ViT | Timm] = {
     "vit_small_8": ViT(size="small", patch=8),
     "vit_base": ViT(size="base", patch=16),
     "resnet50": Timm(name="resnet50"),
-    "narrow": ViT(patch=8, width=16, depth=2, heads=2, image_size=32),
-    "resnet_narrow": Timm(name="resnet10t"),
+    "narrow": ViT(patch=8, width=16, depth=2, heads=2, image_size=56),
+    "resnet_narrow": Timm(name="resnet10t", args=(("channels", "(8, 8, 16, 16)"), ("stem_width", "4"))),
 }
 """The last two are for tests of the benchmarks."""
 CLOCK = Clock(10_000, 1_000, 100)
@@ -41,46 +41,48 @@ class Work:
     k: int
     batch: int
     drop_path: float
-    micro_batch: str = "0"
+    hidden: int = 2048
+    """Width of the head's hidden layers."""
+    micro_batch: int = 0
+    """Pictures that pass at once in ours; 0: all of a batch."""
 
     def run(self, precision: Any) -> Run:
         """The settings of ours, complete."""
         backbone = edit(NETWORKS[self.network], drop_path=self.drop_path) if self.is_vit else NETWORKS[self.network]
-        optim = {"batch_size": self.batch, "epochs": CLOCK.epochs} | self.micro()
-        run = Run(backbone=backbone, method=DINOConfig(out_dim=self.k), views=crops_of(self.views), precision=precision)
+        optim = dict(batch_size=self.batch, epochs=CLOCK.epochs, micro_batch=self.micro_batch)
+        run = Run(backbone=backbone, method=self.method, views=crops_of(self.views), precision=precision)
         return edit(run, optim=optim, knn=dict(every_epochs=0))
+
+    @property
+    def method(self) -> DINOConfig:
+        return DINOConfig(out_dim=self.k, head_hidden=self.hidden)
 
     @property
     def is_vit(self) -> bool:
         return isinstance(NETWORKS[self.network], ViT)
-
-    def micro(self) -> dict[str, Any]:
-        if self.micro_batch == "0":
-            return {}
-        return {"micro_batch": int(self.micro_batch) if self.micro_batch.isdigit() else self.micro_batch}
 
     def peer(self, kind: str, precision: str, device: torch.device) -> PlainDINO | LightlyDINO:
         """The plain version or lightly's, with the weights that ours begins with."""
         method = build_method(self.run("float32"))
         assert isinstance(method, DINO)
         build: Callable[..., PlainDINO | LightlyDINO] = {"plain": PlainDINO, "lightly": LightlyDINO}[kind]
-        return build(NETWORKS[self.network], self.k, method.student.state_dict(), device, precision, self.drop_path)
+        weights = method.student.state_dict()
+        return build(NETWORKS[self.network], self.k, weights, device, precision, self.drop_path, self.hidden)
 
     def rates(self) -> Rates:
         """What ours has at `CLOCK`, for the others."""
-        run = self.run("float32")
-        assert isinstance(run.method, DINOConfig)
+        optim = self.run("float32").optim
         return Rates(
-            lr=run.optim.lr_schedule()(CLOCK),
-            weight_decay=run.optim.weight_decay_schedule()(CLOCK),
-            momentum=run.method.momentum_schedule()(CLOCK),
-            teacher_temp=run.method.teacher_temp_schedule()(CLOCK),
+            lr=optim.lr_schedule()(CLOCK),
+            weight_decay=optim.weight_decay_schedule()(CLOCK),
+            momentum=self.method.momentum_schedule()(CLOCK),
+            teacher_temp=self.method.teacher_temp_schedule()(CLOCK),
         )
 
     def arguments(self) -> list[str]:
         """What a child process is told."""
         told = {"--network": self.network, "--views": self.views, "--k": self.k, "--batch": self.batch}
-        told |= {"--drop-path": self.drop_path, "--micro-batch": self.micro_batch}
+        told |= {"--drop-path": self.drop_path, "--hidden": self.hidden, "--micro-batch": self.micro_batch}
         return [str(word) for pair in told.items() for word in pair]
 
 
@@ -105,12 +107,13 @@ def add_options(parser: argparse.ArgumentParser, **usual: Any) -> None:
     parser.add_argument("--k", type=int, default=usual["k"], help="prototypes")
     parser.add_argument("--batch", type=int, default=usual["batch"], help="pictures a step")
     parser.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a ViT's student")
-    parser.add_argument("--micro-batch", default="0", help="optim.micro_batch of ours; 0 leaves it as it is")
+    parser.add_argument("--hidden", type=int, default=2048, help="width of the head's hidden layers")
+    parser.add_argument("--micro-batch", type=int, default=0, help="pictures that pass at once in ours; 0: all")
     parser.add_argument("--versions", nargs="+", metavar="KIND:PRECISION", help="plain, dino or lightly : float32, ...")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--child", metavar="VERSION", help=argparse.SUPPRESS)
 
 
 def work_of(options: argparse.Namespace) -> Work:
-    names = ("network", "views", "k", "batch", "drop_path", "micro_batch")
+    names = ("network", "views", "k", "batch", "drop_path", "hidden", "micro_batch")
     return Work(**{name: getattr(options, name) for name in names})
