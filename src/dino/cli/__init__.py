@@ -21,6 +21,7 @@ COMMANDS = {
     "track": ("dino.cli.track", "follow objects through a film from one mask"),
     "embed": ("dino.cli.embed", "write the features of pictures to a file"),
     "data": ("dino.cli.data", "pack a folder of pictures into a few large files, and check such a pack"),
+    "bench": ("dino.cli.bench", "measure how fast training could be here, and how fast it is"),
     "ablate": ("dino.cli.ablate", "run a table of the paper, row by row"),
     "report": ("dino.cli.show", "write the page of a run, or of a table that was run"),
     "presets": ("dino.cli.show", "list the recipes"),

@@ -113,7 +113,7 @@ def measure(run: Run, here: Machine, pictures: Pictures, *, steps: int = 3) -> S
         if here.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return Speed(statistics.median(times[1:]) / batch_size, _reading(run, pictures))
+    return Speed(statistics.median(times[1:]) / batch_size, reading(run, pictures))
 
 
 def _for_data(pictures: Pictures, here: Machine, world: int, kind: type[AnyMethod]) -> tuple[Run, list[Reason]]:
@@ -263,7 +263,7 @@ def _epochs(run: Run, here: Machine, speed: Speed, trained: int, minutes: float 
     return run, Reason("epochs", f"{epochs}", why)
 
 
-def _reading(run: Run, pictures: Pictures) -> float:
+def reading(run: Run, pictures: Pictures) -> float:
     """Seconds to read and crop one picture, the median of a few."""
     from dino.data.loader import sample_rng
     from dino.data.pictures import BadImage

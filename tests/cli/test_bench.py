@@ -1,0 +1,184 @@
+"""dino bench: the whole command at a tiny size, its JSON, the words it finds, and the clock behind its parts."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino.analysis import rates, speed
+from dino.analysis.bench import Bench, fitting
+from dino.analysis.floor import moved, operations
+from dino.analysis.rates import Rate, matrix_rate, memory_rate
+from dino.analysis.speed import StepSpeed, Stopwatch, step_speed
+from dino.config import edit
+from dino.data.views import MultiCrop
+from dino.methods import BYOLConfig, SwAVConfig
+from dino.methods.dino import DINOConfig
+from dino.models.vit import ViT
+from dino.optim import Optim
+from dino.runtime import Machine, Runtime
+from dino.training import Run
+
+CPU = Machine(torch.device("cpu"), "a processor", 2, 2**33, "float32", "it has no bfloat16")
+CARD = replace(CPU, device=torch.device("cuda", 0), name="a card", cores=16, precision="bfloat16", why="it can")
+RUN = Run(
+    backbone=ViT(width=48, depth=1, heads=1, patch=8, image_size=32),
+    method=DINOConfig(out_dim=32, head_hidden=32, head_bottleneck=16),
+    views=MultiCrop(global_size=32, local_size=16, local=2),
+    optim=Optim(batch_size=64),
+)
+STEP = StepSpeed(
+    batch=8, times=[0.2, 0.5, 0.1], peak=2**30, spent={"student's forward pass": 0.1, "backward pass, clipping": 0.3}
+)
+FOUND = Bench(RUN, CPU, 2, Rate(1e12, "512"), Rate(1e10, "copy"), STEP)
+
+
+def nobody(done: int, total: int) -> None:
+    assert 0 <= done <= total
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "SECONDS", 0.0)
+    monkeypatch.setattr(rates, "SHAPES", {"cpu": ((64, 32, 16), (128, 32, 16))})
+    monkeypatch.setattr(rates, "BUFFER", {"cpu": 2**16})
+
+
+@pytest.mark.usefixtures("quick", "tiny_preset")
+def test_the_command(dino, photos: Path) -> None:
+    line = ("bench", photos, "--preset", "tiny_recipe:run", "--batch", "4", "--steps", "2", "--views.local", "2")
+    ran = dino(*line, "--optim.micro-batch", "2", "--json", "-o", "found.json")
+    assert ran.code == 0, ran.err
+    told = ran.json
+    assert told == json.loads(Path("found.json").read_text())
+    assert told["run"]["optim"]["batch_size"] == told["step"]["batch"] == 4
+    assert told["run"]["optim"]["micro_batch"] == 2
+    assert len(told["step"]["times"]) == 2
+    by_part = {part.pop("name"): part for part in told["operations"]}
+    assert by_part["attention"]["teacher"] == {p.name: p for p in operations(RUN)}["attention"].teacher
+    assert told["operations_per_image"] == pytest.approx(sum(part["total"] for part in by_part.values()))
+    assert told["operations_per_image"] < told["operations_as_written"]
+    assert told["share"] == pytest.approx(told["step"]["images_per_s"] / told["floor"]["images_per_s"])
+    assert told["floor"]["images_per_s"] == min(told["floor"]["by_products"], told["floor"]["by_memory"])
+    assert 0 < told["together_images_per_s"] < told["step"]["images_per_s"]
+    assert told["data"]["images_per_s_per_worker"] > 0
+    assert {"machine", "date", "versions", "rates", "bytes", "advice"} <= told.keys()
+    for words in ("last layer", "the floor", "of the floor", "Peak memory", "student's forward pass", "one worker"):
+        assert words in ran.err
+
+
+@pytest.mark.parametrize(("words", "said"), [(("--batch", "0"), "--batch"), (("--preset", "vits61"), "vits16")])
+def test_what_cannot_be(dino, words, said: str) -> None:
+    ran = dino("bench", *words)
+    assert ran.code == 2
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_its_help(dino) -> None:
+    ran = dino("bench", "--help")
+    assert ran.code == 0
+    assert "--optim.micro-batch" in ran.out
+    assert "dino bench photos/" in ran.out
+
+
+# -- what is measured --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_rates_are_of_the_fastest_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of our own: 64 x 32 x 16 takes a second, 128 x 32 x 16 takes one too."""
+    seconds = iter(range(1000))
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: float(next(seconds)))
+    assert matrix_rate(CPU, "float32", nobody)[:2] == (2 * 128 * 32 * 16, "128 x 32 x 16")
+    assert memory_rate(CPU, nobody)[:2] == (3 * 2**16, "add")
+
+
+def test_a_part_inside_another_is_counted_once() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    began = time.perf_counter()
+    with watch("outer"):
+        time.sleep(0.01)
+        with watch("inner"):
+            time.sleep(0.02)
+        time.sleep(0.01)
+    whole = time.perf_counter() - began
+    assert watch.spent["inner"] >= 0.02
+    assert watch.spent["outer"] >= 0.02
+    assert sum(watch.spent.values()) == pytest.approx(whole, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("change", "without"),
+    [
+        ({}, {"forward pass"}),
+        ({"optim": {"micro_batch": 2}}, {"forward pass"}),
+        ({"method": DINOConfig(out_dim=32, head_hidden=32, targets="sinkhorn")}, {"forward pass"}),
+        ({"method": BYOLConfig(head_dim=16, head_hidden=32)}, {"forward pass"}),
+        (
+            {"method": SwAVConfig(out_dim=16, head_hidden=32)},
+            {"student's forward pass", "teacher's forward pass"},
+        ),
+    ],
+)
+def test_every_part_of_a_step_is_found(change: dict, without: set[str]) -> None:
+    found = step_speed(edit(RUN, **change), Runtime(torch.device("cpu"), "float32"), 4, 1, nobody)
+    assert list(found.spent) == [name for name in speed.ORDER if name not in without]
+    assert all(seconds > 0 for seconds in found.spent.values())
+    assert found.batch == 4
+    assert len(found.times) == 1
+
+
+# -- what is said ------------------------------------------------------------------------------------------
+
+
+def test_the_share_by_hand() -> None:
+    each = sum(part.total for part in operations(RUN))
+    assert FOUND.step.images_per_s == 8 / 0.2  # of the median step
+    assert FOUND.most == min(1e12 / each, 1e10 / (sum(moved(RUN, 8).values()) / 8))
+    assert FOUND.share == FOUND.step.images_per_s / FOUND.most
+    assert FOUND.together is None
+    assert replace(FOUND, reading=0.1).together == pytest.approx(1 / (0.2 / 8 + 0.1 / 2))  # two cores, all shared
+    on_card = replace(FOUND, here=CARD, run=replace(RUN, workers=4), reading=0.2)
+    assert on_card.together == pytest.approx(20)  # 4 workers; the card could take 40
+
+
+def said(found: Bench) -> str:
+    return "\n".join(found.advice())
+
+
+def test_the_bottleneck_is_named() -> None:
+    assert "name a folder" in said(FOUND)
+    assert "backward pass, clipping (75%)" in said(FOUND)
+    on_card = replace(FOUND, here=CARD, run=replace(RUN, workers=4), reading=0.2)
+    assert "4 workers give 20 images/s, the step could take 40. --workers 9" in said(on_card)
+    assert "The step is the bottleneck" in said(replace(on_card, reading=0.01))
+    assert "67% of the cores' time" in said(replace(FOUND, reading=0.1))
+    assert "the step is the bottleneck" in said(replace(FOUND, reading=0.0001))
+
+
+def test_knobs_are_named_where_they_help() -> None:
+    assert "--precision" not in said(FOUND)
+    assert "--precision bfloat16 is faster: it can" in said(replace(FOUND, here=CARD))
+    assert "larger batch" not in said(replace(FOUND, memory=Rate(1e15, "copy")))
+    assert "larger batch" in said(replace(FOUND, memory=Rate(1e6, "copy")))
+    assert "micro-batch" not in said(FOUND)
+    full = replace(FOUND, step=replace(STEP, peak=2**33))
+    assert "--optim.micro-batch auto and --recompute" in said(full)
+    for change in (dict(method=SwAVConfig()), dict(method=dict(head_norm="batch"))):  # their batches stay whole
+        alone = said(replace(full, run=edit(RUN, **change)))
+        assert "--recompute needs" in alone
+        assert "micro-batch" not in alone
+    assert "Others use this machine" not in said(FOUND)
+    assert "had 40% of" in said(replace(FOUND, products=Rate(1e12, "512", 0.4)))
+
+
+def test_a_batch_is_as_large_as_its_seconds() -> None:
+    each = sum(part.total for part in operations(RUN, as_written=True))
+    assert fitting(RUN, CPU, 8 * each) == 8  # two seconds at half of it: eight pictures
+    assert fitting(RUN, CPU, each / 100) == 2
+    assert fitting(RUN, CPU, 1e6 * each) == 64
+    assert fitting(edit(RUN, optim=dict(batch_size=1000)), CARD, 1e6 * each) == 128
