@@ -32,7 +32,7 @@ from dino.training import train
 from lightly_dino import lightly_views
 from plain import pillow_views
 from turns import Memory, about, available, in_turns, rows, save, show, usual_versions
-from work import Work, add_options, crops_of, work_of
+from work import Work, add_options, crops_of, matrix_rate, with_shares, work_of
 
 SIZES = {"500": (500, 375), "128": (128, 128)}
 """Width and height of the files that are drawn."""
@@ -150,12 +150,15 @@ def main() -> None:
         told = [*work.arguments(), "--folder", str(folder)]
         told += ["--steps", str(options.steps), "--workers", str(options.workers)]
         found = rows(in_turns(__file__, versions, options.turns, told), work.batch * options.steps)
+    if rate := matrix_rate(here):  # after the turns: nothing else is on the card
+        found = with_shares(found, work, rate)
+    share = {"rate_share": "% of the matrix rate"} if rate else {}
     said = about(vars(options))
     title = (
         f"{work.network}, {work.views}, K {work.k}, batch {work.batch}, {options.workers} workers: {said['machine']}"
     )
-    show(found, title, console, wait="% waiting for data", peak="GiB")
-    save(options.json, {"benchmark": "end_to_end", **said, "rows": found})
+    show(found, title, console, wait="% waiting for data", peak="GiB", **share)
+    save(options.json, {"benchmark": "end_to_end", **said, "matrix_rate": rate, "rows": found})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ the time is over, wherever it is.
 """
 
 import argparse
+import datetime
 import json
 import platform
 import time
@@ -74,6 +75,7 @@ def main() -> None:
             "run": to_dict(run),
             "curve": curve,
             "machine": f"{here.name}, {threads}",
+            "date": datetime.date.today().isoformat(),
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -25,7 +25,7 @@ from dino.data.views import Batch, normalize
 from dino.runtime import machine, start
 from dino.training import State, build_method, train_step
 from turns import Memory, about, available, in_turns, rows, save, show, usual_versions
-from work import CLOCK, Work, add_options, work_of
+from work import CLOCK, Work, add_options, matrix_rate, with_shares, work_of
 
 
 def noise(work: Work) -> tuple[Tensor, ...]:
@@ -97,9 +97,13 @@ def main() -> None:
     versions = available(options.versions or usual_versions(here), console)
     told = [*work.arguments(), "--steps", str(options.steps)]
     found = rows(in_turns(__file__, versions, options.turns, told), work.batch)
+    if rate := matrix_rate(here):  # after the turns: nothing else is on the card
+        found = with_shares(found, work, rate)
+    share = {"rate_share": "% of the matrix rate"} if rate else {}
     said = about(vars(options))
-    show(found, f"{work.network}, {work.views}, K {work.k}, batch {work.batch}: {said['machine']}", console, peak="GiB")
-    save(options.json, {"benchmark": "train_step", **said, "rows": found})
+    title = f"{work.network}, {work.views}, K {work.k}, batch {work.batch}: {said['machine']}"
+    show(found, title, console, peak="GiB", **share)
+    save(options.json, {"benchmark": "train_step", **said, "matrix_rate": rate, "rows": found})
 
 
 if __name__ == "__main__":

@@ -2,17 +2,19 @@
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dino.analysis.floor import floor
 from dino.config import edit
 from dino.data.views import MultiCrop
 from dino.methods.dino import DINO, DINOConfig
 from dino.models.timm import Timm
 from dino.models.vit import ViT
+from dino.runtime import Machine
 from dino.schedules import Clock
 from dino.training import Run, build_method
 from lightly_dino import LightlyDINO
@@ -84,6 +86,22 @@ class Work:
         told = {"--network": self.network, "--views": self.views, "--k": self.k, "--batch": self.batch}
         told |= {"--drop-path": self.drop_path, "--hidden": self.hidden, "--micro-batch": self.micro_batch}
         return [str(word) for pair in told.items() for word in pair]
+
+
+def with_shares(rows: Sequence[dict[str, Any]], work: Work, rate: float) -> list[dict[str, Any]]:
+    """The rows with `rate_share`: the operations a second that the step cannot do without (`dino.analysis.floor`), over
+    `rate`, those that the device does in matrix products alone."""
+    operations = floor(work.run("float32"), work.batch).operations
+    return [row if "failed" in row else row | {"rate_share": row["images_per_s"] * operations / rate} for row in rows]
+
+
+def matrix_rate(here: Machine) -> float | None:
+    """Operations a second in products of bfloat16 (float16 where there is none), measured now; None on a CPU."""
+    if here.device.type != "cuda":
+        return None
+    from dino.analysis import rates
+
+    return rates.matrix_rate(here, here.precision, lambda done, total: None).per_second
 
 
 def crops_of(text: str) -> MultiCrop:

@@ -49,7 +49,7 @@ def run(module: ModuleType, *options: str, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *options, "--json", str(tmp_path / "found.json")])
     module.main()
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found.keys() == ABOUT
+    assert found.keys() - {"matrix_rate"} == ABOUT
     assert str(tmp_path) not in json.dumps(found), "no folder of this machine in what is kept"
     return found
 
@@ -168,6 +168,15 @@ def test_what_is_compared_follows_the_machine() -> None:
     assert {"plain:bfloat16", "dino:bfloat16"} < set(kinds("cpu", "bfloat16"))
     assert {"plain:float16", "dino:bfloat16", "lightly:float16"} < set(kinds("cuda", "bfloat16"))
     assert "dino:float16" in kinds("cuda", "float16")
+
+
+def test_a_share_of_the_matrix_rate() -> None:
+    tiny = work.Work("vit_tiny", "2x224+8x96", 65536, 64, drop_path=0.1)
+    rows = [{"version": "plain:float32", "failed": "no memory"}, {"version": "dino:bfloat16", "images_per_s": 100.0}]
+    failed, ours = work.with_shares(rows, tiny, rate=1e13)
+    assert "rate_share" not in failed
+    assert 0.1 < ours["rate_share"] < 0.4  # some 20 GFLOP an image
+    assert work.matrix_rate(Machine(torch.device("cpu"), "", 1, 1, "float32", "")) is None
 
 
 def test_a_version_that_fails_is_said_and_left(tmp_path: Path) -> None:
