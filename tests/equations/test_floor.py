@@ -1,6 +1,7 @@
 """What a step must cost: the formulas against torch's counter on real networks, known figures, and bytes by hand."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -183,3 +184,32 @@ def test_a_larger_batch_shares_the_weights() -> None:
     views = 3 * (2 * 32**2 + 3 * 20**2)
     assert alone.operations == many.operations == total(operations(TINY))
     assert (alone.bytes - views) / 100 == pytest.approx(many.bytes - views)
+
+
+# -- the page ----------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+
+
+def row(name: str) -> list[str]:
+    (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {name} |")][-1:]
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_the_page_says_what_is_counted() -> None:
+    run = resolve("vits16")
+    parts = operations(run)
+    everything = total(parts)
+    for part in parts:
+        ops = (part.teacher, part.student, part.backward, part.total)
+        assert row(part.name) == [*(f"{each / 1e9:.3f}" for each in ops), f"{part.total / everything:.1%}"]
+    sums = [sum(getattr(part, name) for part in parts) for name in ("teacher", "student", "backward")]
+    assert f"| all | {' | '.join(f'{ops / 1e9:.3f}' for ops in (*sums, everything))} | 100.0% |" in PAGE
+    assert f"Plain code does {total(operations(run, as_written=True)) / 1e9:.3f}" in PAGE
+    counted = moved(run, 64)
+    for name, count in counted.items():
+        assert row(name)[0] == f"{count / 1e6:.1f}"
+    each = sum(counted.values()) / 64
+    assert row("all")[0] == f"{64 * each / 1e6:.1f}"
+    assert f"({each / 1e6:.1f} a picture)" in PAGE
+    assert f"{everything / each:,.0f} operations for each byte" in PAGE
