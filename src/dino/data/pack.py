@@ -157,7 +157,8 @@ class PackPictures(Pictures):
         return self._mapped(name, *ARRAYS[name])
 
     def _mapped(self, name: str, kind: str, row: tuple[int, ...]) -> np.ndarray:
-        return np.asarray(np.memmap(self.path / name, kind, "r")).reshape(-1, *row)
+        # "c": torch takes only what may be written; what is written stays in this process
+        return np.asarray(np.memmap(self.path / name, kind, "c")).reshape(-1, *row)
 
     @property
     def fingerprint(self) -> str:
