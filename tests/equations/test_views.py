@@ -1,6 +1,9 @@
 """The views are drawn from the authors' distribution: each operation against Pillow and torchvision, and
 the whole."""
 
+from collections import Counter
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -212,9 +215,50 @@ def test_normalize_and_planar():
     planar([PHOTO, PHOTO[::-1]], out)
     theirs = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])(Image.fromarray(PHOTO))
     stacked = torch.from_numpy(out).unsqueeze(1)
-    torch.testing.assert_close(normalize(stacked)[0, 0], theirs, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(normalize(stacked)[1, 0], theirs.flip(1), atol=1e-5, rtol=1e-5)
-    assert stacked.dtype == torch.uint8
+    last = torch.from_numpy(np.stack([PHOTO, PHOTO[::-1]])).movedim(-1, -3).unsqueeze(1)
+    for images in (stacked, last, stacked[:, :, :, 1:-1], last[:, :, :, 1:-1]):
+        found, there = normalize(images), theirs[:, 1:-1] if images.shape[-2] < len(PHOTO) else theirs
+        torch.testing.assert_close(found[0, 0], there, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[1, 0], there.flip(1), atol=1e-5, rtol=1e-5)
+        assert images.dtype == torch.uint8
+    assert normalize(last).movedim(-3, -1).is_contiguous()  # as it came: nothing is turned on the way to the network
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.29, 0.31, 0.5, 0.77, 1.0, 1.7, 2.0, 3.3])
+def test_blur_is_the_gaussian_in_eight_bits(sigma):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    exact = cv2.GaussianBlur(noise.astype(np.float64), (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
+    found = blur(noise, sigma).astype(float)
+    assert np.abs(found - exact).max() < 2.5
+    assert abs(found.mean() - exact.mean()) < 0.05
+    assert found.std() == pytest.approx(exact.std(), rel=0.015)
+    np.testing.assert_array_equal(blur(np.full((9, 9, 3), 255, np.uint8), sigma), 255)  # the weights sum to 1
+
+
+@pytest.mark.parametrize("factor", [0.6, 0.85, 1.0, 1.2, 1.4])
+def test_brightness_cuts_every_level_as_pillow_does(factor):
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    theirs = TF.adjust_brightness(Image.fromarray(levels), factor)
+    np.testing.assert_array_equal(adjust_brightness(levels, factor), np.asarray(theirs))
+
+
+def test_chance_is_even():
+    """What is made of numbers from 0 to 1: every order of the changes, and every place of a crop, is as likely."""
+    rng, recipe = np.random.default_rng(0), MultiCrop(local=30, jitter=1.0)
+    drawn = [draw for _ in range(150) for draw in recipe.draw(40, 60, rng)]
+    orders = Counter(draw.order for draw in drawn)
+    assert len(orders) == 24
+    assert chisquare(list(orders.values())) < 60  # 23 degrees of freedom: 49.7 in one of a thousand
+    boxes = [crop_box(4, 6, (0.25, 0.25), (1.5, 1.5), rng) for _ in range(4000)]
+    places = Counter(box[:2] for box in boxes)
+    assert {box[2:] for box in boxes} == {(2, 3)}
+    assert places.keys() == {(top, left) for top in range(3) for left in range(4)}
+    assert chisquare(list(places.values())) < 40  # 11 degrees of freedom: 31.3 in one of a thousand
+
+
+def chisquare(counts):
+    expected = sum(counts) / len(counts)
+    return sum((count - expected) ** 2 / expected for count in counts)
 
 
 @pytest.mark.parametrize(

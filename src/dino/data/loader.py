@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dino.data.pictures import BadImage, Pictures, Skipped
-from dino.data.views import Batch, Views, eval_transform, planar
+from dino.data.views import Batch, Views, eval_transform
 from dino.errors import UserError
 
 ORDER, SAMPLE, MIX = 0, 1, 2  # what a random stream is for: the streams of different purposes never meet
@@ -138,7 +138,7 @@ class _Train:
 
     def __call__(self, job: Job) -> Step:
         count, shapes = len(job.indices), self.views.stacks
-        stacks = [np.empty((n, count, 3, side, side), np.uint8) for n, side in shapes]
+        stacks = [np.empty((n, count, side, side, 3), np.uint8) for n, side in shapes]
         starts = np.cumsum([0, *(n for n, _ in shapes)]).tolist()
         used: list[int] = []
         skipped: list[Skipped] = []
@@ -149,7 +149,8 @@ class _Train:
                 continue
             crops = self.views(image, sample_rng(self.seed, job.epoch, index, copy))
             for stack, (start, end) in zip(stacks, pairwise(starts), strict=True):
-                planar(crops[start:end], stack[:, len(used)])
+                for view, place in zip(crops[start:end], stack[:, len(used)], strict=True):
+                    place[...] = view
             used.append(index)
         if not used:
             shown = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
@@ -158,7 +159,8 @@ class _Train:
                 "expected the pictures that were there at the start. Is the disk still there?"
             )
         labels = None if self.pictures.labels is None else torch.from_numpy(self.pictures.labels[used])
-        batch = Batch(tuple(torch.from_numpy(stack[:, : len(used)]) for stack in stacks), labels)
+        views = (torch.from_numpy(stack[:, : len(used)]).movedim(-1, -3) for stack in stacks)
+        batch = Batch(tuple(views), labels)
         return Step(job.epoch, job.step, batch, skipped)
 
 

@@ -2,28 +2,41 @@
 
 Every operation is the authors' (torchvision's on Pillow pictures) in distribution, and most are the same to
 the last bit or to one grey level; tests/equations/test_views.py states by how much each differs. What makes
-it fast: the picture is decoded once, a crop is a slice, brightness, contrast and solarisation are table
-look-ups by OpenCV, and the views stay uint8 until they are on the device, where `normalize` makes them
-float.
+it fast: the picture is decoded once, a crop is a slice, each change is one or two calls on bytes (pixels.py), chance
+is drawn in one go, and the views stay uint8, in the order of bytes that networks take (channels last), until they are
+on the device, where `normalize` makes them float.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, permutations, repeat
 from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dino.data.pixels import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    blur,
+    gray,
+    resize,
+    solarize,
+)
 from dino.errors import UserError
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's mean and standard deviation of RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 
-cv2.setNumThreads(0)  # a picture is one thread's work; the worker processes are the parallelism
+CHANGES = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+ORDERS = tuple(permutations(range(len(CHANGES))))
+"""The colour changes of a view, and the orders in which they may come."""
 
 
 class Batch(NamedTuple):
@@ -65,6 +78,12 @@ class Views(Protocol):
         ...
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]: ...
+
+
+class Chance(Protocol):
+    """A source of numbers from 0 to below 1."""
+
+    def random(self) -> float: ...
 
 
 class Draw(NamedTuple):
@@ -180,9 +199,10 @@ class MultiCrop:
     def draw(self, height: int, width: int, rng: np.random.Generator) -> list[Draw]:
         """All that chance decides of the views of a picture of this size, which is not looked at; in their order."""
         scales = [self.global_scale] * 2 + [self.local_scale] * self.local
-        return [self._draw(height, width, min(n, 2), scale, rng) for n, scale in enumerate(scales)]
+        ahead = _Ahead(rng)
+        return [self._draw(height, width, min(n, 2), scale, ahead) for n, scale in enumerate(scales)]
 
-    def _draw(self, height: int, width: int, kind: int, scale: tuple[float, float], rng: np.random.Generator) -> Draw:
+    def _draw(self, height: int, width: int, kind: int, scale: tuple[float, float], rng: Chance) -> Draw:
         box = crop_box(height, width, scale, self.ratio, rng)
         flip = rng.random() < self.flip
         jitter = rng.random() < self.jitter
@@ -191,13 +211,13 @@ class MultiCrop:
         sigma = _uniform(rng, *self.blur_sigma) if rng.random() < self.blur[kind] else 0.0
         return Draw(*box, flip, factors, order, gray, sigma, solarize=rng.random() < self.solarize[kind])
 
-    def _jitter(self, rng: np.random.Generator) -> tuple[tuple[float, float, float, float], tuple[int, ...]]:
+    def _jitter(self, rng: Chance) -> tuple[tuple[float, float, float, float], tuple[int, ...]]:
         """The factor of each of the four colour changes, and their order."""
         brightness = _uniform(rng, max(0.0, 1 - self.brightness), 1 + self.brightness)
         contrast = _uniform(rng, max(0.0, 1 - self.contrast), 1 + self.contrast)
         saturation = _uniform(rng, max(0.0, 1 - self.saturation), 1 + self.saturation)
         hue = _uniform(rng, -self.hue, self.hue)
-        return (brightness, contrast, saturation, hue), tuple(rng.permutation(4).tolist())
+        return (brightness, contrast, saturation, hue), ORDERS[int(len(ORDERS) * rng.random())]
 
     def _view(self, image: np.ndarray, draw: Draw, size: int) -> np.ndarray:
         view = image[draw.top : draw.top + draw.height, draw.left : draw.left + draw.width]
@@ -220,12 +240,19 @@ def expect(holds: bool, field: str, value: object, expected: str) -> None:
         raise UserError(f"views.{field}: expected {expected}, got {value}")
 
 
-def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
+class _Ahead:
+    """rng's numbers, drawn many at a time: a call of numpy costs more than ten numbers."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.random = chain.from_iterable(rng.random(128).tolist() for _ in repeat(None)).__next__
+
+
+def _uniform(rng: Chance, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
 
 def crop_box(
-    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: Chance
 ) -> tuple[int, int, int, int]:
     """(top, left, h, w) of a random crop, as torchvision's RandomResizedCrop draws it.
 
@@ -238,81 +265,13 @@ def crop_box(
         aspect = math.exp(_uniform(rng, low, high))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+            return int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1)), h, w
     h, w = height, width
     if width / height < ratio[0]:
         h = max(1, round(width / ratio[0]))
     elif width / height > ratio[1]:
         w = max(1, round(height * ratio[1]))
     return (height - h) // 2, (width - w) // 2, h, w
-
-
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bicubic (a = -0.5), antialiased: Pillow's, to one grey level.
-
-    By PyTorch's uint8 kernel, which is Pillow's algorithm in AVX2 on channels-last bytes: 4 times faster
-    than Pillow, and on strong reductions faster than OpenCV's INTER_AREA, which blurs; OpenCV's cubic (a =
-    -0.75) has no antialiasing.
-    """
-    if image.shape[:2] == (height, width):
-        return np.ascontiguousarray(image)
-    pixels = (
-        torch.from_numpy(np.require(image, requirements=("C", "W"))).unsqueeze(0).permute(0, 3, 1, 2)
-    )  # channels last
-    pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True, align_corners=False)
-    return np.ascontiguousarray(pixels.squeeze(0).permute(1, 2, 0).numpy())
-
-
-_LEVELS = np.arange(256, dtype=np.float32)
-
-
-def _blend_table(base: float, factor: float) -> np.ndarray:
-    """[256] uint8: base + factor (x - base) for every grey level x, clamped and truncated as Pillow's blend
-    does."""
-    return np.clip(base + factor * (_LEVELS - base), 0, 255).astype(np.uint8)
-
-
-def adjust_brightness(view: np.ndarray, factor: float) -> np.ndarray:
-    """Away from black."""
-    return cv2.LUT(view, _blend_table(0, factor))
-
-
-def adjust_contrast(view: np.ndarray, factor: float) -> np.ndarray:
-    """Away from the view's mean grey."""
-    red, green, blue, _ = cv2.mean(view)
-    return cv2.LUT(view, _blend_table(int(0.299 * red + 0.587 * green + 0.114 * blue + 0.5), factor))
-
-
-def adjust_saturation(view: np.ndarray, factor: float) -> np.ndarray:
-    """Away from each pixel's own grey."""
-    return cv2.addWeighted(view, factor, gray(view), 1 - factor, -0.5)  # -0.5: Pillow truncates, OpenCV rounds
-
-
-def adjust_hue(view: np.ndarray, turn: float) -> np.ndarray:
-    """Turn every hue by a part of the circle, which 8 bits divide into 256 steps as in Pillow's HSV."""
-    hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(int(turn * 255) % 256)  # wraps around
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
-
-
-CHANGES = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-"""The colour changes of the jitter, in the order of their factors."""
-
-
-def gray(view: np.ndarray) -> np.ndarray:
-    """ITU-R 601 grey, in three equal channels."""
-    return cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-
-
-def blur(view: np.ndarray, sigma: float) -> np.ndarray:
-    """A Gaussian of this standard deviation; Pillow's GaussianBlur(radius=sigma) approximates the same by
-    boxes."""
-    return cv2.GaussianBlur(view, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
-
-
-def solarize(view: np.ndarray, threshold: int) -> np.ndarray:
-    """Invert every value from the threshold on."""
-    return cv2.LUT(view, np.where(threshold <= _LEVELS, 255 - _LEVELS, _LEVELS).astype(np.uint8))
 
 
 def planar(views: Sequence[np.ndarray], out: np.ndarray) -> None:
@@ -324,9 +283,23 @@ def planar(views: Sequence[np.ndarray], out: np.ndarray) -> None:
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 [..., 3, H, W] -> float32, each channel less ImageNet's mean and over its deviation; on any
-    device."""
-    mean, std = (images.new_tensor(v, dtype=torch.float32).mul(255)[:, None, None] for v in (MEAN, STD))
-    return images.to(torch.float32).sub_(mean).mul_(1 / std)
+    device, in the order of bytes in which they come."""
+    pixels = images.movedim(-3, -1)
+    if pixels.is_contiguous():  # channels last: by rows of 3 W numbers, where a pixel alone is a loop of 3
+        scale, shift = _affine(images.device, images.shape[-1])
+        rows = pixels.flatten(-2).to(torch.float32)
+        return torch.addcmul(shift, rows, scale, out=rows).view(pixels.shape).movedim(-1, -3)
+    scale, shift = (values[:, None, None] for values in _affine(images.device, 1))
+    return images.to(torch.float32).mul_(scale).add_(shift)
+
+
+@lru_cache(64)
+def _affine(device: torch.device, width: int) -> tuple[Tensor, Tensor]:
+    """[3 width] each: what a row of grey levels 0 .. 255 is multiplied by, and what is added. Kept on the device: to
+    send them each time would be to wait for it."""
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (MEAN, STD))
+    scale, shift = 1 / (255 * std), -mean / std
+    return scale.float().repeat(width).to(device), shift.float().repeat(width).to(device)
 
 
 def eval_transform(image: np.ndarray, size: int) -> np.ndarray:
