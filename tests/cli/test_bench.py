@@ -1,6 +1,8 @@
 """dino bench: the whole command at a tiny size, its JSON, the words it finds, and the clock behind its parts."""
 
 import json
+import re
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +15,15 @@ from dino.analysis.bench import Bench, fitting
 from dino.analysis.floor import moved, operations
 from dino.analysis.rates import Rate, matrix_rate, memory_rate
 from dino.analysis.speed import StepSpeed, Stopwatch, step_speed
+from dino.cli import bench as command
+from dino.cli.bench import EXAMPLES, read
 from dino.config import edit
 from dino.data.views import MultiCrop
 from dino.methods import BYOLConfig, SwAVConfig
 from dino.methods.dino import DINOConfig
 from dino.models.vit import ViT
 from dino.optim import Optim
+from dino.presets import resolve
 from dino.runtime import Machine, Runtime
 from dino.training import Run
 
@@ -83,6 +88,47 @@ def test_its_help(dino) -> None:
     assert ran.code == 0
     assert "--optim.micro-batch" in ran.out
     assert "dino bench photos/" in ran.out
+
+
+LINES = sorted(
+    {
+        line
+        for text in (EXAMPLES, *(page.read_text() for page in (Path(__file__).parents[2] / "docs").glob("*.md")))
+        for line in re.findall(r"^ *(dino bench.*?)(?:\s{2,}.*)?$", text, re.MULTILINE)
+    }
+)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_of_the_pages_is_understood(line: str) -> None:
+    words = shlex.split(line)[2:]
+    _, options = read(words)
+    assert options.folder == ("photos/" if "photos/" in words else "")
+    if "--batch" in words:
+        assert options.batch == int(words[words.index("--batch") + 1])
+    if "vits16" in words:
+        assert options.run.backbone == ViT(size="small", patch=16)
+
+
+def test_without_a_preset_it_is_what_training_begins_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "machine", lambda: CPU)
+    assert read([])[1].run.backbone == resolve("small").backbone
+    monkeypatch.setattr(command, "machine", lambda: CARD)
+    assert read([])[1].run.backbone == resolve("vits16").backbone
+    assert read(["--network", "vit_tiny/8"])[1].run.backbone == ViT(size="tiny", patch=8, image_size=224)
+
+
+def precision(*words: str, here: Machine = CARD) -> str:
+    given, options = read(words)
+    return command._for_machine(options.run, given, here).precision
+
+
+def test_the_precision_is_the_plans() -> None:
+    assert precision("--preset", "vits16") == "bfloat16"  # the recipe's float16 is this card's bfloat16
+    assert precision("--preset", "vits16", here=CPU) == "float32"
+    assert precision("--preset", "small") == "float32"  # as the recipe says
+    assert precision() == "bfloat16"
+    assert precision("--preset", "vits16", "--precision", "float16") == "float16"
 
 
 # -- what is measured --------------------------------------------------------------------------------------

@@ -65,9 +65,7 @@ class BenchOptions:
 
 
 def bench(argv: Sequence[str]) -> int:
-    kind: Any = BenchOptions  # has what reading the line needs of a session's options
-    given = Given(list(argv), kind=kind, prog="dino bench", examples=EXAMPLES, base=preset_or_first)
-    options: Any = given.parse(given.change(given.skeleton()))
+    given, options = read(argv)
     with speaking(options.json) as (terminal, give):
         here = machine()
         run = _for_machine(options.run, given, here)
@@ -80,6 +78,13 @@ def bench(argv: Sequence[str]) -> int:
             terminal.say(f"Written to {options.file}", style="dim")
         give(result)
     return 0
+
+
+def read(argv: Sequence[str]) -> tuple[Given, Any]:
+    """The command line, and the options in it: as `dino train` reads them."""
+    kind: Any = BenchOptions  # has what this needs of a session's options
+    given = Given(list(argv), kind=kind, prog="dino bench", examples=EXAMPLES, base=preset_or_first)
+    return given, given.parse(given.change(given.skeleton()))
 
 
 def _versions() -> dict[str, str]:
