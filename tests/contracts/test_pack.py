@@ -48,7 +48,7 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(noise(40, 40)).convert("P").save(root / "dög" / "c.gif")
     Image.fromarray(noise(40, 40, 3)).convert("CMYK").save(root / "dög" / "ink.tiff")
     Image.fromarray(noise(36, 44, 3)).save(root / "dög" / "Z.webp", lossless=True)
-    Image.fromarray(noise(90, 120, 3)).save(root / "dög" / "large.png")
+    Image.fromarray(noise(90, 120, 3) // np.array([1, 2, 4], np.uint8)).save(root / "dög" / "large.png")  # reddish
     (root / "dög" / "empty.jpg").touch()
     (root / "cat" / "page.jpg").write_text("<html>")
     (root / "cat" / ".hidden.jpg").touch()
@@ -112,6 +112,8 @@ def test_it_gives_what_the_folder_gives(album: Path, tmp_path: Path, parts: str,
     assert pack.ignored == folder.ignored == {"hidden": 1, "other": 1}
     assert (len(pack.files) > 2) == (parts == "many")
     assert_same(pickle.loads(pickle.dumps(pack)), folder)
+    assert len(pickle.dumps(pack)) < 500  # its path: a worker or a rank opens it
+    assert np.isin(pack.names, folder.names[2:4]).tolist() == [False] * 2 + [True] * 2 + [False] * 4  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert_same(Folder(path=str(tmp_path / "photos.ds")).open(), folder)
     for mine, theirs in zip(pack.split(0.3, 1), folder.split(0.3, 1), strict=True):
         assert_same(mine, theirs)
@@ -295,6 +297,20 @@ def test_what_is_done_is_not_read_again(
         job.write(lambda *both: told.append(both))
     assert len(read) == 12 - 7
     assert told == [(done, 12) for done in range(8, 13)]
+
+
+def test_it_reads_no_further_ahead_than_it_may(
+    album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_small_parts: None
+) -> None:
+    """Memory is bounded by the bytes of the files that wait to be written, one file at least."""
+    monkeypatch.setattr(packing, "AHEAD_BYTES", 1)
+    read, ahead = [], []
+    take = Packing._take
+    monkeypatch.setattr(Packing, "_take", lambda self, item: read.append(item.name) or take(self, item))
+    with Packing(str(album), str(tmp_path / "photos.ds")) as job:
+        job.look()
+        job.write(lambda done, _: ahead.append(len(read) - done))
+    assert max(ahead) <= 3  # links that lead nowhere and empty files weigh nothing
 
 
 @pytest.mark.parametrize("room", [0, 5000, 12000, 30000])
@@ -488,4 +504,3 @@ def test_a_folder_without_a_picture(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no picture that can be used(.|\n)*page.jpg: not an image"):
         made(tmp_path / "photos", tmp_path / "photos.ds")
     assert not (tmp_path / "photos.ds").exists()
-    assert packing.PART == ".part"

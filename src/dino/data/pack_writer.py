@@ -160,8 +160,6 @@ def finish(part: Path, reached: Reached, source: Path) -> About:
             f"depth.{shown}"
         )
     lengths = np.diff([*reached.starts, reached.end]).tolist()
-    for number, length in enumerate(lengths):
-        os.truncate(part / f"data-{number:05}", length)  # an attempt that was stopped may have written more
     names = StoredNames(np.memmap(part / "names", "u1", "r"), np.memmap(part / "name_ends", "<i8", "r"))
     level, classes = class_level(names)
     labels = _label(part / "labels", names, level, classes) if classes else None
