@@ -6,7 +6,7 @@ Everything else takes the Runtime that `start` gives and asks nothing of the mac
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +18,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dino import dist
-from dino.data.views import Batch, normalize
+from dino.data.loader import Step, train_batches
+from dino.data.pictures import Pictures
+from dino.data.views import Batch, MultiCrop, Views, normalize
 from dino.errors import UserError
-from dino.fast import attention, distillation, packed
+from dino.fast import attention, distillation, held, packed
 from dino.methods.dino import DINO
 from dino.models.batch_norm import over_ranks
 from dino.models.heads import Network
 from dino.models.vit import Attention
 
 Precision = Literal["float32", "bfloat16", "float16"]
+Cache = Literal["no", "memory", "device"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Runtime:
             if isinstance(part, Attention):
                 part.attend = attention.attend
             # A student's alone: the network that is watched (vitals) and evaluated goes the way it always goes.
-            if isinstance(part, Network) and self.device.type == "cuda" and part.backbone is not method.backbone:
+            if isinstance(part, Network) and part.backbone is not method.backbone:
                 part.features = partial(packed.features, part)
 
     def gathering(self, model: nn.Module, *, last: bool) -> AbstractContextManager:
@@ -123,6 +126,15 @@ class Runtime:
         if last or not isinstance(model, DistributedDataParallel):
             return nullcontext()
         return model.no_sync()
+
+    def loader(self, pictures: Pictures, views: Views, cache: Cache) -> Callable[..., Iterator[Step]]:
+        """What gives this rank the steps of a training: `train_batches` of these pictures and views. Where they stay on
+        the device they are read now."""
+        if cache != "device":
+            return partial(train_batches, pictures, views, rank=self.rank, world=self.world)
+        assert isinstance(views, MultiCrop)
+        there = held.hold(pictures, self.device, room(self.device))
+        return partial(held.train_batches, there, views, rank=self.rank, world=self.world)
 
     def place(self, batch: Batch) -> Batch:
         """A batch on the device: uint8 pictures become normalised float32 there, in the networks' layout."""
@@ -214,6 +226,13 @@ def machine_memory() -> int:
         return min(total, int(limit)) if limit.isdigit() else total
     except OSError:
         return total
+
+
+def room(device: torch.device) -> int:
+    """Bytes that pictures may take on a device: half of what is free on a card, a quarter of the computer's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return machine_memory() // 4
 
 
 def peak_memory(device: torch.device) -> int:
