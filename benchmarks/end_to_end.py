@@ -39,10 +39,11 @@ SIZES = {"500": (500, 375), "128": (128, 128)}
 
 
 class Files(Dataset):
-    """The views of each file, by Pillow."""
+    """The views of each picture that ours would see, by Pillow."""
 
     def __init__(self, folder: Path, views: Callable[[Any], list[Tensor]]) -> None:
-        self.files, self.views = sorted(folder.rglob("*.jp*g")), views
+        self.files = [folder / name for name in Folder(path=str(folder)).open().names]
+        self.views = views
 
     def __len__(self) -> int:
         return len(self.files)

@@ -34,13 +34,14 @@ def about(options: dict[str, Any]) -> dict[str, Any]:
     here = machine()
     script, *given = sys.argv
     shown = [Path(word).name if Path(word).is_absolute() else word for word in given]
+    settings = {name: value.name if isinstance(value, Path) else value for name, value in options.items()}
     return {
         "machine": f"{here.name}, {here.cores} cores, {torch.get_num_threads()} threads",
         "precision": f"{here.precision}: {here.why}",
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), **found_versions()},
         "command": f"python benchmarks/{Path(script).name} {shlex.join(shown)}".strip(),
-        "settings": {name: value.name if isinstance(value, Path) else value for name, value in options.items()},
+        "settings": {name: value for name, value in settings.items() if name not in ("child", "json")},
     }
 
 
