@@ -57,7 +57,7 @@ def main() -> None:
         optim=dict(epochs=epochs, warmup_epochs=min(run.optim.warmup_epochs, 0.1 * epochs)),
         knn=dict(every_epochs=0),
         precision=here.precision,
-        cache=True,
+        cache="memory",
         seed=options.seed,
         out=str(options.out / options.recipe),
     )

@@ -10,7 +10,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from dino import __version__, checkpoint, dist
 from dino.config import from_dict, to_dict
 from dino.data.augment import Augment
 from dino.data.folder import Folder
-from dino.data.loader import steps_per_epoch, train_batches
+from dino.data.loader import steps_per_epoch
 from dino.data.pictures import Pictures
 from dino.data.scenes import Scenes
 from dino.data.sources import relabelled
@@ -41,7 +41,7 @@ from dino.models.pretrained import load, load_strict, save_backbone
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.optim import Optim, clip_grad_norms_, set_hyper
-from dino.runtime import Precision, Runtime
+from dino.runtime import Cache, Precision, Runtime
 from dino.schedules import Clock
 from dino.signals import stop_signals
 from dino.vitals import Vitals
@@ -78,8 +78,9 @@ class Run:
     recompute: bool = False
     """Keep only what enters each block and compute the rest again in the backward pass: far less memory, a third more
     time."""
-    cache: bool = False
-    """Keep the decoded pictures in memory: worth it where they fit, and where reading one is slow."""
+    cache: Cache = "no"
+    """Where the decoded pictures stay: no: they are read anew each time; memory: worth it where they fit and reading
+    one is slow; device: in memory and on the device that trains, which then makes the views itself, many at once."""
     seed: int = 0
     """Decides the weights at the start, the order of the pictures and every augmentation."""
     log_every: int = 10
@@ -95,6 +96,13 @@ class Run:
     """Folder of everything the run writes."""
 
     def __post_init__(self) -> None:
+        if self.cache not in get_args(Cache):
+            raise UserError(f"cache: expected one of {', '.join(get_args(Cache))}; got {self.cache!r}.")
+        if self.cache == "device" and not isinstance(self.views, MultiCrop):
+            raise UserError(
+                f"cache device makes the views of MultiCrop alone, and this run has {type(self.views).__name__}: "
+                "expected --cache memory or --cache no."
+            )
         given, needed = self.views.stacks[0][0], self.method.global_views
         if given < needed:
             raise UserError(
@@ -107,6 +115,12 @@ class Run:
                 f"{type(self.method).__name__} brings the pictures of a batch together, so that parts of it would be "
                 "another method: expected --optim.micro-batch 0, and a smaller --optim.batch-size."
             )
+
+    @staticmethod
+    def from_older(fields: dict[str, Any]) -> dict[str, Any]:
+        """Older runs kept their pictures in memory or did not."""
+        cache = fields.get("cache")
+        return fields | {"cache": "memory" if cache else "no"} if isinstance(cache, bool) else fields
 
 
 @dataclass
@@ -180,7 +194,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     """
     out = Path(run.out)
     pictures = run.method.learnable(pictures)
-    pictures = pictures.in_memory() if run.cache else pictures
+    pictures = pictures if run.cache == "no" else pictures.in_memory()
     rest, asked = _parts(run, pictures)
     per_epoch = steps_per_epoch(len(rest), run.optim.batch_size, rt.world)
     state = _fresh(run, rt, len(pictures.classes), resume)
@@ -188,6 +202,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
         _restore(state, run, rest)
     _must_go_in_parts(run, state.method)
     model = rt.prepare(state.method)
+    train_batches = rt.loader(rest, run.views, run.cache)
     site = _site(run, rt)
     watched = None if asked is None else run.knn.on(state.method, rest, asked, site)
     evals = bind_all(run.evals, site, state.method.backbone)
@@ -207,15 +222,11 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
             yield from _measured([one for one in evals if one.every_epochs], state, clock, log)
         with stop_signals() as stop:
             batches = train_batches(
-                rest,
-                run.views,
                 batch_size=run.optim.batch_size,
                 seed=run.seed,
                 clock_start=divmod(state.step, per_epoch),
                 epochs=run.optim.epochs,
                 workers=run.workers,
-                rank=rt.rank,
-                world=rt.world,
             )
             for _, _, batch, unreadable in meter.waiting(batches):
                 enough = False

@@ -36,7 +36,7 @@ DULL = edit(
     views=dict(local=0),
     optim=dict(epochs=12, lr=0.03),
     save_minutes=60,
-    cache=True,
+    cache="memory",
 )
 """44 pictures in colours that are all changed: too few and too alike to hold on to, so that what is wrong shows in 60
 steps."""

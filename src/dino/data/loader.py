@@ -88,18 +88,8 @@ def train_batches(
     fill no whole batch at an epoch's end are left out; another epoch's order leaves out others. Where the views
     repeat, each picture of the order comes so many times in a row, and an epoch is as long as without.
     """
-    steps, repeats = steps_per_epoch(len(pictures), batch_size, world), views.repeats
-
-    def jobs() -> Iterator[Job]:
-        first = clock_start[1]
-        for epoch in range(clock_start[0], epochs):
-            order = epoch_order(seed, epoch, len(pictures))
-            for step in range(first, steps):
-                positions = np.arange(step * batch_size, (step + 1) * batch_size)[rank::world]
-                yield Job(epoch, step, order[positions // repeats], positions % repeats)
-            first = 0
-
-    yield from serve(_Train(pictures, views, seed), jobs(), workers, prefetch, pin_memory)
+    course = Course(len(pictures), views.repeats, batch_size, seed, epochs, clock_start, rank, world)
+    yield from serve(_Train(pictures, views, seed), course.jobs(), workers, prefetch, pin_memory)
 
 
 def eval_batches(
@@ -130,6 +120,39 @@ class Job(NamedTuple):
     """[b] which repetition of the picture each is; 0 where none repeats."""
 
 
+class Course(NamedTuple):
+    """Which pictures this rank makes its batches of: the arguments of `train_batches` that decide it."""
+
+    pictures: int
+    repeats: int
+    batch_size: int
+    seed: int
+    epochs: int
+    clock_start: tuple[int, int] = (0, 0)
+    rank: int = 0
+    world: int = 1
+
+    def jobs(self) -> Iterator[Job]:
+        """One a step."""
+        steps, (start, first) = steps_per_epoch(self.pictures, self.batch_size, self.world), self.clock_start
+        for epoch in range(start, self.epochs):
+            order = epoch_order(self.seed, epoch, self.pictures)
+            for step in range(first, steps):
+                positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rank :: self.world]
+                yield Job(epoch, step, order[positions // self.repeats], positions % self.repeats)
+            first = 0
+
+
+def nothing_left(job: Job, skipped: list[Skipped]) -> UserError:
+    """None of a batch's pictures can be read."""
+    shown = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+    count = len(job.indices)
+    return UserError(
+        f"none of the {count} pictures of epoch {job.epoch}, step {job.step} can be read any more ({shown}): "
+        "expected the pictures that were there at the start. Is the disk still there?"
+    )
+
+
 class _Train:
     """Job -> Step."""
 
@@ -153,11 +176,7 @@ class _Train:
                     place[...] = view
             used.append(index)
         if not used:
-            shown = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
-            raise UserError(
-                f"none of the {count} pictures of epoch {job.epoch}, step {job.step} can be read any more ({shown}): "
-                "expected the pictures that were there at the start. Is the disk still there?"
-            )
+            raise nothing_left(job, skipped)
         labels = None if self.pictures.labels is None else torch.from_numpy(self.pictures.labels[used])
         views = (torch.from_numpy(stack[:, : len(used)]).movedim(-1, -3) for stack in stacks)
         batch = Batch(tuple(views), labels)

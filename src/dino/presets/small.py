@@ -114,7 +114,7 @@ def demo() -> Run:
         ),
         optim=dict(epochs=11, lr=4e-3, min_lr=2.5e-4),
         knn=Watch(every_epochs=2),
-        cache=True,
+        cache="memory",
         out="runs/demo",
     )
 

@@ -92,9 +92,9 @@ def _for_machine(base: Run, asked: Asked, pictures: Pictures, here: Machine) -> 
     """Precision, workers, and whether the decoded pictures stay in memory, once for each process. A row that collapses
     goes on to its end: that is its result."""
     precision = base.precision if base.precision == "float32" else here.precision
-    cache = asked.processes * pictures.nbytes < machine_memory() / 4
+    fits = asked.processes * pictures.nbytes < machine_memory() / 4
     workers = base.workers if asked.workers is None else asked.workers
-    return edit(base, precision=precision, cache=cache, workers=workers, on_collapse="warn")
+    return edit(base, precision=precision, cache="memory" if fits else "no", workers=workers, on_collapse="warn")
 
 
 def _of_length(base: Run, asked: Asked, pictures: Pictures, here: Machine, scale: Scale, there: Study | None) -> Run:
