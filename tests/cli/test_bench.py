@@ -65,7 +65,7 @@ def test_the_command(dino, photos: Path) -> None:
     by_part = {part.pop("name"): part for part in told["operations"]}
     assert by_part["attention"]["teacher"] == {p.name: p for p in operations(RUN)}["attention"].teacher
     assert told["operations_per_image"] == pytest.approx(sum(part["total"] for part in by_part.values()))
-    assert told["operations_per_image"] < told["operations_as_written"]
+    assert told["operations_per_image"] <= told["operations_as_written"]
     assert told["share"] == pytest.approx(told["step"]["images_per_s"] / told["floor"]["images_per_s"])
     assert told["floor"]["images_per_s"] == min(told["floor"]["by_products"], told["floor"]["by_memory"])
     assert 0 < told["together_images_per_s"] < told["step"]["images_per_s"]

@@ -71,7 +71,7 @@ def test_a_network_with_numbers_is_counted_alike(side: int) -> None:
     network, method = TINY.backbone, TINY.method
     assert isinstance(network, ViT)
     assert isinstance(method, DINOConfig)
-    ops = vit_operations(network, side, as_written=True)
+    ops = vit_operations(network, side)
     body, head = network.build(drop_path=0.0), method.head(48)
     with FlopCounterMode(display=False) as counter:
         out = head(body(torch.randn(2, 3, side, side)))
@@ -87,7 +87,7 @@ def test_a_network_with_numbers_is_counted_alike(side: int) -> None:
 def test_the_last_block_and_stochastic_depth_are_counted_where_they_are_needed() -> None:
     """By hand: 16 of 17 tokens of the last block are asked for nothing but keys and values."""
     network = ViT(width=48, depth=3, heads=3, patch=8, image_size=32, drop_path=0.0)
-    least, written = vit_operations(network, 32), vit_operations(network, 32, as_written=True)
+    least, written = vit_operations(network, 32), vit_operations(network, 32, whole=True)
     tokens, width, hidden = 17, 48, 192
     spared = tokens - 1  # tokens that nobody asks for
     assert written["blocks' MLP"].forward - least["blocks' MLP"].forward == spared * 2 * 2 * width * hidden
@@ -95,7 +95,7 @@ def test_the_last_block_and_stochastic_depth_are_counted_where_they_are_needed()
     name = "queries, keys, values, projection"
     assert written[name].forward - least[name].forward == spared * 2 * 2 * width * width
     assert written["patch embedding"] == least["patch embedding"]
-    half = vit_operations(network, 32, drop_path=1.0, as_written=True)  # rates 0, 1/2 and 1
+    half = vit_operations(network, 32, drop_path=1.0, whole=True)  # rates 0, 1/2 and 1
     for part in ("attention", "blocks' MLP", name):
         assert half[part].forward == pytest.approx(written[part].forward * (1 + 0.5 + 0) / 3)
 
@@ -111,7 +111,7 @@ def test_the_student_alone_leaves_branches_out() -> None:
 @pytest.mark.parametrize(("size", "billions"), [("small", 4.6), ("base", 17.5)])
 def test_known_figures(size: Literal["small", "base"], billions: float) -> None:
     """Multiply-adds of ViT-S/16 and ViT-B/16 at 224 x 224: the table of DeiT III's README (Touvron et al., 2022)."""
-    ops = vit_operations(ViT(size=size, patch=16), 224, as_written=True)
+    ops = vit_operations(ViT(size=size, patch=16), 224, whole=True)
     assert sum(part.forward for part in ops.values()) / 2 == pytest.approx(1e9 * billions, rel=0.005)
 
 

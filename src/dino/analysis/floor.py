@@ -4,7 +4,7 @@ Conventions. One multiply-add is two operations. Matrix products and convolution
 reads; norms, activations, softmax and the loss are not, so the true cost is above. A product's backward pass is two
 products of its size, one for its input and one for its weights; pictures need no gradient, so the patch embedding's is
 one. What the loss does not depend on is not counted: in a ViT's last block the [CLS] token alone asks and is passed on,
-and stochastic depth leaves branches out. `as_written` counts both, as plain code does them. Reassociated products
+and stochastic depth leaves branches out. `as_written` counts those too, as plain code does them. Reassociated products
 (Strassen, Winograd's convolutions) could pass a floor so counted; ours does not use them, libraries may for 3x3
 convolutions.
 
@@ -124,7 +124,7 @@ def network_operations(
     for views, side in stacks:
         if isinstance(run.backbone, ViT):
             drop = run.backbone.drop_path if whose == "student" and not as_written else 0.0
-            ops = vit_operations(run.backbone, side, drop_path=drop, as_written=as_written)
+            ops = vit_operations(run.backbone, side, drop_path=drop)
         else:
             ops = timm_operations(run.backbone, side)
         for name, (forward, backward) in ops.items():
@@ -133,17 +133,18 @@ def network_operations(
     return total
 
 
-def vit_operations(vit: ViT, side: int, *, drop_path: float = 0.0, as_written: bool = False) -> dict[str, Passes]:
+def vit_operations(vit: ViT, side: int, *, drop_path: float = 0.0, whole: bool = False) -> dict[str, Passes]:
     """Operations of a ViT for one view of `side` pixels, by part.
 
     Block i is left out with probability drop_path * i / (depth - 1): the mean is counted. Nothing but the [CLS] token
-    leaves the last block: keys and values of every token are needed there, the rest for one alone.
+    leaves the last block: keys and values of every token are needed there, the rest for one alone; `whole` counts it
+    for all, as where the patches are asked for.
     """
     width, depth, _ = vit.shape
     places = (side // vit.patch) ** 2
     tokens = 1 + vit.registers + places
     kept = (1 - torch.linspace(0, drop_path, depth, dtype=torch.float64)).tolist()
-    asked = [tokens] * (depth - 1) + [tokens if as_written else 1]
+    asked = [tokens] * (depth - 1) + [tokens if whole else 1]
     entering = tokens * sum(kept)  # tokens, over all blocks
     leaving = sum(share * n for share, n in zip(kept, asked, strict=True))
     patches = 2.0 * places * 3 * vit.patch**2 * width

@@ -27,14 +27,15 @@ def features(network: Network, views: Sequence[Tensor]) -> Tensor:
     stacks = [backbone.embed(stack.flatten(0, 1)) for stack in views]
     shapes = [(len(stack), stack.shape[1]) for stack in stacks]
     tokens = torch.cat([stack.flatten(0, 1) for stack in stacks])
-    for block in backbone.blocks:
+    *blocks, last = backbone.blocks
+    for block in blocks:
         assert isinstance(block, Block)
         if backbone.recomputes and torch.is_grad_enabled():
             tokens = checkpoint(through, block, tokens, shapes, use_reentrant=False)
         else:
             tokens = through(block, tokens, shapes)
-    first = torch.cat([part[:, 0] for part in apart(tokens, shapes)])
-    return backbone.norm(first)
+    first = [last(part, 1)[:, 0] for part in apart(tokens, shapes)]  # little is left to do for [CLS] alone
+    return backbone.norm(torch.cat(first))
 
 
 def through(block: Block, x: Tensor, shapes: Shapes) -> Tensor:

@@ -115,8 +115,11 @@ class VisionTransformer(Attentive):
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.embed(images)
         for block in self.blocks:
-            again = self.recomputes and torch.is_grad_enabled()
-            tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)
+            wanted = 1 if block is self.blocks[-1] else None  # [CLS] alone is read of what the last block makes
+            if self.recomputes and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, wanted, use_reentrant=False)
+            else:
+                tokens = block(tokens, wanted)
         return self.norm(tokens[:, 0])
 
     def recompute(self, on: bool) -> None:
@@ -204,9 +207,10 @@ class Block(nn.Module):
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, wanted: int | None = None) -> Tensor:
+        """[B, N, D] -> the same, or the first `wanted` tokens of it: the others are attended to, and not renewed."""
         rate = self.drop_path if self.training else 0.0
-        x = x + drop_path(self.attn(self.norm1(x)), rate)
+        x = x[:, :wanted] + drop_path(self.attn(self.norm1(x), wanted), rate)
         return x + drop_path(self.mlp(self.norm2(x)), rate)
 
 
@@ -230,8 +234,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.attend(*self.heads_of(x))
+    def forward(self, x: Tensor, wanted: int | None = None) -> Tensor:
+        x = self.attend(*self.heads_of(x, wanted))
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor) -> Tensor:
@@ -240,13 +244,17 @@ class Attention(nn.Module):
         scores = torch.einsum("bhqd,bhkd->bhqk", q, k).float() * q.shape[-1] ** -0.5
         return scores.softmax(dim=-1)
 
-    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, N, D] -> queries, keys and values, each [B, heads, N, d]."""
-        q, k, v = self.qkv_of(x).permute(2, 0, 3, 1, 4)
+    def heads_of(self, x: Tensor, wanted: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, D] -> queries (of the first `wanted` tokens), keys and values, each [B, heads, N, d]."""
+        if wanted is None:
+            q, k, v = self.qkv_of(x).permute(2, 0, 3, 1, 4)
+        else:
+            q = self.qkv_of(x[:, :wanted], slice(0, 1)).permute(2, 0, 3, 1, 4)[0]
+            k, v = self.qkv_of(x, slice(1, 3)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
-    def qkv_of(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., 3, heads, d].
+    def qkv_of(self, x: Tensor, which: slice = slice(0, 3)) -> Tensor:
+        """[..., D] -> [..., 3, heads, d], or those of queries, keys and values that are asked for.
 
         The keys' bias is left out. It adds q . b to all scores of a query, which softmax takes away again, so
         its gradient is zero but for rounding; AdamW would blow that up into a walk at random.
@@ -255,7 +263,9 @@ class Attention(nn.Module):
         if bias is not None:
             for_q, for_k, for_v = bias.chunk(3)
             bias = torch.cat([for_q, torch.zeros_like(for_k), for_v])
-        return F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+            bias = bias.unflatten(0, (3, -1))[which].flatten()
+        weight = self.qkv.weight.unflatten(0, (3, -1))[which].flatten(0, 1)
+        return F.linear(x, weight, bias).unflatten(-1, (which.stop - which.start, self.heads, -1))
 
 
 class MLP(nn.Module):
