@@ -45,7 +45,9 @@ CASES = {
     "global views alone": dict(views=G, globals_=G, how={}),
     "fewer student views than teacher views": dict(views=1, globals_=2, how={}),
     "a warm teacher": dict(views=V, globals_=G, how=dict(teacher_temp=0.1)),
-    "a center of each view": dict(views=V, globals_=G, how=dict(center=torch.linspace(-1, 1, G * K).view(G, 1, K))),
+    "a center of each view": dict(
+        views=V, globals_=G, how=dict(center=torch.linspace(-9, 9, G * K).sin().view(G, 1, K))
+    ),
     "mse": dict(views=V, globals_=G, how=dict(loss="mse")),
     "argmax targets": dict(views=V, globals_=G, how=dict(teacher_temp=0.0)),
 }
