@@ -228,6 +228,19 @@ def machine_memory() -> int:
         return total
 
 
+def where_pictures_stay(pictures: Pictures, views: Views, here: Machine, world: int) -> tuple[Cache, str]:
+    """Where a training's decoded pictures best stay, and why. On a card: where they are at most 96 px, or all together
+    a sixteenth of its memory. A CPU has nothing to gain but on the smallest pictures (benchmarks/held.py)."""
+    frames, memory = held.held_bytes(pictures), machine_memory()
+    size = f"{pictures.nbytes / 2**20:,.0f} MiB decoded, of {memory / 2**30:.0f} GiB"
+    small = pictures.sizes.max(initial=0) <= 96 and frames <= here.memory / 8
+    fits = world * pictures.nbytes < memory / 8
+    if here.device.type == "cuda" and isinstance(views, MultiCrop) and fits and (small or frames <= here.memory / 16):
+        share = f"{frames / 2**20:,.0f} MiB of the card's {here.memory / 2**30:.0f} GiB"
+        return "device", f"{share}: it makes the views itself, of what chance decides in the workers"
+    return ("memory" if world == 1 and fits else "no"), size
+
+
 def room(device: torch.device) -> int:
     """Bytes that pictures may take on a device: half of what is free on a card, a quarter of the computer's memory."""
     if device.type == "cuda":

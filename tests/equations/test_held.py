@@ -1,6 +1,10 @@
 """Views made on the device are the plain ones to a few grey levels, operation by operation and as a whole; a run that
 holds its pictures there sees the same pictures in the same order, and learns the same."""
 
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from dino.data.pictures import BadImage, Pictures
 from dino.data.views import MultiCrop, crop_box
 from dino.errors import UserError
 from dino.fast import held, views
+from dino.runtime import Machine, where_pictures_stay
 from dino.training import Run
 
 CPU = torch.device("cpu")
@@ -58,7 +63,7 @@ def planes(images: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
 
 
-def gap(ours: Tensor, plain: list[np.ndarray] | np.ndarray) -> np.ndarray:
+def gap(ours: Tensor, plain: Sequence[np.ndarray]) -> np.ndarray:
     """Differences in grey levels; ours [..., 3, S, S] or of one plane that stands for three."""
     assert torch.equal(ours, ours.round())
     return ours.movedim(-3, -1).numpy().astype(float) - np.stack(plain)
@@ -166,7 +171,7 @@ def test_the_whole_is_not_darker_nor_paler_over_many_draws() -> None:
         rows = torch.tensor([[views.to_row(draw) for draw in draws[first:last]] for draws in drawn]).transpose(0, 1)
         ours = views.multi_crop(planes([image] * 150).byte(), rows, size, 128)
         one = np.stack([recipe(image, sample_rng(0, 0, n))[first:last] for n in range(150)]).swapaxes(0, 1)
-        difference = gap(ours, one)
+        difference = gap(ours, list(one))
         assert abs(difference.mean()) < 0.03, kind
         assert np.abs(difference).mean() < 0.15, kind
         assert (np.abs(difference) > 2).mean() < 0.003, kind
@@ -235,6 +240,36 @@ def tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import tiny  # pyright: ignore[reportMissingImports]
 
     return tiny, lambda name, **changes: tiny.tiny(tmp_path / name, **changes)
+
+
+def test_the_plan_keeps_small_pictures_on_a_card_alone() -> None:
+    card = Machine(torch.device("cuda"), "a card", 8, 16 * 2**30, "bfloat16", "")
+    cpu = replace(card, device=CPU)
+    small, large = Photos(), Photos()
+    large.sizes = large.sizes * 20
+    assert where_pictures_stay(small, MultiCrop(), card, 1)[0] == "device"
+    assert where_pictures_stay(small, MultiCrop(), card, 8)[0] == "device"
+    assert where_pictures_stay(small, MultiCrop(), cpu, 1)[0] == "memory"
+    assert where_pictures_stay(small, MultiCrop(), cpu, 2)[0] == "no"
+    assert where_pictures_stay(small, Augment(), card, 1)[0] == "memory"
+    assert where_pictures_stay(large, MultiCrop(), card, 1)[0] == "device"  # 17 MiB: a small set
+    assert where_pictures_stay(large, MultiCrop(), replace(card, memory=16 * held.held_bytes(large)), 1)[0] == "device"
+    assert where_pictures_stay(large, MultiCrop(), replace(card, memory=15 * held.held_bytes(large)), 1)[0] == "memory"
+    assert where_pictures_stay(small, MultiCrop(), replace(card, memory=8 * held.held_bytes(small)), 1)[0] == "device"
+    assert where_pictures_stay(small, MultiCrop(), replace(card, memory=7 * held.held_bytes(small)), 1)[0] == "memory"
+
+
+def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import held as benchmark  # pyright: ignore[reportMissingImports]
+
+    found = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", ["held.py"])
+    benchmark.main(["--sides", "16", "--batch", "2", "--turns", "1", "--json", str(found)])
+    rows = json.loads(found.read_text())["rows"]
+    assert [row["version"] for row in rows] == ["plain", "device", "draws"]
+    assert all(row["images_per_s"] > 0 and row["side"] == 16 for row in rows)
+    assert rows[0]["ratio"] == 1
 
 
 def losses(out: str) -> list[float]:

@@ -88,7 +88,7 @@ def train_batches(
     pictures = held.pictures
     course = Course(len(pictures), views.repeats, batch_size, seed, epochs, clock_start, rank, world)
     names = {index: pictures.names[index] for index in held.bad}
-    make = _Draws(pictures.sizes, held.bad, names, views, seed)
+    make = Draws(pictures.sizes, held.bad, names, views, seed)
     for drawn in serve(make, course.jobs(), workers, prefetch, False):
         labels = None if pictures.labels is None else torch.from_numpy(pictures.labels[drawn.used.numpy()])
         batch = Batch(make_views(held.pixels, drawn.used, drawn.draws, views), labels)
@@ -107,7 +107,7 @@ class _Drawn(NamedTuple):
     skipped: list[Skipped]
 
 
-class _Draws:
+class Draws:
     """Job -> _Drawn: a worker's part."""
 
     def __init__(

@@ -20,7 +20,7 @@ from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.presets.memory import micro_batch
 from dino.presets.small import small, small_method, small_vit
-from dino.runtime import Cache, Machine, Runtime, machine_memory
+from dino.runtime import Machine, Runtime, where_pictures_stay
 from dino.schedules import Clock
 from dino.training import Run, State, build_method, train_step
 from dino.units import duration
@@ -214,6 +214,9 @@ def _batch(count: int, here: Machine, backbone: ViT | Timm, size: int, world: in
     return max(1, min(2 ** int(math.log2(max(1, wanted))), count))
 
 
+_STAY = {"no": "on the disk", "memory": "in memory", "device": "on the device"}
+
+
 def _for_machine(
     run: Run, pictures: Pictures, here: Machine, world: int, *, keep_precision: bool
 ) -> tuple[Run, list[Reason]]:
@@ -224,14 +227,13 @@ def _for_machine(
         precision, why = here.precision, here.why
     spare = here.cores // max(1, world if here.device.type != "cpu" else 1)
     workers = min(16, max(1, spare // 2 if here.device.type == "cpu" else spare - 1))
-    cache: Cache = "memory" if world == 1 and pictures.nbytes < machine_memory() / 8 else "no"
+    cache, of_cache = where_pictures_stay(pictures, run.views, here, world)
     run = edit(run, precision=precision, workers=workers, cache=cache)
-    size = f"{pictures.nbytes / 2**20:,.0f} MiB decoded, of {machine_memory() / 2**30:.0f} GiB"
     return run, [
         Reason("machine", f"{here.name}, {here.cores} cores", f"{here.memory / 2**30:.0f} GiB; device {here.device}"),
         Reason("precision", precision, why),
         Reason("workers", f"{workers}", f"processes that decode and crop, of {here.cores} cores"),
-        Reason("pictures stay in memory", cache, size),
+        Reason("pictures stay", _STAY[cache], of_cache),
     ]
 
 
