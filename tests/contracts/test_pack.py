@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dino.data import listing, pack_writer, packing
+from dino.data import folder, listing, pack_writer, packing
 from dino.data.folder import Folder, FolderPictures
 from dino.data.loader import train_batches
 from dino.data.pack import Form, PackPictures, open_pack
@@ -104,24 +105,24 @@ def assert_same(one: Pictures, other: Pictures) -> None:
 def test_it_gives_what_the_folder_gives(album: Path, tmp_path: Path, parts: str, request) -> None:
     if parts == "many":
         request.getfixturevalue("in_small_parts")
-    folder, pack = Folder(path=str(album)).open(), made(album, tmp_path / "photos.ds")
-    assert isinstance(folder, FolderPictures)
-    assert len(folder) == 8
-    assert len(folder.skipped) == 4
-    assert_same(pack, folder)
-    assert pack.ignored == folder.ignored == {"hidden": 1, "other": 1}
+    source, pack = Folder(path=str(album)).open(), made(album, tmp_path / "photos.ds")
+    assert isinstance(source, FolderPictures)
+    assert len(source) == 8
+    assert len(source.skipped) == 4
+    assert_same(pack, source)
+    assert pack.ignored == source.ignored == {"hidden": 1, "other": 1}
     assert (len(pack.files) > 2) == (parts == "many")
-    assert_same(pickle.loads(pickle.dumps(pack)), folder)
+    assert_same(pickle.loads(pickle.dumps(pack)), source)
     assert len(pickle.dumps(pack)) < 500  # its path: a worker or a rank opens it
-    assert np.isin(pack.names, folder.names[2:4]).tolist() == [False] * 2 + [True] * 2 + [False] * 4  # pyright: ignore[reportArgumentType, reportCallIssue]
-    assert_same(Folder(path=str(tmp_path / "photos.ds")).open(), folder)
-    for mine, theirs in zip(pack.split(0.3, 1), folder.split(0.3, 1), strict=True):
+    assert np.isin(pack.names, source.names[2:4]).tolist() == [False] * 2 + [True] * 2 + [False] * 4
+    assert_same(Folder(path=str(tmp_path / "photos.ds")).open(), source)
+    for mine, theirs in zip(pack.split(0.3, 1), source.split(0.3, 1), strict=True):
         assert_same(mine, theirs)
         assert len(mine) in (2, 6)
         assert mine.subset([1]).names == theirs.subset([1]).names
-    assert pack.names[-1] == folder.names[-1]
-    assert pack.names[1:3] == folder.names[1:3]
-    assert pack.names != folder.names[::-1]
+    assert pack.names[-1] == source.names[-1]
+    assert pack.names[1:3] == source.names[1:3]
+    assert pack.names != source.names[::-1]
 
 
 def test_the_views_are_the_same_bit_for_bit(album: Path, tmp_path: Path) -> None:
@@ -169,10 +170,29 @@ def test_without_class_folders_there_are_no_labels(photos: Path, tmp_path: Path)
     assert pack.fingerprint == Folder(path=str(photos / "cat")).open().fingerprint
 
 
+def test_a_folder_that_cannot_be_listed_is_left_out_alike(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "dög" / "locked").mkdir()
+    entries = folder._entries
+
+    def refuse(path: str) -> Iterator[os.DirEntry[str]]:
+        if path.endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return entries(path)
+
+    monkeypatch.setattr(folder, "_entries", refuse)
+    pack = made(photos, tmp_path / "photos.ds")
+    assert_same(pack, Folder(path=str(photos)).open())
+    assert pack.skipped[-1].name == "dög/locked"
+
+
 def test_content_tells_pictures_apart_that_have_one_size(photos: Path, tmp_path: Path) -> None:
     before = made(photos, tmp_path / "one.ds")
     again = made(photos, tmp_path / "two.ds")
-    Image.fromarray(noise(40, 50, 3)).save(photos / "cat" / "a.jpg")
+    png = bytearray((photos / "dög/large.png").read_bytes())
+    png[len(png) // 2] ^= 1  # of the same length
+    (photos / "dög/large.png").write_bytes(png)
     other = made(photos, tmp_path / "three.ds")
     assert before.fingerprint == again.fingerprint == other.fingerprint
     assert before.content == again.content != other.content
@@ -198,11 +218,11 @@ def test_the_next_batch_is_fetched_in_the_order_of_its_places(
 
 
 def test_large_pictures_are_made_smaller_and_the_others_kept(album: Path, tmp_path: Path) -> None:
-    folder, pack = Folder(path=str(album)).open(), made(album, tmp_path / "small.ds", Form(side=36, quality=90))
-    assert pack.names == folder.names
-    assert not np.array_equal(pack.sizes, folder.sizes)
-    for index, name in enumerate(folder.names):
-        before, after = folder.sizes[index], pack.sizes[index]
+    source, pack = Folder(path=str(album)).open(), made(album, tmp_path / "small.ds", Form(side=36, quality=90))
+    assert pack.names == source.names
+    assert not np.array_equal(pack.sizes, source.sizes)
+    for index, name in enumerate(source.names):
+        before, after = source.sizes[index], pack.sizes[index]
         assert pack.read(index).shape[1::-1] == tuple(after)
         if min(before) <= 36:
             assert pack.encoded(index) == (album / name).read_bytes()
@@ -211,7 +231,7 @@ def test_large_pictures_are_made_smaller_and_the_others_kept(album: Path, tmp_pa
             assert after[0] / after[1] == pytest.approx(before[0] / before[1], rel=0.03)
             with Image.open(__import__("io").BytesIO(pack.encoded(index))) as image:
                 assert image.format == "JPEG"
-            difference = pack.read(index).astype(float).mean((0, 1)) - folder.read(index).mean((0, 1))
+            difference = pack.read(index).astype(float).mean((0, 1)) - source.read(index).mean((0, 1))
             assert abs(difference).max() < 3  # the colours are not exchanged
     fine = made(album, tmp_path / "fine.ds", Form(side=36, quality=100))
     assert fine.about.nbytes > pack.about.nbytes
@@ -297,6 +317,20 @@ def test_what_is_done_is_not_read_again(
         job.write(lambda *both: told.append(both))
     assert len(read) == 12 - 7
     assert told == [(done, 12) for done in range(8, 13)]
+
+
+def test_a_kill_costs_the_last_few_and_leaves_nothing_behind(
+    album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """progress.json is written on the way; what a write of it that was cut off leaves behind is no part of the pack."""
+    monkeypatch.setattr(pack_writer, "SETTLE_RECORDS", 3)
+    expected, reached = files(made(album, tmp_path / "whole.ds").path), []
+    with Packing(str(album), str(tmp_path / "photos.ds")) as job:
+        job.look()
+        (job.part / ".progress.json.x.part").touch()
+        job.write(lambda done, _: reached.append((done, job.begun)))
+    assert reached == [(done, done - done % 3) for done in range(1, 13)]
+    assert files(tmp_path / "photos.ds") == expected
 
 
 def test_it_reads_no_further_ahead_than_it_may(
