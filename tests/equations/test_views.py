@@ -11,6 +11,8 @@ import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter, ImageOps
 
+from dino.data.folder import Folder
+from dino.data.loader import train_batches
 from dino.data.views import (
     MEAN,
     STD,
@@ -254,6 +256,41 @@ def test_chance_is_even():
     assert {box[2:] for box in boxes} == {(2, 3)}
     assert places.keys() == {(top, left) for top in range(3) for left in range(4)}
     assert chisquare(list(places.values())) < 40  # 11 degrees of freedom: 31.3 in one of a thousand
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "times"), [(900, 1200, 4), (450, 600, 2), (375, 500, 1), (3000, 4000, 8), (160, 9000, 1)]
+)
+def test_a_picture_is_decoded_no_smaller_than_its_crops_need(height, width, times):
+    recipe = MultiCrop(global_size=32, local_size=16)
+    assert recipe.enough(height, width) == times
+    rng = np.random.default_rng(0)
+    for draw in (draw for _ in range(50) for draw in recipe.draw(height, width, rng)[2:]):
+        assert min(draw.height, draw.width) + 1 >= 3 * 16 * times or times == 1
+    assert MultiCrop(global_size=32, local_size=16, local=0).enough(height, width) >= times
+    assert MultiCrop(global_size=32, local_size=32).enough(height, width) <= times
+
+
+def test_views_of_a_reduced_jpeg_are_those_of_the_whole(tmp_path):
+    Image.fromarray(photo(900, 1200)).save(tmp_path / "large.jpg", quality=90)
+    pictures = Folder(path=str(tmp_path)).open()
+    whole, small = pictures.read(0), pictures.subset(np.array([0])).reduced(0, 4)
+    assert small.shape == (225, 300, 3)
+    for top, left, h, w in ((0, 0, 900, 1200), (400, 300, 200, 240), (88, 120, 400, 300)):
+        one = resize(whole[top : top + h, left : left + w], 16, 16).astype(int)
+        two = resize(small[top // 4 : (top + h) // 4, left // 4 : (left + w) // 4], 16, 16).astype(int)
+        assert np.abs(one - two).mean() < 0.5
+        assert abs((one - two).mean()) < 0.2
+
+
+def test_training_reads_pictures_as_small_as_it_may(tmp_path, monkeypatch):
+    for number in range(2):
+        Image.fromarray(photo(900, 1200)).save(tmp_path / f"{number}.jpg")
+    seen, recipe = [], MultiCrop(global_size=32, local_size=16)
+    draw = MultiCrop.draw
+    monkeypatch.setattr(MultiCrop, "draw", lambda self, h, w, rng: seen.append((h, w)) or draw(self, h, w, rng))
+    list(train_batches(Folder(path=str(tmp_path)).open(), recipe, batch_size=2, seed=0, epochs=1))
+    assert seen == [(225, 300)] * 2
 
 
 def chisquare(counts):

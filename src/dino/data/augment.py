@@ -14,6 +14,7 @@ from functools import partial
 import cv2
 import numpy as np
 
+from dino.data.pictures import Reduction
 from dino.data.views import (
     MEAN,
     STD,
@@ -22,6 +23,7 @@ from dino.data.views import (
     adjust_saturation,
     crop_box,
     expect,
+    reduction,
     resize,
     solarize,
 )
@@ -73,6 +75,10 @@ class Augment:
     def stacks(self) -> list[tuple[int, int]]:
         """(number, side) of the views of each resolution: one alone."""
         return [(1, self.size)]
+
+    def enough(self, height: int, width: int) -> Reduction:
+        """How many times smaller a picture may be decoded, since the view is much smaller still."""
+        return reduction(height, width, self.ratio, (self.scale[0], self.size))
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """uint8 RGB [H, W, 3] -> one view [S, S, 3]; all draws come from rng."""

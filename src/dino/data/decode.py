@@ -21,7 +21,6 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 import cv2
@@ -36,7 +35,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from dino.data.pictures import BadImage
+from dino.data.pictures import BadImage, Reduction
 
 __all__ = ["MAX_PIXELS", "SUFFIXES", "BadImage", "decode", "probe"]
 
@@ -61,6 +60,9 @@ SUFFIXES = frozenset(
 cv2.setNumThreads(0)  # a picture is one thread's work; the worker processes are the parallelism
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # reasons are reported, not printed
 
+_SMALL = 2**26  # bytes of a file that is read before its header is looked at
+_REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4}  # beside the bit for colour
+_REDUCED[8] = cv2.IMREAD_REDUCED_GRAYSCALE_8
 _RGB = getattr(cv2, "IMREAD_COLOR_RGB", None)  # OpenCV >= 4.11
 
 
@@ -85,20 +87,25 @@ def probe(path: str | os.PathLike, data: bytes | None = None) -> tuple[int, int]
     return (header.height, header.width) if header.orientation >= 5 else (header.width, header.height)
 
 
-def decode(path: str | os.PathLike, data: bytes | None = None) -> np.ndarray:
-    """uint8 RGB [height, width, 3]; raises BadImage. `data`: the file's bytes, where they were read already."""
-    with _reasons(path), _open(path, data) as file:
+def decode(path: str | os.PathLike, data: bytes | None = None, *, reduce: Reduction = 1) -> np.ndarray:
+    """uint8 RGB [height, width, 3]; raises BadImage. `data`: the file's bytes, where they were read already.
+
+    reduce: a JPEG is given so many times smaller in each direction, rounded up: the blocks that it is made of are
+    computed at that size, which is faster. Other formats are given whole.
+    """
+    with _reasons(path), _open(path, data, whole=True) as file:
         header = _header(file)
         file.seek(0)
+        times = reduce if header.plain and header.plugin is JpegImagePlugin.JpegImageFile else 1
         if header.plain:
             data = file.read()
             if header.plugin is PngImagePlugin.PngImageFile:
                 _check_sums(data)
-            image = _opencv(data)
+            image = _opencv(data, times)
         else:
             image = _pillow(file, header.plugin)
-        if image.shape[:2] != (header.height, header.width):
-            raise _Bad(f"decodes to {image.shape[1]}x{image.shape[0]}, not {header.width}x{header.height}")
+        if image.shape[:2] != (-(-header.height // times), -(-header.width // times)):
+            raise _Bad(f"decodes to {image.shape[1]}x{image.shape[0]}, not {header.width}x{header.height} / {times}")
         return _upright(image, header.orientation)
 
 
@@ -115,14 +122,15 @@ def _reasons(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _open(path: str | os.PathLike, data: bytes | None) -> Iterator[BinaryIO]:
+def _open(path: str | os.PathLike, data: bytes | None, *, whole: bool = False) -> Iterator[BinaryIO]:
+    """whole: all of it will be needed, and is read at once; looking around in memory is then faster than in a file."""
     if data is not None:
         yield io.BytesIO(data)
         return
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise _Bad("not a regular file")
-    with Path(path).open("rb") as file:
-        yield file
+    with open(path, "rb") as file:
+        yield io.BytesIO(file.read()) if whole and os.fstat(file.fileno()).st_size < _SMALL else file
 
 
 def _header(file: BinaryIO) -> _Header:
@@ -346,8 +354,8 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def _opencv(data: bytes) -> np.ndarray:
-    flags = (cv2.IMREAD_COLOR if _RGB is None else _RGB) | cv2.IMREAD_IGNORE_ORIENTATION
+def _opencv(data: bytes, times: int = 1) -> np.ndarray:
+    flags = (cv2.IMREAD_COLOR if _RGB is None else _RGB) | _REDUCED[times] | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dino.data.decode import MAX_PIXELS, SUFFIXES, decode, probe
 from dino.data.pack import is_pack, open_pack, unfinished
-from dino.data.pictures import BadImage, Pictures, Skipped
+from dino.data.pictures import BadImage, Pictures, Reduction, Skipped
 from dino.errors import UserError
 
 Progress = Callable[[int, int], None]  # (done, of how many)
@@ -87,6 +87,9 @@ class FolderPictures(Pictures):
 
     def read(self, index: int) -> np.ndarray:
         return decode(self._file(index))
+
+    def reduced(self, index: int, times: Reduction) -> np.ndarray:
+        return decode(self._file(index), reduce=times)
 
     @property
     def content(self) -> str | None:

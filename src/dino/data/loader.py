@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dino.data.pictures import BadImage, Pictures, Skipped
+from dino.data.pictures import BadImage, Pictures, Reduction, Skipped
 from dino.data.views import Batch, Views, eval_transform
 from dino.errors import UserError
 
@@ -167,7 +167,8 @@ class _Train:
         skipped: list[Skipped] = []
         self.pictures.expect(job.indices)
         for index, copy in zip(job.indices.tolist(), job.copies.tolist(), strict=True):
-            image = read_or_none(self.pictures, index, skipped)
+            width, height = self.pictures.sizes[index].tolist()
+            image = read_or_none(self.pictures, index, skipped, self.views.enough(height, width))
             if image is None:
                 continue
             crops = self.views(image, sample_rng(self.seed, job.epoch, index, copy))
@@ -201,9 +202,9 @@ class _Eval:
         return torch.tensor(used, dtype=torch.int64), torch.from_numpy(stack[: len(used)])
 
 
-def read_or_none(pictures: Pictures, index: int, skipped: list[Skipped]) -> np.ndarray | None:
+def read_or_none(pictures: Pictures, index: int, skipped: list[Skipped], times: Reduction = 1) -> np.ndarray | None:
     try:
-        return pictures.read(index)
+        return pictures.reduced(index, times)
     except BadImage as bad:
         skipped.append(Skipped(pictures.names[index], bad.reason))
         return None

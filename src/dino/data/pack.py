@@ -28,7 +28,7 @@ import numpy as np
 
 from dino.config import from_dict
 from dino.data.decode import decode
-from dino.data.pictures import BadImage, Pictures, Skipped, StoredNames
+from dino.data.pictures import BadImage, Pictures, Reduction, Skipped, StoredNames
 from dino.errors import UserError
 from dino.files import PART
 
@@ -192,6 +192,9 @@ class PackPictures(Pictures):
 
     def read(self, index: int) -> np.ndarray:
         return decode(self.names[index], self.encoded(index))
+
+    def reduced(self, index: int, times: Reduction) -> np.ndarray:
+        return decode(self.names[index], self.encoded(index), reduce=times)
 
     def expect(self, indices: np.ndarray) -> None:
         """Asks the system to fetch these while others are decoded, in the order in which they lie on the disk."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from operator import eq
-from typing import NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -33,6 +33,10 @@ class BadImage(Exception):  # noqa: N818 - it is the image that is bad
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+Reduction = Literal[1, 2, 4, 8]
+"""How many times smaller a JPEG can be decoded."""
 
 
 class StoredNames(Sequence[str]):
@@ -105,6 +109,10 @@ class Pictures(ABC):
     @abstractmethod
     def read(self, index: int) -> np.ndarray:
         """Picture `index` as uint8 [height, width, 3] RGB; raises BadImage where it cannot be read."""
+
+    def reduced(self, index: int, times: Reduction) -> np.ndarray:
+        """Picture `index` as `read` gives it, or up to so many times smaller in each direction where that is faster."""
+        return self.read(index)
 
     def expect(self, indices: np.ndarray) -> None:  # noqa: B027 - most sources need nothing
         """These will be read next: a source on a slow disk may begin to fetch them."""
@@ -188,6 +196,9 @@ class _Subset(Pictures):
 
     def read(self, index: int) -> np.ndarray:
         return self.source.read(int(self.indices[index]))
+
+    def reduced(self, index: int, times: Reduction) -> np.ndarray:
+        return self.source.reduced(int(self.indices[index]), times)
 
     def expect(self, indices: np.ndarray) -> None:
         self.source.expect(self.indices[indices])

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dino.data.pictures import Reduction
 from dino.data.pixels import (
     adjust_brightness,
     adjust_contrast,
@@ -75,6 +76,10 @@ class Views(Protocol):
     @property
     def stacks(self) -> list[tuple[int, int]]:
         """(number, side) of the views of each resolution, in the order in which the call gives them."""
+        ...
+
+    def enough(self, height: int, width: int) -> Reduction:
+        """How many times smaller a picture of this size may be decoded, since all views are much smaller still."""
         ...
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]: ...
@@ -196,6 +201,11 @@ class MultiCrop:
         draws = self.draw(image.shape[0], image.shape[1], rng)
         return [self._view(image, draw, side) for draw, side in zip(draws, sides, strict=True)]
 
+    def enough(self, height: int, width: int) -> Reduction:
+        """How many times smaller a picture may be decoded: its least crops stay SPARE times larger than their views."""
+        least = (self.global_scale[0], self.global_size), (self.local_scale[0], self.local_size)
+        return reduction(height, width, self.ratio, *least[: len(self.stacks)])
+
     def draw(self, height: int, width: int, rng: np.random.Generator) -> list[Draw]:
         """All that chance decides of the views of a picture of this size, which is not looked at; in their order."""
         scales = [self.global_scale] * 2 + [self.local_scale] * self.local
@@ -279,6 +289,18 @@ def planar(views: Sequence[np.ndarray], out: np.ndarray) -> None:
     for view, planes in zip(views, out, strict=True):
         for channel, plane in enumerate(cv2.split(view)):
             planes[channel] = plane
+
+
+SPARE = 3
+"""A crop of a JPEG that was decoded smaller is still so many times larger than its view, which is the same to a third
+of a grey level then, in the mean."""
+
+
+def reduction(height: int, width: int, ratio: tuple[float, float], *kinds: tuple[float, int]) -> Reduction:
+    """By how much a picture may be reduced. kinds: the least part of its area that a crop covers; the view's side."""
+    narrow = min(ratio[0], 1 / ratio[1])
+    spare = min(min(math.sqrt(scale * height * width * narrow), height, width) / side for scale, side in kinds) / SPARE
+    return 8 if spare >= 8 else 4 if spare >= 4 else 2 if spare >= 2 else 1
 
 
 def normalize(images: Tensor) -> Tensor:
