@@ -131,7 +131,8 @@ class Runtime:
         """What gives this rank the steps of a training: `train_batches` of these pictures and views. Where they stay on
         the device they are read now."""
         if cache != "device":
-            return partial(train_batches, pictures, views, rank=self.rank, world=self.world)
+            pin = self.device.type == "cuda"  # from pinned memory `place` copies while the card computes
+            return partial(train_batches, pictures, views, rank=self.rank, world=self.world, pin_memory=pin)
         assert isinstance(views, MultiCrop)
         there = held.hold(pictures, self.device, room(self.device))
         return partial(held.train_batches, there, views, rank=self.rank, world=self.world)
