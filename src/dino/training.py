@@ -338,8 +338,8 @@ def _must_go_in_parts(run: Run, method: Method) -> None:
     if run.optim.micro_batch and has_batch_norm(method):
         raise UserError(
             f"--optim.micro-batch {run.optim.micro_batch}: network or head has batch norm, whose statistics are those "
-            "of the pictures that pass at once. Expected 0, and a smaller --optim.batch-size or --recompute; a ViT with "
-            "--method.head-norm none can go in parts."
+            "of the pictures that pass at once. Expected 0, and a smaller --optim.batch-size or --recompute; a ViT "
+            "with --method.head-norm none can go in parts."
         )
 
 

@@ -81,7 +81,7 @@ def run_session(
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"The device ran out of memory: {str(error).splitlines()[0]}\n"
-            f"--optim.micro-batch auto takes the batch of {run.optim.batch_size} in parts that fit and learns the same; "
+            f"--optim.micro-batch auto takes the {run.optim.batch_size} pictures of a step in parts that fit; "
             "--recompute keeps less of each. Or lower --optim.batch-size."
         ) from error
     if rt.is_main:
