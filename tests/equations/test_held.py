@@ -130,7 +130,7 @@ def test_each_colour_change_alone_and_each_view_its_own(which: int) -> None:
     plain = [jitter._view(image, draw, 32) for image, draw in zip(SQUARES, drawn, strict=True)]
     rows = torch.tensor([[views.to_row(draw) for draw in drawn]])
     ours = views.multi_crop(planes(SQUARES).byte(), rows, 32, 128)[0]
-    assert_near(gap(ours, plain), 1, 0.03)
+    assert_near(gap(ours, plain), 1, 0.06)  # OpenCV rounds in other places: one value in fifty by one level
     assert np.abs(np.stack(plain) - np.stack(SQUARES).astype(float)).mean() > 1
 
 
