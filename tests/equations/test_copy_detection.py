@@ -35,7 +35,7 @@ def test_descriptor_is_cls_beside_gem() -> None:
     images = torch.randn(2, 3, 40, 32)
     with torch.no_grad():
         out = copy_descriptor(vit, images)
-        assert torch.equal(out[:, :48], vit(images))
+        torch.testing.assert_close(out[:, :48], vit(images))  # which renews no patch in its last block
         assert torch.equal(out[:, 48:], gem(vit.features(images)[0].patches))
 
 

@@ -302,7 +302,7 @@ def test_progress_is_heard_and_the_networks_mode_comes_back() -> None:
 def test_a_rate_at_the_edge_is_reported() -> None:
     scores = bound(replace(QUICK, lr=(1e-6, 1e-5)))(Conv())
     assert scores.details["at_the_edge"]
-    assert not bound(replace(QUICK, lr=(1e-6, 1.0, 1e38)))(Conv()).details["at_the_edge"]
+    assert not bound(replace(QUICK, lr=(1e-6, 10.0, 1e38)))(Conv()).details["at_the_edge"]
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------

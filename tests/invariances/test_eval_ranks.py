@@ -48,7 +48,8 @@ def test_two_ranks_say_what_one_says(folders: tuple[Path, Path], name: str) -> N
     assert not close(one, two)
     assert read(folders[1] / "rank1.json")[name]["values"] == two["values"]
     assert any(0 < value < 100 for value in one["values"].values())  # a figure that could differ
-    assert one["values"] != one["floors"]["random_weights"]
+    few = name == "linear, fresh crops"  # of which two networks may get as many right
+    assert few or one["values"] != one["floors"]["random_weights"]
 
 
 def test_files_are_written_once_and_of_the_asked_network(folders: tuple[Path, Path]) -> None:
