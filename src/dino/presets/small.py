@@ -90,7 +90,7 @@ def narrow_vit() -> Run:
 def demo() -> Run:
     """Drawn herds, four minutes on two cores: what `make demo` trains.
 
-    20-NN rises to about twice the raw pixels'. Hues are turned freely, so that the coats are what crops share; rate and
+    20-NN rises well above raw pixels: to 42 to 54 %, by chance, where they have 26. Hues are turned freely, so that the coats are what crops share; rate and
     momentum stay far from their usual ends, since a few hundred steps are no time to settle in.
     """
     return edit(
