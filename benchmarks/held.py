@@ -26,7 +26,7 @@ from dino.data.loader import Job, train_batches
 from dino.data.pictures import Pictures
 from dino.data.views import MultiCrop
 from dino.fast import held
-from dino.runtime import machine
+from dino.runtime import machine, wait
 
 
 class Drawn(Pictures):
@@ -72,19 +72,14 @@ def measure(side: int, batch: int, rounds: int, device: torch.device) -> dict[st
     for epoch in range(-1, rounds):
         for name, prepare in candidates.items():
             timed = prepare(epoch + 1)
-            _wait(device)
+            wait(device)
             began, spent = time.perf_counter(), time.process_time()
             timed()
-            _wait(device)
+            wait(device)
             if epoch >= 0:
                 clocks = {"seconds": time.perf_counter() - began, "processor_seconds": time.process_time() - spent}
                 found[name].append(clocks)
     return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def rows_of(side: int, found: dict[str, list[dict]], batch: int) -> list[dict[str, Any]]:

@@ -101,8 +101,10 @@ def _version(run: Run, rt: Runtime, batch: Batch, watched: bool) -> Version:
         nonlocal line
         line += 1
         for item in meter.waiting(iter([batch] * run.log_every)):
-            placed = rt.place(item)
-            done = train_step(state, model, placed, CLOCK, run, rt) if watched else bare_step(state, placed, run, rt)
+            if watched:
+                done = train_step(state, model, item, CLOCK, run, rt)
+            else:
+                done = bare_step(state, rt.place(item), run, rt)
             meter.add(done, item)
         metrics = meter.close(CLOCK)
         if watched:

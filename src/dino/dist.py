@@ -67,6 +67,12 @@ def most(tensor: Tensor) -> Tensor:
     return largest
 
 
+def logsumexp(tensor: Tensor) -> Tensor:
+    """The logarithm of the sum over the ranks of exp(tensor), place by place; as it came where there is one rank."""
+    top = most(tensor)
+    return top + total((tensor - top).exp()).log()
+
+
 def gather(tensor: Tensor) -> Tensor:
     """Each rank's rows one below the other, in the order of ranks; the ranks may hold different numbers of rows."""
     if not _active():

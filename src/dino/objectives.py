@@ -91,9 +91,10 @@ def sinkhorn_center(logits: Tensor, temperature: float, iterations: int = 3) -> 
     """
     scaled = logits.float() / temperature
     center, log_q = torch.zeros_like(scaled[..., :1, :]), scaled
-    for _ in range(iterations):
-        center = center + _log_total_exp(log_q)
-        log_q = torch.log_softmax(scaled - center, dim=-1)
+    for iteration in range(iterations):
+        if iteration:
+            log_q = torch.log_softmax(scaled - center, dim=-1)
+        center = center + dist.logsumexp(log_q.logsumexp(-2, keepdim=True))
     return center * temperature
 
 
@@ -101,13 +102,6 @@ def softmax_over_batch(logits: Tensor, temperature: float) -> Tensor:
     """Table 15: softmax(logits / temperature) over the pictures of all ranks, then each picture's row divided by its
     sum, [..., B, K] -> [..., B, K]. That is Sinkhorn-Knopp's first iteration."""
     return sinkhorn_knopp(logits, temperature, iterations=1)
-
-
-def _log_total_exp(x: Tensor) -> Tensor:
-    """log of the sum of exp(x) over the pictures of all ranks, [..., B, K] -> [..., 1, K]."""
-    own = x.logsumexp(-2, keepdim=True)
-    top = dist.most(own)
-    return top + dist.total((own - top).exp()).log()
 
 
 @torch.no_grad()

@@ -249,6 +249,12 @@ def room(device: torch.device) -> int:
     return machine_memory() // 4
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was told to."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
 def peak_memory(device: torch.device) -> int:
     """The most bytes that this process has held so far: of the card, or of the computer's memory."""
     if device.type == "cuda":

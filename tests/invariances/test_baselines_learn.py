@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_learns import LONGER, Paints
+from test_learns import LONGER, OF_PAINT, Paints
 from tiny import CPU, edit
 
 from dino.events import Evaluated, Started
@@ -27,14 +27,7 @@ def test_it_learns(tmp_path: Path, name: str) -> None:
         out=str(tmp_path / "run"),
         method=LEARNERS[name],
         optim=dict(**PACE[name], batch_size=16, weight_decay_end=0.04),
-        views=dict(
-            saturation=0.0,
-            hue=0.0,
-            gray=0.0,
-            solarize=(0.0, 0.0, 0.0),
-            global_scale=(0.5, 1.0),
-            local_scale=(0.2, 0.5),
-        ),
+        views=OF_PAINT,
         knn=dict(every_epochs=100, held_back=0.3),
         log_every=1000,
     )

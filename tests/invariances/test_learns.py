@@ -25,6 +25,9 @@ LONGER = edit(
     seed=1,  # of three, the one whose ends lie farthest apart after so few steps; at 30 epochs all three say the same
 )
 
+OF_PAINT = dict(saturation=0.0, hue=0.0, gray=0.0, solarize=(0.0,) * 3, global_scale=(0.5, 1.0), local_scale=(0.2, 0.5))
+"""Views that leave a picture's paint as it is: it is what the kinds differ in."""
+
 
 @pytest.mark.parametrize(
     ("parts", "entropy", "kl"),
@@ -78,14 +81,7 @@ def test_it_learns(tmp_path: Path, targets: str) -> None:
         out=str(tmp_path / "run"),
         method=dict(momentum=0.98, targets=targets),
         optim=dict(epochs=10, batch_size=16, lr=0.016, weight_decay_end=0.04),
-        views=dict(
-            saturation=0.0,
-            hue=0.0,
-            gray=0.0,
-            solarize=(0.0, 0.0, 0.0),
-            global_scale=(0.5, 1.0),
-            local_scale=(0.2, 0.5),
-        ),
+        views=OF_PAINT,
         knn=dict(every_epochs=5, held_back=0.3),
         log_every=1000,
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from dino.runtime import Machine, Precision
+from dino.runtime import Machine, Precision, wait
 
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
@@ -67,12 +67,6 @@ def memory_rate(here: Machine, progress: Progress, size: int | None = None) -> R
         Work("add", 3.0 * size, lambda: torch.add(a, b, out=out)),
     ]
     return _best(works, here.device, progress)
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done all that it was told to."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 def _best(works: Sequence[Work], device: torch.device, progress: Progress) -> Rate:

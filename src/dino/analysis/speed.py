@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from dino.analysis.rates import Progress, wait
+from dino.analysis.rates import Progress
 from dino.data.views import Batch
 from dino.models.heads import Network
-from dino.runtime import Runtime, peak_memory
+from dino.presets.trial import Trial, trial
+from dino.runtime import Runtime, peak_memory, wait
 from dino.schedules import Clock
-from dino.training import Run, State, build_method, train_step
+from dino.training import Run
 
 CLASSES = 10
 """Of the noise, where a method learns labels."""
@@ -103,38 +104,27 @@ class TimedRuntime(Runtime):
 def step_speed(run: Run, rt: Runtime, batch: int, steps: int, progress: Progress) -> StepSpeed:
     """Takes one training step of `batch` pictures to warm up, so many that count, and one by part."""
     run = replace(run, optim=replace(run.optim, batch_size=batch))
-    method = build_method(run, classes=CLASSES)
-    model = rt.prepare(method)
-    state = State(method, run.optim.build(method.trained), rt.scaler())
-    noise = [torch.randint(0, 256, (n, batch, 3, side, side), dtype=torch.uint8) for n, side in run.views.stacks]
-    views = Batch(tuple(noise), torch.arange(batch) % CLASSES)
-
-    def step(rt: Runtime) -> float:
-        began = time.perf_counter()
-        train_step(state, model, views, CLOCK, run, rt)
-        wait(rt.device)
-        return time.perf_counter() - began
-
-    times = []
+    tried, times = trial(run, rt, batch, CLASSES), []
     for number in range(steps + 1):
         progress(number, steps + 2)
-        times.append(step(rt))
+        times.append(tried.step(CLOCK))
     peak = peak_memory(rt.device)
     progress(steps + 1, steps + 2)
-    return StepSpeed(batch, times[1:], peak, _by_part(state, rt, step))
+    return StepSpeed(batch, times[1:], peak, _by_part(tried))
 
 
-def _by_part(state: State, rt: Runtime, step: Callable[[Runtime], float]) -> dict[str, float]:
-    watch, method = Stopwatch(rt.device), state.method
+def _by_part(tried: Trial) -> dict[str, float]:
+    rt, method = tried.rt, tried.state.method
+    watch = Stopwatch(rt.device)
     for name, network in method.named_children():
         if isinstance(network, Network):
             named = f"{name}'s forward pass" if name in ("teacher", "student") else "forward pass"
             watch.on(network, "features", named)
     for name in ("forward", "look_ahead"):
         watch.on(method, name, "heads and loss")
-    watch.on(state.optimizer, "step", "optimizer")
+    watch.on(tried.state.optimizer, "step", "optimizer")
     watch.on(method, "after_step", "teacher's and center's update")
     timed = TimedRuntime(rt.device, rt.precision, rt.rank, rt.world, rt.fast, watch=watch)
     with watch(REST):
-        step(timed)
+        replace(tried, rt=timed).step(CLOCK)
     return {name: watch.spent[name] for name in ORDER if name in watch.spent}

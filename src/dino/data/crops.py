@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dino.data.loader import read_or_none, sample_rng, serve
 from dino.data.pictures import Pictures
+from dino.data.pixels import resize
 from dino.data.views import crop_box
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop as it comes
@@ -21,17 +21,10 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
     Bilinear and antialiased, as torchvision resizes Pillow's pictures here, where the test pictures are bicubic.
     """
     top, left, height, width = crop_box(image.shape[0], image.shape[1], SCALE, RATIO, rng)
-    crop = bilinear(image[top : top + height, left : left + width], size)
+    crop = resize(image[top : top + height, left : left + width], size, size, "bilinear")
     if rng.random() < 0.5:
         crop = cv2.flip(crop, 1)
     return np.ascontiguousarray(crop.transpose(2, 0, 1))
-
-
-def bilinear(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> [size, size, 3], antialiased: Pillow's to one grey level."""
-    pixels = torch.from_numpy(np.require(image, requirements=("C", "W"))).unsqueeze(0).permute(0, 3, 1, 2)
-    pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return np.ascontiguousarray(pixels.squeeze(0).permute(1, 2, 0).numpy())
 
 
 def crop_batches(

@@ -81,8 +81,7 @@ def spread(teacher: Tensor, teacher_layer: Layer, temperature: float, iterations
                 if iteration:
                     log_q = torch.log_softmax(log_q - own, dim=-1)
                 columns = torch.logaddexp(columns, log_q.logsumexp(0))
-            top = dist.most(columns)
-            own += top + dist.total((columns - top).exp()).log()
+            own += dist.logsumexp(columns)
     return center * temperature
 
 

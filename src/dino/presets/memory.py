@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from dino.config import edit
-from dino.data.views import Batch
 from dino.models.batch_norm import has_batch_norm
+from dino.presets.trial import trial
 from dino.runtime import Machine, Runtime
 from dino.schedules import Clock
-from dino.training import Run, State, build_method, train_step
+from dino.training import Run, build_method
 
 SHARE = 0.7
 """Of the device's memory that a step may fill; the rest is for what lies between blocks, workers and evaluations."""
@@ -38,20 +38,14 @@ def micro_batch(run: Run, here: Machine, classes: int, world: int) -> tuple[int,
 def step_memory(run: Run, here: Machine, count: int, classes: int) -> float:
     """Bytes that one real step of `count` pictures needs: on a card its peak; on a CPU the weights with what the
     optimizer keeps for each, and all that is kept for the backward pass."""
-    rt = Runtime(here.device, run.precision)
-    method = build_method(run, classes=classes)
-    rt.prepare(method)
-    state = State(method, run.optim.build(method.trained), rt.scaler())
-    noise = [torch.randint(0, 256, (n, count, 3, side, side), dtype=torch.uint8) for n, side in run.views.stacks]
-    batch = Batch(tuple(noise), torch.arange(count) % max(1, classes))
-    kept = _Kept()
+    tried, kept = trial(run, Runtime(here.device, run.precision), count, classes), _Kept()
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
-        train_step(state, method, batch, Clock(0, 2, run.optim.epochs), run, rt)
+        tried.step(Clock(0, 2, run.optim.epochs))
     if here.device.type == "cuda":
         return float(torch.cuda.max_memory_allocated())
-    weights = sum(4 * p.nbytes if p.requires_grad else p.nbytes for p in method.parameters())
+    weights = sum(4 * p.nbytes if p.requires_grad else p.nbytes for p in tried.state.method.parameters())
     return float(weights + kept.bytes)
 
 

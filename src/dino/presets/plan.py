@@ -13,16 +13,17 @@ import torch
 from dino.config import edit
 from dino.data.augment import Augment
 from dino.data.pictures import Pictures
-from dino.data.views import Batch, MultiCrop
+from dino.data.views import MultiCrop
 from dino.methods import AnyMethod
 from dino.methods.dino import DINOConfig
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.presets.memory import micro_batch
 from dino.presets.small import small, small_method, small_vit
+from dino.presets.trial import trial
 from dino.runtime import Machine, Runtime, where_pictures_stay
 from dino.schedules import Clock
-from dino.training import Run, State, build_method, train_step
+from dino.training import Run
 from dino.units import duration
 
 PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
@@ -98,21 +99,9 @@ def plan(
 
 def measure(run: Run, here: Machine, pictures: Pictures, *, steps: int = 3) -> Speed:
     """Takes a few real training steps and reads a few real pictures, and forgets them; some seconds."""
-    rt = Runtime(here.device, run.precision)
     batch_size = min(run.optim.batch_size, 32 if here.device.type == "cpu" else 128)
-    method = build_method(run, classes=len(pictures.classes))
-    rt.prepare(method)
-    state = State(method, run.optim.build(method.trained), rt.scaler())
-    noise = [torch.randint(0, 256, (n, batch_size, 3, side, side), dtype=torch.uint8) for n, side in run.views.stacks]
-    batch = Batch(tuple(noise), torch.arange(batch_size) % max(1, len(pictures.classes)))
-    clock = Clock(0, steps + 1, run.optim.epochs)
-    times = []
-    for step in range(steps + 1):
-        began = time.perf_counter()
-        train_step(state, method, rt.place(batch), clock._replace(step=step), run, rt)
-        if here.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+    tried = trial(run, Runtime(here.device, run.precision), batch_size, len(pictures.classes))
+    times = [tried.step(Clock(step, steps + 1, run.optim.epochs)) for step in range(steps + 1)]
     return Speed(statistics.median(times[1:]) / batch_size, reading(run, pictures))
 
 
