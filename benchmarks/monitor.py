@@ -34,9 +34,10 @@ from dino.methods.method import Outputs
 from dino.objectives import H_over_pairs, P, h, log_P
 from dino.optim import clip_grad_norms_, set_hyper
 from dino.presets import resolve
+from dino.run import Run
 from dino.runtime import Runtime, machine
 from dino.schedules import Clock
-from dino.training import Run, State, build_method, train_step
+from dino.training import State, build_method, train_step
 from dino.vitals import Vitals
 
 NETWORKS = {"vits16": "vits16", "vit_tiny": "dino.presets.small:vit_tiny", "small": "small", "demo": "demo"}

@@ -26,8 +26,9 @@ from dino.evals.knn import KNN
 from dino.events import EpochDone, Logged, Started
 from dino.presets.plan import measure
 from dino.presets.small import RECIPES
+from dino.run import Run
 from dino.runtime import machine, start
-from dino.training import Run, export_backbone, train
+from dino.training import export_backbone, train
 
 
 def main() -> None:

@@ -14,9 +14,10 @@ from dino.data.views import MultiCrop
 from dino.methods.dino import DINO, DINOConfig
 from dino.models.timm import Timm
 from dino.models.vit import ViT
+from dino.run import Run
 from dino.runtime import Machine
 from dino.schedules import Clock
-from dino.training import Run, build_method
+from dino.training import build_method
 from lightly_dino import LightlyDINO
 from plain import PlainDINO, Rates
 

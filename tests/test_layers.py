@@ -16,7 +16,7 @@ LAYERS = [
     {"data", "optim"},
     {"methods", "evals"},
     {"runtime", "checkpoint", "fast", "logs", "vitals"},
-    {"events", "meter", "signals"},
+    {"events", "meter", "signals", "run"},
     {"training"},
     {"presets", "analysis"},
     {"terminal"},
@@ -30,7 +30,7 @@ LAYERS = [
 
 SIDEWAYS = {
     ("runtime", "fast"): "the one place that chooses the fast twins",
-    ("training", ""): "the version that run.json names",
+    ("run", ""): "the version that run.json names",
     ("api", ""): "the version that results name",
     ("cli", ""): "the version",
     ("analysis", "presets"): "both are at the top",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dino.models.pretrained import load as load
     from dino.models.timm import Timm as Timm
     from dino.models.vit import ViT as ViT
-    from dino.training import Run as Run
+    from dino.run import Run as Run
 
 _HOMES = {
     "attention": "dino.api",
@@ -40,7 +40,7 @@ _HOMES = {
     "load": "dino.models.pretrained",
     "Timm": "dino.models.timm",
     "ViT": "dino.models.vit",
-    "Run": "dino.training",
+    "Run": "dino.run",
 }
 __all__ = [
     "DINO",

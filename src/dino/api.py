@@ -33,12 +33,12 @@ from dino.methods import method_named
 from dino.methods.dino import DINOConfig
 from dino.models.backbone import Attentive, Backbone
 from dino.presets import resolve
+from dino.run import Run
 from dino.runtime import machine, start
 from dino.session.begin import find, resumed, settle, show_plan
 from dino.session.sources import Checkpoint, open_checkpoint, read_picture
 from dino.session.training import Outcome, run_session
 from dino.terminal import Done, Terminal
-from dino.training import Run
 
 Labelling = Callable[[str], AbstractContextManager[Done]]
 """Given what is about to happen, a context that gives a `Done`."""

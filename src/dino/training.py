@@ -1,4 +1,4 @@
-"""A run, from its settings to its last checkpoint. The only place that sees a whole Run.
+"""A run, from its first step to its last checkpoint.
 
 `train` is a generator of what happened: it trains, and whoever drives it (the command line, a notebook, a test)
 draws bars, pictures and reports between its steps. There are no callbacks; what happens, and when, is on the page.
@@ -10,117 +10,35 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dino import __version__, checkpoint, dist
-from dino.config import from_dict, to_dict
-from dino.data.augment import Augment
-from dino.data.folder import Folder
+from dino import checkpoint, dist
+from dino.config import to_dict
 from dino.data.loader import steps_per_epoch
 from dino.data.pictures import Pictures
-from dino.data.scenes import Scenes
 from dino.data.sources import relabelled
-from dino.data.views import Batch, MultiCrop
+from dino.data.views import Batch
 from dino.errors import Diverged, UserError
-from dino.evals.ask import Ask, Asked, bind_all, must_differ
+from dino.evals.ask import Asked, bind_all
 from dino.evals.evaluator import Site
-from dino.evals.watch import Watch, Watched
+from dino.evals.watch import Watched
 from dino.events import Ended, EpochDone, Evaluated, Event, Logged, Measured, Measuring, Started
 from dino.files import remove_parts, write_json
 from dino.logs import Log
 from dino.meter import Meter
-from dino.methods import AnyMethod
-from dino.methods.dino import DINOConfig
 from dino.methods.method import Method, Outputs, Start
 from dino.models.backbone import Backbone
 from dino.models.batch_norm import has_batch_norm
 from dino.models.pretrained import load, load_strict, save_backbone
-from dino.models.timm import Timm
-from dino.models.vit import ViT
-from dino.optim import Optim, clip_grad_norms_, set_hyper
-from dino.runtime import Cache, Precision, Runtime
+from dino.optim import clip_grad_norms_, set_hyper
+from dino.run import Run, describe
+from dino.runtime import Runtime
 from dino.schedules import Clock
 from dino.signals import stop_signals
 from dino.vitals import Vitals
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Everything that decides what a training run does. It is saved with every checkpoint."""
-
-    data: Folder | Scenes = field(default_factory=lambda: Folder(path="photos"))
-    """The pictures."""
-    val: Folder | Scenes | None = None
-    """Pictures with labels to be asked about while training; None: a share of every class is held back for that."""
-    backbone: ViT | Timm = field(default_factory=ViT)
-    """The network that is trained."""
-    init: str | None = None
-    """The backbone to begin with: a run's folder, a file, a released name, timm:NAME; None: random weights."""
-    method: AnyMethod = field(default_factory=DINOConfig)
-    """How it learns."""
-    views: MultiCrop | Augment = field(default_factory=MultiCrop)
-    """What the method sees of a picture."""
-    optim: Optim = field(default_factory=Optim)
-    """How the student moves."""
-    knn: Watch = field(default_factory=Watch)
-    """The accuracy measured while training, where the pictures have labels."""
-    evals: tuple[Ask, ...] = ()
-    """Evaluations of the network while it trains, each in quotes, as behind `dino eval` without CHECKPOINT:
-    --evals "linear train/ val/" "retrieval roxford5k/ --every-epochs 10". Asked at the end; with --every-epochs before
-    the first step too, and each time so many epochs have passed."""
-    precision: Precision = "float32"
-    """Precision of the matrix products."""
-    workers: int = 2
-    """Processes that decode and crop, per rank; 0 does it in the training process."""
-    recompute: bool = False
-    """Keep only what enters each block and compute the rest again in the backward pass: far less memory, a third more
-    time."""
-    cache: Cache = "no"
-    """Where the decoded pictures stay: no: they are read anew each time; memory: worth it where they fit and reading
-    one is slow; device: in memory and on the device that trains, which then makes the views itself, many at once."""
-    seed: int = 0
-    """Decides the weights at the start, the order of the pictures and every augmentation."""
-    log_every: int = 10
-    """Steps between two lines of metrics."""
-    save_minutes: float = 10
-    """Minutes between two saves of checkpoints/last.pt; the end and Ctrl-C save too."""
-    keep_every: int = 0
-    """Epochs between two checkpoints that are kept for good; 0 keeps only the last and the best."""
-    on_collapse: Literal["warn", "stop", "rollback"] = "warn"
-    """What happens where the curves show a collapse: a warning; the end; or back to the last healthy checkpoint, and on
-    from there with milder settings (docs/collapse.md)."""
-    out: str = "runs/dino"
-    """Folder of everything the run writes."""
-
-    def __post_init__(self) -> None:
-        if self.cache not in get_args(Cache):
-            raise UserError(f"cache: expected one of {', '.join(get_args(Cache))}; got {self.cache!r}.")
-        if self.cache == "device" and not isinstance(self.views, MultiCrop):
-            raise UserError(
-                f"cache device makes the views of MultiCrop alone, and this run has {type(self.views).__name__}: "
-                "expected --cache memory or --cache no."
-            )
-        given, needed = self.views.stacks[0][0], self.method.global_views
-        if given < needed:
-            raise UserError(
-                f"{type(self.method).__name__} compares {needed} views of a picture, and {type(self.views).__name__} "
-                f"gives {given}: expected views=MultiCrop(...)."
-            )
-        must_differ(self.evals)
-        if self.optim.micro_batch and not self.method.in_parts:
-            raise UserError(
-                f"{type(self.method).__name__} brings the pictures of a batch together, so that parts of it would be "
-                "another method: expected --optim.micro-batch 0, and a smaller --optim.batch-size."
-            )
-
-    @staticmethod
-    def from_older(fields: dict[str, Any]) -> dict[str, Any]:
-        """Older runs kept their pictures in memory or did not."""
-        cache = fields.get("cache")
-        return fields | {"cache": "memory" if cache else "no"} if isinstance(cache, bool) else fields
 
 
 @dataclass
@@ -273,37 +191,6 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     if rt.is_main:
         export_backbone(run, state.method.backbone, out)
     yield Ended(clock._replace(step=state.step), state.method, finished, skipped, stop.signal)
-
-
-def describe(
-    run: Run, pictures: Pictures, rest: Pictures, baselines: Mapping[str, Mapping[str, float]]
-) -> dict[str, Any]:
-    """What run.json holds: the complete Run, and what it ran on."""
-    return {
-        "run": to_dict(run),
-        "backbone": to_dict(run.backbone),
-        "learning": run.method.about,
-        "data": {
-            "pictures": len(pictures),
-            "trained_on": len(rest),
-            "classes": pictures.classes,
-            "skipped": len(pictures.skipped),
-            "fingerprint": rest.fingerprint,
-        },
-        "baselines": baselines,
-        "versions": {"dino": __version__, "torch": str(torch.__version__)},
-    }
-
-
-def read_run(folder: Path) -> Run:
-    """The Run of a run's folder. Raises UserError where there is none."""
-    path = folder / "run.json"
-    if not path.is_file():
-        raise UserError(f"No run in {folder}: it has no run.json. Expected a folder that `dino train` made.")
-    try:
-        return from_dict(Run, json.loads(path.read_text())["run"])
-    except (json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{path} is not a run's description: {error}.") from error
 
 
 def export_backbone(run: Run, backbone: Backbone, out: Path) -> Path:

@@ -87,7 +87,7 @@ from dino.methods.dino import DINOConfig
 from dino.data.views import MultiCrop
 from dino.models.vit import ViT
 from dino.optim import Optim
-from dino.training import Run
+from dino.run import Run
 
 def run():
     return Run(

@@ -30,7 +30,7 @@ from dino.evals.watch import Watch
 from dino.methods.dino import DINOConfig
 from dino.models.vit import ViT
 from dino.optim import Optim
-from dino.training import Run
+from dino.run import Run
 
 def run():
     return Run(

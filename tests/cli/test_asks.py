@@ -10,7 +10,7 @@ from dino.evals import EVALUATIONS, find
 from dino.evals.ask import Ask, Settings
 from dino.evals.knn import KNN
 from dino.evals.low_shot import LowShot
-from dino.training import Run
+from dino.run import Run
 
 TYPED = {
     "knn train/ val/": Ask(evaluation=KNN(), sources=("train/", "val/")),

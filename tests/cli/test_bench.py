@@ -24,8 +24,8 @@ from dino.methods.dino import DINOConfig
 from dino.models.vit import ViT
 from dino.optim import Optim
 from dino.presets import resolve
+from dino.run import Run
 from dino.runtime import Machine, Runtime
-from dino.training import Run
 
 CPU = Machine(torch.device("cpu"), "a processor", 2, 2**33, "float32", "it has no bfloat16")
 CARD = replace(CPU, device=torch.device("cuda", 0), name="a card", cores=16, precision="bfloat16", why="it can")

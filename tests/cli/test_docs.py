@@ -19,8 +19,9 @@ from dino.methods.dino import DINOConfig
 from dino.models import timm as timm_models
 from dino.models.vit import ViT
 from dino.optim import Optim
+from dino.run import Run
 from dino.runtime import Runtime
-from dino.training import Run, train
+from dino.training import train
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,9 +8,9 @@ from PIL import Image
 
 from dino.cli.train import Given
 from dino.data.scenes import Scenes
+from dino.run import read_run
 from dino.session.begin import starting_from
 from dino.session.sources import open_checkpoint
-from dino.training import read_run
 
 QUICK = "--optim.epochs 2 --optim.batch-size 12 --workers 0 --precision float32 --views.size 32".split()  # noqa: SIM905
 

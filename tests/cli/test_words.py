@@ -14,10 +14,10 @@ from dino.config import edit
 from dino.errors import UserError
 from dino.live import Watch
 from dino.models import Timm, ViT
+from dino.run import Run
 from dino.schedules import Clock
 from dino.session.begin import differences, flag
 from dino.terminal import Terminal, speaking
-from dino.training import Run
 from dino.units import duration
 
 SRC = Path(__file__).parents[2] / "src"

@@ -16,7 +16,8 @@ from dino.methods.byol import BYOLConfig
 from dino.models.vit import ViT
 from dino.presets.ablations import HOMES, table, tables
 from dino.presets.ablations.table import SCALES, Scale, Table, named
-from dino.training import Run, build_method
+from dino.run import Run
+from dino.training import build_method
 
 EVERY = [(one, scale) for one in tables() for scale in SCALES]
 IDS = [f"{one.name}-{scale}" for one, scale in EVERY]

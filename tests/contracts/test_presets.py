@@ -10,9 +10,9 @@ from dino import presets
 from dino.config import edit
 from dino.data.pictures import Pictures
 from dino.errors import UserError
-from dino.presets.plan import Plan, plan
+from dino.presets.plan import Plan, Speed, fed, plan
+from dino.run import Run
 from dino.runtime import Machine
-from dino.training import Run
 
 CPU = Machine(torch.device("cpu"), "a processor", 2, 8 * 2**30, "float32", "no bfloat16 here")
 
@@ -110,6 +110,25 @@ def test_a_preset_keeps_its_recipe_and_takes_the_machine() -> None:
     assert chosen.precision == "float32"
     kept = dataclasses.replace(chosen, precision=recipe.precision, workers=recipe.workers, cache=recipe.cache)
     assert kept == recipe
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "world", "step", "data", "workers"),
+    [
+        ("cpu", 2, 1, 12e-3, 2e-3, 1),  # a sixth of a worker would do
+        ("cpu", 8, 1, 2e-3, 4e-3, 3),
+        ("cpu", 2, 1, 1e-3, 9e-3, 2),  # all the cores there are
+        ("cuda", 16, 1, 1e-3, 6e-3, 8),
+        ("cuda", 16, 1, 1e-4, 6e-3, 15),  # one core is the rank's own
+        ("cuda", 16, 4, 1e-3, 6e-3, 3),  # each of four ranks has four
+        ("cuda", 2, 4, 1e-3, 6e-3, 1),
+    ],
+)
+def test_workers_keep_up_with_the_step(device: str, cores: int, world: int, step: float, data: float, workers: int):
+    here = dataclasses.replace(CPU, device=torch.device(device), cores=cores)
+    run, reason = fed(presets.resolve("small"), here, Speed(step, data), world)
+    assert run.workers == workers == int(reason.value)
+    assert ("too few cores" in reason.why) == (workers * step < data)
 
 
 def test_prototypes_grow_with_the_pictures() -> None:

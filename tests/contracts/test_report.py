@@ -20,7 +20,7 @@ from dino.data.pictures import BadImage, Pictures
 from dino.errors import UserError
 from dino.evals.evaluator import Extracted
 from dino.models.vit import ViT
-from dino.training import Run
+from dino.run import Run
 
 K = 1024
 

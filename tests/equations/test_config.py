@@ -201,7 +201,7 @@ def test_a_whole_run_and_every_choice_inside_it_survive_json() -> None:
     from dino.data.scenes import Scenes
     from dino.models.timm import Timm
     from dino.models.vit import ViT
-    from dino.training import Run
+    from dino.run import Run
 
     runs = [
         Run(data=data, backbone=backbone)
@@ -227,7 +227,7 @@ def test_a_whole_run_and_every_choice_inside_it_survive_json() -> None:
 
 
 def test_a_run_is_not_read_from_settings_that_cannot_be() -> None:
-    from dino.training import Run
+    from dino.run import Run
 
     for wrong in (
         {"optim": {"epochs": 0}},

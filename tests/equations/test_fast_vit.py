@@ -92,7 +92,8 @@ def test_every_kernel_attends_alike(tokens: int, dtype: torch.dtype) -> None:
 
 def test_the_runtime_alone_chooses() -> None:
     """Twins hang on the method that was prepared, not on its class; the plain runtime leaves all as it is."""
-    from dino.training import Run, build_method
+    from dino.run import Run
+    from dino.training import build_method
 
     fast, plain = (
         build_method(Run(backbone=ViT(width=24, depth=1, heads=3, patch=8, image_size=16))) for _ in range(2)

@@ -29,7 +29,7 @@ from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.optim import Optim
 from dino.presets import resolve
-from dino.training import Run
+from dino.run import Run
 
 TINY = Run(
     backbone=ViT(width=48, depth=3, heads=3, patch=8, image_size=32, registers=2, mlp_ratio=3.0),

@@ -22,8 +22,8 @@ from dino.data.pictures import BadImage, Pictures
 from dino.data.views import MultiCrop, crop_box
 from dino.errors import UserError
 from dino.fast import held, views
+from dino.run import Run
 from dino.runtime import Machine, where_pictures_stay
-from dino.training import Run
 
 CPU = torch.device("cpu")
 VIEWS = MultiCrop(global_size=24, local_size=12, local=2, blur=(1.0, 0.5, 0.5), solarize=(0.0, 0.5, 0.3), gray=0.3)

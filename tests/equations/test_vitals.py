@@ -15,8 +15,9 @@ from dino.meter import Meter
 from dino.methods.method import relative_distance
 from dino.models.vit import ViT
 from dino.optim import Optim, clip_grad_norms_
+from dino.run import Run
 from dino.schedules import Clock
-from dino.training import Run, build_method
+from dino.training import build_method
 from dino.vitals import Vitals, effective_rank, feature_vitals
 
 CLOCK = Clock(0, 10, 2)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from dino.config import from_dict
+from dino.run import Run
 from dino.runtime import start
-from dino.training import Run, train
+from dino.training import train
 
 
 def main(paths: list[str]) -> None:

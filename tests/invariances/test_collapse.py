@@ -23,11 +23,12 @@ from dino.methods.moco import MoCoConfig
 from dino.methods.supervised import SupervisedConfig
 from dino.presets import paper
 from dino.presets.small import demo, narrow_vit, small, small_vit, vit_tiny
+from dino.run import read_run
 from dino.schedules import Clock
 from dino.session import guard
 from dino.session.training import run_session
 from dino.terminal import Terminal
-from dino.training import build_method, read_run, train
+from dino.training import build_method, train
 
 DULL = edit(
     RUN,

@@ -20,7 +20,8 @@ from dino.events import Logged, Measured, Measuring
 from dino.logs import read_metrics
 from dino.models.pretrained import load
 from dino.models.timm import Timm
-from dino.training import Run, read_run, train
+from dino.run import Run, read_run
+from dino.training import train
 
 PHOTOS = Scenes(count=24, size=32, classes=4, seed=3)
 EVERY = Ask(evaluation=KNN(k=(3,), held_back=0.5), sources=(PHOTOS,), every_epochs=2)

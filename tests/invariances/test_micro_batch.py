@@ -17,9 +17,10 @@ from dino.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
 from dino.models.timm import Timm
 from dino.presets import memory
 from dino.presets.plan import plan
+from dino.run import Run
 from dino.runtime import Runtime, machine
 from dino.schedules import Clock
-from dino.training import Run, State, build_method, train, train_step
+from dino.training import State, build_method, train, train_step
 
 HERE = Path(__file__).parent
 STILL = edit(RUN, backbone=dict(drop_path=0.0), optim=dict(algorithm="sgd", lr=1.0, warmup_epochs=0))

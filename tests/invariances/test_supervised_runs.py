@@ -23,7 +23,7 @@ from dino.methods.supervised import SupervisedConfig
 from dino.models.backbone import Backbone, Features
 from dino.models.heads import Network
 from dino.models.pretrained import load
-from dino.training import Run, read_run
+from dino.run import Run, read_run
 
 LABELS = edit(
     RUN,

@@ -13,8 +13,9 @@ from dino.data.views import Batch
 from dino.events import Logged, Started
 from dino.methods.dino import DINO, DINOConfig
 from dino.models.timm import Timm
+from dino.run import Run
 from dino.schedules import Clock
-from dino.training import Run, State, build_method, train, train_step
+from dino.training import State, build_method, train, train_step
 
 CONVNET = Timm(name="resnet18", args=(("channels", "(8, 8, 8, 16)"), ("layers", "(1, 1, 1, 1)")))
 SHORT = edit(

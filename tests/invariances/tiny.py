@@ -25,8 +25,9 @@ from dino.events import Event, Logged
 from dino.methods.dino import DINOConfig
 from dino.models.vit import ViT
 from dino.optim import Optim
+from dino.run import Run
 from dino.runtime import Runtime, start
-from dino.training import Run, train
+from dino.training import train
 
 CPU = Runtime(torch.device("cpu"), "float32")
 SRC = Path(__file__).parents[2] / "src"

@@ -121,7 +121,7 @@ def _run_of(given: dict[str, Any], init: dict[str, Tensor]) -> Any:
     from dino.methods.dino import DINOConfig
     from dino.models.vit import ViT
     from dino.optim import Optim
-    from dino.training import Run
+    from dino.run import Run
 
     vit, optional = given["vit"], ("student_temp", "center_momentum")
     method = DINOConfig(

@@ -11,8 +11,8 @@ from dino.config import edit
 from dino.methods.byol import BYOLConfig
 from dino.methods.dino import DINOConfig
 from dino.methods.swav import SwAVConfig
+from dino.run import Run
 from dino.schedules import Clock
-from dino.training import Run
 
 SAFE_TEMPERATURE = 0.06
 """App. D: 0.06 works from the first epoch on, 0.07 after a warm-up from 0.04, 0.08 at once does not."""

@@ -9,8 +9,8 @@ from dino.analysis.speed import StepSpeed
 from dino.config import to_dict
 from dino.models.batch_norm import has_batch_norm
 from dino.presets.plan import Speed, network_name
+from dino.run import Run
 from dino.runtime import Machine
-from dino.training import Run
 
 STEP_SECONDS = 2.0
 """What a step may take where nobody names its batch."""

@@ -29,8 +29,8 @@ from dino.methods.method import Start
 from dino.models import BackboneConfig
 from dino.models.timm import Timm
 from dino.models.vit import ViT
+from dino.run import Run
 from dino.schedules import Clock
-from dino.training import Run
 
 MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}
 """Numbers that an optimizer keeps beside each parameter."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dino.analysis.advice import Finding, advise
 from dino.objectives import D_KL, P, h, log_P
-from dino.training import Run
+from dino.run import Run
 
 LINES = 5
 """A line alone says little: what is judged is the mean of so many."""

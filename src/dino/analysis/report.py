@@ -24,7 +24,7 @@ from dino.analysis.vital_signs import health_section, standing
 from dino.config import to_dict
 from dino.errors import UserError
 from dino.files import write_whole
-from dino.training import read_run
+from dino.run import read_run
 from dino.units import duration
 
 COLUMNS = 6

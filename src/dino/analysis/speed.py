@@ -13,9 +13,9 @@ from dino.analysis.rates import Progress
 from dino.data.views import Batch
 from dino.models.heads import Network
 from dino.presets.trial import Trial, trial
+from dino.run import Run
 from dino.runtime import Runtime, peak_memory, wait
 from dino.schedules import Clock
-from dino.training import Run
 
 CLASSES = 10
 """Of the noise, where a method learns labels."""

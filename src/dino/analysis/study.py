@@ -19,7 +19,7 @@ from dino.errors import UserError, nearest
 from dino.files import write_json
 from dino.presets.ablations import HOMES, table
 from dino.presets.ablations.table import SCALES, Row, Scale, Table
-from dino.training import Run, read_run
+from dino.run import Run, read_run
 
 ROOT = Path("runs/ablate")
 STUDY, RESULT, FAILED, SAME, STUDENT = "study.json", "result.json", "failed.json", "same.json", "student.jsonl"

@@ -11,7 +11,7 @@ from dino.analysis.advice import Finding
 from dino.analysis.curves import History, Line, chart
 from dino.analysis.health import diagnose
 from dino.errors import UserError
-from dino.training import read_run
+from dino.run import read_run
 
 
 def standing(run_dir: Path, described: Mapping[str, Any], history: History) -> list[Finding]:

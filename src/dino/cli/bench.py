@@ -18,9 +18,9 @@ from dino.errors import UserError
 from dino.files import write_json
 from dino.methods import MethodName
 from dino.presets import resolve
+from dino.run import Run
 from dino.runtime import Machine, machine, start
 from dino.terminal import Terminal, speaking
-from dino.training import Run
 
 if TYPE_CHECKING:
     from dino.analysis.bench import Bench

@@ -15,9 +15,9 @@ from dino.data.scenes import Scenes
 from dino.data.sources import DRAWN
 from dino.errors import UserError
 from dino.presets import resolve
+from dino.run import Run
 from dino.session.begin import starting_from
 from dino.session.sources import open_checkpoint
-from dino.training import Run
 
 EXAMPLES = """\
   dino eval finetune runs/photos photos/                       a tenth of every class is held back and asked about

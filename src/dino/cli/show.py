@@ -63,8 +63,8 @@ def show(argv: Sequence[str]) -> int:
     options = parse(ShowOptions, argv, "dino show", examples)
     with speaking(options.json) as (terminal, give):
         from dino.presets import resolve
+        from dino.run import read_run
         from dino.session.begin import settings_of
-        from dino.training import read_run
 
         folder = Path(options.preset)
         run = read_run(folder) if folder.is_dir() else resolve(options.preset)

@@ -26,11 +26,11 @@ from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.presets import resolve
 from dino.presets.plan import Plan
+from dino.run import Run
 from dino.runtime import Runtime, machine, start
 from dino.session.begin import Found, find, resumed, settle, show_plan
 from dino.session.training import Outcome, run_session
 from dino.terminal import Terminal, speaking
-from dino.training import Run
 
 EXAMPLES = """\
   dino train photos/                                 a plan for these pictures and this machine, then training

@@ -13,7 +13,7 @@ from dino.presets.baselines import byol, moco, swav
 from dino.presets.finetune import cars, cifar10, cifar100, finetune, flowers, imagenet, inat18, inat19
 from dino.presets.paper import resnet50, resnet50_800, vitb8, vitb16, vits8, vits16, vits16_300, vits16_800
 from dino.presets.small import demo, narrow_vit, small, small_vit
-from dino.training import Run
+from dino.run import Run
 
 PRESETS: dict[str, Callable[[], Run]] = {
     "demo": demo,

@@ -10,7 +10,7 @@ from dino.config import edit
 from dino.data.views import MultiCrop
 from dino.methods import BYOLConfig, MoCoConfig, SwAVConfig
 from dino.presets.paper import vits16_300
-from dino.training import Run
+from dino.run import Run
 
 TWO_VIEWS = MultiCrop(local=0, global_scale=(0.14, 1.0))
 """The authors' crops where there are no local ones."""

@@ -14,7 +14,7 @@ from dino.evals.watch import Watch
 from dino.methods.supervised import SupervisedConfig
 from dino.models.vit import ViT
 from dino.optim import Optim
-from dino.training import Run
+from dino.run import Run
 
 
 def finetune() -> Run:

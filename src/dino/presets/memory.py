@@ -9,9 +9,10 @@ from torch import Tensor
 from dino.config import edit
 from dino.models.batch_norm import has_batch_norm
 from dino.presets.trial import trial
+from dino.run import Run
 from dino.runtime import Machine, Runtime
 from dino.schedules import Clock
-from dino.training import Run, build_method
+from dino.training import build_method
 
 SHARE = 0.7
 """Of the device's memory that a step may fill; the rest is for what lies between blocks, workers and evaluations."""

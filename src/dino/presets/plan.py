@@ -21,13 +21,16 @@ from dino.models.vit import ViT
 from dino.presets.memory import micro_batch
 from dino.presets.small import small, small_method, small_vit
 from dino.presets.trial import trial
+from dino.run import Run
 from dino.runtime import Machine, Runtime, where_pictures_stay
 from dino.schedules import Clock
-from dino.training import Run
 from dino.units import duration
 
 PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
 """K by the number of pictures: many more prototypes than kinds of things only stay unused (App. C: 65536)."""
+
+MARGIN = 1.25
+"""Times as many pictures as the step takes are what the workers should be able to make: no file is like another."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ def plan(
     if len(pictures) < run.optim.batch_size:
         return Plan(run, reasons)  # training refuses it, and says what to do
     speed = measure(run, here, pictures)
+    run, reason = fed(run, here, speed, world)
+    reasons.append(reason)
     trained = _trained(run, pictures)
     if minutes is not None or preset is None:
         run, reason = _epochs(run, here, speed, trained, minutes)
@@ -209,21 +214,30 @@ _STAY = {"no": "on the disk", "memory": "in memory", "device": "on the device"}
 def _for_machine(
     run: Run, pictures: Pictures, here: Machine, world: int, *, keep_precision: bool
 ) -> tuple[Run, list[Reason]]:
-    """What the machine decides: precision, workers, and whether the decoded pictures stay in memory."""
+    """What the machine decides: precision, and whether the decoded pictures stay in memory."""
     if keep_precision and run.precision == "float32":
         precision, why = run.precision, "as the recipe says"
     else:
         precision, why = here.precision, here.why
-    spare = here.cores // max(1, world if here.device.type != "cpu" else 1)
-    workers = min(16, max(1, spare // 2 if here.device.type == "cpu" else spare - 1))
     cache, of_cache = where_pictures_stay(pictures, run.views, here, world)
-    run = edit(run, precision=precision, workers=workers, cache=cache)
+    run = edit(run, precision=precision, cache=cache)
     return run, [
         Reason("machine", f"{here.name}, {here.cores} cores", f"{here.memory / 2**30:.0f} GiB; device {here.device}"),
         Reason("precision", precision, why),
-        Reason("workers", f"{workers}", f"processes that decode and crop, of {here.cores} cores"),
         Reason("pictures stay", _STAY[cache], of_cache),
     ]
+
+
+def fed(run: Run, here: Machine, speed: Speed, world: int = 1) -> tuple[Run, Reason]:
+    """As many workers as keep up with the step, and a quarter more; no more than a rank has cores, of which a GPU's
+    rank needs one itself."""
+    most = here.cores if here.device.type == "cpu" else here.cores // world - 1
+    wanted = math.ceil(MARGIN * speed.data / speed.step)
+    workers = max(1, min(wanted, most))
+    why = f"a picture takes {1e3 * speed.data:.2g} ms to decode and crop, and {1e3 * speed.step:.2g} ms in the step"
+    if wanted > workers:
+        why += f"; {wanted} would keep up, for which there are too few cores"
+    return edit(run, workers=workers), Reason("workers", f"{workers}", why)
 
 
 def _held_back(run: Run, pictures: Pictures) -> list[Reason]:

@@ -16,7 +16,7 @@ from dino.methods.dino import DINOConfig
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.optim import Optim
-from dino.training import Run
+from dino.run import Run
 
 
 def small() -> Run:

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from dino.data.views import Batch
+from dino.run import Run
 from dino.runtime import Runtime, wait
 from dino.schedules import Clock
-from dino.training import Run, State, build_method, train_step
+from dino.training import State, build_method, train_step
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from dino.files import write_json
 from dino.presets.ablations.bases import SEEN, length
 from dino.presets.ablations.table import LINEAR, SPEED, Scale, Table
 from dino.presets.plan import measure
+from dino.run import Run, read_run
 from dino.runtime import Machine, machine, machine_memory
 from dino.session.begin import flag, shown
 from dino.session.crew import Task
 from dino.session.row import Job
-from dino.training import Run, read_run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,10 @@ from dino.methods.dino import DINOConfig
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.presets.plan import Plan, Reason, network_name, plan
+from dino.run import Run, read_run
 from dino.runtime import Machine
 from dino.session.sources import Checkpoint
 from dino.terminal import Terminal
-from dino.training import Run, read_run
 
 MAY_CHANGE = (
     "data.path",
@@ -51,6 +51,8 @@ MAY_CHANGE = (
 )
 """Fields that a resumed run may change: how fast and safely it trains, what is turned after a collapse, what it writes;
 not what it learns."""
+MEASURED = ("workers", "epochs", "expected time")
+"""Rows of the plan that hang on how fast the run is."""
 ON_A_CPU = 60.0
 """Minutes that the plan fills on a CPU where nobody says otherwise."""
 
@@ -86,7 +88,7 @@ def settle(
         minutes = ON_A_CPU
     asked = change(_followed(first.run, asked))
     second = plan(pictures, here, preset=asked, minutes=minutes, world=world)
-    known = {reason.name: reason for reason in second.reasons if reason.name in ("epochs", "expected time")}
+    known = {reason.name: reason for reason in second.reasons if reason.name in MEASURED}
     reasons = [known.pop(reason.name, reason) for reason in first.reasons]
     return _with_changes(Plan(second.run, [*reasons, *known.values()]), first.run, change)
 

@@ -23,10 +23,11 @@ from dino.events import Ended, Event, Logged, Started
 from dino.files import write_whole
 from dino.logs import read_metrics
 from dino.models.pretrained import load_strict
+from dino.run import Run
 from dino.schedules import Clock
 from dino.session.begin import flag
 from dino.terminal import Terminal
-from dino.training import Run, export_backbone
+from dino.training import export_backbone
 
 MARGIN = 2 * LINES
 """Healthy lines after a checkpoint before it counts as one to go back to: a collapse begins before it shows."""

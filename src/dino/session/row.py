@@ -31,12 +31,13 @@ from dino.events import Evaluated, Event, Logged, Started
 from dino.files import write_json, write_whole
 from dino.methods.method import Method
 from dino.models.backbone import Backbone
+from dino.run import Run
 from dino.runtime import Runtime, machine, peak_memory, start
 from dino.session.begin import find, resumed
 from dino.session.notes import Elsewhere, alone, note, notes
 from dino.session.training import run_session
 from dino.terminal import Terminal, speaking
-from dino.training import Run, train
+from dino.training import train
 
 LAST = 0.05
 """Part of the training over whose lines the last entropy and KL are averaged."""

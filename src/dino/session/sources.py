@@ -16,8 +16,8 @@ from dino.evals.cache import weights_hash
 from dino.models import BackboneConfig, Timm, ViT
 from dino.models.backbone import Backbone
 from dino.models.pretrained import RELEASED, Loaded, infer, load_described
+from dino.run import Run, read_run
 from dino.runtime import machine
-from dino.training import Run, read_run
 
 
 def read_picture(path: str | Path) -> np.ndarray:

@@ -20,11 +20,12 @@ from dino.errors import Diverged, UserError
 from dino.evals.evaluator import extract
 from dino.events import Ended, EpochDone, Evaluated, Event, Logged, Measured, Measuring, Started
 from dino.live import Watch
+from dino.run import Run
 from dino.runtime import Runtime
 from dino.schedules import Clock
 from dino.session.guard import Guard, Verdict, guarded
 from dino.terminal import Terminal
-from dino.training import Run, train
+from dino.training import train
 
 SNAPSHOTS = 5
 """Checkpoints at which the attention of the sample pictures is kept."""

@@ -3,7 +3,7 @@
 from dino.config import edit
 from dino.presets.ablations.bases import narrow, vit_300
 from dino.presets.ablations.table import KNN, LINEAR, SPEED, Row, Table
-from dino.training import Run
+from dino.run import Run
 
 
 def small() -> Run:

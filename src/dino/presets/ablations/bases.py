@@ -17,7 +17,7 @@ from dino.evals.watch import Watch
 from dino.presets.ablations.table import Changes
 from dino.presets.paper import vits16_300
 from dino.presets.small import narrow_vit, small
-from dino.training import Run
+from dino.run import Run
 
 SEEN = 65_000
 """Pictures that a row of scale small sees, in whole epochs."""

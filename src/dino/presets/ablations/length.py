@@ -3,7 +3,7 @@
 from dino.config import edit
 from dino.presets.ablations.bases import conv, longer, vit_100
 from dino.presets.ablations.table import HOURS, KNN, LINEAR, Row, Table
-from dino.training import Run
+from dino.run import Run
 
 
 def base() -> Run:

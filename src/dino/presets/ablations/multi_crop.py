@@ -4,7 +4,7 @@ from dino.config import edit
 from dino.presets.ablations.baselines import byol, moco, swav
 from dino.presets.ablations.bases import NO_MULTI_CROP, conv, vit_300
 from dino.presets.ablations.table import KNN, LINEAR, Row, Table
-from dino.training import Run
+from dino.run import Run
 
 
 def base() -> Run:

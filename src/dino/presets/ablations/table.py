@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from dino.config import edit
 from dino.errors import UserError, nearest
-from dino.training import Run
+from dino.run import Run
 
 Scale = Literal["small", "paper"]
 SCALES: tuple[Scale, ...] = ("small", "paper")

@@ -7,7 +7,7 @@ from dino.presets.ablations.baselines import byol, moco, swav
 from dino.presets.ablations.bases import conv, narrow, vit_300
 from dino.presets.ablations.table import KNN, LINEAR, Change, Changes, Row, Table
 from dino.presets.paper import resnet50_800
-from dino.training import Run
+from dino.run import Run
 
 
 def _resnet(run: Run) -> Changes:

@@ -1,0 +1,139 @@
+"""A step as a card would take it, watched where there is none: tensors without numbers, which know their device.
+
+What asks the device for a number fails here, since there is none, and so does what mixes devices. Kernels, gradients
+and times are not seen: those take a card.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeCopyMode,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dino.config import edit
+from dino.data.views import Batch
+from dino.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
+from dino.models.vit import ViT
+from dino.run import Run
+from dino.runtime import Runtime
+from dino.schedules import Clock
+from dino.training import State, build_method, train_step
+
+CARD = torch.device("cuda", 0)
+RUN = edit(
+    Run(backbone=ViT(patch=8, width=16, depth=2, heads=2, image_size=32, drop_path=0.1), precision="bfloat16"),
+    method=dict(out_dim=64, head_hidden=32),
+    optim=dict(batch_size=4),
+    views=dict(global_size=32, local_size=16, local=2),
+)
+METHODS = {
+    "dino": RUN.method,
+    "sinkhorn": edit(RUN.method, targets="sinkhorn"),
+    "mse": edit(RUN.method, loss="mse"),
+    "byol": BYOLConfig(head_dim=32, head_hidden=64),
+    "moco": MoCoConfig(head_dim=32, head_hidden=64, queue=64),
+    "swav": SwAVConfig(head_dim=32, head_hidden=64, out_dim=32),
+    "supervised": SupervisedConfig(),
+}
+
+
+class Crossings(TorchDispatchMode):
+    """The shapes of what goes from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        came = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+        if len({one.device.type for one in given if one.dim()} | {one.device.type for one in came}) > 1:
+            self.shapes.append(tuple(given[0].shape))
+        return made
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
+    """Tensors may be on a card inside. Gradients are filled in: autograd's engine wants a real card."""
+
+    def to(self: nn.Module, device: torch.device, **_: Any) -> nn.Module:
+        for part in self.modules():
+            for name, value in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+                moved = value.detach().to(device)
+                if isinstance(value, nn.Parameter):
+                    part._parameters[name] = nn.Parameter(moved, requires_grad=value.requires_grad)
+                else:
+                    part._buffers[name] = moved
+        return self
+
+    monkeypatch.setattr(nn.Module, "to", to)
+    monkeypatch.setattr(Tensor, "backward", lambda loss: None)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+def on_the_card(run: Run, mode: FakeTensorMode) -> tuple[Runtime, State, nn.Module, Batch]:
+    rt = Runtime(CARD, run.precision)
+    with unset_fake_temporarily():
+        method = build_method(run, classes=3)
+    with FakeCopyMode(mode):
+        method = copy.deepcopy(method)
+    model = rt.prepare(method)
+    assert {one.device for one in method.state_dict().values()} == {CARD}
+    state = State(method, run.optim.build(method.trained), torch.amp.GradScaler("cpu", enabled=False))
+    views = tuple(torch.zeros(n, 4, 3, side, side, dtype=torch.uint8) for n, side in run.views.stacks)
+    return rt, state, model, Batch(views, torch.zeros(4, dtype=torch.int64))
+
+
+def take(rt: Runtime, state: State, model: nn.Module, batch: Batch, run: Run, step: int) -> dict[str, Tensor]:
+    for one in state.method.trained.parameters():
+        one.grad = torch.zeros_like(one)
+    rt.seed_step(0, step)
+    return train_step(state, model, batch, Clock(step, 10, run.optim.epochs), run, rt)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_waits_for_nothing_and_sends_the_batch_alone(name: str, card: FakeTensorMode) -> None:
+    run = edit(RUN, method=METHODS[name])
+    there = on_the_card(run, card)
+    for step in (100, 101):
+        with Crossings() as crossings:
+            metrics = take(*there, run, step)
+        assert {value.device for value in metrics.values()} == {CARD}
+    batch = there[-1]  # in the first step what is kept on the card goes there, too
+    assert crossings.shapes == [tuple(one.shape) for one in (*batch.views, batch.labels) if one is not None]
+
+
+def test_parts_of_a_batch_go_alone_too(card: FakeTensorMode) -> None:
+    run = edit(RUN, optim=dict(micro_batch=2))
+    there = on_the_card(run, card)
+    take(*there, run, 100)
+    with Crossings() as crossings:
+        take(*there, run, 101)
+    globals_, locals_ = (2, 2, 3, 32, 32), (2, 2, 3, 16, 16)
+    assert crossings.shapes == [globals_, globals_, *2 * [globals_, locals_, (2,)]]  # the teacher looks ahead
+
+
+def test_it_would_be_seen(card: FakeTensorMode) -> None:
+    """A number that is asked for, and a tensor that is made elsewhere."""
+    loss = torch.zeros(3, device=CARD)
+    with pytest.raises(DataDependentOutputException):
+        loss.sum().item()
+    with pytest.raises(RuntimeError, match="device"):
+        loss + torch.zeros(3)
+    with Crossings() as crossings:
+        torch.ones(3).to(CARD)
+    assert crossings.shapes == [(3,)]
