@@ -48,6 +48,12 @@ def spawn(*words: str | Path, cwd: Path) -> Ran:
 
 
 @pytest.fixture
+def tiny() -> list[str]:
+    """Flags of a run that takes seconds."""
+    return TINY
+
+
+@pytest.fixture
 def dino(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The command in this process, in an empty folder: (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)

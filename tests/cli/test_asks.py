@@ -2,7 +2,6 @@
 
 import pytest
 
-from conftest import TINY
 from dino.cli.asks import parse_ask
 from dino.config import from_dict, to_dict
 from dino.errors import UserError
@@ -76,9 +75,9 @@ def test_from_python_too_a_source_must_be_there_and_nothing_is_asked_twice():
         Run(evals=(parse_ask("knn a"), parse_ask("knn a --every-epochs 3")))
 
 
-def test_a_run_shows_its_evaluations_as_they_are_typed(dino, photos):
+def test_a_run_shows_its_evaluations_as_they_are_typed(dino, photos, tiny):
     words = f"knn '{photos}' --k 3 --every-epochs 2"
-    ran = dino("train", photos, *TINY, "--evals", words, "retrieval scenes", "--dry-run", "--json")
+    ran = dino("train", photos, *tiny, "--evals", words, "retrieval scenes", "--dry-run", "--json")
     assert ran.code == 0, ran.err
     run = from_dict(Run, ran.json["run"])
     assert [str(ask) for ask in run.evals] == [words, "retrieval scenes"]

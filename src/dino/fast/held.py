@@ -16,7 +16,8 @@ from dino.data.loader import Course, Job, Step, nothing_left, sample_rng, serve
 from dino.data.pictures import BadImage, Pictures, Skipped
 from dino.data.views import Batch, MultiCrop
 from dino.errors import UserError
-from dino.fast.views import move, multi_crop, to_row
+from dino.fast.sending import send
+from dino.fast.views import multi_crop, to_row
 
 FILL = 256  # pictures that are decoded between two copies to the device
 AT_ONCE = 2**24  # numbers of pictures and views that are made at once; some ten times as many are on the way
@@ -133,7 +134,7 @@ class Draws:
 def make_views(pixels: Tensor, used: Tensor, draws: Tensor, views: MultiCrop) -> tuple[Tensor, ...]:
     """The stacks of a batch; some pictures at a time, since what is made on the way is many times a picture."""
     stacks = views.stacks
-    there = move(used, pixels.device)
+    there = send(used, pixels.device)
     parts = []
     most = max(1, AT_ONCE // (pixels[0].numel() + sum(3 * n * side**2 for n, side in stacks)))
     for some, own in zip(there.split(most), draws.split(most, dim=1), strict=True):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dino.data.views import CHANGES, Draw, adjust_contrast, adjust_hue, adjust_saturation
+from dino.fast.sending import send
 
 BOX, FLIP, FACTORS, TURN, GREY, SIGMA, SOLARIZE, ORDER = slice(4), 4, slice(5, 8), 8, 9, 10, 11, slice(12, 16)
 WIDTH = 16
@@ -34,23 +35,18 @@ def multi_crop(images: Tensor, draws: Tensor, size: int, threshold: int) -> Tens
     A picture may lie in the upper left corner of a larger frame: what is outside its crop is never seen. threshold: of
     solarisation. Nothing waits for the device: which views a step is for is read off the draws before they go there.
     """
-    there = move(draws.flatten(0, 1), images.device)
+    there = send(draws.flatten(0, 1), images.device)
     views = crop(images.float(), there[:, BOX].unflatten(0, draws.shape[:2]), there[:, FLIP] > 0, size)
     draws, per_view = draws.flatten(0, 1), there[:, :, None, None, None]
     views = jitter(views, per_view, draws[:, ORDER])
     if draws[:, GREY].any():
         views = torch.where(per_view[:, GREY] > 0, gray(views), views)
     if len(rows := draws[:, SIGMA].nonzero().flatten()):
-        which = move(rows, images.device)
+        which = send(rows, images.device)
         views.index_copy_(0, which, blur(views[which], there[which, SIGMA], int(radius(draws[:, SIGMA].max()))))
     if draws[:, SOLARIZE].any():
         views = torch.where((per_view[:, SOLARIZE] > 0) & (views >= threshold), 255 - views, views)
     return views.to(torch.uint8).unflatten(0, (-1, len(images)))
-
-
-def move(values: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for what it is busy with."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 # -- resize: crop_box, flip and resize ---------------------------------------------------------------------------------
@@ -121,7 +117,7 @@ def jitter(views: Tensor, per_view: Tensor, order: Tensor) -> Tensor:
         base = torch.where(which == CHANGE[adjust_saturation], own, mean * (which == CHANGE[adjust_contrast]))
         views = torch.addcmul(base, factor, views - base).add_(CUT).floor_().clamp_(0, 255)
         if len(rows := (order[:, slot] == CHANGE[adjust_hue]).nonzero().flatten()):
-            rows = move(rows, views.device)
+            rows = send(rows, views.device)
             views.index_copy_(0, rows, hue(views[rows], per_view[rows, TURN]))
     return views
 
