@@ -9,12 +9,12 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
 import torch.distributed as td
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dino import dist
@@ -141,11 +141,26 @@ class Runtime:
         """A batch on the device: uint8 pictures become normalised float32 there, in the networks' layout."""
         views = []
         for view in batch.views:
-            view = view.to(self.device, non_blocking=True)
+            view = self._send(view)
             flat = normalize(view.flatten(0, 1)) if view.dtype == torch.uint8 else view.flatten(0, 1).float()
             views.append(flat.contiguous(memory_format=torch.channels_last).unflatten(0, view.shape[:2]))
-        labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
-        return Batch(tuple(views), labels)
+        return Batch(tuple(views), None if batch.labels is None else self._send(batch.labels))
+
+    def _send(self, values: Tensor) -> Tensor:
+        """To the device; on a card by a stream of its own. The host is ahead of the card, so that the copy is made while
+        the step before is still computed."""
+        if self.device.type != "cuda":
+            return values.to(self.device)
+        now = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copies):
+            there = values.to(self.device, non_blocking=True)
+        now.wait_stream(self._copies)
+        there.record_stream(now)  # its memory is not given away before the step that reads it is done
+        return there
+
+    @cached_property
+    def _copies(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
 
     def seed_step(self, seed: int, step: int) -> None:
         """The randomness inside the networks (drop-path) is a function of (seed, step, rank): resume needs no

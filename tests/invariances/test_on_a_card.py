@@ -6,7 +6,8 @@ and times are not seen: those take a card.
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -65,6 +66,26 @@ class Crossings(TorchDispatchMode):
         return made
 
 
+class FakeStream:
+    """Work on a card, in order; `log` has the copies and who waits for them."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, device: torch.device | None = None) -> None: ...
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        FakeStream.log.append("copy")
+        yield
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        assert other is not self
+        FakeStream.log.append("wait")
+
+
+COMPUTING = FakeStream()
+
+
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """Tensors may be on a card inside. Gradients are filled in: autograd's engine wants a real card."""
@@ -85,6 +106,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(packed, "draw", drawn_on_the_host)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: COMPUTING)
+    monkeypatch.setattr(torch.cuda, "stream", FakeStream.at_work)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 
@@ -120,10 +145,12 @@ def take(rt: Runtime, state: State, model: nn.Module, batch: Batch, run: Run, st
 def test_a_step_waits_for_nothing_and_sends_the_batch_alone(name: str, card: FakeTensorMode) -> None:
     run = edit(RUN, method=METHODS[name])
     there = on_the_card(run, card)
+    FakeStream.log.clear()
     for step in (100, 101):
         with Crossings() as crossings:
             metrics = take(*there, run, step)
         assert {value.device for value in metrics.values()} == {CARD}
+    assert FakeStream.log == 6 * ["copy", "wait"]  # views, local views, labels; two steps
     batch = there[-1]  # in the first step what is kept on the card goes there, too
     sent = [tuple(one.shape) for one in (*batch.views, batch.labels) if one is not None]
     assert crossings.shapes[: len(sent)] == sent
