@@ -147,7 +147,7 @@ class Runtime:
         return Batch(tuple(views), None if batch.labels is None else self._send(batch.labels))
 
     def _send(self, values: Tensor) -> Tensor:
-        """To the device; on a card by a stream of its own. The host is ahead of the card, so that the copy is made while
+        """To the device; on a card by a stream of its own: the host is ahead of the card, and the copy is made while
         the step before is still computed."""
         if self.device.type != "cuda":
             return values.to(self.device)
