@@ -6,7 +6,6 @@ for a ViT, since timm interpolates positions with antialiasing. Each view passes
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from dino.data.views import MultiCrop
 from dino.models.timm import Timm, create
 from dino.models.vit import ViT
-from plain import Rates
+from plain import Rates, Start
 
 
 def installed() -> bool:
@@ -42,38 +41,30 @@ def timm_network(settings: ViT | Timm, drop_path: float) -> Any:
     )
 
 
-@dataclass
 class LightlyDINO:
     """The same construction and the same `step` as `plain.PlainDINO`."""
 
-    settings: ViT | Timm
-    out_dim: int
-    weights: dict[str, Tensor]
-    device: torch.device
-    precision: str = "float32"
-    drop_path: float = 0.1
-    hidden: int = 2048
-    student: nn.Module = field(init=False)
+    student: nn.Module
 
-    def __post_init__(self) -> None:
+    def __init__(self, start: Start, weights: dict[str, Tensor]) -> None:
         from lightly.loss import DINOLoss
         from lightly.models.modules import DINOProjectionHead
 
-        backbone = timm_network(self.settings, self.drop_path)
+        self.device, self.precision = start.device, start.precision
+        backbone = timm_network(start.settings, start.drop_path)
         width = backbone.num_features
-        head = DINOProjectionHead(width, self.hidden, 256, self.out_dim, freeze_last_layer=1)
+        head = DINOProjectionHead(width, start.hidden, 256, start.out_dim, freeze_last_layer=1)
         part = {"backbone": backbone, "head": head}
         for name, module in part.items():
-            begun = {key.removeprefix(f"{name}."): w for key, w in self.weights.items() if key.startswith(f"{name}.")}
+            begun = {key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")}
             module.load_state_dict(
                 {key.replace("mlp.", "layers.") if module is head else key: begun[key] for key in begun}
             )
-        self.weights = {}  # they would count as memory
         self.student = nn.Sequential(backbone, head).to(self.device)
-        slow = timm_network(self.settings, 0.0), DINOProjectionHead(width, self.hidden, 256, self.out_dim)
+        slow = timm_network(start.settings, 0.0), DINOProjectionHead(width, start.hidden, 256, start.out_dim)
         self.teacher = nn.Sequential(*slow).requires_grad_(False).to(self.device)
         self.teacher.load_state_dict(self.student.state_dict())
-        self.criterion = DINOLoss(self.out_dim, warmup_teacher_temp_epochs=0).to(self.device)
+        self.criterion = DINOLoss(start.out_dim, warmup_teacher_temp_epochs=0).to(self.device)
         self.optimizer = torch.optim.AdamW([p for p in self.student.parameters() if p.requires_grad])
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
 

@@ -9,7 +9,7 @@ and each of them asks the device for a number. Parameters carry the package's na
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -165,31 +165,35 @@ class Rates:
     clip: float = 3.0
 
 
-@dataclass
-class PlainDINO:
-    """Student, teacher and what trains them; `weights` are a student's of the package."""
+@dataclass(frozen=True)
+class Start:
+    """What every version of the step is built from."""
 
     settings: ViT | Timm
     out_dim: int
-    weights: dict[str, Tensor]
     device: torch.device
-    precision: str = "float32"
-    drop_path: float = 0.1
-    hidden: int = 2048
-    student: nn.Module = field(init=False)
+    precision: str
+    drop_path: float
+    hidden: int
 
-    def __post_init__(self) -> None:
-        backbone, width = plain_backbone(self.settings, self.drop_path)
-        self.student = PlainNetwork(backbone, Head(width, self.out_dim, self.hidden))
-        self.student.load_state_dict(self.weights)
-        self.weights = {}  # they would count as memory
+
+class PlainDINO:
+    """Student, teacher and what trains them; `weights` are a student's of the package."""
+
+    student: nn.Module
+
+    def __init__(self, start: Start, weights: dict[str, Tensor]) -> None:
+        self.device, self.precision = start.device, start.precision
+        backbone, width = plain_backbone(start.settings, start.drop_path)
+        self.student = PlainNetwork(backbone, Head(width, start.out_dim, start.hidden))
+        self.student.load_state_dict(weights)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for module in self.teacher.modules():
             if isinstance(module, Block):
                 module.drop_path = 0.0
         self.student.to(self.device)
         self.teacher.to(self.device)
-        self.center = torch.zeros(1, self.out_dim, device=self.device)
+        self.center = torch.zeros(1, start.out_dim, device=self.device)
         trained = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
         bare = [p for name, p in trained if p.ndim == 1 or name.endswith(".bias")]
         decayed = [p for name, p in trained if not (p.ndim == 1 or name.endswith(".bias"))]

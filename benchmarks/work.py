@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from dino.runtime import Machine
 from dino.schedules import Clock
 from dino.training import build_method
 from lightly_dino import LightlyDINO
-from plain import PlainDINO, Rates
+from plain import PlainDINO, Rates, Start
 
 NETWORKS: dict[str, ViT | Timm] = {
     "vit_tiny": ViT(size="tiny", patch=16),
@@ -68,9 +68,8 @@ class Work:
         """The plain version or lightly's, with the weights that ours begins with."""
         method = build_method(self.run("float32"))
         assert isinstance(method, DINO)
-        build: Callable[..., PlainDINO | LightlyDINO] = {"plain": PlainDINO, "lightly": LightlyDINO}[kind]
-        weights = method.student.state_dict()
-        return build(NETWORKS[self.network], self.k, weights, device, precision, self.drop_path, self.hidden)
+        begin = Start(NETWORKS[self.network], self.k, device, precision, self.drop_path, self.hidden)
+        return {"plain": PlainDINO, "lightly": LightlyDINO}[kind](begin, method.student.state_dict())
 
     def rates(self) -> Rates:
         """What ours has at `CLOCK`, for the others."""

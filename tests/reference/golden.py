@@ -3,11 +3,15 @@
 A check is a function `check(path) -> Result` that reads one golden file, recomputes what it holds with the
 project's code, and says how far apart the two are:
 
-    def loss(path: Path) -> Result: from dino.objectives import dino_loss      # inside: a missing module is
-`todo`, not a crash of the others data, check = np.load(path), Check() check.close("loss/0", dino_loss(...),
-data["loss/0"]) return check.result()
+    def loss(path: Path) -> Result:
+        from dino.objectives import dino_loss  # inside: a missing module is `todo`, not a crash of the others
+
+        data, check = read(path), Check()
+        check.close("loss/0", dino_loss(...), data["loss/0"])
+        return check.result()
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +86,26 @@ def tensors(data: Any, prefix: str) -> dict[str, torch.Tensor]:
 def read(path: Path) -> Any:
     """An .npz file; strings in it (`config`) are JSON text: `json.loads(str(data["config"]))`."""
     return np.load(path, allow_pickle=False)
+
+
+def network_of(data: Any) -> Any:
+    """The Vision Transformer that vit.npz describes, with its weights."""
+    from dino.models.vit import VisionTransformer
+
+    config = json.loads(str(data["config"]))
+    network = VisionTransformer(
+        width=config["embed_dim"],
+        depth=config["depth"],
+        heads=config["num_heads"],
+        patch=config["patch_size"],
+        image_size=config["img_size"],
+        mlp_ratio=config["mlp_ratio"],
+        qkv_bias=config["qkv_bias"],
+        norm_eps=config["layer_norm_eps"],
+    )
+    network.load_state_dict(tensors(data, "weights"))
+    network.eval()
+    return network
 
 
 def _array(value: Any) -> np.ndarray:

@@ -9,27 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from golden import SINGLE, Check, Result, read, tensors
+from golden import SINGLE, Check, Result, network_of, read, tensors
 
 
 def vit(path: Path) -> Result:
     """[CLS], the last two blocks' tokens and the last attention, for images of several sizes."""
-    from dino.models.vit import VisionTransformer
-
     data, check = read(path), Check()
-    config = json.loads(str(data["config"]))
-    network = VisionTransformer(
-        width=config["embed_dim"],
-        depth=config["depth"],
-        heads=config["num_heads"],
-        patch=config["patch_size"],
-        image_size=config["img_size"],
-        mlp_ratio=config["mlp_ratio"],
-        qkv_bias=config["qkv_bias"],
-        norm_eps=config["layer_norm_eps"],
-    )
-    network.load_state_dict(tensors(data, "weights"))
-    network.eval()
+    network = network_of(data)
     for name, images in tensors(data, "input").items():
         with torch.no_grad():
             cls, attention = network(images), network.attention(images)

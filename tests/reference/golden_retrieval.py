@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from golden import SINGLE, Check, Result, read, tensors
+from golden import SINGLE, Check, Result, network_of, read
 
 
 def retrieval(path: Path) -> Result:
@@ -42,23 +42,9 @@ def copy_detection_ap(path: Path) -> Result:
 def copy_detection_descriptor(path: Path) -> Result:
     """[CLS || GeM of patches] by the network of vit.npz, and a whitening; an eigenvector's sign is free."""
     from dino.evals.copy_detection import copy_descriptor, fit_whitening, whiten
-    from dino.models.vit import VisionTransformer
 
     data, check = read(path), Check()
-    vit = read(path.with_name("vit.npz"))
-    config = json.loads(str(vit["config"]))
-    network = VisionTransformer(
-        width=config["embed_dim"],
-        depth=config["depth"],
-        heads=config["num_heads"],
-        patch=config["patch_size"],
-        image_size=config["img_size"],
-        mlp_ratio=config["mlp_ratio"],
-        qkv_bias=config["qkv_bias"],
-        norm_eps=config["layer_norm_eps"],
-    )
-    network.load_state_dict(tensors(vit, "weights"))
-    network.eval()
+    network = network_of(read(path.with_name("vit.npz")))
     with torch.no_grad():
         check.close("descriptor", copy_descriptor(network, torch.from_numpy(data["input"])), data["descriptor"], SINGLE)
     fit, asked, expected = (torch.from_numpy(data[f"whiten_{part}"]) for part in ("fit", "in", "out"))

@@ -103,7 +103,7 @@ def trajectory(path: Path) -> Result:
     for step in range(clock.steps):
         views = [torch.from_numpy(data[f"view/{step}/{i}"]) for i in range(settings["n_crops"])]
         groups = [torch.stack(views[:2])] + ([torch.stack(views[2:])] if len(views) > 2 else [])
-        metrics = train_step(state, model, rt.place(Batch(tuple(groups))), clock._replace(step=step), run, rt)
+        metrics = train_step(state, model, Batch(tuple(groups)), clock._replace(step=step), run, rt)
         check.close(f"loss/{step}", metrics["loss"], data[f"loss/{step}"], TRAJECTORY)
         _same_weights(check, f"student_after/{step}", method.student, tensors(data, f"student_after/{step}"))
     student, teacher = tensors(data, "student_final"), tensors(data, "teacher_final")
