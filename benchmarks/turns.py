@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -87,19 +86,13 @@ def in_turns(script: str, versions: Sequence[str], turns: int, arguments: Sequen
             if found and "failed" in found[0]:
                 continue
             command = [sys.executable, script, "--child", version, *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment(version))
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
                 found[:] = [{"failed": last}]
             else:
                 found.append(json.loads(done.stdout.splitlines()[-1]))
     return results
-
-
-def environment(version: str) -> dict[str, str]:
-    """Ours waits as `dino train` does (`dino.environment`); others have what the shell gives them."""
-    ours = {"OMP_WAIT_POLICY": "passive"} if version.startswith("dino") else {}
-    return {**ours, **os.environ}
 
 
 @dataclass
