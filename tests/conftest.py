@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dino import environment
-
-environment.prepare()  # before torch is loaded
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers of pytest share two cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,41 @@
+"""How threads wait for each other: by spinning where nobody else is there, asleep where others are."""
+
+import os
+
+import pytest
+
+from dino import environment
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "expected"),
+    [
+        (0.3, {}, None),
+        (3.0, {}, "passive"),
+        (3.0, {"OMP_WAIT_POLICY": "active"}, "active"),
+        (3.0, {"GOMP_SPINCOUNT": "100"}, None),
+        (0.3, {"OMP_WAIT_POLICY": "passive"}, "passive"),
+    ],
+)
+def test_threads_sleep_where_others_work_unless_somebody_chose(
+    load: float, given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    environment.prepare()
+    assert os.environ.get("OMP_WAIT_POLICY") == expected
+
+
+def test_where_nobody_says_others_are_taken_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> None:
+        raise OSError
+
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setattr(os, "getloadavg", unknown)
+    environment.prepare()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
