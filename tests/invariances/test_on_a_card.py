@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeCopyMode,
+    FakeTensor,
     FakeTensorMode,
     unset_fake_temporarily,
 )
@@ -22,9 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dino.config import edit
-from dino.data.views import Batch
-from dino.fast import packed
-from dino.fast.sending import send
+from dino.data.loader import Job
+from dino.data.views import Batch, MultiCrop
+from dino.fast import held
+from dino.fast import views as held_views
 from dino.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
 from dino.models.vit import ViT
 from dino.run import Run
@@ -66,6 +69,17 @@ class Crossings(TorchDispatchMode):
         return made
 
 
+class RealHost(TorchDispatchMode):
+    """What is on the host has numbers: chance is drawn there, and what it says is known."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, FakeTensor) or (isinstance(leaf, torch.device) and leaf == CARD):
+                return func(*args, **(kwargs or {}))
+        with unset_fake_temporarily():
+            return func(*args, **(kwargs or {}))
+
+
 class FakeStream:
     """Work on a card, in order; `log` has the copies and who waits for them."""
 
@@ -105,26 +119,17 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
-    monkeypatch.setattr(packed, "draw", drawn_on_the_host)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: COMPUTING)
     monkeypatch.setattr(torch.cuda, "stream", FakeStream.at_work)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, RealHost():
         yield mode
-
-
-def drawn_on_the_host(shapes: packed.Shapes, rate: float, device: torch.device, draw: Any = packed.draw) -> Any:
-    """What drop-path keeps: chance is real, and known to the host."""
-    with unset_fake_temporarily():
-        rows, kept = draw(shapes, rate, torch.device("cpu"))
-    return send(rows, device), kept
 
 
 def on_the_card(run: Run, mode: FakeTensorMode) -> tuple[Runtime, State, nn.Module, Batch]:
     rt = Runtime(CARD, run.precision)
-    with unset_fake_temporarily():
-        method = build_method(run, classes=3)
+    method = build_method(run, classes=3)
     with FakeCopyMode(mode):
         method = copy.deepcopy(method)
     model = rt.prepare(method)
@@ -168,6 +173,19 @@ def test_parts_of_a_batch_go_alone_too(card: FakeTensorMode) -> None:
     globals_, locals_ = (2, 2, 3, 32, 32), (2, 2, 3, 16, 16)
     sent = [shape for shape in crossings.shapes if len(shape) > 1 or shape == (2,)]
     assert sent == [globals_, globals_, *2 * [globals_, locals_, (2,)]]  # the teacher looks ahead
+
+
+def test_views_of_pictures_that_stay_there(card: FakeTensorMode) -> None:
+    """The card is sent which pictures, what chance decided of each view, and which views a step is for."""
+    views = MultiCrop(global_size=32, local_size=16, local=2)
+    draws = held.Draws(np.full((8, 2), 40), {}, {}, views, 0)
+    drawn = draws(Job(0, 0, np.arange(8), np.zeros(8, np.int64)))
+    pixels = torch.zeros(8, 3, 40, 40, dtype=torch.uint8, device=CARD)
+    with Crossings() as crossings:
+        made = held.make_views(pixels, drawn.used, drawn.draws, views)
+    assert [(one.device, tuple(one.shape)) for one in made] == [(CARD, (n, 8, 3, s, s)) for n, s in views.stacks]
+    assert crossings.shapes.count((16, held_views.WIDTH)) == 2
+    assert all(len(shape) == 1 for shape in crossings.shapes if shape != (16, held_views.WIDTH))
 
 
 def test_it_would_be_seen(card: FakeTensorMode) -> None:
