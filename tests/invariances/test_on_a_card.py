@@ -194,7 +194,7 @@ def test_it_would_be_seen(card: FakeTensorMode) -> None:
     with pytest.raises(DataDependentOutputException):
         loss.sum().item()
     with pytest.raises(RuntimeError, match="device"):
-        loss + torch.zeros(3)
+        _ = loss + torch.zeros(3)
     with Crossings() as crossings:
         torch.ones(3).to(CARD)
     assert crossings.shapes == [(3,)]
