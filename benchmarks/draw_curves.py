@@ -1,4 +1,4 @@
-"""Draws what time_to_accuracy.py wrote: 20-NN accuracy against time, one line a recipe.
+"""Draws what time_to_accuracy.py wrote: 20-NN accuracy against time, one line a file, named by it.
 
 python benchmarks/draw_curves.py docs/benchmarks/time_to_accuracy-*.json -o docs/images/time-to-accuracy.png
 """
@@ -23,9 +23,9 @@ def main() -> None:
     options = parser.parse_args()
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     for path in options.curves:
-        result = json.loads(path.read_text())
-        points = result["curve"]
-        axes.plot([p["minutes"] for p in points], [p["accuracy"] for p in points], "o-", ms=4, label=result["recipe"])
+        points = json.loads(path.read_text())["curve"]
+        label = path.stem.removeprefix("time_to_accuracy-").replace("-", " ")
+        axes.plot([p["minutes"] for p in points], [p["accuracy"] for p in points], "o-", ms=4, label=label)
     axes.axhline(options.floor, ls="--", c="0.5", lw=1, label="raw pixels")
     axes.set(xlabel="minutes of training", ylabel="20-NN accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
