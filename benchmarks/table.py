@@ -191,7 +191,7 @@ ROWS = [
         "`small` on two cores, 20-NN after 30 minutes",
         "above 51.9 %, of before",
         "python benchmarks/time_to_accuracy.py imagenette128 --recipe small --minutes 30 --json docs/benchmarks/",
-        "time_to_accuracy-small-two-cores.json",
+        "time_to_accuracy-small-half-an-hour.json",
         accuracy,
     ),
 ]
