@@ -35,7 +35,7 @@ from dino.objectives import H_over_pairs, P, h, log_P
 from dino.optim import clip_grad_norms_, set_hyper
 from dino.presets import resolve
 from dino.run import Run
-from dino.runtime import Runtime, machine
+from dino.runtime import Runtime, machine, wait
 from dino.schedules import Clock
 from dino.training import State, build_method, train_step
 from dino.vitals import Vitals
@@ -177,7 +177,7 @@ def _now(rt: Runtime) -> float:
     """Seconds: of the processor's work on a CPU, on the wall once the device is done elsewhere."""
     if rt.device.type == "cpu":
         return time.process_time()
-    torch.cuda.synchronize()
+    wait(rt.device)
     return time.perf_counter()
 
 

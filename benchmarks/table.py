@@ -98,10 +98,10 @@ def extraction(found: dict) -> str:
     return ", ".join(f"{row['network']} {row['way']} **{row['ratio']:.2f}x**" for row in ours)
 
 
-def accuracy(found: dict) -> str | None:
-    """At half an hour; a curve without a date is the one of before."""
+def accuracy(found: dict) -> str:
+    """At half an hour."""
     near = min(found["curve"], key=lambda point: abs(point["minutes"] - 30))
-    return f"**{near['accuracy']:.1f} %** after {near['minutes']:.0f} min" if "date" in found else None
+    return f"**{near['accuracy']:.1f} %** after {near['minutes']:.0f} min"
 
 
 def step(network: str, **more: str) -> str:

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dino.data.views import Batch, normalize
-from dino.runtime import machine, start
+from dino.runtime import machine, start, wait
 from dino.training import State, build_method, train_step
 from turns import Memory, about, available, in_turns, rows, save, show, usual_versions
 from work import CLOCK, Work, add_options, matrix_rate, with_shares, work_of
@@ -71,8 +71,7 @@ def timed(step: Callable[[int], Tensor | float], steps: int, device: torch.devic
     for number in range(steps + 1):
         began, worked = time.perf_counter(), time.process_time()
         losses.append(step(number))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(device)
         seconds.append(time.perf_counter() - began)
         work.append(time.process_time() - worked)
     processor = {} if device.type == "cuda" else {"processor_seconds": statistics.median(work[1:])}

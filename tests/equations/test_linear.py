@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dino.data.crops import RATIO, SCALE, crop_batches, random_crop
 from dino.data.loader import sample_rng
 from dino.data.pictures import BadImage, Pictures
+from dino.data.pixels import resize
 from dino.data.views import crop_box, normalize
 from dino.errors import UserError
 from dino.evals import augmented
@@ -200,6 +201,7 @@ def test_random_crops_are_torchvisions() -> None:
         expected = expected[:, ::-1] if flipped else expected
         assert np.abs(crop.astype(int) - expected.astype(int)).max() <= 1
     assert 4 <= flips <= 16
+    assert resize(image, 24, 24, "bilinear").shape == (24, 24, 3)
 
 
 def test_a_crop_depends_on_seed_epoch_and_picture_alone() -> None:

@@ -27,7 +27,7 @@ from dino.config import edit
 from dino.data.loader import Job
 from dino.data.views import Batch, MultiCrop
 from dino.fast import held
-from dino.fast import views as held_views
+from dino.fast.views import WIDTH
 from dino.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
 from dino.models.vit import ViT
 from dino.run import Run
@@ -184,8 +184,8 @@ def test_views_of_pictures_that_stay_there(card: FakeTensorMode) -> None:
     with Crossings() as crossings:
         made = held.make_views(pixels, drawn.used, drawn.draws, views)
     assert [(one.device, tuple(one.shape)) for one in made] == [(CARD, (n, 8, 3, s, s)) for n, s in views.stacks]
-    assert crossings.shapes.count((16, held_views.WIDTH)) == 2
-    assert all(len(shape) == 1 for shape in crossings.shapes if shape != (16, held_views.WIDTH))
+    assert crossings.shapes.count((16, WIDTH)) == 2
+    assert all(len(shape) == 1 for shape in crossings.shapes if shape != (16, WIDTH))
 
 
 def test_it_would_be_seen(card: FakeTensorMode) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dino.data.decode import SUFFIXES, decode
+from dino.data.decode import decode
+from dino.data.formats import SUFFIXES
 from dino.data.pictures import BadImage
 from dino.errors import UserError
 from dino.files import write_whole

@@ -22,10 +22,10 @@ import cv2
 import numpy as np
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 
-from dino.data.formats import MAX_PIXELS, SUFFIXES, Bad, check_sums, header_of, opened
+from dino.data.formats import Bad, check_sums, header_of, opened
 from dino.data.pictures import BadImage, Reduction
 
-__all__ = ["MAX_PIXELS", "SUFFIXES", "BadImage", "decode", "probe"]
+__all__ = ["BadImage", "decode", "probe"]
 
 cv2.setNumThreads(0)  # a picture is one thread's work; the worker processes are the parallelism
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # reasons are reported, not printed

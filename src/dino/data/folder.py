@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dino.data.decode import MAX_PIXELS, SUFFIXES, decode, probe
+from dino.data.decode import decode, probe
+from dino.data.formats import MAX_PIXELS, SUFFIXES
 from dino.data.pack import is_pack, open_pack, unfinished
 from dino.data.pictures import BadImage, Pictures, Reduction, Skipped
 from dino.errors import UserError

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dino.config import to_dict
-from dino.data.decode import SUFFIXES
 from dino.data.folder import class_level, labels_of
+from dino.data.formats import SUFFIXES
 from dino.data.listing import NAMES, STAMPS
 from dino.data.pack import ARRAYS, About, Form, digest_of
 from dino.data.pictures import Skipped, StoredNames, fingerprint

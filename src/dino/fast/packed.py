@@ -51,12 +51,12 @@ def through(block: Block, x: Tensor, shapes: Shapes) -> Tensor:
         return x + block.mlp(block.norm2(x))
     rows, kept = draw(shapes, rate, x.device)
     if len(rows):
-        x = x.index_add(
-            0, rows, attention(block.attn, block.norm1(x.index_select(0, rows)), kept).to(x.dtype), alpha=1 / (1 - rate)
-        )
+        branch = attention(block.attn, block.norm1(x.index_select(0, rows)), kept)
+        x = x.index_add(0, rows, branch.to(x.dtype), alpha=1 / (1 - rate))
     rows, _ = draw(shapes, rate, x.device)
     if len(rows):
-        x = x.index_add(0, rows, block.mlp(block.norm2(x.index_select(0, rows))).to(x.dtype), alpha=1 / (1 - rate))
+        branch = block.mlp(block.norm2(x.index_select(0, rows)))
+        x = x.index_add(0, rows, branch.to(x.dtype), alpha=1 / (1 - rate))
     return x
 
 
