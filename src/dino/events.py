@@ -1,7 +1,7 @@
 """What happens while training, one type each: `training.train` yields them, whoever drives it matches on them."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dino.data.pictures import Pictures
 from dino.methods.method import Method
@@ -16,6 +16,8 @@ class Started(NamedTuple):
     train: Pictures
     held_back: Pictures | None
     baselines: Mapping[str, Mapping[str, float]]
+    best: Mapping[str, Any]
+    """The best evaluation so far: `name`, `value`, `epoch`; empty before the first."""
 
 
 class Logged(NamedTuple):

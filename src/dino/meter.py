@@ -51,9 +51,11 @@ class Meter:
         self._steps += 1
         self._pictures += batch.views[0].shape[1]
 
-    def is_finite(self) -> bool:
-        """Whether what was trained since the last line is still made of numbers; waits for the device."""
-        return "loss" not in self._sums or bool(torch.isfinite(self._sums["loss"]))
+    def is_finite(self, *, everywhere: bool = False) -> bool:
+        """Whether the losses since the last line are numbers, of this rank or (asked by all) of every rank; waits for
+        the device."""
+        loss = self._sums.get("loss")
+        return loss is None or bool(torch.isfinite(dist.total(loss) if everywhere else loss))
 
     def close(self, clock: Clock) -> dict[str, float]:
         """Averages over the window's steps and ranks, with the schedules' values; opens the next window.

@@ -103,13 +103,18 @@ class Run:
 
 
 def describe(
-    run: Run, pictures: Pictures, rest: Pictures, baselines: Mapping[str, Mapping[str, float]]
+    run: Run,
+    pictures: Pictures,
+    rest: Pictures,
+    baselines: Mapping[str, Mapping[str, float]],
+    prototypes: int | None = None,
 ) -> dict[str, Any]:
-    """What run.json holds: the complete Run, and what it ran on."""
+    """What run.json holds: the complete Run, and what it ran on. prototypes: the method's K, where its loss has one."""
     return {
         "run": to_dict(run),
         "backbone": to_dict(run.backbone),
         "learning": run.method.about,
+        "prototypes": prototypes,
         "data": {
             "pictures": len(pictures),
             "trained_on": len(rest),

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property, partial
 from typing import Literal
 
@@ -31,6 +32,10 @@ from dino.models.vit import Attention
 Precision = Literal["float32", "bfloat16", "float16"]
 Cache = Literal["no", "memory", "device"]
 
+PATIENCE = timedelta(hours=2)
+"""For what the first rank does alone while the others wait for it: looking through millions of pictures, a question at
+the terminal, an evaluation. (The usual ten minutes are for networks that break.)"""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -39,20 +44,29 @@ class Machine:
     device: torch.device
     name: str
     cores: int
-    """Processor cores that this process may use."""
+    """Processor cores that the training's processes on this computer may use, together."""
     memory: int
-    """Bytes of memory of the device: the card's, or the computer's."""
+    """Bytes of memory for this process: the card's, or its share of the computer's."""
     precision: Precision
     """The fastest precision that trains well here."""
     why: str
     """Why that precision."""
+    ranks: int = 1
+    """Processes of the training on this computer."""
 
 
 def machine() -> Machine:
     """Looks once at what this process runs on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
-        index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        index, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if index >= cards:
+            raise UserError(
+                f"{ranks} processes on this computer, which has {cards} GPU{'s' if cards > 1 else ''}: expected one "
+                f"process for each. Start it with --nproc-per-node {cards}."
+            )
+        torch.cuda.set_device(index)  # what is asked below is asked of this card
         card = torch.cuda.get_device_properties(index)
         good = torch.cuda.is_bf16_supported(including_emulation=False)
         why = "the card multiplies bfloat16 natively" if good else "the card has float16 but no bfloat16"
@@ -63,15 +77,16 @@ def machine() -> Machine:
             card.total_memory,
             "bfloat16" if good else "float16",
             why,
+            ranks,
         )
+    memory = machine_memory() // ranks
     if torch.backends.mps.is_available():
-        return Machine(torch.device("mps"), "Apple GPU", cores, machine_memory(), "float32", "the reference precision")
+        return Machine(torch.device("mps"), "Apple GPU", cores, memory, "float32", "the reference precision", ranks)
     if _has_bfloat16():
-        return Machine(
-            torch.device("cpu"), _cpu(), cores, machine_memory(), "bfloat16", "the processor multiplies bfloat16"
-        )
-    why = "this processor has no bfloat16 instructions: emulated, they are many times slower"
-    return Machine(torch.device("cpu"), _cpu(), cores, machine_memory(), "float32", why)
+        precision, why = "bfloat16", "the processor multiplies bfloat16"
+    else:
+        precision, why = "float32", "this processor has no bfloat16 instructions: emulated, they are many times slower"
+    return Machine(torch.device("cpu"), _cpu(), cores, memory, precision, why, ranks)
 
 
 @dataclass(frozen=True)
@@ -185,12 +200,14 @@ def start(precision: Precision | None = None) -> Iterator[Runtime]:
     if here.device.type == "cpu":
         _keep_freed_memory()
     if here.device.type == "cuda":
-        torch.cuda.set_device(here.device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     joined = world > 1 and not td.is_initialized()
     if joined:
-        td.init_process_group("nccl" if here.device.type == "cuda" else "gloo")
+        on_card = here.device.type == "cuda"
+        td.init_process_group(
+            "nccl" if on_card else "gloo", timeout=PATIENCE, device_id=here.device if on_card else None
+        )
     try:
         yield Runtime(here.device, precision, dist.rank(), dist.world())
     finally:
@@ -244,17 +261,17 @@ def machine_memory() -> int:
         return total
 
 
-def where_pictures_stay(pictures: Pictures, views: Views, here: Machine, world: int) -> tuple[Cache, str]:
+def where_pictures_stay(pictures: Pictures, views: Views, here: Machine) -> tuple[Cache, str]:
     """Where a training's decoded pictures best stay, and why. On a card: where they are at most 96 px, or all together
     a sixteenth of its memory. A CPU has nothing to gain but on the smallest pictures (benchmarks/held.py)."""
     frames, memory = held.held_bytes(pictures), machine_memory()
     size = f"{pictures.nbytes / 2**20:,.0f} MiB decoded, of {memory / 2**30:.0f} GiB"
     small = pictures.sizes.max(initial=0) <= 96 and frames <= here.memory / 8
-    fits = world * pictures.nbytes < memory / 8
+    fits = here.ranks * pictures.nbytes < memory / 8
     if here.device.type == "cuda" and isinstance(views, MultiCrop) and fits and (small or frames <= here.memory / 16):
         share = f"{frames / 2**20:,.0f} MiB of the card's {here.memory / 2**30:.0f} GiB"
         return "device", f"{share}: it makes the views itself, of what chance decides in the workers"
-    return ("memory" if world == 1 and fits else "no"), size
+    return ("memory" if here.ranks == 1 and fits else "no"), size
 
 
 def room(device: torch.device) -> int:
@@ -280,4 +297,5 @@ def peak_memory(device: torch.device) -> int:
     except (OSError, StopIteration):
         import resource
 
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if platform.system() == "Darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -126,10 +126,12 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     evals = bind_all(run.evals, site, state.method.backbone)
     clock = Clock(state.step, per_epoch, run.optim.epochs)
     baselines = _baselines(run, rt, watched, resume)
-    yield Started(clock, state.method, rest, asked, baselines)
+    yield Started(clock, state.method, rest, asked, baselines, state.best)
     if rt.is_main:
         remove_parts(out / "checkpoints")
-        write_json(out / "run.json", describe(run, pictures, rest, baselines))
+        if resume:  # what was exported is older than what will be saved, and would be taken for the newest
+            (out / "backbone.safetensors").unlink(missing_ok=True)
+        write_json(out / "run.json", describe(run, pictures, rest, baselines, state.method.prototypes))
     log = Log(out, state.step) if rt.is_main else None
     skipped = {item.name: item.reason for item in pictures.skipped}
     meter = Meter(run.optim, run.method.schedules(), rt.world, Vitals(state.method))
@@ -173,9 +175,10 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
                 stopping = stop.agreed(rt, state.step) or enough
                 due_evals = [one for one in evals if epoch_ends and _is_due(one.every_epochs, done)]
                 due = time.monotonic() - saved_at > 60 * run.save_minutes or due_evals  # these may take long, or fail
-                if rt.is_main and (due or stopping or finished):
+                if stopping or finished:
+                    _must_be_finite(meter.is_finite(everywhere=True), done)
+                if rt.is_main and (due or stopping or finished) and meter.is_finite():
                     saved_at = time.monotonic()
-                    _must_be_finite(meter.is_finite(), clock)
                     _save(state, run, rest, out / "checkpoints/last.pt")
                 if rt.is_main and epoch_ends and run.keep_every and done.epoch % run.keep_every == 0:
                     _save(state, run, rest, out / f"checkpoints/epoch_{done.epoch:04d}.pt")
@@ -270,8 +273,12 @@ def _site(run: Run, rt: Runtime) -> Site:
 def _baselines(run: Run, rt: Runtime, watched: Watched | None, resume: bool) -> Mapping[str, Mapping[str, float]]:
     """Measured once, at the start of a run; a resumed one reads them back."""
     path = Path(run.out) / "run.json"
-    if resume and path.is_file():
-        return json.loads(path.read_text()).get("baselines", {})
+
+    def before() -> Mapping[str, Mapping[str, float]] | None:
+        return json.loads(path.read_text()).get("baselines", {}) if resume and path.is_file() else None
+
+    if (measured := dist.on_main(before)) is not None:
+        return measured
     return {} if watched is None else watched.floors(lambda: run.backbone.build(drop_path=0.0).to(rt.device))
 
 

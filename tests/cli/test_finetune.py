@@ -110,4 +110,4 @@ def test_the_networks_drop_path_and_the_views_size_are_the_runs(trained) -> None
     assert run.backbone.drop_path == 0.1
     assert starting_from(resolve("finetune"), found).views.size == 224
     assert Given(["a", "scenes"]).drawn() == "scenes"
-    assert Given(["a", "scenes"], draws=False).drawn() is None
+    assert Given(["a", "scenes"], drawn=None).drawn() is None

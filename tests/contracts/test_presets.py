@@ -1,6 +1,7 @@
 """Recipes say what the paper and the authors say, and the plan fits pictures and machine."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 
 from dino import presets
 from dino.config import edit
+from dino.data.loader import steps_per_epoch
 from dino.data.pictures import Pictures
 from dino.errors import UserError
-from dino.presets.plan import Plan, Speed, fed, plan
+from dino.presets.plan import Plan, Speed, fed, plan, reading
 from dino.run import Run
 from dino.runtime import Machine
 
@@ -113,22 +115,50 @@ def test_a_preset_keeps_its_recipe_and_takes_the_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "cores", "world", "step", "data", "workers"),
+    ("device", "cores", "ranks", "step", "data", "workers"),
     [
         ("cpu", 2, 1, 12e-3, 2e-3, 1),  # a sixth of a worker would do
         ("cpu", 8, 1, 2e-3, 4e-3, 3),
         ("cpu", 2, 1, 1e-3, 9e-3, 2),  # all the cores there are
+        ("cpu", 8, 4, 1e-3, 9e-3, 2),  # a rank's own
         ("cuda", 16, 1, 1e-3, 6e-3, 8),
         ("cuda", 16, 1, 1e-4, 6e-3, 15),  # one core is the rank's own
         ("cuda", 16, 4, 1e-3, 6e-3, 3),  # each of four ranks has four
         ("cuda", 2, 4, 1e-3, 6e-3, 1),
     ],
 )
-def test_workers_keep_up_with_the_step(device: str, cores: int, world: int, step: float, data: float, workers: int):
-    here = dataclasses.replace(CPU, device=torch.device(device), cores=cores)
-    run, reason = fed(presets.resolve("small"), here, Speed(step, data), world)
+def test_workers_keep_up_with_the_step(device: str, cores: int, ranks: int, step: float, data: float, workers: int):
+    here = dataclasses.replace(CPU, device=torch.device(device), cores=cores, ranks=ranks)
+    run, reason = fed(presets.resolve("small"), here, Speed(step, data))
     assert run.workers == workers == int(reason.value)
     assert ("too few cores" in reason.why) == (workers * step < data)
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+def test_any_number_of_ranks_can_share_the_batch(world: int) -> None:
+    for count in (12, 100, 2000):
+        chosen = plan(Flat(count, 32), CPU, world=world, minutes=0.1).run
+        assert steps_per_epoch(round(0.9 * count), chosen.optim.batch_size, world) >= 1
+
+
+def test_a_picture_is_timed_as_the_loader_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large JPEGs are decoded smaller; what stays in memory is read once, and not on the clock."""
+    now, asked = [0.0], set()
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    class Slow(Flat):
+        def reduced(self, index: int, times: int) -> np.ndarray:
+            asked.add(times)
+            now[0] += 1
+            return np.zeros((480, 480, 3), np.uint8)
+
+    run = edit(presets.resolve("small"), views=dict(global_size=16, local_size=8), cache="no")
+    pictures = Slow(4, 4000)
+    assert reading(run, pictures) == 1
+    assert asked == {8}
+    asked.clear()
+    assert reading(edit(run, cache="memory"), pictures) == 0
+    assert asked == {1}
 
 
 def test_prototypes_grow_with_the_pictures() -> None:

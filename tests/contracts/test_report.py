@@ -89,6 +89,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = edit(Run(data=Folder(path="photos")), method=dict(out_dim=K), optim=dict(epochs=12), out=str(folder))
     described = {
         "run": to_dict(run),
+        "prototypes": K,
         "backbone": to_dict(run.backbone),
         "data": {"pictures": 24, "trained_on": 22, "classes": ["disk", "bar"]},
         "baselines": {"raw_pixels": {"20-NN": 33.75}, "random_weights": {"20-NN": 28.5}},

@@ -248,16 +248,16 @@ def test_the_plan_keeps_small_pictures_on_a_card_alone() -> None:
     cpu = replace(card, device=CPU)
     small, large = Photos(), Photos()
     large.sizes = large.sizes * 20
-    assert where_pictures_stay(small, MultiCrop(), card, 1)[0] == "device"
-    assert where_pictures_stay(small, MultiCrop(), card, 8)[0] == "device"
-    assert where_pictures_stay(small, MultiCrop(), cpu, 1)[0] == "memory"
-    assert where_pictures_stay(small, MultiCrop(), cpu, 2)[0] == "no"
-    assert where_pictures_stay(small, Augment(), card, 1)[0] == "memory"
-    assert where_pictures_stay(large, MultiCrop(), card, 1)[0] == "device"  # 17 MiB: a small set
-    assert where_pictures_stay(large, MultiCrop(), replace(card, memory=16 * held.held_bytes(large)), 1)[0] == "device"
-    assert where_pictures_stay(large, MultiCrop(), replace(card, memory=15 * held.held_bytes(large)), 1)[0] == "memory"
-    assert where_pictures_stay(small, MultiCrop(), replace(card, memory=8 * held.held_bytes(small)), 1)[0] == "device"
-    assert where_pictures_stay(small, MultiCrop(), replace(card, memory=7 * held.held_bytes(small)), 1)[0] == "memory"
+    assert where_pictures_stay(small, MultiCrop(), card)[0] == "device"
+    assert where_pictures_stay(small, MultiCrop(), replace(card, ranks=8))[0] == "device"
+    assert where_pictures_stay(small, MultiCrop(), cpu)[0] == "memory"
+    assert where_pictures_stay(small, MultiCrop(), replace(cpu, ranks=2))[0] == "no"
+    assert where_pictures_stay(small, Augment(), card)[0] == "memory"
+    assert where_pictures_stay(large, MultiCrop(), card)[0] == "device"  # 17 MiB: a small set
+    assert where_pictures_stay(large, MultiCrop(), replace(card, memory=16 * held.held_bytes(large)))[0] == "device"
+    assert where_pictures_stay(large, MultiCrop(), replace(card, memory=15 * held.held_bytes(large)))[0] == "memory"
+    assert where_pictures_stay(small, MultiCrop(), replace(card, memory=8 * held.held_bytes(small)))[0] == "device"
+    assert where_pictures_stay(small, MultiCrop(), replace(card, memory=7 * held.held_bytes(small)))[0] == "memory"
 
 
 def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

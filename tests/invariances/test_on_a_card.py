@@ -54,7 +54,8 @@ METHODS = {
 
 
 class Crossings(TorchDispatchMode):
-    """The shapes of what goes from one device to another."""
+    """The shapes of what goes from one device to another. A kernel takes a number of the host as it is; to copy it
+    there is a crossing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +65,8 @@ class Crossings(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         came = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
-        if len({one.device.type for one in given if one.dim()} | {one.device.type for one in came}) > 1:
+        copied = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        if len({one.device.type for one in given if one.dim() or copied} | {one.device.type for one in came}) > 1:
             self.shapes.append(tuple(given[0].shape))
         return made
 
@@ -197,4 +199,5 @@ def test_it_would_be_seen(card: FakeTensorMode) -> None:
         _ = loss + torch.zeros(3)
     with Crossings() as crossings:
         torch.ones(3).to(CARD)
-    assert crossings.shapes == [(3,)]
+        torch.ones(()).to(CARD)
+    assert crossings.shapes == [(3,), ()]

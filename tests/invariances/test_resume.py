@@ -11,8 +11,9 @@ from tiny import CPU, Run, edit, fit, last, same_training, spawn, tiny
 from dino import checkpoint
 from dino.data.scenes import Scenes
 from dino.errors import UserError
-from dino.events import Ended, Evaluated, Logged
+from dino.events import Ended, Evaluated, Logged, Started
 from dino.logs import read_metrics
+from dino.models.pretrained import file_of_run
 from dino.training import train
 
 TIMES = {"time", "images_per_s", "wait"}
@@ -76,6 +77,21 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     assert isinstance(events[-1], Ended)
     assert events[-1].finished
     assert not [key for key in before if key == "step" and last(run)[key] != before[key]]
+
+
+def test_a_run_that_goes_on_knows_its_best_and_forgets_what_it_exported(tmp_path: Path, whole: Run) -> None:
+    """What was exported is older than what is saved from now on, and would be evaluated in its place."""
+    run = edit(whole, out=str(tmp_path / "run"), optim=dict(epochs=1))
+    fit(run)
+    exported = Path(run.out) / "backbone.safetensors"
+    assert file_of_run(Path(run.out), "teacher") == exported
+    training = train(edit(run, optim=dict(epochs=2)), CPU, run.data.open(), resume=True)
+    started = next(training)
+    assert isinstance(started, Started)
+    assert started.best == last(run)["best"] != {}
+    next(training)
+    training.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert file_of_run(Path(run.out), "teacher") != exported
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -85,7 +85,8 @@ def _header(run_dir: Path, described: Mapping, run: Mapping, history: History) -
 
 
 def _headline(described: Mapping, run: Mapping, history: History) -> str:
-    top = math.log(_at(run, "method", "out_dim") or 0) if _at(run, "method", "out_dim") else None
+    prototypes = described.get("prototypes")
+    top = math.log(prototypes) if prototypes else None
     tiles = []
     name, rows = _quality(history)
     if rows:
@@ -108,11 +109,10 @@ def _headline(described: Mapping, run: Mapping, history: History) -> str:
 
 
 def _curves(described: Mapping, run: Mapping, history: History) -> str:
-    prototypes = _at(run, "method", "out_dim")
+    prototypes = described.get("prototypes")
     top = {"ln K": math.log(prototypes)} if prototypes else {}
     entropies = {
         "teacher": "teacher_entropy",
-        "student": "student_entropy",
         "over the batch": "marginal_entropy",
     }
     name, rows = _quality(history)

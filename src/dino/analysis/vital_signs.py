@@ -16,7 +16,7 @@ from dino.run import read_run
 
 def standing(run_dir: Path, described: Mapping[str, Any], history: History) -> list[Finding]:
     """What is wrong with a run as its curves end."""
-    prototypes = _prototypes(described)
+    prototypes = described.get("prototypes")
     try:
         run = read_run(run_dir)
     except (UserError, TypeError, ValueError):  # of another version: the advice then names no settings
@@ -28,7 +28,7 @@ def standing(run_dir: Path, described: Mapping[str, Any], history: History) -> l
 
 def health_section(run_dir: Path, described: Mapping[str, Any], history: History) -> str:
     """Curves of the vitals, and what was said while it trained."""
-    prototypes = _prototypes(described)
+    prototypes = described.get("prototypes")
     message = _less(history.line("marginal_entropy"), history.line("teacher_entropy"))
     grasped = _less(history.line("marginal_entropy"), history.line("loss")) if history.line("kl")[0] else ([], [])
     drawn = [
@@ -91,11 +91,6 @@ def read_said(run_dir: Path) -> list[dict[str, Any]]:
 
 def _where(row: Mapping[str, Any]) -> str:
     return f"step {row['step']:,}" if row.get("step") else "before the first step"
-
-
-def _prototypes(described: Mapping[str, Any]) -> int | None:
-    method = (described.get("run") or described).get("method") or {}
-    return method.get("out_dim")
 
 
 def _less(one: Line, other: Line) -> Line:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 
 from dino import __version__, environment
-from dino.environment import prepare
 from dino.errors import UserError, nearest
 
 COMMANDS = {
@@ -45,7 +44,6 @@ USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
     environment.prepare()
-    prepare()
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # a reader who left is noticed here, not in the interpreter's last moments

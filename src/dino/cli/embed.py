@@ -11,7 +11,7 @@ import tyro
 
 from dino.cli.options import Switch, parse
 from dino.errors import UserError
-from dino.terminal import speaking
+from dino.terminal import is_main, speaking
 
 if TYPE_CHECKING:
     from dino.api import Embedding
@@ -48,7 +48,6 @@ def embed(argv: Sequence[str]) -> int:
     if path.suffix.lower() not in WRITERS:
         raise UserError(f"--out must end in one of {', '.join(WRITERS)}; got {options.out!r}.")
     with speaking(options.json) as (terminal, give):
-        from dino import dist
         from dino.api import embed as features_of
         from dino.api import open_checkpoint
         from dino.files import write_whole
@@ -64,7 +63,7 @@ def embed(argv: Sequence[str]) -> int:
                 progress=done,
             )
         about = {"checkpoint": options.checkpoint, "hash": found.hash, "size": options.size or found.size}
-        if dist.is_main():
+        if is_main():
             write_whole(path, lambda aside: WRITERS[path.suffix.lower()](aside, embedding, about))
         count, width = embedding.features.shape
         terminal.say(f"{count} features of {width} numbers: {path}")

@@ -1,7 +1,7 @@
 """dino eval finetune: a trained backbone, trained on with labels, and the accuracy of the classifier that comes out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Annotated
 
@@ -11,8 +11,7 @@ from dino.cli.options import Switch
 from dino.cli.train import Given, carry_out
 from dino.config import edit
 from dino.data.folder import Folder
-from dino.data.scenes import Scenes
-from dino.data.sources import DRAWN
+from dino.data.sources import DRAWN, WORDS
 from dino.errors import UserError
 from dino.presets import resolve
 from dino.run import Run
@@ -81,8 +80,8 @@ def finetune(argv: Sequence[str]) -> int:
             found = open_checkpoint(checkpoint)
             run = starting_from(run, found, size=None if preset else found.size)
         if asked:
-            drawn = Scenes(count=DRAWN["val"], part="val")
-            run = edit(run, val=drawn if asked == "scenes" else Folder(path=asked))
+            drawn = replace(WORDS[asked], count=DRAWN["val"], part="val") if asked in WORDS else None
+            run = edit(run, val=drawn or Folder(path=asked))
         return run
 
     return carry_out(
@@ -92,6 +91,6 @@ def finetune(argv: Sequence[str]) -> int:
             prog="dino eval finetune",
             examples=EXAMPLES,
             base=base,
-            draws=folder == "scenes",
+            drawn=folder if folder in WORDS else None,
         )
     )

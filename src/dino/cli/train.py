@@ -46,6 +46,8 @@ EXAMPLES = """\
 
 COLLAPSED = 3
 """Exit code of a run that --on-collapse ended."""
+UNKNOWN = "?"
+"""In place of the word for drawn pictures: the line has to be looked through for it."""
 SWITCHES = ("--dry-run", "--yes", "-y", "--json")
 
 
@@ -161,10 +163,11 @@ class Given:
         prog: str = "dino train",
         examples: str = EXAMPLES,
         base: Callable[[str | None], Run] = preset_or_plan,
-        draws: bool | None = None,
+        drawn: str | None = UNKNOWN,
     ) -> None:
-        """base: the Run for the preset's name, or for none. draws: whether the pictures are `scenes`, where known."""
-        self.argv, self.kind, self.prog, self.examples, self.base, self.draws = argv, kind, prog, examples, base, draws
+        """base: the Run for the preset's name, or for none. drawn: the word for drawn pictures that stands in the
+        folder's place, where that is known; None for none."""
+        self.argv, self.kind, self.prog, self.examples, self.base, self.known = argv, kind, prog, examples, base, drawn
 
     def value(self, flag: str) -> str | None:
         """A flag's value before anything is parsed: what the types of the other flags depend on."""
@@ -200,8 +203,8 @@ class Given:
 
     def drawn(self) -> str | None:
         """The word for drawn pictures that stands in the folder's place (`scenes`, `herds`): not a flag's value."""
-        if self.draws is not None:
-            return "scenes" if self.draws else None
+        if self.known != UNKNOWN:
+            return self.known
         for before, word in itertools.pairwise(["", *self.argv]):
             if word in WORDS and (not before.startswith("-") or before in SWITCHES or "=" in before):
                 return word

@@ -10,7 +10,7 @@ import tyro
 
 from dino.cli.options import Switch, parse
 from dino.errors import UserError
-from dino.terminal import Terminal, speaking
+from dino.terminal import Terminal, is_main, speaking
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +71,6 @@ def tsne(argv: Sequence[str]) -> int:
     options = parse(TsneOptions, argv, "dino tsne", EXAMPLES)
     path = Path(options.out)
     with speaking(options.json) as (terminal, give):
-        from dino import dist
         from dino.analysis.scatter import check_ending
         from dino.api import embed, open_checkpoint
 
@@ -84,7 +83,7 @@ def tsne(argv: Sequence[str]) -> int:
                 found, pictures, size=options.size, batch_size=options.batch_size, workers=options.workers,
                 progress=done,
             )  # fmt: skip
-        if dist.is_main():
+        if is_main():
             give(
                 {"checkpoint": options.checkpoint, "hash": found.hash}
                 | _draw(options, embedding, pictures, of, terminal)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dino import dist
 from dino.data.pictures import Pictures
 from dino.data.shaped import shaped_batches
 from dino.data.views import normalize
@@ -30,7 +31,7 @@ def describe(
         with site.progress(f"descriptors of {len(pictures)} pictures") as done:
             return _compute(backbone, pictures, shapes, of, width, site, done).tensors()
 
-    if site.cache is None or (content := pictures.content) is None:
+    if site.cache is None or (content := dist.on_main(lambda: pictures.content)) is None:
         return Extracted.of(compute(), pictures)
     shown = hashlib.sha256(np.ascontiguousarray(shapes, dtype="<i8").tobytes()).hexdigest()
     file = site.cache / f"{key_of(weights_hash(backbone), content, what, shown)}.safetensors"

@@ -91,7 +91,7 @@ class Site:
                     progress=done,
                 )
 
-        if self.cache is None or (content := pictures.content) is None:
+        if self.cache is None or (content := dist.on_main(lambda: pictures.content)) is None:
             return compute()
         stored = self.cache / f"{key_of(weights_hash(backbone), content, f'cls at {size}')}.safetensors"
         tensors = remembered(stored, lambda: compute().tensors())

@@ -106,17 +106,20 @@ class _CrossEntropy(torch.autograd.Function):
         others = _of_others(x, globals_)
         count = torch.full((views, 1, 1), float(globals_), device=x.device)
         count[:paired] -= 1  # so many teacher views each student view is compared with
-        share = (count / pairs).expand(-1, batch, 1)
+        count = count.expand(-1, batch, 1)
         with torch.autocast(student.device.type, enabled=False):
             weight, theirs = student_weight.detach().to(dtype), teacher_weight.to(dtype)
             weight_grad = torch.zeros_like(student_weight, dtype=torch.float32)
-            from_targets, from_student = others / (pairs * temps[0]), x * share / temps[0]
+            # Sums over the pairs until the end: float16 would lose what a mean over them leaves of each.
+            from_targets, from_student = others / temps[0], x * count / temps[0]
             scaled, center = teacher.float() / temps[1], center / temps[1]
             mixed, entropy, shares = _mix(scaled, theirs, center, weight, from_targets, weight_grad)
             lse, pulled = _predict(x / temps[0], weight, from_student, weight_grad)
-            loss = (lse * share).sum() - (mixed * from_targets).sum()
-            student_grad = (pulled * share - _of_others(mixed, views) / pairs) / temps[0]
-        ctx.save_for_backward(student_grad.to(student.dtype), weight_grad.to(student_weight.dtype))
+            loss = ((lse * count).sum() - (mixed * from_targets).sum()) / pairs
+            student_grad = (pulled * count - _of_others(mixed, views)) / (pairs * temps[0])
+            weight_grad /= pairs
+        ctx.save_for_backward(student_grad, weight_grad.to(student_weight.dtype))
+        ctx.dtype = student.dtype
         entropy, shares = entropy / (globals_ * batch), shares / (globals_ * batch)
         ctx.mark_non_differentiable(entropy, shares)
         return loss, entropy, shares
@@ -124,7 +127,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Any) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         student_grad, weight_grad = ctx.saved_tensors
-        return student_grad * loss_grad, weight_grad * loss_grad, None, None, None, None, None
+        student_grad = (student_grad * loss_grad).to(ctx.dtype)  # scaled first: alone it is below what float16 holds
+        return student_grad, weight_grad * loss_grad, None, None, None, None, None
 
 
 def _of_others(x: Tensor, count: int) -> Tensor:

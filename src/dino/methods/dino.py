@@ -186,7 +186,7 @@ class DINO(Method):
             teacher_temp=self._teacher_temp(clock),
         )
         views, batch_size = taught.teacher.shape[:2]
-        carry = Carry(found.logits, torch.full((), views * batch_size))
+        carry = Carry(found.logits, found.logits.new_full((), views * batch_size))
         metrics = {"loss": found.loss.detach()}
         if found.entropy is not None and found.shares is not None:
             metrics |= {
@@ -246,8 +246,7 @@ class DINO(Method):
             case "previous-epoch" if (clock.step + 1) % clock.steps_per_epoch == 0:
                 self._copy_student()
         if self.config.targets == "centering":
-            count = dist.total(carry.count.to(carry.logits))
-            batch_center = dist.total(carry.logits) / count
+            batch_center = dist.total(carry.logits) / dist.total(carry.count)
             self.center.copy_(update_center(self.center, batch_center, self.config.center_momentum))
 
     @torch.no_grad()

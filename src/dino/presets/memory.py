@@ -37,15 +37,14 @@ def micro_batch(run: Run, here: Machine, classes: int, world: int) -> tuple[int,
 
 
 def step_memory(run: Run, here: Machine, count: int, classes: int) -> float:
-    """Bytes that one real step of `count` pictures needs: on a card its peak; on a CPU the weights with what the
-    optimizer keeps for each, and all that is kept for the backward pass."""
+    """Bytes that one real step of `count` pictures needs: the weights with what the optimizer keeps for each, and all
+    that is kept for the backward pass.
+
+    Not the peak that a card reports: in a step of a few pictures that is the optimizer's, whatever their number.
+    """
     tried, kept = trial(run, Runtime(here.device, run.precision), count, classes), _Kept()
-    if here.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
         tried.step(Clock(0, 2, run.optim.epochs))
-    if here.device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated())
     weights = sum(4 * p.nbytes if p.requires_grad else p.nbytes for p in tried.state.method.parameters())
     return float(weights + kept.bytes)
 

@@ -12,7 +12,8 @@ import torch
 
 from dino.config import edit
 from dino.data.augment import Augment
-from dino.data.pictures import Pictures
+from dino.data.loader import sample_rng
+from dino.data.pictures import BadImage, Pictures
 from dino.data.views import MultiCrop
 from dino.methods import AnyMethod
 from dino.methods.dino import DINOConfig
@@ -58,7 +59,7 @@ class Speed:
     def seconds(self, run: Run, here: Machine, pictures: int) -> float:
         """Expected time to see so many pictures: a GPU overlaps its work with the workers', a CPU shares its cores."""
         if here.device.type == "cpu":
-            return pictures * (self.step + self.data / max(1, here.cores))
+            return pictures * (self.step + self.data / max(1, here.cores // here.ranks))
         return pictures * max(self.step, self.data / max(1, run.workers))
 
 
@@ -80,7 +81,7 @@ def plan(
         run, reasons = preset, [Reason("recipe", _recipe(preset), "as the preset says")]
     else:
         run, reasons = _for_data(pictures, here, world, method)
-    run, more = _for_machine(run, pictures, here, world, keep_precision=preset is not None)
+    run, more = _for_machine(run, pictures, here, keep_precision=preset is not None)
     reasons += more
     if run.optim.micro_batch == "auto":
         size, why = micro_batch(run, here, len(pictures.classes), world)
@@ -90,7 +91,7 @@ def plan(
     if len(pictures) < run.optim.batch_size:
         return Plan(run, reasons)  # training refuses it, and says what to do
     speed = measure(run, here, pictures)
-    run, reason = fed(run, here, speed, world)
+    run, reason = fed(run, here, speed)
     reasons.append(reason)
     trained = _trained(run, pictures)
     if minutes is not None or preset is None:
@@ -196,7 +197,8 @@ def _crops(base: MultiCrop | Augment, backbone: ViT | Timm, side: int, on_cpu: b
 
 
 def _batch(count: int, here: Machine, backbone: ViT | Timm, size: int, world: int) -> int:
-    """A power of two: what the memory holds, yet at least 25 steps an epoch where the data allows."""
+    """A power of two that the ranks can share evenly: what the memory holds, yet at least 25 steps an epoch where the
+    data allows. A tenth of the pictures may be held back."""
     if isinstance(backbone, ViT):
         tokens = 2 * (size // backbone.patch) ** 2 + 400  # of one picture's views, roughly
         bytes_each = 40 * tokens * backbone.shape.width * backbone.shape.depth  # kept for the gradient
@@ -204,22 +206,20 @@ def _batch(count: int, here: Machine, backbone: ViT | Timm, size: int, world: in
         bytes_each = 3000 * size**2  # a ResNet's: some 1000 bytes a pixel of its three pictures' worth of views
     fits = 0.5 * here.memory / bytes_each * world
     most = 64 if here.device.type == "cpu" else 1024
-    wanted = min(fits, most, max(8, count / 25))
-    return max(1, min(2 ** int(math.log2(max(1, wanted))), count))
+    wanted = min(fits, most, max(8, count / 25), 0.9 * count)
+    return max(1, 2 ** int(math.log2(max(1, wanted))) // world) * world
 
 
 _STAY = {"no": "on the disk", "memory": "in memory", "device": "on the device"}
 
 
-def _for_machine(
-    run: Run, pictures: Pictures, here: Machine, world: int, *, keep_precision: bool
-) -> tuple[Run, list[Reason]]:
+def _for_machine(run: Run, pictures: Pictures, here: Machine, *, keep_precision: bool) -> tuple[Run, list[Reason]]:
     """What the machine decides: precision, and whether the decoded pictures stay in memory."""
     if keep_precision and run.precision == "float32":
         precision, why = run.precision, "as the recipe says"
     else:
         precision, why = here.precision, here.why
-    cache, of_cache = where_pictures_stay(pictures, run.views, here, world)
+    cache, of_cache = where_pictures_stay(pictures, run.views, here)
     run = edit(run, precision=precision, cache=cache)
     return run, [
         Reason("machine", f"{here.name}, {here.cores} cores", f"{here.memory / 2**30:.0f} GiB; device {here.device}"),
@@ -228,10 +228,11 @@ def _for_machine(
     ]
 
 
-def fed(run: Run, here: Machine, speed: Speed, world: int = 1) -> tuple[Run, Reason]:
+def fed(run: Run, here: Machine, speed: Speed) -> tuple[Run, Reason]:
     """As many workers as keep up with the step, and a quarter more; no more than a rank has cores, of which a GPU's
     rank needs one itself."""
-    most = here.cores if here.device.type == "cpu" else here.cores // world - 1
+    own = here.cores // here.ranks
+    most = own if here.device.type == "cpu" else own - 1
     wanted = math.ceil(MARGIN * speed.data / speed.step)
     workers = max(1, min(wanted, most))
     why = f"a picture takes {1e3 * speed.data:.2g} ms to decode and crop, and {1e3 * speed.step:.2g} ms in the step"
@@ -269,17 +270,19 @@ def _epochs(run: Run, here: Machine, speed: Speed, trained: int, minutes: float 
 
 
 def reading(run: Run, pictures: Pictures) -> float:
-    """Seconds to read and crop one picture, the median of a few."""
-    from dino.data.loader import sample_rng
-    from dino.data.pictures import BadImage
-
+    """Seconds that one picture takes a worker, the median of a few: read from the disk, where it does not stay in
+    memory, and cropped."""
     times = []
     for index in torch.linspace(0, len(pictures) - 1, min(12, len(pictures))).long().tolist():
+        width, height = pictures.sizes[index].tolist()
         began = time.perf_counter()
         try:
-            run.views(pictures.read(index), sample_rng(0, 0, index))
+            image = pictures.reduced(index, run.views.enough(height, width) if run.cache == "no" else 1)
         except BadImage:
             continue
+        if run.cache != "no":
+            began = time.perf_counter()
+        run.views(image, sample_rng(0, 0, index))
         times.append(time.perf_counter() - began)
     return statistics.median(times) if times else 0.01
 

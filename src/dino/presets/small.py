@@ -32,14 +32,15 @@ def small() -> Run:
         method=DINOConfig(
             out_dim=1024,
             momentum=0.97,
+            momentum_end=0.98,
             head_norm="batch",
             head_hidden=512,
             head_bottleneck=128,
             freeze_last_layer=0,
         ),
         views=MultiCrop(
-            global_size=64,
-            local_size=32,
+            global_size=48,
+            local_size=24,
             local=4,
             global_scale=(0.3, 1.0),
             local_scale=(0.05, 0.3),
@@ -49,12 +50,12 @@ def small() -> Run:
             epochs=100,
             batch_size=64,
             lr=4e-3,
-            min_lr=1e-5,
+            min_lr=2.5e-4,
             warmup_epochs=2,
             weight_decay=0.04,
             weight_decay_end=0.04,
         ),
-        knn=Watch(size=88),
+        knn=Watch(size=72),
         workers=1,
         out="runs/small",
     )
@@ -80,8 +81,8 @@ def narrow_vit() -> Run:
     return edit(
         small(),
         backbone=ViT(size="tiny", patch=8, image_size=48, drop_path=0.0, width=128, heads=4, depth=4),
-        views=dict(global_size=48, local_size=24),
-        optim=dict(lr=3e-3),
+        method=dict(momentum_end=1.0),
+        optim=dict(lr=3e-3, min_lr=1e-5),
         knn=dict(size=64),
         out="runs/narrow-vit",
     )

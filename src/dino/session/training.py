@@ -168,7 +168,7 @@ class _Session:
         raise AssertionError("training ended without saying so")
 
     def begin(self, started: Started, resume: bool) -> None:
-        clock, self.baselines = started.clock, started.baselines
+        clock, self.baselines, self.best = started.clock, started.baselines, dict(started.best)
         self.samples = choose_samples(started.held_back or started.train)
         self.shown = started.held_back or started.train
         self.due = [clock.epochs * i / (SNAPSHOTS - 1) for i in range(SNAPSHOTS)]
@@ -180,7 +180,8 @@ class _Session:
             if (self.folder / "run.json").exists():  # of an attempt that saved nothing
                 shutil.rmtree(self.folder / "snapshots", ignore_errors=True)
             self.snapshot(started.method, 0)
-        held = f", {len(started.held_back)} held back" if started.held_back else ""
+        kept = "asked about" if self.run.val is not None else "held back"
+        held = f", {len(started.held_back)} {kept}" if started.held_back else ""
         begun = f"Going on at step {clock.step} of" if resume else f"Training {clock.epochs} epochs,"
         self.terminal.say(f"{begun} {clock.steps} steps on {len(started.train)} pictures{held}; {self.folder}/")
         if self.baselines:
