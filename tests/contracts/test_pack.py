@@ -1,12 +1,17 @@
 """A pack gives what its folder gives, wherever it was stopped; and what is wrong with one is said by name."""
 
 import errno
+import gc
 import json
 import os
 import pickle
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
+from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +19,11 @@ import torch
 from PIL import Image
 
 from dino.data import folder, listing, pack_writer, packing
+from dino.data.decode import decode
 from dino.data.folder import Folder, FolderPictures
+from dino.data.listing import Listed
 from dino.data.loader import train_batches
-from dino.data.pack import Form, PackPictures, open_pack
+from dino.data.pack import Form, PackPictures, digest_of, open_pack
 from dino.data.packing import Packing
 from dino.data.pictures import BadImage, Pictures
 from dino.data.views import MultiCrop
@@ -69,9 +76,10 @@ def photos(album: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data files, settled parts and sorted runs of a few pictures each."""
+    """Data files, settled parts, sorted runs and labels of a few pictures each."""
     monkeypatch.setattr(pack_writer, "FILE_BYTES", 9000)
     monkeypatch.setattr(pack_writer, "SETTLE_RECORDS", 3)
+    monkeypatch.setattr(pack_writer, "BLOCK", 3)
     monkeypatch.setattr(listing, "RUN", 4)
     monkeypatch.setattr(listing, "CHUNK", 3)
 
@@ -96,6 +104,7 @@ def assert_same(one: Pictures, other: Pictures) -> None:
     np.testing.assert_array_equal(one.labels, other.labels)
     for index in range(len(other)):
         np.testing.assert_array_equal(one.read(index), other.read(index), err_msg=other.names[index])
+        np.testing.assert_array_equal(one.reduced(index, 2), other.reduced(index, 2), err_msg=other.names[index])
 
 
 # -- the pictures of the folder ------------------------------------------------------------------------------
@@ -112,6 +121,7 @@ def test_it_gives_what_the_folder_gives(album: Path, tmp_path: Path, parts: str,
     assert_same(pack, source)
     assert pack.ignored == source.ignored == {"hidden": 1, "other": 1}
     assert (len(pack.files) > 2) == (parts == "many")
+    assert {path.name for path in pack.path.iterdir()} == {"pack.json", *pack.about.files}
     assert_same(pickle.loads(pickle.dumps(pack)), source)
     assert len(pickle.dumps(pack)) < 500  # its path: a worker or a rank opens it
     assert np.isin(pack.names, source.names[2:4]).tolist() == [False] * 2 + [True] * 2 + [False] * 4
@@ -202,7 +212,8 @@ def test_the_next_batch_is_fetched_in_the_order_of_its_places(
     album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_small_parts: None
 ) -> None:
     pack, asked, read = made(album, tmp_path / "photos.ds"), [], []
-    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, _: asked.append((file, start, length)))
+    advice: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *place: asked.append(place[:3]) or advice.append(place[3]))
     pread = os.pread
     monkeypatch.setattr(
         os, "pread", lambda file, length, at: read.append((file, at, length)) or pread(file, length, at)
@@ -212,6 +223,18 @@ def test_the_next_batch_is_fetched_in_the_order_of_its_places(
     assert len(asked) == 6
     assert asked == sorted(read)
     assert asked != read
+    assert set(advice) == {os.POSIX_FADV_WILLNEED}
+
+
+def test_a_pack_that_is_let_go_of_keeps_no_file_open(album: Path, tmp_path: Path, in_small_parts: None) -> None:
+    pack = made(album, tmp_path / "photos.ds")
+    opened = pack.files
+    assert [os.fstat(file).st_size for file in opened] == [pack.about.files[name] for name in pack.about.data]
+    del pack
+    gc.collect()
+    for file in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(file)
 
 
 # -- smaller pictures -------------------------------------------------------------------------------------------
@@ -235,6 +258,20 @@ def test_large_pictures_are_made_smaller_and_the_others_kept(album: Path, tmp_pa
             assert abs(difference).max() < 3  # the colours are not exchanged
     fine = made(album, tmp_path / "fine.ds", Form(side=36, quality=100))
     assert fine.about.nbytes > pack.about.nbytes
+
+
+def test_a_smaller_picture_is_the_mean_of_what_it_covers() -> None:
+    """Fine stripes become grey: not a pixel is passed over."""
+    stripes = np.where((np.arange(64) + 1) // 2 % 2, 254, 0).astype(np.uint8)
+    data, size = packing.smaller(np.broadcast_to(stripes[:, None], (64, 64, 3)).copy(), Form(side=16, quality=100))
+    assert size == (16, 16)
+    assert np.abs(decode("stripes", data).astype(int) - 127).max() <= 1
+
+
+def test_a_form_that_cannot_be_is_said() -> None:
+    for wrong in (dict(side=0), dict(side=36, quality=0), dict(side=36, quality=101)):
+        with pytest.raises(UserError, match="must be"):
+            Form(**wrong)
 
 
 # -- stopped, and gone on with ----------------------------------------------------------------------------------
@@ -293,6 +330,29 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(
     assert calls > 80
 
 
+def test_a_system_that_takes_a_part_at_a_time_gets_everything(
+    album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, pwrite = files(made(album, tmp_path / "whole.ds").path), os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:1000], at))
+    assert files(made(album, tmp_path / "photos.ds").path) == expected
+
+
+def test_a_kill_costs_the_last_seconds(album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of our own: a picture takes two seconds, and what is older than five is on the disk."""
+    now, reached = [0.0], []
+    monkeypatch.setattr(pack_writer, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Packing(str(album), str(tmp_path / "photos.ds")) as job:
+        job.look()
+
+        def pass_on(*_: int) -> None:
+            reached.append(job.begun)
+            now[0] += 2
+
+        job.write(pass_on)
+    assert reached == [0, 0, 0, 4, 4, 4, 7, 7, 7, 10, 10, 10]
+
+
 def test_what_is_done_is_not_read_again(
     album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_small_parts: None
 ) -> None:
@@ -345,6 +405,40 @@ def test_it_reads_no_further_ahead_than_it_may(
         job.look()
         job.write(lambda done, _: ahead.append(len(read) - done))
     assert max(ahead) <= 3  # links that lead nowhere and empty files weigh nothing
+
+
+class Pool:
+    """Takes `done` items at once, and the others never."""
+
+    def __init__(self, done: int) -> None:
+        self.begun, self.done = [], done
+
+    def submit(self, take, item: Listed) -> Future:
+        self.begun.append(Future())
+        if len(self.begun) <= self.done:
+            self.begun[-1].set_result(take(item))
+        return self.begun[-1]
+
+
+@pytest.mark.parametrize(("each", "ahead"), [(10, 10), (0, 1000)])
+def test_it_reads_ahead_to_the_end_by_bytes_and_by_number(
+    each: int, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "AHEAD_BYTES", 100)
+    items = [Listed(b"%d" % n, (each, 0)) for n in range(3 * ahead)]
+    pool: Any = Pool(len(items))
+    taken = packing._ahead(pool, lambda item: item, iter(items))
+    found = [(item, len(pool.begun) - done) for done, item in enumerate(taken, 1)]
+    assert found == [(item, min(ahead, len(items) - done)) for done, item in enumerate(items, 1)]
+
+
+def test_what_was_to_be_read_ahead_is_left_once_it_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "AHEAD_BYTES", 100)
+    pool: Any = Pool(1)
+    taken = packing._ahead(pool, lambda item: item, (Listed(b"%d" % n, (10, 0)) for n in range(30)))
+    next(taken)
+    taken.close()
+    assert [future.cancelled() for future in pool.begun] == [False] + 10 * [True]
 
 
 @pytest.mark.parametrize("room", [0, 5000, 12000, 30000])
@@ -426,6 +520,30 @@ def test_a_file_that_changes_under_way_stops_the_pack(photos: Path, tmp_path: Pa
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "left_out"), [("EACCES", True), ("EPERM", True), ("EIO", True), ("ESTALE", False), ("ENOENT", False)]
+)
+def test_a_picture_is_left_out_only_where_it_will_not_be_read_another_time(
+    album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, left_out: bool
+) -> None:
+    """A disk that went away stops the pack, rather than to leave it without half of the pictures."""
+    number = getattr(errno, name)
+
+    def refuse(path: str, mode: str) -> Any:
+        if path.endswith("c.gif"):
+            raise OSError(number, os.strerror(number))
+        return open(path, mode)
+
+    monkeypatch.setattr(packing, "open", refuse, raising=False)
+    if left_out:
+        pack = made(album, tmp_path / "photos.ds")
+        assert ("dög/c.gif", os.strerror(number)) in pack.skipped
+        assert len(pack) == 7
+    else:
+        with pytest.raises(UserError, match=r"c\.gif cannot be read any more"):
+            made(album, tmp_path / "photos.ds")
+
+
 def test_another_form_is_refused(photos: Path, tmp_path: Path) -> None:
     for out, finish in ((tmp_path / "begun.ds", False), (tmp_path / "whole.ds", True)):
         with Packing(str(photos), str(out), Form(side=20)) as job:
@@ -476,6 +594,13 @@ def test_a_damaged_index_is_never_a_crash(photos: Path, tmp_path: Path) -> None:
         for index in (2, 3):
             with pytest.raises(BadImage, match="damaged in the pack"):
                 open_pack(pack.path).read(index)
+
+
+def test_a_digest_is_of_the_whole_file(tmp_path: Path) -> None:
+    """The index of a hundred million pictures is gigabytes."""
+    data = noise(2**20 + 7).tobytes()
+    (tmp_path / "ends").write_bytes(data)
+    assert digest_of(tmp_path / "ends") == sha256(data).hexdigest()
 
 
 def test_training_leaves_a_damaged_picture_out(photos: Path, tmp_path: Path) -> None:
