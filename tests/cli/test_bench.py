@@ -4,9 +4,13 @@ import json
 import re
 import shlex
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +27,7 @@ from dino.methods import BYOLConfig, SwAVConfig
 from dino.methods.dino import DINOConfig
 from dino.models.vit import ViT
 from dino.optim import Optim
-from dino.presets import resolve
+from dino.presets import memory, resolve
 from dino.run import Run
 from dino.runtime import Machine, Runtime
 
@@ -118,6 +122,55 @@ def test_without_a_preset_it_is_what_training_begins_with(monkeypatch: pytest.Mo
     assert read(["--network", "vit_tiny/8"])[1].run.backbone == ViT(size="tiny", patch=8, image_size=224)
 
 
+class Heard:
+    """A terminal that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.tables: dict[str, Sequence[Sequence[str]]] = {}
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        self.said.append(text)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        assert {len(row) for row in rows} == {len(columns)}
+        self.tables[title] = rows
+
+    def progress(self, label: str) -> Any:
+        self.said.append(label)
+        return nullcontext(nobody)
+
+
+@pytest.mark.parametrize(
+    ("words", "batch"),
+    [
+        ((), None),
+        (("--optim.batch-size", "48"), 48),
+        (("--optim.batch-size", "48", "--batch", "3"), 3),
+        (("--optim.micro-batch", "auto"), None),
+    ],
+)
+def test_the_batch_is_the_one_asked_for_or_one_that_fits(
+    words: tuple[str, ...], batch: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rates, "matrix_rate", lambda *_: FOUND.products)
+    monkeypatch.setattr(rates, "memory_rate", lambda *_: FOUND.memory)
+    monkeypatch.setattr(speed, "step_speed", lambda run, rt, batch, steps, done: replace(STEP, batch=batch))
+    monkeypatch.setattr(memory, "micro_batch", lambda *_: (2, "so it is"))
+    given, options = read(["--preset", "vits16", *words])
+    fits = fitting(options.run, CPU, FOUND.products.per_second)
+    heard: Any = Heard()
+    found = command._measure(options.run, options, given, CPU, heard)
+    assert found.run.optim.batch_size == found.step.batch == (batch or fits)
+    assert found.run.optim.micro_batch == (2 if "auto" in words else 0)
+    assert heard.said == [
+        "matrix products",
+        "training steps",
+        "memory",
+    ]  # last: its buffers would be in the step's peak
+    assert found.reading is None  # no pictures were named
+
+
 def precision(*words: str, here: Machine = CARD) -> str:
     given, options = read(words)
     return command._for_machine(options.run, given, here).precision
@@ -190,6 +243,50 @@ def test_the_share_by_hand() -> None:
     assert replace(FOUND, reading=0.1).together == pytest.approx(1 / (0.2 / 8 + 0.1 / 2))  # two cores, all shared
     on_card = replace(FOUND, here=CARD, run=replace(RUN, workers=4), reading=0.2)
     assert on_card.together == pytest.approx(20)  # 4 workers; the card could take 40
+
+
+def test_what_is_told_is_what_was_measured() -> None:
+    told = replace(FOUND, reading=0.1, products=Rate(1e12, "512", 0.4)).told()
+    each = sum(part.total for part in operations(RUN))
+    assert told["rates"] == {
+        "operations_per_s": 1e12,
+        "product": "512",
+        "processor_had": 0.4,
+        "bytes_per_s": 1e10,
+        "transfer": "copy",
+    }
+    assert told["machine"] == {"name": "a processor", "device": "cpu", "cores": 2, "threads": 2, "memory": 2**33}
+    assert told["floor"]["by_products"] == 1e12 / each
+    assert told["floor"]["by_memory"] == 1e10 * 8 / sum(told["bytes"].values())
+    assert told["floor"]["images_per_s"] == FOUND.most
+    assert (told["step"]["seconds"], told["step"]["images_per_s"], told["step"]["peak"]) == (0.2, 40, 2**30)
+    assert told["data"] == {"images_per_s_per_worker": 10}
+    assert told["bytes"] == moved(RUN, 8)
+
+
+def test_the_tables_add_up() -> None:
+    heard: Any = Heard()
+    command.show(replace(FOUND, run=resolve("vits16"), reading=0.1), heard)
+    counted, traffic, speeds, spent = heard.tables.values()
+    *parts, everything = [[float(cell.rstrip("%")) for cell in row[1:]] for row in counted]
+    for teacher, student, backward, total, share in (*parts, everything):
+        assert teacher + student + backward == pytest.approx(total, abs=0.002)
+        assert share == pytest.approx(100 * total / everything[3], abs=0.06)
+    assert np.sum(parts, axis=0) == pytest.approx(everything, abs=0.3)
+    *parts, everything = [[float(cell) for cell in row[1:]] for row in traffic]
+    for whole, each in (*parts, everything):
+        assert whole == pytest.approx(8 * each, abs=0.1)  # pictures
+    assert np.sum(parts, axis=0) == pytest.approx(everything, abs=0.3)
+    by_name = dict(speeds)
+    floors = float(by_name["matrix products alone"]), float(by_name["memory alone"])
+    assert float(by_name["the floor: no code passes"]) == min(floors) < max(floors)
+    share = 40 / min(floors)
+    assert by_name["reached by the step"] == f"40.00  ({share:.1%} of the floor)"
+    assert by_name["reading and cropping, one worker"] == "10.00"
+    assert by_name["both together, expected"] == f"{1 / (1 / 40 + 0.1 / 2):.2f}"
+    assert any("1000.0 GFLOP/s (512), 10.0 GB/s (copy)" in title for title in heard.tables)
+    assert spent == [["student's forward pass", "100.0", "25.0%"], ["backward pass, clipping", "300.0", "75.0%"]]
+    assert "Peak memory 1.00 GiB\n" in heard.said
 
 
 def said(found: Bench) -> str:
