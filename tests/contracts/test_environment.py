@@ -12,6 +12,8 @@ from dino import environment
     [
         (0.3, {}, None),
         (3.0, {}, "passive"),
+        (1.6, {}, None),
+        (2.4, {}, "passive"),
         (3.0, {"OMP_WAIT_POLICY": "active"}, "active"),
         (3.0, {"GOMP_SPINCOUNT": "100"}, None),
         (0.3, {"OMP_WAIT_POLICY": "passive"}, "passive"),
@@ -30,9 +32,10 @@ def test_threads_sleep_where_others_work_unless_somebody_chose(
     assert os.environ.get("OMP_WAIT_POLICY") == expected
 
 
-def test_where_nobody_says_others_are_taken_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError, AttributeError])
+def test_where_nobody_says_others_are_taken_to_be_there(error, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown() -> None:
-        raise OSError
+        raise error
 
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
