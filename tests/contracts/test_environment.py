@@ -5,6 +5,7 @@ import os
 import pytest
 
 from dino import environment
+from dino.cli import main
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,11 @@ def test_where_nobody_says_others_are_taken_to_be_there(error, monkeypatch: pyte
     monkeypatch.setattr(os, "getloadavg", unknown)
     environment.prepare()
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_a_command_begins_with_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared = []
+    monkeypatch.setattr(environment, "prepare", lambda: prepared.append(True))
+    assert main(["--version"]) == 0
+    assert prepared == [True]
+    assert capsys.readouterr().out.strip()
