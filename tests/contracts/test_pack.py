@@ -594,6 +594,10 @@ def test_a_damaged_index_is_never_a_crash(photos: Path, tmp_path: Path) -> None:
         for index in (2, 3):
             with pytest.raises(BadImage, match="damaged in the pack"):
                 open_pack(pack.path).read(index)
+        (step,) = train_batches(
+            open_pack(pack.path), MultiCrop(global_size=16, local=0), batch_size=8, seed=0, epochs=1
+        )
+        assert sorted(item.name for item in step.skipped) == list(pack.names[2:4])
 
 
 def test_a_digest_is_of_the_whole_file(tmp_path: Path) -> None:

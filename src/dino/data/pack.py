@@ -20,6 +20,7 @@ import weakref
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -201,7 +202,8 @@ class PackPictures(Pictures):
         if hasattr(os, "posix_fadvise"):
             for index in np.sort(indices).tolist():
                 number, start, length = self._place(index)
-                os.posix_fadvise(self.files[number], start, length, os.POSIX_FADV_WILLNEED)
+                with suppress(OSError, OverflowError):  # a damaged index: `encoded` says so
+                    os.posix_fadvise(self.files[number], start, length, os.POSIX_FADV_WILLNEED)
 
     def damaged(self) -> Iterator[str | None]:
         """Reads everything once, from the front: for each picture None, or what is wrong with it; then for each file of
