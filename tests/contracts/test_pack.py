@@ -330,6 +330,25 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(
     assert calls > 80
 
 
+def test_what_a_kill_left_beyond_is_no_part_of_the_pack(album: Path, tmp_path: Path, in_small_parts: None) -> None:
+    """Not even where less comes after it: a picture may be gone by then, or its JPEG of another length."""
+    expected = files(made(album, tmp_path / "whole.ds").path)
+
+    def stop(done: int, _: int) -> None:
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with Packing(str(album), str(tmp_path / "photos.ds")) as job:
+        job.look()
+        with pytest.raises(KeyboardInterrupt):
+            job.write(stop)
+    last = max(job.part.glob("data-*"))
+    for file in (last, last.with_name(f"data-{int(last.name[5:]) + 1:05}")):
+        with file.open("ab") as more:
+            more.write(bytes(50_000))
+    assert files(made(album, tmp_path / "photos.ds").path) == expected
+
+
 def test_a_system_that_takes_a_part_at_a_time_gets_everything(
     album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,15 +74,18 @@ class Writer:
         self.part, self.reached = part, reached
         self.new: list[Kept | Skipped] = []
         self.start, self.end = reached.starts[-1], reached.end
-        self.data = self._open_data(len(reached.starts) - 1)
+        self.data = self._open_data(len(reached.starts) - 1, self.end - self.start)
         self.settled_at = time.monotonic()
 
     @property
     def seen(self) -> int:
         return self.reached.seen + len(self.new)
 
-    def _open_data(self, number: int) -> int:
-        return os.open(self.part / f"data-{number:05}", os.O_RDWR | os.O_CREAT, 0o666)
+    def _open_data(self, number: int, length: int = 0) -> int:
+        """A data file, cut to `length`: of what a kill left beyond, not every picture may come again."""
+        file = os.open(self.part / f"data-{number:05}", os.O_RDWR | os.O_CREAT, 0o666)
+        os.ftruncate(file, length)
+        return file
 
     def keep(self, name: str, data: bytes, size: tuple[int, int], sum: int) -> None:
         opens = self.end > self.start and self.end + len(data) - self.start > FILE_BYTES
