@@ -330,6 +330,43 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(
     assert calls > 80
 
 
+def test_what_is_said_to_be_done_outlasts_a_power_cut(
+    album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_small_parts: None
+) -> None:
+    """No file gets its name before everything that was written is flushed to the disk, nor the pack before its folder
+    is, whose own name is flushed last."""
+    written: set[int] = set()
+    flushed: set[int] = set()
+    pwrite, replace, rename = os.pwrite, os.replace, os.rename
+
+    def node(file: Any) -> int:
+        return os.stat(file).st_ino
+
+    def wrote(file: int, data: bytes, at: int) -> int:
+        written.add(node(file))
+        flushed.discard(node(file))
+        return pwrite(file, data, at)
+
+    def replaced(old: Path, new: Path) -> None:
+        assert {node(old), *written} <= flushed, new
+        if new.exists():
+            flushed.discard(node(new))  # its number may be given to another file
+        flushed.discard(node(new.parent))
+        replace(old, new)
+
+    def renamed(old: Path, new: Path) -> None:
+        assert {node(path) for path in (old, *old.iterdir())} <= flushed
+        flushed.discard(node(new.parent))
+        rename(old, new)
+
+    for name, own in (("pwrite", wrote), ("replace", replaced), ("rename", renamed)):
+        monkeypatch.setattr(os, name, own)
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.add(node(file)))
+    pack = made(album, tmp_path / "photos.ds")
+    assert len(written) == len(pack.files) + 6  # ends, sizes, sums, names, their ends, what was left out
+    assert node(tmp_path) in flushed
+
+
 def test_what_a_kill_left_beyond_is_no_part_of_the_pack(album: Path, tmp_path: Path, in_small_parts: None) -> None:
     """Not even where less comes after it: a picture may be gone by then, or its JPEG of another length."""
     expected = files(made(album, tmp_path / "whole.ds").path)

@@ -72,6 +72,9 @@ class Listing:
                 done += len(chunk)
                 if progress is not None:
                     progress(done, 0)
+            for file in (names, stamps):
+                file.flush()
+                os.fsync(file.fileno())
         return sorted(skipped), ignored
 
 
