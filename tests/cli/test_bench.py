@@ -196,6 +196,16 @@ def test_rates_are_of_the_fastest_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory_rate(CPU, nobody)[:2] == (3 * 2**16, "add")
 
 
+@pytest.mark.usefixtures("quick")
+def test_what_others_took_is_told_of_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clocks of our own: two threads, and a second of the processor in each second that passes: half of two."""
+    seconds = iter(range(1000))
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr(rates.time, "process_time", lambda: float(next(seconds)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert matrix_rate(CPU, "float32", nobody).had == pytest.approx(0.5, abs=0.1)
+
+
 def test_a_part_inside_another_is_counted_once() -> None:
     watch = Stopwatch(torch.device("cpu"))
     began = time.perf_counter()
@@ -301,6 +311,7 @@ def test_the_bottleneck_is_named() -> None:
     assert "The step is the bottleneck" in said(replace(on_card, reading=0.01))
     assert "67% of the cores' time" in said(replace(FOUND, reading=0.1))
     assert "the step is the bottleneck" in said(replace(FOUND, reading=0.0001))
+    assert "17% of the cores' time" in said(replace(FOUND, reading=0.01))
 
 
 def test_knobs_are_named_where_they_help() -> None:
@@ -309,7 +320,7 @@ def test_knobs_are_named_where_they_help() -> None:
     assert "larger batch" not in said(replace(FOUND, memory=Rate(1e15, "copy")))
     assert "larger batch" in said(replace(FOUND, memory=Rate(1e6, "copy")))
     assert "micro-batch" not in said(FOUND)
-    full = replace(FOUND, step=replace(STEP, peak=2**33))
+    full = replace(FOUND, step=replace(STEP, peak=2**32))  # a half
     assert "--optim.micro-batch auto and --recompute" in said(full)
     for change in (dict(method=SwAVConfig()), dict(method=dict(head_norm="batch"))):  # their batches stay whole
         alone = said(replace(full, run=edit(RUN, **change)))

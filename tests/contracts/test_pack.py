@@ -23,7 +23,7 @@ from dino.data.decode import decode
 from dino.data.folder import Folder, FolderPictures
 from dino.data.listing import Listed
 from dino.data.loader import train_batches
-from dino.data.pack import Form, PackPictures, digest_of, open_pack
+from dino.data.pack import ARRAYS, Form, PackPictures, digest_of, open_pack
 from dino.data.packing import Packing
 from dino.data.pictures import BadImage, Pictures
 from dino.data.views import MultiCrop
@@ -226,6 +226,16 @@ def test_the_next_batch_is_fetched_in_the_order_of_its_places(
     assert set(advice) == {os.POSIX_FADV_WILLNEED}
 
 
+def test_what_is_written_to_its_arrays_stays_in_the_process(album: Path, tmp_path: Path) -> None:
+    """Torch takes only arrays that may be written."""
+    pack = made(album, tmp_path / "photos.ds")
+    before = files(pack.path)
+    for array in (pack.labels, pack.sizes):
+        assert array is not None
+        torch.from_numpy(array).add_(1)
+    assert files(pack.path) == before
+
+
 def test_a_pack_that_is_let_go_of_keeps_no_file_open(album: Path, tmp_path: Path, in_small_parts: None) -> None:
     pack = made(album, tmp_path / "photos.ds")
     opened = pack.files
@@ -380,7 +390,8 @@ def test_what_a_kill_left_beyond_is_no_part_of_the_pack(album: Path, tmp_path: P
         with pytest.raises(KeyboardInterrupt):
             job.write(stop)
     last = max(job.part.glob("data-*"))
-    for file in (last, last.with_name(f"data-{int(last.name[5:]) + 1:05}")):
+    following = last.with_name(f"data-{int(last.name[5:]) + 1:05}")
+    for file in (last, following, *(job.part / name for name in (*ARRAYS, "names", "skipped"))):
         with file.open("ab") as more:
             more.write(bytes(50_000))
     assert files(made(album, tmp_path / "photos.ds").path) == expected
