@@ -45,7 +45,26 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
 
 def write_json(path: Path, data: Any) -> Path:
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-    return write_whole(path, lambda aside: aside.write_text(text))
+    return write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where it is missing, or is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one on each line; a line torn by a kill is left out, and a missing file has none."""
+    rows = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(text))
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def remove_parts(folder: Path) -> None:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dino.files import write_whole
+from dino.files import read_lines, write_whole
 
 METRICS = "metrics.jsonl"
 
@@ -37,16 +37,7 @@ class Log:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Every whole line of a run's metrics; a line torn by a kill is left out."""
-    lines = []
-    path = folder / METRICS
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines
+    return [line for line in read_lines(folder / METRICS) if "step" in line]
 
 
 def _line(values: dict[str, Any]) -> str:

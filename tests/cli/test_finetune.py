@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dino.cli.train import Given
+from dino.cli.given import Given
+from dino.cli.train import EXAMPLES, TrainOptions
 from dino.data.scenes import Scenes
 from dino.run import read_run
 from dino.session.begin import starting_from
@@ -109,5 +110,6 @@ def test_the_networks_drop_path_and_the_views_size_are_the_runs(trained) -> None
     assert run.views.size == 32
     assert run.backbone.drop_path == 0.1
     assert starting_from(resolve("finetune"), found).views.size == 224
-    assert Given(["a", "scenes"]).drawn() == "scenes"
-    assert Given(["a", "scenes"], drawn=None).drawn() is None
+    line = dict(kind=TrainOptions, prog="dino train", examples=EXAMPLES)
+    assert Given(["a", "scenes"], **line).drawn() == "scenes"
+    assert Given(["a", "scenes"], **line, drawn=None).drawn() is None

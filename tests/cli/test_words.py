@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 
 import dino as package
-from dino.cli.train import network
 from dino.config import edit
 from dino.errors import UserError
 from dino.live import Watch
 from dino.models import Timm, ViT
+from dino.models.names import named
 from dino.run import Run
 from dino.schedules import Clock
 from dino.session.begin import differences, flag
@@ -75,10 +75,10 @@ def test_the_package_has_its_names():
 
 
 def test_network_names():
-    assert network("vit_tiny/8") == ViT(size="tiny", patch=8)
-    assert network("timm:resnet18") == Timm(name="resnet18")
+    assert named("vit_tiny/8") == ViT(size="tiny", patch=8)
+    assert named("timm:resnet18") == Timm(name="resnet18")
     with pytest.raises(UserError, match="vit_base/16"):
-        network("vit_bass/16")
+        named("vit_bass/16")
 
 
 def test_differences_are_named_as_flags():

@@ -8,7 +8,8 @@ from dino.analysis.rates import Rate
 from dino.analysis.speed import StepSpeed
 from dino.config import to_dict
 from dino.models.batch_norm import has_batch_norm
-from dino.presets.plan import Speed, network_name
+from dino.models.names import network_name
+from dino.presets.plan import Speed
 from dino.run import Run
 from dino.runtime import Machine
 

@@ -1,40 +1,28 @@
 """report.html: one self-contained page that tells what a run was, how it went, and what its network sees."""
 
-import dataclasses
-import json
 import math
 import platform
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dino.analysis import page
 from dino.analysis.asked import asked_section
 from dino.analysis.curves import History, chart, line, read_history
-from dino.analysis.render import cutout, heat
-from dino.analysis.snapshots import read_index, read_neighbours
+from dino.analysis.report_pictures import attention_section, neighbours_section
+from dino.analysis.report_settings import plan_section, settings_section, shown
 from dino.analysis.vital_signs import health_section, standing
-from dino.config import to_dict
 from dino.errors import UserError
-from dino.files import write_whole
-from dino.run import read_run
+from dino.files import read_json, read_lines, write_whole
 from dino.units import duration
 
-COLUMNS = 6
-"""Epochs shown side by side, and heads."""
 SHOWN_SKIPPED = 300
 FLOORS = {"raw_pixels": "raw pixels", "random_weights": "random weights", "majority_class": "majority class"}
-SECTIONS = {
-    "data": "Pictures", "backbone": "Network", "method": "Method", "views": "Views", "optim": "Optimizer",
-    "knn": "k-NN while training",
-}  # fmt: skip
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -44,7 +32,7 @@ def write_report(run_dir: Path | str) -> Path:
     too.
     """
     run_dir = Path(run_dir)
-    described = _json(run_dir / "run.json")
+    described = read_json(run_dir / "run.json")
     if not isinstance(described, dict):
         raise UserError(f"No run in {run_dir}: expected its run.json. Give the folder that `dino train` wrote to.")
     run, history = described.get("run", described), read_history(run_dir)
@@ -55,10 +43,10 @@ def write_report(run_dir: Path | str) -> Path:
         _curves(described, run, history),
         health_section(run_dir, described, history),
         asked_section(history.evaluations),
-        _attention(run_dir / "snapshots"),
-        _neighbours(run_dir / "snapshots"),
-        _plan(run_dir, described),
-        _settings(run_dir, run),
+        attention_section(run_dir / "snapshots"),
+        neighbours_section(run_dir / "snapshots"),
+        plan_section(run_dir),
+        settings_section(run_dir, run),
         _skipped(run_dir),
         _environment(described, history),
     ]
@@ -142,138 +130,9 @@ def _curves(described: Mapping, run: Mapping, history: History) -> str:
     return page.section("Curves", "Over epochs.", f'<div class="grid charts">{charts}</div>' if charts else "")
 
 
-def _attention(folder: Path) -> str:
-    index = read_index(folder)
-    epochs = [entry for entry in index["epochs"] if entry.get("maps")]
-    if not epochs:
-        return ""
-    shown = [
-        epochs[i] for i in sorted(set(np.linspace(0, len(epochs) - 1, min(COLUMNS, len(epochs))).round().astype(int)))
-    ]
-    last = shown[-1]
-    over, detail = [], []
-    for place, told in index["pictures"].items():
-        picture = _image(folder / f"pictures/{place}.jpg")
-        if picture is None or place not in last["maps"]:
-            continue
-        first = page.cell(picture, told.get("label") or Path(told["name"]).name, alt=told["name"])
-        maps = (entry["maps"].get(place) for entry in shown)
-        over.append(first + "".join(page.cell(_image(folder / f"{m}.jpg") if m else None) for m in maps))
-        detail.append(first + "".join(page.cell(image) for image in _heads(folder, last, place, picture)))
-    similar = last.get("kind") == "similarity"
-    what = (
-        "Similarity of every place to the pooled feature; this network has no attention."
-        if similar
-        else "Attention of the last block's [CLS] token, mean over heads, as training went on."
-    )
-    heads = min(last["heads"], COLUMNS) if last["heads"] > 1 else 0
-    names = ["", "mask, 60 %", "mean", *(f"head {i}" for i in range(heads))]
-    return page.section(
-        "What it sees",
-        what,
-        page.pictures(["", *(f"epoch {entry['epoch']:.4g}" for entry in shown)], over),
-        f'<p class="between">At epoch {last["epoch"]:.4g}: the fewest patches that hold 60 % of the mass'
-        + (", and the heads one by one.</p>" if heads else ".</p>"),
-        page.pictures(names, detail),
-    )
-
-
-def _heads(folder: Path, entry: Mapping, place: str, picture: np.ndarray) -> Iterator[np.ndarray | None]:
-    """Mask, mean, and the heads, from the strip of maps that `snapshot` saved: heads, mean, mask, side by
-    side.
-    """
-    shape = (picture.shape[0], picture.shape[1])
-    strip = _image(folder / f"{entry['maps'][place]}.png", "L")
-    width = entry["grid"][1]
-    if strip is None or strip.shape[1] < width * (entry["heads"] + 2):
-        yield None
-        return
-    maps = [strip[:, at : at + width] for at in range(0, strip.shape[1], width)]
-    yield cutout(picture, maps[-1] > 127)
-    yield heat(maps[-2], shape)
-    if entry["heads"] > 1:
-        yield from (heat(values, shape) for values in maps[: min(entry["heads"], COLUMNS)])
-
-
-def _neighbours(folder: Path) -> str:
-    found = read_neighbours(folder)
-    rows, most = [], 0
-    for query in found.get("queries", []):
-        near = query.get("neighbours", [])
-        most = max(most, len(near))
-        cells = [page.cell(_thumb(folder, query), query.get("label") or Path(query["name"]).name, alt=query["name"])]
-        for one in near:
-            same = "same" if query.get("label") and one.get("label") == query["label"] else ""
-            under = f"{one['similarity']:.2f}  {one.get('label') or ''}".strip()
-            cells.append(page.cell(_thumb(folder, one), under, alt=one["name"], mark=same))
-        rows.append("".join(cells))
-    text = f"Among {found.get('pictures', 0):,} pictures, by the cosine of their features."
-    heads = ["picture", "nearest", *([""] * (most - 1))]
-    return page.section("Nearest neighbours", text, page.pictures(heads, rows))
-
-
-def _plan(run_dir: Path, described: Mapping) -> str:
-    reasons = described.get("plan") or _json(run_dir / "plan.json") or []
-    if isinstance(reasons, dict):
-        reasons = reasons.get("reasons", [])
-    rows = [[str(r.get(key, "")) for key in ("name", "value", "why")] for r in reasons if isinstance(r, dict)]
-    return page.section("Why these settings", "What the plan chose from the data and the machine.", page.table(rows))
-
-
-def _settings(run_dir: Path, run: Mapping) -> str:
-    try:
-        known = read_run(run_dir)
-        usual, run = _usual(known), {**run, "evals": list(map(str, known.evals))}  # as they are typed
-    except (UserError, TypeError, ValueError):  # a run of another version: shown as it is, nothing muted
-        usual = {}
-    groups: dict[str, dict[str, Any]] = {
-        "Run": {name: value for name, value in run.items() if not isinstance(value, dict)}
-    }
-    groups |= {SECTIONS.get(str(name), str(name)): value for name, value in run.items() if isinstance(value, dict)}
-    defaults = {"Run": usual} | {SECTIONS.get(name, name): usual.get(name, {}) for name in run}
-    cards = []
-    for title, values in groups.items():
-        standard = defaults.get(title) or {}
-        rows = [
-            (name.replace("_", " "), _value(value), name in standard and standard[name] == value)
-            for name, value in values.items()
-            if name != "type"
-        ]
-        rows.sort(key=lambda row: row[2])
-        if rows:
-            cards.append(page.definitions(title, "" if title == "Run" else str(values.get("type", "")), rows))
-    return page.section(
-        "Settings",
-        "All of them, as run.json has them; those at their default are pale.",
-        f'<div class="grid settings">{"".join(cards)}</div>' if cards else "",
-    )
-
-
-def _usual(value: Any) -> dict[str, Any]:
-    """The defaults of a settings value's own types, as plain data; a nested value is compared with its own
-    type's.
-    """
-    found = {}
-    for field in dataclasses.fields(value):
-        own = getattr(value, field.name)
-        if dataclasses.is_dataclass(own):
-            found[field.name] = _usual(own)
-        elif field.default is not dataclasses.MISSING:
-            found[field.name] = to_dict(field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            found[field.name] = to_dict(field.default_factory())
-    return found
-
-
 def _skipped(run_dir: Path) -> str:
-    rows = []
-    path = run_dir / "skipped.jsonl"
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(text)
-            rows.append((str(row["name"]), str(row["reason"])))
-        except (ValueError, KeyError, TypeError):
-            continue
+    found = read_lines(run_dir / "skipped.jsonl")
+    rows = [(str(row["name"]), str(row["reason"])) for row in found if {"name", "reason"} <= row.keys()]
     rows = list(dict.fromkeys(rows))
     if not rows:
         return ""
@@ -290,20 +149,11 @@ def _skipped(run_dir: Path) -> str:
 
 def _environment(described: Mapping, history: History) -> str:
     rows = [(name, str(value)) for name, value in (described.get("versions") or {}).items()]
-    machine = described.get("machine")
-    if isinstance(machine, dict):
-        rows += [(name, str(value)) for name, value in machine.items()]
-    elif machine:
-        rows.append(("machine", str(machine)))
-    times = history.line("time")[1]
-    if times:
-        spent = times[-1] + sum(before for before, after in pairwise(times) if after < before)  # resumed: starts anew
-        rows.append(("time training", duration(spent)))
+    if history.seconds:
+        rows.append(("time training", duration(history.seconds)))
     data = described.get("data") or {}
     rows += [
-        (f"data: {name.replace('_', ' ')}", _value(value))
-        for name, value in data.items()
-        if value not in (None, "", [])
+        (f"data: {name.replace('_', ' ')}", shown(value)) for name, value in data.items() if value not in (None, "", [])
     ]
     rows.append(
         (
@@ -341,46 +191,7 @@ def _network(run: Mapping) -> str:
     return str(backbone.get("name") or backbone.get("type") or "A network")
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10000 else str(value)
-    if isinstance(value, list):
-        return (
-            f"{len(value)}: {', '.join(map(_value, value[:8]))}, …"
-            if len(value) > 8
-            else ", ".join(map(_value, value)) or "–"
-        )
-    if isinstance(value, dict):
-        inside = ", ".join(f"{name} {_value(item)}" for name, item in value.items() if name != "type")
-        return f"{value.get('type', '')}({inside})"
-    return "–" if value is None or value == "" else str(value)
-
-
 def _at(data: Mapping, *names: str) -> Any:
     for name in names:
         data = data.get(name) if isinstance(data, Mapping) else None  # type: ignore[assignment]
     return data
-
-
-def _thumb(folder: Path, described: Mapping) -> np.ndarray | None:
-    return _image(folder / described["file"]) if described.get("file") else None
-
-
-def _image(path: Path, mode: str = "RGB") -> np.ndarray | None:
-    """A picture that this project saved; None where it is missing or cut short."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert(mode))
-    except (OSError, ValueError):
-        return None
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -11,7 +11,6 @@ Everything lies in RUN/snapshots, small, with a JSON index beside it:
     neighbours.json       for each query its nearest pictures; thumbs/ holds them
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from dino.data.views import eval_transform
 from dino.errors import UserError
 from dino.evals.evaluator import Extracted
 from dino.evals.knn import nearest_neighbours
-from dino.files import write_json
+from dino.files import read_json, write_json
 from dino.models.backbone import Backbone
 
 JPEG = {"quality": 82, "optimize": True}
@@ -78,7 +77,7 @@ def snapshot(
 
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of the maps; an empty one where there is none, or none that can be read."""
-    index = _read_json(folder / "index.json")
+    index = read_json(folder / "index.json")
     return index if isinstance(index, dict) and {"pictures", "epochs"} <= set(index) else {"pictures": {}, "epochs": []}
 
 
@@ -116,7 +115,7 @@ def write_neighbours(
 
 def read_neighbours(folder: Path) -> dict[str, Any]:
     """What `write_neighbours` wrote; empty where there is nothing."""
-    found = _read_json(folder / "neighbours.json")
+    found = read_json(folder / "neighbours.json")
     return found if isinstance(found, dict) else {}
 
 
@@ -142,10 +141,3 @@ def _label(pictures: Pictures, index: int) -> str | None:
         return None
     label = int(pictures.labels[index])
     return pictures.classes[label] if label < len(pictures.classes) else str(label)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -5,7 +5,6 @@ runs/ablate/TABLE/SCALE/        study.json: the base that the rows are edits of,
                                 or same.json: another table's folder where just this was run
 """
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 from dino.analysis.curves import History, Line, line, read_history
 from dino.config import differences, from_dict, to_dict
 from dino.errors import UserError, nearest
-from dino.files import write_json
+from dino.files import read_json, read_lines, write_json
 from dino.presets.ablations import HOMES, table
 from dino.presets.ablations.table import SCALES, Row, Scale, Table
 from dino.run import Run, read_run
@@ -98,7 +97,7 @@ class Cell:
     @property
     def home(self) -> Path:
         """Where the run lies: here, or where another table has it already."""
-        same = _json(self.folder / SAME)
+        same = read_json(self.folder / SAME)
         if isinstance(same, dict) and (home := self.folder / str(same.get("folder"))).joinpath(RESULT).is_file():
             return home.resolve()
         return self.folder
@@ -109,12 +108,12 @@ class Cell:
 
     @property
     def result(self) -> Result | None:
-        told = _json(self.home / RESULT)
+        told = read_json(self.home / RESULT)
         return None if told is None else from_dict(Result, told)
 
     @property
     def error(self) -> str:
-        told = _json(self.folder / FAILED)
+        told = read_json(self.folder / FAILED)
         return str(told["error"]) if isinstance(told, dict) and "error" in told else ""
 
     @property
@@ -188,7 +187,7 @@ class Study:
 
 def read_study(folder: Path) -> Study | None:
     """The study in a folder; None where there is none."""
-    told = _json(folder / STUDY)
+    told = read_json(folder / STUDY)
     if told is None:
         return None
     try:
@@ -221,19 +220,4 @@ def find_study(name: str, root: Path = ROOT, scale: Scale | None = None) -> Stud
 
 def read_students(folder: Path) -> list[dict[str, Any]]:
     """The student's figures, one line for each evaluation; a torn line is left out."""
-    path, rows = folder / STUDENT, []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    return [row for row in read_lines(folder / STUDENT) if "step" in row]

@@ -11,10 +11,10 @@ from dino.analysis.curves import Line, chart
 from dino.analysis.study import Cell, Spread, Study
 from dino.config import shown
 from dino.files import write_whole
+from dino.models.names import network_name
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.presets.ablations.table import Curve, Figure, Row
-from dino.presets.plan import network_name
 from dino.units import duration
 
 PICTURES = "At scale paper the network, the epochs and the crops are the paper's."

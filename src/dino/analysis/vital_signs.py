@@ -1,6 +1,5 @@
 """The report's part on health: what is wrong, how the vitals went, and what the monitor said on the way."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from dino.analysis.advice import Finding
 from dino.analysis.curves import History, Line, chart
 from dino.analysis.health import diagnose
 from dino.errors import UserError
+from dino.files import read_lines
 from dino.run import read_run
 
 
@@ -79,14 +79,7 @@ def health_section(run_dir: Path, described: Mapping[str, Any], history: History
 
 def read_said(run_dir: Path) -> list[dict[str, Any]]:
     """What the monitor of a session said, in order: step, name, said."""
-    rows = []
-    path = run_dir / "health.jsonl"
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(text))
-        except ValueError:  # torn by a kill
-            continue
-    return [row for row in rows if isinstance(row, dict)]
+    return read_lines(run_dir / "health.jsonl")
 
 
 def _where(row: Mapping[str, Any]) -> str:

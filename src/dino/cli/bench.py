@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from dino import __version__
+from dino.cli.given import Given
 from dino.cli.options import Switch
-from dino.cli.train import Given
 from dino.config import edit
 from dino.data.folder import Folder
 from dino.errors import UserError

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
+from dino.cli.given import Given
 from dino.cli.options import Switch
-from dino.cli.train import Given, carry_out
+from dino.cli.train import carry_out
 from dino.config import edit
 from dino.data.folder import Folder
 from dino.data.sources import DRAWN, WORDS

@@ -1,34 +1,28 @@
 """dino train: from a folder of pictures to a trained backbone."""
 
-import itertools
-import os
-import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol, cast
+from typing import Annotated
 
 import tyro
 
 from dino import dist
-from dino.cli.asks import ASKS
-from dino.cli.options import Switch, parse
+from dino.cli.given import Given, Options
+from dino.cli.options import Switch
+from dino.cli.place import where
 from dino.config import edit, to_dict
 from dino.data.folder import Folder
 from dino.data.pictures import Pictures
 from dino.data.scenes import Scenes
-from dino.data.sources import WORDS
-from dino.errors import UserError, nearest
+from dino.errors import UserError
 from dino.files import write_json
-from dino.methods import METHODS, MethodName
-from dino.models.timm import Timm
-from dino.models.vit import ViT
-from dino.presets import resolve
+from dino.methods import MethodName
 from dino.presets.plan import Plan
 from dino.run import Run
 from dino.runtime import Runtime, machine, start
-from dino.session.begin import Found, find, resumed, settle, show_plan
+from dino.session.begin import Found, resumed, settle, show_plan
 from dino.session.training import Outcome, run_session
 from dino.terminal import Terminal, speaking
 
@@ -46,36 +40,6 @@ EXAMPLES = """\
 
 COLLAPSED = 3
 """Exit code of a run that --on-collapse ended."""
-UNKNOWN = "?"
-"""In place of the word for drawn pictures: the line has to be looked through for it."""
-SWITCHES = ("--dry-run", "--yes", "-y", "--json")
-
-
-class Options(Protocol):
-    """What a session needs of a command's options, besides the run's own flags."""
-
-    @property
-    def folder(self) -> str: ...
-    @property
-    def preset(self) -> str | None: ...
-    @property
-    def minutes(self) -> float | None: ...
-    @property
-    def name(self) -> str | None: ...
-    @property
-    def resume(self) -> str | None: ...
-    @property
-    def dry_run(self) -> bool: ...
-    @property
-    def yes(self) -> bool: ...
-    @property
-    def json(self) -> bool: ...
-    @property
-    def run(self) -> Run: ...
-    @property
-    def recipe(self) -> str | None:
-        """The preset that the run is, with what the line sets in it; None where the plan chooses."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +79,16 @@ class TrainOptions:
 
 
 def train(argv: Sequence[str]) -> int:
-    return carry_out(Given(list(argv)))
+    return carry_out(Given(list(argv), kind=TrainOptions, prog="dino train", examples=EXAMPLES))
 
 
-def carry_out(given: "Given") -> int:
+def carry_out(given: Given) -> int:
     """A whole session, from a command line to the report; gives the exit code."""
     options = given.parse(given.skeleton())
     _check(options)
     with speaking(options.json) as (terminal, give):
         with start() as rt:
-            folder, found = dist.on_main(lambda: _where(options, given, terminal))
+            folder, found = dist.on_main(lambda: where(options, terminal, chosen=given.has("--out")))
             if found is not None:
                 run, pictures, planned = _resumed(found, given, terminal)
             else:
@@ -144,109 +108,6 @@ def carry_out(given: "Given") -> int:
     return 0 if outcome.finished else 128 + (outcome.signal or signal.SIGINT)
 
 
-# -- reading the command line ------------------------------------------------------------------------------
-
-
-def preset_or_plan(name: str | None) -> Run:
-    """What the flags of `dino train` are laid over: a preset, or a Run for the plan to choose."""
-    return resolve(name) if name else Run()
-
-
-class Given:
-    """The command line, laid over a Run: first over a skeleton of the right types, then over the plan."""
-
-    def __init__(
-        self,
-        argv: list[str],
-        *,
-        kind: Callable[..., Options] = TrainOptions,
-        prog: str = "dino train",
-        examples: str = EXAMPLES,
-        base: Callable[[str | None], Run] = preset_or_plan,
-        drawn: str | None = UNKNOWN,
-    ) -> None:
-        """base: the Run for the preset's name, or for none. drawn: the word for drawn pictures that stands in the
-        folder's place, where that is known; None for none."""
-        self.argv, self.kind, self.prog, self.examples, self.base, self.known = argv, kind, prog, examples, base, drawn
-
-    def value(self, flag: str) -> str | None:
-        """A flag's value before anything is parsed: what the types of the other flags depend on."""
-        for place, word in enumerate(self.argv):
-            if word == flag and place + 1 < len(self.argv):
-                return self.argv[place + 1]
-            if word.startswith(f"{flag}="):
-                return word.partition("=")[2]
-        return None
-
-    def has(self, flag: str) -> bool:
-        return any(word == flag or word.startswith(f"{flag}=") for word in self.argv)
-
-    def skeleton(self) -> Run:
-        """A Run whose data and network are of the types that the line asks for."""
-        if (folder := self.value("--resume")) is not None:
-            found = find(Path(folder))
-            if found is None:
-                raise UserError(
-                    f"There is nothing to resume in {folder}: expected a run's folder, with run.json and "
-                    f"checkpoints/last.pt.{_runs_nearby(Path(folder))}"
-                )
-            return found.run
-        preset = self.value("--preset")
-        run = self.base(preset)
-        if isinstance(run.data, Folder) and ":" not in (preset or ""):  # a recipe is for anybody's pictures
-            run = edit(run, data=Folder(path=""))
-        if (word := self.drawn()) is not None:
-            run = edit(run, data=run.data if isinstance(run.data, Scenes) else WORDS[word])
-        if (name := self.value("--network")) is not None:
-            run = edit(run, backbone=network(name))
-        return self.learning(run)
-
-    def drawn(self) -> str | None:
-        """The word for drawn pictures that stands in the folder's place (`scenes`, `herds`): not a flag's value."""
-        if self.known != UNKNOWN:
-            return self.known
-        for before, word in itertools.pairwise(["", *self.argv]):
-            if word in WORDS and (not before.startswith("-") or before in SWITCHES or "=" in before):
-                return word
-        return None
-
-    def parse(self, over: Run) -> Options:
-        kind, default = cast(type[Any], self.kind), self.kind(run=over)
-        options = parse(kind, self.argv, self.prog, self.examples, default, ASKS)
-        data = options.run.data
-        if options.folder and self.drawn() is None:
-            data = edit(data, path=options.folder) if isinstance(data, Folder) else Folder(path=options.folder)
-            options = edit(options, run=edit(options.run, data=data))
-        return options
-
-    def change(self, run: Run) -> Run:
-        """The run with what the line sets."""
-        if (name := self.value("--network")) is not None:
-            backbone = network(name)
-            if isinstance(backbone, ViT):
-                backbone = edit(backbone, image_size=run.views.size)
-            run = edit(run, backbone=backbone)
-        return self.parse(self.learning(run)).run
-
-    def learning(self, run: Run) -> Run:
-        """The run with the method that the line names, at its own defaults where the run has another one."""
-        name = self.value("--method")
-        if name not in METHODS or type(run.method) is METHODS[name]:
-            return run  # a name that is none is refused with the other flags
-        return edit(run, method=METHODS[name]())
-
-
-def network(name: str) -> ViT | Timm:
-    """`vit_tiny/16` or `timm:resnet18` as settings."""
-    if name.startswith("timm:"):
-        return Timm(name=name.removeprefix("timm:"))
-    match = re.fullmatch(r"(?:vit[_-])?(tiny|small|base)[/_-]?(\d+)", name.lower())
-    if match is None:
-        known = ("vit_tiny/16", "vit_small/16", "vit_small/8", "vit_base/16", "vit_base/8")
-        raise UserError(f"There is no network {name!r}{nearest(name, known)}\nExpected vit_SIZE/PATCH or timm:NAME.")
-    return ViT(size=match[1], patch=int(match[2]))  # pyright: ignore[reportArgumentType]
-
-
 def _check(options: Options) -> None:
     if options.resume is not None:
         for name in ("preset", "network", "method", "minutes", "name"):
@@ -259,60 +120,6 @@ def _check(options: Options) -> None:
         )
     if options.minutes is not None and not options.minutes > 0:
         raise UserError(f"--minutes must be above 0; got {options.minutes:g}.")
-
-
-# -- where the run goes ------------------------------------------------------------------------------------
-
-
-def _where(options: Options, given: Given, terminal: Terminal) -> tuple[Path, Found | None]:
-    """The run's folder, and the run that is there and goes on. Takes no folder of another run."""
-    if options.resume is not None:
-        return Path(options.resume), find(Path(options.resume))
-    folder = Path(options.run.out if given.has("--out") else f"runs/{options.name or _named(options)}")
-    found = find(folder)
-    _must_be_writable(folder)
-    if found is None or options.dry_run:
-        return folder, None
-    free = next(Path(f"{folder}-{n}") for n in itertools.count(2) if not Path(f"{folder}-{n}").exists())
-    if found.finished:
-        if given.has("--out") or options.name:
-            raise UserError(f"{folder} holds a finished run. Choose another folder: --out {free}")
-        terminal.say(f"{folder} holds a finished run; this one goes to {free}.")
-        return free, None
-    there = f"{folder} holds a run that stopped at step {found.step} of {found.steps}."
-    if options.yes:
-        terminal.say(f"{there} It goes on.")
-        return folder, found
-    if not terminal.asks:
-        raise UserError(f"{there}\nGo on with it:      --resume {folder}\nOr start another:   --out {free}")
-    answers = {"r": "to resume it", "n": f"for a new run in {free}", "q": "to quit"}
-    match terminal.ask(there, answers):
-        case "r":
-            return folder, found
-        case "n":
-            return free, None
-    raise KeyboardInterrupt
-
-
-def _named(options: Options) -> str:
-    data = options.run.data
-    source = Path(data.path).resolve().name if isinstance(data, Folder) else "scenes"
-    preset = (options.recipe or "").rpartition(":")[2]
-    return "-".join(part for part in (source or "pictures", preset) if part)
-
-
-def _must_be_writable(folder: Path) -> None:
-    """Found out now, not after an hour: the nearest folder that exists can be written."""
-    nearest_there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not nearest_there.is_dir():
-        raise UserError(f"The run's folder {folder} cannot be made: {nearest_there} is a file. Choose another --out.")
-    if not os.access(nearest_there, os.W_OK):
-        raise UserError(f"The run's folder {folder} cannot be written. Choose another one with --out.")
-
-
-def _runs_nearby(folder: Path) -> str:
-    runs = sorted(str(path.parent) for path in folder.parent.glob("*/run.json"))
-    return f"\nRuns there: {', '.join(runs)}." if runs else ""
 
 
 # -- the plan, or the run that goes on ---------------------------------------------------------------------

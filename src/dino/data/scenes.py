@@ -10,17 +10,15 @@ covers the same area, so that neither raw pixels nor colours tell the class. Pic
     Scenes(seed=1).write("photos")                 a folder to try `dino train photos` on
 """
 
-import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import cv2
 import numpy as np
 
 from dino.data import edits
+from dino.data.drawn import DrawnPictures, write_pictures
 from dino.data.painting import (
     Colour,
     Ground,
@@ -34,8 +32,8 @@ from dino.data.painting import (
     draw_thing,
     reach,
 )
-from dino.data.pictures import Pictures
 from dino.data.shapes import KINDS, VARIANTS
+from dino.data.way import Way
 from dino.errors import UserError
 
 Image = np.ndarray  # uint8 [h, w, 3] RGB; a mask is uint8 [h, w]
@@ -239,11 +237,11 @@ class Scenes:
             raise UserError(f"scenes: a video needs at least one frame, got frames={frames}.")
         rng = self._rng(i, _VIDEO)
         thing, mine, _ = self._look(i)
-        things, paths = [thing], [_Path.drawn(rng, float(rng.uniform(0.3, 0.4)), self.turn)]
+        things, paths = [thing], [Way.drawn(rng, float(rng.uniform(0.3, 0.4)), self.turn)]
         if i % 2:
             other = KINDS[(self.label(i) + int(rng.integers(1, self.classes))) % self.classes]
             things.append(self._thing(rng, other, self._colours(rng, beside=mine)[1]))
-            paths.append(_Path.drawn(rng, float(rng.uniform(0.2, 0.26)), self.turn))
+            paths.append(Way.drawn(rng, float(rng.uniform(0.2, 0.26)), self.turn))
         ground, drift = self.scene(i).ground, rng.normal(0, 0.15, 2)
         drawn = []
         for time in np.linspace(-0.5, 0.5, frames):
@@ -255,7 +253,7 @@ class Scenes:
 
     # As a source of pictures, and as files
 
-    def open(self, progress: object = None) -> "DrawnPictures":
+    def open(self, progress: object = None) -> DrawnPictures:
         """The pictures as training and evaluation take them."""
         return DrawnPictures(self)
 
@@ -266,90 +264,8 @@ class Scenes:
         """All pictures as PNG files in class folders: folder/star/train-0-000000.png.
 
         Their masks, under the same names, go to a folder outside, so that nobody trains on masks."""
-        if masks is not None and Path(folder).resolve() in (
-            Path(masks).resolve(),
-            *Path(masks).resolve().parents,
-        ):
-            raise UserError(
-                f"scenes: masks must go to a folder outside of the pictures' ({folder}), got {masks}; "
-                f"try {str(folder).rstrip('/')}-masks."
-            )
-        for i in range(self.count):
-            picture, mask = self.draw(i)
-            _write(Path(folder) / self.name(i), picture[..., ::-1])
-            if masks is not None:
-                _write(Path(masks) / self.name(i), mask)
+        write_pictures(self, Path(folder), None if masks is None else Path(masks))
 
 
 HERDS = Scenes(size=64, span=(0.36, 0.46), variety=0.33, texture=0.1, level=True, herd=4, clutter=0, company=0.0)
 """Every crop shows the kind, and little else differs between pictures: what minutes of training can learn."""
-
-
-class DrawnPictures(Pictures):
-    """`Scenes` by the contract of `Pictures`; it also gives masks, by the same index."""
-
-    def __init__(self, scenes: Scenes) -> None:
-        super().__init__(
-            names=[scenes.name(i) for i in range(scenes.count)],
-            sizes=np.full((scenes.count, 2), scenes.size),
-            labels=np.arange(scenes.count) % scenes.classes,
-            classes=KINDS[: scenes.classes],
-        )
-        self.scenes = scenes
-
-    @property
-    def fingerprint(self) -> str:
-        """The names do not tell every setting: they go in as well."""
-        settings = json.dumps(asdict(self.scenes), sort_keys=True)
-        return hashlib.sha256((super().fingerprint + settings).encode()).hexdigest()[:16]
-
-    @property
-    def content(self) -> str:
-        """The settings, and one picture as this version of the package draws it."""
-        first = self.read(0).tobytes() if len(self) else b""
-        return hashlib.sha256(self.fingerprint.encode() + first).hexdigest()[:16]
-
-    def read(self, index: int) -> Image:
-        return self.scenes.read(index)
-
-    def mask(self, index: int) -> Image:
-        return self.scenes.mask(index)
-
-
-class _Path(NamedTuple):
-    """A smooth way through the picture: a slow ellipse, a swing, a breath."""
-
-    middle: Pose
-    swing: tuple[float, float, float, float]  # how far x, y, the turn and the size go
-    phase: tuple[float, float, float, float]
-
-    @staticmethod
-    def drawn(rng: np.random.Generator, size: float, turn: float) -> "_Path":
-        x, y = rng.uniform(-0.1, 0.1, 2)
-        half = math.radians(turn) / 2
-        middle = Pose(float(x), float(y), float(rng.uniform(-half, half)), size)
-        swing = (
-            *rng.uniform(0.12, 0.22, 2).tolist(),
-            float(rng.uniform(0.3, 1) * half),
-            float(rng.uniform(0.05, 0.15) * size),
-        )
-        return _Path(middle, swing, tuple(rng.uniform(0, 2 * np.pi, 4).tolist()))
-
-    def at(self, time: float) -> Pose:
-        """The pose at a time from -0.5 to 0.5: two thirds of a round."""
-        return Pose(*(
-            m + s * math.sin(p + time * 4 * math.pi / 3)
-            for m, s, p in zip(self.middle, self.swing, self.phase, strict=True)
-        ))  # fmt: skip
-
-
-def _write(path: Path, picture: np.ndarray) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        done = cv2.imwrite(str(path), picture)
-    except OSError as error:
-        raise UserError(
-            f"scenes: cannot write {path}: {error.strerror}; choose a folder that can be written."
-        ) from error
-    if not done:
-        raise UserError(f"scenes: cannot write {path}; is the disk full, or the folder read-only?")

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from dino.data.copydays import BLOCKS, Copies, edited, find_copies, make_copies
+from dino.data.drawn import DrawnPictures
 from dino.data.pictures import Pictures
-from dino.data.scenes import PARTS, DrawnPictures, Scenes
+from dino.data.scenes import PARTS, Scenes
 from dino.data.sources import WORDS, PictureSource, described, open_pictures
 from dino.errors import UserError
 from dino.evals.descriptors import describe, every_row, skipped_of

@@ -13,10 +13,11 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino.data.drawn import DrawnPictures
 from dino.data.folder import Folder
 from dino.data.pictures import Pictures
 from dino.data.revisited import Landmarks, Truth, drawn, open_revisited
-from dino.data.scenes import DrawnPictures, Scenes
+from dino.data.scenes import Scenes
 from dino.data.shaped import scale_to, scaled
 from dino.data.sources import WORDS, PictureSource, described
 from dino.errors import UserError

@@ -17,6 +17,7 @@ from dino.data.pictures import BadImage, Pictures
 from dino.data.views import MultiCrop
 from dino.methods import AnyMethod
 from dino.methods.dino import DINOConfig
+from dino.models.names import network_name
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.presets.memory import micro_batch
@@ -285,11 +286,6 @@ def reading(run: Run, pictures: Pictures) -> float:
         run.views(image, sample_rng(0, 0, index))
         times.append(time.perf_counter() - began)
     return statistics.median(times) if times else 0.01
-
-
-def network_name(backbone: ViT | Timm) -> str:
-    """What a person calls it: `ViT-small/16`, or timm's own name."""
-    return backbone.name if isinstance(backbone, Timm) else f"ViT-{backbone.size}/{backbone.patch}"
 
 
 def _recipe(run: Run) -> str:

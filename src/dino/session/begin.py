@@ -14,9 +14,10 @@ from dino.data.pictures import Pictures
 from dino.errors import UserError
 from dino.methods import AnyMethod
 from dino.methods.dino import DINOConfig
+from dino.models.names import network_name
 from dino.models.timm import Timm
 from dino.models.vit import ViT
-from dino.presets.plan import Plan, Reason, network_name, plan
+from dino.presets.plan import Plan, Reason, plan
 from dino.run import Run, read_run
 from dino.runtime import Machine
 from dino.session.sources import Checkpoint
@@ -192,6 +193,12 @@ class Found:
     @property
     def finished(self) -> bool:
         return self.step >= self.steps
+
+
+def runs_nearby(folder: Path) -> str:
+    """A line that names the runs beside a folder; empty where there are none."""
+    runs = sorted(str(path.parent) for path in folder.parent.glob("*/run.json"))
+    return f"\nRuns there: {', '.join(runs)}." if runs else ""
 
 
 def find(folder: Path) -> Found | None:

@@ -48,7 +48,3 @@ def note(path: Path, row: Mapping[str, Any]) -> None:
     """One more line of JSON."""
     with path.open("a") as file:
         file.write(json.dumps(dict(row)) + "\n")
-
-
-def notes(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in path.read_text().splitlines()] if path.is_file() else []

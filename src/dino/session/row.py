@@ -28,13 +28,13 @@ from dino.evals.evaluator import Site, evaluating
 from dino.evals.knn import BoundKNN
 from dino.evals.linear import BoundLinear, Linear
 from dino.events import Evaluated, Event, Logged, Started
-from dino.files import write_json, write_whole
+from dino.files import read_lines, write_json, write_whole
 from dino.methods.method import Method
 from dino.models.backbone import Backbone
 from dino.run import Run
 from dino.runtime import Runtime, machine, peak_memory, start
 from dino.session.begin import find, resumed
-from dino.session.notes import Elsewhere, alone, note, notes
+from dino.session.notes import Elsewhere, alone, note
 from dino.session.training import run_session
 from dino.terminal import Terminal, speaking
 from dino.training import train
@@ -179,7 +179,7 @@ def _measured(job: Job, rt: Runtime, terminal: Terminal, tell: Tell) -> Result:
         return from_dict(Result, {**old, "values": values})
     clock, prototypes = started.clock, started.method.prototypes
     history, described = read_history(folder), json.loads((folder / "run.json").read_text())
-    memory = max((int(row["memory"]) for row in notes(folder / "attempts.jsonl")), default=0)
+    memory = max((int(row["memory"]) for row in read_lines(folder / "attempts.jsonl")), default=0)
     values = _from_curves(folder, prototypes) | values
     values |= {"hours": history.seconds / 3600, "memory": memory / 2**30}
     speeds = history.line("images_per_s")[1]

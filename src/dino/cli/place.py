@@ -1,0 +1,60 @@
+"""Where a run goes: a folder of its own, or the one of the run that goes on."""
+
+import itertools
+import os
+from pathlib import Path
+
+from dino.cli.given import Options
+from dino.data.folder import Folder
+from dino.errors import UserError
+from dino.session.begin import Found, find
+from dino.terminal import Terminal
+
+
+def where(options: Options, terminal: Terminal, *, chosen: bool) -> tuple[Path, Found | None]:
+    """The run's folder, and the run that is there and goes on. Takes no folder of another run.
+
+    chosen: whether the line says `--out`.
+    """
+    if options.resume is not None:
+        return Path(options.resume), find(Path(options.resume))
+    folder = Path(options.run.out if chosen else f"runs/{options.name or _named(options)}")
+    found = find(folder)
+    _must_be_writable(folder)
+    if found is None or options.dry_run:
+        return folder, None
+    free = next(Path(f"{folder}-{n}") for n in itertools.count(2) if not Path(f"{folder}-{n}").exists())
+    if found.finished:
+        if chosen or options.name:
+            raise UserError(f"{folder} holds a finished run. Choose another folder: --out {free}")
+        terminal.say(f"{folder} holds a finished run; this one goes to {free}.")
+        return free, None
+    there = f"{folder} holds a run that stopped at step {found.step} of {found.steps}."
+    if options.yes:
+        terminal.say(f"{there} It goes on.")
+        return folder, found
+    if not terminal.asks:
+        raise UserError(f"{there}\nGo on with it:      --resume {folder}\nOr start another:   --out {free}")
+    answers = {"r": "to resume it", "n": f"for a new run in {free}", "q": "to quit"}
+    match terminal.ask(there, answers):
+        case "r":
+            return folder, found
+        case "n":
+            return free, None
+    raise KeyboardInterrupt
+
+
+def _named(options: Options) -> str:
+    data = options.run.data
+    source = Path(data.path).resolve().name if isinstance(data, Folder) else "scenes"
+    preset = (options.recipe or "").rpartition(":")[2]
+    return "-".join(part for part in (source or "pictures", preset) if part)
+
+
+def _must_be_writable(folder: Path) -> None:
+    """Found out now, not after an hour: the nearest folder that exists can be written."""
+    nearest_there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not nearest_there.is_dir():
+        raise UserError(f"The run's folder {folder} cannot be made: {nearest_there} is a file. Choose another --out.")
+    if not os.access(nearest_there, os.W_OK):
+        raise UserError(f"The run's folder {folder} cannot be written. Choose another one with --out.")
