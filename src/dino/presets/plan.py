@@ -21,7 +21,7 @@ from dino.models.names import network_name
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.presets.memory import micro_batch
-from dino.presets.small import small, small_method, small_vit
+from dino.presets.small import in_a_hurry, small, small_method, small_vit
 from dino.presets.trial import trial
 from dino.run import Run
 from dino.runtime import Machine, Runtime, where_pictures_stay
@@ -98,6 +98,8 @@ def plan(
     if minutes is not None or preset is None:
         run, reason = _epochs(run, here, speed, trained, minutes)
         reasons.append(reason)
+    if preset is None and here.device.type == "cpu":
+        run = in_a_hurry(run, trained // run.optim.batch_size * run.optim.epochs)
     seconds = speed.seconds(run, here, trained * run.optim.epochs) / world
     measured = f"measured: {1 / speed.step:.0f} images/s through the step, {1 / speed.data:.0f} through one worker"
     reasons.append(Reason("expected time", duration(seconds), measured))
