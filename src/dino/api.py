@@ -63,6 +63,8 @@ def train(
     `optim=dict(epochs=300), views=dict(local=4)`; `method="byol"` takes a baseline, with settings for these pictures.
     resume goes on with the run that lies in `out`.
     """
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"minutes must be above 0; got {minutes:g}.")
     terminal = Terminal(quiet=quiet)
     data = pictures.path if isinstance(pictures, Folder) else pictures
     named = Path(data).resolve().name if isinstance(data, str | Path) else "pictures"
@@ -199,6 +201,9 @@ def embed(
     progress: Done | None = None,
 ) -> Embedding:
     """The backbone's feature of every picture: resized, center-cropped, one forward pass each."""
+    for name, value, low in (("size", size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
+        if value is not None and value < low:
+            raise UserError(f"{name} must be {low} or more; got {value}.")
     with start("float32") as rt:
         found = open_checkpoint(checkpoint, rt.device)
         opened = open_pictures(pictures, progress)

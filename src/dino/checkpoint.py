@@ -48,7 +48,9 @@ def load(path: Path) -> Saved:
             warnings.simplefilter("ignore")  # about old formats; what matters is whether it reads
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes of any origin make the reader stumble in any way
-        raise UserError(f"{path} is not a readable checkpoint: {_trouble(error)}") from error
+        others = ", ".join(sorted(other.name for other in path.parent.glob("*.pt") if other != path))
+        older = f" Beside it lies {others}: copy one over it to go on from there." if others else ""
+        raise UserError(f"{path} is not a readable checkpoint: {_trouble(error)}{older}") from error
     missing = [key for key in Saved.__annotations__ if not isinstance(saved, dict) or key not in saved]
     if missing:
         raise UserError(f"{path} is not a training checkpoint of dino: it lacks {', '.join(missing)}.")
@@ -59,4 +61,6 @@ def _trouble(error: Exception) -> str:
     """Why a file could not be read. torch's own words for a foreign pickle end in advice to trust it."""
     if isinstance(error, pickle.UnpicklingError):
         return "it is cut short, no file of torch, or holds more than tensors and plain data."
+    if "PytorchStreamReader" in str(error):
+        return "it is cut short or damaged."
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -4,7 +4,8 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +20,49 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
 
     A full disk, or a folder that may not be written, is a UserError; the old file stays.
     """
-    try:
+    with written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
         os.close(handle)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror}.{_advice(error)}") from error
     aside = Path(name)
     try:
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        aside.chmod(0o666 & ~_umask())
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}.{_advice(error)}") from error
-    except RuntimeError as error:
-        if (disk := _behind(error)) is None:
-            raise
-        raise UserError(f"Cannot write {path}: {disk.strerror or disk}.{_advice(disk)}") from error
+        with written(path):
+            write(aside)
+            with open(aside, "rb+") as file:
+                os.fsync(file.fileno())
+            aside.chmod(0o666 & ~_umask())
+            os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     return path
 
 
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """What writes `path` inside fails with a UserError that says why: a full disk, a folder that may not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(_cannot_write(path, error)) from error
+    except RuntimeError as error:
+        if (disk := _behind(error)) is None:
+            raise
+        raise UserError(_cannot_write(path, disk)) from error
+
+
+def must_be_writable(path: Path, what: str, option: str) -> None:
+    """Found out now, not after an hour: the nearest folder that exists can be written. what: `path` in words."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"{what} {path} cannot be made: {there} is a file. Choose another {option}.")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{what} {path} cannot be written. Choose another one with {option}.")
+
+
 def write_json(path: Path, data: Any) -> Path:
+    """Names of files that are no UTF-8 come back as they were."""
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-    return write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    return write_whole(path, lambda aside: aside.write_text(text, "utf-8", "backslashreplace"))
 
 
 def read_json(path: Path) -> Any:
@@ -81,12 +98,14 @@ def _behind(error: BaseException) -> OSError | None:
     return context
 
 
-def _advice(error: OSError) -> str:
+def _cannot_write(path: Path, error: OSError) -> str:
+    said = f"Cannot write {path}: {error.strerror or error}."
     if error.errno == errno.ENOSPC:
-        return " The disk is full: free some space and run the same command again. The last good file is kept."
+        kept = " The last good file is kept." if path.is_file() else ""
+        return f"{said} The disk is full: free some space and run the same command again.{kept}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return " Choose a folder that may be written, with --out."
-    return ""
+        return f"{said} Choose a folder that may be written, with --out."
+    return said
 
 
 def _umask() -> int:

@@ -75,6 +75,9 @@ class Run:
     """Folder of everything the run writes."""
 
     def __post_init__(self) -> None:
+        for name, low in (("workers", 0), ("seed", 0), ("log_every", 1), ("save_minutes", 0), ("keep_every", 0)):
+            if not getattr(self, name) >= low:
+                raise UserError(f"{name} must be {low} or more; got {getattr(self, name)}.")
         if self.cache not in get_args(Cache):
             raise UserError(f"cache: expected one of {', '.join(get_args(Cache))}; got {self.cache!r}.")
         if self.cache == "device" and not isinstance(self.views, MultiCrop):
@@ -134,5 +137,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"No run in {folder}: it has no run.json. Expected a folder that `dino train` made.")
     try:
         return from_dict(Run, json.loads(path.read_text())["run"])
-    except (json.JSONDecodeError, KeyError) as error:
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} is not a run's description: {error}.") from error
+    except KeyError as error:
+        raise UserError(f"{path} is not a run's description: it lacks {error}.") from error

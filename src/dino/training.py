@@ -160,7 +160,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
                 done = clock._replace(step=state.step)
                 if state.step % run.log_every == 0 or epoch_ends:
                     metrics = meter.close(clock)
-                    _must_be_finite(math.isfinite(metrics["loss"]), done)
+                    _must_be_finite(math.isfinite(metrics["loss"]), done, out)
                     if log is not None:
                         log.write(state.step, {"epoch": state.step / per_epoch, **metrics})
                     enough = bool((yield Logged(done, metrics)))
@@ -176,7 +176,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
                 due_evals = [one for one in evals if epoch_ends and _is_due(one.every_epochs, done)]
                 due = time.monotonic() - saved_at > 60 * run.save_minutes or due_evals  # these may take long, or fail
                 if stopping or finished:
-                    _must_be_finite(meter.is_finite(everywhere=True), done)
+                    _must_be_finite(meter.is_finite(everywhere=True), done, out)
                 if rt.is_main and (due or stopping or finished) and meter.is_finite():
                     saved_at = time.monotonic()
                     _save(state, run, rest, out / "checkpoints/last.pt")
@@ -206,7 +206,8 @@ def _parts(run: Run, pictures: Pictures) -> tuple[Pictures, Pictures | None]:
     if pictures.labels is None or run.knn.every_epochs == 0:
         return pictures, None
     if run.val is None:
-        return pictures.split(run.knn.held_back, run.seed)
+        rest, asked = pictures.split(run.knn.held_back, run.seed)
+        return rest, asked if len(asked) else None  # a class of one picture has none to spare
     asked = dist.on_main(run.val.open)  # looked at by the first rank alone
     if asked.labels is None:
         raise UserError("The accuracy on the pictures of --val needs labels, and they have none: give class folders.")
@@ -309,11 +310,14 @@ def _restore(state: State, run: Run, pictures: Pictures) -> None:
     state.step, state.best = saved["step"], saved["best"]
 
 
-def _must_be_finite(is_finite: bool, clock: Clock) -> None:
-    if not is_finite:
-        raise Diverged(
-            f"The loss stopped being a finite number at step {clock.step} "
-            f"(epoch {clock.step / clock.steps_per_epoch:.1f}). Nothing was saved since; the last good checkpoint "
-            "is kept. Lower --optim.lr, set --optim.clip to 1 or less, or train with --precision float32, and "
-            "--resume."
-        )
+def _must_be_finite(is_finite: bool, clock: Clock, out: Path) -> None:
+    if is_finite:
+        return
+    saved = (out / "checkpoints/last.pt").is_file()
+    epoch = clock.step / clock.steps_per_epoch
+    raise Diverged(
+        f"The loss stopped being a finite number at step {clock.step} (epoch {epoch:.1f}). "
+        + ("Nothing was saved since; the last good checkpoint is kept. " if saved else "Nothing was saved yet. ")
+        + "Lower --optim.lr, set --optim.clip to 1 or less, or train with --precision float32, and "
+        + ("--resume." if saved else "start again.")
+    )

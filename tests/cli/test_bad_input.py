@@ -71,6 +71,31 @@ def test_value_that_a_field_cannot_have(dino, photos):
     refused(dino("train", photos, "--minutes", "-3"), "--minutes")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--log-every", "0"], "log_every must be 1 or more; got 0"),
+        (["--workers", "-1"], "workers must be 0 or more; got -1"),
+        (["--seed", "-1"], "seed must be 0 or more"),
+        (["--knn.held-back", "1.5"], "knn.held_back must be a share between 0 and 1; got 1.5"),
+        (["--knn.k", "0"], "knn.k must be 1 or more"),
+    ],
+)
+def test_settings_that_no_run_can_have(dino, photos, words, said):
+    refused(dino("train", photos, *words), said)
+
+
+def test_a_run_goes_on_in_its_own_folder(dino, trained):
+    refused(dino("train", "--resume", trained[0], "--out", "elsewhere"), "its own folder", "elsewhere")
+
+
+def test_features_of_no_size_or_in_no_folder(dino, photos, trained):
+    refused(dino("embed", trained[0], photos, "--size", "0"), "size must be 1 or more; got 0")
+    refused(dino("embed", trained[0], photos, "--batch-size", "0"), "batch_size must be 1 or more")
+    (Path.cwd() / "file").touch()
+    refused(dino("embed", trained[0], photos, "-o", "file/features.npz"), "file", "--out")
+
+
 def test_unknown_checkpoint(dino, photos):
     refused(dino("embed", "dino_vits17", photos), "dino_vits17", "did you mean", "dino_vits16")
 

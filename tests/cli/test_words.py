@@ -9,7 +9,10 @@ import pytest
 from rich.console import Console
 
 import dino as package
+from dino.cli.given import Given
+from dino.cli.train import TrainOptions
 from dino.config import edit
+from dino.data.scenes import Scenes
 from dino.errors import UserError
 from dino.live import Watch
 from dino.models import Timm, ViT
@@ -72,6 +75,31 @@ def test_the_package_has_its_names():
     assert callable(package.train)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = package.nonsense
+
+
+def test_a_switch_of_the_run_before_the_word_for_drawn_pictures(dino):
+    line = dict(kind=TrainOptions, prog="dino train", examples="")
+    assert Given(["--recompute", "scenes"], **line).drawn() == "scenes"
+    assert Given(["--no-recompute", "herds"], **line).drawn() == "herds"
+    assert Given(["--out", "scenes", "photos"], **line).drawn() is None
+
+
+def test_a_preset_s_plan_tells_what_the_line_sets(dino, photos, tmp_path):
+    done = dino("train", photos, "--preset", "demo", "--optim.epochs", "2", "--workers", "0", "--dry-run", "--json",
+                "--optim.batch-size", "8")  # fmt: skip
+    rows = {row["name"]: row for row in done.json["plan"]}
+    assert "11 epochs, batch 64" in rows["recipe"]["value"]
+    assert (rows["epochs"]["value"], rows["epochs"]["why"]) == ("2", "you set it; the plan had 11")
+    assert rows["workers"]["value"] == "0"
+    assert rows["workers"]["why"].startswith("you set it")
+
+
+def test_classes_of_one_picture_are_learnt_without_an_accuracy(dino, tmp_path, tiny):
+    Scenes(count=8, size=40, classes=8).write(tmp_path / "each")
+    done = dino("train", "each", *tiny, "--optim.epochs", "1", "--out", "run", "--json")
+    assert done.code == 0, done.err
+    assert "no class has a picture to spare" in done.err
+    assert done.json["quality"] == {}
 
 
 def test_network_names():

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboardX.event_file_writer import EventsWriter
 from tiny import CPU, Run, edit, fit, last, same_training, spawn, tiny
 
 from dino import checkpoint
 from dino.data.scenes import Scenes
 from dino.errors import UserError
 from dino.events import Ended, Evaluated, Logged, Started
-from dino.logs import read_metrics
+from dino.logs import Log, read_metrics
 from dino.models.pretrained import file_of_run
 from dino.training import train
 
@@ -195,6 +196,23 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path: Path
     assert not broken
     lines = (Path(run.out) / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line)["loss"] is not None for line in lines)
+
+
+@pytest.mark.parametrize("what", ["metrics", "tensorboard"])
+def test_a_full_disk_ends_the_curves_with_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """In this thread, at once: a writer with a thread of its own would die of it, and the training wait for ever."""
+    if what == "metrics":
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = Log(tmp_path, 0)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if what == "tensorboard":
+        monkeypatch.setattr(EventsWriter, "flush", full)
+    with pytest.raises(UserError, match=r"Cannot write .*metrics\.jsonl.*disk is full"):
+        log.write(1, {"loss": 1.0})
+    log.close()
 
 
 def test_a_full_disk_while_training_leaves_the_last_good_checkpoint(

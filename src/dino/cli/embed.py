@@ -11,6 +11,7 @@ import tyro
 
 from dino.cli.options import Switch, parse
 from dino.errors import UserError
+from dino.files import must_be_writable
 from dino.terminal import is_main, speaking
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def embed(argv: Sequence[str]) -> int:
     path = Path(options.out)
     if path.suffix.lower() not in WRITERS:
         raise UserError(f"--out must end in one of {', '.join(WRITERS)}; got {options.out!r}.")
+    must_be_writable(path.parent, "The folder", "--out")
     with speaking(options.json) as (terminal, give):
         from dino.api import embed as features_of
         from dino.api import open_checkpoint

@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 
 from dino.cli.asks import ASKS
 from dino.cli.options import parse
-from dino.config import edit
+from dino.config import edit, flat, to_dict
 from dino.data.folder import Folder
 from dino.data.scenes import Scenes
 from dino.data.sources import WORDS
@@ -109,8 +109,11 @@ class Given:
         """The word for drawn pictures that stands in the folder's place (`scenes`, `herds`): not a flag's value."""
         if self.known != UNKNOWN:
             return self.known
+        run = flat(to_dict(self.base(self.value("--preset"))))
+        alone = {*SWITCHES, *(f"--{name}".replace("_", "-") for name, value in run.items() if isinstance(value, bool))}
         for before, word in itertools.pairwise(["", *self.argv]):
-            if word in WORDS and (not before.startswith("-") or before in SWITCHES or "=" in before):
+            ends = not before.startswith("-") or "=" in before or before.replace("no-", "") in alone
+            if word in WORDS and ends:
                 return word
         return None
 

@@ -1,12 +1,12 @@
 """Where a run goes: a folder of its own, or the one of the run that goes on."""
 
 import itertools
-import os
 from pathlib import Path
 
 from dino.cli.given import Options
 from dino.data.folder import Folder
 from dino.errors import UserError
+from dino.files import must_be_writable
 from dino.session.begin import Found, find
 from dino.terminal import Terminal
 
@@ -20,7 +20,7 @@ def where(options: Options, terminal: Terminal, *, chosen: bool) -> tuple[Path, 
         return Path(options.resume), find(Path(options.resume))
     folder = Path(options.run.out if chosen else f"runs/{options.name or _named(options)}")
     found = find(folder)
-    _must_be_writable(folder)
+    must_be_writable(folder, "The run's folder", "--out")
     if found is None or options.dry_run:
         return folder, None
     free = next(Path(f"{folder}-{n}") for n in itertools.count(2) if not Path(f"{folder}-{n}").exists())
@@ -49,12 +49,3 @@ def _named(options: Options) -> str:
     source = Path(data.path).resolve().name if isinstance(data, Folder) else "scenes"
     preset = (options.recipe or "").rpartition(":")[2]
     return "-".join(part for part in (source or "pictures", preset) if part)
-
-
-def _must_be_writable(folder: Path) -> None:
-    """Found out now, not after an hour: the nearest folder that exists can be written."""
-    nearest_there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not nearest_there.is_dir():
-        raise UserError(f"The run's folder {folder} cannot be made: {nearest_there} is a file. Choose another --out.")
-    if not os.access(nearest_there, os.W_OK):
-        raise UserError(f"The run's folder {folder} cannot be written. Choose another one with --out.")

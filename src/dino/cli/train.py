@@ -85,7 +85,7 @@ def train(argv: Sequence[str]) -> int:
 def carry_out(given: Given) -> int:
     """A whole session, from a command line to the report; gives the exit code."""
     options = given.parse(given.skeleton())
-    _check(options)
+    _check(options, given)
     with speaking(options.json) as (terminal, give):
         with start() as rt:
             folder, found = dist.on_main(lambda: where(options, terminal, chosen=given.has("--out")))
@@ -108,8 +108,12 @@ def carry_out(given: Given) -> int:
     return 0 if outcome.finished else 128 + (outcome.signal or signal.SIGINT)
 
 
-def _check(options: Options) -> None:
+def _check(options: Options, given: Given) -> None:
     if options.resume is not None:
+        if given.has("--out") and Path(options.run.out) != Path(options.resume):
+            raise UserError(
+                f"--resume goes on in its own folder, {options.resume}; got --out {options.run.out}: leave it away."
+            )
         for name in ("preset", "network", "method", "minutes", "name"):
             if getattr(options, name, None) is not None:
                 raise UserError(f"--{name} starts a run, --resume goes on with one: leave one of them away.")
@@ -146,7 +150,9 @@ def _planned(options: Options, given: Given, pictures: Pictures, folder: Path, r
     def change(run: Run) -> Run:
         return edit(given.change(edit(run, data=options.run.data)), out=str(folder))
 
-    preset = options.run if options.recipe is not None else None
+    preset = None
+    if options.recipe is not None:  # as it is; what the line sets in it is told as such
+        preset = edit(given.base(given.value("--preset")), data=options.run.data)
     with terminal.progress("measuring this machine"):  # every rank measures, together; the first one's plan holds
         own = settle(
             pictures,

@@ -8,6 +8,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dino.config import edit
@@ -79,7 +80,7 @@ def plan(
     there is no preset. minutes: the time to spend; the number of epochs follows from the speed that is measured here.
     """
     if preset is not None:
-        run, reasons = preset, [Reason("recipe", _recipe(preset), "as the preset says")]
+        run, reasons = preset, [Reason("recipe", recipe_of(preset), "as the preset says")]
     else:
         run, reasons = _for_data(pictures, here, world, method)
     run, more = _for_machine(run, pictures, here, keep_precision=preset is not None)
@@ -124,7 +125,7 @@ def _for_data(pictures: Pictures, here: Machine, world: int, kind: type[AnyMetho
 
     backbone = base.backbone if on_cpu else ViT(size="small", patch=16)
     why = (
-        "the network that learns most in an hour on a CPU; --network vit_tiny/16 or timm:NAME takes another"
+        "ten layers of half the width: what learns most in an hour on a CPU; --network timm:NAME takes another"
         if on_cpu
         else "the paper's main network; --network vit_base/16 or timm:NAME takes another"
     )
@@ -238,15 +239,21 @@ def fed(run: Run, here: Machine, speed: Speed) -> tuple[Run, Reason]:
     most = own if here.device.type == "cpu" else own - 1
     wanted = math.ceil(MARGIN * speed.data / speed.step)
     workers = max(1, min(wanted, most))
-    why = f"a picture takes {1e3 * speed.data:.2g} ms to decode and crop, and {1e3 * speed.step:.2g} ms in the step"
+    why = f"a picture takes {_ms(speed.data)} to decode and crop, and {_ms(speed.step)} in the step"
     if wanted > workers:
         why += f"; {wanted} would keep up, for which there are too few cores"
     return edit(run, workers=workers), Reason("workers", f"{workers}", why)
 
 
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.{0 if seconds >= 10e-3 else 1}f} ms"
+
+
 def _held_back(run: Run, pictures: Pictures) -> list[Reason]:
     if pictures.labels is None:
         return [Reason("quality", "loss and entropies", "no class folders: no accuracy can be measured")]
+    if run.val is None and np.bincount(pictures.labels[pictures.labels >= 0]).max(initial=0) < 2:
+        return [Reason("quality", "loss and entropies", "no class has a picture to spare: no accuracy can be measured")]
     share = f"{run.knn.held_back:.0%} of each of {len(pictures.classes)} classes is held back"
     what = "the classifier's accuracy" if run.method.classifies else f"{run.knn.k}-NN accuracy"
     return [Reason("quality", what, share if run.val is None else "on the pictures that were given for it")]
@@ -290,6 +297,7 @@ def reading(run: Run, pictures: Pictures) -> float:
     return statistics.median(times) if times else 0.01
 
 
-def _recipe(run: Run) -> str:
+def recipe_of(run: Run) -> str:
+    """A preset in a line: network, length, method."""
     length = f"{run.optim.epochs} epochs, batch {run.optim.batch_size}"
     return f"{network_name(run.backbone)}, {length}, {run.method.summary}"

@@ -17,7 +17,7 @@ from dino.methods.dino import DINOConfig
 from dino.models.names import network_name
 from dino.models.timm import Timm
 from dino.models.vit import ViT
-from dino.presets.plan import Plan, Reason, plan
+from dino.presets.plan import Plan, Reason, plan, recipe_of
 from dino.run import Run, read_run
 from dino.runtime import Machine
 from dino.session.sources import Checkpoint
@@ -78,7 +78,9 @@ def settle(
     """
     if preset is not None:
         first = plan(pictures, here, preset=change(preset), minutes=minutes, world=world)
-        return _with_changes(first, preset, change)
+        recipe = Reason("recipe", recipe_of(preset), "as the preset says")
+        rows = [recipe if row.name == recipe.name else row for row in first.reasons]
+        return _with_changes(Plan(first.run, rows), preset, change)
     first = plan(pictures, here, method=method, minutes=minutes, world=world)
     asked = change(first.run)
     if asked == first.run:
@@ -197,7 +199,7 @@ class Found:
 
 def runs_nearby(folder: Path) -> str:
     """A line that names the runs beside a folder; empty where there are none."""
-    runs = sorted(str(path.parent) for path in folder.parent.glob("*/run.json"))
+    runs = sorted(str(path.parents[1]) for path in folder.parent.glob("*/checkpoints/last.pt"))
     return f"\nRuns there: {', '.join(runs)}." if runs else ""
 
 
