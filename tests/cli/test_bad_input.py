@@ -89,10 +89,10 @@ def test_a_run_goes_on_in_its_own_folder(dino, trained):
     refused(dino("train", "--resume", trained[0], "--out", "elsewhere"), "its own folder", "elsewhere")
 
 
-def test_features_of_no_size_or_in_no_folder(dino, photos, trained):
+def test_features_of_no_size_or_in_no_folder(dino, photos, trained, tmp_path):
     refused(dino("embed", trained[0], photos, "--size", "0"), "size must be 1 or more; got 0")
     refused(dino("embed", trained[0], photos, "--batch-size", "0"), "batch_size must be 1 or more")
-    (Path.cwd() / "file").touch()
+    (tmp_path / "file").touch()
     refused(dino("embed", trained[0], photos, "-o", "file/features.npz"), "file", "--out")
 
 
