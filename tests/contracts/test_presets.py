@@ -13,6 +13,7 @@ from dino.data.loader import steps_per_epoch
 from dino.data.pictures import Pictures
 from dino.errors import UserError
 from dino.presets.plan import Plan, Speed, fed, plan, reading
+from dino.presets.small import SETTLING, in_a_hurry
 from dino.run import Run
 from dino.runtime import Machine
 
@@ -104,6 +105,20 @@ def test_more_time_gives_more_epochs_and_warm_up_stays_a_tenth() -> None:
     short, long = (plan(Flat(200, 48), CPU, minutes=minutes).run.optim for minutes in (0.5, 10))
     assert long.epochs > short.epochs
     assert short.warmup_epochs <= 0.1 * short.epochs
+
+
+def test_a_short_run_keeps_following_and_a_long_one_settles() -> None:
+    def planned(minutes: float):
+        found = plan(Flat(200, 48), CPU, minutes=minutes)
+        return found.run, {reason.name: reason.value for reason in found.reasons}
+
+    short, rows = planned(0.5)
+    assert short.method.momentum_end == 0.98
+    assert short.optim.min_lr == pytest.approx(short.optim.lr * short.optim.batch_size / 256 / 2)
+    assert rows["teacher"] == "momentum 0.97 to 0.98, temperature 0.04"
+    assert rows["learning rate"].endswith("sinking to a half")
+    usual = presets.resolve("small")
+    assert in_a_hurry(usual, SETTLING) == usual != in_a_hurry(usual, SETTLING - 1)
 
 
 def test_a_preset_keeps_its_recipe_and_takes_the_machine() -> None:

@@ -22,7 +22,7 @@ from dino.models.names import network_name
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.presets.memory import micro_batch
-from dino.presets.small import in_a_hurry, small, small_method, small_vit
+from dino.presets.small import SETTLING, in_a_hurry, small, small_method, small_vit
 from dino.presets.trial import trial
 from dino.run import Run
 from dino.runtime import Machine, Runtime, where_pictures_stay
@@ -100,7 +100,7 @@ def plan(
         run, reason = _epochs(run, here, speed, trained, minutes)
         reasons.append(reason)
     if preset is None and here.device.type == "cpu":
-        run = in_a_hurry(run, trained // run.optim.batch_size * run.optim.epochs)
+        run, reasons = _hurried(run, reasons, trained // run.optim.batch_size * run.optim.epochs)
     seconds = speed.seconds(run, here, trained * run.optim.epochs) / world
     measured = f"measured: {1 / speed.step:.0f} images/s through the step, {1 / speed.data:.0f} through one worker"
     reasons.append(Reason("expected time", duration(seconds), measured))
@@ -176,7 +176,7 @@ def _method(base: Run, kind: type[AnyMethod], count: int, large: bool) -> tuple[
         Reason("K", f"{prototypes}", f"prototypes for {count:,} pictures (65536 for ImageNet's 1.3 million)"),
         Reason(
             "teacher",
-            f"momentum {method.momentum:g} to {method.momentum_end:g}, temperature {method.teacher_temp:g}",
+            _teacher(method),
             "the paper's" if large else "a faster teacher: with few steps, the paper's 0.996 would stay near its start",
         ),
     ]
@@ -243,6 +243,22 @@ def fed(run: Run, here: Machine, speed: Speed) -> tuple[Run, Reason]:
     if wanted > workers:
         why += f"; {wanted} would keep up, for which there are too few cores"
     return edit(run, workers=workers), Reason("workers", f"{workers}", why)
+
+
+def _hurried(run: Run, reasons: list[Reason], steps: int) -> tuple[Run, list[Reason]]:
+    """The run with ends of rate and momentum for so many steps, and the rows that tell of them."""
+    short = in_a_hurry(run, steps)
+    if short == run or not isinstance(short.method, DINOConfig):
+        return run, reasons
+    why = f"{steps:,} steps are no time to settle in: the usual ends are for {SETTLING:,} and more"
+    rows = {reason.name: reason for reason in reasons}
+    rows["teacher"] = Reason("teacher", _teacher(short.method), why)
+    rows["learning rate"] = Reason("learning rate", f"{short.optim.lr:g} per 256, sinking to a half", why)
+    return short, list(rows.values())
+
+
+def _teacher(method: DINOConfig) -> str:
+    return f"momentum {method.momentum:g} to {method.momentum_end:g}, temperature {method.teacher_temp:g}"
 
 
 def _ms(seconds: float) -> str:
