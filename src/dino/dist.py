@@ -30,7 +30,7 @@ def is_main() -> bool:
 
 
 def mean(tensor: Tensor) -> Tensor:
-    """The mean over the ranks, each counted alike; a new tensor of the same shape."""
+    """The mean over the ranks, each counted alike; the argument itself where there is one rank."""
     if not _active():
         return tensor
     total = tensor.clone()
@@ -39,8 +39,8 @@ def mean(tensor: Tensor) -> Tensor:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum over the ranks; a new tensor of the same shape. The gradient of the sum of all ranks' losses goes back
-    through it."""
+    """The sum over the ranks; the argument itself where there is one rank. The gradient of the sum of all ranks' losses
+    goes back through it."""
     return _Total.apply(tensor) if _active() else tensor  # pyright: ignore[reportReturnType]
 
 
@@ -59,7 +59,7 @@ class _Total(torch.autograd.Function):
 
 
 def most(tensor: Tensor) -> Tensor:
-    """The largest of the ranks' values, place by place; a new tensor of the same shape."""
+    """The largest of the ranks' values, place by place; the argument itself where there is one rank."""
     if not _active():
         return tensor
     largest = tensor.clone()

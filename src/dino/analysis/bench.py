@@ -153,7 +153,7 @@ class Bench:
         return [f"Memory is more than half full: {knobs} less of it, and more time."]
 
 
-SPARE_READING = "--cache keeps decoded pictures in memory; `dino data pack` makes a folder that is read in order."
+SPARE_READING = "--cache memory keeps decoded pictures; `dino data pack` makes a folder that is read in order."
 
 
 def fitting(run: Run, here: Machine, rate: float) -> int:

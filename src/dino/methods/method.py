@@ -34,7 +34,7 @@ class Outputs(NamedTuple):
 
 
 class Method(nn.Module, ABC):
-    """Forward, and then two moments around the optimizer's step. See `train.train_step` for the whole order."""
+    """Forward, and then two moments around the optimizer's step. See `training.train_step` for the whole order."""
 
     @abstractmethod
     def forward(self, batch: Batch, clock: Clock, ahead: Any = None) -> Outputs:
