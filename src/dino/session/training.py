@@ -268,8 +268,10 @@ class _Session:
             progress=done,
         )
         if self.rt.is_main:
-            queries = [kept.index(sample) for sample in self.samples]
-            write_neighbours(extracted, pictures, queries, self.folder / "snapshots")
+            read = set(extracted.indices.tolist())  # the others went bad since
+            queries = [place for place in map(kept.index, self.samples) if place in read]
+            if queries:
+                write_neighbours(extracted, pictures, queries, self.folder / "snapshots")
 
     def finish(self, outcome: Outcome) -> None:
         """The last words: what came out, and where it lies."""
