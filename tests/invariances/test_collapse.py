@@ -224,7 +224,7 @@ GOOD, BAD = Line(3.0, 2.0), Line(math.log(64), math.log(64), 0.0, math.log(64))
 
 def guarded_run(tmp_path: Path, **changes: Any) -> tuple[guard.Guard, Started]:
     run = edit(HEALTHY, out=str(tmp_path / "run"), **changes)
-    started = Started(Clock(0, 10, 100), build_method(run), run.data.open(), None, {})
+    started = Started(Clock(0, 10, 100), build_method(run), run.data.open(), None, {}, {})
     watching = guard.Guard(run, Terminal(quiet=True), is_main=True)
     watching.begin(started)
     return watching, started

@@ -207,11 +207,14 @@ def test_a_full_disk_ends_the_curves_with_a_word(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     if what == "metrics":
+        log._file.close()
         monkeypatch.setattr(log, "_file", open("/dev/full", "a", buffering=1))  # noqa: SIM115 - the log closes it
     else:
         monkeypatch.setattr(EventsWriter, "flush", full)
     with pytest.raises(UserError, match=r"Cannot write .*metrics\.jsonl.*disk is full"):
         log.write(1, {"loss": 1.0})
+    if what == "tensorboard":
+        monkeypatch.undo()
     log.close()
 
 
