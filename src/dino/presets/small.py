@@ -106,7 +106,7 @@ def narrow_vit() -> Run:
 def demo() -> Run:
     """Drawn herds, four minutes on two cores: what `make demo` trains.
 
-    20-NN rises well above raw pixels: to 42 to 54 %, by chance, where they have 26. Hues are turned freely, so that the
+    20-NN rises above raw pixels: to 35 to 54 %, by chance, where they have 26. Hues are turned freely, so that the
     coats are what crops share; rate and momentum stay far from their usual ends, since a few hundred steps are no time
     to settle in.
     """
