@@ -24,7 +24,7 @@ from dino.data.folder import Folder
 from dino.data.pictures import Pictures, Skipped
 from dino.data.scenes import Scenes
 from dino.data.sources import WORDS, PictureSource, open_pictures
-from dino.errors import UserError
+from dino.errors import UserError, must_reach
 from dino.evals import find as find_evaluation
 from dino.evals.attention_masks import size_to_look_at
 from dino.evals.evaluator import Evaluation, Site, extract, floors_of, no_progress
@@ -202,8 +202,7 @@ def embed(
 ) -> Embedding:
     """The backbone's feature of every picture: resized, center-cropped, one forward pass each."""
     for name, value, low in (("size", size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
-        if value is not None and value < low:
-            raise UserError(f"{name} must be {low} or more; got {value}.")
+        must_reach(name, value, low)
     with start("float32") as rt:
         found = open_checkpoint(checkpoint, rt.device)
         opened = open_pictures(pictures, progress)

@@ -16,3 +16,9 @@ def nearest(word: str, options: Iterable[str]) -> str:
     """`"; did you mean 'x' or 'y'?"`, or the empty string when nothing is close."""
     close = difflib.get_close_matches(word, list(options), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
+
+
+def must_reach(name: str, value: float | None, low: float) -> None:
+    """Raises UserError where a setting is below its least value, or no number; one that is not given may be None."""
+    if value is not None and not value >= low:
+        raise UserError(f"{name} must be {low} or more; got {value}.")

@@ -54,6 +54,11 @@ class Machine:
     ranks: int = 1
     """Processes of the training on this computer."""
 
+    @property
+    def own_cores(self) -> int:
+        """Of each of these processes."""
+        return self.cores // self.ranks
+
 
 def machine() -> Machine:
     """Looks once at what this process runs on."""

@@ -39,8 +39,8 @@ def write_report(run_dir: Path | str) -> Path:
     body = [
         _header(run_dir, described, run, history),
         *(f'<p class="warning">{page.escape(str(said))}</p>' for said in standing(run_dir, described, history)),
-        _headline(described, run, history),
-        _curves(described, run, history),
+        _headline(described, history),
+        _curves(described, history),
         health_section(run_dir, described, history),
         asked_section(history.evaluations),
         attention_section(run_dir / "snapshots"),
@@ -72,7 +72,7 @@ def _header(run_dir: Path, described: Mapping, run: Mapping, history: History) -
     return f'{eyebrow}<h1>{page.escape(name)}</h1><p class="lead">{page.escape(text)}</p>\n'
 
 
-def _headline(described: Mapping, run: Mapping, history: History) -> str:
+def _headline(described: Mapping, history: History) -> str:
     prototypes = described.get("prototypes")
     top = math.log(prototypes) if prototypes else None
     tiles = []
@@ -96,7 +96,7 @@ def _headline(described: Mapping, run: Mapping, history: History) -> str:
     return f'<div class="grid tiles">{"".join(tiles)}</div>\n' if tiles else ""
 
 
-def _curves(described: Mapping, run: Mapping, history: History) -> str:
+def _curves(described: Mapping, history: History) -> str:
     prototypes = described.get("prototypes")
     top = {"ln K": math.log(prototypes)} if prototypes else {}
     entropies = {

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -17,7 +18,7 @@ from dino.models.names import named
 from dino.models.vit import ViT
 from dino.presets import resolve
 from dino.run import Run
-from dino.session.begin import find, runs_nearby
+from dino.session.begin import find, flag, runs_nearby
 
 SWITCHES = ("--dry-run", "--yes", "-y", "--json")
 UNKNOWN = "?"
@@ -73,6 +74,11 @@ class Given:
         folder's place, where that is known; None for none."""
         self.argv, self.kind, self.prog, self.examples, self.base, self.known = argv, kind, prog, examples, base, drawn
 
+    @cached_property
+    def recipe(self) -> Run:
+        """What the flags are laid over, as it is: made once, since it may open a checkpoint."""
+        return self.base(self.value("--preset"))
+
     def value(self, flag: str) -> str | None:
         """A flag's value before anything is parsed: what the types of the other flags depend on."""
         for place, word in enumerate(self.argv):
@@ -95,9 +101,8 @@ class Given:
                     f"checkpoints/last.pt.{runs_nearby(Path(folder))}"
                 )
             return found.run
-        preset = self.value("--preset")
-        run = self.base(preset)
-        if isinstance(run.data, Folder) and ":" not in (preset or ""):  # a recipe is for anybody's pictures
+        run, of_ones_own = self.recipe, ":" in (self.value("--preset") or "")
+        if isinstance(run.data, Folder) and not of_ones_own:  # a recipe is for anybody's pictures
             run = edit(run, data=Folder(path=""))
         if (word := self.drawn()) is not None:
             run = edit(run, data=run.data if isinstance(run.data, Scenes) else WORDS[word])
@@ -109,8 +114,8 @@ class Given:
         """The word for drawn pictures that stands in the folder's place (`scenes`, `herds`): not a flag's value."""
         if self.known != UNKNOWN:
             return self.known
-        run = flat(to_dict(self.base(self.value("--preset"))))
-        alone = {*SWITCHES, *(f"--{name}".replace("_", "-") for name, value in run.items() if isinstance(value, bool))}
+        settings = flat(to_dict(self.recipe)).items()
+        alone = {*SWITCHES, *(flag(name) for name, value in settings if isinstance(value, bool))}
         for before, word in itertools.pairwise(["", *self.argv]):
             ends = not before.startswith("-") or "=" in before or before.replace("no-", "") in alone
             if word in WORDS and ends:

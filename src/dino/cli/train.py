@@ -152,7 +152,7 @@ def _planned(options: Options, given: Given, pictures: Pictures, folder: Path, r
 
     preset = None
     if options.recipe is not None:  # as it is; what the line sets in it is told as such
-        preset = edit(given.base(given.value("--preset")), data=options.run.data)
+        preset = edit(given.recipe, data=options.run.data)
     with terminal.progress("measuring this machine"):  # every rank measures, together; the first one's plan holds
         own = settle(
             pictures,

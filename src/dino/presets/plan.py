@@ -61,7 +61,7 @@ class Speed:
     def seconds(self, run: Run, here: Machine, pictures: int) -> float:
         """Expected time to see so many pictures: a GPU overlaps its work with the workers', a CPU shares its cores."""
         if here.device.type == "cpu":
-            return pictures * (self.step + self.data / max(1, here.cores // here.ranks))
+            return pictures * (self.step + self.data / max(1, here.own_cores))
         return pictures * max(self.step, self.data / max(1, run.workers))
 
 
@@ -80,7 +80,7 @@ def plan(
     there is no preset. minutes: the time to spend; the number of epochs follows from the speed that is measured here.
     """
     if preset is not None:
-        run, reasons = preset, [Reason("recipe", recipe_of(preset), "as the preset says")]
+        run, reasons = preset, []
     else:
         run, reasons = _for_data(pictures, here, world, method)
     run, more = _for_machine(run, pictures, here, keep_precision=preset is not None)
@@ -235,8 +235,7 @@ def _for_machine(run: Run, pictures: Pictures, here: Machine, *, keep_precision:
 def fed(run: Run, here: Machine, speed: Speed) -> tuple[Run, Reason]:
     """As many workers as keep up with the step, and a quarter more; no more than a rank has cores, of which a GPU's
     rank needs one itself."""
-    own = here.cores // here.ranks
-    most = own if here.device.type == "cpu" else own - 1
+    most = here.own_cores if here.device.type == "cpu" else here.own_cores - 1
     wanted = math.ceil(MARGIN * speed.data / speed.step)
     workers = max(1, min(wanted, most))
     why = f"a picture takes {_ms(speed.data)} to decode and crop, and {_ms(speed.step)} in the step"

@@ -79,8 +79,7 @@ def settle(
     if preset is not None:
         first = plan(pictures, here, preset=change(preset), minutes=minutes, world=world)
         recipe = Reason("recipe", recipe_of(preset), "as the preset says")
-        rows = [recipe if row.name == recipe.name else row for row in first.reasons]
-        return _with_changes(Plan(first.run, rows), preset, change)
+        return _with_changes(Plan(first.run, [recipe, *first.reasons]), preset, change)
     first = plan(pictures, here, method=method, minutes=minutes, world=world)
     asked = change(first.run)
     if asked == first.run:
