@@ -37,6 +37,7 @@ from dino.data.decode import decode
 from dino.data.folder import Folder
 from dino.data.loader import sample_rng
 from dino.data.views import MEAN, STD, MultiCrop, normalize
+from dino.runtime import quickest
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,10 @@ def lightly_recipe(views: MultiCrop) -> Callable[[Path], object] | None:
 def our_recipe(views: MultiCrop) -> Callable[[Path], object]:
     stacks, seen = [np.empty((n, side, side, 3), np.uint8) for n, side in views.stacks], count()
 
+    made = quickest(views)
+
     def run(path: Path) -> object:
-        crops = iter(views(decode(path), sample_rng(0, 0, next(seen))))
+        crops = iter(made(decode(path), sample_rng(0, 0, next(seen))))
         for stack in stacks:
             for place in stack:
                 place[...] = next(crops)

@@ -3,7 +3,7 @@
     python benchmarks/extraction.py [--networks vit_small resnet50] [--pictures 256] [--batch 64] [--json F]
 
 `network` is the forward pass alone, over a batch that lies in memory: ours from the uint8 pictures that its loader
-gives, timm's from normalised float ones. `files` is from JPEG files to features in memory: ours is
+gives (channels last), timm's from normalised float ones as its own gives (channel by channel). `files` is from JPEG files to features in memory: ours is
 `dino.evals.evaluator.extract`, timm's a DataLoader of Pillow pictures through timm's own evaluation transform. Weights
 are random and the same. The candidates take turns in one process; medians, and ratios to timm. `cosine` is the least
 cosine between a picture's two features; `off` the largest difference of them, over the largest feature. From files the
@@ -66,10 +66,9 @@ def pair(name: str, rt: Runtime) -> tuple[Backbone, nn.Module]:
 
 def passes(ours: Backbone, theirs: nn.Module, rt: Runtime, size: int, batch: int) -> dict[str, Callable[[], Tensor]]:
     """The forward pass alone."""
-    pictures = torch.randint(
-        0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    placed, floats = pictures.to(rt.device), normalize(pictures).to(rt.device)
+    draw = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=draw).movedim(-1, 1)
+    placed, floats = pictures.to(rt.device), normalize(pictures).contiguous().to(rt.device)
 
     def by_timm() -> Tensor:
         with torch.inference_mode(), rt.autocast():

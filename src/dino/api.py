@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast, overload
 
 import numpy as np
@@ -24,7 +25,7 @@ from dino.data.folder import Folder
 from dino.data.pictures import Pictures, Skipped
 from dino.data.scenes import Scenes
 from dino.data.sources import WORDS, PictureSource, open_pictures
-from dino.errors import UserError, must_reach
+from dino.errors import UserError, must_lie
 from dino.evals import find as find_evaluation
 from dino.evals.attention_masks import size_to_look_at
 from dino.evals.evaluator import Evaluation, Site, extract, floors_of, no_progress
@@ -63,8 +64,7 @@ def train(
     `optim=dict(epochs=300), views=dict(local=4)`; `method="byol"` takes a baseline, with settings for these pictures.
     resume goes on with the run that lies in `out`.
     """
-    if minutes is not None and not minutes > 0:
-        raise UserError(f"minutes must be above 0; got {minutes:g}.")
+    must_lie(SimpleNamespace(minutes=minutes), "minutes", above=0)
     terminal = Terminal(quiet=quiet)
     data = pictures.path if isinstance(pictures, Folder) else pictures
     named = Path(data).resolve().name if isinstance(data, str | Path) else "pictures"
@@ -201,8 +201,9 @@ def embed(
     progress: Done | None = None,
 ) -> Embedding:
     """The backbone's feature of every picture: resized, center-cropped, one forward pass each."""
-    for name, value, low in (("size", size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
-        must_reach(name, value, low)
+    given = SimpleNamespace(size=size, batch_size=batch_size, workers=workers)
+    must_lie(given, "size", "batch_size", least=1)
+    must_lie(given, "workers", least=0)
     with start("float32") as rt:
         found = open_checkpoint(checkpoint, rt.device)
         opened = open_pictures(pictures, progress)

@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Iterable
+from operator import ge, gt, le, lt
+from typing import Any
 
 
 class UserError(Exception):
@@ -18,7 +20,25 @@ def nearest(word: str, options: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
 
 
-def must_reach(name: str, value: float | None, low: float) -> None:
-    """Raises UserError where a setting is below its least value, or no number; one that is not given may be None."""
-    if value is not None and not value >= low:
-        raise UserError(f"{name} must be {low} or more; got {value}.")
+def must_lie(
+    settings: Any,
+    *names: str,
+    of: str = "",
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raises UserError where one of these fields lies beyond a bound, or is no number; None was not given, and may be.
+
+    of: what a message says before the name: `--` for a flag, `optim.` for a field of a Run.
+    """
+    bounds = (("at least", least, ge), ("above", above, gt), ("at most", most, le), ("below", below, lt))
+    bounds = [(word, bound, holds) for word, bound, holds in bounds if bound is not None]
+    for name in names:
+        value = getattr(settings, name)
+        if value is None or all(holds(value, bound) for _, bound, holds in bounds):
+            continue
+        shown = f"{of}{name.replace('_', '-') if of == '--' else name}"
+        expected = " and ".join(f"{word} {bound:g}" for word, bound, _ in bounds)
+        raise UserError(f"{shown} must be {expected}; got {value}.")

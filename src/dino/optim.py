@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dino.errors import UserError
+from dino.errors import UserError, must_lie
 from dino.models.backbone import Backbone
 from dino.schedules import Constant, Cosine, Schedule, Warmup, scaled
 
@@ -45,14 +45,10 @@ class Optim:
     def __post_init__(self) -> None:
         if self.micro_batch != "auto" and self.micro_batch < 0:
             raise UserError(f"optim.micro_batch must be 0 (the whole batch) or more; got {self.micro_batch}.")
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"optim.{name} must be at least 1; got {getattr(self, name)}.")
-        if not 0 < self.layer_decay <= 1:
-            raise UserError(f"optim.layer_decay must be above 0 and at most 1; got {self.layer_decay}.")
-        for name in ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"optim.{name} must be 0 or more; got {getattr(self, name)}.")
+        must_lie(self, "epochs", "batch_size", of="optim.", least=1)
+        must_lie(self, "layer_decay", of="optim.", above=0, most=1)
+        rates = ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip")
+        must_lie(self, *rates, of="optim.", least=0)
 
     def lr_schedule(self) -> Schedule:
         """Sec. 3.2: linear warm-up to lr * batch / 256, then a cosine to min_lr; a value per step."""

@@ -15,7 +15,7 @@ from dino.data.folder import Folder
 from dino.data.pictures import Pictures
 from dino.data.scenes import Scenes
 from dino.data.views import MultiCrop
-from dino.errors import UserError, must_reach
+from dino.errors import UserError, must_lie
 from dino.evals.ask import Ask, must_differ
 from dino.evals.watch import Watch
 from dino.methods import AnyMethod
@@ -75,8 +75,8 @@ class Run:
     """Folder of everything the run writes."""
 
     def __post_init__(self) -> None:
-        for name, low in (("workers", 0), ("seed", 0), ("log_every", 1), ("save_minutes", 0), ("keep_every", 0)):
-            must_reach(name, getattr(self, name), low)
+        must_lie(self, "workers", "seed", "save_minutes", "keep_every", least=0)
+        must_lie(self, "log_every", least=1)
         if self.cache not in get_args(Cache):
             raise UserError(f"cache: expected one of {', '.join(get_args(Cache))}; got {self.cache!r}.")
         if self.cache == "device" and not isinstance(self.views, MultiCrop):

@@ -152,7 +152,8 @@ class Runtime:
         the device they are read now."""
         if cache != "device":
             pin = self.device.type == "cuda"  # from pinned memory `place` copies while the card computes
-            return partial(train_batches, pictures, views, rank=self.rank, world=self.world, pin_memory=pin)
+            made = quickest(views) if self.fast else views
+            return partial(train_batches, pictures, made, rank=self.rank, world=self.world, pin_memory=pin)
         assert isinstance(views, MultiCrop)
         there = held.hold(pictures, self.device, room(self.device))
         return partial(held.train_batches, there, views, rank=self.rank, world=self.world)
@@ -277,6 +278,18 @@ def where_pictures_stay(pictures: Pictures, views: Views, here: Machine) -> tupl
         share = f"{frames / 2**20:,.0f} MiB of the card's {here.memory / 2**30:.0f} GiB"
         return "device", f"{share}: it makes the views itself, of what chance decides in the workers"
     return ("memory" if here.ranks == 1 and fits else "no"), size
+
+
+def quickest(views: Views) -> Views:
+    """The views, made by their compiled twin where they have one and numba can compile it here: whoever comes first
+    waits some seconds for that."""
+    if type(views) is not MultiCrop:
+        return views
+    try:
+        from dino.fast.compiled import CompiledMultiCrop
+    except (ImportError, OSError):  # without numba; with a disk too full to keep what it compiles
+        return views
+    return CompiledMultiCrop(views)
 
 
 def room(device: torch.device) -> int:

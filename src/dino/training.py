@@ -27,7 +27,7 @@ from dino.evals.evaluator import Site
 from dino.evals.watch import Watched
 from dino.events import Ended, EpochDone, Evaluated, Event, Logged, Measured, Measuring, Started
 from dino.files import remove_parts, write_json
-from dino.logs import Log
+from dino.logs import Log, read_metrics
 from dino.meter import Meter
 from dino.methods.method import Method, Outputs, Start
 from dino.models.backbone import Backbone
@@ -113,8 +113,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     out = Path(run.out)
     pictures = run.method.learnable(pictures)
     pictures = pictures if run.cache == "no" else pictures.in_memory()
-    rest, asked = _parts(run, pictures)
-    per_epoch = steps_per_epoch(len(rest), run.optim.batch_size, rt.world)
+    rest, asked, per_epoch = _parts(run, rt, pictures)
     state = _fresh(run, rt, len(pictures.classes), resume)
     if resume:
         _restore(state, run, rest)
@@ -138,8 +137,7 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     saved_at = time.monotonic()
     finished = state.step >= clock.steps
     try:
-        if state.step == 0:
-            yield from _measured([one for one in evals if one.every_epochs], state, clock, log)
+        yield from _measured(_owed(evals, clock, out), state, clock, log)
         with stop_signals() as stop:
             batches = train_batches(
                 batch_size=run.optim.batch_size,
@@ -196,13 +194,27 @@ def train(run: Run, rt: Runtime, pictures: Pictures, *, resume: bool = False) ->
     yield Ended(clock._replace(step=state.step), state.method, finished, skipped, stop.signal)
 
 
+def must_be_trainable(run: Run, rt: Runtime, pictures: Pictures) -> None:
+    """Raises the UserError that `train` would raise before its first step for these pictures and these evaluations."""
+    rest, _, _ = _parts(run, rt, run.method.learnable(pictures))
+    method = build_method(run, classes=len(rest.classes))
+    _must_go_in_parts(run, method)
+    bind_all(run.evals, _site(run, rt), method.backbone)
+
+
 def export_backbone(run: Run, backbone: Backbone, out: Path) -> Path:
     """The method's backbone (DINO: the teacher's), alone, as safetensors: what `dino.load` and timm read."""
     return save_backbone(run.backbone, backbone.state_dict(), out / "backbone.safetensors")
 
 
-def _parts(run: Run, pictures: Pictures) -> tuple[Pictures, Pictures | None]:
-    """(pictures to learn from, pictures with labels to be asked about while training; None where that cannot be)."""
+def _parts(run: Run, rt: Runtime, pictures: Pictures) -> tuple[Pictures, Pictures | None, int]:
+    """(pictures to learn from, pictures with labels to be asked about while training or None where that cannot be,
+    steps of an epoch)."""
+    rest, asked = _split(run, pictures)
+    return rest, asked, steps_per_epoch(len(rest), run.optim.batch_size, rt.world)
+
+
+def _split(run: Run, pictures: Pictures) -> tuple[Pictures, Pictures | None]:
     if pictures.labels is None or run.knn.every_epochs == 0:
         return pictures, None
     if run.val is None:
@@ -249,6 +261,16 @@ def _evaluate(watched: Watched, state: State, clock: Clock) -> Evaluated:
     if is_best:
         state.best = {"value": first, "name": name, "epoch": clock.epoch}
     return Evaluated(clock, watched.name, values, is_best)
+
+
+def _owed(evals: list[Asked], clock: Clock, out: Path) -> list[Asked]:
+    """What is to be asked before the first step of a session: at step 0 all that are asked on the way, and of a run
+    that goes on what was due at its step and has no line, since a stop came before the answer."""
+    if clock.step == 0:
+        return [one for one in evals if one.every_epochs]
+    due = [one for one in evals if clock.step % clock.steps_per_epoch == 0 and _is_due(one.every_epochs, clock)]
+    told = dist.on_main(lambda: [line.get("eval") for line in read_metrics(out) if line["step"] == clock.step])
+    return [one for one in due if one.label not in told]
 
 
 def _measured(evals: list[Asked], state: State, clock: Clock, log: Log | None) -> Iterator[Event]:

@@ -107,7 +107,10 @@ def test_words(dino):
     assert set(dino("ablate", "--json").json["tables"]) >= {"table7", "fig7", "attention-heads"}
     rows = dino("ablate", "fig7", "--dry-run")
     assert rows.code == 0
-    assert "--method.sharpening" in rows.out
+    assert "--method.no-sharpening" in rows.out
+    rows = dino("ablate", "table7", "--dry-run")
+    assert "--method byol" in rows.out
+    assert not any(word in rows.out for word in ("Config", "True", "False", "None"))
     for words, message in (
         (("ablate", "table6"), "did you mean"),
         (("ablate", "table7", "--only", "dinos", "--dry-run"), "did you mean 'dino'"),

@@ -22,6 +22,7 @@ def test_unknown_command(dino):
 
 def test_unknown_evaluation(dino):
     refused(dino("eval", "kn", "x", "y"), "did you mean 'knn'")
+    refused(dino("eval", "finetun", "x", "y"), "did you mean 'finetune'")
 
 
 def test_no_folder(dino):
@@ -74,11 +75,11 @@ def test_value_that_a_field_cannot_have(dino, photos):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--log-every", "0"], "log_every must be 1 or more; got 0"),
-        (["--workers", "-1"], "workers must be 0 or more; got -1"),
-        (["--seed", "-1"], "seed must be 0 or more"),
-        (["--knn.held-back", "1.5"], "knn.held_back must be a share between 0 and 1; got 1.5"),
-        (["--knn.k", "0"], "knn.k must be 1 or more"),
+        (["--log-every", "0"], "log_every must be at least 1; got 0"),
+        (["--workers", "-1"], "workers must be at least 0; got -1"),
+        (["--seed", "-1"], "seed must be at least 0"),
+        (["--knn.held-back", "1.5"], "knn.held_back must be above 0 and below 1; got 1.5"),
+        (["--knn.k", "0"], "knn.k must be at least 1"),
     ],
 )
 def test_settings_that_no_run_can_have(dino, photos, words, said):
@@ -90,8 +91,8 @@ def test_a_run_goes_on_in_its_own_folder(dino, trained):
 
 
 def test_features_of_no_size_or_in_no_folder(dino, photos, trained, tmp_path):
-    refused(dino("embed", trained[0], photos, "--size", "0"), "size must be 1 or more; got 0")
-    refused(dino("embed", trained[0], photos, "--batch-size", "0"), "batch_size must be 1 or more")
+    refused(dino("embed", trained[0], photos, "--size", "0"), "size must be at least 1; got 0")
+    refused(dino("embed", trained[0], photos, "--batch-size", "0"), "batch_size must be at least 1")
     (tmp_path / "file").touch()
     refused(dino("embed", trained[0], photos, "-o", "file/features.npz"), "file", "--out")
 

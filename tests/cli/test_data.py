@@ -138,7 +138,7 @@ def test_what_cannot_work_is_said(dino, photos: Path, pack: Path) -> None:
         (("data", "pack", photos, "-o", pack, "--side", "20"), "was made with the files as they are"),
         (("data", "pack", photos, "-o", photos), "exists and is no pack"),
         (("data", "pack", photos, "-o", "x.ds", "--side", "0"), "--side must be at least 1"),
-        (("data", "pack", photos, "-o", "x.ds", "--quality", "0"), "--quality must be 1 to 100"),
+        (("data", "pack", photos, "-o", "x.ds", "--quality", "0"), "--quality must be at least 1 and at most 100"),
         (("data", "info", photos), "is no pack"),
         (("data", "check", "nowhere"), "There is no pack nowhere"),
         (("train", pack / "data-00000"), "is a file"),

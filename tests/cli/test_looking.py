@@ -115,7 +115,7 @@ def test_tsne_says_what_would_do(network, drawn, dino):
     for words, said in (
         (["-o", "tsne.txt"], ".png, .pdf, .svg"),
         (["--of", "classes", "--thumbnails"], "--of pictures"),
-        (["--max-points", "2"], "4 .. 5000"),
+        (["--max-points", "2"], "at most 5000"),
         (["--perplexity", "0"], "at least 1"),
     ):
         ran = dino("tsne", network, drawn, *words)

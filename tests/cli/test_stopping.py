@@ -76,6 +76,9 @@ def test_resume_and_preset_exclude_each_other(copy, dino):
 
 def test_resume_goes_on_to_the_end(copy, dino):
     before = [row["step"] for row in read_metrics(copy) if "loss" in row]
+    ran = dino("train", "--resume", copy, "--dry-run")
+    assert ran.code == 0, ran.err
+    assert f"would go on at step {before[-1]} of" in ran.out
     ran = dino("train", "--resume", copy, "--json")
     assert ran.code == 0, ran.err
     assert f"Going on at step {before[-1]}" in ran.err
@@ -110,6 +113,6 @@ def test_two_ranks_speak_once(tiny_folder, photos, torchrun):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The plan") == 1
-    assert done.stdout.count("Training 1 epochs") == 1
+    assert done.stdout.count("Training 1 epoch, ") == 1
     assert json.loads((tiny_folder / "two/run.json").read_text())["run"]["optim"]["epochs"] == 1
     assert (tiny_folder / "two/backbone.safetensors").is_file()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +80,14 @@ def test_eval_says_value_protocol_data_and_checkpoint(trained, photos, dino):
     assert package.evaluate(run, KNN(k=(1, 5)), photos, floors=False)["values"] == result["values"]
 
 
-def test_pictures_that_vote_for_themselves_are_right(trained, photos, dino):
+def test_pictures_that_vote_for_themselves_are_right_and_that_is_no_evaluation(trained, photos, dino, tmp_path):
     run, _ = trained
-    assert dino("eval", "knn", run, photos, photos, "--k", "1", "--no-floors", "--json").json["values"]["1-NN"] == 100
+    words = ("eval", "knn", run, photos, "--k", "1", "--no-floors", "--json")
+    shutil.copytree(photos, tmp_path / "again", copy_function=shutil.copyfile)  # files of a later time
+    assert dino(*words[:4], tmp_path / "again", *words[4:]).json["values"]["1-NN"] == 100
+    refused = dino(*words[:4], photos, *words[4:])
+    assert refused.code == 2
+    assert "each would find itself" in refused.err
 
 
 def test_eval_prints_a_table(trained, photos, dino):
@@ -114,7 +120,7 @@ def test_embed_gives_the_backbones_features(trained, photos, dino, tmp_path, end
     assert labels == [name.split("/")[0] for name in names]
     pictures = Folder(path=str(photos)).open()
     place = pictures.names.index(names[7])
-    image = torch.from_numpy(eval_transform(pictures.read(place), 32))[None]
+    image = torch.from_numpy(eval_transform(pictures.read(place), 32))[None].movedim(-1, 1)
     with torch.no_grad():
         expected = package.load(run)(normalize(image))[0].numpy()
     np.testing.assert_allclose(features[7], expected, atol=1e-5)

@@ -15,11 +15,12 @@ from dino.config import edit
 from dino.data.scenes import Scenes
 from dino.errors import UserError
 from dino.live import Watch
+from dino.methods.byol import BYOLConfig
 from dino.models import Timm, ViT
 from dino.models.names import named
 from dino.run import Run
 from dino.schedules import Clock
-from dino.session.begin import differences, flag
+from dino.session.begin import differences, flag, typed_line
 from dino.terminal import Terminal, speaking
 from dino.units import duration
 
@@ -54,6 +55,16 @@ def test_help_explains_every_setting_of_a_run(dino):
         "Times that every picture is seen",
     ):
         assert words in ran.out
+
+
+def test_a_changed_network_or_method_is_told_as_it_is_typed():
+    plain = Run()
+    other = edit(plain, backbone=Timm(name="resnet18"), method=BYOLConfig(predictor=False), knn=dict(size=64))
+    line = typed_line(plain, other)
+    assert line == "--method byol --network timm:resnet18 --method.no-predictor --knn.size 64"
+    given = Given(line.split(), kind=TrainOptions, prog="dino train", examples="")
+    assert given.change(plain) == other
+    assert typed_line(other, plain, ["knn.size"]) == "--method dino --network vit_small/16"
 
 
 def test_flags_follow_the_type_of_the_network(dino, photos):
@@ -188,3 +199,16 @@ def test_the_plan_shows_another_network_in_its_row(dino, photos, tmp_path):
     assert ran.json["run"]["backbone"]["depth"] == 1
     assert ran.json["run"]["backbone"]["image_size"] == ran.json["run"]["views"]["global_size"]
     assert list(tmp_path.iterdir()) == []  # a dry run writes nothing
+
+
+def test_a_dry_run_refuses_what_training_would(dino, photos, tiny, tmp_path):
+    for flags, said in (
+        (("--optim.batch-size", "64"), "batch size 64 with 36 pictures"),
+        (("--evals", "knn nowhere"), '--evals "knn nowhere" cannot be asked'),
+        (("--val", "nowhere"), "nowhere"),
+        (("--method.head-norm", "batch", "--optim.micro-batch", "2"), "batch norm"),
+    ):
+        ran = dino("train", photos, *tiny, *flags, "--optim.epochs", "1", "--dry-run")
+        assert ran.code == 2, flags
+        assert said in ran.err
+    assert list(tmp_path.iterdir()) == []

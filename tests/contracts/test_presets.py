@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dino import presets
+from dino.analysis.advice import foresee
 from dino.config import edit
 from dino.data.loader import steps_per_epoch
 from dino.data.pictures import Pictures
@@ -89,7 +90,7 @@ def test_a_function_of_ones_own_is_a_preset(tmp_path, monkeypatch) -> None:
         presets.resolve("mine_for_test:yours")
 
 
-@pytest.mark.parametrize(("count", "side"), [(40, 1), (60, 32), (500, 50), (3000, 500)])
+@pytest.mark.parametrize(("count", "side"), [(20, 9), (36, 1), (60, 32), (285, 50), (3000, 500)])
 def test_a_plan_can_be_trained_whatever_the_pictures(count: int, side: int) -> None:
     chosen = plan(Flat(count, side, classes=2), CPU, minutes=1)
     views, backbone = chosen.run.views, chosen.run.backbone
@@ -97,6 +98,7 @@ def test_a_plan_can_be_trained_whatever_the_pictures(count: int, side: int) -> N
     assert views.global_size % 8 == views.local_size % 8 == 0
     assert views.global_size >= views.local_size
     assert backbone.build().embed_dim == 256
+    assert not any("K too large" in found.name for found in foresee(chosen.run, 10, int(0.9 * count)))
     assert {"K", "crops", "batch", "precision", "workers", "epochs", "expected time"} <= _names(chosen)
     assert all(reason.why for reason in chosen.reasons)
 

@@ -327,5 +327,5 @@ def test_swavs_prototypes_have_unit_length_and_stand_still_at_first() -> None:
     ],
 )
 def test_a_setting_out_of_bounds_is_named(config, field: str, value: float) -> None:
-    with pytest.raises(UserError, match=f"method.{field}: expected .*, got {value}"):
+    with pytest.raises(UserError, match=rf"method\.{field} must be .*; got {value}"):
         config(**{field: value})

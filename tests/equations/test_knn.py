@@ -17,9 +17,8 @@ from dino.evals.knn import (
     accuracy_of,
     knn_accuracy,
     nearest_neighbours,
-    pixel_feature,
-    raw_pixels,
 )
+from dino.evals.pixels import pixel_feature, raw_pixels
 from dino.evals.watch import Watch
 from dino.models.backbone import Backbone, Features
 

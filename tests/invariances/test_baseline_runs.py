@@ -68,7 +68,8 @@ def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
     """
     smooth = dict(algorithm="sgd", lr=0.3, epochs=2)
     ones = [baseline(name, tmp_path / name, backbone=dict(drop_path=0.0), optim=smooth) for name in BASELINES]
-    ones.append(baseline("swav", tmp_path / "convnet", backbone=CONVNET, optim=smooth))
+    calm = smooth | dict(lr=0.02)  # at 0.3 a ConvNet's rounding grows tenfold in two steps
+    ones.append(baseline("swav", tmp_path / "convnet", backbone=CONVNET, optim=calm))
     twos = [edit(one, out=f"{one.out}-two") for one in ones]
     for two in twos:
         Path(f"{two.out}.json").write_text(json.dumps(to_dict(two)))

@@ -93,6 +93,20 @@ def test_a_run_that_goes_on_asks_on(asked: tuple[Run, list], tmp_path: Path) -> 
     assert told(run) == told(whole)
 
 
+def test_what_a_stop_left_unasked_is_asked_when_the_run_goes_on(asked: tuple[Run, list], tmp_path: Path) -> None:
+    """Stopped at the end of the second epoch, when it was due; and once more, when the answer is there."""
+    whole, _ = asked
+    run = asking(tmp_path / "run")
+    for event in train(run, CPU, run.data.open()):
+        if isinstance(event, Measuring) and event.clock.step == 10:
+            break
+    assert [line["step"] for line in told(run)[KNN_LABEL]] == [0]
+    events = fit(read_run(Path(run.out)), resume=True, until=12)
+    assert [(e.name, e.clock.step) for e in events if isinstance(e, Measured)] == [(KNN_LABEL, 10)]
+    fit(read_run(Path(run.out)), resume=True)
+    assert told(run) == told(whole)
+
+
 def test_training_is_saved_before_what_may_take_long(tmp_path: Path) -> None:
     run = edit(asking(tmp_path / "run"), save_minutes=60.0)
     for event in train(run, CPU, run.data.open()):

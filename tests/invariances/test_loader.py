@@ -161,6 +161,8 @@ def test_eval_batches_cover_all_in_order_without_the_bad(workers):
     got = list(eval_batches(pictures, 14, 4, workers))
     assert torch.cat([i for i, _ in got]).tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
     assert [len(i) for i, _ in got] == [4, 3, 1]
+    assert all(images.shape[1:] == (3, 14, 14) for _, images in got)
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for _, images in got)
     some = list(eval_batches(pictures, 14, 4, workers, indices=[7, 2]))
     assert some[0][0].tolist() == [7, 2]
     assert torch.equal(some[0][1], torch.stack([got[1][1][2], got[0][1][2]]))

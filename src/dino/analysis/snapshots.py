@@ -57,7 +57,7 @@ def snapshot(
     here = f"epoch_{epoch:08.3f}".rstrip("0").rstrip(".") if epoch % 1 else f"epoch_{int(epoch):04d}"
     for place in map(int, indices):
         try:
-            picture = eval_transform(pictures.read(place), size).transpose(1, 2, 0)
+            picture = eval_transform(pictures.read(place), size)
         except BadImage:
             continue
         seen = look(backbone, picture, size=size)

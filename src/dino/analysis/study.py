@@ -171,10 +171,13 @@ class Study:
         return Spread.of([value for value in found if math.isfinite(value)])
 
     def settings(self, row: Row) -> list[tuple[str, Any, Any]]:
-        """(field, the base's value, the row's) of all that differs: as it was run, or as it would be."""
+        """(field, the base's value, the row's) of all that differs."""
+        return [item for item in differences(self.base, self.run(row)) if item[0] not in INCIDENTAL]
+
+    def run(self, row: Row) -> Run:
+        """The row's: as it was run, or as it would be."""
         homes = [cell.home for cell in self.cells(row) if (cell.home / "run.json").is_file()]
-        run = read_run(homes[0]) if homes else self.table.run(row, self.scale, self.base)
-        return [item for item in differences(self.base, run) if item[0] not in INCIDENTAL]
+        return read_run(homes[0]) if homes else self.table.run(row, self.scale, self.base)
 
     @property
     def finished(self) -> list[Result]:

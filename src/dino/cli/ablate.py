@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dino.cli.options import Switch, parse
-from dino.errors import UserError
+from dino.errors import UserError, must_lie
 from dino.terminal import Terminal, speaking
 
 EXAMPLES = """\
@@ -149,10 +149,7 @@ def _asked(options: AblateOptions) -> Any:
 
 
 def _check(options: AblateOptions) -> None:
-    for name in ("seeds", "processes", "minutes", "epochs"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} must be above 0; got {value:g}.")
+    must_lie(options, "seeds", "processes", "minutes", "epochs", of="--", above=0)
     if options.minutes is not None and options.epochs is not None:
         raise UserError("--minutes and --epochs both say how long a row is: leave one of them away.")
 
@@ -216,12 +213,13 @@ def _announce(study: Any, cells: list, left: list, shared: int, terminal: Termin
 
 
 def _show_rows(study: Any, cells: list, terminal: Terminal) -> None:
-    from dino.session.begin import flag, shown
+    from dino.analysis.study import INCIDENTAL
+    from dino.session.begin import typed_line
 
     rows = []
     for cell in cells:
-        changes = " ".join(f"{flag(name)} {shown(value)}" for name, _, value in study.settings(cell.row))
-        rows.append((cell.row.name, str(cell.seed), cell.state, cell.row.what, changes or "the base"))
+        changes = typed_line(study.base, study.run(cell.row), INCIDENTAL) or "the base"
+        rows.append((cell.row.name, str(cell.seed), cell.state, cell.row.what, changes))
     terminal.table(study.table.title, ("row", "seed", "state", "what", "differs from the base by"), rows)
     pictures = f"{study.data['pictures']:,} pictures" if study.data["pictures"] else "pictures that --data names"
     terminal.say(f"\nThe base: {study.base.optim.epochs} epochs of {pictures}; {study.folder}/")

@@ -14,7 +14,7 @@ from dino.cli.given import Given
 from dino.cli.options import Switch
 from dino.config import edit
 from dino.data.folder import Folder
-from dino.errors import UserError
+from dino.errors import must_lie
 from dino.files import write_json
 from dino.methods import MethodName
 from dino.presets import resolve
@@ -59,9 +59,7 @@ class BenchOptions:
     run: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
 
     def __post_init__(self) -> None:
-        for name in ("batch", "steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"--{name} must be at least 1; got {value}.")
+        must_lie(self, "batch", "steps", of="--", least=1)
 
 
 def bench(argv: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ import tyro
 from dino.cli.asks import positional, source_fields, sources_of
 from dino.cli.options import Switch, parse
 from dino.errors import UserError
-from dino.evals import EVALUATIONS, find, scorer
+from dino.evals import EVALUATIONS, FINETUNE, find, scorer
 from dino.terminal import Terminal, is_main, speaking
 
 FLOORS = {"raw_pixels": "raw pixels", "random_weights": "random weights"}
@@ -56,7 +56,7 @@ def eval(argv: Sequence[str]) -> int:
         print(help_text())
         return 0
     name, rest = argv[0], argv[1:]
-    if name == "finetune":  # a training run, with a run's options and files
+    if name == FINETUNE:  # a training run, with a run's options and files
         from dino.cli.finetune import finetune
 
         return finetune(rest)
@@ -86,7 +86,7 @@ def _score(name: str, words: Sequence[str]) -> int:
 
 def help_text() -> str:
     about = {name: entry.what for name, entry in EVALUATIONS.items()}
-    about["finetune"] = "accuracy of the whole network, trained on with labels"
+    about[FINETUNE] = "accuracy of the whole network, trained on with labels"
     names = "\n".join(f"  {name:<20} {what}" for name, what in about.items())
     return (
         "usage: dino eval NAME CHECKPOINT DATA...\n\n"

@@ -1,5 +1,7 @@
 """A command's options, typed: a frozen dataclass, parsed by tyro, whose help ends with examples."""
 
+import inspect
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +32,10 @@ def parse(
 
     registry: how types that tyro does not know are read.
     """
-    more: dict[str, Any] = {} if default is None else {"default": default}
+    paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(kind.__doc__ or ""))
+    more: dict[str, Any] = {"description": "\n\n".join(" ".join(one.split()) for one in paragraphs)}
+    if default is not None:
+        more["default"] = default
     if registry is not None:
         more["registry"] = registry
     try:

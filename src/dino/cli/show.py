@@ -64,29 +64,19 @@ def show(argv: Sequence[str]) -> int:
     with speaking(options.json) as (terminal, give):
         from dino.presets import resolve
         from dino.run import read_run
-        from dino.session.begin import settings_of
+        from dino.session.begin import settings_of, typed
 
         folder = Path(options.preset)
         run = read_run(folder) if folder.is_dir() else resolve(options.preset)
         described: dict[str, Any] = to_dict(run)
         rows = [
-            (name, str(value)) if isinstance(described.get(name), dict) else _typed(name, value)
+            (name, str(value)) if isinstance(described.get(name), dict) else typed(name, value)
             for name, value in settings_of(run).items()
             if name != "type"
         ]
         terminal.table(options.preset, ("setting", "value"), rows)
         give(described)
     return 0
-
-
-def _typed(name: str, value: Any) -> tuple[str, str]:
-    """A setting as it is typed: a switch has no value."""
-    from dino.session.begin import flag, shown
-
-    if isinstance(value, bool):
-        place, _, field = name.rpartition(".")
-        return (flag(name) if value else flag(f"{place}.no-{field}".lstrip(".")), "")
-    return flag(name), shown(value)
 
 
 def report(argv: Sequence[str]) -> int:

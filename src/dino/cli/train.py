@@ -16,7 +16,7 @@ from dino.config import edit, to_dict
 from dino.data.folder import Folder
 from dino.data.pictures import Pictures
 from dino.data.scenes import Scenes
-from dino.errors import UserError
+from dino.errors import UserError, must_lie
 from dino.files import write_json
 from dino.methods import MethodName
 from dino.presets.plan import Plan
@@ -25,6 +25,7 @@ from dino.runtime import Runtime, machine, start
 from dino.session.begin import Found, resumed, settle, show_plan
 from dino.session.training import Outcome, run_session
 from dino.terminal import Terminal, speaking
+from dino.training import must_be_trainable
 
 EXAMPLES = """\
   dino train photos/                                 a plan for these pictures and this machine, then training
@@ -96,6 +97,10 @@ def carry_out(given: Given) -> int:
                 planned = _planned(options, given, pictures, folder, rt, terminal)
                 run = planned.run
             if options.dry_run:
+                with terminal.progress("looking whether it can be trained"):
+                    must_be_trainable(run, rt, pictures)
+                if found is not None:
+                    terminal.say(f"{run.out} would go on at step {found.step} of {found.steps}.")
                 give({"run": to_dict(run), "plan": _reasons(planned)})
                 return 0
             if rt.is_main and planned is not None:
@@ -122,8 +127,7 @@ def _check(options: Options, given: Given) -> None:
             "Which pictures? Expected a folder: dino train photos/\n"
             "`dino train scenes` trains on pictures that dino draws itself; `dino train --help` shows more."
         )
-    if options.minutes is not None and not options.minutes > 0:
-        raise UserError(f"--minutes must be above 0; got {options.minutes:g}.")
+    must_lie(options, "minutes", of="--", above=0)
 
 
 # -- the plan, or the run that goes on ---------------------------------------------------------------------

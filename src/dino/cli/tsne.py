@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from dino.cli.options import Switch, parse
-from dino.errors import UserError
+from dino.errors import UserError, must_lie
 from dino.terminal import Terminal, is_main, speaking
 
 if TYPE_CHECKING:
@@ -94,10 +94,8 @@ def tsne(argv: Sequence[str]) -> int:
 def _check(options: TsneOptions) -> None:
     from dino.analysis.tsne import MAX_POINTS
 
-    if not 4 <= options.max_points <= MAX_POINTS:
-        raise UserError(f"--max-points must lie in 4 .. {MAX_POINTS}; got {options.max_points}.")
-    if options.components < 1:
-        raise UserError(f"--components must be at least 1; got {options.components}.")
+    must_lie(options, "max_points", of="--", least=4, most=MAX_POINTS)
+    must_lie(options, "components", of="--", least=1)
 
 
 def _pictures(options: TsneOptions, terminal: Terminal) -> "tuple[Pictures, str]":

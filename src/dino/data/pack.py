@@ -30,7 +30,7 @@ import numpy as np
 from dino.config import from_dict
 from dino.data.decode import decode
 from dino.data.pictures import BadImage, Pictures, Reduction, Skipped, StoredNames
-from dino.errors import UserError
+from dino.errors import UserError, must_lie
 from dino.files import PART
 
 VERSION = 1
@@ -55,10 +55,8 @@ class Form:
     """JPEG quality of the pictures that are made smaller, 1 to 100."""
 
     def __post_init__(self) -> None:
-        if self.side is not None and self.side < 1:
-            raise UserError(f"--side must be at least 1 pixel; got {self.side}.")
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality must be 1 to 100; got {self.quality}.")
+        must_lie(self, "side", of="--", least=1)
+        must_lie(self, "quality", of="--", least=1, most=100)
 
 
 @dataclass(frozen=True, kw_only=True)

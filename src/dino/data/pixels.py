@@ -82,14 +82,14 @@ def blur(view: np.ndarray, sigma: float) -> np.ndarray:
 
     In 8 bits, as OpenCV's own, and twice as fast: its filter for any separable kernel has the better code.
     """
-    kernel = _gaussian(round(sigma * 256))
+    kernel = gaussian(round(sigma * 256))
     if len(kernel) == 1:
         return view
     return cv2.sepFilter2D(view, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
 
 
 @lru_cache(4096)
-def _gaussian(sigma: int) -> np.ndarray:
+def gaussian(sigma: int) -> np.ndarray:
     """The weights for a deviation in 256ths of a pixel: 256ths too, that sum to 1; 1 alone where that is no blur."""
     reach = (round(6 * sigma / 256 + 1) | 1) // 2
     exact = cv2.getGaussianKernel(2 * reach + 1, max(sigma, 1) / 256)[:reach, 0]

@@ -46,7 +46,7 @@ def labelled_pair(
     """Pictures to learn from and pictures to be asked about, with one numbering of the classes.
 
     Without `val`, the share `held_back` of every class of `train` is asked about. Raises UserError where a side has
-    no labels, or `val` has classes that `train` lacks.
+    no labels, `val` has classes that `train` lacks, or both are the same pictures: each would find itself.
     """
     known = open_pictures(train, progress)
     if known.labels is None:
@@ -56,7 +56,21 @@ def labelled_pair(
     asked = open_pictures(val, progress, part="val")
     if asked.labels is None:
         raise UserError(f"Accuracy needs labels, and {_named(val)} has none.\n{CLASS_FOLDERS}")
+    if asked.fingerprint == known.fingerprint and known.content is not None and asked.content == known.content:
+        raise UserError(
+            f"{_named(val)} has the pictures that are learned from: each would find itself.\n"
+            "Leave it away, and a part of every class is held back and asked about; or name other pictures."
+        )
     return known, relabelled(asked, known.classes)
+
+
+def labelled_alone(pair: tuple[Pictures, Pictures], who: str) -> tuple[Pictures, Pictures]:
+    """Of both sides the pictures that have a label. Raises UserError, in the name of `who`, where a side has none."""
+    known, asked = (side.subset(np.flatnonzero(np.asarray(side.labels) >= 0)) for side in pair)
+    for pictures, what in ((known, "to learn from"), (asked, "to be asked about")):
+        if not len(pictures):
+            raise UserError(f"{who} needs pictures {what}, and there are none with a label.")
+    return known, asked
 
 
 def relabelled(pictures: Pictures, classes: list[str]) -> Pictures:

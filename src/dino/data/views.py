@@ -325,7 +325,7 @@ def _affine(device: torch.device, width: int) -> tuple[Tensor, Tensor]:
 
 
 def eval_transform(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 RGB [H, W, 3] -> uint8 [3, size, size]: the shorter side to size * 256 / 224, then the center."""
+    """uint8 RGB [H, W, 3] -> uint8 [size, size, 3]: the shorter side to size * 256 / 224, then the center."""
     height, width = image.shape[:2]
     short = min(height, width)
     if max(height, width) > 4 * short:  # of a strip only the middle is seen: resizing it all could take gigabytes
@@ -336,4 +336,4 @@ def eval_transform(image: np.ndarray, size: int) -> np.ndarray:
     height, width = (int(side * extent / short) for extent in (height, width))
     image = resize(image, height, width)
     top, left = round((height - size) / 2), round((width - size) / 2)
-    return np.ascontiguousarray(image[top : top + size, left : left + size].transpose(2, 0, 1))
+    return image[top : top + size, left : left + size]

@@ -30,13 +30,16 @@ EVALUATIONS = {
     ),
 }
 
+FINETUNE = "finetune"
+"""Asked for like an evaluation, and a training run of its own: accuracy of the whole network, trained with labels."""
+
 
 def entry(name: str) -> Entry:
     """The entry of that name. Raises UserError with the nearest names."""
     if name not in EVALUATIONS:
         raise UserError(
-            f"There is no evaluation {name!r}{nearest(name, EVALUATIONS)}\n"
-            f"Expected one of {', '.join(EVALUATIONS)}, as in: dino eval knn CHECKPOINT TRAIN VAL"
+            f"There is no evaluation {name!r}{nearest(name, (*EVALUATIONS, FINETUNE))}\n"
+            f"Expected one of {', '.join((*EVALUATIONS, FINETUNE))}, as in: dino eval knn CHECKPOINT TRAIN VAL"
         )
     return EVALUATIONS[name]
 

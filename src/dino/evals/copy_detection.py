@@ -20,10 +20,10 @@ from dino.data.drawn import DrawnPictures
 from dino.data.pictures import Pictures
 from dino.data.scenes import PARTS, Scenes
 from dino.data.sources import WORDS, PictureSource, described, open_pictures
-from dino.errors import UserError
+from dino.errors import UserError, must_lie
 from dino.evals.descriptors import describe, every_row, skipped_of
 from dino.evals.evaluator import Extracted, Progress, Scores, Site, Source, evaluating
-from dino.evals.knn import raw_pixels
+from dino.evals.pixels import raw_pixels_of
 from dino.evals.ranking import average_precision, mean, places_of
 from dino.models.backbone import Backbone
 
@@ -136,12 +136,9 @@ class CopyDetection:
     """Of the choice of these pictures, and of their edits."""
 
     def __post_init__(self) -> None:
-        for name, low in (("size", 1), ("dimensions", 1), ("originals", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"--{name} must be at least {low}; got {value}.")
-        if not self.gem > 0:
-            raise UserError(f"--gem must be above 0; got {self.gem:g}.")
+        must_lie(self, "size", "dimensions", "originals", of="--", least=1)
+        must_lie(self, "seed", of="--", least=0)
+        must_lie(self, "gem", of="--", above=0)
 
     def bind(self, sources: Sequence[PictureSource], site: Site) -> "BoundCopyDetection":
         given: list[PictureSource | None] = [None if str(s) == "none" else s for s in sources]
@@ -217,11 +214,8 @@ class BoundCopyDetection:
 
     def pixel_floor(self) -> Scores:
         """The same search by raw pixels, not whitened."""
-        sides = []
-        for pictures in (self.copies.copies, *self.database):
-            with self.site.progress("raw pixels") as done:
-                sides.append(raw_pixels(pictures, device=self.site.device, progress=done))
-        return self._score(sides[0], sides[1:], None)
+        copies, *database = raw_pixels_of(self.copies.copies, *self.database, site=self.site)
+        return self._score(copies, database, None)
 
     def _score(self, copies: Extracted, database: Sequence[Extracted], whitening: Whitening | None) -> Scores:
         """A copy that cannot be read is left out and named; an original that cannot be read is never found."""

@@ -38,6 +38,10 @@ class Source(NamedTuple):
     required: bool = True
 
 
+VAL = Source("VAL", "Folder of class folders that is asked about; without it a part of TRAIN is.", required=False)
+"""Behind a TRAIN of class folders."""
+
+
 class Scores(dict[str, float]):
     """Numbers by name, in percent unless the name says otherwise, in the order to show them."""
 
@@ -244,7 +248,8 @@ def extract(
     mine, rows, features = share_of(pictures, backbone.embed_dim)
     done = 0
     with evaluating(backbone), torch.random.fork_rng(devices=[]):  # loaders draw a seed: give it back
-        for indices, images in eval_batches(pictures, size, batch_size, workers, indices=mine):
+        pin = torch.device(device).type == "cuda"
+        for indices, images in eval_batches(pictures, size, batch_size, workers, mine, pin_memory=pin):
             indices = torch.as_tensor(indices, dtype=torch.int64)
             with autocast():
                 out = backbone(normalize(images.to(device, non_blocking=True)))

@@ -1,23 +1,20 @@
 """Weighted nearest neighbours (Appendix F.1): how good frozen features are, with nothing to train and nothing
 to tune.
-
-Also the floor that any such figure stands beside: raw pixels.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from dino.data.pictures import BadImage, Pictures
+from dino.data.pictures import Pictures
 from dino.data.sources import CLASS_FOLDERS, PictureSource, described, labelled_pair
-from dino.errors import UserError
-from dino.evals.evaluator import Extracted, Progress, Scores, Site, Source, full_precision, gathered, share_of
+from dino.errors import UserError, must_lie
+from dino.evals.evaluator import VAL, Extracted, Scores, Site, Source, full_precision
+from dino.evals.pixels import raw_pixels_of
 from dino.models.backbone import Backbone
 
 KS = (10, 20, 100, 200)  # Appendix F.1; 20 is the one that the paper reports
@@ -101,7 +98,7 @@ class KNN:
     name: ClassVar[str] = "knn"
     sources: ClassVar[tuple[Source, ...]] = (
         Source("TRAIN", "Folder of class folders whose pictures vote; `scenes` draws pictures."),
-        Source("VAL", "Folder of class folders that is asked about; without it a part of TRAIN is.", required=False),
+        VAL,
     )
     paper: ClassVar[str] = "Tables 2 and 10, Appendix F.1"
     examples: ClassVar[str] = """\
@@ -122,10 +119,9 @@ class KNN:
     def __post_init__(self) -> None:
         if not self.k or min(self.k) < 1:
             raise UserError(f"--k needs numbers of at least 1; got {' '.join(map(str, self.k)) or 'none'}.")
-        if not self.temperature > 0:
-            raise UserError(f"--temperature must be above 0; got {self.temperature:g}.")
-        if not 0 < self.held_back < 1:
-            raise UserError(f"--held-back must lie between 0 and 1; got {self.held_back:g}.")
+        must_lie(self, "temperature", of="--", above=0)
+        must_lie(self, "size", of="--", least=1)
+        must_lie(self, "held_back", of="--", above=0, below=1)
 
     def bind(self, sources: Sequence[PictureSource], site: Site) -> "BoundKNN":
         with site.progress("looking at the pictures") as done:
@@ -157,11 +153,7 @@ class BoundKNN:
 
     def pixel_floor(self) -> Scores:
         """The same vote of raw pixels."""
-        sides = []
-        for pictures in (self.train, self.val):
-            with self.site.progress("raw pixels") as done:
-                sides.append(raw_pixels(pictures, device=self.site.device, progress=done))
-        return self._score(*sides)
+        return self._score(*raw_pixels_of(self.train, self.val, site=self.site))
 
     def _score(self, train: Extracted, val: Extracted) -> Scores:
         accuracies = accuracy_of(
@@ -177,33 +169,6 @@ def accuracy_of(train: Extracted, test: Extracted, k: Sequence[int] = KS, **opti
             raise UserError(f"k-NN needs labels, and the {which} pictures have none.\n{CLASS_FOLDERS}")
     labels = [side.labels for side in (train, test) if side.labels is not None]
     return knn_accuracy(train.features, labels[0], test.features, labels[1], k, **options)
-
-
-def pixel_feature(image: np.ndarray) -> np.ndarray:
-    """A picture [H, W, 3] uint8 as 768 numbers: 16x16 RGB, its own mean subtracted, unit length."""
-    small = np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR))  # antialiased
-    small = small.astype(np.float32).ravel()
-    small -= small.mean()
-    return small / max(float(np.linalg.norm(small)), 1e-12)
-
-
-def raw_pixels(
-    pictures: Pictures, *, device: torch.device | str = "cpu", progress: Progress | None = None
-) -> Extracted:
-    """`pixel_feature` of every readable picture, over all ranks: the floor that features must clear.
-
-    `device` is where the ranks meet (their backend decides which it must be); the work itself is the CPU's.
-    """
-    mine, rows, features = share_of(pictures, 768)
-    for place, index in enumerate(mine.tolist()):
-        try:
-            features[place] = torch.from_numpy(pixel_feature(pictures.read(index)))
-            rows[place] = index
-        except BadImage:
-            pass  # its row stays -1, and `gathered` names it with the reason
-        if progress is not None:
-            progress(place + 1, len(mine))
-    return gathered(rows, features, pictures, device)
 
 
 def _labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,11 +16,11 @@ from torch import Tensor
 from dino import dist
 from dino.data.loader import eval_batches
 from dino.data.pictures import Pictures
-from dino.data.sources import PictureSource, described, labelled_pair
+from dino.data.sources import PictureSource, described, labelled_alone, labelled_pair
 from dino.data.views import normalize
-from dino.errors import UserError
+from dino.errors import UserError, must_lie
 from dino.evals.augmented import Course, Extract, fresh_crops, stored_crops
-from dino.evals.evaluator import Scores, Site, Source, evaluating
+from dino.evals.evaluator import VAL, Scores, Site, Source, evaluating
 from dino.evals.heads import Heads, places
 from dino.models.backbone import Attentive, Backbone
 
@@ -64,7 +64,7 @@ class Linear:
     name: ClassVar[str] = "linear"
     sources: ClassVar[tuple[Source, ...]] = (
         Source("TRAIN", "Folder of class folders that the classifier is trained on; `scenes` draws pictures."),
-        Source("VAL", "Folder of class folders that is asked about; without it a part of TRAIN is.", required=False),
+        VAL,
     )
     paper: ClassVar[str] = "Table 2, Appendix F.2"
     examples: ClassVar[str] = """\
@@ -100,21 +100,15 @@ class Linear:
     """Of the crops, the order, the first weights, and of what is held back."""
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("crops", 0), ("batch", 1), ("blocks", 1), ("size", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"--{name} must be at least {low}; got {value}.")
-        for name in ("choosing", "held_back"):
-            if not 0 < getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} must lie between 0 and 1; got {getattr(self, name):g}.")
+        must_lie(self, "epochs", "batch", "blocks", "size", of="--", least=1)
+        must_lie(self, "crops", "seed", of="--", least=0)
+        must_lie(self, "choosing", "held_back", of="--", above=0, below=1)
+        must_lie(self, "momentum", of="--", least=0, below=1)
         if not self.lr or not min(self.lr) > 0:
             raise UserError(f"--lr needs rates above 0; got {' '.join(map(str, self.lr)) or 'none'}.")
         if not self.weight_decay or not min(self.weight_decay) >= 0:
             shown = " ".join(map(str, self.weight_decay)) or "none"
             raise UserError(f"--weight-decay needs values of 0 or more; got {shown}.")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"--momentum must be 0 or more and below 1; got {self.momentum:g}.")
 
     @property
     def sweep(self) -> list[tuple[float, float]]:
@@ -131,11 +125,7 @@ class Linear:
     def bind(self, sources: Sequence[PictureSource], site: Site) -> "BoundLinear":
         with site.progress("looking at the pictures") as done:
             pair = labelled_pair(*sources, held_back=self.held_back, seed=self.seed, progress=done)
-        train, val = (side.subset(np.flatnonzero(np.asarray(side.labels) >= 0)) for side in pair)
-        for pictures, what in ((train, "to learn from"), (val, "to be asked about")):
-            if not len(pictures):
-                raise UserError(f"A linear classifier needs pictures {what}, and there are none with a label.")
-        return BoundLinear(self, train, val, site)
+        return BoundLinear(self, *labelled_alone(pair, "A linear classifier"), site)
 
 
 @dataclass(frozen=True)

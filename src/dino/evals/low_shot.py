@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino.data.pictures import Pictures
-from dino.data.sources import PictureSource, described, labelled_pair
-from dino.errors import UserError
-from dino.evals.evaluator import Extracted, Progress, Scores, Site, Source
-from dino.evals.knn import knn_accuracy, raw_pixels
+from dino.data.sources import PictureSource, described, labelled_alone, labelled_pair
+from dino.errors import UserError, must_lie
+from dino.evals.evaluator import VAL, Extracted, Progress, Scores, Site, Source
+from dino.evals.knn import knn_accuracy
 from dino.evals.logistic import ROWS, fit_logistic
+from dino.evals.pixels import raw_pixels_of
 from dino.models.backbone import Backbone
 
 
@@ -56,7 +57,7 @@ class LowShot:
     name: ClassVar[str] = "low-shot"
     sources: ClassVar[tuple[Source, ...]] = (
         Source("TRAIN", "Folder of class folders that the labels are drawn from; `scenes` draws pictures."),
-        Source("VAL", "Folder of class folders that is asked about; without it a part of TRAIN is.", required=False),
+        VAL,
     )
     paper: ClassVar[str] = "Tables 10 and 12, Appendix A"
     examples: ClassVar[str] = """\
@@ -95,23 +96,15 @@ class LowShot:
             raise UserError(f"--share needs shares above 0 and up to 1; got {' '.join(map(str, self.share))}.")
         if any(count < 1 for count in self.per_class):
             raise UserError(f"--per-class needs numbers of at least 1; got {' '.join(map(str, self.per_class))}.")
-        for name, low in (("subsets", 1), ("seed", 0), ("k", 0), ("size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"--{name} must be at least {low}; got {value}.")
-        for name in ("regularization", "tolerance"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} must be above 0; got {getattr(self, name):g}.")
-        if not 0 < self.held_back < 1:
-            raise UserError(f"--held-back must lie between 0 and 1; got {self.held_back:g}.")
+        must_lie(self, "subsets", "size", of="--", least=1)
+        must_lie(self, "seed", "k", of="--", least=0)
+        must_lie(self, "regularization", "tolerance", of="--", above=0)
+        must_lie(self, "held_back", of="--", above=0, below=1)
 
     def bind(self, sources: Sequence[PictureSource], site: Site) -> "BoundLowShot":
         with site.progress("looking at the pictures") as done:
             pair = labelled_pair(*sources, held_back=self.held_back, progress=done)
-        train, val = (side.subset(np.flatnonzero(np.asarray(side.labels) >= 0)) for side in pair)
-        for pictures, what in ((train, "to learn from"), (val, "to be asked about")):
-            if not len(pictures):
-                raise UserError(f"Low-shot needs pictures {what}, and there are none with a label.")
+        train, val = labelled_alone(pair, "Low-shot")
         return BoundLowShot(self, train, val, site, self.draw(train))
 
     def draw(self, train: Pictures) -> dict[str, list[np.ndarray]]:
@@ -160,11 +153,7 @@ class BoundLowShot:
 
     def pixel_floor(self) -> Scores:
         """The same asked of raw pixels."""
-        sides = []
-        for pictures in (self.train.subset(self.used), self.val):
-            with self.site.progress("raw pixels") as done:
-                sides.append(raw_pixels(pictures, device=self.site.device, progress=done))
-        return self._score(*sides)
+        return self._score(*raw_pixels_of(self.train.subset(self.used), self.val, site=self.site))
 
     def _score(self, known: Extracted, asked: Extracted) -> Scores:
         numbers = self.used[known.indices.numpy()]

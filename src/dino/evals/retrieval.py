@@ -20,10 +20,10 @@ from dino.data.revisited import Landmarks, Truth, drawn, open_revisited
 from dino.data.scenes import Scenes
 from dino.data.shaped import scale_to, scaled
 from dino.data.sources import WORDS, PictureSource, described
-from dino.errors import UserError
+from dino.errors import UserError, must_lie
 from dino.evals.descriptors import describe, every_row, skipped_of
 from dino.evals.evaluator import Extracted, Scores, Site, Source
-from dino.evals.knn import raw_pixels
+from dino.evals.pixels import raw_pixels_of
 from dino.evals.ranking import average_precision, mean, places_of, precision_at, without
 from dino.models.backbone import Backbone
 
@@ -104,8 +104,7 @@ class Retrieval:
     """What is asked: the landmark's box, as the benchmark wants it, or the whole picture, as the authors' code does."""
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise UserError(f"--size must be at least 1 pixel; got {self.size}.")
+        must_lie(self, "size", of="--", least=1)
 
     def bind(self, sources: Sequence[PictureSource], site: Site) -> "BoundRetrieval":
         (source,) = sources
@@ -162,11 +161,7 @@ class BoundRetrieval:
 
     def pixel_floor(self) -> Scores:
         """The same search by raw pixels."""
-        sides = []
-        for pictures in (self.queries, self.landmarks.database):
-            with self.site.progress("raw pixels") as done:
-                sides.append(raw_pixels(pictures, device=self.site.device, progress=done))
-        return self._score(*sides)
+        return self._score(*raw_pixels_of(self.queries, self.landmarks.database, site=self.site))
 
     def _score(self, queries: Extracted, database: Extracted) -> Scores:
         """A query that cannot be read is left out and named; a database picture that cannot be read stands last."""

@@ -21,7 +21,7 @@ from dino.data.davis import open_davis, write_mask
 from dino.data.scenes import Scenes
 from dino.data.sources import WORDS
 from dino.data.views import normalize
-from dino.errors import UserError
+from dino.errors import UserError, must_lie
 from dino.evals.davis_score import STATISTICS, object_name, objects_of, sequence_statistics, summary
 from dino.evals.evaluator import Scores, Site, Source, evaluating
 from dino.evals.label_propagation import input_size, label_map, nearest, one_hot, propagate
@@ -106,14 +106,9 @@ class VideoSegmentation:
     """Of their weights exp(cosine / temperature)."""
 
     def __post_init__(self) -> None:
-        for flag, value, least in (
-            ("--size", self.size or 1, 1), ("--multiple", self.multiple, 1), ("--context", self.context, 0),
-            ("--radius", self.radius, 0), ("--top-k", self.top_k, 1),
-        ):  # fmt: skip
-            if value < least:
-                raise UserError(f"{flag} must be at least {least}; got {value}.")
-        if not self.temperature > 0:
-            raise UserError(f"--temperature must be above 0; got {self.temperature:g}.")
+        must_lie(self, "size", "context", "radius", of="--", least=0)
+        must_lie(self, "multiple", "top_k", of="--", least=1)
+        must_lie(self, "temperature", of="--", above=0)
 
     def bind(self, sources: Sequence[Any], site: Site) -> "BoundVideoSegmentation":
         (source,) = sources

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import numpy as np
 
 from dino.data.pictures import Pictures
-from dino.errors import UserError, must_reach
+from dino.errors import must_lie
 from dino.evals.accuracy import Accuracy
 from dino.evals.evaluator import Scores, Site, floors_of
 from dino.evals.knn import KNN, BoundKNN
@@ -57,10 +57,9 @@ class Watch:
     """Pictures per forward pass."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.held_back < 1:
-            raise UserError(f"knn.held_back must be a share between 0 and 1; got {self.held_back}.")
-        for name, low in (("every_epochs", 0), ("k", 1), ("size", 1), ("max_memory", 1), ("batch_size", 1)):
-            must_reach(f"knn.{name}", getattr(self, name), low)
+        must_lie(self, "held_back", of="knn.", above=0, below=1)
+        must_lie(self, "every_epochs", of="knn.", least=0)
+        must_lie(self, "k", "size", "max_memory", "batch_size", of="knn.", least=1)
 
     def on(self, learner: Learner, train: Pictures, asked: Pictures, site: Site) -> Watched:
         """What is measured of this learner while it learns: its classifier's accuracy, or its features' by k-NN."""

@@ -4,7 +4,6 @@ The student guesses, through a predictor of its own, what its slow average says 
 and no center: what keeps it from giving one answer to everything is the predictor, with batch norm in the heads.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dino.data.views import Batch
-from dino.methods.method import Method, MethodConfig, Outputs, Start, must_lie, relative_distance
+from dino.errors import must_lie
+from dino.methods.method import Method, MethodConfig, Outputs, Start, relative_distance
 from dino.models import Backbone, MLPHead, Network, Predictor
 from dino.objectives import byol_loss, momentum_update
 from dino.schedules import Clock, Cosine, Schedule
@@ -43,8 +43,8 @@ class BYOLConfig(MethodConfig):
     """Momentum of the teacher in the last step, reached by a cosine."""
 
     def __post_init__(self) -> None:
-        must_lie(self, 1, math.inf, "head_dim", "head_layers", "head_hidden")
-        must_lie(self, 0, 1, "momentum", "momentum_end")
+        must_lie(self, "head_dim", "head_layers", "head_hidden", of="method.", least=1)
+        must_lie(self, "momentum", "momentum_end", of="method.", least=0, most=1)
 
     @property
     def in_parts(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dino import dist
 from dino.data.views import Batch
-from dino.errors import UserError
+from dino.errors import UserError, must_lie
 from dino.methods import distillation
 from dino.methods.method import Method, MethodConfig, Outputs, Start, relative_distance
 from dino.models.backbone import Backbone
@@ -71,13 +71,12 @@ class DINOConfig(MethodConfig):
     """Epochs in which the prototypes stand still."""
 
     def __post_init__(self) -> None:
-        _check(self.out_dim >= 2, "out_dim must be at least 2", self.out_dim)
-        _check(self.head_layers >= 1, "head_layers must be at least 1", self.head_layers)
-        _check(self.student_temp > 0, "student_temp must be above 0", self.student_temp)
-        for name in ("warmup_teacher_temp", "teacher_temp"):
-            _check(getattr(self, name) >= 0, f"{name} must be 0 (argmax) or more", getattr(self, name))
-        for name in ("momentum", "momentum_end", "center_momentum"):
-            _check(0 <= getattr(self, name) <= 1, f"{name} must lie in 0 .. 1", getattr(self, name))
+        must_lie(self, "out_dim", of="method.", least=2)
+        must_lie(self, "head_layers", "head_hidden", of="method.", least=1)
+        must_lie(self, "head_bottleneck", of="method.", least=0)  # 0 leaves it out
+        must_lie(self, "student_temp", of="method.", above=0)
+        must_lie(self, "warmup_teacher_temp", "teacher_temp", of="method.", least=0)  # 0 is argmax
+        must_lie(self, "momentum", "momentum_end", "center_momentum", of="method.", least=0, most=1)
         if self.targets in ("sinkhorn", "batch-softmax"):
             _check(self.loss != "mse", f"loss mse needs targets centering or none, not {self.targets}", self.loss)
             first = self.warmup_teacher_temp if self.warmup_teacher_temp_epochs else self.teacher_temp

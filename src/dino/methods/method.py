@@ -5,7 +5,6 @@ the loop moves it and its batches, and `dist` is the identity where there is one
 `MethodConfig`, which builds it; nobody else needs to know which method it is.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from dino.data.pictures import Pictures
 from dino.data.views import Batch
-from dino.errors import UserError
 from dino.models import Backbone, BackboneConfig, Network
 from dino.models.weights import load_strict
 from dino.schedules import Clock, Schedule
@@ -158,11 +156,3 @@ class MethodConfig(ABC):
     def learnable(self, pictures: Pictures) -> Pictures:
         """Those of the pictures that it can learn from. Raises UserError where there are none."""
         return pictures
-
-
-def must_lie(config: MethodConfig, low: float, high: float, *names: str) -> None:
-    """Raises UserError where a field's value is not between the bounds, which belong to it; infinity is no bound."""
-    for name in names:
-        if not low <= (came := getattr(config, name)) <= high:
-            expected = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
-            raise UserError(f"method.{name}: expected {expected}, got {came}.")

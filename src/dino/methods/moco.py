@@ -3,7 +3,6 @@
 A picture's two views shall be nearer to each other than to the pictures of many earlier batches, which a queue keeps.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from dino import dist
 from dino.data.views import Batch
-from dino.methods.method import Method, MethodConfig, Outputs, Start, must_lie, relative_distance
+from dino.errors import must_lie
+from dino.methods.method import Method, MethodConfig, Outputs, Start, relative_distance
 from dino.methods.queue import Queue
 from dino.models import Backbone, MLPHead, Network
 from dino.models.heads import l2_norm
@@ -47,9 +47,9 @@ class MoCoConfig(MethodConfig):
     """Momentum of the teacher in the last step, reached by a cosine."""
 
     def __post_init__(self) -> None:
-        must_lie(self, 1, math.inf, "queue", "head_dim", "head_layers", "head_hidden")
-        must_lie(self, 1e-4, math.inf, "temperature")
-        must_lie(self, 0, 1, "momentum", "momentum_end")
+        must_lie(self, "queue", "head_dim", "head_layers", "head_hidden", of="method.", least=1)
+        must_lie(self, "temperature", of="method.", least=1e-4)
+        must_lie(self, "momentum", "momentum_end", of="method.", least=0, most=1)
 
     @property
     def summary(self) -> str:

@@ -4,7 +4,6 @@ The pictures of a batch are spread evenly over K prototypes (Sinkhorn-Knopp), an
 One network: the targets are its own, without a teacher.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from dino import dist
 from dino.data.views import Batch
-from dino.methods.method import Method, MethodConfig, Outputs, Start, must_lie
+from dino.errors import must_lie
+from dino.methods.method import Method, MethodConfig, Outputs, Start
 from dino.methods.queue import Queue
 from dino.models import Backbone, MLPHead, Network
 from dino.models.heads import l2_norm
@@ -52,10 +52,10 @@ class SwAVConfig(MethodConfig):
     """Norm inside the head."""
 
     def __post_init__(self) -> None:
-        must_lie(self, 1, math.inf, "head_dim", "head_layers", "head_hidden", "iterations")
-        must_lie(self, 2, math.inf, "out_dim")
-        must_lie(self, 1e-4, math.inf, "temperature", "epsilon")
-        must_lie(self, 0, math.inf, "queue", "queue_from", "freeze_prototypes")
+        must_lie(self, "head_dim", "head_layers", "head_hidden", "iterations", of="method.", least=1)
+        must_lie(self, "out_dim", of="method.", least=2)
+        must_lie(self, "temperature", "epsilon", of="method.", least=1e-4)
+        must_lie(self, "queue", "queue_from", "freeze_prototypes", of="method.", least=0)
 
     @property
     def summary(self) -> str:

@@ -12,6 +12,11 @@ def network_name(backbone: ViT | Timm) -> str:
     return backbone.name if isinstance(backbone, Timm) else f"ViT-{backbone.size}/{backbone.patch}"
 
 
+def typed_network(backbone: ViT | Timm) -> str:
+    """The name that `named` reads."""
+    return f"timm:{backbone.name}" if isinstance(backbone, Timm) else f"vit_{backbone.size}/{backbone.patch}"
+
+
 def named(name: str) -> ViT | Timm:
     """`vit_tiny/16` or `timm:resnet18` as settings."""
     if name.startswith("timm:"):

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from dino.config import edit, flat, shown, to_dict
 from dino.data.augment import Augment
 from dino.data.pictures import Pictures
 from dino.errors import UserError
-from dino.methods import AnyMethod
+from dino.methods import METHODS, AnyMethod
 from dino.methods.dino import DINOConfig
-from dino.models.names import network_name
+from dino.models.names import network_name, typed_network
 from dino.models.timm import Timm
 from dino.models.vit import ViT
 from dino.presets.plan import Plan, Reason, plan, recipe_of
@@ -160,6 +160,31 @@ def settings_of(run: Run) -> dict[str, Any]:
 def flag(name: str) -> str:
     """A dotted field as it is typed: optim.batch_size -> --optim.batch-size."""
     return f"--{name.replace('_', '-')}"
+
+
+def typed(name: str, value: Any) -> tuple[str, str]:
+    """A setting as it is typed, its flag and its words: a switch has no words, a method its short name."""
+    if isinstance(value, bool):
+        place, _, field = name.rpartition(".")
+        return (flag(name) if value else flag(f"{place}.no-{field}".lstrip(".")), "")
+    if name == "method":
+        value = next((short for short, kind in METHODS.items() if kind.__name__ == value), value)
+    return flag(name), shown(value)
+
+
+def typed_line(before: Run, after: Run, leave_out: Collection[str] = ()) -> str:
+    """What makes one run of another, as it is typed; without some dotted fields."""
+    words = []
+    if type(after.method) is not type(before.method):
+        before = edit(before, method=type(after.method)())
+        words.append(" ".join(typed("method", type(after.method).__name__)))
+    if type(after.backbone) is not type(before.backbone):
+        plain = after.backbone
+        plain = Timm(name=plain.name) if isinstance(plain, Timm) else ViT(size=plain.size, patch=plain.patch)
+        words.append(f"--network {typed_network(plain)}")
+        before = edit(before, backbone=plain)
+    changed = [(name, value) for name, _, value in differences(before, after) if name not in leave_out]
+    return " ".join([*words, *(" ".join(typed(name, value)).rstrip() for name, value in changed)])
 
 
 def show_plan(terminal: Terminal, planned: Plan) -> None:

@@ -182,7 +182,8 @@ class _Session:
             self.snapshot(started.method, 0)
         kept = "asked about" if self.run.val is not None else "held back"
         held = f", {len(started.held_back)} {kept}" if started.held_back else ""
-        begun = f"Going on at step {clock.step} of" if resume else f"Training {clock.epochs} epochs,"
+        length = "1 epoch" if clock.epochs == 1 else f"{clock.epochs} epochs"
+        begun = f"Going on at step {clock.step} of" if resume else f"Training {length},"
         self.terminal.say(f"{begun} {clock.steps} steps on {len(started.train)} pictures{held}; {self.folder}/")
         if self.baselines:
             floors = ", ".join(f"{k.replace('_', ' ')} {_first(v)[1]:.1f} %" for k, v in self.baselines.items())

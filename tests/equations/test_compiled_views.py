@@ -1,0 +1,196 @@
+"""The compiled twin of MultiCrop: each step against the plain one or the equation, the whole on the same draws."""
+
+import builtins
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dino.data import pixels
+from dino.data.loader import sample_rng
+from dino.data.pixels import gaussian
+from dino.data.views import CHANGES, Draw, MultiCrop
+from dino.methods.byol import BYOLConfig
+from dino.run import Run
+from dino.runtime import Runtime, quickest
+
+pytest.importorskip("numba", reason="without numba there is no compiled twin")
+from dino.fast import compiled
+from dino.fast.compiled import CompiledMultiCrop
+
+SMALL = MultiCrop(global_size=48, local_size=19, local=3)
+AS_IT_IS = Draw(0, 0, 60, 90, False, (1.0, 1.0, 1.0, 0.0), (), False, 0.0, False)
+
+
+def photo(height: int = 60, width: int = 90, seed: int = 0) -> np.ndarray:
+    """Smooth colours, some hard edges, a little noise."""
+    rng = np.random.default_rng(seed)
+    image = pixels.resize(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8), height, width).astype(float)
+    image[height // 4 : height // 2, width // 3 : width // 2] = (250, 30, 10)
+    return (image + rng.normal(size=image.shape) * 6).clip(0, 255).astype(np.uint8)
+
+
+PHOTO = photo()
+
+
+def one(draw: Draw, size: int, image: np.ndarray = PHOTO, **settings) -> np.ndarray:
+    return CompiledMultiCrop(MultiCrop(**settings)).view(image.reshape(len(image), -1), draw, size)
+
+
+def plain(draw: Draw, size: int, image: np.ndarray = PHOTO, **settings) -> np.ndarray:
+    return MultiCrop(**settings)._view(image, draw, size)
+
+
+def cubic(d: float) -> float:
+    """Keys' kernel with a = -0.5."""
+    d = abs(d)
+    if d < 1:
+        return 1.5 * d**3 - 2.5 * d**2 + 1
+    return -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2 if d < 2 else 0.0
+
+
+def resized(image: np.ndarray, size: int) -> np.ndarray:
+    """Antialiased bicubic in float64, weight by weight, rounded once."""
+
+    def matrix(length: int) -> np.ndarray:
+        wide = max(length / size, 1.0)
+        weights = np.array(
+            [[cubic((i + 0.5 - (x + 0.5) * length / size) / wide) for i in range(length)] for x in range(size)]
+        )
+        return weights / weights.sum(1, keepdims=True)
+
+    exact = np.einsum("yi,xj,ijc->yxc", matrix(image.shape[0]), matrix(image.shape[1]), image.astype(float))
+    return exact.clip(0, 255)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 60, 90), (5, 7, 48, 48), (3, 60, 57, 4), (10, 20, 1, 30), (59, 89, 1, 1)])
+@pytest.mark.parametrize("size", [1, 7, 19, 48, 65, 130])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_is_resized_to_the_nearest_grey_level(box: tuple, size: int, flip: bool) -> None:
+    top, left, height, width = box
+    draw = AS_IT_IS._replace(top=top, left=left, height=height, width=width, flip=flip)
+    exact = resized(PHOTO[top : top + height, left : left + width], size)
+    ours = one(draw, size)
+    assert ours.shape == (size, size, 3)
+    assert ours.flags.c_contiguous
+    assert np.abs(ours.astype(float) - (exact[:, ::-1] if flip else exact)).max() < 0.501
+
+
+def test_a_crop_of_a_views_own_size_is_left_as_it_is() -> None:
+    draw = AS_IT_IS._replace(top=9, left=30, height=33, width=33)
+    np.testing.assert_array_equal(one(draw, 33), PHOTO[9:42, 30:63])
+
+
+@pytest.mark.parametrize("size", [8, 33, 64])
+@pytest.mark.parametrize("factor", [0.0, 0.6, 0.85, 1.0, 1.2, 1.4])
+def test_each_change_is_the_plain_one(size: int, factor: float) -> None:
+    """On pixels of its own size, so that nothing is left but the change. OpenCV rounds the factors of a saturation to
+    1/1024."""
+    image = photo(size, size)
+    draw = AS_IT_IS._replace(height=size, width=size, factors=(factor, factor, factor, (factor - 0.7) / 4))
+    for number, change in enumerate(CHANGES):
+        ours = one(draw._replace(order=(number,)), size, image)
+        difference = np.abs(ours.astype(int) - plain(draw._replace(order=(number,)), size, image))
+        assert difference.max() <= 1, change.__name__
+        assert difference.mean() < (0.1 if change is pixels.adjust_saturation else 0.002), change.__name__
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.1, 0.0, 0.003, 0.1, 0.5])
+def test_a_turn_of_the_hue_on_every_kind_of_colour(turn: float) -> None:
+    levels = np.array([0, 1, 2, 60, 127, 128, 200, 254, 255], np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3)
+    draw = AS_IT_IS._replace(height=27, width=27, factors=(1.0, 1.0, 1.0, turn), order=(3,))
+    difference = np.abs(one(draw, 27, colours).astype(int) - pixels.adjust_hue(colours, turn))
+    assert difference.max() <= 1
+    assert difference.mean() < 0.002
+
+
+@pytest.mark.parametrize("size", [5, 32, 50])
+def test_grey_blur_and_solarisation_are_the_plain_ones(size: int) -> None:
+    image = photo(size, size)
+    draw = AS_IT_IS._replace(height=size, width=size)
+    np.testing.assert_array_equal(one(draw._replace(gray=True), size, image), pixels.gray(image))
+    for sigma in (0.1, 0.4, 1.0, 2.0):
+        assert len(gaussian(round(256 * sigma))) <= 13
+        np.testing.assert_array_equal(one(draw._replace(sigma=sigma), size, image), pixels.blur(image, sigma))
+    for threshold in (0, 100, 128, 256):
+        ours = one(draw._replace(solarize=True), size, image, solarize_threshold=threshold)
+        np.testing.assert_array_equal(ours, pixels.solarize(image, threshold))
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 90), (200, 150), (31, 400), (12, 9)])
+def test_the_views_of_the_same_draws_are_the_plain_ones_to_rounding(height: int, width: int) -> None:
+    image, made = photo(height, width), quickest(SMALL)
+    assert isinstance(made, CompiledMultiCrop)
+    assert (made.size, made.repeats, made.stacks) == (SMALL.size, SMALL.repeats, SMALL.stacks)
+    assert made.enough(4000, 3000) == SMALL.enough(4000, 3000) > 1
+    differences = []
+    for number in range(60):
+        ours, theirs = (views(image, sample_rng(0, 0, number)) for views in (made, SMALL))
+        assert [view.shape for view in ours] == [view.shape for view in theirs]
+        differences += [np.abs(a.astype(int) - b) for a, b in zip(ours, theirs, strict=True)]
+    assert np.mean([d.mean() for d in differences]) < 0.4
+    assert max(d.mean() for d in differences) < 2.0
+    assert np.mean(np.concatenate([d.ravel() for d in differences]) <= 2) > 0.985
+
+
+def test_a_picture_may_be_locked_or_lie_anywhere() -> None:
+    made, wide = quickest(SMALL), np.repeat(PHOTO, 2, axis=1)
+    locked = PHOTO.copy()
+    locked.flags.writeable = False
+    expected = made(PHOTO, sample_rng(0, 0, 1))
+    for image in (locked, wide[:, ::2]):
+        for ours, view in zip(made(image, sample_rng(0, 0, 1)), expected, strict=True):
+            np.testing.assert_array_equal(ours, view)
+
+
+def test_every_order_of_the_changes_is_known() -> None:
+    image, seen = photo(16, 16), set()
+    for number in range(400):
+        draw = SMALL.draw(16, 16, sample_rng(0, 0, number))[0]
+        seen.add(draw.order)
+        difference = np.abs(one(draw, 16, image).astype(int) - plain(draw, 16, image))
+        assert difference.mean() < 3
+    assert len(seen) == 25
+
+
+def test_the_runtime_takes_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    views = Run(method=BYOLConfig()).views
+    assert isinstance(quickest(views), CompiledMultiCrop)
+    cpu = torch.device("cpu")
+    assert isinstance(loader_views(Runtime(cpu, "float32"), views), CompiledMultiCrop)
+    assert loader_views(Runtime(cpu, "float32", fast=False), views) is views
+
+
+@pytest.mark.parametrize("error", [ImportError("no numba"), OSError(28, "No space left on device")])
+def test_where_it_cannot_be_compiled_the_readable_way_is_taken(error: Exception, monkeypatch) -> None:
+    real = builtins.__import__
+
+    def failing(name: str, *rest, **more):
+        if name.startswith("numba"):
+            raise error
+        return real(name, *rest, **more)
+
+    monkeypatch.delitem(sys.modules, "dino.fast.compiled")
+    monkeypatch.setattr(builtins, "__import__", failing)
+    assert quickest(SMALL) is SMALL
+
+
+def loader_views(runtime: Runtime, views: MultiCrop):
+    """What the runtime's loader makes views with."""
+    return runtime.loader([], views, "no").args[1]  # type: ignore[arg-type, attr-defined]
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def nowhere(*signature, cache: bool = False, **options):
+        asked.append(cache)
+        if cache:
+            raise RuntimeError("no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(compiled, "njit", nowhere)
+    assert compiled.compiled()(len) is len
+    assert asked == [True, False]
