@@ -3,11 +3,11 @@
     python benchmarks/extraction.py [--networks vit_small resnet50] [--pictures 256] [--batch 64] [--json F]
 
 `network` is the forward pass alone, over a batch that lies in memory: ours from the uint8 pictures that its loader
-gives (channels last), timm's from normalised float ones as its own gives (channel by channel). `files` is from JPEG files to features in memory: ours is
-`dino.evals.evaluator.extract`, timm's a DataLoader of Pillow pictures through timm's own evaluation transform. Weights
-are random and the same. The candidates take turns in one process; medians, and ratios to timm. `cosine` is the least
-cosine between a picture's two features; `off` the largest difference of them, over the largest feature. From files the
-two resize by code of their own, which may differ by a grey level.
+gives (channels last), timm's from normalised float ones as its own gives (channel by channel). `files` is from JPEG
+files to features in memory: ours is `dino.evals.evaluator.extract`, timm's a DataLoader of Pillow pictures through
+timm's own evaluation transform. Weights are random and the same. The candidates take turns in one process; medians,
+and ratios to timm. `cosine` is the least cosine between a picture's two features; `off` the largest difference of
+them, over the largest feature. From files the two resize by code of their own, which may differ by a grey level.
 """
 
 import argparse
