@@ -281,13 +281,13 @@ def where_pictures_stay(pictures: Pictures, views: Views, here: Machine) -> tupl
 
 
 def quickest(views: Views) -> Views:
-    """The views, made by their compiled twin where they have one and numba can compile it here: whoever comes first
-    waits some seconds for that."""
+    """The views, made by their compiled twin where they have one and numba is installed: whoever comes first waits some
+    seconds for it to be compiled."""
     if type(views) is not MultiCrop:
         return views
     try:
         from dino.fast.compiled import CompiledMultiCrop
-    except (ImportError, OSError):  # without numba; with a disk too full to keep what it compiles
+    except ImportError:
         return views
     return CompiledMultiCrop(views)
 

@@ -2,6 +2,7 @@
 
 import builtins
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from dino.run import Run
 from dino.runtime import Runtime, quickest
 
 pytest.importorskip("numba", reason="without numba there is no compiled twin")
+from numba import types
+
 from dino.fast import compiled
 from dino.fast.compiled import CompiledMultiCrop
 
@@ -173,17 +176,16 @@ def test_the_runtime_takes_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> N
     assert loader_views(Runtime(cpu, "float32", fast=False), views) is views
 
 
-@pytest.mark.parametrize("error", [ImportError("no numba"), OSError(28, "No space left on device")])
-def test_where_it_cannot_be_compiled_the_readable_way_is_taken(error: Exception, monkeypatch) -> None:
+def test_without_numba_the_readable_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
-    def failing(name: str, *rest, **more):
+    def without(name: str, *rest, **more):
         if name.startswith("numba"):
-            raise error
+            raise ImportError(name)
         return real(name, *rest, **more)
 
     monkeypatch.delitem(sys.modules, "dino.fast.compiled")
-    monkeypatch.setattr(builtins, "__import__", failing)
+    monkeypatch.setattr(builtins, "__import__", without)
     assert quickest(SMALL) is SMALL
 
 
@@ -192,15 +194,30 @@ def loader_views(runtime: Runtime, views: MultiCrop):
     return runtime.loader([], views, "no").args[1]  # type: ignore[arg-type, attr-defined]
 
 
-def test_where_nothing_can_be_kept_it_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no locator available"), OSError(28, "No space left on device"), EOFError("out of input")]
+)
+def test_what_cannot_be_kept_or_read_again_is_compiled_anew(error: Exception, monkeypatch, tmp_path: Path) -> None:
+    """And what is damaged is taken away, so that the next time keeps it."""
+    asked, real = [], compiled.njit
 
-    def nowhere(*signature, cache: bool = False, **options):
+    def failing(*signature, cache: bool = False, **options):
         asked.append(cache)
         if cache:
-            raise RuntimeError("no locator available")
-        return lambda function: function
+            raise error
+        return real(*signature, **options)
 
-    monkeypatch.setattr(compiled, "njit", nowhere)
-    assert compiled.compiled()(len) is len
+    (tmp_path / "__pycache__").mkdir()
+    names = ["compiled.doubled-1.py311.nbi", "compiled.doubled-1.py311.1.nbc", "compiled.other-1.py311.nbi"]
+    for name in names:
+        (tmp_path / "__pycache__" / name).touch()
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+    monkeypatch.setattr(compiled, "njit", failing)
+
+    @compiled.compiled_once(types.int64(types.int64))
+    def doubled(number):
+        return 2 * number
+
+    assert doubled(21) == 42
     assert asked == [True, False]
+    assert [path.name for path in (tmp_path / "__pycache__").iterdir()] == names[2:]

@@ -5,12 +5,15 @@ is left is rounding, which a turn of the hue enlarges where there is hardly any 
 loop runs over numbers that lie side by side, of which the compiler makes vector instructions. So a view is resized down
 first, and lies on its side from there on (`planes[colour, x, y]`) until its bytes are written.
 
-To import it compiles it, for half a minute at most; numba keeps the result for the next time. Raises ImportError where
+To import this compiles it, for ten seconds or so; what comes out is kept for the next time. Raises ImportError where
 numba is not installed.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,20 +35,33 @@ NOTHING_BRIGHT = 256
 """A threshold of solarisation that no value reaches."""
 
 
-def compiled(*signature: Any) -> Any:
-    """numba's compiler, at once where a signature is given. Sums may be taken in any order: all numbers are finite."""
-    finite = {"contract", "reassoc", "nsz", "nnan", "ninf"}
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": finite}
-    try:
-        return njit(*signature, cache=True, **options)
-    except RuntimeError:  # neither the package's folder nor the user's can be written: compiled anew each time
-        return njit(*signature, **options)
+OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"contract", "reassoc", "nsz", "nnan", "ninf"},  # sums in any order; all numbers are finite
+}
+compiled = njit(**OPTIONS)
+
+
+def compiled_once(signature: Any) -> Callable[[Callable], Any]:
+    """numba's compiler, at once, which keeps the machine code for the next time."""
+
+    def compiled_for(function: Callable) -> Any:
+        try:
+            return njit(signature, cache=True, **OPTIONS)(function)
+        except Exception:  # nowhere to keep it, no room for it, or it is damaged there: numba raises what it meets
+            for damaged in Path(__file__).parent.glob(f"__pycache__/{Path(__file__).stem}.{function.__name__}*.nb*"):
+                with suppress(OSError):
+                    damaged.unlink()
+            return njit(signature, **OPTIONS)(function)
+
+    return compiled_for
 
 
 # -- the crop, resized: Pillow's antialiased bicubic -------------------------------------------------------
 
 
-@compiled()
+@compiled
 def taps(length, size):
     """(first [size], count [size], weights [size, K]): which of `length` pixels each of `size` is made of, and how.
 
@@ -73,7 +89,7 @@ def taps(length, size):
     return first, count, weights
 
 
-@compiled()
+@compiled
 def down(image, left, width, first, count, weights, row):
     """row[j] = the sum over k of weights[k] image[first + k, left + j]: a row of the view, not yet resized across."""
     a, u = image[first, left : left + width], weights[0]
@@ -94,7 +110,7 @@ def down(image, left, width, first, count, weights, row):
         k += at(1)
 
 
-@compiled()
+@compiled
 def turned_over(rows, columns, width):
     """columns [width, ROWS] = rows [ROWS, width] turned over; the width is a multiple of a block's."""
     for j in range(0, width, BLOCK):
@@ -104,7 +120,7 @@ def turned_over(rows, columns, width):
                     columns[at(j + k), at(y + i)] = rows[at(y + i), at(j + k)]
 
 
-@compiled()
+@compiled
 def across(columns, first, count, weights, out):
     """out [n] = a column of the view in one colour, in grey levels. columns [3 pixels, ROWS], from that colour on."""
     three = at(3)
@@ -123,13 +139,13 @@ def across(columns, first, count, weights, out):
         out[y] = whole(out[y])
 
 
-@compiled()
+@compiled
 def whole(value):
     """The nearest grey level."""
     return min(max(np.rint(value), f32(0)), f32(255))
 
 
-@compiled()
+@compiled
 def resized(image, top, left, height, width, size, flip, planes):
     """planes [3, size, size] on their side = the crop of image [H, 3 W], resized, and mirrored where `flip` says so."""
     first_y, count_y, weights_y = taps(height, size)
@@ -153,13 +169,13 @@ def resized(image, top, left, height, width, size, flip, planes):
 # -- the colours: as pixels.py has them, with whole grey levels after each ---------------------------------
 
 
-@compiled()
+@compiled
 def scaled(values, factor, shift):
     for j in range(values.size):
         values[j] = whole(values[j] * factor + shift)
 
 
-@compiled()
+@compiled
 def mean_grey(pixels):
     """The mean of the view's grey, rounded. Sums of a few thousand grey levels are exact in float32."""
     sums = np.zeros(3)
@@ -173,7 +189,7 @@ def mean_grey(pixels):
     return int(0.299 * red + 0.587 * green + 0.114 * blue + 0.5)
 
 
-@compiled()
+@compiled
 def saturated(pixels, factor):
     red, green, blue = pixels[0], pixels[1], pixels[2]
     u, v, w = f32(0.299 * (1 - factor)), f32(0.587 * (1 - factor)), f32(0.114 * (1 - factor))
@@ -187,7 +203,7 @@ def saturated(pixels, factor):
         )
 
 
-@compiled()
+@compiled
 def hue_turned(pixels, step):
     """To OpenCV's 8-bit HSV of 256 hues, `step` further, and back; step: 0 to 255.
 
@@ -213,14 +229,14 @@ def hue_turned(pixels, step):
         )
 
 
-@compiled()
+@compiled
 def away(hue):
     """By how much of the depth a colour is below the value, at this hue from its own: in sixths, 0 to 12."""
     hue = hue - f32(6) if hue >= f32(6) else hue
     return max(f32(0), min(min(hue, f32(4) - hue), f32(1)))
 
 
-@compiled()
+@compiled
 def greyed(pixels):
     """ITU-R 601 in the 15 bits that OpenCV has."""
     red, green, blue = pixels[0], pixels[1], pixels[2]
@@ -229,7 +245,7 @@ def greyed(pixels):
         red[j], green[j], blue[j] = grey, grey, grey
 
 
-@compiled()
+@compiled
 def blurred(plane, kernel, between, padded):
     """A plane [size, size] through the kernel, one way and the other. In 256ths sums are exact, and rounded once."""
     size, reach = plane.shape[0], kernel.size // 2
@@ -261,14 +277,14 @@ def blurred(plane, kernel, between, padded):
             out[y] = np.floor(out[y] + f32(0.5))
 
 
-@compiled()
+@compiled
 def solarized(values, threshold):
     for j in range(values.size):
         bright = f32(values[j] >= threshold)
         values[j] += bright * (f32(255) - f32(2) * values[j])
 
 
-@compiled()
+@compiled
 def written(planes, out):
     """out [size, 3 size] uint8, upright and colour beside colour."""
     size = planes.shape[1]
@@ -293,7 +309,7 @@ _NUMBERS = types.Array(types.float32, 1, "C", readonly=True)
 _int, _float, _bool = types.int64, types.float64, types.boolean
 
 
-@compiled(
+@compiled_once(
     types.void(
         *(_SEEN, _int, _int, _int, _int, _bool),  # the picture and the crop
         *(types.Array(types.int64, 1, "C", readonly=True), _float, _float, _float, _int, _bool),  # the colours
