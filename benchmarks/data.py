@@ -138,7 +138,6 @@ def lightly_recipe(views: MultiCrop) -> Callable[[Path], object] | None:
 
 def our_recipe(views: MultiCrop) -> Callable[[Path], object]:
     stacks, seen = [np.empty((n, side, side, 3), np.uint8) for n, side in views.stacks], count()
-
     made = quickest(views)
 
     def run(path: Path) -> object:

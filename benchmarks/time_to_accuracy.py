@@ -76,13 +76,18 @@ def main() -> None:
     if options.json:
         result = {
             "recipe": options.recipe,
-            "run": to_dict(run),
+            "run": to_dict(anywhere(run, options.data)),
             "curve": curve,
             "machine": f"{here.name}, {threads}",
             "date": datetime.date.today().isoformat(),
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def anywhere(run: Run, data: Path) -> Run:
+    """The run without the places of this machine: what the file tells is for others."""
+    return edit(run, data=dict(path=f"{data.resolve().name}/train"), out=f"runs/time_to_accuracy/{Path(run.out).name}")
 
 
 def shown(value: float | int | None) -> str:
