@@ -269,6 +269,8 @@ def _owed(evals: list[Asked], clock: Clock, out: Path) -> list[Asked]:
     if clock.step == 0:
         return [one for one in evals if one.every_epochs]
     due = [one for one in evals if clock.step % clock.steps_per_epoch == 0 and _is_due(one.every_epochs, clock)]
+    if not due:
+        return []
     told = dist.on_main(lambda: [line.get("eval") for line in read_metrics(out) if line["step"] == clock.step])
     return [one for one in due if one.label not in told]
 

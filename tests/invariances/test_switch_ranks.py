@@ -24,13 +24,15 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "batch softmax": dict(method=dict(targets="batch-softmax", teacher="student")),
     "batch norm in the head": dict(method=dict(head_norm="batch")),
     "batch norm everywhere, mse, predictor": dict(
-        method=dict(loss="mse", predictor=True, head_norm="batch", teacher="previous-step"), backbone=CONVNET
+        method=dict(loss="mse", predictor=True, head_norm="batch", teacher="previous-step"),
+        backbone=CONVNET,
+        optim=dict(lr=0.1),  # at 0.3 a ConvNet's rounding grows faster
     ),
 }
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-4, atol=5e-5)
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:

@@ -117,10 +117,10 @@ def base_words(study: Study) -> str:
 
 def row_settings(study: Study) -> Iterator[tuple[str, str]]:
     for row in study.table.rows:
-        changed = [f"{name} {shown(new)} (base {shown(old)})" for name, old, new in study.settings(row)]
-        replaced = [name for name, _, _ in study.settings(row) if name == "method"]
-        if replaced:  # by another method: what it lacks of the base's settings tells nothing
-            changed = [f"{n} {shown(new)}" for n, _, new in study.settings(row) if new is not None]
+        settings = study.settings(row)
+        changed = [f"{name} {shown(new)} (base {shown(old)})" for name, old, new in settings]
+        if any(name == "method" for name, _, _ in settings):  # what it lacks of the base's settings tells nothing
+            changed = [f"{name} {shown(new)}" for name, _, new in settings if new is not None]
         note = [row.note] if row.note else []
         yield row.what, "; ".join([*(changed or ["nothing: the base"]), *note])
 
