@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dino.objectives import P, h, update_center
+from dino_ssl.objectives import P, h, update_center
 
 MEANS = torch.tensor([0.0, 1.0, -2.0, 6.0, 3.0])
 DEVIATIONS = torch.tensor([1.0, 1.0, 1.0, 1.0, 5.0])
@@ -43,7 +43,7 @@ def centers(logits: Tensor, momentum: float) -> Tensor:
     return torch.stack(met)
 
 
-def shares(logits: Tensor, temperature: float, center: Tensor | float = 0.0) -> Tensor:
+def prototype_usage(logits: Tensor, temperature: float, center: Tensor | float = 0.0) -> Tensor:
     """[K]: the mean target: which part of all pictures each channel gets."""
     return P(logits, temperature, center).mean((0, 1))
 
@@ -63,9 +63,9 @@ def study(batches: int) -> dict:
     later = logits[settled:]
     spread = later.std((0, 1))
     versions = {
-        "softmax alone": shares(later, 1.0),
-        "centered (Eq. 4, m = 0.9)": shares(later, 1.0, center),
-        "centered, temperature 0.1": shares(later, 0.1, center),
+        "softmax alone": prototype_usage(later, 1.0),
+        "centered (Eq. 4, m = 0.9)": prototype_usage(later, 1.0, center),
+        "centered, temperature 0.1": prototype_usage(later, 0.1, center),
         "centered and divided by the deviation": P((later - center) / spread, 1.0).mean((0, 1)),
     }
     ends = {}

@@ -33,11 +33,11 @@ import torch
 import torchvision.transforms as T
 from PIL import Image, ImageFilter, ImageOps
 
-from dino.data.decode import decode
-from dino.data.folder import Folder
-from dino.data.loader import sample_rng
-from dino.data.views import MEAN, STD, MultiCrop, normalize
-from dino.runtime import quickest
+from dino_ssl.data.decode import decode
+from dino_ssl.data.folder import Folder
+from dino_ssl.data.loader import sample_rng
+from dino_ssl.data.transforms.multi_crop import MEAN, STD, MultiCrop, normalize
+from dino_ssl.runtime import fastest_transform
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def lightly_recipe(views: MultiCrop) -> Callable[[Path], object] | None:
 
 
 def our_recipe(views: MultiCrop) -> Callable[[Path], object]:
-    stacks, seen = [np.empty((n, side, side, 3), np.uint8) for n, side in views.stacks], count()
-    made = quickest(views)
+    stacks, seen = [np.empty((n, side, side, 3), np.uint8) for n, side in views.view_shapes], count()
+    made = fastest_transform(views)
 
     def run(path: Path) -> object:
         crops = iter(made(decode(path), sample_rng(0, 0, next(seen))))
@@ -211,8 +211,8 @@ def main() -> None:
         row = ROWS[name]
         with tempfile.TemporaryDirectory() as scratch:
             if options.folder:
-                pictures = Folder(path=options.folder).open()
-                files = [Path(options.folder) / name for name in pictures.names[: options.files]]
+                dataset = Folder(path=options.folder).open()
+                files = [Path(options.folder) / name for name in dataset.names[: options.files]]
             else:
                 files = draw(Path(scratch), options.files, row.width, row.height)
             rows[name] = measured(row, files, options.rounds)

@@ -3,7 +3,7 @@
     python benchmarks/end_to_end.py [--network vit_tiny] [--views 2x128+6x64] [--k 4096] [--batch 64] [--workers 2]
                                     [--folder PHOTOS] [--json end.json]
 
-`dino:...` is `dino.training.train`: its loader, its step, its lines of metrics. `plain:...` is the published way:
+`dino:...` is `dino_ssl.training.train`: its loader, its step, its lines of metrics. `plain:...` is the published way:
 Pillow and torchvision in a DataLoader with the same number of workers, then the published step (`benchmarks/plain.py`).
 `lightly:...` is lightly's transform in the same DataLoader, then its parts. Each version runs in a process of its own;
 it trains for `--steps` steps to fill its queues, then for as many that are timed. `wait` is the share of that time in
@@ -24,11 +24,11 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from dino.config import edit
-from dino.data.folder import Folder
-from dino.events import Logged
-from dino.runtime import machine, start
-from dino.training import train
+from dino_ssl.config import edit
+from dino_ssl.data.folder import Folder
+from dino_ssl.events import Logged
+from dino_ssl.runtime import machine, start
+from dino_ssl.training import train
 from lightly_dino import lightly_views
 from plain import pillow_views
 from turns import Memory, about, available, in_turns, rows, save, show, usual_versions
@@ -66,7 +66,7 @@ def child(version: str, work: Work, folder: Path, steps: int, workers: int) -> d
 
 def ours(work: Work, precision: str, folder: Path, steps: int, workers: int) -> dict:
     """A run that logs after `steps` steps, and at each epoch's end; it is left when the timed ones are done."""
-    pictures = Folder(path=str(folder)).open()
+    dataset = Folder(path=str(folder)).open()
     with tempfile.TemporaryDirectory() as out, start(edit(work.run(precision)).precision) as rt:
         run = edit(
             work.run(precision),
@@ -77,7 +77,7 @@ def ours(work: Work, precision: str, folder: Path, steps: int, workers: int) -> 
             log_every=steps,
             out=out,
         )
-        events = train(run, rt, pictures)
+        events = train(run, rt, dataset)
         began = before = time.perf_counter()
         waited, losses = 0.0, []
         for event in events:

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.evals.davis_score import sequence_statistics
-from dino.evals.knn import KS, knn_accuracy
-from dino.evals.label_propagation import label_propagation
+from dino_ssl.evals.davis_score import sequence_statistics
+from dino_ssl.evals.knn import KS, knn_accuracy
+from dino_ssl.evals.label_propagation import label_propagation
 
 
 @dataclass(frozen=True)
@@ -118,19 +118,19 @@ def plain_knn(memory: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, ks
     return {name: 100 * hits[k][i] / len(queries) for name, (k, i) in names.items()}
 
 
-def knn_section(pictures: int = 1_281_167, asked: int = 500, wide: int = 384, classes: int = 1000) -> Section:
+def knn_section(dataset: int = 1_281_167, asked: int = 500, wide: int = 384, classes: int = 1000) -> Section:
     """As many features as ImageNet has training pictures, noise around a center per class; 500 of 50,000 queries."""
     rng = torch.Generator().manual_seed(0)
     centers = torch.randn(classes, wide, generator=rng)
-    labels = torch.randint(classes, (pictures + asked,), generator=rng)
-    features = torch.empty(pictures + asked, wide)
+    labels = torch.randint(classes, (dataset + asked,), generator=rng)
+    features = torch.empty(dataset + asked, wide)
     for rows in torch.arange(len(labels)).split(65536):  # no copy of the whole on the way
         noise = torch.randn(len(rows), wide, generator=rng)
         features[rows] = F.normalize(centers[labels[rows]] + 4 * noise, dim=1)
-    memory, queries = features[:pictures], features[pictures:]
-    half, known, truth = memory.half(), labels[:pictures], labels[pictures:]
+    memory, queries = features[:dataset], features[dataset:]
+    half, known, truth = memory.half(), labels[:dataset], labels[dataset:]
     return Section(
-        f"{asked} queries among {pictures:,} features, {wide} wide, k = 10, 20, 100, 200 (ImageNet asks 50,000)",
+        f"{asked} queries among {dataset:,} features, {wide} wide, k = 10, 20, 100, 200 (ImageNet asks 50,000)",
         {
             "plain, whole chunks": lambda: plain_knn(memory, known, queries, truth),
             "blocks": lambda: knn_accuracy(memory, known, queries, truth),

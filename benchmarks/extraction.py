@@ -4,7 +4,7 @@
 
 `network` is the forward pass alone, over a batch that lies in memory: ours from the uint8 pictures that its loader
 gives (channels last), timm's from normalised float ones as its own gives (channel by channel). `files` is from JPEG
-files to features in memory: ours is `dino.evals.evaluator.extract`, timm's a DataLoader of Pillow pictures through
+files to features in memory: ours is `dino_ssl.evals.base.extract`, timm's a DataLoader of Pillow pictures through
 timm's own evaluation transform. Weights are random and the same. The candidates take turns in one process; medians,
 and ratios to timm. `cosine` is the least cosine between a picture's two features; `off` the largest difference of
 them, over the largest feature. From files the two resize by code of their own, which may differ by a grey level.
@@ -26,12 +26,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dino.data.folder import Folder
-from dino.data.pictures import Pictures
-from dino.data.views import normalize
-from dino.evals.evaluator import evaluating, extract
-from dino.models.backbone import Backbone
-from dino.runtime import Runtime, start
+from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.data.folder import Folder
+from dino_ssl.data.transforms.multi_crop import normalize
+from dino_ssl.evals.base import evaluating, extract
+from dino_ssl.models.backbone import Backbone
+from dino_ssl.runtime import Runtime, start
 from end_to_end import SIZES, drawn
 from lightly_dino import timm_network
 from turns import about, save
@@ -67,8 +67,8 @@ def pair(name: str, rt: Runtime) -> tuple[Backbone, nn.Module]:
 def passes(ours: Backbone, theirs: nn.Module, rt: Runtime, size: int, batch: int) -> dict[str, Callable[[], Tensor]]:
     """The forward pass alone."""
     draw = torch.Generator().manual_seed(0)
-    pictures = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=draw).movedim(-1, 1)
-    placed, floats = pictures.to(rt.device), normalize(pictures).contiguous().to(rt.device)
+    dataset = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=draw).movedim(-1, 1)
+    placed, floats = dataset.to(rt.device), normalize(dataset).contiguous().to(rt.device)
 
     def by_timm() -> Tensor:
         with torch.inference_mode(), rt.autocast():
@@ -82,19 +82,26 @@ def passes(ours: Backbone, theirs: nn.Module, rt: Runtime, size: int, batch: int
 
 
 def from_files(
-    ours: Backbone, theirs: nn.Module, rt: Runtime, size: int, batch: int, root: Path, pictures: Pictures, workers: int
+    ours: Backbone,
+    theirs: nn.Module,
+    rt: Runtime,
+    size: int,
+    batch: int,
+    root: Path,
+    dataset: ImageDataset,
+    workers: int,
 ) -> dict[str, Callable[[], Tensor]]:
     """From JPEG files to features in memory."""
     pin = rt.device.type == "cuda"
 
     def by_timm() -> Tensor:
-        loader = DataLoader(Files(root, pictures.names, size), batch, num_workers=workers, pin_memory=pin)
+        loader = DataLoader(Files(root, dataset.names, size), batch, num_workers=workers, pin_memory=pin)
         with torch.inference_mode(), rt.autocast():
             return torch.cat([theirs(images.to(rt.device, non_blocking=True)).float().cpu() for images in loader])
 
     def by_us() -> Tensor:
         found = extract(
-            ours, pictures, size=size, device=rt.device, batch_size=batch, workers=workers, autocast=rt.autocast
+            ours, dataset, size=size, device=rt.device, batch_size=batch, workers=workers, autocast=rt.autocast
         )
         return found.features
 
@@ -143,14 +150,14 @@ def main() -> None:
     options = parser.parse_args()
     found = []
     with start(options.precision) as rt, tempfile.TemporaryDirectory() as scratch:
-        root = drawn(Path(scratch), options.pictures, *SIZES[options.files_size])
-        pictures = Folder(path=str(root)).open()
+        root = drawn(Path(scratch), options.dataset, *SIZES[options.files_size])
+        dataset = Folder(path=str(root)).open()
         for name in options.networks:
             ours, theirs = pair(name, rt)
             common = (ours, theirs, rt, options.size, options.batch)
             ways = {
                 "network": passes(*common),
-                "files": from_files(*common, root, pictures, options.workers),
+                "files": from_files(*common, root, dataset, options.workers),
             }
             for way, candidates in ways.items():
                 rows = measured(candidates, options.turns)

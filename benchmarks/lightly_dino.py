@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino.data.views import MultiCrop
-from dino.models.timm import Timm, create
-from dino.models.vit import ViT
-from plain import Rates, Start
+from dino_ssl.data.transforms.multi_crop import MultiCrop
+from dino_ssl.models.timm import Timm, create
+from dino_ssl.models.vit import ViT
+from plain import BuildContext, Rates
 
 
 def installed() -> bool:
@@ -46,7 +46,7 @@ class LightlyDINO:
 
     student: nn.Module
 
-    def __init__(self, start: Start, weights: dict[str, Tensor]) -> None:
+    def __init__(self, start: BuildContext, weights: dict[str, Tensor]) -> None:
         from lightly.loss import DINOLoss
         from lightly.models.modules import DINOProjectionHead
 

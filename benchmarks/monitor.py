@@ -25,22 +25,22 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dino.analysis.health import Monitor
-from dino.config import edit
-from dino.data.views import Batch
-from dino.meter import Meter
-from dino.methods.dino import DINO, Carry, DINOConfig
-from dino.methods.method import Outputs
-from dino.objectives import H_over_pairs, P, h, log_P
-from dino.optim import clip_grad_norms_, set_hyper
-from dino.presets import resolve
-from dino.run import Run
-from dino.runtime import Runtime, machine, wait
-from dino.schedules import Clock
-from dino.training import State, build_method, train_step
-from dino.vitals import Vitals
+from dino_ssl.collapse.monitor import Monitor
+from dino_ssl.config import edit
+from dino_ssl.data.transforms.multi_crop import Batch
+from dino_ssl.feature_stats import FeatureStats
+from dino_ssl.meter import Meter
+from dino_ssl.methods.dino import DINO, Carry, DINOConfig
+from dino_ssl.methods.method import Outputs
+from dino_ssl.objectives import P, cross_entropy_over_pairs, h, log_P
+from dino_ssl.optim import clip_grad_norm_per_tensor_, set_hyper
+from dino_ssl.presets import resolve
+from dino_ssl.run import Run
+from dino_ssl.runtime import Runtime, machine, synchronize
+from dino_ssl.schedules import Clock
+from dino_ssl.training import State, batch_to_device, build_method, prepare_model, train_step
 
-NETWORKS = {"vits16": "vits16", "vit_tiny": "dino.presets.small:vit_tiny", "small": "small", "demo": "demo"}
+NETWORKS = {"vits16": "vits16", "vit_tiny": "dino_ssl.presets.small:vit_tiny", "small": "small", "demo": "demo"}
 """By name: the preset whose network, crops and K they are."""
 CLOCK = Clock(1, 100, 100)
 
@@ -54,7 +54,7 @@ def bare_step(state: State, batch: Batch, run: Run, rt: Runtime) -> dict[str, Te
         out = bare_forward(method, batch)
     state.scaler.scale(out.loss).backward()
     state.scaler.unscale_(state.optimizer)
-    clip_grad_norms_(method.trained.parameters(), run.optim.clip)
+    clip_grad_norm_per_tensor_(method.trainable.parameters(), run.optim.clip)
     method.before_step(CLOCK)
     state.scaler.step(state.optimizer)
     state.scaler.update()
@@ -69,7 +69,7 @@ def bare_forward(method: DINO, batch: Batch) -> Outputs:
         teacher = method.teacher(batch.views[:1])
         carry = Carry(teacher.float().sum((0, 1)), torch.full((), teacher.shape[0] * teacher.shape[1]))
         targets = P(teacher, method.config.teacher_temp, method.center)
-    loss = H_over_pairs(targets, log_P(method.student(batch.views), method.config.student_temp))
+    loss = cross_entropy_over_pairs(targets, log_P(method.student(batch.views), method.config.student_temp))
     return Outputs(loss, carry, {"loss": loss.detach()})
 
 
@@ -84,7 +84,7 @@ class Version:
 def versions(run: Run, rt: Runtime) -> dict[str, Version]:
     noise = [
         torch.randint(0, 256, (n, run.optim.batch_size, 3, side, side), dtype=torch.uint8)
-        for n, side in run.views.stacks
+        for n, side in run.views.view_shapes
     ]
     return {name: _version(run, rt, Batch(tuple(noise)), name == "with") for name in ("with", "without")}
 
@@ -92,21 +92,23 @@ def versions(run: Run, rt: Runtime) -> dict[str, Version]:
 def _version(run: Run, rt: Runtime, batch: Batch, watched: bool) -> Version:
     method = build_method(run)
     assert isinstance(method, DINO)
-    model = rt.prepare(method)
-    state = State(method, run.optim.build(method.trained), rt.scaler())
+    model = prepare_model(method, rt)
+    state = State(method, run.optim.build(method.trainable), rt.scaler())
     monitor = Monitor(method.prototypes, run, CLOCK.steps_per_epoch)
-    meter = Meter(run.optim, run.method.schedules(), 1, Vitals(method) if watched else None)
+    stats = FeatureStats(method.backbone)
+    meter = Meter(run.schedules(), 1, (lambda: stats.measure() | method.diagnostics()) if watched else None)
     line = 0
 
     def turn() -> None:
         nonlocal line
         line += 1
-        for item in meter.waiting(iter([batch] * run.log_every)):
+        for item in meter.timed(iter([batch] * run.log_every)):
             if watched:
+                stats.next_step()
                 done = train_step(state, model, item, CLOCK, run, rt)
             else:
-                done = bare_step(state, rt.place(item), run, rt)
-            meter.add(done, item)
+                done = bare_step(state, batch_to_device(item, rt), run, rt)
+            meter.add(done, run.optim.batch_size)
         metrics = meter.close(CLOCK)
         if watched:
             monitor.see({"step": line * run.log_every, **metrics})
@@ -122,7 +124,7 @@ def parts(run: Run, rt: Runtime, repeats: int = 20) -> dict[str, float]:
     targets = torch.softmax(torch.randn(2, batch, K, device=rt.device), -1)
     features = torch.randn(2 * batch, method.backbone.embed_dim, device=rt.device)
     norms = torch.rand(300, device=rt.device)
-    vitals, monitor = Vitals(method), Monitor(K, run, CLOCK.steps_per_epoch)
+    vitals, monitor = FeatureStats(method.backbone), Monitor(K, run, CLOCK.steps_per_epoch)
     shares, row = targets.mean((0, 1)), dict.fromkeys(("loss", "teacher_entropy", "kl", "marginal_entropy"), 1.0)
 
     def measure() -> None:
@@ -177,7 +179,7 @@ def _now(rt: Runtime) -> float:
     """Seconds: of the processor's work on a CPU, on the wall once the device is done elsewhere."""
     if rt.device.type == "cpu":
         return time.process_time()
-    wait(rt.device)
+    synchronize(rt.device)
     return time.perf_counter()
 
 

@@ -22,11 +22,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dino.data.folder import Folder, FolderPictures
-from dino.data.loader import epoch_order
-from dino.data.pack import PackPictures, open_pack
-from dino.data.packing import Packing
-from dino.data.pictures import Pictures
+from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.data.folder import Folder, FolderDataset
+from dino_ssl.data.loader import epoch_order
+from dino_ssl.data.pack import PackedDataset, open_pack
+from dino_ssl.data.packing import Packing
 
 Read = Callable[[int], object]
 
@@ -56,27 +56,27 @@ def batches(count: int, epoch: int, size: int) -> Iterator[np.ndarray]:
     return (order[at : at + size] for at in range(0, count, size))
 
 
-def pass_over(pictures: Pictures, read: Read, epoch: int, size: int, ahead: bool) -> float:
+def pass_over(dataset: ImageDataset, read: Read, epoch: int, size: int, ahead: bool) -> float:
     """Milliseconds a picture of one epoch."""
     start = time.perf_counter()
-    for indices in batches(len(pictures), epoch, size):
+    for indices in batches(len(dataset), epoch, size):
         if ahead:
-            pictures.expect(indices)
+            dataset.prefetch(indices)
         for index in indices.tolist():
             read(index)
-    return 1e3 * (time.perf_counter() - start) / len(pictures)
+    return 1e3 * (time.perf_counter() - start) / len(dataset)
 
 
 def measure(folder: Path, pack: Path, rounds: int, batch: int) -> dict[str, dict[str, list[float]]]:
     """{what is measured: {candidate: milliseconds a picture, one number a round}}."""
     files, packed = Folder(path=str(folder)).open(), open_pack(pack)
-    assert isinstance(files, FolderPictures)
-    bytes_of: dict[str, tuple[Pictures, Read, bool]] = {
+    assert isinstance(files, FolderDataset)
+    bytes_of: dict[str, tuple[ImageDataset, Read, bool]] = {
         "folder": (files, lambda index: Path(files.root, files.names[index]).read_bytes(), False),
         "pack, nothing read ahead": (packed, packed.encoded, False),
         "pack": (packed, packed.encoded, True),
     }
-    decoded: dict[str, tuple[Pictures, Read, bool]] = {
+    decoded: dict[str, tuple[ImageDataset, Read, bool]] = {
         "folder": (files, files.read, False),
         "pack": (packed, packed.read, True),
     }
@@ -96,10 +96,10 @@ def measure(folder: Path, pack: Path, rounds: int, batch: int) -> dict[str, dict
                 count = len(Folder(path=str(place)).open())
                 add(f"open, {state}", name, 1e3 * (time.perf_counter() - start) / count, turn)
             for kind, candidates in (("read", bytes_of), ("picture", decoded)):
-                for name, (pictures, read, ahead) in candidates.items():
+                for name, (dataset, read, ahead) in candidates.items():
                     if cold:
-                        forget(pack if isinstance(pictures, PackPictures) else folder)
-                    add(f"{kind}, {state}", name, pass_over(pictures, read, turn + 1, batch, ahead), turn)
+                        forget(pack if isinstance(dataset, PackedDataset) else folder)
+                    add(f"{kind}, {state}", name, pass_over(dataset, read, turn + 1, batch, ahead), turn)
     return found
 
 
@@ -126,11 +126,11 @@ def main() -> None:
         with Packing(str(folder), str(pack)) as job:
             job.look()
             about = job.write()
-        packing = 1e3 * (time.perf_counter() - start) / about.pictures
+        packing = 1e3 * (time.perf_counter() - start) / about.dataset
         found = measure(folder, pack, options.rounds, options.batch)
-    kilobytes = sum(about.files[name] for name in about.data) / about.pictures / 1e3
+    kilobytes = sum(about.files[name] for name in about.data) / about.dataset / 1e3
     described = f"{processor()}, {os.cpu_count()} cores, one used"
-    print(f"{described}; {about.pictures} pictures of {kilobytes:.1f} kB; batches of {options.batch}")
+    print(f"{described}; {about.dataset} pictures of {kilobytes:.1f} kB; batches of {options.batch}")
     print(f"medians of {options.rounds} interleaved rounds; packing took {packing:.3f} ms a picture, once")
     print(f"{'':42}{'ms/picture':>12}{'ratio':>8}")
     rows: dict[str, dict[str, dict[str, float]]] = {}
@@ -140,7 +140,7 @@ def main() -> None:
             rows.setdefault(what, {})[name] = {"ms": statistics.median(each), "ratio": ratio}
             print(f"{what:16}{name:26}{statistics.median(each):12.4f}{ratio:8.2f}")
     if options.json:
-        told = {"machine": described, "pictures": about.pictures, "kB": kilobytes, "batch": options.batch}
+        told = {"machine": described, "images": about.dataset, "kB": kilobytes, "batch": options.batch}
         told |= {"rounds": options.rounds, "packing_ms": packing, "results": rows}
         Path(options.json).write_text(json.dumps(told, indent=2) + "\n")
 

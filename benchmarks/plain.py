@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino.data.views import MEAN, STD, MultiCrop
-from dino.models.timm import Timm, create
-from dino.models.vit import ViT
+from dino_ssl.data.transforms.multi_crop import MEAN, STD, MultiCrop
+from dino_ssl.models.timm import Timm, create
+from dino_ssl.models.vit import ViT
 
 # -- the networks ----------------------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Start:
+class BuildContext:
     """What every version of the step is built from."""
 
     settings: ViT | Timm
@@ -182,7 +182,7 @@ class PlainDINO:
 
     student: nn.Module
 
-    def __init__(self, start: Start, weights: dict[str, Tensor]) -> None:
+    def __init__(self, start: BuildContext, weights: dict[str, Tensor]) -> None:
         self.device, self.precision = start.device, start.precision
         backbone, width = plain_backbone(start.settings, start.drop_path)
         self.student = PlainNetwork(backbone, Head(width, start.out_dim, start.hidden))

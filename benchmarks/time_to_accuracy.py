@@ -19,17 +19,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dino.config import edit, to_dict
-from dino.data.folder import Folder
-from dino.data.loader import steps_per_epoch
-from dino.evals.evaluator import Site
-from dino.evals.knn import KNN
-from dino.events import EpochDone, Logged, Started
-from dino.presets.plan import measure
-from dino.presets.small import RECIPES, in_a_hurry
-from dino.run import Run
-from dino.runtime import machine, start
-from dino.training import export_backbone, train
+from dino_ssl.config import edit, to_dict
+from dino_ssl.data.folder import Folder
+from dino_ssl.data.loader import steps_per_epoch
+from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.knn import KNN
+from dino_ssl.events import EpochDone, Logged, Started
+from dino_ssl.presets.plan import measure
+from dino_ssl.presets.small import RECIPES, short_schedule
+from dino_ssl.run import Run
+from dino_ssl.runtime import machine, start
+from dino_ssl.training import export_backbone, train
 
 
 def main() -> None:
@@ -45,21 +45,21 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     here = machine()
-    pictures, val = (
+    dataset, val = (
         Folder(path=str(options.data / "train")).open(),
         Folder(path=str(options.data / "val")).open(),
     )
     run = RECIPES[options.recipe]()
-    speed = measure(run, here, pictures)
+    speed = measure(run, here, dataset)
     rate = options.images_per_second or 1 / speed.seconds(run, here, 1)
-    epochs = max(1, round(60 * options.minutes * rate / len(pictures)))
+    epochs = max(1, round(60 * options.minutes * rate / len(dataset)))
     run = edit(
         run,
         data=Folder(path=str(options.data / "train")),
         optim=dict(epochs=epochs, warmup_epochs=min(run.optim.warmup_epochs, 0.1 * epochs)),
-        knn=dict(every_epochs=0),
+        online_eval=dict(every_epochs=0),
         precision=here.precision,
-        cache="memory",
+        cache=True,
         seed=options.seed,
         out=str(options.out / options.recipe),
     )
@@ -67,9 +67,9 @@ def main() -> None:
     console.print(f"{here.name}, {threads}, {run.precision}, torch {torch.__version__}")
     console.print(f"{options.recipe}: {epochs} epochs planned at {rate:.0f} images/s")
     if options.recipe == "small":  # as the plan does
-        run = in_a_hurry(run, epochs * steps_per_epoch(len(pictures), run.optim.batch_size))
-    curve = follow(run, pictures, val, options.minutes, options.every, console)
-    table = Table("minutes", "pictures", "epochs", "loss", "teacher entropy", "20-NN %", title=options.recipe)
+        run = short_schedule(run, epochs * steps_per_epoch(len(dataset), run.optim.batch_size))
+    curve = follow(run, dataset, val, options.minutes, options.every, console)
+    table = Table("minutes", "images", "epochs", "loss", "teacher entropy", "20-NN %", title=options.recipe)
     for point in curve:
         table.add_row(*map(shown, point.values()))
     console.print(table)
@@ -96,15 +96,16 @@ def shown(value: float | int | None) -> str:
     return f"{value:.1f}" if isinstance(value, float) else f"{value:,}"
 
 
-def follow(run: Run, pictures, val, minutes: float, every: float, console: Console) -> list[dict]:
+def follow(run: Run, dataset, val, minutes: float, every: float, console: Console) -> list[dict]:
     """Trains for so many minutes and measures every few; the measuring is not on the clock."""
     curve, asked, next_at, loss, entropy = [], 0.0, 0.0, None, None
     with start(run.precision) as rt:
         knn = KNN(k=(20,)).bind(
-            (pictures, val), Site(size=run.knn.size or run.views.global_size, device=rt.device, autocast=rt.autocast)
+            (dataset, val),
+            EvalContext(size=run.online_eval.size or run.views.global_size, device=rt.device, autocast=rt.autocast),
         )
         began, backbone = time.monotonic(), None
-        for event in train(run, rt, pictures):
+        for event in train(run, rt, dataset):
             if isinstance(event, Logged):
                 loss, entropy = event.metrics["loss"], event.metrics["teacher_entropy"]
             if isinstance(event, Started):
@@ -121,8 +122,8 @@ def follow(run: Run, pictures, val, minutes: float, every: float, console: Conso
                 curve.append(
                     dict(
                         minutes=spent,
-                        pictures=seen,
-                        epochs=seen / len(pictures),
+                        dataset=seen,
+                        epochs=seen / len(dataset),
                         loss=loss,
                         teacher_entropy=entropy,
                         accuracy=accuracy,

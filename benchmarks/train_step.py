@@ -4,7 +4,7 @@
 
 Versions: `plain:float32` is the published step (`benchmarks/plain.py`: attention written out, a log-softmax for every
 pair of views, clipping and teacher parameter by parameter), `plain:bfloat16` and `plain:float16` the same under
-autocast, `dino:...` is `dino.training.train_step`, `lightly:...` lightly's parts with timm's network. All begin with
+autocast, `dino:...` is `dino_ssl.training.train_step`, `lightly:...` lightly's parts with timm's network. All begin with
 the same weights and see the same pictures. Ours normalises them inside the step; the others get them normalised, since
 their loaders do it. Each version runs in a process of its own, so that peak memory is its own: by how much the process
 grows from before the networks are built. The versions take turns, and the medians of the turns are compared.
@@ -21,9 +21,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dino.data.views import Batch, normalize
-from dino.runtime import machine, start, wait
-from dino.training import State, build_method, train_step
+from dino_ssl.data.transforms.multi_crop import Batch, normalize
+from dino_ssl.runtime import machine, start, synchronize
+from dino_ssl.training import State, build_method, prepare_model, train_step
 from turns import Memory, about, available, in_turns, rows, save, show, usual_versions
 from work import CLOCK, Work, add_options, matrix_rate, with_shares, work_of
 
@@ -31,7 +31,7 @@ from work import CLOCK, Work, add_options, matrix_rate, with_shares, work_of
 def noise(work: Work) -> tuple[Tensor, ...]:
     """uint8 views, the same for everybody."""
     rng = torch.Generator().manual_seed(0)
-    stacks = work.run("float32").views.stacks
+    stacks = work.run("float32").views.view_shapes
     return tuple(torch.randint(0, 256, (n, work.batch, 3, s, s), dtype=torch.uint8, generator=rng) for n, s in stacks)
 
 
@@ -55,8 +55,8 @@ def ours(work: Work, precision: str, views: tuple[Tensor, ...], steps: int) -> d
     run = work.run(precision)
     with start(run.precision) as rt:
         method = build_method(run)
-        model = rt.prepare(method)
-        state = State(method, run.optim.build(method.trained), rt.scaler())
+        model = prepare_model(method, rt)
+        state = State(method, run.optim.build(method.trainable), rt.scaler())
 
         def step(number: int) -> Tensor:
             rt.seed_step(run.seed, number)
@@ -71,7 +71,7 @@ def timed(step: Callable[[int], Tensor | float], steps: int, device: torch.devic
     for number in range(steps + 1):
         began, worked = time.perf_counter(), time.process_time()
         losses.append(step(number))
-        wait(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - began)
         work.append(time.process_time() - worked)
     processor = {} if device.type == "cuda" else {"processor_seconds": statistics.median(work[1:])}

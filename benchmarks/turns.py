@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lightly_dino
-from dino.runtime import Machine, machine, peak_memory
+from dino_ssl.runtime import Machine, machine, peak_memory
 
 PACKAGES = ("torchvision", "timm", "pillow", "opencv-python-headless", "lightly")
 
@@ -115,7 +115,7 @@ class Memory:
         return peak_memory(self.device) - self.before
 
 
-def rows(results: dict[str, list[dict]], pictures: int) -> list[dict[str, Any]]:
+def rows(results: dict[str, list[dict]], dataset: int) -> list[dict[str, Any]]:
     """A row per version: images/s, times the first version, and what its turns said, by the median.
 
     pictures: how many each timed `seconds` stands for.
@@ -132,7 +132,7 @@ def rows(results: dict[str, list[dict]], pictures: int) -> list[dict[str, Any]]:
         found.append(
             {
                 "version": version,
-                "images_per_s": pictures / statistics.median(seconds),
+                "images_per_s": dataset / statistics.median(seconds),
                 "ratio": statistics.median(base["seconds"] / own for base, own in zip(first, seconds, strict=False)),
                 **{key: statistics.median(turn[key] for turn in turns) for key in sorted(numbers)},
                 **{clock: [turn[clock] for turn in turns] for clock in clocks},

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from dino.analysis.floor import floor
-from dino.config import edit
-from dino.data.views import MultiCrop
-from dino.methods.dino import DINO, DINOConfig
-from dino.models.timm import Timm
-from dino.models.vit import ViT
-from dino.run import Run
-from dino.runtime import Machine
-from dino.schedules import Clock
-from dino.training import build_method
+from dino_ssl.config import edit
+from dino_ssl.data.transforms.multi_crop import MultiCrop
+from dino_ssl.methods.dino import DINO, DINOConfig
+from dino_ssl.models.timm import Timm
+from dino_ssl.models.vit import ViT
+from dino_ssl.profiling.roofline import roofline
+from dino_ssl.run import Run
+from dino_ssl.runtime import Machine
+from dino_ssl.schedules import Clock
+from dino_ssl.training import build_method
 from lightly_dino import LightlyDINO
-from plain import PlainDINO, Rates, Start
+from plain import BuildContext, PlainDINO, Rates
 
 NETWORKS: dict[str, ViT | Timm] = {
     "vit_tiny": ViT(size="tiny", patch=16),
@@ -54,7 +54,7 @@ class Work:
         backbone = edit(NETWORKS[self.network], drop_path=self.drop_path) if self.is_vit else NETWORKS[self.network]
         optim = dict(batch_size=self.batch, epochs=CLOCK.epochs, micro_batch=self.micro_batch)
         run = Run(backbone=backbone, method=self.method, views=crops_of(self.views), precision=precision)
-        return edit(run, optim=optim, knn=dict(every_epochs=0))
+        return edit(run, optim=optim, online_eval=dict(every_epochs=0))
 
     @property
     def method(self) -> DINOConfig:
@@ -68,10 +68,10 @@ class Work:
         """The plain version or lightly's, with the weights that ours begins with."""
         method = build_method(self.run("float32"))
         assert isinstance(method, DINO)
-        begin = Start(NETWORKS[self.network], self.k, device, precision, self.drop_path, self.hidden)
+        begin = BuildContext(NETWORKS[self.network], self.k, device, precision, self.drop_path, self.hidden)
         return {"plain": PlainDINO, "lightly": LightlyDINO}[kind](begin, method.student.state_dict())
 
-    def rates(self) -> Rates:
+    def throughput(self) -> Rates:
         """What ours has at `CLOCK`, for the others."""
         optim = self.run("float32").optim
         return Rates(
@@ -89,19 +89,19 @@ class Work:
 
 
 def with_shares(rows: Sequence[dict[str, Any]], work: Work, rate: float) -> list[dict[str, Any]]:
-    """The rows with `rate_share`: the operations a second that the step cannot do without (`dino.analysis.floor`), over
+    """The rows with `rate_share`: the operations a second that the step cannot do without (`dino_ssl.profiling.roofline`), over
     `rate`, those that the device does in matrix products alone."""
-    operations = floor(work.run("float32"), work.batch).operations
-    return [row if "failed" in row else row | {"rate_share": row["images_per_s"] * operations / rate} for row in rows]
+    flops = roofline(work.run("float32"), work.batch).flops
+    return [row if "failed" in row else row | {"rate_share": row["images_per_s"] * flops / rate} for row in rows]
 
 
 def matrix_rate(here: Machine) -> float | None:
     """Operations a second in products of bfloat16 (float16 where there is none), measured now; None on a CPU."""
     if here.device.type != "cuda":
         return None
-    from dino.analysis import rates
+    from dino_ssl.profiling import throughput
 
-    return rates.matrix_rate(here, here.precision, lambda done, total: None).per_second
+    return throughput.matrix_rate(here, here.precision, lambda done, total: None).per_second
 
 
 def crops_of(text: str) -> MultiCrop:

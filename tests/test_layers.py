@@ -47,7 +47,7 @@ def modules() -> list[Path]:
 
 
 def box_of(dotted: str) -> str:
-    """`dino.models.vit` -> `models`; `dino` -> ``."""
+    """`dino_ssl.models.vit` -> `models`; `dino` -> ``."""
     return [*dotted.split("."), ""][1]
 
 
@@ -67,7 +67,7 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
             if node.level:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, *([node.module] if node.module else [])])
-            # `from dino import dist` names a module, `from dino.optim import Optim` does not
+            # `from dino_ssl import dist` names a module, `from dino_ssl.optim import Optim` does not
             inner = base == "dino"
             yield from ((node.lineno, f"dino.{a.name}" if inner and is_module(a.name) else base) for a in node.names)
 
@@ -110,19 +110,19 @@ def test_the_ground_needs_torch_and_the_standard_library_only() -> None:
 @pytest.mark.parametrize(
     ("importer", "name", "fine"),
     [
-        ("methods", "dino.evals.knn", False),
-        ("evals", "dino.methods.dino", False),
-        ("models", "dino.objectives", True),
-        ("objectives", "dino.models.vit", False),
-        ("optim", "dino.training", False),
-        ("data", "dino.optim", False),
-        ("models", "dino.checkpoint", False),
-        ("training", "dino.fast.attention", False),
-        ("runtime", "dino.fast.attention", True),
-        ("evals", "dino.data.pictures", True),
-        ("objectives", "dino.schedules", False),
-        ("config", "dino.errors", True),
-        ("training", "dino.analysis.report", False),
+        ("methods", "dino_ssl.evals.knn", False),
+        ("evals", "dino_ssl.methods.dino", False),
+        ("models", "dino_ssl.objectives", True),
+        ("objectives", "dino_ssl.models.vit", False),
+        ("optim", "dino_ssl.training", False),
+        ("data", "dino_ssl.optim", False),
+        ("models", "dino_ssl.checkpoint", False),
+        ("training", "dino_ssl.kernels.attention", False),
+        ("runtime", "dino_ssl.kernels.attention", True),
+        ("evals", "dino_ssl.data.dataset", True),
+        ("objectives", "dino_ssl.schedules", False),
+        ("config", "dino_ssl.errors", True),
+        ("training", "dino_ssl.report.run_report", False),
     ],
 )
 def test_the_rule_itself(importer: str, name: str, fine: bool) -> None:
@@ -135,12 +135,19 @@ def test_a_file_of_every_kind_of_import_is_read(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "dino" / "dist.py").touch()
     file = package / "net.py"
     file.write_text(
-        "import torch\nfrom dino import dist, load\nfrom ..data import views\nfrom .vit import ViT\n"
-        "def later():\n    import dino.training\n"
+        "import torch\nfrom dino_ssl import dist, load\nfrom ..data import views\nfrom .vit import ViT\n"
+        "def later():\n    import dino_ssl.training\n"
     )
     monkeypatch.setattr("test_layers.SRC", tmp_path)
     names = [name for _, name in imported(file)]
-    assert names == ["torch", "dino.dist", "dino", "dino.data", "dino.models.vit", "dino.training"]
+    assert names == [
+        "torch",
+        "dino_ssl.distributed",
+        "dino",
+        "dino_ssl.data",
+        "dino_ssl.models.vit",
+        "dino_ssl.training",
+    ]
 
 
 def test_decisions_about_the_machine_have_one_home() -> None:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dino.cli import main
-from dino.data.scenes import Scenes
+from dino_ssl.cli import main
+from dino_ssl.data.synthetic.scenes import Scenes
 
 SRC = Path(__file__).parents[2] / "src"
 TINY = """
@@ -38,7 +38,7 @@ def environment() -> dict[str, str]:
 
 
 def command(*words: str | Path) -> list[str]:
-    return [sys.executable, "-m", "dino", *map(str, words)]
+    return [sys.executable, "-m", "dino_ssl", *map(str, words)]
 
 
 def spawn(*words: str | Path, cwd: Path) -> Ran:
@@ -80,7 +80,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+def trainable(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     """A run of two epochs, and what the command printed."""
     folder = tmp_path_factory.mktemp("trained")
     ran = spawn("train", photos, *TINY, "--optim.epochs", "2", "--out", "run", "--json", cwd=folder)
@@ -89,11 +89,11 @@ def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 PRESET = """
-from dino.methods.dino import DINOConfig
-from dino.data.views import MultiCrop
-from dino.models.vit import ViT
-from dino.optim import Optim
-from dino.run import Run
+from dino_ssl.methods.dino import DINOConfig
+from dino_ssl.data.transforms.multi_crop import MultiCrop
+from dino_ssl.models.vit import ViT
+from dino_ssl.optim import Optim
+from dino_ssl.run import Run
 
 def run():
     return Run(

@@ -9,28 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino.analysis.study import ROOT, STUDENT, Study, read_students, read_study
-from dino.config import edit
-from dino.data.scenes import Scenes
-from dino.errors import UserError
-from dino.logs import read_metrics
-from dino.presets.ablations import table
-from dino.presets.ablations.bases import SEEN
-from dino.runtime import Runtime
-from dino.session.ablate import Asked, job_of, lacks, settle, share
-from dino.session.crew import Crew, Task
-from dino.session.notes import Elsewhere
-from dino.session.row import complete
-from dino.terminal import Terminal
+from dino_ssl.ablations.bases import SEEN
+from dino_ssl.ablations.job_pool import JobPool, Task
+from dino_ssl.ablations.results import ROOT, STUDENT, Study, read_students, read_study
+from dino_ssl.ablations.run_lock import RunLocked
+from dino_ssl.ablations.runner import complete
+from dino_ssl.ablations.study import StudyOptions, is_incomplete, job_of, resolve_study, reuse_result
+from dino_ssl.ablations.tables import table
+from dino_ssl.config import edit
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.errors import UserError
+from dino_ssl.metrics import read_metrics
+from dino_ssl.runtime import Runtime
+from dino_ssl.terminal import Terminal
 
 PRESET = """
-from dino.data.scenes import Scenes
-from dino.data.views import MultiCrop
-from dino.evals.watch import Watch
-from dino.methods.dino import DINOConfig
-from dino.models.vit import ViT
-from dino.optim import Optim
-from dino.run import Run
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.data.transforms.multi_crop import MultiCrop
+from dino_ssl.evals.online import Watch
+from dino_ssl.methods.dino import DINOConfig
+from dino_ssl.models.vit import ViT
+from dino_ssl.optim import Optim
+from dino_ssl.run import Run
 
 def run():
     return Run(
@@ -39,7 +39,7 @@ def run():
         method=DINOConfig(out_dim=32, head_hidden=32, head_bottleneck=16, momentum=0.9),
         views=MultiCrop(global_size=32, local_size=16, local=1),
         optim=Optim(batch_size=8, epochs=2, warmup_epochs=0),
-        knn=Watch(every_epochs=1), workers=0, log_every=1, precision="float32",
+        online_eval=Watch(every_epochs=1), workers=0, log_every=1, precision="float32",
     )
 """
 LINE = ("ablate", "table9", "--preset", "tiny_table:run")
@@ -131,7 +131,7 @@ def test_words(dino):
 def tiny_study(root: Path, name: str = "fig6", **asked) -> Study:
     space: dict = {}
     exec(PRESET, space)
-    study = settle(table(name), "small", Asked(preset=space["run"](), **asked), root)
+    study = resolve_study(table(name), "small", StudyOptions(preset=space["run"](), **asked), root)
     study.write()
     return study
 
@@ -149,8 +149,8 @@ def test_a_row_measures_what_its_table_wants_and_another_table_need_not_run_it(t
     assert {"training", "evaluated"} <= set(told)
 
     more = job_of(study, cell, linear=True)
-    assert not lacks(cell, job)
-    assert lacks(cell, more)
+    assert not is_incomplete(cell, job)
+    assert is_incomplete(cell, more)
     trained = read_metrics(cell.folder)
     again = complete(more, rt, Terminal(quiet=True), lambda state, **figures: None)
     assert again.values["linear"] >= 0
@@ -159,14 +159,14 @@ def test_a_row_measures_what_its_table_wants_and_another_table_need_not_run_it(t
 
     other = tiny_study(tmp_path, "fig7")
     both, alone = (other.cell(other.table.row(name), 0) for name in ("both", "sharpening"))
-    assert share(other, both, job_of(other, both), tmp_path)
+    assert reuse_result(other, both, job_of(other, both), tmp_path)
     assert both.result == cell.result
-    assert not share(other, alone, job_of(other, alone), tmp_path)
+    assert not reuse_result(other, alone, job_of(other, alone), tmp_path)
     seed1 = other.cell(other.table.row("both"), 1)
-    assert not share(other, seed1, job_of(other, seed1), tmp_path), "of another seed"
+    assert not reuse_result(other, seed1, job_of(other, seed1), tmp_path), "of another seed"
     (cell.folder / STUDENT).unlink()
     twin = tiny_study(tmp_path / "x", "fig6").cell(study.table.row("momentum"), 0)
-    assert not share(study, twin, job_of(study, twin), tmp_path), "its student was not measured"
+    assert not reuse_result(study, twin, job_of(study, twin), tmp_path), "its student was not measured"
 
 
 def test_a_row_is_run_by_one_process_at_a_time(tmp_path):
@@ -176,30 +176,32 @@ def test_a_row_is_run_by_one_process_at_a_time(tmp_path):
     cell.folder.mkdir(parents=True)
     with (cell.folder / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(Elsewhere):
+        with pytest.raises(RunLocked):
             complete(job_of(study, cell), Runtime(torch.device("cpu"), "float32"), Terminal(quiet=True), print)
 
 
 def test_a_small_table_takes_its_length_from_the_number_of_pictures(tmp_path):
-    study = settle(table("fig7"), "small", Asked(data=Scenes(count=1000, size=32)), tmp_path)
+    study = resolve_study(table("fig7"), "small", StudyOptions(data=Scenes(count=1000, size=32)), tmp_path)
     assert study.base.optim.epochs == round(SEEN / 900)
     study.write()
-    again = settle(table("fig7"), "small", Asked(), tmp_path)
+    again = resolve_study(table("fig7"), "small", StudyOptions(), tmp_path)
     assert again.base == study.base
     assert read_study(study.folder) == again
     with pytest.raises(UserError, match=r"other pictures: 1,000 there, 900 here"):
-        settle(table("fig7"), "small", Asked(preset=edit(study.base, data=Scenes(count=900, size=32))), tmp_path)
+        resolve_study(
+            table("fig7"), "small", StudyOptions(preset=edit(study.base, data=Scenes(count=900, size=32))), tmp_path
+        )
 
 
 # -- several processes --------------------------------------------------------------------------------------
 
 
-def crew(folder: Path, *scripts: str, processes: int = 1) -> Crew:
+def crew(folder: Path, *scripts: str, processes: int = 1) -> JobPool:
     tasks = [
         Task(str(number), [sys.executable, "-c", script], folder / f"{number}.txt")
         for number, script in enumerate(scripts)
     ]
-    return Crew(tasks, processes, {"PYTHONUNBUFFERED": "1"})
+    return JobPool(tasks, processes, {"PYTHONUNBUFFERED": "1"})
 
 
 def test_a_crew_hears_its_tasks_and_says_why_one_ended_without_a_word(tmp_path):

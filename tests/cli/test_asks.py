@@ -2,21 +2,21 @@
 
 import pytest
 
-from dino.cli.asks import parse_ask
-from dino.config import from_dict, to_dict
-from dino.errors import UserError
-from dino.evals import EVALUATIONS, find
-from dino.evals.ask import Ask, Settings
-from dino.evals.knn import KNN
-from dino.evals.low_shot import LowShot
-from dino.run import Run
+from dino_ssl.cli.eval_spec import parse_ask
+from dino_ssl.config import from_dict, to_dict
+from dino_ssl.errors import UserError
+from dino_ssl.evals import EVALUATIONS, find_evaluation
+from dino_ssl.evals.knn import KNN
+from dino_ssl.evals.low_shot import LowShot
+from dino_ssl.evals.scheduled import ScheduledEval, Settings
+from dino_ssl.run import Run
 
 TYPED = {
-    "knn train/ val/": Ask(evaluation=KNN(), sources=("train/", "val/")),
-    "knn 'my photos/' --k 5 20 --every-epochs 0.5": Ask(
+    "knn train/ val/": ScheduledEval(evaluation=KNN(), sources=("train/", "val/")),
+    "knn 'my photos/' --k 5 20 --every-epochs 0.5": ScheduledEval(
         evaluation=KNN(k=(5, 20)), sources=("my photos/",), every_epochs=0.5
     ),
-    "low-shot photos/ --share 1 --per-class 1 5 --no-normalize --every-epochs 10": Ask(
+    "low-shot photos/ --share 1 --per-class 1 5 --no-normalize --every-epochs 10": ScheduledEval(
         evaluation=LowShot(share=(1.0,), per_class=(1, 5), normalize=False), sources=("photos/",), every_epochs=10
     ),
     "retrieval rparis6k --size 512 --multiscale --query whole": None,
@@ -41,7 +41,7 @@ def test_what_is_typed_is_what_is_asked_and_shown_and_saved(words):
 def test_every_evaluation_can_be_asked_while_training():
     assert {kind.name for kind in Settings.__args__} == set(EVALUATIONS)  # what a run.json may name
     for name in EVALUATIONS:
-        (first, *_) = find(name).sources
+        (first, *_) = find_evaluation(name).sources
         assert parse_ask(f"{name} {first.name}").label == f"{name} {first.name}"
 
 
@@ -70,7 +70,7 @@ def test_a_missing_source_and_a_wrong_flag_are_said_as_dino_eval_says_them(dino)
 
 def test_from_python_too_a_source_must_be_there_and_nothing_is_asked_twice():
     with pytest.raises(UserError, match=r"knn expected TRAIN \[VAL\]; got nothing"):
-        Ask(evaluation=KNN(), sources=())
+        ScheduledEval(evaluation=KNN(), sources=())
     with pytest.raises(UserError, match="twice: knn a"):
         Run(evals=(parse_ask("knn a"), parse_ask("knn a --every-epochs 3")))
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dino.errors import UserError
+from dino_ssl.errors import UserError
 
 
 def refused(ran, *parts):
@@ -78,8 +78,8 @@ def test_value_that_a_field_cannot_have(dino, photos):
         (["--log-every", "0"], "log_every must be at least 1; got 0"),
         (["--workers", "-1"], "workers must be at least 0; got -1"),
         (["--seed", "-1"], "seed must be at least 0"),
-        (["--knn.held-back", "1.5"], "knn.held_back must be above 0 and below 1; got 1.5"),
-        (["--knn.k", "0"], "knn.k must be at least 1"),
+        (["--online_eval.val-fraction", "1.5"], "online_eval.val_fraction must be above 0 and below 1; got 1.5"),
+        (["--online_eval.k", "0"], "online_eval.k must be at least 1"),
     ],
 )
 def test_settings_that_no_run_can_have(dino, photos, words, said):

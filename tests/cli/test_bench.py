@@ -14,22 +14,22 @@ import numpy as np
 import pytest
 import torch
 
-from dino.analysis import rates, speed
-from dino.analysis.bench import Bench, fitting
-from dino.analysis.floor import moved, operations
-from dino.analysis.rates import Rate, matrix_rate, memory_rate
-from dino.analysis.speed import StepSpeed, Stopwatch, step_speed
-from dino.cli import bench as command
-from dino.cli.bench import EXAMPLES, read
-from dino.config import edit
-from dino.data.views import MultiCrop
-from dino.methods import BYOLConfig, SwAVConfig
-from dino.methods.dino import DINOConfig
-from dino.models.vit import ViT
-from dino.optim import Optim
-from dino.presets import memory, resolve
-from dino.run import Run
-from dino.runtime import Machine, Runtime
+from dino_ssl.cli import bench as command
+from dino_ssl.cli.bench import EXAMPLES, read
+from dino_ssl.config import edit
+from dino_ssl.data.transforms.multi_crop import MultiCrop
+from dino_ssl.methods import BYOLConfig, SwAVConfig
+from dino_ssl.methods.dino import DINOConfig
+from dino_ssl.models.vit import ViT
+from dino_ssl.optim import Optim
+from dino_ssl.presets import memory, resolve
+from dino_ssl.profiling import step_time, throughput
+from dino_ssl.profiling.profile import Bench, fitting
+from dino_ssl.profiling.roofline import bytes_per_step, flops
+from dino_ssl.profiling.step_time import StepSpeed, Stopwatch, step_speed
+from dino_ssl.profiling.throughput import Rate, matrix_rate, memory_rate
+from dino_ssl.run import Run
+from dino_ssl.runtime import Machine, Runtime
 
 CPU = Machine(torch.device("cpu"), "a processor", 2, 2**33, "float32", "it has no bfloat16")
 CARD = replace(CPU, device=torch.device("cuda", 0), name="a card", cores=16, precision="bfloat16", why="it can")
@@ -51,9 +51,9 @@ def nobody(done: int, total: int) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "SECONDS", 0.0)
-    monkeypatch.setattr(rates, "SHAPES", {"cpu": ((64, 32, 16), (128, 32, 16))})
-    monkeypatch.setattr(rates, "BUFFER", {"cpu": 2**16})
+    monkeypatch.setattr(throughput, "SECONDS", 0.0)
+    monkeypatch.setattr(throughput, "SHAPES", {"cpu": ((64, 32, 16), (128, 32, 16))})
+    monkeypatch.setattr(throughput, "BUFFER", {"cpu": 2**16})
 
 
 @pytest.mark.usefixtures("quick", "tiny_preset")
@@ -67,7 +67,7 @@ def test_the_command(dino, photos: Path) -> None:
     assert told["run"]["optim"]["micro_batch"] == 2
     assert len(told["step"]["times"]) == 2
     by_part = {part.pop("name"): part for part in told["operations"]}
-    assert by_part["attention"]["teacher"] == {p.name: p for p in operations(RUN)}["attention"].teacher
+    assert by_part["attention"]["teacher"] == {p.name: p for p in flops(RUN)}["attention"].teacher
     assert told["operations_per_image"] == pytest.approx(sum(part["total"] for part in by_part.values()))
     assert told["operations_per_image"] <= told["operations_as_written"]
     assert told["share"] == pytest.approx(told["step"]["images_per_s"] / told["floor"]["images_per_s"])
@@ -129,7 +129,7 @@ class Heard:
         self.said: list[str] = []
         self.tables: dict[str, Sequence[Sequence[str]]] = {}
 
-    def say(self, text: str = "", style: str | None = None) -> None:
+    def print(self, text: str = "", style: str | None = None) -> None:
         self.said.append(text)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -153,9 +153,9 @@ class Heard:
 def test_the_batch_is_the_one_asked_for_or_one_that_fits(
     words: tuple[str, ...], batch: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rates, "matrix_rate", lambda *_: FOUND.products)
-    monkeypatch.setattr(rates, "memory_rate", lambda *_: FOUND.memory)
-    monkeypatch.setattr(speed, "step_speed", lambda run, rt, batch, steps, done: replace(STEP, batch=batch))
+    monkeypatch.setattr(throughput, "matrix_rate", lambda *_: FOUND.products)
+    monkeypatch.setattr(throughput, "memory_rate", lambda *_: FOUND.memory)
+    monkeypatch.setattr(step_time, "step_speed", lambda run, rt, batch, steps, done: replace(STEP, batch=batch))
     monkeypatch.setattr(memory, "micro_batch", lambda *_: (2, "so it is"))
     given, options = read(["--preset", "vits16", *words])
     fits = fitting(options.run, CPU, FOUND.products.per_second)
@@ -191,7 +191,7 @@ def test_the_precision_is_the_plans() -> None:
 def test_rates_are_of_the_fastest_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock of our own: 64 x 32 x 16 takes a second, 128 x 32 x 16 takes one too."""
     seconds = iter(range(1000))
-    monkeypatch.setattr(rates.time, "perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(seconds)))
     assert matrix_rate(CPU, "float32", nobody)[:2] == (2 * 128 * 32 * 16, "128 x 32 x 16")
     assert memory_rate(CPU, nobody)[:2] == (3 * 2**16, "add")
 
@@ -200,8 +200,8 @@ def test_rates_are_of_the_fastest_work(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_others_took_is_told_of_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clocks of our own: two threads, and a second of the processor in each second that passes: half of two."""
     seconds = iter(range(1000))
-    monkeypatch.setattr(rates.time, "perf_counter", lambda: float(next(seconds)))
-    monkeypatch.setattr(rates.time, "process_time", lambda: float(next(seconds)))
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr(throughput.time, "process_time", lambda: float(next(seconds)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert matrix_rate(CPU, "float32", nobody).had == pytest.approx(0.5, abs=0.1)
 
@@ -235,7 +235,7 @@ def test_a_part_inside_another_is_counted_once() -> None:
 )
 def test_every_part_of_a_step_is_found(change: dict, without: set[str]) -> None:
     found = step_speed(edit(RUN, **change), Runtime(torch.device("cpu"), "float32"), 4, 1, nobody)
-    assert list(found.spent) == [name for name in speed.ORDER if name not in without]
+    assert list(found.spent) == [name for name in step_time.ORDER if name not in without]
     assert all(seconds > 0 for seconds in found.spent.values())
     assert found.batch == 4
     assert len(found.times) == 1
@@ -245,9 +245,9 @@ def test_every_part_of_a_step_is_found(change: dict, without: set[str]) -> None:
 
 
 def test_the_share_by_hand() -> None:
-    each = sum(part.total for part in operations(RUN))
+    each = sum(part.total for part in flops(RUN))
     assert FOUND.step.images_per_s == 8 / 0.2  # of the median step
-    assert FOUND.most == min(1e12 / each, 1e10 / (sum(moved(RUN, 8).values()) / 8))
+    assert FOUND.most == min(1e12 / each, 1e10 / (sum(bytes_per_step(RUN, 8).values()) / 8))
     assert FOUND.share == FOUND.step.images_per_s / FOUND.most
     assert FOUND.together is None
     assert replace(FOUND, reading=0.1).together == pytest.approx(1 / (0.2 / 8 + 0.1 / 2))  # two cores, all shared
@@ -257,7 +257,7 @@ def test_the_share_by_hand() -> None:
 
 def test_what_is_told_is_what_was_measured() -> None:
     told = replace(FOUND, reading=0.1, products=Rate(1e12, "512", 0.4)).told()
-    each = sum(part.total for part in operations(RUN))
+    each = sum(part.total for part in flops(RUN))
     assert told["rates"] == {
         "operations_per_s": 1e12,
         "product": "512",
@@ -271,7 +271,7 @@ def test_what_is_told_is_what_was_measured() -> None:
     assert told["floor"]["images_per_s"] == FOUND.most
     assert (told["step"]["seconds"], told["step"]["images_per_s"], told["step"]["peak"]) == (0.2, 40, 2**30)
     assert told["data"] == {"images_per_s_per_worker": 10}
-    assert told["bytes"] == moved(RUN, 8)
+    assert told["bytes"] == bytes_per_step(RUN, 8)
 
 
 def test_the_tables_add_up() -> None:
@@ -288,9 +288,9 @@ def test_the_tables_add_up() -> None:
         assert whole == pytest.approx(8 * each, abs=0.1)  # pictures
     assert np.sum(parts, axis=0) == pytest.approx(everything, abs=0.3)
     by_name = dict(speeds)
-    floors = float(by_name["matrix products alone"]), float(by_name["memory alone"])
-    assert float(by_name["the floor: no code passes"]) == min(floors) < max(floors)
-    share = 40 / min(floors)
+    references = float(by_name["matrix products alone"]), float(by_name["memory alone"])
+    assert float(by_name["the floor: no code passes"]) == min(references) < max(references)
+    share = 40 / min(references)
     assert by_name["reached by the step"] == f"40.00  ({share:.1%} of the floor)"
     assert by_name["reading and cropping, one worker"] == "10.00"
     assert by_name["both together, expected"] == f"{1 / (1 / 40 + 0.1 / 2):.2f}"
@@ -331,7 +331,7 @@ def test_knobs_are_named_where_they_help() -> None:
 
 
 def test_a_batch_is_as_large_as_its_seconds() -> None:
-    each = sum(part.total for part in operations(RUN, as_written=True))
+    each = sum(part.total for part in flops(RUN, as_written=True))
     assert fitting(RUN, CPU, 8 * each) == 8  # two seconds at half of it: eight pictures
     assert fitting(RUN, CPU, each / 100) == 2
     assert fitting(RUN, CPU, 1e6 * each) == 64

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dino.data import pack_writer
-from dino.data.folder import Folder
-from dino.terminal import Terminal
+from dino_ssl.data import pack_writer
+from dino_ssl.data.folder import Folder
+from dino_ssl.terminal import Terminal
 
 SMALL = {"labels", "sums", "data-00000"}
 
@@ -33,7 +33,7 @@ def test_help_teaches(dino) -> None:
 def test_it_says_what_it_holds_and_the_same_command_again_does_nothing(dino, photos: Path) -> None:
     first = dino("data", "pack", photos, "-o", "photos.ds", "--json")
     assert first.code == 0, first.err
-    assert first.json["pictures"] == 40
+    assert first.json["images"] == 40
     assert first.json["classes"] == Folder(path=str(photos)).open().classes
     assert {item["name"] for item in first.json["skipped"]} == {"star/not a picture.jpg", "star/empty.png"}
     assert first.json["fingerprint"] == Folder(path=str(photos)).open().fingerprint

@@ -7,21 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino.cli.asks import parse_ask
-from dino.cli.evaluate import ScoreOptions, _options
-from dino.cli.options import parse
-from dino.data import sources
-from dino.data.scenes import Scenes
-from dino.data.views import MultiCrop
-from dino.evals import EVALUATIONS, copy_detection, find, retrieval, video_segmentation
-from dino.evals.watch import Watch
-from dino.methods.dino import DINOConfig
-from dino.models import timm as timm_models
-from dino.models.vit import ViT
-from dino.optim import Optim
-from dino.run import Run
-from dino.runtime import Runtime
-from dino.training import train
+from dino_ssl.cli.eval_spec import parse_ask
+from dino_ssl.cli.evaluate import ScoreOptions, _options
+from dino_ssl.cli.options import parse
+from dino_ssl.data import sources
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.data.transforms.multi_crop import MultiCrop
+from dino_ssl.evals import EVALUATIONS, copy_detection, find_evaluation, retrieval, video_segmentation
+from dino_ssl.evals.online import OnlineEval
+from dino_ssl.methods.dino import DINOConfig
+from dino_ssl.models import timm as timm_models
+from dino_ssl.models.vit import ViT
+from dino_ssl.optim import Optim
+from dino_ssl.run import Run
+from dino_ssl.runtime import Runtime
+from dino_ssl.training import train
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +30,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def typed() -> dict[str, str]:
     """Every line of `dino eval` in the pages and in --help, without its remark: {line: where it stands}."""
     texts = {page.name: page.read_text() for page in PAGES}
-    texts |= {f"dino eval {name} --help": find(name).examples for name in EVALUATIONS}
+    texts |= {f"dino eval {name} --help": find_evaluation(name).examples for name in EVALUATIONS}
     lines = {}
     for place, text in texts.items():
         for line in re.findall(r"^ *(dino eval .*)$", text, re.MULTILINE):
@@ -50,7 +50,7 @@ def test_it_is_understood(line: str) -> None:
     if "--score" in words:
         assert parse(ScoreOptions, [word for word in words if word != "--score"], "dino", "").root
         return
-    options = parse(_options(find(name)), words, "dino", "")
+    options = parse(_options(find_evaluation(name)), words, "dino", "")
     assert options.checkpoint == words[0]
 
 
@@ -93,7 +93,7 @@ def trained_a_little(tmp_path_factory: pytest.TempPathFactory) -> Path:
         method=DINOConfig(out_dim=32, head_hidden=32, head_bottleneck=16),
         views=MultiCrop(global_size=24, local=0),  # not the side that the positions are made for
         optim=Optim(epochs=1, batch_size=8, warmup_epochs=0),
-        knn=Watch(every_epochs=0),
+        online_eval=OnlineEval(every_epochs=0),
         workers=0,
         out=str(tmp_path_factory.mktemp("little") / "run"),
     )

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dino.cli.given import Given
-from dino.cli.train import EXAMPLES, TrainOptions
-from dino.data.scenes import Scenes
-from dino.run import read_run
-from dino.session.begin import starting_from
-from dino.session.sources import open_checkpoint
+from dino_ssl.api.checkpoints import open_checkpoint
+from dino_ssl.api.resolve import starting_from
+from dino_ssl.cli.command_line import CommandLine
+from dino_ssl.cli.train import EXAMPLES, TrainOptions
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.run import read_run
 
 QUICK = "--optim.epochs 2 --optim.batch-size 12 --workers 0 --precision float32 --views.size 32".split()  # noqa: SIM905
 
@@ -103,7 +103,7 @@ def test_help_lists_it_and_its_flags(dino) -> None:
 
 
 def test_the_networks_drop_path_and_the_views_size_are_the_runs(trained) -> None:
-    from dino.presets import resolve
+    from dino_ssl.presets import resolve
 
     found = open_checkpoint(trained[0])
     run = starting_from(resolve("finetune"), found, size=found.size)
@@ -111,5 +111,5 @@ def test_the_networks_drop_path_and_the_views_size_are_the_runs(trained) -> None
     assert run.backbone.drop_path == 0.1
     assert starting_from(resolve("finetune"), found).views.size == 224
     line = dict(kind=TrainOptions, prog="dino train", examples=EXAMPLES)
-    assert Given(["a", "scenes"], **line).drawn() == "scenes"
-    assert Given(["a", "scenes"], **line, drawn=None).drawn() is None
+    assert CommandLine(["a", "scenes"], **line).drawn() == "scenes"
+    assert CommandLine(["a", "scenes"], **line, drawn=None).drawn() is None

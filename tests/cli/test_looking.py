@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino.data.scenes import Scenes
-from dino.models.vit import ViT
-from dino.models.weights import save_backbone
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.models.vit import ViT
+from dino_ssl.models.weights import save_backbone
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,13 @@ def shape(path: str | Path) -> tuple[int, int]:
 def test_attention_of_a_folder_leaves_out_what_is_no_picture(network, drawn, dino):
     ran = dino("attention", network, drawn, "--size", "32", "--json", "-o", "maps")
     assert ran.code == 0, ran.err
-    assert len(ran.json["pictures"]) == 8
-    files = ran.json["pictures"][0]["files"]
+    assert len(ran.json["images"]) == 8
+    files = ran.json["images"][0]["files"]
     assert [Path(file).name for file in files] == [
         "picture.png", "mean.png", "overlay.png", "mask-60.png", "heads.png", "head-0.png", "head-1.png", "head-2.png",
     ]  # fmt: skip
     assert Path(files[0]).parts[:2] == ("maps", "fish" if "fish" in files[0] else Path(files[0]).parts[1])
-    assert len({file for one in ran.json["pictures"] for file in one["files"]}) == 64
+    assert len({file for one in ran.json["images"] for file in one["files"]}) == 64
     assert min(shape(files[1])) >= 384  # a small network's maps are large enough to be read
     assert shape(ran.json["figure"])[1] > 8 * 2 * 224
 
@@ -52,7 +52,7 @@ def test_attention_of_points_has_a_colour_for_each(network, drawn, dino):
     points = ("--point", "5", "30", "--point", "30", "5")
     ran = dino("attention", network, picture, *points, "--layer", "0", "--heads", "1", "--json", "-o", "maps")
     assert ran.code == 0, ran.err
-    (seen,) = ran.json["pictures"]
+    (seen,) = ran.json["images"]
     assert (seen["points"], seen["layer"], seen["heads"]) == ([[5.0, 30.0], [30.0, 5.0]], 0, 1)
     assert len(seen["mask_share"]) == 2
     assert [Path(file).name for file in seen["files"]] == ["picture.png", "points.png", "point-1.png", "point-2.png"]
@@ -62,14 +62,14 @@ def test_attention_of_points_has_a_colour_for_each(network, drawn, dino):
 
 
 def test_a_video_goes_in_and_a_video_comes_out(network, tmp_path, dino):
-    from dino.analysis.film import open_film, write_film
+    from dino_ssl.viz.video import open_video, write_video
 
-    write_film(tmp_path / "walk.mp4", Scenes(count=1, size=64).video(0, frames=3).frames, 5)
+    write_video(tmp_path / "walk.mp4", Scenes(count=1, size=64).video(0, frames=3).frames, 5)
     ran = dino("attention", network, tmp_path / "walk.mp4", "--size", "32", "--json", "-o", "out")
     assert ran.code == 0, ran.err
     (video,) = ran.json["videos"]
     assert (video["frames"], video["fps"], ran.json["figure"]) == (3, 5.0, None)
-    frames = list(open_film(video["file"]))
+    frames = list(open_video(video["file"]))
     assert len(frames) == 3
     assert frames[0].shape == (384, 3 * 384, 3)  # frame, mean, heads in colours
     Scenes(count=2, size=40).write("frames")
@@ -98,7 +98,7 @@ def test_attention_that_is_not_there_is_said(network, drawn, dino, words, said):
 def test_tsne_of_pictures_and_of_classes(network, drawn, dino):
     ran = dino("tsne", network, drawn, "--iterations", "30", "--json", "-o", "out/tsne.png")
     assert ran.code == 0, ran.err
-    assert (ran.json["of"], ran.json["points"]) == ("pictures", 8)
+    assert (ran.json["of"], ran.json["points"]) == ("images", 8)
     assert 0 <= ran.json["same class nearest"] <= 100
     assert min(shape(ran.json["file"])) > 500
     rows = list(csv.DictReader(Path(ran.json["table"]).read_text().splitlines()))
@@ -127,12 +127,12 @@ def test_tsne_says_what_would_do(network, drawn, dino):
 def test_pca_of_files_and_a_folder(network, drawn, dino):
     ran = dino("pca", network, drawn, next(drawn.glob("star/*.png")), "--size", "32", "--json", "-o", "maps")
     assert ran.code == 0, ran.err
-    assert len(ran.json["pictures"]) == 9
+    assert len(ran.json["images"]) == 9
     assert ran.json["variance"] == sorted(ran.json["variance"], reverse=True)
-    assert len({one["file"] for one in ran.json["pictures"]}) == 9
-    assert min(shape(ran.json["pictures"][0]["file"])) >= 384
+    assert len({one["file"] for one in ran.json["images"]}) == 9
+    assert min(shape(ran.json["images"][0]["file"])) >= 384
     some = dino("pca", network, drawn / "star", "--size", "32", "--foreground", "0.5", "--json")
-    assert all(one["foreground"] < 1 for one in some.json["pictures"])
+    assert all(one["foreground"] < 1 for one in some.json["images"])
     assert dino("pca", network).code == 2
 
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from dino.logs import read_metrics
-from dino.terminal import Terminal
+from dino_ssl.metrics import read_metrics
+from dino_ssl.terminal import Terminal
 
 LINE = ("--optim.epochs", "12", "--log-every", "1", "--out", "run")
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dino.analysis.track import BRIGHT, first_mask, side_by_side, tint, too_small
-from dino.data.davis import read_mask, write_mask
-from dino.data.scenes import Scenes
-from dino.errors import UserError
-from dino.evals.video_segmentation import VideoSegmentation
-from dino.models import ViT
-from dino.models.weights import save_backbone
+from dino_ssl.data.benchmarks.davis import read_mask, write_mask
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.errors import UserError
+from dino_ssl.evals.video_segmentation import VideoSegmentation
+from dino_ssl.models import ViT
+from dino_ssl.models.weights import save_backbone
+from dino_ssl.viz.tracking import BRIGHT, first_mask, side_by_side, tint, too_small
 
 FRAMES = 5
 
@@ -57,9 +57,9 @@ def test_frames_and_a_mask_in_masks_and_a_film_out(dino, film: Path, tmp_path: P
 
 
 def test_a_video_file_in_a_gif_out(dino, film: Path, tmp_path: Path) -> None:
-    from dino.analysis.film import open_film, write_film
+    from dino_ssl.viz.video import open_video, write_video
 
-    write_film(tmp_path / "film.mp4", open_film(film / "frames"), 10)
+    write_video(tmp_path / "film.mp4", open_video(film / "frames"), 10)
     ran = dino(
         "track", film / "net.safetensors", "film.mp4", "--mask", film / "mask.png", "-o", "out", "--video", "gif"
     )
@@ -72,7 +72,7 @@ def test_a_video_file_in_a_gif_out(dino, film: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_codec_the_overlay_is_a_gif(dino, film: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("dino.analysis.film.CODECS", ())
+    monkeypatch.setattr("dino_ssl.viz.video.CODECS", ())
     ran = dino("track", film / "net.safetensors", film / "frames", "--mask", film / "mask.png", "-o", "out", "--json")
     assert ran.code == 0, ran.err
     assert ran.json["overlay"].endswith("overlay.gif")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-import dino as package
-from dino.data.folder import Folder
-from dino.data.views import eval_transform, normalize
-from dino.evals.knn import KNN
-from dino.logs import read_metrics
+import dino_ssl as package
+from dino_ssl.data.folder import Folder
+from dino_ssl.data.transforms.multi_crop import eval_transform, normalize
+from dino_ssl.evals.knn import KNN
+from dino_ssl.metrics import read_metrics
 
 
 def test_train_writes_all_that_it_promises(trained):
@@ -70,14 +70,14 @@ def test_eval_says_value_protocol_data_and_checkpoint(trained, photos, dino):
     result = ran.json
     assert set(result["floors"]) == {"raw_pixels", "random_weights"}
     assert result["checkpoint"]["size"] == 32
-    assert result["data"]["val"]["pictures"] == 8
+    assert result["data"]["val"]["images"] == 8
     assert json.loads(Path(result["file"]).read_text()) == {k: v for k, v in result.items() if k != "file"}
     assert result["file"].startswith(str(run))
     # the file in the run and the run are the same checkpoint, and one evaluation gives one value
     again = dino("eval", "knn", run / "backbone.safetensors", photos, "--k", "1", "5", "--json", "--no-floors").json
     assert again["checkpoint"]["hash"] == result["checkpoint"]["hash"]
     assert again["values"] == result["values"]
-    assert package.evaluate(run, KNN(k=(1, 5)), photos, floors=False)["values"] == result["values"]
+    assert package.evaluate(run, KNN(k=(1, 5)), photos, references=False)["values"] == result["values"]
 
 
 def test_pictures_that_vote_for_themselves_are_right_and_that_is_no_evaluation(trained, photos, dino, tmp_path):
@@ -103,7 +103,7 @@ def test_embed_gives_the_backbones_features(trained, photos, dino, tmp_path, end
     run, _ = trained
     ran = dino("embed", run, photos, "-o", f"deep/features.{ending}", "--json")
     assert ran.code == 0, ran.err
-    assert ran.json["pictures"] == 40
+    assert ran.json["images"] == 40
     assert {item["name"] for item in ran.json["skipped"]} == {"star/empty.png", "star/not a picture.jpg"}
     path = tmp_path / f"deep/features.{ending}"
     assert [child.name for child in path.parent.iterdir()] == [path.name]  # nothing is left beside it
@@ -118,9 +118,9 @@ def test_embed_gives_the_backbones_features(trained, photos, dino, tmp_path, end
         names, labels = [row[0] for row in rows], [row[1] for row in rows]
         features = np.array([row[2:] for row in rows], dtype=np.float32)
     assert labels == [name.split("/")[0] for name in names]
-    pictures = Folder(path=str(photos)).open()
-    place = pictures.names.index(names[7])
-    image = torch.from_numpy(eval_transform(pictures.read(place), 32))[None].movedim(-1, 1)
+    dataset = Folder(path=str(photos)).open()
+    place = dataset.names.index(names[7])
+    image = torch.from_numpy(eval_transform(dataset.read(place), 32))[None].movedim(-1, 1)
     with torch.no_grad():
         expected = package.load(run)(normalize(image))[0].numpy()
     np.testing.assert_allclose(features[7], expected, atol=1e-5)
@@ -131,12 +131,12 @@ def test_attention_draws_every_head_the_mean_and_the_mask(trained, photos, dino,
     picture = sorted((photos / "star").glob("train*"))[0]
     ran = dino("attention", run, picture, "--json", "-o", "maps")
     assert ran.code == 0, ran.err
-    (drawn,) = ran.json["pictures"]
+    (drawn,) = ran.json["images"]
     assert (drawn["heads"], drawn["grid"], drawn["layer"]) == (2, [8, 8], 1)
     names = {path.name for path in (tmp_path / "maps" / picture.stem).iterdir()}
     assert names == {"picture.png", "mean.png", "overlay.png", "mask-60.png", "heads.png", "head-0.png", "head-1.png"}
     point = dino("attention", run, picture, "--point", "5", "30", "--layer", "0", "-o", "point", "--json")
-    assert point.json["pictures"][0]["layer"] == 0
+    assert point.json["images"][0]["layer"] == 0
     one, other = (np.asarray(Image.open(tmp_path / name / picture.stem / "mean.png")) for name in ("maps", "point"))
     assert one.shape == other.shape == (384, 384, 3)  # large enough to look at
     assert (one != other).any()

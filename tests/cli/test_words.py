@@ -8,28 +8,28 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import dino as package
-from dino.cli.given import Given
-from dino.cli.train import TrainOptions
-from dino.config import edit
-from dino.data.scenes import Scenes
-from dino.errors import UserError
-from dino.live import Watch
-from dino.methods.byol import BYOLConfig
-from dino.models import Timm, ViT
-from dino.models.names import named
-from dino.run import Run
-from dino.schedules import Clock
-from dino.session.begin import differences, flag, typed_line
-from dino.terminal import Terminal, speaking
-from dino.units import duration
+import dino_ssl as package
+from dino_ssl.api.live import TrainingProgress
+from dino_ssl.api.resolve import cli_diff, differences, flag
+from dino_ssl.cli.command_line import CommandLine
+from dino_ssl.cli.train import TrainOptions
+from dino_ssl.config import edit
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.errors import UserError
+from dino_ssl.formatting import duration
+from dino_ssl.methods.byol import BYOLConfig
+from dino_ssl.models import Timm, ViT
+from dino_ssl.models.names import named
+from dino_ssl.run import Run
+from dino_ssl.schedules import Clock
+from dino_ssl.terminal import Terminal, command_output
 
 SRC = Path(__file__).parents[2] / "src"
 
 
 def test_help_and_import_are_light():
     code = (
-        "import sys, dino, dino.cli; dino.cli.main(['--help']); dino.cli.main(['nonsense']); dir(dino)\n"
+        "import sys, dino, dino_ssl.cli; dino_ssl.cli.main(['--help']); dino_ssl.cli.main(['nonsense']); dir(dino)\n"
         "heavy = {'torch', 'numpy', 'cv2', 'timm', 'tyro'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -59,12 +59,12 @@ def test_help_explains_every_setting_of_a_run(dino):
 
 def test_a_changed_network_or_method_is_told_as_it_is_typed():
     plain = Run()
-    other = edit(plain, backbone=Timm(name="resnet18"), method=BYOLConfig(predictor=False), knn=dict(size=64))
-    line = typed_line(plain, other)
-    assert line == "--method byol --network timm:resnet18 --method.no-predictor --knn.size 64"
-    given = Given(line.split(), kind=TrainOptions, prog="dino train", examples="")
+    other = edit(plain, backbone=Timm(name="resnet18"), method=BYOLConfig(predictor=False), online_eval=dict(size=64))
+    line = cli_diff(plain, other)
+    assert line == "--method byol --network timm:resnet18 --method.no-predictor --online_eval.size 64"
+    given = CommandLine(line.split(), kind=TrainOptions, prog="dino train", examples="")
     assert given.change(plain) == other
-    assert typed_line(other, plain, ["knn.size"]) == "--method dino --network vit_small/16"
+    assert cli_diff(other, plain, ["online_eval.size"]) == "--method dino --network vit_small/16"
 
 
 def test_flags_follow_the_type_of_the_network(dino, photos):
@@ -90,9 +90,9 @@ def test_the_package_has_its_names():
 
 def test_a_switch_of_the_run_before_the_word_for_drawn_pictures(dino):
     line = dict(kind=TrainOptions, prog="dino train", examples="")
-    assert Given(["--recompute", "scenes"], **line).drawn() == "scenes"
-    assert Given(["--no-recompute", "herds"], **line).drawn() == "herds"
-    assert Given(["--out", "scenes", "photos"], **line).drawn() is None
+    assert CommandLine(["--recompute", "scenes"], **line).drawn() == "scenes"
+    assert CommandLine(["--no-recompute", "herds"], **line).drawn() == "herds"
+    assert CommandLine(["--out", "scenes", "photos"], **line).drawn() is None
 
 
 def test_a_preset_s_plan_tells_what_the_line_sets(dino, photos, tmp_path):
@@ -129,9 +129,9 @@ def test_differences_are_named_as_flags():
 
 
 def test_json_keeps_standard_output_to_itself(capsys):
-    with speaking(True) as (terminal, give):
+    with command_output(True) as (terminal, give):
         print("a library says something")
-        terminal.say("a message")
+        terminal.print("a message")
         give({"answer": 42})
     out, err = capsys.readouterr()
     assert out == '{"answer": 42}\n'
@@ -141,22 +141,22 @@ def test_json_keeps_standard_output_to_itself(capsys):
 
 def test_other_ranks_are_silent(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    with speaking(False) as (terminal, give):
-        terminal.say("a message")
+    with command_output(False) as (terminal, give):
+        terminal.print("a message")
         terminal.table("title", ("a", "b"), [("c", "d")])
         give({"answer": 42})
     assert capsys.readouterr() == ("", "")
 
 
 def test_messages_are_taken_as_they_are(capsys):
-    Terminal().say("a file [bold]name[/bold] \udce9.jpg")
+    Terminal().print("a file [bold]name[/bold] \udce9.jpg")
     assert "[bold]name[/bold] ?.jpg" in capsys.readouterr().out
 
 
 def test_the_live_bar_shows_figures_and_time_left():
     terminal = Terminal()
     terminal.console = Console(force_terminal=True, width=100, record=True, file=io.StringIO())
-    watch = Watch(terminal, Clock(0, 10, 3), prototypes=32)
+    watch = TrainingProgress(terminal, Clock(0, 10, 3), prototypes=32)
     watch.logged(Clock(10, 10, 3), {"loss": 3.25, "teacher_entropy": 2.5, "images_per_s": 123.4, "wait": 0.05})
     terminal.console.print(watch._draw())
     shown = terminal.console.export_text()

@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino.analysis.study import FAILED, RESULT, SAME, Result, Study, find_study, read_study
-from dino.analysis.study_page import write_study_page
-from dino.analysis.study_text import NOTHING, write_study_text
-from dino.config import differences, edit, from_dict, to_dict
-from dino.data.scenes import Scenes
-from dino.errors import UserError
-from dino.methods.byol import BYOLConfig
-from dino.models.vit import ViT
-from dino.presets.ablations import HOMES, table, tables
-from dino.presets.ablations.table import SCALES, Scale, Table, named
-from dino.run import Run
-from dino.training import build_method
+from dino_ssl.ablations.markdown import NOTHING, write_study_text
+from dino_ssl.ablations.page import write_study_page
+from dino_ssl.ablations.results import FAILED, RESULT, SAME, Result, Study, find_study, read_study
+from dino_ssl.ablations.table import SCALES, Scale, Table, named
+from dino_ssl.ablations.tables import HOMES, table, tables
+from dino_ssl.config import differences, edit, from_dict, to_dict
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.errors import UserError
+from dino_ssl.methods.byol import BYOLConfig
+from dino_ssl.models.vit import ViT
+from dino_ssl.run import Run
+from dino_ssl.training import build_method
 
 EVERY = [(one, scale) for one in tables() for scale in SCALES]
 IDS = [f"{one.name}-{scale}" for one, scale in EVERY]
@@ -64,7 +64,7 @@ def test_every_rows_network_and_every_rows_method_can_be_built() -> None:
         for backbone in {run.backbone for run in runs}:
             assert backbone.build().embed_dim > 0
         for method in {run.method for run in runs}:
-            assert build_method(edit(tiny, method=method)).trained is not None
+            assert build_method(edit(tiny, method=method)).trainable is not None
 
 
 @pytest.mark.parametrize("one", tables(), ids=lambda one: one.name)
@@ -96,13 +96,13 @@ def test_a_row_says_the_settings_that_the_paper_names() -> None:
 
     assert run("table7/no-momentum").method.teacher == "student"
     assert isinstance(run("table7/byol").method, BYOLConfig)
-    assert run("table7/byol").views.stacks == [(2, 224)]
-    assert run("table7/swav").views.stacks == [(2, 224), (10, 96)]
+    assert run("table7/byol").views.view_shapes == [(2, 224)]
+    assert run("table7/swav").views.view_shapes == [(2, 224), (10, 96)]
     assert run("table8/6-local-300").optim.epochs == 300
     assert run("table9/128").optim.batch_size == 128
     assert run("table9/8").optim.epochs == 50
     assert run("table13/dino-resnet").backbone.name == "resnet50"
-    assert run("table13/moco-v2-resnet").views.stacks == [(2, 224)]
+    assert run("table13/moco-v2-resnet").views.view_shapes == [(2, 224)]
     assert run("table15/student-sinkhorn").method.targets == "sinkhorn"
     assert run("fig5/s5").backbone.build().grid(torch.zeros(1, 3, 225, 225)) == (45, 45)
     assert run("head-layers/4-l2").method.head_layers == 3
@@ -165,7 +165,7 @@ def study(tmp_path: Path) -> Study:
     """Fig. 7 with one row of three seeds, one that failed, one that was not run."""
     one = table("fig7")
     base = edit(one.base("small"), data=Scenes(count=40))
-    data = {"pictures": 40, "classes": 4, "fingerprint": "abcd", "held_back": 0.1}
+    data = {"images": 40, "classes": 4, "fingerprint": "abcd", "val_fraction": 0.1}
     made = Study(tmp_path / "fig7" / "small", one, "small", base, data)
     made.write()
     both, sharpening = one.rows[0], one.rows[1]
@@ -179,10 +179,10 @@ def study(tmp_path: Path) -> Study:
         (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         result = Result(
             values={"20-NN": knn, "entropy": 80.0, "kl": 1.0},
-            floors={"raw_pixels": {"20-NN": 30.0}},
+            references={"raw_pixels": {"20-NN": 30.0}},
             seconds=600.0,
             memory=2**30,
-            pictures=160,
+            dataset=160,
             prototypes=1024,
             machine="<a processor>",
             versions={"torch": "2"},

@@ -5,8 +5,8 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from dino.errors import UserError
-from dino.models import Attentive, Backbone, Timm, ViT
+from dino_ssl.errors import UserError
+from dino_ssl.models import Attentive, Backbone, Timm, ViT
 
 TINY = {"width": 32, "depth": 3, "heads": 2, "image_size": 32}
 BACKBONES = {
@@ -163,7 +163,7 @@ def test_positions_are_sampled_with_a_tenth_more(hw):
 def test_drop_path_grows_with_depth_keeps_the_mean_and_is_off_in_evaluation():
     vit = ViT(patch=8, drop_path=0.4, **TINY).build()
     assert [block.drop_path for block in vit.blocks] == pytest.approx([0, 0.2, 0.4])
-    from dino.models.vit import drop_path
+    from dino_ssl.models.vit import drop_path
 
     dropped = drop_path(torch.ones(20000, 2, 2), 0.4)
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.6])

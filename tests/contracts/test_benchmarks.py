@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import evaluations
 
 SMALL = {
-    "knn": partial(evaluations.knn_section, pictures=3000, asked=40, wide=32, classes=20),
+    "knn": partial(evaluations.knn_section, dataset=3000, asked=40, wide=32, classes=20),
     "label_propagation": partial(evaluations.label_propagation_section, h=14, w=17, wide=16),
     "davis_score": partial(evaluations.davis_score_section, count=4),
 }

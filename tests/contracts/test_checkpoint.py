@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from dino import checkpoint
-from dino.errors import UserError
-from dino.files import write_whole
+from dino_ssl import checkpoint
+from dino_ssl.errors import UserError
+from dino_ssl.files import atomic_write
 
 
 def saved(step: int = 3, size: int = 10) -> checkpoint.Saved:
@@ -147,7 +147,7 @@ def test_a_device_that_is_always_full(tmp_path: Path) -> None:
         aside.write_bytes(b"x" * 10)
 
     with pytest.raises(UserError, match="full"):
-        write_whole(tmp_path / "file", write)
+        atomic_write(tmp_path / "file", write)
     assert files(tmp_path) == []
 
 

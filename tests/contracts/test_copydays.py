@@ -7,12 +7,12 @@ import cv2
 import numpy as np
 import pytest
 
-from dino.data.copydays import EditedCopies, edited, find_copies, make_copies
-from dino.data.folder import Folder
-from dino.data.scenes import Scenes
-from dino.errors import UserError
-from dino.evals.copy_detection import CopyDetection, drawn_copies
-from dino.evals.evaluator import Site
+from dino_ssl.data.benchmarks.copydays import EditedCopies, edited, find_copies, make_copies
+from dino_ssl.data.folder import Folder
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.errors import UserError
+from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.copy_detection import CopyDetection, drawn_copies
 
 OFFICIAL = [
     "original/200000.jpg",
@@ -95,19 +95,19 @@ def test_what_is_wrong_is_said_beside_the_layout(tmp_path: Path, names: list[str
 
 
 def test_copies_are_a_function_of_the_seed_and_say_their_sizes() -> None:
-    pictures, pages = Scenes(count=3, size=40).open(), Scenes(count=2, size=24, part="val").open()
-    copies = EditedCopies(pictures, pages, seed=1)
+    dataset, pages = Scenes(count=3, size=40).open(), Scenes(count=2, size=24, part="val").open()
+    copies = EditedCopies(dataset, pages, seed=1)
     assert len(copies) == 45
     drawn = [copies.read(i) for i in range(len(copies))]
     assert [picture.shape[1::-1] for picture in drawn] == [tuple(size) for size in copies.sizes.tolist()]
-    again = pickle.loads(pickle.dumps(EditedCopies(pictures, pages, seed=1)))
+    again = pickle.loads(pickle.dumps(EditedCopies(dataset, pages, seed=1)))
     for i in (44, 0, 20, 3):
         np.testing.assert_array_equal(again.read(i), drawn[i])
-    other = EditedCopies(pictures, pages, seed=2)
+    other = EditedCopies(dataset, pages, seed=2)
     assert not np.array_equal(other.read(4), drawn[4])
-    assert len({copies.content, other.content, copies.fingerprint, other.fingerprint}) == 4
+    assert len({copies.content_key, other.content_key, copies.fingerprint, other.fingerprint}) == 4
     assert len({picture.tobytes() for picture in drawn}) == 45
-    twins = EditedCopies(pictures.subset([0, 0]), pages.subset([0]), seed=1)  # each original has edits of its own
+    twins = EditedCopies(dataset.subset([0, 0]), pages.subset([0]), seed=1)  # each original has edits of its own
     drawn_to = [i for i, (_, kind) in enumerate(twins.items) if kind in ("crop_50", "strong_rotate", "strong_paste")]
     assert not any(np.array_equal(twins.read(i), twins.read(i + 15)) for i in drawn_to if i < 15)
 
@@ -121,17 +121,17 @@ def test_blocks_are_named_as_in_copydays() -> None:
 
 @pytest.mark.parametrize(("count", "originals", "expected"), [(4, 100, 2), (40, 10, 10), (12, 100, 6)])
 def test_originals_pages_and_others_are_different_pictures(count: int, originals: int, expected: int) -> None:
-    pictures = Scenes(count=count, size=16).open()
-    copies = make_copies(pictures, originals)
+    dataset = Scenes(count=count, size=16).open()
+    copies = make_copies(dataset, originals)
     assert isinstance(copies.copies, EditedCopies)
     assert copies.others is not None
     parts = [copies.originals.names, copies.copies.pages.names, copies.others.names]
     assert len(parts[0]) == expected
     assert all(parts)
-    assert sorted(name for part in parts for name in part) == sorted(pictures.names)
-    assert make_copies(pictures, originals).originals.names == parts[0]
+    assert sorted(name for part in parts for name in part) == sorted(dataset.names)
+    assert make_copies(dataset, originals).originals.names == parts[0]
     with pytest.raises(UserError, match="at least 4"):
-        make_copies(pictures.subset(range(3)), 10)
+        make_copies(dataset.subset(range(3)), 10)
 
 
 def test_drawn_sets_share_no_picture() -> None:
@@ -147,15 +147,15 @@ def test_a_folder_with_distractors_and_whitening(tmp_path: Path) -> None:
     write(tmp_path / "copydays", OFFICIAL)
     Scenes(count=5, size=16).write(tmp_path / "others")
     Scenes(count=6, size=16, part="val").write(tmp_path / "more")
-    bound = CopyDetection().bind([tmp_path / n for n in ("copydays", "others", "more")], Site())
-    assert {name: side["pictures"] for name, side in bound.data.items()} == {
+    bound = CopyDetection().bind([tmp_path / n for n in ("copydays", "others", "more")], EvalContext())
+    assert {name: side["images"] for name, side in bound.data.items()} == {
         "copies": 5,
         "originals": 2,
         "distractors": 5,
         "whitening": 6,
     }
-    bound = CopyDetection(originals=2).bind([str(tmp_path / "others"), "none", str(tmp_path / "more")], Site())
-    assert {name: side["pictures"] for name, side in bound.data.items()} == {
+    bound = CopyDetection(originals=2).bind([str(tmp_path / "others"), "none", str(tmp_path / "more")], EvalContext())
+    assert {name: side["images"] for name, side in bound.data.items()} == {
         "copies": 30,
         "originals": 2,
         "distractors": 2,
@@ -164,10 +164,10 @@ def test_a_folder_with_distractors_and_whitening(tmp_path: Path) -> None:
 
 
 def test_a_copy_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
-    bound = CopyDetection().bind([write(tmp_path, OFFICIAL)], Site())
+    bound = CopyDetection().bind([write(tmp_path, OFFICIAL)], EvalContext())
     (tmp_path / "strong/200002.jpg").write_bytes(b"gone")
     (tmp_path / "original/200000.jpg").write_bytes(b"gone")  # the first: the rows behind it must stay where they are
-    scores = bound.pixel_floor()
+    scores = bound.pixel_reference()
     assert sorted(skip["name"] for skip in scores.details["skipped"]) == ["original/200000.jpg", "strong/200002.jpg"]
     places = scores.details["place of the original"]
     assert "strong/200002.jpg" not in places

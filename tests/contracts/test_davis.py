@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino.data.davis import PALETTE, open_annotations, open_davis, read_mask, write_mask
-from dino.errors import UserError
-from dino.evals.davis_score import score_results
+from dino_ssl.data.benchmarks.davis import PALETTE, open_annotations, open_davis, read_mask, write_mask
+from dino_ssl.errors import UserError
+from dino_ssl.evals.davis_score import score_results
 
 MASK = np.pad(np.array([[1, 2]], np.uint8), ((1, 2), (2, 3)))
 

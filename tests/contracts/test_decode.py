@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from dino.data import decode as module
-from dino.data.decode import BadImage, decode, probe
-from dino.data.formats import MAX_PIXELS
+from dino_ssl.data import decode as module
+from dino_ssl.data.decode import BadImage, decode, probe
+from dino_ssl.data.formats import MAX_PIXELS
 
 
 def picture(height: int = 40, width: int = 60) -> np.ndarray:

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from dino import environment
-from dino.cli import main
+from dino_ssl import environment
+from dino_ssl.cli import main
 
 
 @pytest.mark.parametrize(

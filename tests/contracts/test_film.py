@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dino.analysis.film import open_film, write_film
-from dino.analysis.render import save
-from dino.errors import UserError
+from dino_ssl.errors import UserError
+from dino_ssl.viz.rendering import save
+from dino_ssl.viz.video import open_video, write_video
 
 
 def frames(count: int, height: int = 64, width: int = 96) -> list[np.ndarray]:
@@ -22,8 +22,8 @@ def frames(count: int, height: int = 64, width: int = 96) -> list[np.ndarray]:
 
 def test_a_film_comes_back_frame_by_frame(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "film.mp4"
-    assert write_film(path, iter(frames(6, 65, 97)), 10.0) == 6  # odd sides lose a line of pixels
-    film = open_film(path)
+    assert write_video(path, iter(frames(6, 65, 97)), 10.0) == 6  # odd sides lose a line of pixels
+    film = open_video(path)
     assert (film.fps, film.count) == (10.0, 6)
     read = list(film)
     assert len(read) == 6
@@ -40,7 +40,7 @@ def test_the_pictures_of_a_folder_are_frames_in_the_order_of_their_numbers(tmp_p
     for number, frame in enumerate(frames(11)):
         save(tmp_path / f"frame{number}.png", frame)
     (tmp_path / "notes.txt").touch()
-    film = open_film(tmp_path, fps=4)
+    film = open_video(tmp_path, fps=4)
     assert (film.fps, film.count) == (4, 11)
     levels = [int(frame[-1, -1, 0]) for frame in film]
     assert levels == [30 + 20 * i for i in range(11)]  # frame10 is the last
@@ -48,19 +48,19 @@ def test_the_pictures_of_a_folder_are_frames_in_the_order_of_their_numbers(tmp_p
 
 def test_what_is_no_film_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no video"):
-        open_film(tmp_path / "missing.mp4")
+        open_video(tmp_path / "missing.mp4")
     (tmp_path / "text.mp4").write_text("hello")
     with pytest.raises(UserError, match="OpenCV can read"):
-        open_film(tmp_path / "text.mp4")
+        open_video(tmp_path / "text.mp4")
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UserError, match="holds no frames"):
-        open_film(empty)
+        open_video(empty)
     with pytest.raises(UserError, match="fps"):
-        open_film(empty, fps=0)
+        open_video(empty, fps=0)
     (empty / "0.png").write_text("hello")
     with pytest.raises(UserError, match="frame cannot be read"):
-        list(open_film(empty))
+        list(open_video(empty))
 
 
 def test_a_film_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -69,9 +69,9 @@ def test_a_film_is_whole_or_not_there(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_film(tmp_path / "film.mp4", breaks(), 10)
+        write_video(tmp_path / "film.mp4", breaks(), 10)
     with pytest.raises(UserError, match="no frames"):
-        write_film(tmp_path / "film.mp4", [], 10)
+        write_video(tmp_path / "film.mp4", [], 10)
     with pytest.raises(UserError, match="one size"):
-        write_film(tmp_path / "film.mp4", [*frames(1), *frames(1, 32, 32)], 10)
+        write_video(tmp_path / "film.mp4", [*frames(1), *frames(1, 32, 32)], 10)
     assert list(tmp_path.iterdir()) == []

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino.data.folder import Folder, class_folders
-from dino.errors import UserError
+from dino_ssl.data.folder import Folder, class_folders
+from dino_ssl.errors import UserError
 
 
 @pytest.fixture
@@ -28,15 +28,15 @@ def put(root, *names, value=100):
 def test_nested_pictures_in_order_of_their_names(photos):
     put(photos, "b.png", "ü/日本 語/ж.jpg", "ü/a.PNG", "a/z.bmp")
     told = []
-    pictures = Folder(path=str(photos)).open(progress=lambda done, total: told.append((done, total)))
-    assert pictures.names == ["a/z.bmp", "b.png", "ü/a.PNG", "ü/日本 語/ж.jpg"]
-    assert pictures.sizes.tolist() == [[23, 10], [20, 10], [22, 10], [21, 10]]
-    assert [int(pictures.read(i)[0, 0, 1]) for i in (0, 1, 2)] == [3, 0, 2]
+    dataset = Folder(path=str(photos)).open(progress=lambda done, total: told.append((done, total)))
+    assert dataset.names == ["a/z.bmp", "b.png", "ü/a.PNG", "ü/日本 語/ж.jpg"]
+    assert dataset.sizes.tolist() == [[23, 10], [20, 10], [22, 10], [21, 10]]
+    assert [int(dataset.read(i)[0, 0, 1]) for i in (0, 1, 2)] == [3, 0, 2]
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert pictures.labels is None
-    assert pictures.short_side == 10
-    again = pickle.loads(pickle.dumps(pictures))
-    np.testing.assert_array_equal(again.read(3), pictures.read(3))
+    assert dataset.labels is None
+    assert dataset.short_side == 10
+    again = pickle.loads(pickle.dumps(dataset))
+    np.testing.assert_array_equal(again.read(3), dataset.read(3))
 
 
 def test_bad_files_are_listed_and_other_files_counted(photos):
@@ -48,11 +48,11 @@ def test_bad_files_are_listed_and_other_files_counted(photos):
     (photos / "notes.txt").write_text("no picture")
     (photos / "gone.png").symlink_to(photos / "nowhere.png")
     os.mkfifo(photos / "pipe.jpg")
-    pictures = Folder(path=str(photos)).open()
-    assert pictures.names == ["good.png"]
-    assert [s.name for s in pictures.skipped] == ["cut.png", "empty.jpg", "gone.png", "page.jpg", "pipe.jpg"]
-    assert [s.reason.split(" ")[0] for s in pictures.skipped] == ["cut", "empty", "No", "not", "not"]
-    assert pictures.ignored == {"hidden": 3, "other": 1}
+    dataset = Folder(path=str(photos)).open()
+    assert dataset.names == ["good.png"]
+    assert [s.name for s in dataset.skipped] == ["cut.png", "empty.jpg", "gone.png", "page.jpg", "pipe.jpg"]
+    assert [s.reason.split(" ")[0] for s in dataset.skipped] == ["cut", "empty", "No", "not", "not"]
+    assert dataset.ignored == {"hidden": 3, "other": 1}
 
 
 def test_links_are_followed_and_loops_are_not(photos, tmp_path):
@@ -66,9 +66,9 @@ def test_links_are_followed_and_loops_are_not(photos, tmp_path):
     (photos / "real" / "loop").symlink_to(photos)
     (photos / "elsewhere").symlink_to(tmp_path / "elsewhere")
     (photos / "c.png").symlink_to(tmp_path / "elsewhere" / "b.png")
-    pictures = Folder(path=str(photos)).open()
-    assert pictures.names == ["c.png", "elsewhere/b.png", "real/a.png"]
-    assert pictures.read(0).shape == (10, 20, 3)
+    dataset = Folder(path=str(photos)).open()
+    assert dataset.names == ["c.png", "elsewhere/b.png", "real/a.png"]
+    assert dataset.read(0).shape == (10, 20, 3)
 
 
 def test_a_name_that_is_no_text(photos):
@@ -77,10 +77,10 @@ def test_a_name_that_is_no_text(photos):
         os.rename(os.fsencode(photos / "a.png"), os.fsencode(photos) + b"/\xff\xfe.png")
     except OSError:
         pytest.skip("this file system takes only names that are text")
-    pictures = Folder(path=str(photos)).open()
-    assert pictures.names == ["\\xff\\xfe.png"]
-    assert pictures.names[0].encode()  # can be printed, and written to a report
-    assert pictures.read(0).shape == (10, 20, 3)
+    dataset = Folder(path=str(photos)).open()
+    assert dataset.names == ["\\xff\\xfe.png"]
+    assert dataset.names[0].encode()  # can be printed, and written to a report
+    assert dataset.read(0).shape == (10, 20, 3)
 
 
 @pytest.mark.parametrize("mode", [0o555, 0o000])
@@ -89,13 +89,13 @@ def test_folders_that_may_not_be_written_or_listed(photos, mode):
     (photos / "locked").chmod(mode)
     try:
         readable = os.access(photos / "locked", os.R_OK)
-        pictures = Folder(path=str(photos)).open()
+        dataset = Folder(path=str(photos)).open()
     finally:
         (photos / "locked").chmod(0o755)
-    assert pictures.names == (["a.png", "locked/b.png"] if readable else ["a.png"])
+    assert dataset.names == (["a.png", "locked/b.png"] if readable else ["a.png"])
     if not readable:
-        assert pictures.skipped[0].name == "locked"
-        assert "cannot be listed" in pictures.skipped[0].reason
+        assert dataset.skipped[0].name == "locked"
+        assert "cannot be listed" in dataset.skipped[0].reason
 
 
 @pytest.mark.parametrize(
@@ -117,14 +117,14 @@ def test_class_folders(names, classes, labels):
 
 def test_held_back_part_is_stratified_and_disjoint(photos):
     put(photos, *(f"{kind}/{i}.png" for kind, n in (("a", 20), ("b", 10), ("c", 1)) for i in range(n)))
-    pictures = Folder(path=str(photos)).open()
-    train, held = pictures.split(0.2, seed=1)
+    dataset = Folder(path=str(photos)).open()
+    train, held = dataset.split(0.2, seed=1)
     assert train.labels is not None
     assert held.labels is not None
     assert np.bincount(held.labels, minlength=3).tolist() == [4, 2, 0]
-    assert sorted(train.names + held.names) == pictures.names
-    assert held.names == pictures.split(0.2, seed=1)[1].names != pictures.split(0.2, seed=2)[1].names
-    np.testing.assert_array_equal(held.read(3), pictures.read(pictures.names.index(held.names[3])))
+    assert sorted(train.names + held.names) == dataset.names
+    assert held.names == dataset.split(0.2, seed=1)[1].names != dataset.split(0.2, seed=2)[1].names
+    np.testing.assert_array_equal(held.read(3), dataset.read(dataset.names.index(held.names[3])))
 
 
 def test_fingerprint_changes_with_the_pictures(photos):
@@ -137,10 +137,10 @@ def test_fingerprint_changes_with_the_pictures(photos):
 
 def test_in_memory_gives_the_same_pictures_and_never_reads_again(photos):
     put(photos, "a.png", "b.png", "c.png")
-    pictures = Folder(path=str(photos)).open()
-    expected = [pictures.read(i) for i in (0, 2)]
+    dataset = Folder(path=str(photos)).open()
+    expected = [dataset.read(i) for i in (0, 2)]
     (photos / "b.png").write_bytes(b"")
-    kept = pictures.in_memory()
+    kept = dataset.in_memory()
     assert kept.nbytes == 3 * 10 * (20 + 21 + 22)
     for name in ("a.png", "b.png", "c.png"):
         (photos / name).unlink()

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dino.errors import UserError
-from dino.models import DINOHead, Network
-from dino.models.heads import WeightNormLinear
+from dino_ssl.errors import UserError
+from dino_ssl.models import DINOHead, Network
+from dino_ssl.models.heads import WeightNormLinear
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def test_outputs_are_cosines_to_the_prototypes():
 
 
 def test_weight_norm_is_torchs():
-    ours = WeightNormLinear(6, 9, free_length=True)
+    ours = WeightNormLinear(6, 9, learn_scale=True)
     theirs = nn.utils.parametrizations.weight_norm(nn.Linear(6, 9, bias=False), dim=0)
     with torch.no_grad():
         ours.weight_g.uniform_(0.5, 2)

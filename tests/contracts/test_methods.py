@@ -2,18 +2,18 @@
 
 import pytest
 
-import dino
-from dino import presets
-from dino.config import edit
-from dino.data.scenes import Scenes
-from dino.errors import UserError
-from dino.methods import METHODS, BYOLConfig, MoCoConfig, SwAVConfig, method_named
-from dino.methods.method import MethodConfig, Start
-from dino.models import ViT
-from dino.presets import plan as planning
-from dino.presets.plan import Speed, plan
-from dino.runtime import Machine, machine
-from dino.schedules import Clock
+import dino_ssl
+from dino_ssl import presets
+from dino_ssl.config import edit
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.errors import UserError
+from dino_ssl.methods import METHODS, BYOLConfig, MoCoConfig, SwAVConfig, method_named
+from dino_ssl.methods.method import BuildContext, MethodConfig
+from dino_ssl.models import ViT
+from dino_ssl.presets import plan as planning
+from dino_ssl.presets.plan import Speed, plan
+from dino_ssl.runtime import Machine, machine
+from dino_ssl.schedules import Clock
 
 
 @pytest.fixture
@@ -25,18 +25,18 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_planned_for_the_pictures(name: str, here: Machine) -> None:
-    pictures = Scenes(count=300, size=32, classes=3).open()
-    planned = plan(pictures, here, method=METHODS[name], minutes=1)
+    dataset = Scenes(count=300, size=32, classes=3).open()
+    planned = plan(dataset, here, method=METHODS[name], minutes=1)
     run = planned.run
     assert type(run.method) is METHODS[name]
-    assert (run.views.stacks[1:] != []) == run.method.local_views
+    assert (run.views.view_shapes[1:] != []) == run.method.local_views
     rows = {reason.name: reason.value for reason in planned.reasons}
     assert ("K" in rows) if name == "dino" else (rows["method"] == run.method.summary)
-    start = Start(ViT(width=8, depth=1, heads=1, patch=8, image_size=16), classes=3)
+    start = BuildContext(ViT(width=8, depth=1, heads=1, patch=8, image_size=16), classes=3)
     method = run.method.build(start)
     moved = {parameter for parameter in method.parameters() if parameter.requires_grad}
-    assert moved == {parameter for parameter in method.trained.parameters() if parameter.requires_grad}
-    assert not any("teacher" in key for key in method.trained.state_dict())
+    assert moved == {parameter for parameter in method.trainable.parameters() if parameter.requires_grad}
+    assert not any("teacher" in key for key in method.trainable.state_dict())
     assert all(0 <= schedule(Clock(0, 5, 2)) <= 1 for schedule in run.method.schedules().values())
 
 
@@ -56,7 +56,7 @@ def test_a_mistyped_method_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"'mocov2'.*moco"):
         method_named("mocov2")
     with pytest.raises(UserError, match="byol"):
-        dino.train(Scenes(count=20), method="boyl", out="never-made")
+        dino_ssl.train(Scenes(count=20), method="boyl", out="never-made")
 
 
 @pytest.mark.parametrize("kind", [BYOLConfig, MoCoConfig, SwAVConfig])
@@ -68,7 +68,7 @@ def test_two_views_are_needed(kind: type[MethodConfig]) -> None:
 def test_the_baselines_are_the_papers() -> None:
     """Table 13: ViT-S/16, 300 epochs. App. B and the authors' answers: MoCo's head, queue, temperature and decay."""
     runs = {name: presets.resolve(name) for name in ("byol", "moco", "swav")}
-    assert {name: run.views.stacks for name, run in runs.items()} == {
+    assert {name: run.views.view_shapes for name, run in runs.items()} == {
         "byol": [(2, 224)],
         "moco": [(2, 224)],
         "swav": [(2, 224), (6, 96)],

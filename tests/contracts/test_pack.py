@@ -18,16 +18,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dino.data import folder, listing, pack_writer, packing
-from dino.data.decode import decode
-from dino.data.folder import Folder, FolderPictures
-from dino.data.listing import Listed
-from dino.data.loader import train_batches
-from dino.data.pack import ARRAYS, Form, PackPictures, digest_of, open_pack
-from dino.data.packing import Packing
-from dino.data.pictures import BadImage, Pictures
-from dino.data.views import MultiCrop
-from dino.errors import UserError
+from dino_ssl.data import folder, listing, pack_writer, packing
+from dino_ssl.data.dataset import BadImage, ImageDataset
+from dino_ssl.data.decode import decode
+from dino_ssl.data.folder import Folder, FolderDataset
+from dino_ssl.data.listing import Listed
+from dino_ssl.data.loader import train_batches
+from dino_ssl.data.pack import ARRAYS, Form, PackedDataset, digest_of, open_pack
+from dino_ssl.data.packing import Packing
+from dino_ssl.data.transforms.multi_crop import MultiCrop
+from dino_ssl.errors import UserError
 
 RNG = np.random.default_rng(0)
 
@@ -84,7 +84,7 @@ def in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "CHUNK", 3)
 
 
-def made(source: Path, out: Path, form: Form | None = None) -> PackPictures:
+def made(source: Path, out: Path, form: Form | None = None) -> PackedDataset:
     with Packing(str(source), str(out), form) as job:
         job.look()
         job.write()
@@ -95,7 +95,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def assert_same(one: Pictures, other: Pictures) -> None:
+def assert_same(one: ImageDataset, other: ImageDataset) -> None:
     for name in ("names", "classes", "skipped", "fingerprint", "short_side"):
         assert getattr(one, name) == getattr(other, name), name
     np.testing.assert_array_equal(one.sizes, other.sizes)
@@ -104,7 +104,9 @@ def assert_same(one: Pictures, other: Pictures) -> None:
     np.testing.assert_array_equal(one.labels, other.labels)
     for index in range(len(other)):
         np.testing.assert_array_equal(one.read(index), other.read(index), err_msg=other.names[index])
-        np.testing.assert_array_equal(one.reduced(index, 2), other.reduced(index, 2), err_msg=other.names[index])
+        np.testing.assert_array_equal(
+            one.read_downscaled(index, 2), other.read_downscaled(index, 2), err_msg=other.names[index]
+        )
 
 
 # -- the pictures of the folder ------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ def test_it_gives_what_the_folder_gives(album: Path, tmp_path: Path, parts: str,
     if parts == "many":
         request.getfixturevalue("in_small_parts")
     source, pack = Folder(path=str(album)).open(), made(album, tmp_path / "photos.ds")
-    assert isinstance(source, FolderPictures)
+    assert isinstance(source, FolderDataset)
     assert len(source) == 8
     assert len(source.skipped) == 4
     assert_same(pack, source)
@@ -205,7 +207,7 @@ def test_content_tells_pictures_apart_that_have_one_size(photos: Path, tmp_path:
     (photos / "dög/large.png").write_bytes(png)
     other = made(photos, tmp_path / "three.ds")
     assert before.fingerprint == again.fingerprint == other.fingerprint
-    assert before.content == again.content != other.content
+    assert before.content_key == again.content_key != other.content_key
 
 
 def test_the_next_batch_is_fetched_in_the_order_of_its_places(

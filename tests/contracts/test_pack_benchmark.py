@@ -16,7 +16,7 @@ def test_it_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest
     monkeypatch.setattr(sys, "argv", [*words, str(tmp_path), "--json", str(tmp_path / "found.json")])
     pack.main()
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["pictures"] == 6
+    assert found["images"] == 6
     assert found["results"].keys() == {f"{w}, {s}" for w in ("open", "read", "picture") for s in ("warm", "cold")}
     printed = capsys.readouterr().out
     for what, rows in found["results"].items():

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dino.data.plain_pickle import loads, read_plain_pickle
-from dino.errors import UserError
+from dino_ssl.data.benchmarks.plain_pickle import loads, read_plain_pickle
+from dino_ssl.errors import UserError
 
 PLAIN = {
     "imlist": ["a", "ü", "b" * 300],
@@ -90,7 +90,7 @@ REACHES = {
     "asks for numpy.core.multiarray.fromfile": b"cnumpy.core.multiarray\nfromfile\n.",
     "asks for numpy.ndarray.__init__": b"\x80\x04\x8c\x05numpy\x8c\x10ndarray.__init__\x93.",
     "asks for builtins.getattr": b"cbuiltins\ngetattr\n.",
-    "asks for dino.data.plain_pickle._Call": b"cdino.data.plain_pickle\n_Call\n.",
+    "asks for dino_ssl.data.benchmarks.plain_pickle._Call": b"cdino.data.plain_pickle\n_Call\n.",
     "holds a function or a type": b"cnumpy\ndtype\n.",
     "changes a function": b"c_codecs\nencode\n(N}X\x09\x00\x00\x00_functionK\x01stb.",
     "array of objects": b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(X\x02\x00\x00\x00O8tRC\x08AAAAAAAAtR.",

@@ -7,21 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from dino import presets
-from dino.analysis.advice import foresee
-from dino.config import edit
-from dino.data.loader import steps_per_epoch
-from dino.data.pictures import Pictures
-from dino.errors import UserError
-from dino.presets.plan import Plan, Speed, fed, plan, reading
-from dino.presets.small import SETTLING, in_a_hurry
-from dino.run import Run
-from dino.runtime import Machine
+from dino_ssl import presets
+from dino_ssl.collapse.checks import check_config
+from dino_ssl.config import edit
+from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.data.loader import steps_per_epoch
+from dino_ssl.errors import UserError
+from dino_ssl.presets.plan import Plan, Speed, plan, reading, with_workers
+from dino_ssl.presets.small import FULL_SCHEDULE_STEPS, short_schedule
+from dino_ssl.run import Run
+from dino_ssl.runtime import Machine
 
 CPU = Machine(torch.device("cpu"), "a processor", 2, 8 * 2**30, "float32", "no bfloat16 here")
 
 
-class Flat(Pictures):
+class Flat(ImageDataset):
     """Grey pictures of one size, for a plan to look at."""
 
     def __init__(self, count: int, side: int, classes: int = 0) -> None:
@@ -82,7 +82,7 @@ def test_an_unknown_preset_names_the_nearest() -> None:
 
 def test_a_function_of_ones_own_is_a_preset(tmp_path, monkeypatch) -> None:
     (tmp_path / "mine_for_test.py").write_text(
-        "from dino.presets import small\nfrom dino.config import edit\ndef mine(): return edit(small(), seed=7)\n"
+        "from dino_ssl.presets import small\nfrom dino_ssl.config import edit\ndef mine(): return edit(small(), seed=7)\n"
     )
     monkeypatch.chdir(tmp_path)
     assert presets.resolve("mine_for_test:mine").seed == 7
@@ -98,7 +98,7 @@ def test_a_plan_can_be_trained_whatever_the_pictures(count: int, side: int) -> N
     assert views.global_size % 8 == views.local_size % 8 == 0
     assert views.global_size >= views.local_size
     assert backbone.build().embed_dim == 256
-    assert not any("K too large" in found.name for found in foresee(chosen.run, 10, int(0.9 * count)))
+    assert not any("K too large" in found.name for found in check_config(chosen.run, 10, int(0.9 * count)))
     assert {"K", "crops", "batch", "precision", "workers", "epochs", "expected time"} <= _names(chosen)
     assert all(reason.why for reason in chosen.reasons)
 
@@ -120,7 +120,7 @@ def test_a_short_run_keeps_following_and_a_long_one_settles() -> None:
     assert rows["teacher"] == "momentum 0.97 to 0.98, temperature 0.04"
     assert rows["learning rate"].endswith("sinking to a half")
     usual = presets.resolve("small")
-    assert in_a_hurry(usual, SETTLING) == usual != in_a_hurry(usual, SETTLING - 1)
+    assert short_schedule(usual, FULL_SCHEDULE_STEPS) == usual != short_schedule(usual, FULL_SCHEDULE_STEPS - 1)
 
 
 def test_a_preset_keeps_its_recipe_and_takes_the_machine() -> None:
@@ -146,7 +146,7 @@ def test_a_preset_keeps_its_recipe_and_takes_the_machine() -> None:
 )
 def test_workers_keep_up_with_the_step(device: str, cores: int, ranks: int, step: float, data: float, workers: int):
     here = dataclasses.replace(CPU, device=torch.device(device), cores=cores, ranks=ranks)
-    run, reason = fed(presets.resolve("small"), here, Speed(step, data))
+    run, reason = with_workers(presets.resolve("small"), here, Speed(step, data))
     assert run.workers == workers == int(reason.value)
     assert ("too few cores" in reason.why) == (workers * step < data)
 
@@ -164,17 +164,17 @@ def test_a_picture_is_timed_as_the_loader_takes_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     class Slow(Flat):
-        def reduced(self, index: int, times: int) -> np.ndarray:
+        def read_downscaled(self, index: int, times: int) -> np.ndarray:
             asked.add(times)
             now[0] += 1
             return np.zeros((480, 480, 3), np.uint8)
 
-    run = edit(presets.resolve("small"), views=dict(global_size=16, local_size=8), cache="no")
-    pictures = Slow(4, 4000)
-    assert reading(run, pictures) == 1
+    run = edit(presets.resolve("small"), views=dict(global_size=16, local_size=8), cache=False)
+    dataset = Slow(4, 4000)
+    assert reading(run, dataset) == 1
     assert asked == {8}
     asked.clear()
-    assert reading(edit(run, cache="memory"), pictures) == 0
+    assert reading(edit(run, cache=True), dataset) == 0
     assert asked == {1}
 
 

@@ -11,10 +11,10 @@ import safetensors.torch
 import timm
 import torch
 
-from dino.config import to_dict
-from dino.errors import UserError
-from dino.models import DINOHead, Network, Timm, ViT, pretrained
-from dino.models.pretrained import RELEASED, load, load_strict, save_backbone
+from dino_ssl.config import to_dict
+from dino_ssl.errors import UserError
+from dino_ssl.models import DINOHead, Network, Timm, ViT, pretrained
+from dino_ssl.models.pretrained import RELEASED, load, load_strict, save_backbone
 
 VIT = ViT(width=64, depth=2, heads=1, patch=8, image_size=32, drop_path=0.0)
 X = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))

@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from dino.analysis.curves import chart, read_history, ticks
-from dino.analysis.health import diagnose, outputs_health, rank_me
-from dino.analysis.report import write_report
-from dino.analysis.snapshots import choose_samples, read_index, read_neighbours, snapshot, write_neighbours
-from dino.config import edit, to_dict
-from dino.data.folder import Folder
-from dino.data.pictures import BadImage, Pictures
-from dino.errors import UserError
-from dino.evals.evaluator import Extracted
-from dino.models.vit import ViT
-from dino.run import Run
+from dino_ssl.collapse.monitor import diagnose, outputs_health, rank_me
+from dino_ssl.config import edit, to_dict
+from dino_ssl.data.dataset import BadImage, ImageDataset
+from dino_ssl.data.folder import Folder
+from dino_ssl.errors import UserError
+from dino_ssl.evals.base import Extracted
+from dino_ssl.models.vit import ViT
+from dino_ssl.report.curves import chart, read_history, ticks
+from dino_ssl.report.run_report import write_report
+from dino_ssl.report.snapshots import choose_samples, read_index, read_neighbours, snapshot, write_neighbours
+from dino_ssl.run import Run
 
 K = 1024
 
 
-class Blobs(Pictures):
+class Blobs(ImageDataset):
     """Bright disks (class 0) and bars (class 1) on noise, in memory; number 5 cannot be read."""
 
     def __init__(self, count: int = 24, side: int = 64) -> None:
@@ -91,7 +91,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "run": to_dict(run),
         "prototypes": K,
         "backbone": to_dict(run.backbone),
-        "data": {"pictures": 24, "trained_on": 22, "classes": ["disk", "bar"]},
+        "data": {"images": 24, "trained_on": 22, "classes": ["disk", "bar"]},
         "baselines": {"raw_pixels": {"20-NN": 33.75}, "random_weights": {"20-NN": 28.5}},
         "versions": {"dino": "0.1.0", "torch": "2.11.0"},
     }
@@ -100,14 +100,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder, rows())
     skipped = [{"name": "a <b>.jpg", "reason": "cut short"}, {"name": "notes.txt", "reason": "not an image"}]
     (folder / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in skipped) + '{"name": "to')
-    network, pictures = backbone(), Blobs()
-    samples = choose_samples(pictures, 4)
+    network, dataset = backbone(), Blobs()
+    samples = choose_samples(dataset, 4)
     for epoch in (0, 4, 12):
-        snapshot(network, pictures, samples, folder / "snapshots", epoch, 64)
+        snapshot(network, dataset, samples, folder / "snapshots", epoch, 64)
     features = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
-    assert pictures.labels is not None
-    extracted = Extracted(features, torch.from_numpy(pictures.labels), torch.arange(24), [])
-    write_neighbours(extracted, pictures, samples, folder / "snapshots", k=3)
+    assert dataset.labels is not None
+    extracted = Extracted(features, torch.from_numpy(dataset.labels), torch.arange(24), [])
+    write_neighbours(extracted, dataset, samples, folder / "snapshots", k=3)
     return folder
 
 
@@ -187,12 +187,12 @@ def test_history_survives_a_torn_line_and_a_resume(run_dir: Path) -> None:
 
 
 def test_snapshots_are_kept_by_epoch_and_leave_bad_pictures_out(tmp_path: Path) -> None:
-    network, pictures = backbone().train(), Blobs()
+    network, dataset = backbone().train(), Blobs()
     for epoch in (3, 0, 3):
-        snapshot(network, pictures, [0, 5, 7], tmp_path, epoch, 64)
+        snapshot(network, dataset, [0, 5, 7], tmp_path, epoch, 64)
     index = read_index(tmp_path)
     assert [entry["epoch"] for entry in index["epochs"]] == [0, 3]
-    assert set(index["pictures"]) == {"0", "7"}
+    assert set(index["images"]) == {"0", "7"}
     assert index["epochs"][0]["heads"] == 3
     assert network.training  # what is looked at is left as it was
 
@@ -210,10 +210,10 @@ def test_neighbours_are_the_nearest_and_never_the_picture_itself(tmp_path: Path)
 
 
 def test_samples_show_every_class() -> None:
-    pictures = Blobs()
-    assert pictures.labels is not None
-    chosen = choose_samples(pictures, 4)
-    assert sorted(pictures.labels[chosen].tolist()) == [0, 0, 1, 1]
+    dataset = Blobs()
+    assert dataset.labels is not None
+    chosen = choose_samples(dataset, 4)
+    assert sorted(dataset.labels[chosen].tolist()) == [0, 0, 1, 1]
     assert len(choose_samples(Blobs(3), 6)) == 3
 
 

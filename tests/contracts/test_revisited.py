@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 
-from dino.data.revisited import HIDDEN, TURNED, VIEWS, drawn, open_revisited, read_ground_truth
-from dino.data.scenes import Scenes
-from dino.errors import UserError
-from dino.evals.evaluator import Site
-from dino.evals.retrieval import Retrieval
+from dino_ssl.data.benchmarks.revisited import HIDDEN, TURNED, VIEWS, drawn, open_revisited, read_ground_truth
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.errors import UserError
+from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.retrieval import Retrieval
 
 GND: dict[str, Any] = {
     "imlist": ["tower_1", "tower_2", "bridge_1", "bridge_2"],
@@ -123,8 +123,8 @@ def test_a_ground_truth_that_cannot_be(tmp_path: Path, change: dict, said: str) 
 
 def test_only_benchmarks_know_what_is_right(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="what is right"):
-        Retrieval().bind([open_revisited(benchmark(tmp_path)).database], Site())
-    assert Retrieval().bind([benchmark(tmp_path)], Site()).data["queries"]["benchmark"] == "towers"
+        Retrieval().bind([open_revisited(benchmark(tmp_path)).database], EvalContext())
+    assert Retrieval().bind([benchmark(tmp_path)], EvalContext()).data["queries"]["benchmark"] == "towers"
 
 
 SCENES = Scenes(count=12, size=48, part="test")
@@ -169,6 +169,6 @@ def test_drawn_boxes_hold_the_thing() -> None:
 
 
 def test_drawn_pictures_have_a_key_of_their_own() -> None:
-    keys = {(d.content, d.fingerprint) for s in (SCENES, Scenes(count=12, size=48)) for d in drawn(s)[1:3]}
+    keys = {(d.content_key, d.fingerprint) for s in (SCENES, Scenes(count=12, size=48)) for d in drawn(s)[1:3]}
     assert len(keys) == 4
-    assert drawn(SCENES).boxed.content != drawn(SCENES).queries.content
+    assert drawn(SCENES).boxed.content_key != drawn(SCENES).queries.content_key

@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 import pytest
 
-from dino.data import edits
-from dino.data.painting import place
-from dino.data.scenes import Scenes
-from dino.data.shapes import KINDS
-from dino.errors import UserError
+from dino_ssl.data.synthetic.painting import place
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.data.synthetic.shapes import KINDS
+from dino_ssl.data.transforms import distortions
+from dino_ssl.errors import UserError
 
 
 def test_picture_is_a_function_of_settings_and_index_alone():
@@ -26,7 +26,7 @@ def test_picture_is_a_function_of_settings_and_index_alone():
 
 
 def test_another_process_draws_the_same():
-    code = "import zlib; from dino.data.scenes import *; print([zlib.crc32(Scenes().read(i)) for i in (7, 3)])"
+    code = "import zlib; from dino_ssl.data.synthetic.scenes import *; print([zlib.crc32(Scenes().read(i)) for i in (7, 3)])"
     told = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
         for _ in range(2)
@@ -180,7 +180,7 @@ def test_copies_are_the_edits_their_names_say():
     assert damage == sorted(damage)
     assert damage[-1] > 2 * damage[0]
     np.testing.assert_array_equal(copies["strong_mirror"][:, ::-1], picture)
-    whole = edits.paste(picture, np.zeros((128, 128, 3), np.uint8), np.random.default_rng(0), share=0.25)
+    whole = distortions.paste(picture, np.zeros((128, 128, 3), np.uint8), np.random.default_rng(0), share=0.25)
     assert (whole.max(axis=-1) > 0).mean() == pytest.approx(0.25, abs=0.01)
     for name, copy in scenes.copies(3).items():
         np.testing.assert_array_equal(copy, copies[name])
@@ -235,7 +235,7 @@ def test_neither_raw_pixels_nor_colours_tell_the_class():
         return np.sqrt(cv2.calcHist([picture], [0, 1, 2], None, [6, 6, 6], [0, 256] * 3).ravel())
 
     for look, bound in ((pixels, 0.16), (colours, 0.135)):
-        seen = [np.stack([look(picture) for picture in pictures]) for pictures in drawn]
+        seen = [np.stack([look(picture) for picture in dataset]) for dataset in drawn]
         right = (_vote(seen[0], labels[0], seen[1], 10) == labels[1]).mean()
         assert right < bound, look.__name__
 

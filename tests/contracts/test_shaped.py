@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from dino.data.pictures import BadImage, Pictures
-from dino.data.shaped import Boxed, scale_to, scaled, shaped_batches
-from dino.data.views import resize
+from dino_ssl.data.dataset import BadImage, ImageDataset
+from dino_ssl.data.transforms.multi_crop import resize
+from dino_ssl.data.transforms.native_size import CroppedImages, scale_to, scaled, shaped_batches
 
 
-class Mixed(Pictures):
+class Mixed(ImageDataset):
     """Noise of three shapes in turn; one cannot be read."""
 
     def __init__(self, count: int, bad: int = -1) -> None:
@@ -32,35 +32,35 @@ def test_proportions_are_kept_and_nothing_grows() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_hold_one_shape_and_no_more_than_their_pixels(workers: int) -> None:
-    pictures = Mixed(20, bad=4)
-    shapes = scaled(pictures.sizes, scale_to(pictures.sizes, 20))
+    dataset = Mixed(20, bad=4)
+    shapes = scaled(dataset.sizes, scale_to(dataset.sizes, 20))
     asked, seen, batches = [*range(1, 20)], {}, 0
-    for indices, images in shaped_batches(pictures, shapes, pixels=1000, indices=asked, workers=workers):
+    for indices, images in shaped_batches(dataset, shapes, pixels=1000, indices=asked, workers=workers):
         batches += 1
         assert len(images) * images.shape[2] * images.shape[3] <= 1000
         for index, image in zip(indices.tolist(), images, strict=True):
             assert index not in seen
             seen[index] = image
-            expected = resize(pictures.read(index), *shapes[index].tolist())
+            expected = resize(dataset.read(index), *shapes[index].tolist())
             np.testing.assert_array_equal(image.numpy(), expected.transpose(2, 0, 1))
     assert sorted(seen) == [i for i in asked if i != 4]
     assert batches == 2 + 3 + 3  # 6 and 7 pictures of 300 pixels by threes, 6 of 400 by twos
 
 
 def test_a_picture_above_the_pixels_is_a_batch_of_its_own() -> None:
-    pictures = Mixed(3)
-    shapes = scaled(pictures.sizes, scale_to(pictures.sizes, 40))
-    assert [len(i) for i, _ in shaped_batches(pictures, shapes, pixels=1, indices=range(3))] == [1, 1, 1]
+    dataset = Mixed(3)
+    shapes = scaled(dataset.sizes, scale_to(dataset.sizes, 40))
+    assert [len(i) for i, _ in shaped_batches(dataset, shapes, pixels=1, indices=range(3))] == [1, 1, 1]
 
 
 def test_pictures_of_one_shape_come_in_order() -> None:
-    pictures = Mixed(12)
-    batches = shaped_batches(pictures, np.full((12, 2), 8), pixels=5 * 64, indices=range(12))
+    dataset = Mixed(12)
+    batches = shaped_batches(dataset, np.full((12, 2), 8), pixels=5 * 64, indices=range(12))
     assert [i.tolist() for i, _ in batches] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
 
 
 def test_boxes_are_rounded_and_end_at_the_border() -> None:
-    pictures = Mixed(1)
-    box = Boxed(pictures, np.array([[2.4, 3.6, 50.0, 9.5]]))
+    dataset = Mixed(1)
+    box = CroppedImages(dataset, np.array([[2.4, 3.6, 50.0, 9.5]]))
     assert box.sizes.tolist() == [[38, 6]]
-    np.testing.assert_array_equal(box.read(0), pictures.read(0)[4:10, 2:40])
+    np.testing.assert_array_equal(box.read(0), dataset.read(0)[4:10, 2:40])

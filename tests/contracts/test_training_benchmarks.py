@@ -22,11 +22,11 @@ import table
 import train_step
 import turns
 import work
-from dino.data.views import Batch, MultiCrop, normalize
-from dino.optim import clip_grad_norms_
-from dino.runtime import Machine, start
-from dino.training import State, build_method
-from dino.training import train_step as our_step
+from dino_ssl.data.transforms.multi_crop import Batch, MultiCrop, normalize
+from dino_ssl.optim import clip_grad_norm_per_tensor_
+from dino_ssl.runtime import Machine, start
+from dino_ssl.training import State, build_method, prepare_model
+from dino_ssl.training import train_step as our_step
 
 SMALL = ["--views", "2x32+2x16", "--k", "64", "--hidden", "32", "--batch", "4", "--turns", "1"]
 ABOUT = {"benchmark", "machine", "precision", "date", "versions", "command", "settings", "rows"}
@@ -80,9 +80,9 @@ def test_the_plain_step_is_ours() -> None:
     with start("float32") as rt:
         method = build_method(settings)
         begun = {name: value.clone() for name, value in method.state_dict().items()}
-        state = State(method, settings.optim.build(method.trained), rt.scaler())
+        state = State(method, settings.optim.build(method.trainable), rt.scaler())
         for _ in range(2):
-            our_step(state, rt.prepare(method), Batch(views), work.CLOCK, settings, rt)
+            our_step(state, prepare_model(method, rt), Batch(views), work.CLOCK, settings, rt)
             peer.step(crops, rates)
     theirs = {f"student.{name}": value for name, value in peer.student.state_dict().items()}
     theirs |= {f"teacher.{name}": value for name, value in peer.teacher.state_dict().items()}
@@ -103,7 +103,7 @@ def test_clipping_one_by_one_is_ours() -> None:
     for number, (mine, its) in enumerate(zip(one.parameters(), other.parameters(), strict=True)):
         mine.grad = torch.full_like(mine, 0.1 + 5 * number)
         its.grad = mine.grad.clone()
-    clip_grad_norms_(one.parameters(), 3.0)
+    clip_grad_norm_per_tensor_(one.parameters(), 3.0)
     plain.clip_each(other, 3.0)
     for mine, its in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, its.grad)
@@ -154,8 +154,8 @@ def test_the_plain_views_are_the_published_ones() -> None:
 
 def test_views_are_read_as_they_are_written() -> None:
     assert work.crops_of("2x224+8x96") == MultiCrop()
-    assert work.crops_of("2x128+6x64").stacks == [(2, 128), (6, 64)]
-    assert work.crops_of("2x224").stacks == [(2, 224)]
+    assert work.crops_of("2x128+6x64").view_shapes == [(2, 128), (6, 64)]
+    assert work.crops_of("2x224").view_shapes == [(2, 224)]
     with pytest.raises(Exception, match="expected views like 2x224"):
         work.crops_of("3x224")
 
@@ -186,7 +186,7 @@ def test_a_version_that_fails_is_said_and_left(tmp_path: Path) -> None:
     )
     results = turns.in_turns(str(script), ["plain:float32", "dino:float32"], 2, [])
     assert results["plain:float32"] == [{"failed": "no memory left"}]
-    failed, ours = turns.rows(results, pictures=8)
+    failed, ours = turns.rows(results, dataset=8)
     assert failed == {"version": "plain:float32", "failed": "no memory left"}
     assert ours["images_per_s"] == 4
     assert ours["ratio"] == 1

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino.data.pictures import BadImage
-from dino.data.voc import Masked, open_voc, read_mask
-from dino.errors import UserError
+from dino_ssl.data.benchmarks.voc import Masked, open_voc, read_mask
+from dino_ssl.data.dataset import BadImage
+from dino_ssl.errors import UserError
 
 
 @pytest.fixture
@@ -32,16 +32,16 @@ def voc(tmp_path: Path) -> Path:
 
 
 def test_pictures_and_masks_are_read_as_numbers(voc: Path) -> None:
-    pictures = open_voc(voc)
-    assert isinstance(pictures, Masked)
-    assert pictures.names == ["2007_000001", "2007_000002"]
-    assert pictures.sizes.tolist() == [[30, 20], [30, 20]]
-    assert pictures.read(0).shape == (20, 30, 3)
-    assert np.unique(pictures.mask(0)).tolist() == [0, 15, 255]
-    assert np.unique(pictures.mask(1)).tolist() == [0, 16, 255]
+    dataset = open_voc(voc)
+    assert isinstance(dataset, Masked)
+    assert dataset.names == ["2007_000001", "2007_000002"]
+    assert dataset.sizes.tolist() == [[30, 20], [30, 20]]
+    assert dataset.read(0).shape == (20, 30, 3)
+    assert np.unique(dataset.mask(0)).tolist() == [0, 15, 255]
+    assert np.unique(dataset.mask(1)).tolist() == [0, 16, 255]
     objects = open_voc(voc, kind="instance")
     assert np.unique(objects.mask(1)).tolist() == [0, 6, 255]
-    assert objects.fingerprint != pictures.fingerprint
+    assert objects.fingerprint != dataset.fingerprint
     assert open_voc(voc, split="train").names == ["2007_000002"]
 
 
@@ -67,14 +67,14 @@ def test_another_layout_is_told_with_a_picture_of_the_right_one(voc: Path, tmp_p
 
 
 def test_a_mask_that_is_none_is_named(voc: Path, tmp_path: Path) -> None:
-    pictures = open_voc(voc)
+    dataset = open_voc(voc)
     mask = voc / "SegmentationClass/2007_000001.png"
     Image.new("P", (9, 9)).save(mask)
     with pytest.raises(BadImage, match="is 9x9, and its picture is 30x20"):
-        pictures.mask(0)
+        dataset.mask(0)
     Image.new("RGB", (30, 20)).save(mask)
     with pytest.raises(BadImage, match="indexed PNG was expected"):
-        pictures.mask(0)
+        dataset.mask(0)
     mask.write_bytes(b"hello")
     with pytest.raises(BadImage, match="no PNG"):
         read_mask(mask)
@@ -87,9 +87,9 @@ def test_the_real_files(shared: Path) -> None:
     folder = shared / "data/voc12"
     if not folder.is_dir():
         pytest.skip(f"no folder {folder}")
-    pictures = open_voc(folder)
-    assert len(pictures) == 12
-    for index in range(len(pictures)):
-        found = set(np.unique(pictures.mask(index)).tolist())
+    dataset = open_voc(folder)
+    assert len(dataset) == 12
+    for index in range(len(dataset)):
+        found = set(np.unique(dataset.mask(index)).tolist())
         assert found <= {*range(21), 255}
         assert len(found & set(range(1, 21))) >= 1

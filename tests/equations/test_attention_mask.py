@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino.analysis import render
-from dino.analysis.attention import SHOWN, attend, enlarged, look, saliency
-from dino.errors import UserError
-from dino.evals.attention_masks import fit, mass_mask
-from dino.models.backbone import Attentive, Backbone, Features
-from dino.models.vit import ViT
+from dino_ssl.errors import UserError
+from dino_ssl.evals.attention_masks import resize_to_patches, top_mass_mask
+from dino_ssl.models.backbone import Attentive, Backbone, Features
+from dino_ssl.models.vit import ViT
+from dino_ssl.viz import rendering
+from dino_ssl.viz.attention import SHOWN, attend, enlarged, look, saliency
 
 
 def masked_by_loop(values: np.ndarray, mass: float) -> np.ndarray:
@@ -26,7 +26,7 @@ def masked_by_loop(values: np.ndarray, mass: float) -> np.ndarray:
 @pytest.mark.parametrize("mass", [0.1, 0.6, 0.8, 0.95])
 def test_the_mask_is_the_smallest_that_holds_the_mass(mass: float) -> None:
     values = np.random.default_rng(0).exponential(size=(5, 3, 60))
-    masks = mass_mask(values, mass)
+    masks = top_mass_mask(values, mass)
     for value, mask in zip(values.reshape(-1, 60), masks.reshape(-1, 60), strict=True):
         assert np.array_equal(mask, masked_by_loop(value, mass))
         assert value[mask].sum() >= mass * value.sum()
@@ -34,14 +34,14 @@ def test_the_mask_is_the_smallest_that_holds_the_mass(mass: float) -> None:
 
 
 def test_edges_of_the_mask() -> None:
-    assert mass_mask(np.ones(10), 1.0).all()
-    assert mass_mask(np.array([0.0, 9.0, 1.0]), 0.6).tolist() == [False, True, False]
-    assert mass_mask(np.array([5.0]), 0.6).tolist() == [True]
-    assert mass_mask(np.zeros(4), 0.6).sum() == 1  # no mass at all: still a mask
-    assert mass_mask(np.ones(10), 0.6).tolist() == [False] * 4 + [True] * 6
+    assert top_mass_mask(np.ones(10), 1.0).all()
+    assert top_mass_mask(np.array([0.0, 9.0, 1.0]), 0.6).tolist() == [False, True, False]
+    assert top_mass_mask(np.array([5.0]), 0.6).tolist() == [True]
+    assert top_mass_mask(np.zeros(4), 0.6).sum() == 1  # no mass at all: still a mask
+    assert top_mass_mask(np.ones(10), 0.6).tolist() == [False] * 4 + [True] * 6
     for mass in (0.0, -1.0, 1.5):
         with pytest.raises(UserError, match="mass"):
-            mass_mask(np.ones(3), mass)
+            top_mass_mask(np.ones(3), mass)
 
 
 class Pointing(Attentive):
@@ -116,7 +116,7 @@ def test_chosen_heads_are_those_and_their_mean() -> None:
     np.testing.assert_array_equal(second.mean, seen.heads[1])
     assert second.numbers == (1,)
     assert attend(Pointing(), picture(40, 40), size=40, heads=[1, 0, 1]).numbers == (1, 0)
-    assert [name for name, _ in render.panels(second)] == ["picture", "head 1", "overlay", "mask 60%"]
+    assert [name for name, _ in rendering.panels(second)] == ["picture", "head 1", "overlay", "mask 60%"]
     for wrong in ([2], [-1], []):
         with pytest.raises(UserError, match=r"0 \.\. 1 for a network of 2 heads"):
             attend(Pointing(), picture(40, 40), size=40, heads=wrong)
@@ -128,13 +128,13 @@ def test_small_maps_are_drawn_large_on_the_picture_as_it_was_given() -> None:
     assert seen.picture.shape == (40, 48, 3)
     assert seen.shown.shape == (400, 480, 3)  # ten times: patches stay squares of whole pixels
     assert min(seen.shown.shape[:2]) >= SHOWN
-    assert all(min(drawn.shape[:2]) >= SHOWN for _, drawn in render.panels(seen))
+    assert all(min(drawn.shape[:2]) >= SHOWN for _, drawn in rendering.panels(seen))
     blurred = enlarged(seen.picture, seen.picture)
     assert seen.shown.astype(float).std() > 1.5 * blurred.astype(float).std()  # it kept the photo's detail
     large = attend(Pointing(), photo, size=480)
     assert large.shown is large.picture
     point = attend(Pointing(), photo, size=40, query=(500, 400))
-    ring = np.argwhere((render.panels(point)[0][1] == render.EDGE).all(axis=2))
+    ring = np.argwhere((rendering.panels(point)[0][1] == rendering.EDGE).all(axis=2))
     np.testing.assert_allclose(ring.mean(axis=0), (200, 240), atol=3)
 
 
@@ -142,7 +142,7 @@ def test_small_maps_are_drawn_large_on_the_picture_as_it_was_given() -> None:
     ("height", "width", "size"), [(1, 1, 32), (37, 53, 32), (300, 20, 16), (64, 64, 480), (500, 375, 224)]
 )
 def test_any_shape_fits_whole_patches(height: int, width: int, size: int) -> None:
-    fitted = fit(picture(height, width), size, 8)
+    fitted = resize_to_patches(picture(height, width), size, 8)
     assert not fitted.shape[0] % 8
     assert not fitted.shape[1] % 8
     assert min(fitted.shape[:2]) == pytest.approx(size, abs=4)
@@ -193,7 +193,7 @@ def test_a_real_transformer_is_read_as_its_attention_says() -> None:
     network = ViT(size="tiny", patch=8, image_size=32, width=24, depth=2, heads=3, registers=2).build().eval()
     image = picture(32, 48)
     seen = attend(network, image, size=32)
-    from dino.data.views import normalize
+    from dino_ssl.data.transforms.multi_crop import normalize
 
     with torch.no_grad():
         batch = normalize(torch.from_numpy(image.transpose(2, 0, 1).copy())[None])
@@ -204,13 +204,13 @@ def test_a_real_transformer_is_read_as_its_attention_says() -> None:
 def test_pictures_of_maps_show_high_where_high_is() -> None:
     values = np.zeros((4, 4), np.float32)
     values[1, 2] = 5
-    drawn = render.heat(values, (64, 64), smooth=False)
+    drawn = rendering.heat(values, (64, 64), smooth=False)
     bright = drawn.sum(axis=2)
     assert (bright[16:32, 32:48] == bright.max()).all()
     assert (np.delete(bright.reshape(4, 16, 4, 16).transpose(0, 2, 1, 3).reshape(16, -1), 6, 0) < bright.max()).all()
-    smooth = render.heat(values, (64, 64)).sum(axis=2)
+    smooth = rendering.heat(values, (64, 64)).sum(axis=2)
     assert np.unravel_index(smooth.argmax(), smooth.shape)[0] // 16 == 1
-    constant = render.heat(np.ones((3, 3)), (6, 6))
+    constant = rendering.heat(np.ones((3, 3)), (6, 6))
     assert len(np.unique(constant.reshape(-1, 3), axis=0)) == 1
 
 
@@ -221,33 +221,33 @@ def test_maps_in_colours_are_where_their_masks_are_and_the_stronger_wins() -> No
     maps[1, :, 2:], masks[1, :, 2:] = 7, True  # its own scale
     maps[1, 0, 0], masks[1, 0, 0] = 2, True  # weaker there than the first
     masks[1, 3, 3] = False
-    drawn = render.in_colours(grey, maps, masks, [(255, 0, 0), (0, 0, 255)]).astype(int)
+    drawn = rendering.in_colours(grey, maps, masks, [(255, 0, 0), (0, 0, 255)]).astype(int)
     middle = drawn[8::16, 8::16]
     assert (middle[:, :2, 0] > middle[:, :2, 2] + 80).all()
     assert (middle[:3, 2:, 2] > middle[:3, 2:, 0] + 80).all()
     assert np.ptp(middle[3, 3]) < 10  # no mask: no colour
-    assert len(set(render.palette(40))) == 40
+    assert len(set(rendering.palette(40))) == 40
 
 
 def test_the_cutout_keeps_the_picture_inside_of_the_mask() -> None:
     image, mask = np.full((64, 64, 3), 200, np.uint8), np.zeros((4, 4), bool)
     mask[:2] = True
-    drawn = render.cutout(image, mask)
+    drawn = rendering.cutout(image, mask)
     assert (drawn[4:24, 4:60] == 200).all()
     assert (drawn[40:] < 60).all()
 
 
 def test_the_figure_has_a_row_per_picture_and_a_panel_per_head(tmp_path) -> None:
-    pictures = [attend(Pointing(), picture(40, width), size=40, query=(5, 5)) for width in (40, 80)]
-    names = [name for name, _ in render.panels(pictures[0])]
+    dataset = [attend(Pointing(), picture(40, width), size=40, query=(5, 5)) for width in (40, 80)]
+    names = [name for name, _ in rendering.panels(dataset[0])]
     assert names == ["picture", "mean", "overlay", "mask 60%", "heads", "head 0", "head 1"]
     one, both = (
-        render.figure(pictures[:1], height=48),
-        render.figure(pictures, height=48, names=["a", "long name" * 9]),
+        rendering.figure(dataset[:1], height=48),
+        rendering.figure(dataset, height=48, names=["a", "long name" * 9]),
     )
     assert both.shape[0] > one.shape[0]
     assert both.shape[1] > one.shape[1]  # the wider picture decides
-    path = render.save(tmp_path / "deep/figure.png", both)
+    path = rendering.save(tmp_path / "deep/figure.png", both)
     from PIL import Image
 
     with Image.open(path) as image:

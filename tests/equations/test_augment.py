@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from dino.config import edit
-from dino.data import augment
-from dino.data.augment import FILL, OPERATIONS, Augment, erase, rand_augment
-from dino.data.scenes import Scenes
-from dino.data.views import MEAN, STD
-from dino.errors import UserError
+from dino_ssl.config import edit
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.data.transforms import augment
+from dino_ssl.data.transforms.augment import FILL, OPERATIONS, Augment, erase, rand_augment
+from dino_ssl.data.transforms.multi_crop import MEAN, STD
+from dino_ssl.errors import UserError
 
 PHOTO = Scenes(count=1, size=64, seed=3).open().read(0)
 SMOOTH = np.stack(
@@ -177,19 +177,19 @@ def test_the_view_is_a_function_of_the_generator() -> None:
     assert views[0].shape == (32, 32, 3)
     assert np.array_equal(views[0], views[1])
     assert not np.array_equal(views[0], views[2])
-    assert recipe.stacks == [(1, 32)]
+    assert recipe.view_shapes == [(1, 32)]
     assert pickle.loads(pickle.dumps(recipe)) == recipe  # to the workers
 
 
 def test_each_part_can_be_turned_off() -> None:
-    still = Augment(size=64, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, operations=0, erase=0.0)
+    still = Augment(size=64, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, flops=0, erase=0.0)
     rng = np.random.default_rng(0)
     assert np.array_equal(still(PHOTO, rng)[0], PHOTO)
     assert np.array_equal(edit(still, flip=1.0)(PHOTO, rng)[0], PHOTO[:, ::-1])
     changed = edit(still, erase=1.0)(PHOTO, rng)[0]
     share = (changed != PHOTO).any(2).mean()
     assert 0.01 < share < 0.4
-    assert any(not np.array_equal(edit(still, operations=2)(PHOTO, rng)[0], PHOTO) for _ in range(20))
+    assert any(not np.array_equal(edit(still, flops=2)(PHOTO, rng)[0], PHOTO) for _ in range(20))
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino.data.views import Batch
-from dino.errors import UserError
-from dino.methods import BYOLConfig, MoCoConfig, SwAVConfig
-from dino.methods.byol import BYOL
-from dino.methods.method import Start
-from dino.methods.moco import MoCo
-from dino.methods.queue import Queue
-from dino.methods.swav import SwAV
-from dino.models import Timm, ViT
-from dino.objectives import byol_loss, info_nce
-from dino.schedules import Clock
+from dino_ssl.data.transforms.multi_crop import Batch
+from dino_ssl.errors import UserError
+from dino_ssl.methods import BYOLConfig, MoCoConfig, SwAVConfig
+from dino_ssl.methods.byol import BYOL
+from dino_ssl.methods.method import BuildContext
+from dino_ssl.methods.moco import MoCo
+from dino_ssl.methods.queue import Queue
+from dino_ssl.methods.swav import SwAV
+from dino_ssl.models import Timm, ViT
+from dino_ssl.objectives import byol_loss, info_nce
+from dino_ssl.schedules import Clock
 
 CLOCK = Clock(step=12, steps_per_epoch=4, epochs=5)
 VIT = ViT(width=16, depth=1, heads=1, patch=8, image_size=16)
@@ -144,17 +144,17 @@ def test_a_queue_goes_on_from_its_state() -> None:
 
 def byol(network: ViT | Timm = VIT, **changes: object) -> BYOL:
     torch.manual_seed(0)
-    return BYOLConfig(**SMALL, **changes).build(Start(network))  # pyright: ignore[reportArgumentType]
+    return BYOLConfig(**SMALL, **changes).build(BuildContext(network))  # pyright: ignore[reportArgumentType]
 
 
 def moco(network: ViT | Timm = VIT, **changes: object) -> MoCo:
     torch.manual_seed(0)
-    return MoCoConfig(**SMALL, **{"queue": 24, **changes}).build(Start(network))  # pyright: ignore[reportArgumentType]
+    return MoCoConfig(**SMALL, **{"queue": 24, **changes}).build(BuildContext(network))  # pyright: ignore[reportArgumentType]
 
 
 def swav(network: ViT | Timm = VIT, **changes: object) -> SwAV:
     torch.manual_seed(0)
-    return SwAVConfig(**SMALL, out_dim=9, **changes).build(Start(network))  # pyright: ignore[reportArgumentType]
+    return SwAVConfig(**SMALL, out_dim=9, **changes).build(BuildContext(network))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("make", [byol, moco, swav])
@@ -166,7 +166,7 @@ def test_every_trained_weight_gets_a_gradient_and_nothing_else(make, network: Vi
     method.after_step(first.carry, CLOCK)  # MoCo has negatives from now on
     out = method(images(locals_), CLOCK._replace(step=13))
     out.loss.backward()
-    trained = set(method.trained.parameters())
+    trained = set(method.trainable.parameters())
     for name, parameter in method.named_parameters():
         assert (parameter.grad is not None) == (parameter in trained), name
     assert all(not value.requires_grad for value in out.metrics.values())

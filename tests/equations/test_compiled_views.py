@@ -9,28 +9,28 @@ import pytest
 import torch
 from PIL import Image
 
-from dino.data import pixels
-from dino.data.loader import sample_rng
-from dino.data.pixels import gaussian
-from dino.data.views import CHANGES, Draw, MultiCrop
-from dino.methods.byol import BYOLConfig
-from dino.run import Run
-from dino.runtime import Runtime, quickest
+from dino_ssl.data.loader import sample_rng
+from dino_ssl.data.transforms import pixel_ops
+from dino_ssl.data.transforms.multi_crop import CHANGES, MultiCrop, ViewParams
+from dino_ssl.data.transforms.pixel_ops import gaussian
+from dino_ssl.methods.byol import BYOLConfig
+from dino_ssl.run import Run
+from dino_ssl.runtime import Runtime, fastest_transform
 
 pytest.importorskip("numba", reason="without numba there is no compiled twin")
 from numba import types
 
-from dino.fast import compiled
-from dino.fast.compiled import CompiledMultiCrop
+from dino_ssl.kernels import multi_crop
+from dino_ssl.kernels.multi_crop import CompiledMultiCrop
 
 SMALL = MultiCrop(global_size=48, local_size=19, local=3)
-AS_IT_IS = Draw(0, 0, 60, 90, False, (1.0, 1.0, 1.0, 0.0), (), False, 0.0, False)
+AS_IT_IS = ViewParams(0, 0, 60, 90, False, (1.0, 1.0, 1.0, 0.0), (), False, 0.0, False)
 
 
 def photo(height: int = 60, width: int = 90, seed: int = 0) -> np.ndarray:
     """Smooth colours, some hard edges, a little noise."""
     rng = np.random.default_rng(seed)
-    image = pixels.resize(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8), height, width).astype(float)
+    image = pixel_ops.resize(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8), height, width).astype(float)
     image[height // 4 : height // 2, width // 3 : width // 2] = (250, 30, 10)
     return (image + rng.normal(size=image.shape) * 6).clip(0, 255).astype(np.uint8)
 
@@ -38,11 +38,11 @@ def photo(height: int = 60, width: int = 90, seed: int = 0) -> np.ndarray:
 PHOTO = photo()
 
 
-def one(draw: Draw, size: int, image: np.ndarray = PHOTO, **settings) -> np.ndarray:
+def one(draw: ViewParams, size: int, image: np.ndarray = PHOTO, **settings) -> np.ndarray:
     return CompiledMultiCrop(MultiCrop(**settings)).view(image.reshape(len(image), -1), draw, size)
 
 
-def plain(draw: Draw, size: int, image: np.ndarray = PHOTO, **settings) -> np.ndarray:
+def plain(draw: ViewParams, size: int, image: np.ndarray = PHOTO, **settings) -> np.ndarray:
     return MultiCrop(**settings)._view(image, draw, size)
 
 
@@ -106,7 +106,7 @@ def test_each_change_is_the_plain_one(size: int, factor: float) -> None:
         ours = one(draw._replace(order=(number,)), size, image)
         difference = np.abs(ours.astype(int) - plain(draw._replace(order=(number,)), size, image))
         assert difference.max() <= 1, change.__name__
-        assert difference.mean() < (0.1 if change is pixels.adjust_saturation else 0.002), change.__name__
+        assert difference.mean() < (0.1 if change is pixel_ops.adjust_saturation else 0.002), change.__name__
 
 
 @pytest.mark.parametrize("turn", [-0.5, -0.1, 0.0, 0.003, 0.1, 0.5])
@@ -114,7 +114,7 @@ def test_a_turn_of_the_hue_on_every_kind_of_colour(turn: float) -> None:
     levels = np.array([0, 1, 2, 60, 127, 128, 200, 254, 255], np.uint8)
     colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3)
     draw = AS_IT_IS._replace(height=27, width=27, factors=(1.0, 1.0, 1.0, turn), order=(3,))
-    difference = np.abs(one(draw, 27, colours).astype(int) - pixels.adjust_hue(colours, turn))
+    difference = np.abs(one(draw, 27, colours).astype(int) - pixel_ops.adjust_hue(colours, turn))
     assert difference.max() <= 1
     assert difference.mean() < 0.002
 
@@ -123,21 +123,21 @@ def test_a_turn_of_the_hue_on_every_kind_of_colour(turn: float) -> None:
 def test_grey_blur_and_solarisation_are_the_plain_ones(size: int) -> None:
     image = photo(size, size)
     draw = AS_IT_IS._replace(height=size, width=size)
-    np.testing.assert_array_equal(one(draw._replace(gray=True), size, image), pixels.gray(image))
+    np.testing.assert_array_equal(one(draw._replace(gray=True), size, image), pixel_ops.gray(image))
     for sigma in (0.1, 0.4, 1.0, 2.0):
         assert len(gaussian(round(256 * sigma))) <= 13
-        np.testing.assert_array_equal(one(draw._replace(sigma=sigma), size, image), pixels.blur(image, sigma))
+        np.testing.assert_array_equal(one(draw._replace(sigma=sigma), size, image), pixel_ops.blur(image, sigma))
     for threshold in (0, 100, 128, 256):
         ours = one(draw._replace(solarize=True), size, image, solarize_threshold=threshold)
-        np.testing.assert_array_equal(ours, pixels.solarize(image, threshold))
+        np.testing.assert_array_equal(ours, pixel_ops.solarize(image, threshold))
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 90), (200, 150), (31, 400), (12, 9)])
 def test_the_views_of_the_same_draws_are_the_plain_ones_to_rounding(height: int, width: int) -> None:
-    image, made = photo(height, width), quickest(SMALL)
+    image, made = photo(height, width), fastest_transform(SMALL)
     assert isinstance(made, CompiledMultiCrop)
-    assert (made.size, made.repeats, made.stacks) == (SMALL.size, SMALL.repeats, SMALL.stacks)
-    assert made.enough(4000, 3000) == SMALL.enough(4000, 3000) > 1
+    assert (made.size, made.repeats, made.view_shapes) == (SMALL.size, SMALL.repeats, SMALL.view_shapes)
+    assert made.decode_scale(4000, 3000) == SMALL.decode_scale(4000, 3000) > 1
     differences = []
     for number in range(60):
         ours, theirs = (views(image, sample_rng(0, 0, number)) for views in (made, SMALL))
@@ -149,7 +149,7 @@ def test_the_views_of_the_same_draws_are_the_plain_ones_to_rounding(height: int,
 
 
 def test_a_picture_may_be_locked_or_lie_anywhere() -> None:
-    made, wide = quickest(SMALL), np.repeat(PHOTO, 2, axis=1)
+    made, wide = fastest_transform(SMALL), np.repeat(PHOTO, 2, axis=1)
     locked = PHOTO.copy()
     locked.flags.writeable = False
     expected = made(PHOTO, sample_rng(0, 0, 1))
@@ -170,10 +170,10 @@ def test_every_order_of_the_changes_is_known() -> None:
 
 def test_the_runtime_takes_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     views = Run(method=BYOLConfig()).views
-    assert isinstance(quickest(views), CompiledMultiCrop)
+    assert isinstance(fastest_transform(views), CompiledMultiCrop)
     cpu = torch.device("cpu")
     assert isinstance(loader_views(Runtime(cpu, "float32"), views), CompiledMultiCrop)
-    assert loader_views(Runtime(cpu, "float32", fast=False), views) is views
+    assert loader_views(Runtime(cpu, "float32", optimized=False), views) is views
 
 
 def test_without_numba_the_readable_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,9 +184,9 @@ def test_without_numba_the_readable_way_is_taken(monkeypatch: pytest.MonkeyPatch
             raise ImportError(name)
         return real(name, *rest, **more)
 
-    monkeypatch.delitem(sys.modules, "dino.fast.compiled")
+    monkeypatch.delitem(sys.modules, "dino_ssl.kernels.multi_crop")
     monkeypatch.setattr(builtins, "__import__", without)
-    assert quickest(SMALL) is SMALL
+    assert fastest_transform(SMALL) is SMALL
 
 
 def loader_views(runtime: Runtime, views: MultiCrop):
@@ -199,7 +199,7 @@ def loader_views(runtime: Runtime, views: MultiCrop):
 )
 def test_what_cannot_be_kept_or_read_again_is_compiled_anew(error: Exception, monkeypatch, tmp_path: Path) -> None:
     """And what is damaged is taken away, so that the next time keeps it."""
-    asked, real = [], compiled.njit
+    asked, real = [], multi_crop.njit
 
     def failing(*signature, cache: bool = False, **options):
         asked.append(cache)
@@ -211,10 +211,10 @@ def test_what_cannot_be_kept_or_read_again_is_compiled_anew(error: Exception, mo
     names = ["compiled.doubled-1.py311.nbi", "compiled.doubled-1.py311.1.nbc", "compiled.other-1.py311.nbi"]
     for name in names:
         (tmp_path / "__pycache__" / name).touch()
-    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
-    monkeypatch.setattr(compiled, "njit", failing)
+    monkeypatch.setattr(multi_crop, "__file__", str(tmp_path / "compiled.py"))
+    monkeypatch.setattr(multi_crop, "njit", failing)
 
-    @compiled.compiled_once(types.int64(types.int64))
+    @multi_crop.compiled_once(types.int64(types.int64))
     def doubled(number):
         return 2 * number
 

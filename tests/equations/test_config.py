@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from dino.config import edit, from_dict, to_dict
-from dino.errors import UserError
-from dino.schedules import Constant, Cosine, EpochRamp, Schedule, Warmup
+from dino_ssl.config import edit, from_dict, to_dict
+from dino_ssl.errors import UserError
+from dino_ssl.schedules import Constant, Cosine, EpochRamp, Schedule, Warmup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,11 +197,11 @@ def other(value: Any) -> Any:
 
 
 def test_a_whole_run_and_every_choice_inside_it_survive_json() -> None:
-    from dino.data.folder import Folder
-    from dino.data.scenes import Scenes
-    from dino.models.timm import Timm
-    from dino.models.vit import ViT
-    from dino.run import Run
+    from dino_ssl.data.folder import Folder
+    from dino_ssl.data.synthetic.scenes import Scenes
+    from dino_ssl.models.timm import Timm
+    from dino_ssl.models.vit import ViT
+    from dino_ssl.run import Run
 
     runs = [
         Run(data=data, backbone=backbone)
@@ -227,7 +227,7 @@ def test_a_whole_run_and_every_choice_inside_it_survive_json() -> None:
 
 
 def test_a_run_is_not_read_from_settings_that_cannot_be() -> None:
-    from dino.run import Run
+    from dino_ssl.run import Run
 
     for wrong in (
         {"optim": {"epochs": 0}},

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino.data.scenes import Scenes
-from dino.errors import UserError
-from dino.evals import copy_detection
-from dino.evals.copy_detection import CopyDetection, copy_descriptor, copy_scores, fit_whitening, gem, whiten
-from dino.evals.evaluator import Site
-from dino.models.backbone import Backbone
-from dino.models.timm import Timm
-from dino.models.vit import ViT
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.errors import UserError
+from dino_ssl.evals import copy_detection
+from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.copy_detection import CopyDetection, copy_descriptor, copy_scores, fit_whitening, gem, whiten
+from dino_ssl.models.backbone import Backbone
+from dino_ssl.models.timm import Timm
+from dino_ssl.models.vit import ViT
 
 
 def test_gem_is_the_generalised_mean_of_each_channel() -> None:
@@ -101,20 +101,20 @@ CONVNET = Timm(name="resnet18", args=(("channels", "(8,8,16,16)"), ("layers", "(
 def test_a_whole_evaluation(network: ViT | Timm) -> None:
     torch.manual_seed(0)
     backbone = network.build().eval()
-    evaluator = CopyDetection().bind([SCENES.open()], Site(size=32))
+    evaluator = CopyDetection().bind([SCENES.open()], EvalContext(size=32))
     scores = evaluator(backbone)
     assert list(scores) == ["mAP strong", "mAP crops", "mAP jpeg"]
     assert all(0 <= value <= 100 for value in scores.values())
     assert scores.details["whitened to"] == 29  # one fewer than the 30 pictures that it is learnt on
     assert set(evaluator.data) == {"copies", "originals", "distractors", "whitening"}
     assert scores == evaluator(backbone)
-    plain = CopyDetection(whiten=False).bind([SCENES.open()], Site(size=32))(backbone)
+    plain = CopyDetection(whiten=False).bind([SCENES.open()], EvalContext(size=32))(backbone)
     assert plain.details["whitened to"] is None
     assert plain.details["place of the original"] != scores.details["place of the original"]
 
 
 def test_pixels_know_weak_copies_from_strong_ones() -> None:
-    floor = CopyDetection().bind([SCENES.open()], Site()).pixel_floor()
+    floor = CopyDetection().bind([SCENES.open()], EvalContext()).pixel_reference()
     assert floor["mAP jpeg"] > 90
     assert floor["mAP strong"] < 90
     strengths = floor.details["mAP by strength"]
@@ -124,8 +124,8 @@ def test_pixels_know_weak_copies_from_strong_ones() -> None:
 
 def test_distractors_can_only_hurt() -> None:
     more = Scenes(count=40, size=32, part="val", seed=7).open()
-    alone = CopyDetection().bind([SCENES.open()], Site()).pixel_floor()
-    among = CopyDetection().bind([SCENES.open(), more], Site()).pixel_floor()
+    alone = CopyDetection().bind([SCENES.open()], EvalContext()).pixel_reference()
+    among = CopyDetection().bind([SCENES.open(), more], EvalContext()).pixel_reference()
     assert among.details["place of the original"].keys() == alone.details["place of the original"].keys()
     for name, place in alone.details["place of the original"].items():
         assert among.details["place of the original"][name] >= place
@@ -141,20 +141,20 @@ class Half(Backbone):
         return self.features(images)[0].cls
 
     def features(self, images: Tensor, layers: int = 1) -> list:
-        from dino.models.backbone import Features
+        from dino_ssl.models.backbone import Features
 
         small = torch.nn.functional.avg_pool2d(images, 8).permute(0, 2, 3, 1)
         return [Features(images.mean((2, 3))[:, :2], torch.cat([small, -small], -1))]
 
 
 def test_patches_of_another_width() -> None:
-    scores = CopyDetection().bind([SCENES.open()], Site(size=32))(Half())
+    scores = CopyDetection().bind([SCENES.open()], EvalContext(size=32))(Half())
     assert scores.details["whitened to"] == 8
 
 
 def test_the_same_folder_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="named twice"):
-        CopyDetection().bind([tmp_path, "none", f"{tmp_path}/../{tmp_path.name}"], Site())
+        CopyDetection().bind([tmp_path, "none", f"{tmp_path}/../{tmp_path.name}"], EvalContext())
 
 
 def test_settings_out_of_range() -> None:
@@ -165,7 +165,7 @@ def test_settings_out_of_range() -> None:
 
 def test_what_is_read_is_in_the_order_of_the_copies() -> None:
     """Row q of the queries is copy q, whatever the batches."""
-    evaluator = CopyDetection().bind([SCENES.open()], Site(batch_size=7))
-    names = list(evaluator.pixel_floor().details["place of the original"])
+    evaluator = CopyDetection().bind([SCENES.open()], EvalContext(batch_size=7))
+    names = list(evaluator.pixel_reference().details["place of the original"])
     assert names == evaluator.copies.copies.names
     assert np.array_equal(evaluator.copies.original_of, np.repeat(np.arange(6), 15))

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from dino.evals.davis_score import (
+from dino_ssl.evals.davis_score import (
     contour,
     contour_accuracy,
     decay,

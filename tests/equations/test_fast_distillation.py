@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dino.fast import distillation as fast
-from dino.methods import distillation as plain
-from dino.models.heads import Predictor, WeightNormLinear, l2_norm
+from dino_ssl import objectives as plain
+from dino_ssl.kernels import loss as fast
+from dino_ssl.models.heads import Predictor, WeightNormLinear, l2_norm
 
 V, G, B, D, K = 5, 2, 7, 6, 40
 
@@ -23,9 +23,9 @@ def bottlenecks(views: int, seed: int) -> Tensor:
     return l2_norm(torch.randn(views, B, D, generator=torch.Generator().manual_seed(seed)))
 
 
-def layers(*, free_length: bool = False) -> tuple[WeightNormLinear, WeightNormLinear]:
+def layers(*, learn_scale: bool = False) -> tuple[WeightNormLinear, WeightNormLinear]:
     torch.manual_seed(0)
-    student, teacher = (WeightNormLinear(D, K, free_length=free_length) for _ in range(2))
+    student, teacher = (WeightNormLinear(D, K, learn_scale=learn_scale) for _ in range(2))
     with torch.no_grad():
         student.weight_g.mul_(torch.rand(K, 1) + 0.5)
     return student, teacher
@@ -53,11 +53,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("free_length", [False, True])
+@pytest.mark.parametrize("learn_scale", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients_are_the_plain_ones(case: str, free_length: bool) -> None:
+def test_values_and_gradients_are_the_plain_ones(case: str, learn_scale: bool) -> None:
     views, globals_, how = CASES[case].values()
-    x, y, both = bottlenecks(views, 1), bottlenecks(globals_, 2), layers(free_length=free_length)
+    x, y, both = bottlenecks(views, 1), bottlenecks(globals_, 2), layers(learn_scale=learn_scale)
     (one, gradients), (other, expected) = (asked(module, x, y, both, **how) for module in (fast, plain))
     for found, right in zip(one, other, strict=True):
         assert (found is None) == (right is None)
@@ -138,5 +138,5 @@ def test_nothing_k_wide_is_held_for_all_rows(monkeypatch: pytest.MonkeyPatch) ->
     x, y, both = bottlenecks(V, 1), bottlenecks(G, 2), layers()
     with Watch():
         asked(fast, x, y, both)
-        fast.spread(y, both[1], 0.05, 3)
+        fast.batch_center(y, both[1], 0.05, 3)
     assert largest == max(3, D)  # weight.T has D rows

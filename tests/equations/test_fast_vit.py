@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dino.fast import attention, packed
-from dino.models import vit
-from dino.models.heads import Network
-from dino.models.timm import Timm
-from dino.models.vit import Block, ViT
-from dino.runtime import Runtime
+from dino_ssl import objectives
+from dino_ssl.kernels import attention, loss, packed_vit
+from dino_ssl.models import vit
+from dino_ssl.models.heads import Network
+from dino_ssl.models.vit import Block, ViT
 
 
 def network(**changes) -> Network:
@@ -26,15 +25,15 @@ def views() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("registers", [0, 2])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_packed_tokens_give_the_same_vectors_and_gradients(registers: int, recompute: bool) -> None:
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_packed_tokens_give_the_same_vectors_and_gradients(registers: int, grad_checkpointing: bool) -> None:
     net = network(registers=registers)
-    expected = net.features(views())
+    expected = net.backbone.forward_views(views())
     expected.square().sum().backward()
     right = {name: p.grad for name, p in net.named_parameters()}
     net.zero_grad()
-    net.backbone.recompute(recompute)
-    found = packed.features(net, views())
+    net.backbone.set_grad_checkpointing(grad_checkpointing)
+    found = packed_vit.forward_views(net.backbone, views())
     found.square().sum().backward()
     torch.testing.assert_close(found, expected)
     assert found.shape == (2 * 3 + 3 * 3, 24)
@@ -42,14 +41,9 @@ def test_packed_tokens_give_the_same_vectors_and_gradients(registers: int, recom
         torch.testing.assert_close(parameter.grad, right[name], atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_other_networks_and_one_resolution_take_the_plain_way() -> None:
+def test_one_resolution_uses_the_reference_implementation() -> None:
     net = network()
-    assert torch.equal(packed.features(net, views()[:1]), net.features(views()[:1]))
-    other = Network(
-        Timm(name="resnet18", args=(("channels", "(8, 8, 8, 8)"), ("layers", "(1, 1, 1, 1)"))).build(), nn.Identity()
-    )
-    other.eval()
-    assert torch.equal(packed.features(other, views()), other.features(views()))
+    assert torch.equal(packed_vit.forward_views(net.backbone, views()[:1]), net.backbone.forward_views(views()[:1]))
 
 
 def test_a_dropped_branch_is_left_out_and_a_kept_one_made_larger(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +55,7 @@ def test_a_dropped_branch_is_left_out_and_a_kept_one_made_larger(monkeypatch: py
     draws = iter([[0.9, 0.1, 0.3], [0.2, 0.8], [0.1, 0.1, 0.9], [0.3, 0.0]])  # the first branch's, then the second's
     monkeypatch.setattr(torch, "rand", lambda count: torch.tensor(next(draws)))
     x = torch.cat([stack.flatten(0, 1) for stack in stacks]).requires_grad_()
-    found = packed.apart(packed.through(block, x, shapes), shapes)
+    found = packed_vit.split_by_resolution(packed_vit.block_forward(block, x, shapes), shapes)
     keeps = [([0.9, 0.1, 0.3], [0.1, 0.1, 0.9]), ([0.2, 0.8], [0.3, 0.0])]
     for stack, out, (first, second) in zip(stacks, found, keeps, strict=True):
         for image, got, one, two in zip(stack, out, first, second, strict=True):
@@ -76,8 +70,8 @@ def test_a_dropped_branch_is_left_out_and_a_kept_one_made_larger(monkeypatch: py
 def test_all_branches_may_be_dropped() -> None:
     block = Block(12, 2, 2.0, True, 1e-6, 0.999999).train()
     x = torch.randn(3 * 5, 12)
-    assert torch.equal(packed.through(block, x, [(3, 5)]), x)
-    assert not torch.equal(packed.through(block.eval(), x, [(3, 5)]), x)
+    assert torch.equal(packed_vit.block_forward(block, x, [(3, 5)]), x)
+    assert not torch.equal(packed_vit.block_forward(block.eval(), x, [(3, 5)]), x)
 
 
 @pytest.mark.parametrize("tokens", [37, attention.FEW + 1])
@@ -85,21 +79,23 @@ def test_all_branches_may_be_dropped() -> None:
 def test_every_kernel_attends_alike(tokens: int, dtype: torch.dtype) -> None:
     seeded = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, tokens, 16, generator=seeded) for _ in range(3))
-    expected = vit.attend(q, k, v)
-    found = attention.attend(q.to(dtype), k.to(dtype), v.to(dtype)).float()
+    expected = vit.scaled_dot_product(q, k, v)
+    found = attention.scaled_dot_product(q.to(dtype), k.to(dtype), v.to(dtype)).float()
     torch.testing.assert_close(found, expected, **({} if dtype == torch.float32 else dict(atol=0.02, rtol=0.02)))
 
 
-def test_the_runtime_alone_chooses() -> None:
-    """Twins hang on the method that was prepared, not on its class; the plain runtime leaves all as it is."""
-    from dino.run import Run
-    from dino.training import build_method
+def test_kernels_are_passed_when_a_method_is_built() -> None:
+    """Only a student packs its views; the reference implementations are used if asked for."""
+    from dino_ssl.run import Run
+    from dino_ssl.training import build_method
 
-    fast, plain = (
-        build_method(Run(backbone=ViT(width=24, depth=1, heads=3, patch=8, image_size=16))) for _ in range(2)
-    )
-    Runtime(torch.device("cpu"), "float32").prepare(fast)
-    Runtime(torch.device("cpu"), "float32", fast=False).prepare(plain)
-    assert fast.distil is not plain.distil
-    assert all(part.attend is attention.attend for part in fast.modules() if isinstance(part, vit.Attention))
-    assert all(part.attend is vit.attend for part in plain.modules() if isinstance(part, vit.Attention))
+    run = Run(backbone=ViT(width=24, depth=1, heads=3, patch=8, image_size=16))
+    optimized, reference = build_method(run), build_method(run, optimized=False)
+    assert optimized.implementations.loss_from_bottleneck is loss.loss_from_bottleneck
+    assert reference.implementations.loss_from_bottleneck is objectives.loss_from_bottleneck
+    attends = {part.attend for part in optimized.modules() if isinstance(part, vit.Attention)}
+    assert attends == {attention.scaled_dot_product}
+    attends = {part.attend for part in reference.modules() if isinstance(part, vit.Attention)}
+    assert attends == {vit.scaled_dot_product}
+    forward = [network.backbone._forward_views for network in (optimized.student, optimized.teacher)]
+    assert forward == [packed_vit.forward_views, None]

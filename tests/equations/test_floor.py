@@ -8,28 +8,28 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino.analysis.floor import (
-    Floor,
+from dino_ssl.config import edit
+from dino_ssl.data.transforms.multi_crop import MultiCrop
+from dino_ssl.methods import BYOLConfig
+from dino_ssl.methods.dino import DINOConfig
+from dino_ssl.models.timm import Timm
+from dino_ssl.models.vit import ViT
+from dino_ssl.optim import Optim
+from dino_ssl.presets import resolve
+from dino_ssl.profiling.roofline import (
     Part,
+    Roofline,
+    bytes_per_step,
     counted_method,
-    floor,
+    flops,
     head_operations,
-    moved,
     network_operations,
-    operations,
     parameter_counts,
+    roofline,
     timm_operations,
     vit_operations,
 )
-from dino.config import edit
-from dino.data.views import MultiCrop
-from dino.methods import BYOLConfig
-from dino.methods.dino import DINOConfig
-from dino.models.timm import Timm
-from dino.models.vit import ViT
-from dino.optim import Optim
-from dino.presets import resolve
-from dino.run import Run
+from dino_ssl.run import Run
 
 TINY = Run(
     backbone=ViT(width=48, depth=3, heads=3, patch=8, image_size=32, registers=2, mlp_ratio=3.0),
@@ -58,7 +58,7 @@ def total(parts: list[Part]) -> float:
 def test_the_parts_sum_to_what_torch_counts_of_the_whole_step(change: dict) -> None:
     """Forward and backward of the real method, loss included: not one operation apart."""
     run = edit(TINY, **change)
-    parts, (convolutions, products) = operations(run, as_written=True), counted_method(run)
+    parts, (convolutions, products) = flops(run, as_written=True), counted_method(run)
     forward = sum(part.teacher + part.student for part in parts)
     assert forward == convolutions.student + products.student
     assert total(parts) == total([convolutions, products])
@@ -101,11 +101,11 @@ def test_the_last_block_and_stochastic_depth_are_counted_where_they_are_needed()
 
 
 def test_the_student_alone_leaves_branches_out() -> None:
-    parts = {part.name: part for part in operations(TINY)}
-    still = {part.name: part for part in operations(edit(TINY, backbone=dict(drop_path=0.0)))}
+    parts = {part.name: part for part in flops(TINY)}
+    still = {part.name: part for part in flops(edit(TINY, backbone=dict(drop_path=0.0)))}
     assert parts["blocks' MLP"].teacher == still["blocks' MLP"].teacher
     assert parts["blocks' MLP"].student < still["blocks' MLP"].student
-    assert total(operations(TINY)) < total(operations(TINY, as_written=True))
+    assert total(flops(TINY)) < total(flops(TINY, as_written=True))
 
 
 @pytest.mark.parametrize(("size", "billions"), [("small", 4.6), ("base", 17.5)])
@@ -130,7 +130,7 @@ def test_other_methods_are_counted_too() -> None:
     embedding += sum(network_operations(run, "student")["patch embedding"])
     assert convolutions.total == embedding
     assert products.backward > products.student
-    assert operations(run) == [convolutions, products]
+    assert flops(run) == [convolutions, products]
 
 
 # -- bytes -------------------------------------------------------------------------------------------------
@@ -152,19 +152,19 @@ def test_parameters_by_hand() -> None:
 
 def test_bytes_by_hand() -> None:
     trained, followed, center = parameter_counts(LINEAR)
-    assert moved(LINEAR, 7) == {
+    assert bytes_per_step(LINEAR, 7) == {
         "views": 7 * 3 * 12,
         "weights, read by the passes": 4 * (trained + trained + followed),
         "gradients": 4 * (trained + trained),
         "optimizer": 4 * 6 * trained,
         "teacher and center": 8 * (followed + center),
     }
-    half = moved(replace(LINEAR, precision="bfloat16"), 7)
+    half = bytes_per_step(replace(LINEAR, precision="bfloat16"), 7)
     assert half["weights, read by the passes"] == 2 * (trained + trained + followed)
     assert half["gradients"] == 8 * trained
-    assert moved(replace(LINEAR, precision="float16"), 7) == half
+    assert bytes_per_step(replace(LINEAR, precision="float16"), 7) == half
     for algorithm in ("sgd", "lars"):  # one moment
-        assert moved(edit(LINEAR, optim=dict(algorithm=algorithm)), 7)["optimizer"] == 4 * 4 * trained
+        assert bytes_per_step(edit(LINEAR, optim=dict(algorithm=algorithm)), 7)["optimizer"] == 4 * 4 * trained
 
 
 def test_one_network_has_no_teacher_to_move() -> None:
@@ -175,16 +175,16 @@ def test_one_network_has_no_teacher_to_move() -> None:
 
 
 def test_the_slower_of_the_two_is_the_floor() -> None:
-    one = Floor(operations=100.0, bytes=10.0)
+    one = Roofline(flops=100.0, bytes=10.0)
     assert (one.by_products(1000.0), one.by_memory(50.0)) == (10.0, 5.0)
     assert one.images_per_s(1000.0, 50.0) == 5.0
     assert one.images_per_s(1000.0, 500.0) == 10.0
 
 
 def test_a_larger_batch_shares_the_weights() -> None:
-    alone, many = floor(TINY, 1), floor(TINY, 100)
+    alone, many = roofline(TINY, 1), roofline(TINY, 100)
     views = 3 * (2 * 32**2 + 3 * 20**2)
-    assert alone.operations == many.operations == total(operations(TINY))
+    assert alone.flops == many.flops == total(flops(TINY))
     assert (alone.bytes - views) / 100 == pytest.approx(many.bytes - views)
 
 
@@ -200,15 +200,15 @@ def row(name: str) -> list[str]:
 
 def test_the_page_says_what_is_counted() -> None:
     run = resolve("vits16")
-    parts = operations(run)
+    parts = flops(run)
     everything = total(parts)
     for part in parts:
         ops = (part.teacher, part.student, part.backward, part.total)
         assert row(part.name) == [*(f"{each / 1e9:.3f}" for each in ops), f"{part.total / everything:.1%}"]
     sums = [sum(getattr(part, name) for part in parts) for name in ("teacher", "student", "backward")]
     assert f"| all | {' | '.join(f'{ops / 1e9:.3f}' for ops in (*sums, everything))} | 100.0% |" in PAGE
-    assert f"Plain code does {total(operations(run, as_written=True)) / 1e9:.3f}" in PAGE
-    counted = moved(run, 64)
+    assert f"Plain code does {total(flops(run, as_written=True)) / 1e9:.3f}" in PAGE
+    counted = bytes_per_step(run, 64)
     for name, count in counted.items():
         assert row(name)[0] == f"{count / 1e6:.1f}"
     each = sum(counted.values()) / 64

@@ -6,23 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino import dist
-from dino.data.pictures import BadImage, Pictures
-from dino.errors import UserError
-from dino.evals.attention_masks import (
+from dino_ssl import distributed
+from dino_ssl.data.dataset import BadImage, ImageDataset
+from dino_ssl.errors import UserError
+from dino_ssl.evals.attention_masks import (
     AttentionMasks,
     ObjectScore,
     cells_of,
     jaccard,
-    mass_mask,
     object_scores,
     over_pictures,
     patch_attention,
     size_to_look_at,
+    top_mass_mask,
 )
-from dino.evals.evaluator import Site
-from dino.models.backbone import Attentive, Backbone, Features
-from dino.models.vit import ViT
+from dino_ssl.evals.base import EvalContext
+from dino_ssl.models.backbone import Attentive, Backbone, Features
+from dino_ssl.models.vit import ViT
 
 
 def jaccard_by_pixels(mask: np.ndarray, annotation: np.ndarray, value: int) -> float:
@@ -83,7 +83,7 @@ def test_the_best_head_counts_for_each_object_by_itself() -> None:
     assert (first.object, first.head, first.best, first.area) == (1, 2, 1.0, 0.25)
     assert (second.object, second.head, second.best) == (2, 0, 1.0)
     assert first.picture == 9
-    kept = mass_mask(heads.mean(axis=0).ravel(), 0.6).reshape(1, 2, 2)  # two of three equal patches
+    kept = top_mass_mask(heads.mean(axis=0).ravel(), 0.6).reshape(1, 2, 2)  # two of three equal patches
     assert first.mean == jaccard(kept, cells_of(annotation, (2, 2)))[0, 0]
 
 
@@ -127,7 +127,7 @@ class Bright(Attentive):
         return heads[:, :, None].expand(-1, -1, scores.shape[1], -1)
 
 
-class Planted(Pictures):
+class Planted(ImageDataset):
     """Bright squares on dark ground, as annotated; picture 2 cannot be read, picture 3 has no object."""
 
     def __init__(self, count: int = 6) -> None:
@@ -146,14 +146,14 @@ class Planted(Pictures):
 
 
 def test_an_evaluation_of_what_was_planted() -> None:
-    evaluator = AttentionMasks(size=32).bind([Planted()], Site())
+    evaluator = AttentionMasks(size=32).bind([Planted()], EvalContext())
     scores = evaluator(Bright())
     assert scores["jaccard 60%"] == pytest.approx(75)  # 60 % of four equal patches are three
     assert scores["jaccard 80%"] == pytest.approx(100)
     assert scores["jaccard 60% of the mean map"] == pytest.approx(
         400 / 7
     )  # half of its mass is dark: three patches too many
-    assert evaluator.data["voc"]["pictures"] == 6
+    assert evaluator.data["voc"]["images"] == 6
     details = scores.details
     assert details["skipped"] == [{"name": "2", "reason": "is gone"}]
     assert (details["objects"], details["pictures with objects"]) == (4, 4)
@@ -166,41 +166,41 @@ def test_an_evaluation_of_what_was_planted() -> None:
 
 
 def test_any_number_of_ranks_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = AttentionMasks(size=32).bind([Planted()], Site())(Bright())
+    alone = AttentionMasks(size=32).bind([Planted()], EvalContext())(Bright())
     parts: list[Tensor] = []
-    monkeypatch.setattr(dist, "world", lambda: 4)
-    monkeypatch.setattr(dist, "gather", lambda rows: parts.append(rows) or torch.zeros(0, rows.shape[1]))
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    monkeypatch.setattr(distributed, "gather", lambda rows: parts.append(rows) or torch.zeros(0, rows.shape[1]))
     for rank in (3, 1, 0, 2):  # each tells what it found
-        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         with pytest.raises(UserError, match="None of the"):
-            AttentionMasks(size=32).bind([Planted()], Site())(Bright())
-    monkeypatch.setattr(dist, "gather", lambda rows: torch.cat(parts))
-    together = AttentionMasks(size=32).bind([Planted()], Site())(Bright())
+            AttentionMasks(size=32).bind([Planted()], EvalContext())(Bright())
+    monkeypatch.setattr(distributed, "gather", lambda rows: torch.cat(parts))
+    together = AttentionMasks(size=32).bind([Planted()], EvalContext())(Bright())
     assert together == alone
     assert together.details == alone.details
     assert sum(len(part) for part in parts) == 9  # four objects at two masses, and one that cannot be read
 
 
 def test_drawn_pictures_have_masks() -> None:
-    from dino.data.scenes import Scenes
+    from dino_ssl.data.synthetic.scenes import Scenes
 
     net = ViT(size="tiny", patch=8, image_size=32, width=24, depth=1, heads=2).build()
-    scores = AttentionMasks(mass=(0.5,)).bind([Scenes(count=3, size=32, part="val").open()], Site(size=32))(net)
+    scores = AttentionMasks(mass=(0.5,)).bind([Scenes(count=3, size=32, part="val").open()], EvalContext(size=32))(net)
     assert 0 < scores["jaccard 50%"] < 100
-    assert AttentionMasks().bind(["scenes"], Site()).data["voc"]["pictures"] == 500
+    assert AttentionMasks().bind(["scenes"], EvalContext()).data["voc"]["images"] == 500
 
 
 def test_settings_that_cannot_work_are_refused_before_any_picture() -> None:
     for mass in ((), (0.6, 1.5), (0.0,)):
         with pytest.raises(UserError, match=r"mass|share"):
-            AttentionMasks(mass=mass).bind([Planted()], Site())
+            AttentionMasks(mass=mass).bind([Planted()], EvalContext())
 
-    class Plain(Pictures):
+    class Plain(ImageDataset):
         def read(self, index: int) -> np.ndarray:
             raise NotImplementedError
 
     with pytest.raises(UserError, match="Plain has none"):
-        AttentionMasks().bind([Plain(names=[], sizes=[])], Site())
+        AttentionMasks().bind([Plain(names=[], sizes=[])], EvalContext())
 
 
 def test_a_network_without_attention_is_told_what_would_do() -> None:
@@ -214,7 +214,7 @@ def test_a_network_without_attention_is_told_what_would_do() -> None:
             raise NotImplementedError
 
     with pytest.raises(UserError, match="Convolutions, which has no attention to read: expected a Vision Transformer"):
-        AttentionMasks(size=32).bind([Planted()], Site())(Convolutions())
+        AttentionMasks(size=32).bind([Planted()], EvalContext())(Convolutions())
 
 
 def test_rows_of_attention_are_those_of_the_network() -> None:
@@ -223,7 +223,7 @@ def test_rows_of_attention_are_those_of_the_network() -> None:
     image = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
     rows = patch_attention(net, image, [None, 0, 23], layer=0)
     assert net.training
-    from dino.data.views import normalize
+    from dino_ssl.data.transforms.multi_crop import normalize
 
     with torch.no_grad():
         whole = net.eval().attention(normalize(torch.from_numpy(image.transpose(2, 0, 1).copy())[None]), 0)[0]

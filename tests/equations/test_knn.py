@@ -8,19 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dino.data.pictures import BadImage, Pictures
-from dino.errors import UserError
-from dino.evals import evaluator
-from dino.evals.evaluator import Extracted, Site, evaluating, extract, floors_of, untrained
-from dino.evals.knn import (
-    KNN,
-    accuracy_of,
-    knn_accuracy,
-    nearest_neighbours,
-)
-from dino.evals.pixels import pixel_feature, raw_pixels
-from dino.evals.watch import Watch
-from dino.models.backbone import Backbone, Features
+from dino_ssl.data.dataset import BadImage, ImageDataset
+from dino_ssl.errors import UserError
+from dino_ssl.evals import base
+from dino_ssl.evals.base import EvalContext, Extracted, evaluating, extract, reference_scores, untrained
+from dino_ssl.evals.knn import KNN, accuracy_of, knn_accuracy, nearest_neighbours
+from dino_ssl.evals.online import OnlineEval
+from dino_ssl.evals.pixels import pixel_feature, raw_pixels
+from dino_ssl.models.backbone import Backbone, Features
 
 
 def loop(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int, t: float) -> tuple:
@@ -142,7 +137,7 @@ def test_no_labels_at_all_is_said() -> None:
         accuracy_of(side, side)
 
 
-class Squares(Pictures):
+class Squares(ImageDataset):
     """Plain squares, brighter with their number; the numbers in `bad` cannot be read."""
 
     def __init__(self, count: int = 11, bad: tuple[int, ...] = (3, 10)) -> None:
@@ -212,22 +207,22 @@ def test_modes_come_back_after_an_error() -> None:
 
 def test_two_ranks_together_extract_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank's share is extracted in turn, and gathering is played by hand."""
-    backbone, pictures = MeanColor(), Squares()
-    alone = extract(backbone, pictures, size=16, device="cpu")
+    backbone, dataset = MeanColor(), Squares()
+    alone = extract(backbone, dataset, size=16, device="cpu")
     shares: dict[int, list[Tensor]] = {0: [], 1: []}
 
     def play(rank: int) -> Iterator[Extracted]:
-        monkeypatch.setattr(evaluator.dist, "world", lambda: 2)
-        monkeypatch.setattr(evaluator.dist, "rank", lambda: rank)
-        monkeypatch.setattr(evaluator.dist, "gather", lambda rows: shares[rank].append(rows) or rows)
-        yield extract(backbone, pictures, size=16, device="cpu")
+        monkeypatch.setattr(base.dist, "world", lambda: 2)
+        monkeypatch.setattr(base.dist, "rank", lambda: rank)
+        monkeypatch.setattr(base.dist, "gather", lambda rows: shares[rank].append(rows) or rows)
+        yield extract(backbone, dataset, size=16, device="cpu")
 
     for rank in (0, 1):
         next(play(rank))
     assert [len(rows) for rows in shares[0]] == [len(rows) for rows in shares[1]]  # collectives want equal shapes
-    monkeypatch.setattr(evaluator.dist, "world", lambda: 1)
+    monkeypatch.setattr(base.dist, "world", lambda: 1)
     rows, features = (torch.cat(parts) for parts in zip(shares[0], shares[1], strict=True))
-    both = evaluator.gathered(rows, features, pictures, "cpu")
+    both = base.gathered(rows, features, dataset, "cpu")
     assert torch.equal(both.indices, alone.indices)
     torch.testing.assert_close(both.features, alone.features)
 
@@ -257,20 +252,20 @@ def test_raw_pixels_reach_their_known_figure(shared) -> None:
 
 
 def test_the_evaluator_states_its_floors_and_disturbs_no_randomness() -> None:
-    pictures = Squares(bad=())
-    bound = KNN(k=(1,)).bind((pictures, pictures), Site(size=16, batch_size=4))
+    dataset = Squares(bad=())
+    bound = KNN(k=(1,)).bind((dataset, dataset), EvalContext(size=16, batch_size=4))
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    floors = floors_of(bound, MeanColor)
+    references = reference_scores(bound, MeanColor)
     assert torch.equal(torch.rand(3), expected)
-    assert set(floors) == {"raw_pixels", "random_weights"}
+    assert set(references) == {"raw_pixels", "random_weights"}
     assert bound.name == "knn"
-    assert set(bound(MeanColor())) == set(floors["random_weights"]) == {"1-NN", "1-NN top-5"}
+    assert set(bound(MeanColor())) == set(references["random_weights"]) == {"1-NN", "1-NN top-5"}
 
 
 def test_a_large_memory_is_thinned_evenly() -> None:
-    bound = Watch(max_memory=4).bind(Squares(), Squares(), Site(size=16))
+    bound = OnlineEval(max_memory=4).bind(Squares(), Squares(), EvalContext(size=16))
     assert bound.train.names == ["0.png", "3.png", "7.png", "10.png"]
     assert len(bound.val) == 11
 

@@ -9,21 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino.data.crops import RATIO, SCALE, crop_batches, random_crop
-from dino.data.loader import sample_rng
-from dino.data.pictures import BadImage, Pictures
-from dino.data.pixels import resize
-from dino.data.views import crop_box, normalize
-from dino.errors import UserError
-from dino.evals import augmented
-from dino.evals.evaluator import Site, evaluating
-from dino.evals.heads import Heads, places
-from dino.evals.linear import BoundLinear, Linear, Look, frozen_feature, paper_look
-from dino.models.backbone import Backbone, Features
-from dino.models.vit import ViT
+from dino_ssl.data.dataset import BadImage, ImageDataset
+from dino_ssl.data.loader import sample_rng
+from dino_ssl.data.transforms.multi_crop import crop_box, normalize
+from dino_ssl.data.transforms.pixel_ops import resize
+from dino_ssl.data.transforms.random_crop import RATIO, SCALE, crop_batches, random_crop
+from dino_ssl.errors import UserError
+from dino_ssl.evals import crop_features
+from dino_ssl.evals.base import EvalContext, evaluating
+from dino_ssl.evals.linear import BoundLinear, FeatureSpec, Linear, frozen_feature, paper_look
+from dino_ssl.evals.linear_heads import Heads, class_rank
+from dino_ssl.models.backbone import Backbone, Features
+from dino_ssl.models.vit import ViT
 
 
-class Tinted(Pictures):
+class Tinted(ImageDataset):
     """Grey noise with a tint that tells the class; `bad` numbers cannot be read."""
 
     def __init__(self, count: int, labels: list[int] | None = None, bad: tuple[int, ...] = (), seed: int = 0) -> None:
@@ -69,12 +69,17 @@ def vit(width: int = 24, depth: int = 5, heads: int = 2) -> Backbone:
     return ViT(width=width, depth=depth, heads=heads, patch=8, image_size=16, drop_path=0.3).build()
 
 
-SITE = Site(size=16, batch_size=16)
+SITE = EvalContext(size=16, batch_size=16)
 QUICK = Linear(epochs=6, crops=2, batch=32, lr=(0.01, 1.0, 10.0))
 
 
-def bound(settings: Linear = QUICK, site: Site = SITE, train: Pictures | None = None, val: Pictures | None = None):
-    return settings.bind((train or Tinted(80), val or Tinted(40, seed=1)), site)
+def bound(
+    settings: Linear = QUICK,
+    context: EvalContext = SITE,
+    train: ImageDataset | None = None,
+    val: ImageDataset | None = None,
+):
+    return settings.bind((train or Tinted(80), val or Tinted(40, seed=1)), context)
 
 
 def fitted(evaluator: BoundLinear, backbone: Backbone, held: np.ndarray | None = None) -> Tensor:
@@ -136,12 +141,12 @@ def test_places_are_those_of_a_stable_sort() -> None:
     logits = torch.randn(50, 3, 7).mul(2).round()  # with many equal ones
     labels = torch.randint(7, (50,))
     order = logits.sort(dim=2, descending=True, stable=True).indices
-    assert torch.equal(places(logits, labels), (order == labels[:, None, None]).int().argmax(2))
+    assert torch.equal(class_rank(logits, labels), (order == labels[:, None, None]).int().argmax(2))
 
 
 def test_a_classifier_out_of_bounds_is_never_right() -> None:
     logits = torch.tensor([[[0.0, 1.0, 2.0], [torch.nan, torch.nan, torch.nan], [torch.inf, 0.0, 0.0]]])
-    assert places(logits, torch.tensor([2])).tolist() == [[0, 3, 3]]
+    assert class_rank(logits, torch.tensor([2])).tolist() == [[0, 3, 3]]
     wild = bound(replace(QUICK, lr=(1e42, 1.0)))(Conv())
     table = wild.details["sweep"]
     assert table[0]["top-1 on training pictures held back"] == 0
@@ -157,31 +162,31 @@ def test_the_papers_features() -> None:
     images = torch.randn(2, 3, 16, 16)
     small, base, conv = vit(), vit(width=768, depth=1, heads=12), Conv()
     with evaluating(small), evaluating(base), evaluating(conv):
-        assert paper_look(small) == Look(4, False)
+        assert paper_look(small) == FeatureSpec(4, False)
         expected = torch.cat([block.cls for block in small.features(images, 4)], 1)
-        assert torch.equal(frozen_feature(small, images, Look(4, False)), expected)
+        assert torch.equal(frozen_feature(small, images, FeatureSpec(4, False)), expected)
         torch.testing.assert_close(expected[:, -24:], small(images))
-        assert paper_look(base) == Look(1, True)
+        assert paper_look(base) == FeatureSpec(1, True)
         last = base.features(images)[0]
-        feature = frozen_feature(base, images, Look(1, True))
+        feature = frozen_feature(base, images, FeatureSpec(1, True))
         assert torch.equal(feature, torch.cat([last.cls, last.patches.flatten(1, 2).mean(1)], 1))
-        assert paper_look(conv) == Look(1, False)
-        assert torch.equal(frozen_feature(conv, images, Look(1, False)), conv(images))
-    assert paper_look(vit(depth=2)) == Look(2, False)  # it has no more
+        assert paper_look(conv) == FeatureSpec(1, False)
+        assert torch.equal(frozen_feature(conv, images, FeatureSpec(1, False)), conv(images))
+    assert paper_look(vit(depth=2)) == FeatureSpec(2, False)  # it has no more
 
 
 @pytest.mark.parametrize(
     ("change", "look"),
     [
-        (dict(), Look(4, False)),
-        (dict(blocks=2), Look(2, False)),
-        (dict(patches=True), Look(4, True)),
-        (dict(blocks=1, patches=True), Look(1, True)),
+        (dict(), FeatureSpec(4, False)),
+        (dict(blocks=2), FeatureSpec(2, False)),
+        (dict(patches=True), FeatureSpec(4, True)),
+        (dict(blocks=1, patches=True), FeatureSpec(1, True)),
     ],
 )
-def test_settings_override_the_rule(change: dict, look: Look) -> None:
+def test_settings_override_the_rule(change: dict, look: FeatureSpec) -> None:
     assert Linear(**change).look(vit()) == look
-    assert Linear(blocks=1).look(vit(width=768, depth=1, heads=12)) == Look(1, False)
+    assert Linear(blocks=1).look(vit(width=768, depth=1, heads=12)) == FeatureSpec(1, False)
 
 
 def test_random_crops_are_torchvisions() -> None:
@@ -205,14 +210,14 @@ def test_random_crops_are_torchvisions() -> None:
 
 
 def test_a_crop_depends_on_seed_epoch_and_picture_alone() -> None:
-    pictures = Tinted(9, bad=(4,))
-    rows, images = next(crop_batches(pictures, 12, [(2, np.arange(9))], seed=5))
+    dataset = Tinted(9, bad=(4,))
+    rows, images = next(crop_batches(dataset, 12, [(2, np.arange(9))], seed=5))
     assert rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
-    alone = random_crop(pictures.read(7), 12, sample_rng(5, 2, 7))
+    alone = random_crop(dataset.read(7), 12, sample_rng(5, 2, 7))
     assert np.array_equal(images[rows.tolist().index(7)].numpy(), alone)
     others = [(5, 3), (6, 2)]
     for seed, epoch in others:
-        other = next(crop_batches(pictures, 12, [(epoch, np.array([7]))], seed=seed))[1][0]
+        other = next(crop_batches(dataset, 12, [(epoch, np.array([7]))], seed=seed))[1][0]
         assert not np.array_equal(other.numpy(), alone)
 
 
@@ -276,9 +281,9 @@ def test_as_many_stored_crops_as_epochs_are_fresh_crops() -> None:
 def test_forward_batches_and_where_features_lie_change_nothing(crops: int, monkeypatch, tmp_path) -> None:
     settings, backbone = replace(QUICK, crops=crops, epochs=3), vit(depth=2)
     whole = fitted(bound(settings), backbone)
-    monkeypatch.setattr(augmented, "IN_MEMORY", 0)
-    site = replace(SITE, batch_size=5, cache=tmp_path / "cache")
-    torch.testing.assert_close(fitted(bound(settings, site), backbone), whole, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(crop_features, "IN_MEMORY", 0)
+    context = replace(SITE, batch_size=5, cache=tmp_path / "cache")
+    torch.testing.assert_close(fitted(bound(settings, context), backbone), whole, atol=1e-5, rtol=1e-5)
     assert not list(tmp_path.glob("cache/*"))  # what was stored is gone
 
 
@@ -292,7 +297,7 @@ def test_progress_is_heard_and_the_networks_mode_comes_back() -> None:
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
-    bound(site=replace(SITE, progress=progress))(backbone)
+    bound(context=replace(SITE, progress=progress))(backbone)
     assert torch.equal(torch.rand(2), expected)
     assert backbone.training
     assert all(done == total for done, total in heard.values())

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.data.pictures import BadImage, Pictures
-from dino.errors import UserError
-from dino.evals.evaluator import Site
-from dino.evals.logistic import fit_logistic, logistic_loss
-from dino.evals.low_shot import BoundLowShot, LowShot, few, listed
-from dino.models.backbone import Backbone, Features
+from dino_ssl.data.dataset import BadImage, ImageDataset
+from dino_ssl.errors import UserError
+from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.logistic import fit_logistic, logistic_loss
+from dino_ssl.evals.low_shot import BoundLowShot, LowShot, read_subset, sample_subset
+from dino_ssl.models.backbone import Backbone, Features
 
 
 def problem(n: int = 40, width: int = 4, classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -98,30 +98,30 @@ def test_no_more_evaluations_than_asked_and_progress_ends_whole() -> None:
 
 def test_a_share_is_of_every_class_and_a_smaller_one_lies_in_a_larger() -> None:
     labels = np.array([0] * 300 + [1] * 100 + [2] * 4 + [-1] * 50)
-    part = few(labels, share=0.1, seed=3)
+    part = sample_subset(labels, share=0.1, seed=3)
     assert np.bincount(labels[part]).tolist() == [30, 10, 1]
-    assert set(few(labels, share=0.01, seed=3)) < set(part) < set(few(labels, share=0.5, seed=3))
-    assert np.array_equal(part, few(labels, share=0.1, seed=3))
-    assert not np.array_equal(part, few(labels, share=0.1, seed=4))
-    assert np.bincount(labels[few(labels, per_class=4)]).tolist() == [4, 4, 4]
-    assert few(labels, share=1.0).tolist() == list(range(404))
+    assert set(sample_subset(labels, share=0.01, seed=3)) < set(part) < set(sample_subset(labels, share=0.5, seed=3))
+    assert np.array_equal(part, sample_subset(labels, share=0.1, seed=3))
+    assert not np.array_equal(part, sample_subset(labels, share=0.1, seed=4))
+    assert np.bincount(labels[sample_subset(labels, per_class=4)]).tolist() == [4, 4, 4]
+    assert sample_subset(labels, share=1.0).tolist() == list(range(404))
 
 
 def test_a_list_names_files_with_or_without_their_folders(tmp_path: Path) -> None:
     names, file = ["cat/1.jpg", "cat/2.jpg", "dog/3.jpg"], tmp_path / "1percent.txt"
     file.write_text("3.jpg\n\ncat/1.jpg\n")
-    assert listed(names, file).tolist() == [0, 2]
+    assert read_subset(names, file).tolist() == [0, 2]
     file.write_text("3.jpg\nmug.jpg\n")
     with pytest.raises(UserError, match=r"names 2 pictures, of which 1 are not in TRAIN \(mug.jpg"):
-        listed(names, file)
+        read_subset(names, file)
     with pytest.raises(UserError, match="cannot be read as a list"):
-        listed(names, tmp_path)
+        read_subset(names, tmp_path)
 
 
 # -- the evaluation ------------------------------------------------------------------------------------------------
 
 
-class Tinted(Pictures):
+class Tinted(ImageDataset):
     """Grey noise with a tint that tells the class."""
 
     def __init__(self, count: int, labels: list[int] | None = None, bad: tuple[int, ...] = (), seed: int = 0) -> None:
@@ -155,12 +155,14 @@ class Colours(Backbone):
         raise NotImplementedError
 
 
-SITE = Site(size=16)
+SITE = EvalContext(size=16)
 
 
-def bound(train: Pictures | None = None, val: Pictures | None = None, site: Site = SITE, **change) -> BoundLowShot:
+def bound(
+    train: ImageDataset | None = None, val: ImageDataset | None = None, context: EvalContext = SITE, **change
+) -> BoundLowShot:
     settings = LowShot(**{"share": (0.1,), "subsets": 3, "k": 1, **change})
-    return settings.bind((train or Tinted(90), val or Tinted(60, seed=1)), site)
+    return settings.bind((train or Tinted(90), val or Tinted(60, seed=1)), context)
 
 
 def test_what_can_be_told_is_told_and_what_cannot_is_chance() -> None:
@@ -190,14 +192,14 @@ def test_mean_and_spread_are_those_of_the_subsets() -> None:
 
 
 def test_each_subset_is_solved_on_its_own_pictures() -> None:
-    """The figure of one seed is that of the regression by hand on the pictures that `few` names."""
+    """The figure of one seed is that of the regression by hand on the pictures that `sample_subset` names."""
     evaluator = bound(Tinted(90, bad=(8, 17)), per_class=(10,), share=(), seed=5)
     run = evaluator(Colours()).details["subsets"]["10 per class"][1]
-    rows = [i for i in few(np.arange(90) % 3, per_class=10, seed=6) if i not in (8, 17)]
+    rows = [i for i in sample_subset(np.arange(90) % 3, per_class=10, seed=6) if i not in (8, 17)]
     known = SITE.extract(Colours(), Tinted(90).subset(rows))
     exact = newton(F.normalize(known.features, dim=1), known.labels, 3, 0.1 / len(rows))
     expected = logistic_loss(exact, F.normalize(known.features, dim=1), known.labels, 0.1 / len(rows))[0]
-    assert run["pictures"] == len(rows)
+    assert run["images"] == len(rows)
     assert run["loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -207,7 +209,7 @@ def test_pictures_outside_every_subset_are_not_looked_at() -> None:
     evaluator(Colours())
     assert train.asked == set(evaluator.used.tolist())
     assert 9 < len(train.asked) <= 27
-    assert evaluator.data["train"]["pictures"] == 90
+    assert evaluator.data["train"]["images"] == 90
 
 
 def test_lengths_of_features_matter_where_they_are_kept_alone() -> None:
@@ -224,13 +226,13 @@ def test_lengths_of_features_matter_where_they_are_kept_alone() -> None:
 def test_without_val_a_part_is_asked_about_and_pixels_have_a_figure() -> None:
     evaluator = LowShot(share=(0.5,), subsets=1).bind((Tinted(90),), SITE)
     assert not set(evaluator.train.names) & set(evaluator.val.names)
-    assert set(evaluator.pixel_floor()) == set(evaluator(Colours())) == {"50 %", "50 % 20-NN"}
+    assert set(evaluator.pixel_reference()) == set(evaluator(Colours())) == {"50 %", "50 % 20-NN"}
 
 
 def test_progress_is_heard() -> None:
     heard: set[str] = set()
-    site = replace(SITE, progress=lambda label: heard.add(label) or nullcontext(lambda done, total: None))
-    bound(site=site)(Colours())
+    context = replace(SITE, progress=lambda label: heard.add(label) or nullcontext(lambda done, total: None))
+    bound(context=context)(Colours())
     assert "logistic regression, 10 %, subset 3 of 3" in heard
 
 

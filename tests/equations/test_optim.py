@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dino.errors import UserError
-from dino.models.heads import Network
-from dino.models.timm import Timm
-from dino.models.vit import ViT
-from dino.optim import LARS, Optim, clip_grad_norms_, group_of, lr_scales, parameter_groups, set_hyper
-from dino.schedules import Clock
+from dino_ssl.errors import UserError
+from dino_ssl.models.heads import Network
+from dino_ssl.models.timm import Timm
+from dino_ssl.models.vit import ViT
+from dino_ssl.optim import LARS, Optim, clip_grad_norm_per_tensor_, group_of, lr_scales, parameter_groups, set_hyper
+from dino_ssl.schedules import Clock
 
 
 class Odd(nn.Module):
@@ -216,7 +216,7 @@ def test_each_tensor_is_clipped_by_its_own_norm() -> None:
     module.conv.weight.grad = None
     module.linear.bias.grad = torch.zeros(2)
     before = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
-    clip_grad_norms_(module.parameters(), 0.5)
+    clip_grad_norm_per_tensor_(module.parameters(), 0.5)
     clipped = 0
     for name, parameter in module.named_parameters():
         if name not in before:
@@ -233,9 +233,9 @@ def test_clip_zero_does_not_clip() -> None:
     module = Odd()
     put_gradients(module, 0, scale=100.0)
     before = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
-    clip_grad_norms_(module.parameters(), 0.0)
+    clip_grad_norm_per_tensor_(module.parameters(), 0.0)
     assert all(torch.equal(p.grad, before[n]) for n, p in module.named_parameters() if p.grad is not None)
-    clip_grad_norms_([nn.Parameter(torch.ones(2))], 1.0)  # nobody has a gradient: nothing to do
+    clip_grad_norm_per_tensor_([nn.Parameter(torch.ones(2))], 1.0)  # nobody has a gradient: nothing to do
 
 
 def test_schedules_scale_with_the_batch_and_end_where_they_should() -> None:
@@ -336,12 +336,12 @@ def test_without_layer_decay_there_are_the_two_groups_of_always() -> None:
 
 def test_layers_are_numbered_as_timm_numbers_them() -> None:
     """Its ViT and ours are the same network: so are the numbers; a ResNet has them, too."""
-    ours = ViT(size="tiny", depth=2, patch=16, image_size=32).build().depths()
+    ours = ViT(size="tiny", depth=2, patch=16, image_size=32).build().layer_ids()
     theirs = Timm(name="vit_tiny_patch16_224", args=(("depth", "2"), ("img_size", "32"))).build()
-    assert {f"net.{name}": depth for name, depth in ours.items()} == theirs.depths()
+    assert {f"net.{name}": depth for name, depth in ours.items()} == theirs.layer_ids()
     resnet = Timm(name="resnet18").build()
-    assert resnet.depths().keys() == dict(resnet.named_parameters()).keys()
-    assert resnet.depths()["net.layer4.1.conv2.weight"] == max(resnet.depths().values()) == 8
+    assert resnet.layer_ids().keys() == dict(resnet.named_parameters()).keys()
+    assert resnet.layer_ids()["net.layer4.1.conv2.weight"] == max(resnet.layer_ids().values()) == 8
 
 
 def test_layers_without_a_backbone_are_refused() -> None:

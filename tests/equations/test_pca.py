@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino.analysis.pca import components, patch_colours, unit_range
-from dino.errors import UserError
-from dino.models.backbone import Backbone, Features
+from dino_ssl.errors import UserError
+from dino_ssl.models.backbone import Backbone, Features
+from dino_ssl.viz.pca import components, patch_colours, unit_range
 
 
 def test_components_are_those_of_the_svd() -> None:
@@ -98,6 +98,6 @@ def test_what_cannot_work_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         patch_colours(Colours(), [painted(RED)], size=32, foreground=1.0)
     with pytest.raises(UserError, match="None of the pictures"):
         patch_colours(Colours(), [])
-    monkeypatch.setattr("dino.analysis.pca.MAX_NUMBERS", 100)
+    monkeypatch.setattr("dino_ssl.viz.pca.MAX_NUMBERS", 100)
     with pytest.raises(UserError, match="fewer pictures, or a smaller size"):
         patch_colours(Colours(), [painted(RED, GREEN), painted(RED, GREEN), painted(RED, GREEN)], size=32)

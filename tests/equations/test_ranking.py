@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino.errors import UserError
-from dino.evals import ranking
-from dino.evals.ranking import average_precision, places_of, precision_at, ranked_places, without
+from dino_ssl.errors import UserError
+from dino_ssl.evals import ranking
+from dino_ssl.evals.ranking import average_precision, places_of, precision_at, ranked_places, without
 
 
 def area(right: np.ndarray, positives: int) -> float:

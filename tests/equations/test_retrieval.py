@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from dino.data.revisited import Truth, read_ground_truth
-from dino.data.scenes import Scenes
-from dino.data.views import normalize, resize
-from dino.evals.descriptors import describe
-from dino.evals.evaluator import Site
-from dino.evals.ranking import ranked_places
-from dino.evals.retrieval import KAPPAS, PROTOCOLS, Retrieval, multiscale, protocol_scores
-from dino.models.backbone import Backbone
-from dino.models.timm import Timm
-from dino.models.vit import ViT
+from dino_ssl.data.benchmarks.revisited import Truth, read_ground_truth
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.data.transforms.multi_crop import normalize, resize
+from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.descriptors import describe
+from dino_ssl.evals.ranking import ranked_places
+from dino_ssl.evals.retrieval import KAPPAS, PROTOCOLS, Retrieval, multiscale, protocol_scores
+from dino_ssl.models.backbone import Backbone
+from dino_ssl.models.timm import Timm
+from dino_ssl.models.vit import ViT
 
 LETTERS = {"easy": "E", "medium": "M", "hard": "H"}
 
@@ -110,29 +110,29 @@ SCENES = Scenes(count=5, size=48, part="test")
 
 @pytest.mark.parametrize("settings", [Retrieval(), Retrieval(size=40, multiscale=True, query="whole")])
 def test_a_whole_evaluation(vit: Backbone, settings: Retrieval) -> None:
-    evaluator = settings.bind([SCENES.open()], Site(size=32))
+    evaluator = settings.bind([SCENES.open()], EvalContext(size=32))
     scores = evaluator(vit)
     assert list(scores)[:3] == ["mAP easy", "mAP medium", "mAP hard"]
     assert len(scores) == 3 + 3 * len(KAPPAS)
     assert all(0 <= value <= 100 for value in scores.values())
     assert len(scores.details["AP"]["medium"]) == 5
-    assert evaluator.data["database"]["pictures"] == 25
+    assert evaluator.data["database"]["images"] == 25
     assert scores == evaluator(vit)
 
 
 def test_a_convnet_and_the_pixel_floor() -> None:
     args = (("channels", "(8,8,16,16)"), ("layers", "(1,1,1,1)"))
-    evaluator = Retrieval(multiscale=True).bind([SCENES.open()], Site(size=48))
-    assert set(evaluator(Timm(name="resnet18", args=args).build().eval())) == set(evaluator.pixel_floor())
+    evaluator = Retrieval(multiscale=True).bind([SCENES.open()], EvalContext(size=48))
+    assert set(evaluator(Timm(name="resnet18", args=args).build().eval())) == set(evaluator.pixel_reference())
 
 
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_every_row_is_its_own_picture(vit: Backbone, batch_size: int) -> None:
     """Pictures of mixed shapes, which come out of order in batches: each row against that picture alone."""
-    database = Retrieval().bind([SCENES.open()], Site()).landmarks.database
+    database = Retrieval().bind([SCENES.open()], EvalContext()).landmarks.database
     shapes = np.array([[(24, 32), (40, 16), (32, 32)][i % 3] for i in range(len(database))])
-    site = Site(size=32, batch_size=batch_size)
-    out = describe(vit, database, shapes, vit, width=vit.embed_dim, what="cls", site=site)
+    context = EvalContext(size=32, batch_size=batch_size)
+    out = describe(vit, database, shapes, vit, width=vit.embed_dim, what="cls", context=context)
     assert out.indices.tolist() == list(range(len(database)))
     for i, row in enumerate(out.features):
         image = torch.from_numpy(resize(database.read(i), *shapes[i].tolist())).permute(2, 0, 1)[None]
@@ -160,27 +160,27 @@ class Watching(Backbone):
 def test_a_box_shrinks_as_its_picture_does() -> None:
     """Proportions are kept, no picture grows, and a side stays at least a patch at the smallest scale."""
     for settings, side, least in ((Retrieval(size=24), 24, 8), (Retrieval(size=400), 48, 8)):
-        evaluator, network = settings.bind([SCENES.open()], Site()), Watching()
+        evaluator, network = settings.bind([SCENES.open()], EvalContext()), Watching()
         evaluator(network)
         sizes = evaluator.landmarks.boxed.sizes[:, ::-1] * side / 48
         expected = [tuple(np.maximum(np.rint(size), least).astype(int).tolist()) for size in sizes]
         assert sorted(network.seen) == sorted([*expected, *[(side, side)] * 25])
         assert len(set(expected)) > 2
     whole = Watching()
-    Retrieval(query="whole", multiscale=True).bind([SCENES.open()], Site())(whole)
+    Retrieval(query="whole", multiscale=True).bind([SCENES.open()], EvalContext())(whole)
     assert set(whole.seen) == {(48, 48), (33, 33), (24, 24)}
 
 
 def test_features_are_kept(tmp_path: Path, vit: Backbone) -> None:
-    evaluator = Retrieval().bind([SCENES.open()], Site(size=32, cache=tmp_path))
+    evaluator = Retrieval().bind([SCENES.open()], EvalContext(size=32, cache=tmp_path))
     first = evaluator(vit)
     assert len(list(tmp_path.iterdir())) == 2
     assert evaluator(vit) == first
-    other = Retrieval(multiscale=True).bind([SCENES.open()], Site(size=32, cache=tmp_path))
+    other = Retrieval(multiscale=True).bind([SCENES.open()], EvalContext(size=32, cache=tmp_path))
     other(vit)
     assert len(list(tmp_path.iterdir())) == 4
     torch.manual_seed(1)
     stranger = ViT(width=48, depth=1, heads=3, patch=8, image_size=32).build().eval()
-    assert evaluator(stranger) == Retrieval().bind([SCENES.open()], Site(size=32))(stranger)
+    assert evaluator(stranger) == Retrieval().bind([SCENES.open()], EvalContext(size=32))(stranger)
     assert len(list(tmp_path.iterdir())) == 6
     assert evaluator(stranger).details != first.details

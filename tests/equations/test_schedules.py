@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dino.schedules import Clock, Constant, Cosine, EpochRamp, Schedule, Warmup, scaled
+from dino_ssl.schedules import Clock, Constant, Cosine, EpochRamp, Schedule, Warmup, scaled
 
 
 def curve(schedule: Schedule, epochs: int, steps_per_epoch: int) -> list[float]:

@@ -7,21 +7,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino.data.loader import mix_rng
-from dino.data.pictures import Pictures
-from dino.data.views import Batch
-from dino.errors import UserError
-from dino.methods.method import Start
-from dino.methods.supervised import Mix, Supervised, SupervisedConfig, draw_mix, mixed_images, mixed_targets, smoothed
-from dino.models.vit import ViT
-from dino.schedules import Clock
+from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.data.loader import mix_rng
+from dino_ssl.data.transforms.multi_crop import Batch
+from dino_ssl.errors import UserError
+from dino_ssl.methods.method import BuildContext
+from dino_ssl.methods.supervised import (
+    Mix,
+    Supervised,
+    SupervisedConfig,
+    draw_mix,
+    mixed_images,
+    mixed_targets,
+    smoothed,
+)
+from dino_ssl.models.vit import ViT
+from dino_ssl.schedules import Clock
 
 VIT = ViT(width=8, depth=1, heads=1, patch=4, image_size=8, drop_path=0.0)
 
 
 def method(seed: int = 0, **settings: float) -> Supervised:
     torch.manual_seed(0)
-    return SupervisedConfig(head_scale=50.0, **settings).build(Start(VIT, seed, classes=3))
+    return SupervisedConfig(head_scale=50.0, **settings).build(BuildContext(VIT, seed, classes=3))
 
 
 def batch(count: int) -> Batch:
@@ -156,7 +164,7 @@ def test_half_a_batch_on_each_of_two_ranks_is_mixed_as_the_whole_is() -> None:
 def test_the_classifier_starts_small_and_the_backbone_as_it_was() -> None:
     torch.manual_seed(3)
     trained = VIT.build()
-    start = Start(VIT, 0, classes=4, weights=trained.state_dict(), source="somewhere")
+    start = BuildContext(VIT, 0, classes=4, weights=trained.state_dict(), source="somewhere")
     built = SupervisedConfig().build(start)
     assert all(torch.equal(a, b) for a, b in zip(built.backbone.parameters(), trained.parameters(), strict=True))
     head = built.network.head
@@ -165,11 +173,11 @@ def test_the_classifier_starts_small_and_the_backbone_as_it_was() -> None:
     logits = built.classifier([torch.randn(1, 2, 3, 8, 8)])
     assert logits.shape == (1, 2, 4)
     with pytest.raises(UserError, match=r"somewhere.*do not fit"):
-        SupervisedConfig().build(Start(ViT(width=16, depth=1, heads=1, patch=4, image_size=8), 0, 4, start.weights,
+        SupervisedConfig().build(BuildContext(ViT(width=16, depth=1, heads=1, patch=4, image_size=8), 0, 4, start.weights,
                                        "somewhere"))  # fmt: skip
 
 
-class Labelled(Pictures):
+class Labelled(ImageDataset):
     def __init__(self, labels: list[int] | None) -> None:
         count = 5 if labels is None else len(labels)
         super().__init__(names=[str(i) for i in range(count)], sizes=[(4, 4)] * count, labels=labels, classes=["a"])
@@ -180,14 +188,14 @@ class Labelled(Pictures):
 
 def test_what_has_no_label_is_not_learned_from() -> None:
     config = SupervisedConfig()
-    assert config.learnable(Labelled([0, -1, 2, -1])).names == ["0", "2"]
+    assert config.filter_dataset(Labelled([0, -1, 2, -1])).names == ["0", "2"]
     whole = Labelled([0, 1])
-    assert config.learnable(whole) is whole
+    assert config.filter_dataset(whole) is whole
     for nothing in (Labelled(None), Labelled([-1, -1])):
         with pytest.raises(UserError, match="a folder of its own"):
-            config.learnable(nothing)
+            config.filter_dataset(nothing)
     with pytest.raises(UserError, match="two classes"):
-        config.build(Start(VIT, 0, classes=1))
+        config.build(BuildContext(VIT, 0, classes=1))
 
 
 @pytest.mark.parametrize("wrong", [dict(smoothing=1.5), dict(mixup=-1.0), dict(cutmix_share=2.0), dict(head_scale=0.0)])

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dino.analysis.tsne import affinities, class_means, conditionals, kl, kl_gradient, same_label, tsne
-from dino.errors import UserError
+from dino_ssl.errors import UserError
+from dino_ssl.viz.tsne import affinities, class_means, conditionals, kl, kl_gradient, same_label, tsne
 
 
 def clusters(count: int = 60, groups: int = 4, width: int = 10, distance: float = 8.0):

@@ -14,16 +14,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino import dist
-from dino.data.davis import write_mask
-from dino.data.scenes import Scenes
-from dino.errors import UserError
-from dino.evals.davis_score import score_results
-from dino.evals.evaluator import Scores, Site, floors_of
-from dino.evals.label_propagation import input_size, label_map, label_propagation, nearest, one_hot, propagate
-from dino.evals.video_segmentation import RawPatches, VideoSegmentation, segment
-from dino.models import Timm, ViT
-from dino.models.backbone import Backbone
+from dino_ssl import distributed
+from dino_ssl.data.benchmarks.davis import write_mask
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.errors import UserError
+from dino_ssl.evals.base import EvalContext, Scores, reference_scores
+from dino_ssl.evals.davis_score import score_results
+from dino_ssl.evals.label_propagation import input_size, label_map, label_propagation, nearest, one_hot, propagate
+from dino_ssl.evals.video_segmentation import RawPatches, VideoSegmentation, segment
+from dino_ssl.models import Timm, ViT
+from dino_ssl.models.backbone import Backbone
 
 
 def oracle(query: Tensor, keys: Tensor, labels: Tensor, radius: int, top_k: int, temperature: float) -> Tensor:
@@ -115,7 +115,7 @@ def test_a_frame_asks_the_first_and_the_last_few_before_it(monkeypatch, context:
     """Frame i is the unit vector i, of any length, and its labels say i as well."""
     seen, read = [], []
 
-    def asks(query: Tensor, keys: Tensor, labels: Tensor, **_) -> Tensor:
+    def label_propagation_spy(query: Tensor, keys: Tensor, labels: Tensor, **_) -> Tensor:
         assert labels.flatten().tolist() == keys.argmax(-1).flatten().tolist()
         assert keys.norm(dim=-1).flatten().tolist() == [1] * len(keys)
         seen.append(labels.flatten().tolist())
@@ -126,7 +126,7 @@ def test_a_frame_asks_the_first_and_the_last_few_before_it(monkeypatch, context:
             read.append(i)
             yield 3 * torch.eye(6)[i].reshape(1, 1, 6)
 
-    monkeypatch.setattr("dino.evals.label_propagation.label_propagation", asks)
+    monkeypatch.setattr("dino_ssl.evals.label_propagation.label_propagation", asks)
     masks = propagate(features(), torch.zeros(1, 1, 1), context=context)
     next(masks)
     assert read == [0, 1], "frames are read as they are needed"
@@ -136,7 +136,7 @@ def test_a_frame_asks_the_first_and_the_last_few_before_it(monkeypatch, context:
 
 def test_no_frames_no_masks() -> None:
     assert not list(propagate([], torch.zeros(1, 1, 2)))
-    assert not list(segment(RawPatches(), [], np.ones((8, 8), np.uint8), VideoSegmentation(), Site()))
+    assert not list(segment(RawPatches(), [], np.ones((8, 8), np.uint8), VideoSegmentation(), EvalContext()))
 
 
 def test_label_maps_stretch_every_class_and_leave_flat_ones_alone() -> None:
@@ -183,19 +183,19 @@ def test_numbers_of_objects_may_have_gaps_and_void_is_ground() -> None:
 def square(frames: int = 6, height: int = 64, width: int = 96) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """A bright square that steps over noise, and its masks: it lies on whole patches of 8 pixels."""
     ground = np.random.default_rng(0).integers(0, 60, (height, width, 3)).astype(np.uint8)
-    pictures, masks = [], []
+    dataset, masks = [], []
     for i in range(frames):
         picture, mask = ground.copy(), np.zeros((height, width), np.uint8)
         picture[16:40, 8 * i : 8 * i + 24], mask[16:40, 8 * i : 8 * i + 24] = 255, 7
-        pictures.append(picture)
+        dataset.append(picture)
         masks.append(mask)
-    return pictures, masks
+    return dataset, masks
 
 
 def test_a_square_is_followed_exactly() -> None:
-    pictures, masks = square()
+    dataset, masks = square()
     settings = VideoSegmentation(size=64, radius=3, multiple=8)
-    found = list(segment(RawPatches(), pictures, masks[0], settings, Site()))
+    found = list(segment(RawPatches(), dataset, masks[0], settings, EvalContext()))
     assert len(found) == 5
     for mine, true in zip(found, masks[1:], strict=True):
         assert ((mine == 7) & (true == 7)).sum() / ((mine == 7) | (true == 7)).sum() > 0.95
@@ -214,19 +214,19 @@ NETWORKS = {
 def test_any_network_and_frames_that_hold_no_whole_patches(network) -> None:
     torch.manual_seed(0)
     backbone = network.build(drop_path=0.0).eval()
-    pictures, masks = square(3, height=131, width=197)
+    dataset, masks = square(3, height=131, width=197)
     with torch.no_grad():
-        found = list(segment(backbone, pictures, masks[0], VideoSegmentation(size=131), Site()))
+        found = list(segment(backbone, dataset, masks[0], VideoSegmentation(size=131), EvalContext()))
     assert [each.shape for each in found] == [(131, 197)] * 2
     assert all(each.dtype == np.uint8 and set(np.unique(each)) <= {0, 7} for each in found)
     assert any((each == 7).any() for each in found)
 
 
 def test_frames_of_two_sizes_are_refused() -> None:
-    pictures, masks = square(3)
-    pictures[2] = pictures[2][:-8]
+    dataset, masks = square(3)
+    dataset[2] = dataset[2][:-8]
     with pytest.raises(UserError, match=r"96 x 56 pixels, and the first mask 96 x 64"):
-        list(segment(RawPatches(), pictures, masks[0], VideoSegmentation(size=64), Site()))
+        list(segment(RawPatches(), dataset, masks[0], VideoSegmentation(size=64), EvalContext()))
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_the_evaluation_scores_what_it_writes(davis: Path, tmp_path: Path) -> No
     def progress(label: str):
         return nullcontext(lambda done, total: heard.append((label, done, total)))
 
-    bound = SMALL.bind([davis], Site(out=tmp_path, progress=progress))
+    bound = SMALL.bind([davis], EvalContext(out=tmp_path, progress=progress))
     scores = bound(RawPatches())
     again = score_results(tmp_path / "video-segmentation", davis)
     assert scores.details["official"] == again
@@ -265,35 +265,35 @@ def test_the_evaluation_scores_what_it_writes(davis: Path, tmp_path: Path) -> No
     assert ("frames", 11, 11) in heard
     assert bound.data["davis"]["frames"] == 14
     assert scores["J"] > scores.details["first_mask_kept"]["J"] + 10
-    assert bound.pixel_floor() == Scores(scores)
-    floors = floors_of(bound, lambda: NETWORKS["vit"].build(drop_path=0.0))
-    assert floors["random_weights"] != scores
+    assert bound.pixel_reference() == Scores(scores)
+    references = reference_scores(bound, lambda: NETWORKS["vit"].build(drop_path=0.0))
+    assert references["random_weights"] != scores
     assert score_results(tmp_path / "video-segmentation", davis) == again, "a floor leaves the masks alone"
 
 
 def test_two_ranks_together_say_what_one_does(davis: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank's share is scored in turn, and gathering is played by hand."""
-    bound, alone = SMALL.bind([davis], Site()), SMALL.bind([davis], Site())(RawPatches())
+    bound, alone = SMALL.bind([davis], EvalContext()), SMALL.bind([davis], EvalContext())(RawPatches())
     shares: list[Tensor] = []
-    monkeypatch.setattr(dist, "world", lambda: 2)
-    monkeypatch.setattr(dist, "gather", lambda rows: shares.append(rows) or rows)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda rows: shares.append(rows) or rows)
     for rank in (0, 1):
-        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         bound(RawPatches())
     assert [len(share) for share in shares[::2]] == [3, 1]
-    monkeypatch.setattr(dist, "gather", lambda rows: torch.cat(shares[2::-2]))  # ranks in any order
+    monkeypatch.setattr(distributed, "gather", lambda rows: torch.cat(shares[2::-2]))  # ranks in any order
     together, expected = bound._summary(shares[0]), alone.details["official"]
     assert together == expected
     assert list(together["per_object"]) == list(expected["per_object"])
 
 
 def test_the_drawn_videos_need_no_files() -> None:
-    bound = VideoSegmentation().bind(["scenes"], Site(size=16))
+    bound = VideoSegmentation().bind(["scenes"], EvalContext(size=16))
     assert bound.data["davis"]["sequences"] == 8
     assert bound.settings.size == 192
-    assert bound.data == VideoSegmentation().bind(["scenes"], Site(size=96)).data
-    assert bound.data != VideoSegmentation().bind(["scenes"], Site(size=128)).data
-    small = VideoSegmentation(size=32).bind(["scenes"], Site(size=128))
+    assert bound.data == VideoSegmentation().bind(["scenes"], EvalContext(size=96)).data
+    assert bound.data != VideoSegmentation().bind(["scenes"], EvalContext(size=128)).data
+    small = VideoSegmentation(size=32).bind(["scenes"], EvalContext(size=128))
     assert next(small.clips[0].frames()).shape == (32, 32, 3)
     assert next(small.clips[0].masks()).max() == 1
 
@@ -309,6 +309,6 @@ def test_settings_that_cannot_work_are_said(change: dict) -> None:
 def test_nothing_of_the_backbone_is_changed(davis: Path) -> None:
     backbone: Backbone = NETWORKS["resnet"].build().train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    SMALL.bind([davis], Site())(backbone)
+    SMALL.bind([davis], EvalContext())(backbone)
     assert backbone.training
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())

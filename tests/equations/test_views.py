@@ -11,9 +11,9 @@ import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter, ImageOps
 
-from dino.data.folder import Folder
-from dino.data.loader import train_batches
-from dino.data.views import (
+from dino_ssl.data.folder import Folder
+from dino_ssl.data.loader import train_batches
+from dino_ssl.data.transforms.multi_crop import (
     MEAN,
     STD,
     MultiCrop,
@@ -30,7 +30,7 @@ from dino.data.views import (
     resize,
     solarize,
 )
-from dino.errors import UserError
+from dino_ssl.errors import UserError
 
 
 def photo(height: int = 150, width: int = 200) -> np.ndarray:
@@ -265,18 +265,18 @@ def test_chance_is_even():
 )
 def test_a_picture_is_decoded_no_smaller_than_its_crops_need(height, width, times):
     recipe = MultiCrop(global_size=32, local_size=16)
-    assert recipe.enough(height, width) == times
+    assert recipe.decode_scale(height, width) == times
     rng = np.random.default_rng(0)
     for draw in (draw for _ in range(50) for draw in recipe.draw(height, width, rng)[2:]):
         assert min(draw.height, draw.width) + 1 >= 3 * 16 * times or times == 1
-    assert MultiCrop(global_size=32, local_size=16, local=0).enough(height, width) >= times
-    assert MultiCrop(global_size=32, local_size=32).enough(height, width) <= times
+    assert MultiCrop(global_size=32, local_size=16, local=0).decode_scale(height, width) >= times
+    assert MultiCrop(global_size=32, local_size=32).decode_scale(height, width) <= times
 
 
 def test_views_of_a_reduced_jpeg_are_those_of_the_whole(tmp_path):
     Image.fromarray(photo(900, 1200)).save(tmp_path / "large.jpg", quality=90)
-    pictures = Folder(path=str(tmp_path)).open()
-    whole, small = pictures.read(0), pictures.subset(np.array([0])).reduced(0, 4)
+    dataset = Folder(path=str(tmp_path)).open()
+    whole, small = dataset.read(0), dataset.subset(np.array([0])).read_downscaled(0, 4)
     assert small.shape == (225, 300, 3)
     for top, left, h, w in ((0, 0, 900, 1200), (400, 300, 200, 240), (88, 120, 400, 300)):
         one = resize(whole[top : top + h, left : left + w], 16, 16).astype(int)

@@ -1,24 +1,20 @@
 """The vitals against what they stand for: eigenvalues, angles, and counts."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from dino.analysis.curves import History
-from dino.analysis.fig7 import draw_fig7, fig7_charts, terms
-from dino.config import edit
-from dino.data.views import Batch
-from dino.meter import Meter
-from dino.methods.method import relative_distance
-from dino.models.vit import ViT
-from dino.optim import Optim, clip_grad_norms_
-from dino.run import Run
-from dino.schedules import Clock
-from dino.training import build_method
-from dino.vitals import Vitals, effective_rank, feature_vitals
+from dino_ssl.config import edit
+from dino_ssl.feature_stats import FeatureStats, effective_rank, feature_statistics
+from dino_ssl.meter import Meter
+from dino_ssl.methods.method import relative_distance
+from dino_ssl.models.vit import ViT
+from dino_ssl.optim import clip_grad_norm_per_tensor_
+from dino_ssl.run import Run
+from dino_ssl.schedules import Clock
+from dino_ssl.training import build_method
 
 CLOCK = Clock(0, 10, 2)
 
@@ -38,20 +34,20 @@ def test_effective_rank_counts_directions_that_are_filled_alike() -> None:
 
 def test_spread_is_the_angle_and_forgets_lengths() -> None:
     opposite = torch.tensor([[1.0, 0], [-5.0, 0], [3.0, 0], [-1.0, 0]])
-    assert feature_vitals(opposite)["feature_spread"] == pytest.approx(1)
-    assert feature_vitals(opposite)["feature_norm"] == pytest.approx(2.5)
+    assert feature_statistics(opposite)["feature_spread"] == pytest.approx(1)
+    assert feature_statistics(opposite)["feature_norm"] == pytest.approx(2.5)
     angle = 0.1  # both lie so far from their mean direction
     pair = torch.tensor([[math.cos(angle), math.sin(angle)], [math.cos(angle), -math.sin(angle)]])
-    assert feature_vitals(7 * pair)["feature_spread"] == pytest.approx(math.sin(angle))
+    assert feature_statistics(7 * pair)["feature_spread"] == pytest.approx(math.sin(angle))
 
 
 def test_shares_are_logged_as_the_number_in_use_over_the_whole_window() -> None:
     """Two steps that use one prototype each use two together: the mean of the entropies would say one."""
-    meter = Meter(Optim(), {}, 1)
+    meter = Meter({}, 1)
     for used in (0, 1):
         shares = torch.zeros(8)
         shares[used] = 1
-        meter.add({"loss": torch.tensor(float(used)), "prototypes_used": shares}, Batch((torch.zeros(1, 3, 3, 4, 4),)))
+        meter.add({"loss": torch.tensor(float(used)), "prototypes_used": shares}, 3)
     metrics = meter.close(CLOCK)
     assert metrics["prototypes_used"] == pytest.approx(2)
     assert metrics["loss"] == pytest.approx(0.5)
@@ -60,17 +56,17 @@ def test_shares_are_logged_as_the_number_in_use_over_the_whole_window() -> None:
 def test_the_gradients_norm_is_that_before_clipping() -> None:
     parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
-    assert clip_grad_norms_(parameters, 1.0) == pytest.approx(5)
+    assert clip_grad_norm_per_tensor_(parameters, 1.0) == pytest.approx(5)
     assert parameters[1].grad.norm() == pytest.approx(1)
-    assert clip_grad_norms_(parameters, 0.0) == pytest.approx(2**0.5)
+    assert clip_grad_norm_per_tensor_(parameters, 0.0) == pytest.approx(2**0.5)
 
 
 def test_vitals_are_of_the_global_views_of_the_last_batch_and_look_away_in_evaluations() -> None:
     run = edit(Run(), backbone=ViT(width=24, depth=1, heads=1, patch=8, image_size=16), method=dict(out_dim=8))
     run = edit(run, method=dict(head_hidden=8, head_bottleneck=4))
     method = build_method(run)
-    vitals = Vitals(method)
-    assert vitals.measure().keys() == {"center_norm", "teacher_distance"}  # nothing has passed yet
+    vitals = FeatureStats(method.backbone)
+    assert not vitals.measure()  # nothing has passed yet
     with torch.no_grad():
         globals_, other = torch.rand(6, 3, 16, 16), torch.rand(9, 3, 16, 16)
         seen = method.backbone(globals_)
@@ -95,14 +91,3 @@ def test_the_teachers_distance_is_over_all_weights_that_it_has() -> None:
         teacher[0].weight.fill_(0.5)
         teacher[0].bias.zero_()
     assert relative_distance(teacher, student) == pytest.approx(0.5)
-
-
-def test_fig7_draws_both_terms_of_every_run_that_has_them(tmp_path: Path) -> None:
-    rows = [{"step": i, "epoch": i / 10, "teacher_entropy": 2 - i / 20, "kl": i / 30} for i in range(30)]
-    runs = {"both": History(rows, {}), "BYOL": History([{"step": 1, "loss": 1.0}], {})}
-    assert list(terms(runs)["kl"]) == ["both"]
-    charts = fig7_charts(runs, 8)
-    assert charts.count("<figure") == 2
-    assert "ln K 2.08" in charts
-    for ending in ("png", "svg"):
-        assert draw_fig7(tmp_path / f"fig7.{ending}", runs, 8).stat().st_size > 5000

@@ -1,4 +1,4 @@
-"""Every evaluation of a small network, as `dino.evaluate` gives it: in this process, or on one rank of several.
+"""Every evaluation of a small network, as `dino_ssl.evaluate` gives it: in this process, or on one rank of several.
 
 As a script: `all_evals.py FOLDER` evaluates the network in FOLDER/network.safetensors and writes FOLDER/rank0.json, ...
 """
@@ -10,20 +10,20 @@ from typing import Any
 
 import torch
 
-from dino import dist
-from dino.api import evaluate
-from dino.data.folder import Folder
-from dino.data.scenes import Scenes
-from dino.evals.attention_masks import AttentionMasks
-from dino.evals.copy_detection import CopyDetection
-from dino.evals.knn import KNN
-from dino.evals.linear import Linear
-from dino.evals.low_shot import LowShot
-from dino.evals.retrieval import Retrieval
-from dino.evals.video_segmentation import VideoSegmentation
-from dino.models.pretrained import save_backbone
-from dino.models.vit import ViT
-from dino.runtime import start
+from dino_ssl import distributed
+from dino_ssl.api.calls import evaluate
+from dino_ssl.data.folder import Folder
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.evals.attention_masks import AttentionMasks
+from dino_ssl.evals.copy_detection import CopyDetection
+from dino_ssl.evals.knn import KNN
+from dino_ssl.evals.linear import Linear
+from dino_ssl.evals.low_shot import LowShot
+from dino_ssl.evals.retrieval import Retrieval
+from dino_ssl.evals.video_segmentation import VideoSegmentation
+from dino_ssl.models.pretrained import save_backbone
+from dino_ssl.models.vit import ViT
+from dino_ssl.runtime import start
 
 NETWORK = ViT(width=48, depth=2, heads=3, patch=8, image_size=32)
 DRAWN = Scenes(count=7, size=32, part="test")
@@ -62,7 +62,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with start("float32"):
         found = answers(folder)
-        (folder / f"rank{dist.rank()}.json").write_text(json.dumps(found))
+        (folder / f"rank{distributed.rank()}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from dino.config import from_dict
-from dino.run import Run
-from dino.runtime import start
-from dino.training import train
+from dino_ssl.config import from_dict
+from dino_ssl.run import Run
+from dino_ssl.runtime import start
+from dino_ssl.training import train
 
 
 def main(paths: list[str]) -> None:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny import RUN, Run, differences, edit, fit, last, run_on_ranks, same_training
 
-from dino.config import from_dict, to_dict
-from dino.logs import read_metrics
-from dino.methods import METHODS, BYOLConfig, MoCoConfig, SwAVConfig
-from dino.methods.method import MethodConfig
-from dino.models.timm import Timm
-from dino.training import build_method
+from dino_ssl.config import from_dict, to_dict
+from dino_ssl.methods import METHODS, BYOLConfig, MoCoConfig, SwAVConfig
+from dino_ssl.methods.method import MethodConfig
+from dino_ssl.metrics import read_metrics
+from dino_ssl.models.timm import Timm
+from dino_ssl.training import build_method
 
 HERE = Path(__file__).parent
 CONVNET = Timm(name="resnet18", args=(("channels", "(8, 8, 8, 16)"), ("layers", "(1, 1, 1, 1)")))
@@ -33,7 +33,7 @@ def baseline(name: str, out: Path, **changes: object) -> Run:
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_run_left_in_the_middle_ends_where_it_would_have(tmp_path: Path, name: str) -> None:
     """Bit for bit: weights, batch norm, teacher, queue, prototypes, optimizer; on a ConvNet with local views."""
-    whole = baseline(name, tmp_path / "whole", backbone=CONVNET, views=dict(local=1), knn=dict(every_epochs=2))
+    whole = baseline(name, tmp_path / "whole", backbone=CONVNET, views=dict(local=1), online_eval=dict(every_epochs=2))
     fit(whole)
     part = edit(whole, out=str(tmp_path / "part"), save_minutes=0)
     for until in (4, 9):

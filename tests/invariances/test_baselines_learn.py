@@ -6,9 +6,9 @@ import pytest
 from test_learns import LONGER, OF_PAINT, Paints
 from tiny import CPU, edit
 
-from dino.events import Evaluated, Started
-from dino.methods import BYOLConfig, MoCoConfig, SwAVConfig
-from dino.training import train
+from dino_ssl.events import Evaluated, Started
+from dino_ssl.methods import BYOLConfig, MoCoConfig, SwAVConfig
+from dino_ssl.training import train
 
 SMALL = dict(head_dim=32, head_hidden=64)
 LEARNERS = {
@@ -21,18 +21,18 @@ PACE = {"byol": dict(epochs=12, lr=0.006), "moco": dict(epochs=8, lr=0.016), "sw
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_it_learns(tmp_path: Path, name: str) -> None:
-    """20-NN on held-back pictures: clearly above the untrained network and raw pixels."""
+    """20-NN on val-fraction pictures: clearly above the untrained network and raw pixels."""
     run = edit(
         LONGER,
         out=str(tmp_path / "run"),
         method=LEARNERS[name],
         optim=dict(**PACE[name], batch_size=16, weight_decay_end=0.04),
         views=OF_PAINT,
-        knn=dict(every_epochs=100, held_back=0.3),
+        online_eval=dict(every_epochs=100, val_fraction=0.3),
         log_every=1000,
     )
     started, *rest = train(run, CPU, Paints(240, paint=0.88))
     assert isinstance(started, Started)
-    floors = {name: values["20-NN"] for name, values in started.baselines.items()}
+    references = {name: values["20-NN"] for name, values in started.baselines.items()}
     reached = [event.values["20-NN"] for event in rest if isinstance(event, Evaluated)][-1]
-    assert reached > max(floors.values()) + 5, (floors, reached)
+    assert reached > max(references.values()) + 5, (references, reached)

@@ -15,8 +15,8 @@ sys.path.append(str(Path(__file__).parents[1] / "equations"))
 
 from test_linear import QUICK, SITE, Conv, Tinted, bound, fitted
 
-from dino import dist
-from dino.evals.low_shot import LowShot
+from dino_ssl import distributed
+from dino_ssl.evals.low_shot import LowShot
 
 
 class Ranks:
@@ -25,10 +25,10 @@ class Ranks:
     def __init__(self, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.size, self.own, self.box = world, threading.local(), [torch.empty(0)] * world
         self.meeting = threading.Barrier(world, timeout=60)
-        monkeypatch.setattr(dist, "world", lambda: self.size)
-        monkeypatch.setattr(dist, "rank", lambda: self.own.rank)
-        monkeypatch.setattr(dist, "gather", lambda rows: torch.cat(self.exchange(rows)))
-        monkeypatch.setattr(dist, "total", lambda value: torch.stack(self.exchange(value)).sum(0))
+        monkeypatch.setattr(distributed, "world", lambda: self.size)
+        monkeypatch.setattr(distributed, "rank", lambda: self.own.rank)
+        monkeypatch.setattr(distributed, "gather", lambda rows: torch.cat(self.exchange(rows)))
+        monkeypatch.setattr(distributed, "total", lambda value: torch.stack(self.exchange(value)).sum(0))
 
     def exchange(self, mine: Tensor) -> list[Tensor]:
         self.box[self.own.rank] = mine

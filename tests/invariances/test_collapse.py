@@ -8,27 +8,27 @@ import pytest
 import torch
 from tiny import CPU, RUN, Run, edit
 
-from dino import checkpoint, load
-from dino.analysis.advice import advise, foresee, milder
-from dino.analysis.health import LINES, Monitor
-from dino.analysis.vital_signs import read_said
-from dino.config import differences
-from dino.data.augment import Augment
-from dino.data.scenes import Scenes
-from dino.errors import Diverged
-from dino.events import Logged, Started
-from dino.methods.byol import BYOLConfig
-from dino.methods.dino import DINOConfig
-from dino.methods.moco import MoCoConfig
-from dino.methods.supervised import SupervisedConfig
-from dino.presets import paper
-from dino.presets.small import demo, narrow_vit, small, small_vit, vit_tiny
-from dino.run import read_run
-from dino.schedules import Clock
-from dino.session import guard
-from dino.session.training import run_session
-from dino.terminal import Terminal
-from dino.training import build_method, train
+from dino_ssl import checkpoint, load
+from dino_ssl.api.training import run_session
+from dino_ssl.collapse import policy
+from dino_ssl.collapse.checks import advise, check_config, relax
+from dino_ssl.collapse.monitor import LINES, Monitor
+from dino_ssl.config import differences
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.data.transforms.augment import Augment
+from dino_ssl.errors import Diverged
+from dino_ssl.events import Logged, Started
+from dino_ssl.methods.byol import BYOLConfig
+from dino_ssl.methods.dino import DINOConfig
+from dino_ssl.methods.moco import MoCoConfig
+from dino_ssl.methods.supervised import SupervisedConfig
+from dino_ssl.presets import paper
+from dino_ssl.presets.small import demo, narrow_vit, small, small_vit, vit_tiny
+from dino_ssl.report.health_section import read_said
+from dino_ssl.run import read_run
+from dino_ssl.schedules import Clock
+from dino_ssl.terminal import Terminal
+from dino_ssl.training import build_method, train
 
 DULL = edit(
     RUN,
@@ -37,7 +37,7 @@ DULL = edit(
     views=dict(local=0),
     optim=dict(epochs=12, lr=0.03),
     save_minutes=60,
-    cache="memory",
+    cache=True,
 )
 """44 pictures in colours that are all changed: too few and too alike to hold on to, so that what is wrong shows in 60
 steps."""
@@ -108,7 +108,7 @@ def test_a_healthy_run_raises_none(tmp_path: Path, method: Any) -> None:
     if isinstance(method, SupervisedConfig):
         run = edit(run, views=Augment(size=32))
     assert said(run, tmp_path) == {}
-    assert foresee(edit(run, optim=dict(epochs=20)), 10, 80) == []
+    assert check_config(edit(run, optim=dict(epochs=20)), 10, 80) == []
 
 
 # -- before the first step ---------------------------------------------------------------------------------
@@ -131,35 +131,35 @@ def test_a_healthy_run_raises_none(tmp_path: Path, method: Any) -> None:
 )
 def test_settings_that_are_known_to_collapse_are_named_before_the_first_step(changes: dict, named: str) -> None:
     run = edit(Run(), method=dict(out_dim=4096))
-    assert foresee(run, 100, 6500) == []
-    (finding,) = foresee(edit(run, **changes), 100, 6500)
+    assert check_config(run, 100, 6500) == []
+    (finding,) = check_config(edit(run, **changes), 100, 6500)
     assert finding.name == named
 
 
 def test_no_recipe_is_warned_of() -> None:
     for recipe in (getattr(paper, name) for name in dir(paper) if name.startswith(("vit", "resnet"))):
-        assert foresee(recipe(), 1_281_167 // recipe().optim.batch_size, 1_281_167) == []
+        assert check_config(recipe(), 1_281_167 // recipe().optim.batch_size, 1_281_167) == []
     for recipe in (small, small_vit, narrow_vit, demo, vit_tiny):
-        pictures = 1800 if recipe is demo else 6500
-        assert foresee(recipe(), pictures // recipe().optim.batch_size, pictures) == []
+        dataset = 1800 if recipe is demo else 6500
+        assert check_config(recipe(), dataset // recipe().optim.batch_size, dataset) == []
 
 
 def test_what_the_teacher_took_on_is_that_of_the_momenta() -> None:
     """Half its random start is left where the momenta multiply to a half."""
     run = edit(Run(), method=DINOConfig(out_dim=64, momentum=0.5 ** (1 / 200), momentum_end=0.5 ** (1 / 200)))
-    (finding,) = foresee(run, 2, 1000)  # 100 epochs of 2 steps
+    (finding,) = check_config(run, 2, 1000)  # 100 epochs of 2 steps
     assert "50%" in finding.seen
 
 
 def test_milder_settings_never_replace_a_missing_part() -> None:
     run = edit(Run(), method=dict(teacher_temp=0.06, warmup_teacher_temp=0.04))
-    changed = {name: new for name, _, new in differences(run, milder(run, "Uniform collapse"))}
+    changed = {name: new for name, _, new in differences(run, relax(run, "Uniform collapse"))}
     assert changed == {
         "optim.lr": run.optim.lr / 2,
         "method.teacher_temp": pytest.approx(0.045),
         "method.warmup_teacher_temp": pytest.approx(0.03),
     }
-    assert milder(edit(run, method=dict(targets="none")), "Collapse to one prototype") is None
+    assert relax(edit(run, method=dict(targets="none")), "Collapse to one prototype") is None
 
 
 # -- what a session does about it --------------------------------------------------------------------------
@@ -188,8 +188,8 @@ def test_rollback_goes_on_from_the_last_healthy_checkpoint(
 ) -> None:
     """In the second epoch the teacher's temperature is 2, and everything uniform; then 1.5, which is still too much. A
     checkpoint is trusted soon, so that few steps do."""
-    monkeypatch.setattr(guard, "MARGIN", 3)
-    monkeypatch.setattr(guard, "ROLLBACKS", 1)
+    monkeypatch.setattr(policy, "MARGIN", 3)
+    monkeypatch.setattr(policy, "ROLLBACKS", 1)
     hot = dict(teacher_temp=2.0, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=2)
     run = edit(HEALTHY, data=dict(count=160), method=hot, optim=dict(epochs=2, batch_size=4), save_minutes=0)
     outcome, out = session(edit(run, on_collapse="rollback", out=str(tmp_path / "run")), capsys)
@@ -222,15 +222,15 @@ class Line(NamedTuple):
 GOOD, BAD = Line(3.0, 2.0), Line(math.log(64), math.log(64), 0.0, math.log(64))
 
 
-def guarded_run(tmp_path: Path, **changes: Any) -> tuple[guard.Guard, Started]:
+def guarded_run(tmp_path: Path, **changes: Any) -> tuple[policy.CollapsePolicy, Started]:
     run = edit(HEALTHY, out=str(tmp_path / "run"), **changes)
     started = Started(Clock(0, 10, 100), build_method(run), run.data.open(), None, {}, {})
-    watching = guard.Guard(run, Terminal(quiet=True), is_main=True)
+    watching = policy.CollapsePolicy(run, Terminal(quiet=True), is_main=True)
     watching.begin(started)
     return watching, started
 
 
-def feed(watching: guard.Guard, steps: range, line: Line, *, save_at: int = -1) -> list[int]:
+def feed(watching: policy.CollapsePolicy, steps: range, line: Line, *, save_at: int = -1) -> list[int]:
     """The steps at which training was to end; a checkpoint of that step is saved after the line of `save_at`."""
     ended = []
     for step in steps:

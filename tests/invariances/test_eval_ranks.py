@@ -9,7 +9,7 @@ import all_evals
 import pytest
 from tiny import run_on_ranks
 
-from dino.evals import EVALUATIONS
+from dino_ssl.evals import EVALUATIONS
 
 
 @pytest.fixture(scope="module")

@@ -8,24 +8,26 @@ from pathlib import Path
 import pytest
 from tiny import CPU, edit, fit, last, same_training, tiny
 
-from dino.analysis.report import write_report
-from dino.config import from_dict
-from dino.data.scenes import Scenes
-from dino.errors import UserError
-from dino.evals.ask import Ask
-from dino.evals.attention_masks import AttentionMasks
-from dino.evals.evaluator import Site
-from dino.evals.knn import KNN
-from dino.events import Logged, Measured, Measuring
-from dino.logs import read_metrics
-from dino.models.pretrained import load
-from dino.models.timm import Timm
-from dino.run import Run, read_run
-from dino.training import train
+from dino_ssl.config import from_dict
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.errors import UserError
+from dino_ssl.evals.attention_masks import AttentionMasks
+from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.knn import KNN
+from dino_ssl.evals.scheduled import ScheduledEval
+from dino_ssl.events import Logged, Measured, Measuring
+from dino_ssl.metrics import read_metrics
+from dino_ssl.models.pretrained import load
+from dino_ssl.models.timm import Timm
+from dino_ssl.report.run_report import write_report
+from dino_ssl.run import Run, read_run
+from dino_ssl.training import train
 
 PHOTOS = Scenes(count=24, size=32, classes=4, seed=3)
-EVERY = Ask(evaluation=KNN(k=(3,), held_back=0.5), sources=(PHOTOS,), every_epochs=2)
-AT_THE_END = Ask(evaluation=AttentionMasks(mass=(0.6,), size=32), sources=(Scenes(count=4, size=32, part="val"),))
+EVERY = ScheduledEval(evaluation=KNN(k=(3,), val_fraction=0.5), sources=(PHOTOS,), every_epochs=2)
+AT_THE_END = ScheduledEval(
+    evaluation=AttentionMasks(mass=(0.6,), size=32), sources=(Scenes(count=4, size=32, part="val"),)
+)
 KNN_LABEL, MASKS_LABEL = EVERY.label, AT_THE_END.label
 
 
@@ -62,10 +64,10 @@ def test_the_last_answer_is_that_of_the_network_that_comes_out(asked: tuple[Run,
     """Of the teacher: the student's attention is another."""
     run, _ = asked
     for ask in run.evals:
-        values = ask.evaluation.bind(ask.sources, Site(size=32))(load(run.out))
+        values = ask.evaluation.bind(ask.sources, EvalContext(size=32))(load(run.out))
         line = told(run)[ask.label][-1]
         assert {name: line[name] for name in values} == pytest.approx(dict(values))
-    student = AT_THE_END.evaluation.bind(AT_THE_END.sources, Site(size=32))(load(run.out, which="student"))
+    student = AT_THE_END.evaluation.bind(AT_THE_END.sources, EvalContext(size=32))(load(run.out, which="student"))
     assert student["jaccard 60%"] != pytest.approx(line["jaccard 60%"])
 
 
@@ -118,11 +120,17 @@ def test_training_is_saved_before_what_may_take_long(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ask", "change", "said"),
     [
-        (Ask(evaluation=KNN(), sources=("nowhere",)), {}, r'--evals "knn nowhere" cannot be asked: .*nowhere'),
+        (
+            ScheduledEval(evaluation=KNN(), sources=("nowhere",)),
+            {},
+            r'--evals "knn nowhere" cannot be asked: .*nowhere',
+        ),
         (AT_THE_END, dict(backbone=Timm(name="test_resnet")), "attention-masks scenes .*expected a Vision Transformer"),
     ],
 )
-def test_what_cannot_be_asked_is_said_before_the_first_step(ask: Ask, change: dict, said: str, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_said_before_the_first_step(
+    ask: ScheduledEval, change: dict, said: str, tmp_path: Path
+) -> None:
     run = tiny(tmp_path / "run", evals=(ask,), **change)
     events = []
     with pytest.raises(UserError, match=said):
@@ -147,5 +155,5 @@ def test_the_report_shows_them(asked: tuple[Run, list], tmp_path: Path) -> None:
 def test_tensorboard_has_them(asked: tuple[Run, list]) -> None:
     """Under what was asked, so that two evaluations do not share a curve."""
     written = b"".join(file.read_bytes() for file in Path(asked[0].out, "tensorboard").iterdir())
-    assert b"knn_scenes_--k_3_--held-back_0.5/3-NN" in written
+    assert b"knn_scenes_--k_3_--val-fraction_0.5/3-NN" in written
     assert re.search(rb"attention-masks_scenes[-\w.]*/jaccard_60", written)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from tiny import CPU, RUN, edit, fit
 
-from dino.data.pictures import Pictures
-from dino.events import Evaluated, Started
-from dino.logs import read_metrics
-from dino.methods.dino import DINOConfig
-from dino.training import train
+from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.events import Evaluated, Started
+from dino_ssl.methods.dino import DINOConfig
+from dino_ssl.metrics import read_metrics
+from dino_ssl.training import train
 
 assert isinstance(RUN.method, DINOConfig)
 LN_K = math.log(RUN.method.out_dim)
@@ -47,7 +47,7 @@ def test_fig7_each_half_alone_collapses(tmp_path: Path, parts: dict, entropy: tu
     assert kl[0] <= np.mean([line["kl"] for line in end]) <= kl[1]
 
 
-class Paints(Pictures):
+class Paints(ImageDataset):
     """Four paints in any light, on stripes of any width and phase: pixels see the light and the stripes.
 
     paint: what a paint leaves of the light in the channels that are not its own; nearer to 1, paler and harder.
@@ -74,7 +74,7 @@ class Paints(Pictures):
 
 @pytest.mark.parametrize("targets", ["centering", "sinkhorn"])
 def test_it_learns(tmp_path: Path, targets: str) -> None:
-    """20-NN on held-back pictures: far above chance (25 %) and raw pixels, not below the untrained network,
+    """20-NN on val-fraction pictures: far above chance (25 %) and raw pixels, not below the untrained network,
     as a run is whose features fall together."""
     run = edit(
         LONGER,
@@ -82,15 +82,15 @@ def test_it_learns(tmp_path: Path, targets: str) -> None:
         method=dict(momentum=0.98, targets=targets),
         optim=dict(epochs=10, batch_size=16, lr=0.016, weight_decay_end=0.04),
         views=OF_PAINT,
-        knn=dict(every_epochs=5, held_back=0.3),
+        online_eval=dict(every_epochs=5, val_fraction=0.3),
         log_every=1000,
     )
     started, *rest = train(run, CPU, Paints(240))
     assert isinstance(started, Started)
-    floors = {name: values["20-NN"] for name, values in started.baselines.items()}
+    references = {name: values["20-NN"] for name, values in started.baselines.items()}
     lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
     reached = [event.values["20-NN"] for event in rest if isinstance(event, Evaluated)]
-    assert reached[-1] > floors["raw_pixels"] + 10, (floors, reached)
-    assert reached[-1] >= floors["random_weights"], (floors, reached)
+    assert reached[-1] > references["raw_pixels"] + 10, (references, reached)
+    assert reached[-1] >= references["random_weights"], (references, reached)
     assert lines[-1]["loss"] < LN_K
     assert 0.05 * LN_K < lines[-1]["teacher_entropy"] < 0.95 * LN_K

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from dino.data import loader
-from dino.data.augment import Augment
-from dino.data.loader import epoch_order, eval_batches, mix_rng, sample_rng, train_batches
-from dino.data.pictures import BadImage, Pictures
-from dino.data.views import MultiCrop
-from dino.errors import UserError
+from dino_ssl.data import loader
+from dino_ssl.data.dataset import BadImage, ImageDataset
+from dino_ssl.data.loader import epoch_order, eval_batches, mix_rng, sample_rng, train_batches
+from dino_ssl.data.transforms.augment import Augment
+from dino_ssl.data.transforms.multi_crop import MultiCrop
+from dino_ssl.errors import UserError
 
 VIEWS = MultiCrop(global_size=16, local_size=8, local=3)
 
 
-class Drawn(Pictures):
+class Drawn(ImageDataset):
     """n small pictures of noise, of different sizes; those in `bad` cannot be read."""
 
     def __init__(self, n: int, bad: tuple[int, ...] = (), kill: int = -1) -> None:
@@ -34,9 +34,9 @@ class Drawn(Pictures):
         return np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def steps(pictures=None, **changes):
+def steps(dataset=None, **changes):
     settings = {"batch_size": 4, "seed": 3, "epochs": 2} | changes
-    return list(train_batches(Drawn(10) if pictures is None else pictures, VIEWS, **settings))
+    return list(train_batches(Drawn(10) if dataset is None else dataset, VIEWS, **settings))
 
 
 def assert_same(left, right):
@@ -48,13 +48,13 @@ def assert_same(left, right):
 
 
 def test_a_step_holds_the_views_of_its_pictures():
-    pictures = Drawn(10)
+    dataset = Drawn(10)
     step = steps()[3]
     assert step[:2] == (1, 1)
     order = epoch_order(3, 1, 10)[4:8]
     assert step.batch.labels.tolist() == (order % 3).tolist()
     for at, index in enumerate(order.tolist()):
-        crops = VIEWS(pictures.read(index), sample_rng(3, 1, index))
+        crops = VIEWS(dataset.read(index), sample_rng(3, 1, index))
         for v, crop in enumerate(crops):
             stack, place = (step.batch.views[0], v) if v < 2 else (step.batch.views[1], v - 2)
             assert stack.movedim(-3, -1).is_contiguous()  # the order of bytes that networks and `normalize` take
@@ -63,16 +63,16 @@ def test_a_step_holds_the_views_of_its_pictures():
 
 def test_a_picture_may_come_several_times_in_a_row():
     """10 pictures, 3 times each, in batches of 4: the order's first, cut at the length of an epoch."""
-    recipe, pictures = Augment(size=16, repeats=3), Drawn(10)
-    made = list(train_batches(pictures, recipe, batch_size=4, seed=3, epochs=1))
+    recipe, dataset = Augment(size=16, repeats=3), Drawn(10)
+    made = list(train_batches(dataset, recipe, batch_size=4, seed=3, epochs=1))
     seen = np.repeat(epoch_order(3, 0, 10), 3)[:8].tolist()
     assert [step.batch.views[0].shape for step in made] == [(1, 4, 3, 16, 16)] * 2
     assert torch.cat([step.batch.labels for step in made]).tolist() == [index % 3 for index in seen]
     views = torch.cat([step.batch.views[0][0] for step in made]).permute(0, 2, 3, 1).numpy()
     for at, index in enumerate(seen):
-        np.testing.assert_array_equal(views[at], recipe(pictures.read(index), sample_rng(3, 0, index, at % 3))[0])
+        np.testing.assert_array_equal(views[at], recipe(dataset.read(index), sample_rng(3, 0, index, at % 3))[0])
     assert len({view.tobytes() for view in views}) == 8  # each copy is augmented anew
-    ranks = [train_batches(pictures, recipe, batch_size=4, seed=3, epochs=1, rank=r, world=2) for r in (0, 1)]
+    ranks = [train_batches(dataset, recipe, batch_size=4, seed=3, epochs=1, rank=r, world=2) for r in (0, 1)]
     for step, *parts in zip(made, *ranks, strict=True):
         for rank, part in enumerate(parts):
             assert torch.equal(part.batch.views[0], step.batch.views[0][:, rank::2])
@@ -157,13 +157,13 @@ def test_workers_outlive_ctrl_c_and_sigterm():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_eval_batches_cover_all_in_order_without_the_bad(workers):
-    pictures = Drawn(9, bad=(4,))
-    got = list(eval_batches(pictures, 14, 4, workers))
+    dataset = Drawn(9, bad=(4,))
+    got = list(eval_batches(dataset, 14, 4, workers))
     assert torch.cat([i for i, _ in got]).tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
     assert [len(i) for i, _ in got] == [4, 3, 1]
     assert all(images.shape[1:] == (3, 14, 14) for _, images in got)
     assert all(images.is_contiguous(memory_format=torch.channels_last) for _, images in got)
-    some = list(eval_batches(pictures, 14, 4, workers, indices=[7, 2]))
+    some = list(eval_batches(dataset, 14, 4, workers, indices=[7, 2]))
     assert some[0][0].tolist() == [7, 2]
     assert torch.equal(some[0][1], torch.stack([got[1][1][2], got[0][1][2]]))
 

@@ -8,19 +8,19 @@ import pytest
 import torch
 from tiny import CPU, RUN, differences, last, run_on_ranks
 
-from dino.config import edit, to_dict
-from dino.data.augment import Augment
-from dino.data.views import Batch
-from dino.errors import UserError
-from dino.logs import read_metrics
-from dino.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
-from dino.models.timm import Timm
-from dino.presets import memory
-from dino.presets.plan import plan
-from dino.run import Run
-from dino.runtime import Runtime, machine
-from dino.schedules import Clock
-from dino.training import State, build_method, train, train_step
+from dino_ssl.config import edit, to_dict
+from dino_ssl.data.transforms.augment import Augment
+from dino_ssl.data.transforms.multi_crop import Batch
+from dino_ssl.errors import UserError
+from dino_ssl.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
+from dino_ssl.metrics import read_metrics
+from dino_ssl.models.timm import Timm
+from dino_ssl.presets import memory
+from dino_ssl.presets.plan import plan
+from dino_ssl.run import Run
+from dino_ssl.runtime import Runtime, machine
+from dino_ssl.schedules import Clock
+from dino_ssl.training import State, build_method, prepare_model, train, train_step
 
 HERE = Path(__file__).parent
 STILL = edit(RUN, backbone=dict(drop_path=0.0), optim=dict(algorithm="sgd", lr=1.0, warmup_epochs=0))
@@ -42,11 +42,11 @@ def batch(count: int = 7) -> Batch:
     return Batch(tuple(views), torch.arange(count))
 
 
-def trained(run: Run, rt: Runtime = CPU) -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
+def trainable(run: Run, rt: Runtime = CPU) -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
     """(the method's state after three steps, what each step measured)"""
     method = build_method(run, classes=7)
-    rt.prepare(method)
-    state = State(method, run.optim.build(method.trained), rt.scaler())
+    prepare_model(method, rt)
+    state = State(method, run.optim.build(method.trainable), rt.scaler())
     measured = [train_step(state, method, batch(), Clock(step, 2, 3), run, rt) for step in range(3)]
     return method.state_dict(), measured
 
@@ -74,7 +74,7 @@ def test_no_more_pictures_than_asked_for_pass_at_once() -> None:
     method, seen = build_method(run), []
     for network in (method.student, method.teacher):
         network.backbone.register_forward_hook(lambda _, inputs, out: seen.append(len(out)))
-    state = State(method, run.optim.build(method.trained), CPU.scaler())
+    state = State(method, run.optim.build(method.trainable), CPU.scaler())
     train_step(state, method, batch(), Clock(0, 2, 3), run, CPU)
     assert max(seen) == 2 * 3
     assert sum(seen) == 7 * (2 + 2 + 2), "each view of each picture once"
@@ -123,22 +123,22 @@ def test_auto_writes_a_number_into_the_run(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(memory, "step_memory", lambda run, here, count, classes: 100e6 + count * 50e6)
     here = machine()
     run = edit(STILL, optim=dict(micro_batch="auto", batch_size=20))
-    pictures = run.data.open()
+    dataset = run.data.open()
     for gigabytes, size in ((100, 0), (0.8, 7), (0.2, 1)):
         # 0.7 * 800 MB less 100 MB is room for 9 of 50 MB: 20 pictures go in three parts of at most 7
         small = here.__class__(**{**vars(here), "memory": int(gigabytes * 1e9)})
-        planned = plan(pictures, small, preset=run)
+        planned = plan(dataset, small, preset=run)
         assert planned.run.optim.micro_batch == size
         row = next(reason for reason in planned.reasons if reason.name == "micro-batch")
         assert "48 MiB" in row.why
-    together = plan(pictures, here, preset=edit(run, method=dict(head_norm="batch")))
+    together = plan(dataset, here, preset=edit(run, method=dict(head_norm="batch")))
     assert together.run.optim.micro_batch == 0
 
 
 def test_a_counted_step_grows_with_its_pictures_and_not_with_what_is_recomputed() -> None:
     two, four, eight = (memory.step_memory(STILL, machine(), count, 1) for count in (2, 4, 8))
     assert (eight - four) == pytest.approx(2 * (four - two), rel=0.05)
-    again = edit(STILL, recompute=True)
+    again = edit(STILL, grad_checkpointing=True)
     assert memory.step_memory(again, machine(), 8, 1) - memory.step_memory(again, machine(), 4, 1) < 0.5 * (
         eight - four
     )
@@ -162,10 +162,10 @@ def test_recomputing_changes_nothing(timm: bool) -> None:
         blocks = network.net.blocks if timm else network.blocks
         calls.append(0)
         blocks[0].register_forward_pre_hook(lambda *_: calls.append(calls.pop() + 1))
-        optimizer = State(method, run.optim.build(method.trained), CPU.scaler())
+        optimizer = State(method, run.optim.build(method.trainable), CPU.scaler())
         torch.manual_seed(3)
         train_step(optimizer, method, batch(), Clock(0, 2, 3), run, CPU)
         return method.state_dict()
 
-    assert not differences(state(edit(run, recompute=True)), state(run), same=close)
+    assert not differences(state(edit(run, grad_checkpointing=True)), state(run), same=close)
     assert calls == [4, 2], "each resolution's blocks once more"

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from dino_ssl.fast.views import WIDTH
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -23,17 +24,16 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dino.config import edit
-from dino.data.loader import Job
-from dino.data.views import Batch, MultiCrop
-from dino.fast import held
-from dino.fast.views import WIDTH
-from dino.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
-from dino.models.vit import ViT
-from dino.run import Run
-from dino.runtime import Runtime
-from dino.schedules import Clock
-from dino.training import State, build_method, train_step
+from dino_ssl.config import edit
+from dino_ssl.data.loader import BatchSpec
+from dino_ssl.data.transforms.multi_crop import Batch, MultiCrop
+from dino_ssl.kernels import held
+from dino_ssl.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
+from dino_ssl.models.vit import ViT
+from dino_ssl.run import Run
+from dino_ssl.runtime import Runtime
+from dino_ssl.schedules import Clock
+from dino_ssl.training import State, build_method, prepare_model, train_step
 
 CARD = torch.device("cuda", 0)
 RUN = edit(
@@ -134,15 +134,15 @@ def on_the_card(run: Run, mode: FakeTensorMode) -> tuple[Runtime, State, nn.Modu
     method = build_method(run, classes=3)
     with FakeCopyMode(mode):
         method = copy.deepcopy(method)
-    model = rt.prepare(method)
+    model = prepare_model(method, rt)
     assert {one.device for one in method.state_dict().values()} == {CARD}
-    state = State(method, run.optim.build(method.trained), torch.amp.GradScaler("cpu", enabled=False))
-    views = tuple(torch.zeros(n, 4, 3, side, side, dtype=torch.uint8) for n, side in run.views.stacks)
+    state = State(method, run.optim.build(method.trainable), torch.amp.GradScaler("cpu", enabled=False))
+    views = tuple(torch.zeros(n, 4, 3, side, side, dtype=torch.uint8) for n, side in run.views.view_shapes)
     return rt, state, model, Batch(views, torch.zeros(4, dtype=torch.int64))
 
 
 def take(rt: Runtime, state: State, model: nn.Module, batch: Batch, run: Run, step: int) -> dict[str, Tensor]:
-    for one in state.method.trained.parameters():
+    for one in state.method.trainable.parameters():
         one.grad = torch.zeros_like(one)
     rt.seed_step(0, step)
     return train_step(state, model, batch, Clock(step, 10, run.optim.epochs), run, rt)
@@ -181,11 +181,11 @@ def test_views_of_pictures_that_stay_there(card: FakeTensorMode) -> None:
     """The card is sent which pictures, what chance decided of each view, and which views a step is for."""
     views = MultiCrop(global_size=32, local_size=16, local=2)
     draws = held.Draws(np.full((8, 2), 40), {}, {}, views, 0)
-    drawn = draws(Job(0, 0, np.arange(8), np.zeros(8, np.int64)))
+    drawn = draws(BatchSpec(0, 0, np.arange(8), np.zeros(8, np.int64)))
     pixels = torch.zeros(8, 3, 40, 40, dtype=torch.uint8, device=CARD)
     with Crossings() as crossings:
         made = held.make_views(pixels, drawn.used, drawn.draws, views)
-    assert [(one.device, tuple(one.shape)) for one in made] == [(CARD, (n, 8, 3, s, s)) for n, s in views.stacks]
+    assert [(one.device, tuple(one.shape)) for one in made] == [(CARD, (n, 8, 3, s, s)) for n, s in views.view_shapes]
     assert crossings.shapes.count((16, WIDTH)) == 2
     assert all(len(shape) == 1 for shape in crossings.shapes if shape != (16, WIDTH))
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from tiny import fit, same_training, tiny
 
-from dino.data.folder import Folder
-from dino.data.packing import Packing
-from dino.data.scenes import Scenes
+from dino_ssl.data.folder import Folder
+from dino_ssl.data.packing import Packing
+from dino_ssl.data.synthetic.scenes import Scenes
 
 
 def test_training_from_a_pack_is_training_from_its_folder(tmp_path: Path) -> None:

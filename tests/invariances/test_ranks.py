@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny import Run, differences, edit, fit, last, spawn_ranks, tiny
 
-from dino.data.scenes import Scenes
-from dino.evals.ask import Ask
-from dino.evals.knn import KNN
-from dino.logs import read_metrics
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.evals.knn import KNN
+from dino_ssl.evals.scheduled import ScheduledEval
+from dino_ssl.metrics import read_metrics
 
 SAME_MEANING = {"loss", "teacher_entropy", "kl", "lr", "weight_decay", "momentum", "teacher_temp"}
 """Means over pictures are equal over any number of ranks; the marginal entropy is of a rank's own batch."""
@@ -41,8 +41,12 @@ def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
         tmp_path / "one",
         backbone=dict(drop_path=0.0),
         optim=dict(algorithm="sgd", lr=1.0, epochs=2),
-        knn=dict(every_epochs=1),
-        evals=(Ask(evaluation=KNN(k=(3,)), sources=(Scenes(count=30, size=32, classes=4, seed=1),), every_epochs=1),),
+        online_eval=dict(every_epochs=1),
+        evals=(
+            ScheduledEval(
+                evaluation=KNN(k=(3,)), sources=(Scenes(count=30, size=32, classes=4, seed=1),), every_epochs=1
+            ),
+        ),
         keep_every=1,
     )
     fit(one)

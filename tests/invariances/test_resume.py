@@ -9,13 +9,13 @@ import torch
 from tensorboardX.event_file_writer import EventsWriter
 from tiny import CPU, Run, edit, fit, last, same_training, spawn, tiny
 
-from dino import checkpoint
-from dino.data.scenes import Scenes
-from dino.errors import UserError
-from dino.events import Ended, Evaluated, Logged, Started
-from dino.logs import Log, read_metrics
-from dino.models.pretrained import file_of_run
-from dino.training import train
+from dino_ssl import checkpoint
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.errors import UserError
+from dino_ssl.events import Ended, Evaluated, Logged, Started
+from dino_ssl.metrics import Log, read_metrics
+from dino_ssl.models.pretrained import file_of_run
+from dino_ssl.training import train
 
 TIMES = {"time", "images_per_s", "wait"}
 """What a clock on the wall says, and no two runs agree about."""
@@ -26,7 +26,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run that nobody interrupted, with its k-NN."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run = tiny(tmp_path_factory.mktemp("whole") / "run", knn=dict(every_epochs=1))
+    run = tiny(tmp_path_factory.mktemp("whole") / "run", online_eval=dict(every_epochs=1))
     ended = fit(run)[-1]
     torch.set_num_threads(threads)
     assert isinstance(ended, Ended)
@@ -131,7 +131,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 
 def test_evaluations_in_between_change_nothing(tmp_path: Path, whole: Run) -> None:
     """k-NN every epoch, once at the end, or somebody who looks at the backbone after every step."""
-    seldom = edit(whole, out=str(tmp_path / "seldom"), knn=dict(every_epochs=3))
+    seldom = edit(whole, out=str(tmp_path / "seldom"), online_eval=dict(every_epochs=3))
     assert len([e for e in fit(seldom) if isinstance(e, Evaluated)]) == 1
     assert not [d for d in same_training(seldom, whole) if not d.startswith("/best")]
 

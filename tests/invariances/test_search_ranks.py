@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from dino import dist
-from dino.data.scenes import Scenes
-from dino.evals.copy_detection import CopyDetection
-from dino.evals.evaluator import Site
-from dino.evals.retrieval import Retrieval
-from dino.models.vit import ViT
+from dino_ssl import distributed
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.copy_detection import CopyDetection
+from dino_ssl.evals.retrieval import Retrieval
+from dino_ssl.models.vit import ViT
 
 SCENES = Scenes(count=5, size=32, part="test")
 
@@ -39,9 +39,9 @@ def on_ranks(world: int, work: Callable[[], Any], monkeypatch: pytest.MonkeyPatc
             results[rank] = error
             meet.abort()
 
-    monkeypatch.setattr(dist, "world", lambda: world)
-    monkeypatch.setattr(dist, "rank", lambda: here.rank)
-    monkeypatch.setattr(dist, "gather", gather)
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    monkeypatch.setattr(distributed, "rank", lambda: here.rank)
+    monkeypatch.setattr(distributed, "gather", gather)
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:
         thread.start()
@@ -56,7 +56,7 @@ def test_two_ranks_give_what_one_gives(settings: Retrieval | CopyDetection, monk
     network = ViT(width=48, depth=1, heads=3, patch=8, image_size=32).build().eval()
 
     def work() -> Any:
-        return settings.bind([SCENES.open()], Site(size=32, batch_size=3))(copy.deepcopy(network))
+        return settings.bind([SCENES.open()], EvalContext(size=32, batch_size=3))(copy.deepcopy(network))
 
     alone = work()
     for scores in on_ranks(2, work, monkeypatch):

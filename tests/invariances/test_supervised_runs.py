@@ -9,21 +9,21 @@ import torch
 from tiny import RUN, differences, edit, fit, last, same_training, spawn_ranks
 from torch import nn
 
-from dino.config import from_dict, to_dict
-from dino.data.augment import Augment
-from dino.data.pictures import Pictures
-from dino.data.scenes import Scenes
-from dino.data.views import MultiCrop
-from dino.errors import UserError
-from dino.evals.accuracy import Accuracy
-from dino.evals.evaluator import Site
-from dino.events import Evaluated, Started
-from dino.logs import read_metrics
-from dino.methods.supervised import SupervisedConfig
-from dino.models.backbone import Backbone, Features
-from dino.models.heads import Network
-from dino.models.pretrained import load
-from dino.run import Run, read_run
+from dino_ssl.config import from_dict, to_dict
+from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.data.transforms.augment import Augment
+from dino_ssl.data.transforms.multi_crop import MultiCrop
+from dino_ssl.errors import UserError
+from dino_ssl.evals.accuracy import Accuracy
+from dino_ssl.evals.base import EvalContext
+from dino_ssl.events import Evaluated, Started
+from dino_ssl.methods.supervised import SupervisedConfig
+from dino_ssl.metrics import read_metrics
+from dino_ssl.models.backbone import Backbone, Features
+from dino_ssl.models.heads import Network
+from dino_ssl.models.pretrained import load
+from dino_ssl.run import Run, read_run
 
 LABELS = edit(
     RUN,
@@ -36,7 +36,7 @@ LABELS = edit(
 
 
 def test_a_run_left_in_the_middle_ends_where_it_would_have(tmp_path: Path) -> None:
-    whole = edit(LABELS, out=str(tmp_path / "whole"), knn=dict(every_epochs=1))
+    whole = edit(LABELS, out=str(tmp_path / "whole"), online_eval=dict(every_epochs=1))
     evaluated = [event for event in fit(whole) if isinstance(event, Evaluated)]
     assert [event.name for event in evaluated] == ["accuracy"] * 2
     part = edit(whole, out=str(tmp_path / "part"))
@@ -52,7 +52,7 @@ def test_a_run_left_in_the_middle_ends_where_it_would_have(tmp_path: Path) -> No
 
 
 def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
-    whole = edit(LABELS, out=str(tmp_path / "one"), backbone=dict(drop_path=0.0), knn=dict(every_epochs=1))
+    whole = edit(LABELS, out=str(tmp_path / "one"), backbone=dict(drop_path=0.0), online_eval=dict(every_epochs=1))
     fit(whole)
     halves = edit(whole, out=str(tmp_path / "two"))
     spawn_ranks(halves, 2)
@@ -63,7 +63,7 @@ def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
             assert line[name] == pytest.approx(expected[name], abs=1e-5), (line["step"], name)
 
 
-class Paints(Pictures):
+class Paints(ImageDataset):
     """Two paints in any light."""
 
     def __init__(self, count: int) -> None:
@@ -88,15 +88,15 @@ def test_it_learns_and_the_classifier_is_asked(tmp_path: Path, monkeypatch: pyte
         out=str(tmp_path / "run"),
         data=Scenes(count=32),
         val=Scenes(count=20),
-        views=dict(operations=0, repeats=1),
+        views=dict(flops=0, repeats=1),
         optim=dict(epochs=6, layer_decay=1.0, lr=0.03),
-        knn=dict(every_epochs=6),
+        online_eval=dict(every_epochs=6),
         save_minutes=60,
     )
     events = fit(run)
     started = next(event for event in events if isinstance(event, Started))
-    assert started.held_back is not None
-    assert (len(started.train), len(started.held_back)) == (32, 20)  # all are trained on where others are asked
+    assert started.val_fraction is not None
+    assert (len(started.train), len(started.val_fraction)) == (32, 20)  # all are trained on where others are asked
     assert started.baselines == {"majority_class": {"top-1": 50.0, "top-5": 100.0}}
     (evaluated,) = [event for event in events if isinstance(event, Evaluated)]
     assert evaluated.values["top-1"] >= 95
@@ -154,7 +154,7 @@ class Dial(Backbone):
         raise NotImplementedError
 
 
-class Numbers(Pictures):
+class Numbers(ImageDataset):
     def __init__(self, labels: list[int], classes: int) -> None:
         super().__init__(
             names=[str(i) for i in range(len(labels))],
@@ -174,9 +174,9 @@ def test_accuracy_counts_what_is_right_at_once_and_among_five() -> None:
     head.bias.data.zero_()
     # pictures 0 2 4 6 are black, 1 3 5 white; one has no label
     asked = Numbers([0, 6, 4, 0, 5, 5, -1], 7)
-    accuracy = Accuracy(Numbers([5, 5, 4, 0], 7), asked, 8, Site(batch_size=2))
+    accuracy = Accuracy(Numbers([5, 5, 4, 0], 7), asked, 8, EvalContext(batch_size=2))
     network = Network(Dial(), head).train()
     assert accuracy(network) == pytest.approx({"top-1": 100 * 2 / 6, "top-5": 100 * 4 / 6})
     assert network.training
     # 5 is the most frequent; 5, 0, 4 and, of the rest without any, 1 and 2 are the first five
-    assert accuracy.floors()["majority_class"] == pytest.approx({"top-1": 100 * 2 / 6, "top-5": 100 * 5 / 6})
+    assert accuracy.references()["majority_class"] == pytest.approx({"top-1": 100 * 2 / 6, "top-5": 100 * 5 / 6})

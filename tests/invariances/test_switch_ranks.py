@@ -10,10 +10,10 @@ from timm.layers import BatchNormAct2d  # pyright: ignore[reportPrivateImportUsa
 from tiny import RUN, Run, differences, edit, fit, last, run_on_ranks
 from torch import nn
 
-from dino.config import to_dict
-from dino.logs import read_metrics
-from dino.models.batch_norm import over_ranks
-from dino.models.timm import Timm
+from dino_ssl.config import to_dict
+from dino_ssl.metrics import read_metrics
+from dino_ssl.models.sync_bn import convert_sync_batchnorm
+from dino_ssl.models.timm import Timm
 
 CONVNET = Timm(name="resnet18", args=(("channels", "(8, 8, 8, 16)"), ("layers", "(1, 1, 1, 1)")))
 PLAIN = edit(RUN, backbone=dict(drop_path=0.0), optim=dict(algorithm="sgd", lr=0.3, epochs=2), save_minutes=60)
@@ -65,7 +65,7 @@ def test_a_norm_that_brings_its_activation_keeps_it(fused: bool) -> None:
     network(x)  # statistics of its own
     names, parameters = list(network.state_dict()), list(network.parameters())
     expected = network.eval()(x)
-    changed = over_ranks(network, fused=fused)
+    changed = convert_sync_batchnorm(network, fused=fused)
     torch.testing.assert_close(changed.eval()(x), expected)
     assert not isinstance(changed[1], BatchNormAct2d)  # pyright: ignore[reportIndexIssue]
     assert list(changed.state_dict()) == names

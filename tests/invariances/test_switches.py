@@ -9,13 +9,13 @@ import pytest
 import torch
 from tiny import CPU, RUN, differences, edit, fit, last, same_training
 
-from dino.data.views import Batch
-from dino.events import Logged, Started
-from dino.methods.dino import DINO, DINOConfig
-from dino.models.timm import Timm
-from dino.run import Run
-from dino.schedules import Clock
-from dino.training import State, build_method, train, train_step
+from dino_ssl.data.transforms.multi_crop import Batch
+from dino_ssl.events import Logged, Started
+from dino_ssl.methods.dino import DINO, DINOConfig
+from dino_ssl.models.timm import Timm
+from dino_ssl.run import Run
+from dino_ssl.schedules import Clock
+from dino_ssl.training import State, build_method, train, train_step
 
 CONVNET = Timm(name="resnet18", args=(("channels", "(8, 8, 8, 16)"), ("layers", "(1, 1, 1, 1)")))
 SHORT = edit(
@@ -121,7 +121,7 @@ def test_every_head_of_appendix_c_builds_and_trains(norm: Any, act: Any, layers:
     run = edit(RUN, method=method, backbone=dict(width=12, depth=1, heads=1, drop_path=0.0), optim=optim)
     dino = build_method(run)
     assert isinstance(dino, DINO)
-    state = State(dino, run.optim.build(dino.trained), CPU.scaler())
+    state = State(dino, run.optim.build(dino.trainable), CPU.scaler())
     generator = torch.Generator().manual_seed(0)
     batch = Batch((torch.randn(2, 6, 3, 16, 16, generator=generator), torch.randn(1, 6, 3, 8, 8, generator=generator)))
     dino(batch, Clock(0, 30, 1)).loss.backward()

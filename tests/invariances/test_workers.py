@@ -8,7 +8,7 @@ from tiny import edit, fit, same_training, tiny
 
 @pytest.mark.parametrize("knn", [0, 1])
 def test_any_number_of_workers_gives_the_same_weights(tmp_path: Path, knn: int) -> None:
-    alone = tiny(tmp_path / "0", optim=dict(epochs=2), knn=dict(every_epochs=knn))
+    alone = tiny(tmp_path / "0", optim=dict(epochs=2), online_eval=dict(every_epochs=knn))
     fit(alone)
     for workers in (1, 2) if knn == 0 else (2,):
         run = edit(alone, out=str(tmp_path / str(workers)), workers=workers)

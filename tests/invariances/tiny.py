@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from dino import checkpoint
-from dino.config import edit, from_dict, to_dict
-from dino.data.scenes import Scenes
-from dino.data.views import MultiCrop
-from dino.evals.watch import Watch
-from dino.events import Event, Logged
-from dino.methods.dino import DINOConfig
-from dino.models.vit import ViT
-from dino.optim import Optim
-from dino.run import Run
-from dino.runtime import Runtime, start
-from dino.training import train
+from dino_ssl import checkpoint
+from dino_ssl.config import edit, from_dict, to_dict
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.data.transforms.multi_crop import MultiCrop
+from dino_ssl.evals.online import OnlineEval
+from dino_ssl.events import Event, Logged
+from dino_ssl.methods.dino import DINOConfig
+from dino_ssl.models.vit import ViT
+from dino_ssl.optim import Optim
+from dino_ssl.run import Run
+from dino_ssl.runtime import Runtime, start
+from dino_ssl.training import train
 
 CPU = Runtime(torch.device("cpu"), "float32")
 SRC = Path(__file__).parents[2] / "src"
@@ -48,7 +48,7 @@ RUN = Run(
     ),
     views=MultiCrop(global_size=32, local_size=16, local=2),
     optim=Optim(epochs=3, batch_size=8, lr=0.03, warmup_epochs=1, clip=1.0),
-    knn=Watch(every_epochs=0),
+    online_eval=OnlineEval(every_epochs=0),
     workers=0,
     log_every=1,
     save_minutes=0,  # after every step

@@ -4,7 +4,7 @@ A check is a function `check(path) -> Result` that reads one golden file, recomp
 project's code, and says how far apart the two are:
 
     def loss(path: Path) -> Result:
-        from dino.objectives import dino_loss  # inside: a missing module is `todo`, not a crash of the others
+        from dino_ssl.objectives import dino_loss  # inside: a missing module is `todo`, not a crash of the others
 
         data, check = read(path), Check()
         check.close("loss/0", dino_loss(...), data["loss/0"])
@@ -90,7 +90,7 @@ def read(path: Path) -> Any:
 
 def network_of(data: Any) -> Any:
     """The Vision Transformer that vit.npz describes, with its weights."""
-    from dino.models.vit import VisionTransformer
+    from dino_ssl.models.vit import VisionTransformer
 
     config = json.loads(str(data["config"]))
     network = VisionTransformer(

@@ -8,8 +8,8 @@ from golden import Check, Result, read
 
 
 def attention_threshold(path: Path) -> Result:
-    from dino.evals.attention_masks import mass_mask
+    from dino_ssl.evals.attention_masks import top_mass_mask
 
     data, check = read(path), Check()
-    check.equal("mask", mass_mask(np.asarray(data["attention"]), float(data["keep_mass"])), data["mask"])
+    check.equal("mask", top_mass_mask(np.asarray(data["attention"]), float(data["keep_mass"])), data["mask"])
     return check.result()

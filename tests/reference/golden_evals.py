@@ -9,7 +9,7 @@ from golden import Check, Result, read
 
 
 def knn(path: Path) -> Result:
-    from dino.evals.knn import knn_accuracy
+    from dino_ssl.evals.knn import knn_accuracy
 
     data, check = read(path), Check()
     settings = json.loads(str(data["config"]))

@@ -37,7 +37,7 @@ def check_deep(check: Check, where: str, actual: torch.Tensor, expected: np.ndar
 
 def head(path: Path) -> Result:
     """Every head of the file, its depth and its norm read from its weights."""
-    from dino.models.heads import DINOHead
+    from dino_ssl.models.heads import DINOHead
 
     data, check = read(path), Check()
     for tag in sorted({name.split("/")[0] for name in data.files if "/weights/" in name}):
@@ -71,7 +71,7 @@ def official_state_dict_keys(path: Path) -> Result:
 
 def released(name: str, shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     """This project's state dict for an entry of official_state_dict_keys.json."""
-    from dino.models import DINOHead, Network, Timm, ViT
+    from dino_ssl.models import DINOHead, Network, Timm, ViT
 
     if found := re.search(r"vit_(tiny|small|base)_patch(\d+)$", name):
         backbone = ViT(size=found[1], patch=int(found[2])).build()

@@ -11,9 +11,9 @@ from golden import SINGLE, Check, Result, network_of, read
 
 def retrieval(path: Path) -> Result:
     """mAP, AP per query and mean precision of given ranks, exactly."""
-    from dino.data.revisited import Truth
-    from dino.evals.ranking import ranked_places
-    from dino.evals.retrieval import protocol_scores
+    from dino_ssl.data.benchmarks.revisited import Truth
+    from dino_ssl.evals.ranking import ranked_places
+    from dino_ssl.evals.retrieval import protocol_scores
 
     data, check = json.loads(path.read_text()), Check()
     ranks = np.asarray(data["ranks"])
@@ -31,7 +31,7 @@ def retrieval(path: Path) -> Result:
 
 def copy_detection_ap(path: Path) -> Result:
     """AP from the places of the positives that were found, exactly."""
-    from dino.evals.ranking import average_precision
+    from dino_ssl.evals.ranking import average_precision
 
     check = Check()
     for i, case in enumerate(json.loads(path.read_text())):
@@ -41,7 +41,7 @@ def copy_detection_ap(path: Path) -> Result:
 
 def copy_detection_descriptor(path: Path) -> Result:
     """[CLS || GeM of patches] by the network of vit.npz, and a whitening; an eigenvector's sign is free."""
-    from dino.evals.copy_detection import copy_descriptor, fit_whitening, whiten
+    from dino_ssl.evals.copy_detection import copy_descriptor, fit_whitening, whiten
 
     data, check = read(path), Check()
     network = network_of(read(path.with_name("vit.npz")))

@@ -13,8 +13,8 @@ from golden import SINGLE, TRAJECTORY, Check, Result, read, tensors
 
 def loss(path: Path) -> Result:
     """Raw logits to loss, gradient and center, step after step."""
-    from dino.objectives import dino_loss, update_center
-    from dino.schedules import Clock, EpochRamp
+    from dino_ssl.objectives import dino_loss, update_center
+    from dino_ssl.schedules import Clock, EpochRamp
 
     data, check = read(path), Check()
     settings = json.loads(str(data["config"]))
@@ -43,7 +43,7 @@ def loss(path: Path) -> Result:
 
 
 def schedules(path: Path) -> Result:
-    from dino.schedules import Clock, Cosine, Warmup
+    from dino_ssl.schedules import Clock, Cosine, Warmup
 
     data, check = read(path), Check()
     cases = json.loads(str(data["cases"]))
@@ -59,10 +59,10 @@ def schedules(path: Path) -> Result:
 
 def param_groups(path: Path) -> Result:
     """The groups of a student with the file's parameters; the file gives no shapes, groups need none."""
-    from dino.methods.dino import DINOConfig
-    from dino.models.heads import Network
-    from dino.models.vit import ViT
-    from dino.optim import group_of
+    from dino_ssl.methods.dino import DINOConfig
+    from dino_ssl.models.heads import Network
+    from dino_ssl.models.vit import ViT
+    from dino_ssl.optim import group_of
 
     expected = json.loads(path.read_text())
     check = Check()
@@ -84,10 +84,10 @@ def param_groups(path: Path) -> Result:
 
 def trajectory(path: Path) -> Result:
     """A whole training run, through the same Run, DINO, Optim and train_step that `dino train` uses."""
-    from dino.data.views import Batch
-    from dino.runtime import Runtime
-    from dino.schedules import Clock
-    from dino.training import State, build_method, train_step
+    from dino_ssl.data.transforms.multi_crop import Batch
+    from dino_ssl.runtime import Runtime
+    from dino_ssl.schedules import Clock
+    from dino_ssl.training import State, build_method, prepare_model, train_step
 
     data, check = read(path), Check()
     settings, init = json.loads(str(data["config"])), tensors(data, "init")
@@ -96,10 +96,10 @@ def trajectory(path: Path) -> Result:
     method = build_method(run)
     method.student.load_state_dict(init)
     method.teacher.load_state_dict(init)
-    state = State(method, run.optim.build(method.trained), rt.scaler())
+    state = State(method, run.optim.build(method.trainable), rt.scaler())
     clock = Clock(0, settings["iters_per_epoch"], settings["epochs"])
     check.equal("iterations", _count(data, "loss"), clock.steps)
-    model = rt.prepare(method)
+    model = prepare_model(method, rt)
     for step in range(clock.steps):
         views = [torch.from_numpy(data[f"view/{step}/{i}"]) for i in range(settings["n_crops"])]
         groups = [torch.stack(views[:2])] + ([torch.stack(views[2:])] if len(views) > 2 else [])
@@ -117,11 +117,11 @@ def trajectory(path: Path) -> Result:
 
 def _run_of(given: dict[str, Any], init: dict[str, Tensor]) -> Any:
     """A trajectory's `config` in this project's words; what it does not name has the authors' default."""
-    from dino.config import edit
-    from dino.methods.dino import DINOConfig
-    from dino.models.vit import ViT
-    from dino.optim import Optim
-    from dino.run import Run
+    from dino_ssl.config import edit
+    from dino_ssl.methods.dino import DINOConfig
+    from dino_ssl.models.vit import ViT
+    from dino_ssl.optim import Optim
+    from dino_ssl.run import Run
 
     vit, optional = given["vit"], ("student_temp", "center_momentum")
     method = DINOConfig(

@@ -10,7 +10,7 @@ from golden import SINGLE, Check, Result, read
 
 def video_propagation(path: Path) -> Result:
     """Soft labels of every frame after the first, and the label maps at the size of the pictures."""
-    from dino.evals.label_propagation import label_map, propagate
+    from dino_ssl.evals.label_propagation import label_map, propagate
 
     data, check = read(path), Check()
     config = json.loads(str(data["config"]))
@@ -35,7 +35,7 @@ def video_propagation(path: Path) -> Result:
 
 def davis_mini(path: Path) -> Result:
     """Every number of the official scorer on these masks."""
-    from dino.evals.davis_score import score_results
+    from dino_ssl.evals.davis_score import score_results
 
     expected, check = json.loads((path / "expected.json").read_text()), Check()
     actual = score_results(path / "results", path / "DAVIS")

@@ -1,0 +1,72 @@
+"""DINO: self-distillation with no labels. From a folder of pictures to a trained backbone.
+
+    run = dino_ssl.train("photos")              # a plan for these pictures and this machine, then training
+    backbone = dino_ssl.load(run.folder)        # or "dino_vits16", a file, "timm:resnet50"
+    dino_ssl.embed(backbone, "photos").features
+
+Names are imported when they are first used, so that `import dino_ssl` and `dino --help` are quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dino_ssl.api.calls import attention as attention
+    from dino_ssl.api.calls import embed as embed
+    from dino_ssl.api.calls import evaluate as evaluate
+    from dino_ssl.api.calls import train as train
+    from dino_ssl.config import edit as edit
+    from dino_ssl.data.folder import Folder as Folder
+    from dino_ssl.data.synthetic.scenes import Scenes as Scenes
+    from dino_ssl.errors import UserError as UserError
+    from dino_ssl.methods.dino import DINO as DINO
+    from dino_ssl.models.pretrained import load as load
+    from dino_ssl.models.timm import Timm as Timm
+    from dino_ssl.models.vit import ViT as ViT
+    from dino_ssl.run import Run as Run
+
+_HOMES = {
+    "attention": "dino_ssl.api.calls",
+    "embed": "dino_ssl.api.calls",
+    "evaluate": "dino_ssl.api.calls",
+    "train": "dino_ssl.api.calls",
+    "edit": "dino_ssl.config",
+    "Folder": "dino_ssl.data.folder",
+    "Scenes": "dino_ssl.data.synthetic.scenes",
+    "UserError": "dino_ssl.errors",
+    "DINO": "dino_ssl.methods.dino",
+    "load": "dino_ssl.models.pretrained",
+    "Timm": "dino_ssl.models.timm",
+    "ViT": "dino_ssl.models.vit",
+    "Run": "dino_ssl.run",
+}
+__all__ = [
+    "DINO",
+    "Folder",
+    "Run",
+    "Scenes",
+    "Timm",
+    "UserError",
+    "ViT",
+    "__version__",
+    "attention",
+    "edit",
+    "embed",
+    "evaluate",
+    "load",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dino' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

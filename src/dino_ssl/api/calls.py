@@ -1,0 +1,278 @@
+"""What the command line does, as Python calls: train, evaluate, embed, attention. `dino_ssl.load` is the fifth.
+
+run = dino_ssl.train("photos", minutes=30)
+backbone = dino_ssl.load(run.folder)
+features = dino_ssl.embed(backbone, "photos").features
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast, overload
+
+import numpy as np
+
+from dino_ssl import __version__, distributed
+from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint, read_image
+from dino_ssl.api.resolve import find_run, resolve_run, resumed, show_plan
+from dino_ssl.api.training import Outcome, run_session
+from dino_ssl.config import edit, to_dict
+from dino_ssl.data.dataset import ImageDataset, Skipped
+from dino_ssl.data.folder import Folder
+from dino_ssl.data.sources import WORDS, DatasetSource, open_dataset
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.errors import UserError, check_range
+from dino_ssl.evals import find_evaluation
+from dino_ssl.evals.attention_masks import size_to_look_at
+from dino_ssl.evals.base import EvalContext, Evaluation, extract, no_progress, reference_scores
+from dino_ssl.files import write_json
+from dino_ssl.methods import method_named
+from dino_ssl.methods.dino import DINOConfig
+from dino_ssl.models.backbone import Attentive, Backbone
+from dino_ssl.presets import resolve
+from dino_ssl.run import Run
+from dino_ssl.runtime import machine, start
+from dino_ssl.terminal import Done, Terminal
+from dino_ssl.viz.attention import Attention, Point, Query, attend, saliency
+
+Labelled = Callable[[str], AbstractContextManager[Done]]
+"""Given what is about to happen, a context that gives a `Done`."""
+
+
+# -- train -------------------------------------------------------------------------------------------------
+
+
+def train(
+    dataset: DatasetSource,
+    *,
+    preset: str | Run | None = None,
+    out: str | Path | None = None,
+    minutes: float | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    **changes: Any,
+) -> Outcome:
+    """Trains a backbone on pictures; the plan chooses what is not given, as `dino train` does.
+
+    preset: a recipe's name or a Run. changes: fields of `dino_ssl.Run`, nested ones as dicts:
+    `optim=dict(epochs=300), views=dict(local=4)`; `method="byol"` takes a baseline, with settings for these pictures.
+    resume goes on with the run that lies in `out`.
+    """
+    check_range(SimpleNamespace(minutes=minutes), "minutes", above=0)
+    terminal = Terminal(quiet=quiet)
+    data = dataset.path if isinstance(dataset, Folder) else dataset
+    named = Path(data).resolve().name if isinstance(data, str | Path) else "images"
+    folder = Path(out or f"runs/{named}")
+    found = find_run(folder)
+    if found is not None and not resume:
+        raise UserError(f"{folder} holds a run. Pass resume=True to go on with it, or another out=.")
+    if found is None and resume:
+        raise UserError(f"There is nothing to resume in {folder}: expected run.json and checkpoints/last.pt.")
+    opened = open_dataset(dataset)
+    data_settings = _data_settings(dataset)
+
+    method = changes.get("method")
+    kind = method_named(changes.pop("method")) if isinstance(method, str) else None
+
+    def change(run: Run) -> Run:
+        if kind is not None and type(run.method) is not kind:
+            run = edit(run, method=kind())
+        return edit(run, out=str(folder), **data_settings, **changes)
+
+    with start() as rt:
+        if found is not None:
+            run = resumed(found, change)
+        else:
+            base = resolve(preset) if isinstance(preset, str) else preset
+            planned = resolve_run(
+                opened,
+                machine(),
+                preset=base,
+                change=change,
+                method=kind or DINOConfig,
+                minutes=minutes,
+                world=rt.world_size,
+            )
+            planned = distributed.run_on_rank0(lambda: planned)
+            show_plan(terminal, planned)
+            run = planned.run
+        with start(run.precision) as rt:
+            return run_session(run, rt, opened, terminal, resume=found is not None)
+
+
+def _data_settings(source: DatasetSource) -> dict[str, Any]:
+    if isinstance(source, ImageDataset):
+        return {}
+    if isinstance(source, Folder | Scenes):
+        return {"data": source}
+    return {"data": WORDS.get(str(source)) or Folder(path=str(source))}
+
+
+# -- evaluate ----------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    checkpoint: str | Path | Backbone | Checkpoint,
+    evaluation: Evaluation | str,
+    *sources: DatasetSource,
+    references: bool = True,
+    batch_size: int = 64,
+    workers: int = 0,
+    cache: bool = True,
+    out: str | Path | None = None,
+    progress: Labelled = no_progress,
+) -> dict[str, Any]:
+    """Any evaluation of the paper: `evaluate("runs/x", KNN(k=(5,)), "train", "val")`, or by name: `"knn"`.
+
+    Gives {"evaluation": name, "values": {"20-NN": percent, ...}, "floors": {"raw_pixels": ..., "random_weights": ...},
+    "details", "protocol", "data", "checkpoint", "versions"}. floors: ask the same of random weights (and of raw pixels
+    where that has a meaning). cache: keep features beside the checkpoint. out: a folder for files it writes (masks).
+    """
+    if isinstance(evaluation, str):
+        evaluation = cast(Evaluation, find_evaluation(evaluation)())
+    with start("float32") as rt:
+        found = open_checkpoint(checkpoint, rt.device)
+        context = EvalContext(
+            device=rt.device,
+            workers=workers,
+            batch_size=batch_size,
+            size=found.size,
+            progress=progress,
+            cache=found.folder / "evals/features" if cache and found.folder is not None else None,
+            out=None if out is None else Path(out),
+        )
+        evaluator = evaluation.bind(sources, context)
+        scores = evaluator(found.backbone)
+        beside = reference_scores(evaluator, found.fresh) if references else {}
+        return {
+            "evaluation": evaluator.name,
+            "values": dict(scores),
+            "floors": {name: dict(values) for name, values in beside.items()},
+            "details": scores.details,
+            "protocol": to_dict(evaluation),
+            "data": {name: dict(part) for name, part in evaluator.data.items()},
+            "checkpoint": {"source": found.source, "hash": found.hash, "size": found.size},
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Of what a figure depends on."""
+    known = {name: importlib.metadata.version(name) for name in ("torch", "timm", "numpy")}
+    return {"dino": __version__, **known, "python": platform.python_version()}
+
+
+def save_evaluation(result: Mapping[str, Any], folder: Path) -> Path:
+    """Writes a result to FOLDER/NAME-DIGEST.json; another data set, protocol or network, another file."""
+    measured = json.dumps([result["data"], result["protocol"], result["checkpoint"]["hash"]], sort_keys=True)
+    digest = hashlib.sha256(measured.encode()).hexdigest()[:8]
+    return write_json(folder / f"{result['evaluation']}-{digest}.json", dict(result))
+
+
+# -- embed -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Features of pictures, row by row."""
+
+    names: list[str]
+    features: np.ndarray
+    """[N, D] float32, not normalised."""
+    labels: list[str | None]
+    """Each picture's class by name; None without one."""
+    skipped: list[Skipped]
+    """What could not be read."""
+
+
+def embed(
+    checkpoint: str | Path | Backbone | Checkpoint,
+    dataset: DatasetSource,
+    *,
+    size: int | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: Done | None = None,
+) -> Embedding:
+    """The backbone's feature of every picture: resized, center-cropped, one forward pass each."""
+    given = SimpleNamespace(size=size, batch_size=batch_size, workers=workers)
+    check_range(given, "size", "batch_size", least=1)
+    check_range(given, "workers", least=0)
+    with start("float32") as rt:
+        found = open_checkpoint(checkpoint, rt.device)
+        opened = open_dataset(dataset, progress)
+        extracted = extract(
+            found.backbone,
+            opened,
+            size=size or found.size,
+            device=rt.device,
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+        )
+        rows = extracted.indices.tolist()
+        labels = np.full(len(opened), -1) if opened.labels is None else opened.labels
+        return Embedding(
+            names=[opened.names[int(row)] for row in rows],
+            features=extracted.features.numpy(),
+            labels=[opened.classes[labels[row]] if labels[row] >= 0 else None for row in rows],
+            skipped=[*opened.skipped, *extracted.skipped],
+        )
+
+
+# -- attention ---------------------------------------------------------------------------------------------
+
+
+@overload
+def attention(
+    checkpoint: str | Path | Backbone | Checkpoint,
+    picture: str | Path | np.ndarray,
+    *,
+    point: Query = "cls",
+    layer: int = -1,
+    heads: Sequence[int] | None = None,
+    mass: float = 0.6,
+    size: int | None = None,
+) -> Attention: ...
+@overload
+def attention(
+    checkpoint: str | Path | Backbone | Checkpoint,
+    picture: str | Path | np.ndarray,
+    *,
+    point: list[Point],
+    layer: int = -1,
+    heads: Sequence[int] | None = None,
+    mass: float = 0.6,
+    size: int | None = None,
+) -> list[Attention]: ...
+
+
+def attention(
+    checkpoint: str | Path | Backbone | Checkpoint,
+    picture: str | Path | np.ndarray,
+    *,
+    point: Query | list[Point] = "cls",
+    layer: int = -1,
+    heads: Sequence[int] | None = None,
+    mass: float = 0.6,
+    size: int | None = None,
+) -> Attention | list[Attention]:
+    """What the backbone looks at in one picture (a file, or uint8 [H, W, 3] RGB): the heads, their mean, masks.
+
+    point: (x, y) in pixels of the picture instead of the [CLS] token; a list of points gives a list. A network
+    without attention gives the similarity of each place to its pooled feature (kind says so).
+    """
+    found = open_checkpoint(checkpoint)
+    image = picture if isinstance(picture, np.ndarray) else read_image(picture)
+    size = size or size_to_look_at(found.size)
+    if isinstance(found.backbone, Attentive):
+        return attend(found.backbone, image, layer=layer, heads=heads, query=point, mass=mass, size=size)
+    if point != "cls" or layer != -1 or heads:
+        raise UserError(f"{found.source} has no attention: layers, heads and points need a Vision Transformer.")
+    return saliency(found.backbone, image, mass=mass, size=size)

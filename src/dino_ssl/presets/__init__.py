@@ -1,0 +1,68 @@
+"""A recipe is a function that returns a Run: complete, named, with what was reported for it and what it cost.
+
+presets.resolve("vits16")                 # one of the table below
+presets.resolve("mymodule:my_run")        # any function of yours that returns a Run
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+
+from dino_ssl.errors import UserError, did_you_mean
+from dino_ssl.presets.baselines import byol, moco, swav
+from dino_ssl.presets.finetune import cars, cifar10, cifar100, finetune, flowers, imagenet, inat18, inat19
+from dino_ssl.presets.paper import resnet50, resnet50_800, vitb8, vitb16, vits8, vits16, vits16_300, vits16_800
+from dino_ssl.presets.small import demo, narrow_vit, small, small_vit
+from dino_ssl.run import Run
+
+PRESETS: dict[str, Callable[[], Run]] = {
+    "demo": demo,
+    "small": small,
+    "small-vit": small_vit,
+    "narrow-vit": narrow_vit,
+    "vits16": vits16,
+    "vits16-300": vits16_300,
+    "vits16-800": vits16_800,
+    "vits8": vits8,
+    "vitb16": vitb16,
+    "vitb8": vitb8,
+    "resnet50": resnet50,
+    "resnet50-800": resnet50_800,
+    "byol": byol,
+    "moco": moco,
+    "swav": swav,
+    "finetune": finetune,
+    "finetune-cifar10": cifar10,
+    "finetune-cifar100": cifar100,
+    "finetune-inat18": inat18,
+    "finetune-inat19": inat19,
+    "finetune-flowers": flowers,
+    "finetune-cars": cars,
+    "finetune-imagenet": imagenet,
+}
+
+
+def resolve(name: str) -> Run:
+    """The Run of a preset's name, or of `module:function`. Raises UserError with the nearest names."""
+    if ":" in name:
+        return _own(name)
+    if name not in PRESETS:
+        raise UserError(
+            f"There is no preset {name!r}{did_you_mean(name, PRESETS)}\nPresets: {', '.join(PRESETS)}, "
+            "or MODULE:FUNCTION for a function of yours that returns a dino_ssl.Run."
+        )
+    return PRESETS[name]()
+
+
+def _own(name: str) -> Run:
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")  # the folder the command is run in, as `python -m` would have it
+    try:
+        run = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"Preset {name!r}: {error}. Expected MODULE:FUNCTION of an importable module.") from error
+    finally:
+        sys.path.pop(0)
+    if not isinstance(run, Run):
+        raise UserError(f"Preset {name!r}: expected a function that returns a dino_ssl.Run, got {type(run).__name__}.")
+    return run

@@ -1,0 +1,128 @@
+"""What a person sees: messages, tables, progress. On a terminal a live bar, in a file or a pipe plain lines.
+
+Figures go to standard output. With `--json` standard output holds one JSON object and nothing else, and all
+that is said on the way goes to standard error. Ranks other than the first say nothing.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+QUIET_SECONDS = 10
+"""Seconds between two plain lines of one progress."""
+
+Done = Callable[[int, int], None]
+"""Called with (done, in all)."""
+
+
+def is_rank0() -> bool:
+    """Whether this process speaks: the first rank, or the only one. Asked before any process group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@dataclass
+class Terminal:
+    """Where a command's messages and figures go."""
+
+    json: bool = False
+    quiet: bool = False
+    console: Console = field(init=False)
+
+    def __post_init__(self) -> None:
+        out = Console(stderr=self.json, quiet=self.quiet or not is_rank0(), highlight=False)
+        if not out.is_terminal and "COLUMNS" not in os.environ:
+            out.width = 120  # of a file; rich would take 80
+        self.console = out
+
+    @property
+    def is_tty(self) -> bool:
+        return self.console.is_terminal and not self.console.quiet
+
+    @property
+    def is_interactive(self) -> bool:
+        """Whether there is somebody to answer a question."""
+        return self.is_tty and sys.stdin.isatty() and not self.json
+
+    def print(self, text: str = "", style: str | None = None) -> None:
+        """One message; `text` is taken as it is, brackets included."""
+        self.console.print(_plain_text(text), style=style, soft_wrap=not self.is_tty)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table below its title; what does not fit is folded, the first column excepted."""
+        self.print(title, style="bold")
+        table = Table(box=None, pad_edge=False)
+        for i, column in enumerate(columns):
+            style = "" if i else "cyan"
+            table.add_column(column, no_wrap=i == 0, header_style="dim", style=style, overflow="fold")
+        for row in rows:
+            table.add_row(*map(_plain_text, row))
+        self.console.print(table)
+
+    def ask(self, question: str, answers: dict[str, str]) -> str:
+        """One of the keys of `answers`; the first where only Enter is pressed."""
+        shown = ", ".join(f"[bold]{key}[/bold] {escape(meaning)}" for key, meaning in answers.items())
+        self.console.print(f"{escape(question)}\n  {shown}")
+        while True:
+            reply = self.console.input("> ").strip().lower() or next(iter(answers))
+            if reply in answers:
+                return reply
+            self.print(f"Please type one of {', '.join(answers)}.")
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Done]:
+        """Shows how far something is: a bar, or a line every ten seconds."""
+        if not self.is_tty:
+            yield _plain(self, label)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(escape(label), total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total or None)
+
+
+def _plain_text(text: str) -> str:
+    """Brackets are no markup, and a file name that is no text is shown as far as it is."""
+    return escape(text.encode("utf-8", "replace").decode())
+
+
+def _plain(terminal: Terminal, label: str) -> Done:
+    said = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > QUIET_SECONDS:
+            said = time.monotonic()
+            terminal.print(f"{label}: {done} of {total}" if total else f"{label}: {done}")
+
+    return show
+
+
+@contextmanager
+def command_output(as_json: bool) -> Iterator[tuple[Terminal, Callable[[dict[str, Any]], None]]]:
+    """The terminal of one command, and the function that gives out its result.
+
+    With as_json whatever writes to standard output meanwhile, libraries included, is sent to standard error.
+    """
+    out: TextIO = sys.stdout
+    terminal = Terminal(json=as_json)
+
+    def give(result: dict[str, Any]) -> None:
+        if as_json and is_rank0():
+            out.write(json.dumps(result, ensure_ascii=False) + "\n")
+            out.flush()
+
+    if not as_json:
+        yield terminal, give
+        return
+    with redirect_stdout(sys.stderr):
+        yield terminal, give
