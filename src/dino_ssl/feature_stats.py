@@ -56,7 +56,7 @@ def effective_rank(features: Tensor) -> Tensor:
 
     The participation ratio of C's eigenvalues (Gao et al., 2017, "A theory of multineuronal dimensionality"): r where r
     eigenvalues are equal and the rest 0, at most min(N - 1, D). It needs one matrix product and no singular values;
-    RankMe (`collapse.monitor.rank_me`), an entropy of those, is the dearer measure, for whole data sets. Features of
+    Features of
     length about 1 are expected; where they differ by less than a thousandth of it, the rank falls to 0.
     """
     centered = features.float() - features.float().mean(0)

@@ -15,14 +15,14 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 from rich.table import Table
+
+from dino_ssl.progress import Progress
 
 QUIET_SECONDS = 10
 """Seconds between two plain lines of one progress."""
-
-Done = Callable[[int, int], None]
-"""Called with (done, in all)."""
 
 
 def is_rank0() -> bool:
@@ -79,13 +79,13 @@ class Terminal:
             self.print(f"Please type one of {', '.join(answers)}.")
 
     @contextmanager
-    def progress(self, label: str) -> Iterator[Done]:
+    def progress(self, label: str) -> Iterator[Progress]:
         """Shows how far something is: a bar, or a line every ten seconds."""
         if not self.is_tty:
             yield _plain(self, label)
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with ProgressBar(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task(escape(label), total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
@@ -95,7 +95,7 @@ def _plain_text(text: str) -> str:
     return escape(text.encode("utf-8", "replace").decode())
 
 
-def _plain(terminal: Terminal, label: str) -> Done:
+def _plain(terminal: Terminal, label: str) -> Progress:
     said = time.monotonic()
 
     def show(done: int, total: int) -> None:

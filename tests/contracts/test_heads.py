@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dino_ssl.errors import UserError
-from dino_ssl.models import DINOHead, Network
+from dino_ssl.models import Backbone, DINOHead, Network
 from dino_ssl.models.heads import WeightNormLinear
 
 
@@ -94,7 +94,7 @@ def test_no_layer_is_refused():
         DINOHead(12, 40, layers=0)
 
 
-class MeanColour(nn.Module):
+class MeanColour(Backbone):
     """A backbone whose vector can be written down: an image's mean colour; it counts its calls."""
 
     embed_dim = 3
@@ -103,6 +103,9 @@ class MeanColour(nn.Module):
     def forward(self, images):
         self.calls += 1
         return images.mean((2, 3))
+
+    def features(self, images, layers=1):
+        raise NotImplementedError
 
 
 def test_network_keeps_the_order_of_views_and_images():

@@ -182,14 +182,14 @@ def test_the_view_is_a_function_of_the_generator() -> None:
 
 
 def test_each_part_can_be_turned_off() -> None:
-    still = Augment(size=64, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, flops=0, erase=0.0)
+    still = Augment(size=64, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, operations=0, erase=0.0)
     rng = np.random.default_rng(0)
     assert np.array_equal(still(PHOTO, rng)[0], PHOTO)
     assert np.array_equal(edit(still, flip=1.0)(PHOTO, rng)[0], PHOTO[:, ::-1])
     changed = edit(still, erase=1.0)(PHOTO, rng)[0]
     share = (changed != PHOTO).any(2).mean()
     assert 0.01 < share < 0.4
-    assert any(not np.array_equal(edit(still, flops=2)(PHOTO, rng)[0], PHOTO) for _ in range(20))
+    assert any(not np.array_equal(edit(still, operations=2)(PHOTO, rng)[0], PHOTO) for _ in range(20))
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from dino_ssl.data.loader import sample_rng
 from dino_ssl.data.transforms import pixel_ops
 from dino_ssl.data.transforms.multi_crop import CHANGES, MultiCrop, ViewParams
 from dino_ssl.data.transforms.pixel_ops import gaussian
+from dino_ssl.kernels import fastest_transform
 from dino_ssl.methods.byol import BYOLConfig
 from dino_ssl.run import Run
-from dino_ssl.runtime import Runtime, fastest_transform
 
 pytest.importorskip("numba", reason="without numba there is no compiled twin")
 from numba import types
@@ -171,9 +170,6 @@ def test_every_order_of_the_changes_is_known() -> None:
 def test_the_runtime_takes_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     views = Run(method=BYOLConfig()).views
     assert isinstance(fastest_transform(views), CompiledMultiCrop)
-    cpu = torch.device("cpu")
-    assert isinstance(loader_views(Runtime(cpu, "float32"), views), CompiledMultiCrop)
-    assert loader_views(Runtime(cpu, "float32", optimized=False), views) is views
 
 
 def test_without_numba_the_readable_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,11 +183,6 @@ def test_without_numba_the_readable_way_is_taken(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delitem(sys.modules, "dino_ssl.kernels.multi_crop")
     monkeypatch.setattr(builtins, "__import__", without)
     assert fastest_transform(SMALL) is SMALL
-
-
-def loader_views(runtime: Runtime, views: MultiCrop):
-    """What the runtime's loader makes views with."""
-    return runtime.loader([], views, "no").args[1]  # type: ignore[arg-type, attr-defined]
 
 
 @pytest.mark.parametrize(

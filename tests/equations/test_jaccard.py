@@ -168,7 +168,7 @@ def test_an_evaluation_of_what_was_planted() -> None:
 def test_any_number_of_ranks_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = AttentionMasks(size=32).bind([Planted()], EvalContext())(Bright())
     parts: list[Tensor] = []
-    monkeypatch.setattr(distributed, "world", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     monkeypatch.setattr(distributed, "gather", lambda rows: parts.append(rows) or torch.zeros(0, rows.shape[1]))
     for rank in (3, 1, 0, 2):  # each tells what it found
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dino_ssl import distributed
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.errors import UserError
 from dino_ssl.evals import base
@@ -212,15 +213,15 @@ def test_two_ranks_together_extract_what_one_does(monkeypatch: pytest.MonkeyPatc
     shares: dict[int, list[Tensor]] = {0: [], 1: []}
 
     def play(rank: int) -> Iterator[Extracted]:
-        monkeypatch.setattr(base.dist, "world", lambda: 2)
-        monkeypatch.setattr(base.dist, "rank", lambda: rank)
-        monkeypatch.setattr(base.dist, "gather", lambda rows: shares[rank].append(rows) or rows)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "all_gather", lambda rows: shares[rank].append(rows) or rows)
         yield extract(backbone, dataset, size=16, device="cpu")
 
     for rank in (0, 1):
         next(play(rank))
     assert [len(rows) for rows in shares[0]] == [len(rows) for rows in shares[1]]  # collectives want equal shapes
-    monkeypatch.setattr(base.dist, "world", lambda: 1)
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
     rows, features = (torch.cat(parts) for parts in zip(shares[0], shares[1], strict=True))
     both = base.gathered(rows, features, dataset, "cpu")
     assert torch.equal(both.indices, alone.indices)

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_ssl.data.transforms.multi_crop import Batch
 from dino_ssl.errors import UserError
 from dino_ssl.methods.dino import DINO, DINOConfig
-from dino_ssl.models import Network
+from dino_ssl.models import Backbone, Network
+from dino_ssl.models.backbone import Features
 from dino_ssl.objectives import h, sinkhorn_knopp
 from dino_ssl.schedules import Clock
 
@@ -78,13 +79,16 @@ def test_spread_targets_neither_overflow_nor_underflow(of: Any) -> None:
     assert torch.equal(half, of(x.to(torch.bfloat16).float(), 0.04))
 
 
-class Pixels(nn.Module):
+class Pixels(Backbone):
     """A backbone whose features are the picture's pixels."""
 
     embed_dim = 3 * 2 * 2
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1)
+
+    def features(self, images: Tensor, layers: int = 1) -> list[Features]:
+        raise NotImplementedError
 
 
 V, G, B, K = 4, 2, 5, 6

@@ -111,7 +111,9 @@ def test_autocast_does_not_blur_the_weights() -> None:
         (0, [[0]] * 5),
     ],
 )
-def test_a_frame_asks_the_first_and_the_last_few_before_it(monkeypatch, context: int, asked: list) -> None:
+def test_a_frame_label_propagation_spy_the_first_and_the_last_few_before_it(
+    monkeypatch, context: int, asked: list
+) -> None:
     """Frame i is the unit vector i, of any length, and its labels say i as well."""
     seen, read = [], []
 
@@ -126,15 +128,15 @@ def test_a_frame_asks_the_first_and_the_last_few_before_it(monkeypatch, context:
             read.append(i)
             yield 3 * torch.eye(6)[i].reshape(1, 1, 6)
 
-    monkeypatch.setattr("dino_ssl.evals.label_propagation.label_propagation", asks)
-    masks = propagate(features(), torch.zeros(1, 1, 1), context=context)
-    next(masks)
+    monkeypatch.setattr("dino_ssl.evals.label_propagation.label_propagation", label_propagation_spy)
+    mlabel_propagation_spy = propagate(features(), torch.zeros(1, 1, 1), context=context)
+    next(mlabel_propagation_spy)
     assert read == [0, 1], "frames are read as they are needed"
-    assert len(list(masks)) == 4
+    assert len(list(mlabel_propagation_spy)) == 4
     assert seen == asked
 
 
-def test_no_frames_no_masks() -> None:
+def test_no_frames_no_mlabel_propagation_spy() -> None:
     assert not list(propagate([], torch.zeros(1, 1, 2)))
     assert not list(segment(RawPatches(), [], np.ones((8, 8), np.uint8), VideoSegmentation(), EvalContext()))
 
@@ -181,23 +183,23 @@ def test_numbers_of_objects_may_have_gaps_and_void_is_ground() -> None:
 
 
 def square(frames: int = 6, height: int = 64, width: int = 96) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """A bright square that steps over noise, and its masks: it lies on whole patches of 8 pixels."""
+    """A bright square that steps over noise, and its mlabel_propagation_spy: it lies on whole patches of 8 pixels."""
     ground = np.random.default_rng(0).integers(0, 60, (height, width, 3)).astype(np.uint8)
-    dataset, masks = [], []
+    dataset, mlabel_propagation_spy = [], []
     for i in range(frames):
         picture, mask = ground.copy(), np.zeros((height, width), np.uint8)
         picture[16:40, 8 * i : 8 * i + 24], mask[16:40, 8 * i : 8 * i + 24] = 255, 7
         dataset.append(picture)
-        masks.append(mask)
-    return dataset, masks
+        mlabel_propagation_spy.append(mask)
+    return dataset, mlabel_propagation_spy
 
 
 def test_a_square_is_followed_exactly() -> None:
-    dataset, masks = square()
+    dataset, mlabel_propagation_spy = square()
     settings = VideoSegmentation(size=64, radius=3, multiple=8)
-    found = list(segment(RawPatches(), dataset, masks[0], settings, EvalContext()))
+    found = list(segment(RawPatches(), dataset, mlabel_propagation_spy[0], settings, EvalContext()))
     assert len(found) == 5
-    for mine, true in zip(found, masks[1:], strict=True):
+    for mine, true in zip(found, mlabel_propagation_spy[1:], strict=True):
         assert ((mine == 7) & (true == 7)).sum() / ((mine == 7) | (true == 7)).sum() > 0.95
         assert set(np.unique(mine)) == {0, 7}
 
@@ -214,19 +216,19 @@ NETWORKS = {
 def test_any_network_and_frames_that_hold_no_whole_patches(network) -> None:
     torch.manual_seed(0)
     backbone = network.build(drop_path=0.0).eval()
-    dataset, masks = square(3, height=131, width=197)
+    dataset, mlabel_propagation_spy = square(3, height=131, width=197)
     with torch.no_grad():
-        found = list(segment(backbone, dataset, masks[0], VideoSegmentation(size=131), EvalContext()))
+        found = list(segment(backbone, dataset, mlabel_propagation_spy[0], VideoSegmentation(size=131), EvalContext()))
     assert [each.shape for each in found] == [(131, 197)] * 2
     assert all(each.dtype == np.uint8 and set(np.unique(each)) <= {0, 7} for each in found)
     assert any((each == 7).any() for each in found)
 
 
 def test_frames_of_two_sizes_are_refused() -> None:
-    dataset, masks = square(3)
+    dataset, mlabel_propagation_spy = square(3)
     dataset[2] = dataset[2][:-8]
     with pytest.raises(UserError, match=r"96 x 56 pixels, and the first mask 96 x 64"):
-        list(segment(RawPatches(), dataset, masks[0], VideoSegmentation(size=64), EvalContext()))
+        list(segment(RawPatches(), dataset, mlabel_propagation_spy[0], VideoSegmentation(size=64), EvalContext()))
 
 
 @pytest.fixture(scope="module")
@@ -268,14 +270,16 @@ def test_the_evaluation_scores_what_it_writes(davis: Path, tmp_path: Path) -> No
     assert bound.pixel_reference() == Scores(scores)
     references = reference_scores(bound, lambda: NETWORKS["vit"].build(drop_path=0.0))
     assert references["random_weights"] != scores
-    assert score_results(tmp_path / "video-segmentation", davis) == again, "a floor leaves the masks alone"
+    assert score_results(tmp_path / "video-segmentation", davis) == again, (
+        "a floor leaves the mlabel_propagation_spy alone"
+    )
 
 
 def test_two_ranks_together_say_what_one_does(davis: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank's share is scored in turn, and gathering is played by hand."""
     bound, alone = SMALL.bind([davis], EvalContext()), SMALL.bind([davis], EvalContext())(RawPatches())
     shares: list[Tensor] = []
-    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "gather", lambda rows: shares.append(rows) or rows)
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
@@ -295,7 +299,7 @@ def test_the_drawn_videos_need_no_files() -> None:
     assert bound.data != VideoSegmentation().bind(["scenes"], EvalContext(size=128)).data
     small = VideoSegmentation(size=32).bind(["scenes"], EvalContext(size=128))
     assert next(small.clips[0].frames()).shape == (32, 32, 3)
-    assert next(small.clips[0].masks()).max() == 1
+    assert next(small.clips[0].mlabel_propagation_spy()).max() == 1
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class Ranks:
     def __init__(self, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.size, self.own, self.box = world, threading.local(), [torch.empty(0)] * world
         self.meeting = threading.Barrier(world, timeout=60)
-        monkeypatch.setattr(distributed, "world", lambda: self.size)
+        monkeypatch.setattr(distributed, "world_size", lambda: self.size)
         monkeypatch.setattr(distributed, "rank", lambda: self.own.rank)
         monkeypatch.setattr(distributed, "gather", lambda rows: torch.cat(self.exchange(rows)))
         monkeypatch.setattr(distributed, "total", lambda value: torch.stack(self.exchange(value)).sum(0))

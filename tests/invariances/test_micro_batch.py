@@ -60,10 +60,10 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
 def test_parts_are_the_whole_batch(name: str, fast: bool) -> None:
     rt = Runtime(CPU.device, "float32", fast=fast)
     run = edit(STILL, method=METHODS[name])
-    whole, expected = trained(run, rt)
+    whole, expected = trainable(run, rt)
     begun = build_method(run).state_dict()
     for size in (1, 3):  # 7 pictures: 3 + 2 + 2
-        state, measured = trained(edit(run, optim=dict(micro_batch=size)), rt)
+        state, measured = trainable(edit(run, optim=dict(micro_batch=size)), rt)
         assert not differences(state, whole, same=close)
         assert not differences(measured, expected, same=close)
     assert len(differences(whole, begun, same=close)) > 10, "nothing was trained"

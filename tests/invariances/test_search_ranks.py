@@ -39,7 +39,7 @@ def on_ranks(world: int, work: Callable[[], Any], monkeypatch: pytest.MonkeyPatc
             results[rank] = error
             meet.abort()
 
-    monkeypatch.setattr(distributed, "world", lambda: world)
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
     monkeypatch.setattr(distributed, "rank", lambda: here.rank)
     monkeypatch.setattr(distributed, "gather", gather)
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]

@@ -9,8 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,20 +29,17 @@ from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals import find_evaluation
 from dino_ssl.evals.attention_masks import size_to_look_at
-from dino_ssl.evals.base import EvalContext, Evaluation, extract, no_progress, reference_scores
+from dino_ssl.evals.base import EvalContext, Evaluation, extract, reference_scores
 from dino_ssl.files import write_json
 from dino_ssl.methods import method_named
 from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models.backbone import Attentive, Backbone
 from dino_ssl.presets import resolve
+from dino_ssl.progress import Progress, StartProgress, no_progress
 from dino_ssl.run import Run
 from dino_ssl.runtime import machine, start
-from dino_ssl.terminal import Done, Terminal
+from dino_ssl.terminal import Terminal
 from dino_ssl.viz.attention import Attention, Point, Query, attend, saliency
-
-Labelled = Callable[[str], AbstractContextManager[Done]]
-"""Given what is about to happen, a context that gives a `Done`."""
-
 
 # -- train -------------------------------------------------------------------------------------------------
 
@@ -126,7 +122,7 @@ def evaluate(
     workers: int = 0,
     cache: bool = True,
     out: str | Path | None = None,
-    progress: Labelled = no_progress,
+    progress: StartProgress = no_progress,
 ) -> dict[str, Any]:
     """Any evaluation of the paper: `evaluate("runs/x", KNN(k=(5,)), "train", "val")`, or by name: `"knn"`.
 
@@ -198,7 +194,7 @@ def embed(
     size: int | None = None,
     batch_size: int = 64,
     workers: int = 0,
-    progress: Done | None = None,
+    progress: Progress | None = None,
 ) -> Embedding:
     """The backbone's feature of every picture: resized, center-cropped, one forward pass each."""
     given = SimpleNamespace(size=size, batch_size=batch_size, workers=workers)

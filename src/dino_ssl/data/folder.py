@@ -4,7 +4,7 @@ fatal."""
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from dino_ssl.data.decode import decode, probe
 from dino_ssl.data.formats import MAX_PIXELS, SUFFIXES
 from dino_ssl.data.pack import is_pack, open_pack, unfinished
 from dino_ssl.errors import UserError
+from dino_ssl.progress import Progress
 
-Progress = Callable[[int, int], None]  # (done, of how many)
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
 
 

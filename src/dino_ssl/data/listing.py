@@ -17,7 +17,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from dino_ssl.data.dataset import Skipped
-from dino_ssl.data.folder import Progress, walk
+from dino_ssl.data.folder import walk
+from dino_ssl.progress import Progress
 
 NAMES, STAMPS = "source.names", "source.stamps"
 """Paths below the folder, each ended by a zero byte; [N, 2] int64, the length and the time of the last change."""

@@ -26,12 +26,13 @@ import numpy as np
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.data.dataset import BadImage, Skipped
 from dino_ssl.data.decode import decode, probe
-from dino_ssl.data.folder import Progress, printable
+from dino_ssl.data.folder import printable
 from dino_ssl.data.listing import GONE, Listed, Listing, differences
 from dino_ssl.data.pack import ABOUT, About, Form, is_pack, read_about
 from dino_ssl.data.pack_writer import PROGRESS, Reached, Writer, finish, flush
 from dino_ssl.errors import UserError
 from dino_ssl.files import PART, remove_parts, write_json
+from dino_ssl.progress import Progress
 
 AHEAD_BYTES = 2**26
 """Bytes of files that are read ahead of being written."""

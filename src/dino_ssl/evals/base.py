@@ -21,9 +21,8 @@ from dino_ssl.data.sources import DatasetSource
 from dino_ssl.data.transforms.multi_crop import normalize
 from dino_ssl.evals.cache import cached, key_of, weights_hash
 from dino_ssl.models.backbone import Backbone
+from dino_ssl.progress import Progress, StartProgress, no_progress
 
-Progress = Callable[[int, int], None]
-"""Called with (pictures done, pictures in all) after every batch, on every rank, over that rank's share."""
 Autocast = Callable[[], AbstractContextManager]
 """Makes the context that the backbone runs in; `runtime` owns the choice of precision."""
 
@@ -51,12 +50,6 @@ class Scores(dict[str, float]):
         """What more the result's JSON holds: per query, per object, what was chosen."""
 
 
-@contextmanager
-def no_progress(label: str) -> Iterator[Progress]:
-    """For those whom nobody watches."""
-    yield lambda done, total: None
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvalContext:
     """Where an evaluation works: what it needs of the machine, and of the checkpoint beside its weights."""
@@ -69,7 +62,7 @@ class EvalContext:
     size: int = 224
     """Side in pixels that the backbone was trained at: for protocols that do not fix one."""
     autocast: Autocast = nullcontext
-    progress: Callable[[str], AbstractContextManager[Progress]] = no_progress
+    progress: StartProgress = no_progress
     """`with context.progress("features") as done: done(3, 100)`."""
     cache: Path | None = None
     """Folder of features that were extracted before; None keeps none."""

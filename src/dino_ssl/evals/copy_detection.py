@@ -21,11 +21,12 @@ from dino_ssl.data.sources import WORDS, DatasetSource, described, open_dataset
 from dino_ssl.data.synthetic.dataset import SyntheticDataset
 from dino_ssl.data.synthetic.scenes import PARTS, Scenes
 from dino_ssl.errors import UserError, check_range
-from dino_ssl.evals.base import EvalContext, Extracted, Progress, Scores, Source, evaluating
+from dino_ssl.evals.base import EvalContext, Extracted, Scores, Source, evaluating
 from dino_ssl.evals.descriptors import describe, every_row, skipped_of
 from dino_ssl.evals.pixels import raw_pixels_of
 from dino_ssl.evals.ranking import average_precision, mean, places_of
 from dino_ssl.models.backbone import Backbone
+from dino_ssl.progress import Progress
 
 DRAWN = 100
 """Originals that the word `scenes` draws; four times as many others, and five times as many to whiten on."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dino_ssl import distributed
-from dino_ssl.evals.base import Progress
+from dino_ssl.progress import Progress
 
 ROWS = 8192  # pictures whose logits are in memory at once: 66 MB for 1000 classes
 

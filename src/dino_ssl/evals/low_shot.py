@@ -14,11 +14,12 @@ from torch import Tensor
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import DatasetSource, described, labelled_alone, labelled_pair
 from dino_ssl.errors import UserError, check_range
-from dino_ssl.evals.base import VAL, EvalContext, Extracted, Progress, Scores, Source
+from dino_ssl.evals.base import VAL, EvalContext, Extracted, Scores, Source
 from dino_ssl.evals.knn import knn_accuracy
 from dino_ssl.evals.logistic import ROWS, fit_logistic
 from dino_ssl.evals.pixels import raw_pixels_of
 from dino_ssl.models.backbone import Backbone
+from dino_ssl.progress import Progress
 
 
 def sample_subset(

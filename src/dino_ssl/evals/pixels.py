@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from dino_ssl.data.dataset import BadImage, ImageDataset
-from dino_ssl.evals.base import EvalContext, Extracted, Progress, gathered, rank_shard
+from dino_ssl.evals.base import EvalContext, Extracted, gathered, rank_shard
+from dino_ssl.progress import Progress
 
 
 def pixel_feature(image: np.ndarray) -> np.ndarray:

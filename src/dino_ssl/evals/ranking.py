@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_ssl.errors import UserError
-from dino_ssl.evals.base import Progress
+from dino_ssl.progress import Progress
 
 QUERIES, ROWS = 256, 4096  # a block of similarities: 8 MB in float64, whatever the database
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dino_ssl.models.heads import Network
 from dino_ssl.presets.benchmark_step import BenchmarkStep, benchmark_step
-from dino_ssl.profiling.throughput import Progress
+from dino_ssl.progress import Progress
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, peak_memory, synchronize
 from dino_ssl.schedules import Clock

@@ -9,10 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from dino_ssl.progress import Progress
 from dino_ssl.runtime import Machine, Precision, synchronize
-
-Progress = Callable[[int, int], None]
-"""Called with (done, in all)."""
 
 SECONDS = 2.0
 """Spent on each rate."""

@@ -14,11 +14,12 @@ from PIL import Image
 
 from dino_ssl.data.benchmarks.davis import PALETTE, VOID, read_mask
 from dino_ssl.errors import UserError
-from dino_ssl.evals.base import EvalContext, Progress, evaluating
+from dino_ssl.evals.base import EvalContext, evaluating
 from dino_ssl.evals.label_propagation import input_size, nearest
 from dino_ssl.evals.video_segmentation import VideoSegmentation, segment
 from dino_ssl.files import atomic_write
 from dino_ssl.models.backbone import Backbone
+from dino_ssl.progress import Progress
 from dino_ssl.viz.video import Video, frame_files, write_video
 
 MAX_OBJECTS = 20

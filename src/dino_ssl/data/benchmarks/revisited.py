@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +19,7 @@ from dino_ssl.data.folder import Folder
 from dino_ssl.data.synthetic.scenes import Image, Scenes
 from dino_ssl.data.transforms.native_size import CroppedImages
 from dino_ssl.errors import UserError
-
-Progress = Callable[[int, int], None]
+from dino_ssl.progress import Progress
 
 LAYOUT = """\
   roxford5k/

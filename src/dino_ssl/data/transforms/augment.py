@@ -48,7 +48,7 @@ class Augment:
     """Smallest and largest width / height of the crop before it is resized to a square."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
-    flops: int = 2
+    operations: int = 2
     """RandAugment: operations drawn for a picture, each of which happens every other time; 0 for none."""
     magnitude: float = 9.0
     """RandAugment: strength of the operations, 0 to 10."""
@@ -62,7 +62,7 @@ class Augment:
     def __post_init__(self) -> None:
         check_fields(self.size >= 1, "size", self.size, "a side of at least 1 pixel")
         check_fields(self.repeats >= 1, "repeats", self.repeats, "1 or more")
-        check_fields(self.flops >= 0, "operations", self.flops, "0 or more")
+        check_fields(self.operations >= 0, "operations", self.operations, "0 or more")
         check_fields(0 <= self.magnitude <= 10, "magnitude", self.magnitude, "0 to 10")
         check_fields(self.magnitude_spread >= 0, "magnitude_spread", self.magnitude_spread, "0 or more")
         for name in ("flip", "erase"):
@@ -86,7 +86,7 @@ class Augment:
         view = resize(image[top : top + height, left : left + width], self.size, self.size)
         if rng.random() < self.flip:
             view = cv2.flip(view, 1)
-        for operation in rand_augment(self.flops, self.magnitude, self.magnitude_spread, rng):
+        for operation in rand_augment(self.operations, self.magnitude, self.magnitude_spread, rng):
             view = operation(view)
         if rng.random() < self.erase:
             view = erase(view, self.erase_area, rng)
