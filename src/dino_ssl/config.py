@@ -1,23 +1,30 @@
-"""Settings are values: frozen dataclasses, edited by copy, written to JSON and read back by their types.
+"""Settings as values: frozen dataclasses that are edited by copy, written to JSON and read back.
 
-Reading never imports by name: `from_dict(Run, data)` walks Run's own type hints, so a file from a stranger
-can only ever become one of the types that Run already names.
+A field may be annotated with an abstract base (`method: MethodConfig`). In JSON the class is named by `type`: its name
+if it belongs to this package, `module:Class` otherwise. Reading imports such a module only if the caller trusts the
+file, since importing runs its code.
 """
 
 import dataclasses
+import importlib
+import inspect
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dino_ssl.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
+PACKAGE = __name__.partition(".")[0]
+
 
 def edit(value: T, **changes: Any) -> T:
-    """A copy of a settings value with some fields changed; a dict changes fields inside a nested value.
+    """Return a copy of a settings value with some fields changed; a dict edits the fields of a nested value.
 
     >>> edit(run, views=dict(local=0), seed=1)
     """
@@ -38,10 +45,10 @@ def edit(value: T, **changes: Any) -> T:
 
 
 def to_dict(value: Any) -> Any:
-    """Plain JSON data of a settings value; each dataclass says its `type`, so that unions read back."""
+    """Return a settings value as plain JSON data; every dataclass stores its `type`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
+        return {"type": type_name(type(value)), **fields}
     if isinstance(value, tuple | list):
         return [to_dict(item) for item in value]
     if isinstance(value, Mapping):
@@ -49,107 +56,168 @@ def to_dict(value: Any) -> Any:
     return value
 
 
+def type_name(kind: type) -> str:
+    """Return the name of a settings type in JSON: `ViT`, or `module:Class` if it is defined outside the package."""
+    module = kind.__module__
+    if module == PACKAGE or module.startswith(f"{PACKAGE}."):
+        return kind.__name__
+    if module == "__main__":  # a script: importable under its file's name
+        module = Path(getattr(sys.modules["__main__"], "__file__", None) or "__main__").stem
+    return f"{module}:{kind.__qualname__}"
+
+
+def import_object(spec: str) -> Any:
+    """Import `module:name`; the working directory is searched first, as by `python -m`.
+
+    Raises UserError if the module or the name cannot be imported.
+    """
+    module, _, name = spec.partition(":")
+    sys.path.insert(0, "")
+    try:
+        value = importlib.import_module(module)
+        for part in name.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"{spec!r} cannot be imported: {error}. Expected MODULE:NAME of an importable module."
+        ) from error
+    finally:
+        sys.path.remove("")
+    return value
+
+
+def import_type(spec: str, base: type[T]) -> type[T]:
+    """Import `module:Class`. Raises UserError if it is not a dataclass derived from `base`."""
+    kind = import_object(spec)
+    if not (isinstance(kind, type) and issubclass(kind, base) and dataclasses.is_dataclass(kind)):
+        raise UserError(f"{spec!r}: expected a dataclass derived from {base.__module__}.{base.__name__}, got {kind!r}.")
+    return kind
+
+
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """The settings of `to_dict` by their dotted names; a nested value's own name gives its type."""
+    """Return the settings of a `to_dict` by dotted name; the name of a nested value holds its type."""
     if not isinstance(value, dict):
         return {prefix: value}
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, item in value.items():
-        found |= flatten(item, prefix if name == "type" and prefix else f"{prefix}.{name}".lstrip("."))
-    return found
+        flat |= flatten(item, prefix if name == "type" and prefix else f"{prefix}.{name}".lstrip("."))
+    return flat
 
 
 def differences(before: Any, after: Any) -> list[tuple[str, Any, Any]]:
-    """(dotted field, old value, new value) of every setting that differs."""
+    """Return (dotted field, old value, new value) of every setting that differs."""
     old, new = flatten(to_dict(before)), flatten(to_dict(after))
     names = [*old, *(name for name in new if name not in old)]
     return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
 
 
 def format_value(value: Any) -> str:
-    """A setting's value as it is typed."""
+    """Return a setting's value as typed on the command line."""
     if isinstance(value, list):
         return " ".join(map(format_value, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def from_dict(kind: Any, data: Any, where: str = "") -> Any:
-    """The inverse of `to_dict` for the type `kind` (a dataclass, a union, a tuple, or a plain type).
+def from_dict(kind: Any, data: Any, *, trust: bool = False) -> Any:
+    """Return the inverse of `to_dict` for the type `kind` (a dataclass, an abstract base, a union, a plain type).
 
-    Raises UserError naming the place, what was expected and what came. Fields that `data` lacks keep their
-    defaults, and a class may list older names of its own in `formerly` and turn older fields into its own in
-    `from_older(fields)`, so that a file of an older version still reads.
+    Missing fields take their defaults. trust: import types that are named `module:Class`.
+    Raises UserError that names the field, what was expected and what came.
     """
-    where = where or getattr(kind, "__name__", str(kind))
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        return _from_union(typing.get_args(kind), data, where)
-    if origin is tuple:
+    return _Reader(trust).read(kind, data, getattr(kind, "__name__", str(kind)))
+
+
+class _Reader:
+    def __init__(self, trust: bool) -> None:
+        self.trust = trust
+
+    def read(self, kind: Any, data: Any, field: str) -> Any:
+        origin = typing.get_origin(kind)
+        if origin in (typing.Union, types.UnionType):
+            return self._union(typing.get_args(kind), data, field)
+        if origin is tuple:
+            return self._tuple(typing.get_args(kind), data, field)
+        if origin is typing.Literal:
+            if data not in typing.get_args(kind):
+                options = ", ".join(map(repr, typing.get_args(kind)))
+                raise UserError(f"{field}: expected one of {options}, got {data!r}.")
+            return data
+        if dataclasses.is_dataclass(kind) or inspect.isabstract(kind):
+            return self._dataclass(kind, data, field)
+        if kind is float and isinstance(data, int) and not isinstance(data, bool):
+            return float(data)
+        if kind is Any or (isinstance(data, origin or kind) and (kind is bool or not isinstance(data, bool))):
+            return data  # bool is a subclass of int, but True is not a number of epochs
+        raise UserError(f"{field}: expected {getattr(kind, '__name__', kind)}, got {data!r}.")
+
+    def _union(self, options: tuple[Any, ...], data: Any, field: str) -> Any:
+        if data is None and types.NoneType in options:
+            return None
+        options = tuple(option for option in options if option is not types.NoneType)
+        classes = tuple(option for option in options if dataclasses.is_dataclass(option) or inspect.isabstract(option))
+        if isinstance(data, Mapping) and classes:
+            return self.read(self._class(classes, data, field), data, field)
+        failures = []
+        for option in options:
+            if option not in classes:
+                try:
+                    return self.read(option, data, field)
+                except UserError as error:
+                    failures.append(error)
+        raise failures[0] if failures else UserError(f"{field}: got {data!r}, which none of its types can be.")
+
+    def _tuple(self, inner: tuple[Any, ...], data: Any, field: str) -> tuple[Any, ...]:
         if not isinstance(data, list | tuple):
-            raise UserError(f"{where}: expected a list, got {data!r}.")
-        inner = typing.get_args(kind)
+            raise UserError(f"{field}: expected a list, got {data!r}.")
         kinds = [inner[0]] * len(data) if len(inner) == 2 and inner[1] is Ellipsis else list(inner)
         if len(kinds) != len(data):
-            raise UserError(f"{where}: expected {len(kinds)} values, got {len(data)}: {data!r}.")
-        return tuple(from_dict(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, data, strict=True)))
-    if origin is typing.Literal:
-        options = typing.get_args(kind)
-        if data not in options:
-            raise UserError(f"{where}: expected one of {', '.join(map(repr, options))}, got {data!r}.")
-        return data
-    if dataclasses.is_dataclass(kind):
-        return _from_mapping(kind, data, where)
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
-    if kind is Any or (isinstance(data, origin or kind) and (kind is bool or not isinstance(data, bool))):
-        return data  # a bool is an int to Python, and a slip to everybody else
-    raise UserError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {data!r}.")
+            raise UserError(f"{field}: expected {len(kinds)} values, got {len(data)}: {data!r}.")
+        return tuple(self.read(k, item, f"{field}[{i}]") for i, (k, item) in enumerate(zip(kinds, data, strict=True)))
+
+    def _class(self, bases: tuple[Any, ...], data: Mapping[str, Any], field: str) -> Any:
+        """Return the dataclass that the `type` of `data` names, derived from one of the bases."""
+        concrete = [kind for base in bases for kind in _concrete(base)]
+        known = {kind.__name__: kind for kind in concrete}
+        name = data.get("type", next(iter(known)) if len(known) == 1 else None)
+        for kind in concrete:
+            if name in (kind.__name__, type_name(kind)):
+                return kind
+        if isinstance(name, str) and ":" in name:
+            module = name.partition(":")[0]
+            if not (self.trust or module in sys.modules):
+                raise UserError(
+                    f"{field} has a type from outside the package, {name}. Importing it runs the code of the module "
+                    f"{module!r}: pass `trust` if you trust the file."
+                )
+            return import_type(name, bases[0])
+        raise UserError(f"{field}: expected one of {', '.join(known)}, got {name!r}{did_you_mean(str(name), known)}")
+
+    def _dataclass(self, kind: Any, data: Any, field: str) -> Any:
+        if not isinstance(data, Mapping):
+            raise UserError(f"{field}: expected the fields of {kind.__name__}, got {data!r}.")
+        kind = self._class((kind,), data, field)
+        hints = _hints(kind)
+        values = {name: item for name, item in data.items() if name != "type"}
+        for name in values:
+            if name not in hints:
+                raise UserError(f"{field} has no field {name!r}{did_you_mean(name, hints)}")
+        for item in dataclasses.fields(kind):
+            required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+            if required and item.name not in values:
+                raise UserError(f"{field}: the field {item.name!r} is required and has no default; got {data!r}.")
+        return kind(**{name: self.read(hints[name], item, f"{field}.{name}") for name, item in values.items()})
+
+
+def _concrete(kind: Any) -> Iterator[Any]:
+    """Yield `kind` itself or its concrete subclasses inside the package."""
+    if dataclasses.is_dataclass(kind) and not inspect.isabstract(kind):
+        yield kind
+    for child in kind.__subclasses__():
+        if child.__module__.startswith(f"{PACKAGE}."):
+            yield from _concrete(child)
 
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
-    """The types of a dataclass's fields by their names."""
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-
-
-def _names(kind: Any) -> tuple[str, ...]:
-    """What a dataclass is called in a file, and what it was called in older ones (its class variable `formerly`)."""
-    return (kind.__name__, *getattr(kind, "formerly", ()))
-
-
-def _from_mapping(kind: Any, data: Any, where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise UserError(f"{where}: expected the fields of {kind.__name__}, got {data!r}.")
-    if (tag := data.get("type", kind.__name__)) not in _names(kind):
-        raise UserError(f"{where}: expected a {kind.__name__}, got a {tag}.")
-    hints = _hints(kind)
-    given = {name: item for name, item in data.items() if name != "type"}
-    given = getattr(kind, "from_older", dict)(given)
-    for name in given:
-        if name not in hints:
-            raise UserError(f"{where} has no field {name!r}{did_you_mean(name, hints)}")
-    for field in dataclasses.fields(kind):
-        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if needed and field.name not in given:
-            raise UserError(f"{where}: expected the field {field.name!r}, which has no default; got {data!r}.")
-    return kind(**{name: from_dict(hints[name], item, f"{where}.{name}") for name, item in given.items()})
-
-
-def _from_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
-    if data is None and types.NoneType in options:
-        return None
-    if isinstance(data, Mapping):
-        named = {name: option for option in options if dataclasses.is_dataclass(option) for name in _names(option)}
-        tag = data.get("type", "")
-        if not isinstance(tag, str) or tag not in named:
-            raise UserError(f"{where}: expected one of {', '.join(named)}, got {tag!r}{did_you_mean(str(tag), named)}")
-        return from_dict(named[tag], data, where)
-    failures = []
-    for option in options:
-        if option is not types.NoneType and not dataclasses.is_dataclass(option):
-            try:
-                return from_dict(option, data, where)
-            except UserError as error:
-                failures.append(error)
-    raise failures[0] if failures else UserError(f"{where}: got {data!r}, which none of its types can be.")

@@ -1,4 +1,4 @@
-"""What a person did that cannot work: said once, plainly, without a traceback."""
+"""Errors that a user can fix, and checks that raise them."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,15 +7,18 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A message for the person at the keyboard: what was expected, what came, and what to do about it."""
+    """An error shown without a traceback: what was expected, what came, and what to do.
+
+    Settings are named by their field in backticks (`optim.batch_size`); the command line prints the flag instead.
+    """
 
 
-class Diverged(UserError):  # noqa: N818 - named by what happened
-    """The loss stopped being a number: what was trained since the last checkpoint is lost."""
+class Diverged(UserError):  # noqa: N818 - named after the event, as in the paper
+    """The loss became infinite or nan; everything since the last checkpoint is lost."""
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """`"; did you mean 'x' or 'y'?"`, or the empty string when nothing is close."""
+    """Return `"; did you mean 'x' or 'y'?"`, or an empty string if nothing is close."""
     close = difflib.get_close_matches(word, list(options), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
 
@@ -23,15 +26,15 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 def check_range(
     settings: Any,
     *names: str,
-    of: str = "",
+    prefix: str = "",
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raises UserError where one of these fields lies beyond a bound, or is no number; None was not given, and may be.
+    """Raise UserError if one of these fields is outside the bounds; None is always accepted, nan never.
 
-    of: what a message says before the name: `--` for a flag, `optim.` for a field of a Run.
+    prefix: of the field's name in the message, e.g. `optim.` for a field of `Run.optim`.
     """
     bounds = (("at least", least, ge), ("above", above, gt), ("at most", most, le), ("below", below, lt))
     bounds = [(word, bound, holds) for word, bound, holds in bounds if bound is not None]
@@ -39,6 +42,5 @@ def check_range(
         value = getattr(settings, name)
         if value is None or all(holds(value, bound) for _, bound, holds in bounds):
             continue
-        shown = f"{of}{name.replace('_', '-') if of == '--' else name}"
         expected = " and ".join(f"{word} {bound:g}" for word, bound, _ in bounds)
-        raise UserError(f"{shown} must be {expected}; got {value}.")
+        raise UserError(f"`{prefix}{name}` must be {expected}; got {value}.")

@@ -45,10 +45,10 @@ class Optim:
     def __post_init__(self) -> None:
         if self.micro_batch != "auto" and self.micro_batch < 0:
             raise UserError(f"optim.micro_batch must be 0 (the whole batch) or more; got {self.micro_batch}.")
-        check_range(self, "epochs", "batch_size", of="optim.", least=1)
-        check_range(self, "layer_decay", of="optim.", above=0, most=1)
+        check_range(self, "epochs", "batch_size", prefix="optim.", least=1)
+        check_range(self, "layer_decay", prefix="optim.", above=0, most=1)
         rates = ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip")
-        check_range(self, *rates, of="optim.", least=0)
+        check_range(self, *rates, prefix="optim.", least=0)
 
     def lr_schedule(self) -> Schedule:
         """Sec. 3.2: linear warm-up to lr * batch / 256, then a cosine to min_lr; a value per step."""

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -39,18 +39,6 @@ class Street:
     first: House = field(default_factory=House)
     second: House = field(default_factory=House)
     curve: Schedule = Constant(1.0)  # noqa: RUF009
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budgerigar:
-    formerly: ClassVar[tuple[str, ...]] = ("Parrot", "Budgie")
-    words: int = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cage:
-    inside: Budgerigar | Cat = field(default_factory=Cat)
-    beside: Budgerigar = field(default_factory=Budgerigar)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,15 +106,6 @@ def test_a_tuple_comes_back_as_a_tuple_and_an_integer_price_as_a_float() -> None
 def test_missing_fields_keep_their_defaults() -> None:
     assert from_dict(House, {}) == House()
     assert from_dict(Street, {"second": {"price": 2.0}}) == Street(second=House(price=2.0))
-
-
-def test_a_class_reads_under_its_former_names() -> None:
-    old = {"inside": {"type": "Parrot", "words": 5}, "beside": {"type": "Budgie", "words": 7}}
-    read = from_dict(Cage, old)
-    assert read == Cage(inside=Budgerigar(words=5), beside=Budgerigar(words=7))
-    assert to_dict(read)["inside"] == {"type": "Budgerigar", "words": 5}
-    with pytest.raises(UserError, match="formerly"):  # a class variable is no field
-        from_dict(Budgerigar, {"formerly": ["Cat"]})
 
 
 # -- refused ------------------------------------------------------------------------------------------------

@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("DINO_DEBUG"):
             raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"dino: {error}", file=sys.stderr)
+            from dino_ssl.cli.options import with_flags
+
+            print(f"dino: {with_flags(str(error))}", file=sys.stderr)
         return USER_ERROR
     except SystemExit as stop:  # help and mistyped options, by tyro
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

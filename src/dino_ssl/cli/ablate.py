@@ -151,7 +151,7 @@ def _asked(options: AblateOptions) -> Any:
 
 
 def _check(options: AblateOptions) -> None:
-    check_range(options, "seeds", "processes", "minutes", "epochs", of="--", above=0)
+    check_range(options, "seeds", "processes", "minutes", "epochs", above=0)
     if options.minutes is not None and options.epochs is not None:
         raise UserError("--minutes and --epochs both say how long a row is: leave one of them away.")
 

@@ -59,7 +59,7 @@ class BenchOptions:
     run: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
 
     def __post_init__(self) -> None:
-        check_range(self, "batch", "steps", of="--", least=1)
+        check_range(self, "batch", "steps", least=1)
 
 
 def bench(argv: Sequence[str]) -> int:

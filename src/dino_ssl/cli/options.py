@@ -1,8 +1,9 @@
-"""A command's options, typed: a frozen dataclass, parsed by tyro, whose help ends with examples."""
+"""Typed options of a command: a frozen dataclass parsed by tyro, with examples below the help."""
 
+import dataclasses
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
-"""A flag that is off without it: `--json`, and no `--no-json`."""
+"""A flag without a negative form: `--json`, and no `--no-json`."""
 
 CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.PositionalMetavarFromFieldName)
+
+_fields: set[str] = set()  # dotted names of the settings that the parsed commands have, for `with_flags`
 
 
 def parse(
@@ -28,19 +31,41 @@ def parse(
     default: Any = None,
     registry: "ConstructorRegistry | None" = None,
 ) -> T:
-    """The options in argv; help and mistakes end the process as tyro does it, with exit code 0 or 2.
+    """Return the options in argv. Help and invalid options end the process with exit code 0 or 2, as tyro does.
 
-    registry: how types that tyro does not know are read.
+    registry: parsers of types that tyro does not know.
     """
     paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(kind.__doc__ or ""))
-    more: dict[str, Any] = {"description": "\n\n".join(" ".join(one.split()) for one in paragraphs)}
+    more: dict[str, Any] = {"description": "\n\n".join(" ".join(text.split()) for text in paragraphs)}
     if default is not None:
         more["default"] = default
     if registry is not None:
         more["registry"] = registry
+    _fields.update(_dotted_names(kind if default is None else default))
     try:
         return tyro.cli(kind, prog=prog, args=list(argv), config=CONFIG, console_outputs=is_rank0(), **more)
     except SystemExit as stop:
         if not stop.code and is_rank0():
             print(f"\nexamples:\n{examples}")
         raise
+
+
+def flag(field: str) -> str:
+    """Return the flag of a dotted field: optim.batch_size -> --optim.batch-size."""
+    return f"--{field.replace('_', '-')}"
+
+
+def with_flags(message: str) -> str:
+    """Return a library's message with the settings of this command, `optim.batch_size`, written as flags."""
+    return re.sub(r"`([a-z_.]+)`", lambda match: flag(match[1]) if match[1] in _fields else match[0], message)
+
+
+def _dotted_names(settings: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all fields; fields named `run` or `protocol` have their flags without a prefix."""
+    for field in dataclasses.fields(settings):
+        name = "" if field.name in ("run", "protocol") else f"{prefix}{field.name}"
+        if name:
+            yield name
+        value = getattr(settings, field.name, None)
+        if dataclasses.is_dataclass(value):
+            yield from _dotted_names(value, f"{name}." if name else prefix)

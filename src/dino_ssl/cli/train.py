@@ -129,7 +129,7 @@ def _check(options: Options, given: CommandLine) -> None:
             "Which pictures? Expected a folder: dino train photos/\n"
             "`dino train scenes` trains on pictures that dino draws itself; `dino train --help` shows more."
         )
-    check_range(options, "minutes", of="--", above=0)
+    check_range(options, "minutes", above=0)
 
 
 # -- the plan, or the run that goes on ---------------------------------------------------------------------

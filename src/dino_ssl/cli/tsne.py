@@ -94,8 +94,8 @@ def tsne(argv: Sequence[str]) -> int:
 def _check(options: TsneOptions) -> None:
     from dino_ssl.viz.tsne import MAX_POINTS
 
-    check_range(options, "max_points", of="--", least=4, most=MAX_POINTS)
-    check_range(options, "components", of="--", least=1)
+    check_range(options, "max_points", least=4, most=MAX_POINTS)
+    check_range(options, "components", least=1)
 
 
 def _pictures(options: TsneOptions, terminal: Terminal) -> "tuple[ImageDataset, str]":

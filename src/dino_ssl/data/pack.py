@@ -55,8 +55,8 @@ class Form:
     """JPEG quality of the pictures that are made smaller, 1 to 100."""
 
     def __post_init__(self) -> None:
-        check_range(self, "side", of="--", least=1)
-        check_range(self, "quality", of="--", least=1, most=100)
+        check_range(self, "side", least=1)
+        check_range(self, "quality", least=1, most=100)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,9 +137,9 @@ class CopyDetection:
     """Of the choice of these pictures, and of their edits."""
 
     def __post_init__(self) -> None:
-        check_range(self, "size", "dimensions", "originals", of="--", least=1)
-        check_range(self, "seed", of="--", least=0)
-        check_range(self, "gem", of="--", above=0)
+        check_range(self, "size", "dimensions", "originals", least=1)
+        check_range(self, "seed", least=0)
+        check_range(self, "gem", above=0)
 
     def bind(self, sources: Sequence[DatasetSource], context: EvalContext) -> "BoundCopyDetection":
         given: list[DatasetSource | None] = [None if str(s) == "none" else s for s in sources]

@@ -119,9 +119,9 @@ class KNN:
     def __post_init__(self) -> None:
         if not self.k or min(self.k) < 1:
             raise UserError(f"--k needs numbers of at least 1; got {' '.join(map(str, self.k)) or 'none'}.")
-        check_range(self, "temperature", of="--", above=0)
-        check_range(self, "size", of="--", least=1)
-        check_range(self, "val_fraction", of="--", above=0, below=1)
+        check_range(self, "temperature", above=0)
+        check_range(self, "size", least=1)
+        check_range(self, "val_fraction", above=0, below=1)
 
     def bind(self, sources: Sequence[DatasetSource], context: EvalContext) -> "BoundKNN":
         with context.progress("looking at the pictures") as done:

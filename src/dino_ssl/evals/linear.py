@@ -100,10 +100,10 @@ class Linear:
     """Of the crops, the order, the first weights, and of what is held back."""
 
     def __post_init__(self) -> None:
-        check_range(self, "epochs", "batch", "blocks", "size", of="--", least=1)
-        check_range(self, "crops", "seed", of="--", least=0)
-        check_range(self, "choosing", "val_fraction", of="--", above=0, below=1)
-        check_range(self, "momentum", of="--", least=0, below=1)
+        check_range(self, "epochs", "batch", "blocks", "size", least=1)
+        check_range(self, "crops", "seed", least=0)
+        check_range(self, "choosing", "val_fraction", above=0, below=1)
+        check_range(self, "momentum", least=0, below=1)
         if not self.lr or not min(self.lr) > 0:
             raise UserError(f"--lr needs rates above 0; got {' '.join(map(str, self.lr)) or 'none'}.")
         if not self.weight_decay or not min(self.weight_decay) >= 0:

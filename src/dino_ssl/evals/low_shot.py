@@ -99,10 +99,10 @@ class LowShot:
             raise UserError(f"--share needs shares above 0 and up to 1; got {' '.join(map(str, self.share))}.")
         if any(count < 1 for count in self.per_class):
             raise UserError(f"--per-class needs numbers of at least 1; got {' '.join(map(str, self.per_class))}.")
-        check_range(self, "subsets", "size", of="--", least=1)
-        check_range(self, "seed", "k", of="--", least=0)
-        check_range(self, "regularization", "tolerance", of="--", above=0)
-        check_range(self, "val_fraction", of="--", above=0, below=1)
+        check_range(self, "subsets", "size", least=1)
+        check_range(self, "seed", "k", least=0)
+        check_range(self, "regularization", "tolerance", above=0)
+        check_range(self, "val_fraction", above=0, below=1)
 
     def bind(self, sources: Sequence[DatasetSource], context: EvalContext) -> "BoundLowShot":
         with context.progress("looking at the pictures") as done:

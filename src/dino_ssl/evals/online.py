@@ -55,9 +55,9 @@ class OnlineEval:
     """Pictures per forward pass."""
 
     def __post_init__(self) -> None:
-        check_range(self, "val_fraction", of="online_eval.", above=0, below=1)
-        check_range(self, "every_epochs", of="online_eval.", least=0)
-        check_range(self, "k", "size", "max_memory", "batch_size", of="online_eval.", least=1)
+        check_range(self, "val_fraction", prefix="online_eval.", above=0, below=1)
+        check_range(self, "every_epochs", prefix="online_eval.", least=0)
+        check_range(self, "k", "size", "max_memory", "batch_size", prefix="online_eval.", least=1)
 
     def on(self, learner: Trainable, train: ImageDataset, asked: ImageDataset, context: EvalContext) -> BoundOnlineEval:
         """What is measured of this learner while it learns: its classifier's accuracy, or its features' by k-NN."""

@@ -104,7 +104,7 @@ class Retrieval:
     """What is asked: the landmark's box, as the benchmark wants it, or the whole picture, as the authors' code does."""
 
     def __post_init__(self) -> None:
-        check_range(self, "size", of="--", least=1)
+        check_range(self, "size", least=1)
 
     def bind(self, sources: Sequence[DatasetSource], context: EvalContext) -> "BoundRetrieval":
         (source,) = sources

@@ -110,9 +110,9 @@ class VideoSegmentation:
     """Of their weights exp(cosine / temperature)."""
 
     def __post_init__(self) -> None:
-        check_range(self, "size", "context", "radius", of="--", least=0)
-        check_range(self, "multiple", "top_k", of="--", least=1)
-        check_range(self, "temperature", of="--", above=0)
+        check_range(self, "size", "context", "radius", least=0)
+        check_range(self, "multiple", "top_k", least=1)
+        check_range(self, "temperature", above=0)
 
     def bind(self, sources: Sequence[Any], context: EvalContext) -> "BoundVideoSegmentation":
         (source,) = sources

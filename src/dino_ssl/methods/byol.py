@@ -43,8 +43,8 @@ class BYOLConfig(MethodConfig):
     """Momentum of the teacher in the last step, reached by a cosine."""
 
     def __post_init__(self) -> None:
-        check_range(self, "head_dim", "head_layers", "head_hidden", of="method.", least=1)
-        check_range(self, "momentum", "momentum_end", of="method.", least=0, most=1)
+        check_range(self, "head_dim", "head_layers", "head_hidden", prefix="method.", least=1)
+        check_range(self, "momentum", "momentum_end", prefix="method.", least=0, most=1)
 
     @property
     def supports_grad_accumulation(self) -> bool:

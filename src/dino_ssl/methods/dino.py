@@ -70,12 +70,12 @@ class DINOConfig(MethodConfig):
     """Epochs in which the prototypes stand still."""
 
     def __post_init__(self) -> None:
-        check_range(self, "out_dim", of="method.", least=2)
-        check_range(self, "head_layers", "head_hidden", of="method.", least=1)
-        check_range(self, "head_bottleneck", of="method.", least=0)  # 0 leaves it out
-        check_range(self, "student_temp", of="method.", above=0)
-        check_range(self, "warmup_teacher_temp", "teacher_temp", of="method.", least=0)  # 0 is argmax
-        check_range(self, "momentum", "momentum_end", "center_momentum", of="method.", least=0, most=1)
+        check_range(self, "out_dim", prefix="method.", least=2)
+        check_range(self, "head_layers", "head_hidden", prefix="method.", least=1)
+        check_range(self, "head_bottleneck", prefix="method.", least=0)  # 0 leaves it out
+        check_range(self, "student_temp", prefix="method.", above=0)
+        check_range(self, "warmup_teacher_temp", "teacher_temp", prefix="method.", least=0)  # 0 is argmax
+        check_range(self, "momentum", "momentum_end", "center_momentum", prefix="method.", least=0, most=1)
         if self.targets in ("sinkhorn", "batch-softmax"):
             _check(self.loss != "mse", f"loss mse needs targets centering or none, not {self.targets}", self.loss)
             first = self.warmup_teacher_temp if self.warmup_teacher_temp_epochs else self.teacher_temp

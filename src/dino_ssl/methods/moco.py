@@ -47,9 +47,9 @@ class MoCoConfig(MethodConfig):
     """Momentum of the teacher in the last step, reached by a cosine."""
 
     def __post_init__(self) -> None:
-        check_range(self, "queue", "head_dim", "head_layers", "head_hidden", of="method.", least=1)
-        check_range(self, "temperature", of="method.", least=1e-4)
-        check_range(self, "momentum", "momentum_end", of="method.", least=0, most=1)
+        check_range(self, "queue", "head_dim", "head_layers", "head_hidden", prefix="method.", least=1)
+        check_range(self, "temperature", prefix="method.", least=1e-4)
+        check_range(self, "momentum", "momentum_end", prefix="method.", least=0, most=1)
 
     @property
     def summary(self) -> str:

@@ -52,10 +52,10 @@ class SwAVConfig(MethodConfig):
     """Norm inside the head."""
 
     def __post_init__(self) -> None:
-        check_range(self, "head_dim", "head_layers", "head_hidden", "iterations", of="method.", least=1)
-        check_range(self, "out_dim", of="method.", least=2)
-        check_range(self, "temperature", "epsilon", of="method.", least=1e-4)
-        check_range(self, "queue", "queue_from", "freeze_prototypes", of="method.", least=0)
+        check_range(self, "head_dim", "head_layers", "head_hidden", "iterations", prefix="method.", least=1)
+        check_range(self, "out_dim", prefix="method.", least=2)
+        check_range(self, "temperature", "epsilon", prefix="method.", least=1e-4)
+        check_range(self, "queue", "queue_from", "freeze_prototypes", prefix="method.", least=0)
 
     @property
     def summary(self) -> str:

@@ -4,10 +4,9 @@ presets.resolve("vits16")                 # one of the table below
 presets.resolve("mymodule:my_run")        # any function of yours that returns a Run
 """
 
-import importlib
-import sys
 from collections.abc import Callable
 
+from dino_ssl.config import import_object
 from dino_ssl.errors import UserError, did_you_mean
 from dino_ssl.presets.baselines import byol, moco, swav
 from dino_ssl.presets.finetune import cars, cifar10, cifar100, finetune, flowers, imagenet, inat18, inat19
@@ -45,7 +44,7 @@ PRESETS: dict[str, Callable[[], Run]] = {
 def resolve(name: str) -> Run:
     """The Run of a preset's name, or of `module:function`. Raises UserError with the nearest names."""
     if ":" in name:
-        return _own(name)
+        return _imported(name)
     if name not in PRESETS:
         raise UserError(
             f"There is no preset {name!r}{did_you_mean(name, PRESETS)}\nPresets: {', '.join(PRESETS)}, "
@@ -54,15 +53,8 @@ def resolve(name: str) -> Run:
     return PRESETS[name]()
 
 
-def _own(name: str) -> Run:
-    module, _, function = name.partition(":")
-    sys.path.insert(0, "")  # the folder the command is run in, as `python -m` would have it
-    try:
-        run = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"Preset {name!r}: {error}. Expected MODULE:FUNCTION of an importable module.") from error
-    finally:
-        sys.path.pop(0)
+def _imported(name: str) -> Run:
+    run = import_object(name)()
     if not isinstance(run, Run):
         raise UserError(f"Preset {name!r}: expected a function that returns a dino_ssl.Run, got {type(run).__name__}.")
     return run
