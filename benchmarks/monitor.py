@@ -94,7 +94,7 @@ def _version(run: Run, rt: Runtime, batch: Batch, watched: bool) -> Version:
     assert isinstance(method, DINO)
     model = prepare_model(method, rt)
     state = State(method, run.optim.build(method.trainable), rt.scaler())
-    monitor = Monitor(method.prototypes, run, CLOCK.steps_per_epoch)
+    monitor = Monitor(run.method.num_prototypes, run, CLOCK.steps_per_epoch)
     stats = FeatureStats(method.backbone)
     meter = Meter(run.schedules(), 1, (lambda: stats.measure() | method.diagnostics()) if watched else None)
     line = 0

@@ -153,7 +153,7 @@ def train(run: Run, rt: Runtime, dataset: ImageDataset, *, resume: bool = False)
         remove_parts(out / "checkpoints")
         if resume:  # what was exported is older than what will be saved, and would be taken for the newest
             (out / "backbone.safetensors").unlink(missing_ok=True)
-        write_json(out / "run.json", describe(run, dataset, rest, baselines, state.method.prototypes))
+        write_json(out / "run.json", describe(run, dataset, rest, baselines, run.method.num_prototypes))
     log = Log(out, state.step) if rt.is_main else None
     skipped = {item.name: item.reason for item in dataset.skipped}
     stats = FeatureStats(state.method.backbone)

@@ -18,8 +18,7 @@ from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
 from dino_ssl.formatting import duration
 from dino_ssl.methods.byol import BYOLConfig
-from dino_ssl.models import Timm, ViT
-from dino_ssl.models.names import named
+from dino_ssl.models import Timm, ViT, backbone_named
 from dino_ssl.run import Run
 from dino_ssl.schedules import Clock
 from dino_ssl.terminal import Terminal, command_output
@@ -114,10 +113,10 @@ def test_classes_of_one_picture_are_learnt_without_an_accuracy(dino, tmp_path, t
 
 
 def test_network_names():
-    assert named("vit_tiny/8") == ViT(size="tiny", patch=8)
-    assert named("timm:resnet18") == Timm(name="resnet18")
+    assert backbone_named("vit_tiny/8") == ViT(size="tiny", patch=8)
+    assert backbone_named("timm:resnet18") == Timm(name="resnet18")
     with pytest.raises(UserError, match="vit_base/16"):
-        named("vit_bass/16")
+        backbone_named("vit_bass/16")
 
 
 def test_differences_are_named_as_flags():

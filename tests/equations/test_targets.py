@@ -176,7 +176,7 @@ def test_mse_is_of_centered_outputs_at_unit_length_whatever_the_temperatures() -
     out = dino(batch, Clock(0, 4, 2))
     assert out.loss.item() == pytest.approx(sum(squares) / len(squares), rel=1e-5)
     assert "teacher_entropy" not in out.metrics  # there is no distribution
-    assert dino.prototypes is None
+    assert dino.config.num_prototypes is None
     warm = method(loss="mse", teacher_temp=0.5, student_temp=0.7, sharpening=False)
     assert torch.equal(warm(batch, Clock(0, 4, 2)).loss, out.loss)
     before = dino.center.clone()

@@ -59,7 +59,7 @@ def said(run: Run, out: Path, *, until: str = "") -> dict[str, int]:
     events = train(run, CPU, run.data.open())
     started = next(events)
     assert isinstance(started, Started)
-    monitor = Monitor(started.method.prototypes, run, started.clock.steps_per_epoch)
+    monitor = Monitor(run.method.num_prototypes, run, started.clock.steps_per_epoch)
     for event in events:
         if isinstance(event, Logged):
             for finding in monitor.see({"step": event.clock.step, **event.metrics}):

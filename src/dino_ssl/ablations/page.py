@@ -11,9 +11,7 @@ from dino_ssl.ablations.table import Curve, Figure, Row
 from dino_ssl.config import format_value
 from dino_ssl.files import atomic_write
 from dino_ssl.formatting import duration
-from dino_ssl.models.names import network_name
-from dino_ssl.models.timm import Timm
-from dino_ssl.models.vit import ViT
+from dino_ssl.models.backbone import BackboneConfig
 from dino_ssl.report import html
 from dino_ssl.report.curves import Line, chart
 
@@ -52,13 +50,10 @@ def lead(study: Study) -> str:
     )
 
 
-def network_words(backbone: ViT | Timm) -> str:
+def network_words(backbone: BackboneConfig) -> str:
     """`resnet18 (channels 32 64 128 256, layers 1 1 1 1)`: the name, and what is not as the name says."""
-    if isinstance(backbone, Timm):
-        more = [f"{name} {value.strip('()[]').replace(',', '')}" for name, value in backbone.args]
-    else:
-        more = [f"{name} {value}" for name in ("width", "depth", "heads") if (value := getattr(backbone, name))]
-    return network_name(backbone) + (f" ({', '.join(more)})" if more else "")
+    overrides = backbone.overrides()
+    return f"{backbone.describe()} ({overrides})" if overrides else backbone.describe()
 
 
 def figures_note(study: Study) -> str:

@@ -181,7 +181,7 @@ def _measured(job: RunJob, rt: Runtime, terminal: Terminal, tell: Tell) -> Resul
         return from_dict(Result, old)
     if old:
         return from_dict(Result, {**old, "values": values})
-    clock, prototypes = started.clock, started.method.prototypes
+    clock, prototypes = started.clock, run.method.num_prototypes
     history, described = read_history(folder), json.loads((folder / "run.json").read_text())
     memory = max((int(row["memory"]) for row in read_lines(folder / "attempts.jsonl")), default=0)
     values = _from_curves(folder, prototypes) | values

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dino_ssl.config import edit, from_dict
+from dino_ssl.config import from_dict
 from dino_ssl.data.dataset import BadImage
 from dino_ssl.data.decode import decode
 from dino_ssl.errors import UserError
 from dino_ssl.evals.cache import weights_hash
-from dino_ssl.models import BackboneConfig, Timm, ViT
+from dino_ssl.models import BackboneConfig
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import RELEASED, Loaded, infer, load_described
 from dino_ssl.run import Run, read_run
@@ -60,7 +60,7 @@ class Checkpoint:
         """Builds the same network with random weights; None where its settings are not known."""
         if self.network is None:
             return None
-        network = edit(self.network, pretrained=False) if isinstance(self.network, Timm) else self.network
+        network = self.network.untrained()
         device = next(self.backbone.parameters()).device
         return lambda: network.build(drop_path=0.0).to(device)
 
@@ -74,10 +74,10 @@ def open_checkpoint(source: str | Path | Backbone | Checkpoint, device: torch.de
         network = None
         with suppress(UserError):  # unknown: no floor of random weights then, and the usual size
             network = infer(source.state_dict(), Path(type(source).__name__))
-        size = network.image_size if isinstance(network, ViT) else 224
+        size = 224 if network is None else network.input_size
         return Checkpoint(type(source).__name__, source.to(device), network, size, None)
     found = load_described(source)
-    size = found.config.image_size if isinstance(found.config, ViT) else 224
+    size = found.config.input_size
     folder = None
     if not _is_name(str(source)):
         path = Path(source)

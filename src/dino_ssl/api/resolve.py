@@ -15,9 +15,7 @@ from dino_ssl.data.transforms.augment import Augment
 from dino_ssl.errors import UserError
 from dino_ssl.methods import METHODS, AnyMethod
 from dino_ssl.methods.dino import DINOConfig
-from dino_ssl.models.names import network_name, typed_network
-from dino_ssl.models.timm import Timm
-from dino_ssl.models.vit import ViT
+from dino_ssl.models import backbone_named
 from dino_ssl.presets.plan import Plan, Reason, plan, recipe_of
 from dino_ssl.run import Run, read_run
 from dino_ssl.runtime import Machine
@@ -101,8 +99,8 @@ def _followed(run: Run, asked: Run) -> Run:
     if epochs != run.optim.epochs:
         warmup = min(run.optim.warmup_epochs, 0.1 * epochs)
         run = edit(run, optim=dict(warmup_epochs=warmup), online_eval=dict(every_epochs=max(1.0, epochs // 15)))
-    if size != run.views.size and isinstance(run.backbone, ViT):
-        run = edit(run, backbone=dict(image_size=size))
+    if size != run.views.size:
+        run = edit(run, backbone=run.backbone.with_image_size(size))
     return run
 
 
@@ -126,7 +124,7 @@ def _with_changes(planned: Plan, before: Run, change: Change) -> Plan:
     reasons = {reason.name: reason for reason in planned.reasons}
     set_here = {name: (old, value) for name, old, value in differences(before, asked)}
     if set_here.keys() & NETWORK:
-        reasons["network"] = Reason("network", network_name(run.backbone), "you set it")
+        reasons["network"] = Reason("network", run.backbone.describe(), "you set it")
     if "backbone" in set_here:  # of another type: none of its settings is the plan's
         set_here = {name: both for name, both in set_here.items() if not name.startswith("backbone")}
         defaults = edit(asked, backbone=type(asked.backbone)())
@@ -179,10 +177,8 @@ def cli_diff(before: Run, after: Run, leave_out: Collection[str] = ()) -> str:
         before = edit(before, method=type(after.method)())
         words.append(" ".join(typed("method", type(after.method).__name__)))
     if type(after.backbone) is not type(before.backbone):
-        plain = after.backbone
-        plain = Timm(name=plain.name) if isinstance(plain, Timm) else ViT(size=plain.size, patch=plain.patch)
-        words.append(f"--network {typed_network(plain)}")
-        before = edit(before, backbone=plain)
+        words.append(f"--network {after.backbone.spec}")
+        before = edit(before, backbone=backbone_named(after.backbone.spec))
     changed = [(name, value) for name, _, value in differences(before, after) if name not in leave_out]
     return " ".join([*words, *(" ".join(typed(name, value)).rstrip() for name, value in changed)])
 
@@ -199,9 +195,7 @@ def starting_from(run: Run, found: Checkpoint, *, size: int | None = None) -> Ru
         raise UserError(
             f"{found.source} does not say which network its weights belong to, so training cannot build it."
         )
-    network = edit(found.network, drop_path=run.backbone.drop_path)
-    if isinstance(network, Timm):
-        network = edit(network, pretrained=False)  # the weights are there
+    network = found.network.untrained().with_drop_path(run.backbone.drop_path)
     views = run.views
     if size is not None:
         views = edit(views, **{"size" if isinstance(views, Augment) else "global_size": size})

@@ -144,7 +144,7 @@ class _Session:
         self.observe(started)
         self.begin(started, resume)
         self.guard.begin(started)
-        with TrainingProgress(terminal, started.clock, started.method.prototypes) as watch:
+        with TrainingProgress(terminal, started.clock, run.method.num_prototypes) as watch:
             for event in guarded(events, self.guard):
                 self.observe(event)
                 match event:

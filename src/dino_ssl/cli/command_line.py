@@ -15,8 +15,7 @@ from dino_ssl.data.sources import WORDS
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
 from dino_ssl.methods import METHODS
-from dino_ssl.models.names import named
-from dino_ssl.models.vit import ViT
+from dino_ssl.models import backbone_named
 from dino_ssl.presets import resolve
 from dino_ssl.run import Run
 
@@ -107,7 +106,7 @@ class CommandLine:
         if (word := self.drawn()) is not None:
             run = edit(run, data=run.data if isinstance(run.data, Scenes) else WORDS[word])
         if (name := self.value("--network")) is not None:
-            run = edit(run, backbone=named(name))
+            run = edit(run, backbone=backbone_named(name))
         return self.learning(run)
 
     def drawn(self) -> str | None:
@@ -134,10 +133,7 @@ class CommandLine:
     def change(self, run: Run) -> Run:
         """The run with what the line sets."""
         if (name := self.value("--network")) is not None:
-            backbone = named(name)
-            if isinstance(backbone, ViT):
-                backbone = edit(backbone, image_size=run.views.size)
-            run = edit(run, backbone=backbone)
+            run = edit(run, backbone=backbone_named(name).with_image_size(run.views.size))
         return self.parse(self.learning(run)).run
 
     def learning(self, run: Run) -> Run:

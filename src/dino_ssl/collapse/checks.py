@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from dino_ssl.config import edit
 from dino_ssl.methods.byol import BYOLConfig
 from dino_ssl.methods.dino import DINOConfig
-from dino_ssl.methods.swav import SwAVConfig
 from dino_ssl.run import Run
 from dino_ssl.schedules import Clock
 
@@ -153,8 +152,8 @@ def _too_short(run: Run, steps_per_epoch: int) -> Iterator[Finding]:
 
 def _too_many(run: Run, dataset: int) -> Iterator[Finding]:
     method = run.method
-    if isinstance(method, DINOConfig | SwAVConfig) and method.out_dim > PROTOTYPES_EACH * dataset:
-        seen = f"{method.out_dim} prototypes share {dataset} pictures, and most stay empty."
+    if (num_prototypes := method.num_prototypes) is not None and num_prototypes > PROTOTYPES_EACH * dataset:
+        seen = f"{num_prototypes} prototypes share {dataset} pictures, and most stay empty."
         enough = max(32, 2 ** int(math.log2(max(1, dataset))))
         turn = f"Set --method.out-dim to {enough} or so."
         yield Finding("K too large for so few pictures", seen, turn, grave=False)

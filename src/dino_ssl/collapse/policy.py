@@ -60,8 +60,8 @@ class CollapsePolicy:
 
     def begin(self, started: Started) -> None:
         """An attempt begins: what its settings give reason to fear, and what its curves so far have shown."""
-        clock, method = started.clock, started.method
-        self.monitor = Monitor(method.prototypes, self.run, clock.steps_per_epoch)
+        clock = started.clock
+        self.monitor = Monitor(self.run.method.num_prototypes, self.run, clock.steps_per_epoch)
         self.step, self.grave = clock.step, None
         self._standing, self._lines, self._pending_since = 0, 0, None
         if not self.is_main:

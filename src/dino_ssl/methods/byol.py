@@ -6,7 +6,7 @@ and no center: what keeps it from giving one answer to everything is the predict
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -52,6 +52,11 @@ class BYOLConfig(MethodConfig):
 
     def schedules(self) -> Mapping[str, Schedule]:
         return {"momentum": Cosine(self.momentum, self.momentum_end)}
+
+    @classmethod
+    def for_small_data(cls, num_images: int) -> Self:
+        """Return settings with narrower heads and a lower momentum."""
+        return cls(head_dim=128, head_hidden=512, momentum=0.97)
 
     def build(self, context: BuildContext) -> "BYOL":
         student, teacher = context.student(), context.teacher()

@@ -1,8 +1,8 @@
 """DINO: self-distillation with no labels (Caron et al., 2021, Sec. 3.1, Fig. 2, Algorithm 1)."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,15 @@ class DINOConfig(MethodConfig):
     @property
     def summary(self) -> str:
         return f"K {self.out_dim}"
+
+    @property
+    def num_prototypes(self) -> int | None:
+        """K, unless the loss is `mse`."""
+        return self.out_dim if self.loss == "cross-entropy" else None
+
+    def for_few_steps(self) -> Self:
+        """Return settings with a final momentum of at most 0.98."""
+        return replace(self, momentum_end=min(self.momentum_end, 0.98))
 
     @property
     def supports_grad_accumulation(self) -> bool:
@@ -268,10 +277,6 @@ class DINO(Method):
     @property
     def trainable(self) -> Network:
         return self.student
-
-    @property
-    def prototypes(self) -> int | None:
-        return self.config.out_dim if self.config.loss == "cross-entropy" else None
 
     @property
     def _last_layer(self) -> nn.Module:

@@ -7,7 +7,7 @@ the loop moves it and its batches, and `dist` is the identity where there is one
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -84,11 +84,6 @@ class Method(nn.Module, ABC):
     def classifier(self) -> Network | None:
         """Backbone and head that give a number for each class, where the labels are learned: its own accuracy is
         then what is measured while training."""
-        return None
-
-    @property
-    def prototypes(self) -> int | None:
-        """K, where pictures are spread over prototypes: ln K is what the curves are judged by."""
         return None
 
 
@@ -169,6 +164,20 @@ class MethodConfig(ABC):
     def summary(self) -> str:
         """A few words for the plan."""
         return type(self).__name__.removesuffix("Config")
+
+    @property
+    def num_prototypes(self) -> int | None:
+        """K, if the loss is a cross-entropy over prototypes: curves are compared with ln K."""
+        return None
+
+    @classmethod
+    def for_small_data(cls, num_images: int) -> Self:
+        """Return settings for thousands of images and few steps."""
+        return cls()
+
+    def for_few_steps(self) -> Self | None:
+        """Return settings for a run of a few thousand steps; None if the method has none."""
+        return None
 
     def schedules(self) -> Mapping[str, Schedule]:
         """Values of its own that change with the clock: logged beside the learning rate."""

@@ -3,9 +3,10 @@
 A picture's two views shall be nearer to each other than to the pictures of many earlier batches, which a queue keeps.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -61,6 +62,12 @@ class MoCoConfig(MethodConfig):
 
     def schedules(self) -> Mapping[str, Schedule]:
         return {"momentum": Cosine(self.momentum, self.momentum_end)}
+
+    @classmethod
+    def for_small_data(cls, num_images: int) -> Self:
+        """Return settings with narrower heads, a lower momentum, and a queue of half an epoch's keys at most."""
+        half_epoch = 2 ** int(math.log2(max(64, num_images)))  # two keys per image
+        return cls(head_dim=128, head_hidden=512, momentum=0.97, queue=min(65536, half_epoch))
 
     def build(self, context: BuildContext) -> "MoCo":
         student, teacher = context.student(), context.teacher()

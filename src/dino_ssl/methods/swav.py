@@ -5,7 +5,7 @@ One network: the targets are its own, without a teacher.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,16 @@ class SwAVConfig(MethodConfig):
     @property
     def summary(self) -> str:
         return f"SwAV, K {self.out_dim}"
+
+    @property
+    def num_prototypes(self) -> int:
+        """K."""
+        return self.out_dim
+
+    @classmethod
+    def for_small_data(cls, num_images: int) -> Self:
+        """Return settings with fewer prototypes and a narrower head."""
+        return cls(out_dim=300, head_hidden=512)
 
     def build(self, context: BuildContext) -> "SwAV":
         backbone = context.backbone()
@@ -153,7 +163,3 @@ class SwAV(Method):
     @property
     def trainable(self) -> Network:
         return self.network
-
-    @property
-    def prototypes(self) -> int:
-        return self.config.out_dim

@@ -1,14 +1,35 @@
-"""Networks: backbones that meet one contract, heads, and the weights that others have trained."""
+"""Networks: backbones that meet one contract, and projection heads."""
 
-from dino_ssl.models.backbone import Attentive, Backbone, Features
+import re
+
+from dino_ssl.errors import UserError, did_you_mean
+from dino_ssl.models.backbone import Attentive, Backbone, BackboneConfig, Features
 from dino_ssl.models.heads import DINOHead, MLPHead, Network, Predictor
 from dino_ssl.models.timm import Timm
 from dino_ssl.models.vit import VisionTransformer, ViT
 
-BackboneConfig = ViT | Timm
-"""Every backbone that a Run can name; each has `build(drop_path=None) -> Backbone`."""
+AnyBackbone = ViT | Timm
+
+BACKBONES: dict[str, type[BackboneConfig]] = {"ViT": ViT, "Timm": Timm}
+"""Settings of the package's own backbones by class name."""
+
+
+def backbone_named(name: str) -> ViT | Timm:
+    """Return the settings for a name, `vit_tiny/16` or `timm:resnet18`. Raise UserError if it is unknown."""
+    if name.startswith("timm:"):
+        return Timm(name=name.removeprefix("timm:"))
+    match = re.fullmatch(r"(?:vit[_-])?(tiny|small|base)[/_-]?(\d+)", name.lower())
+    if match is None:
+        known = ("vit_tiny/16", "vit_small/16", "vit_small/8", "vit_base/16", "vit_base/8")
+        raise UserError(
+            f"There is no network {name!r}{did_you_mean(name, known)}\nExpected vit_SIZE/PATCH or timm:NAME."
+        )
+    return ViT(size=match[1], patch=int(match[2]))  # pyright: ignore[reportArgumentType]
+
 
 __all__ = [
+    "BACKBONES",
+    "AnyBackbone",
     "Attentive",
     "Backbone",
     "BackboneConfig",
@@ -20,4 +41,5 @@ __all__ = [
     "Timm",
     "ViT",
     "VisionTransformer",
+    "backbone_named",
 ]

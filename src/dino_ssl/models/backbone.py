@@ -1,12 +1,13 @@
-"""The contract that every network meets: evaluations, figures and methods need nothing else of it.
+"""The contracts of a network and of its settings; evaluations, figures and methods depend on nothing else.
 
-Legend of the shapes, here and in every network: B images, H x W pixels, h x w places of the spatial map, N
-tokens, D width.
+Shapes, here and in every network: B images of H x W pixels, h x w cells of the spatial feature map (patches of a ViT),
+N tokens, D width.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,37 +16,41 @@ from dino_ssl.errors import UserError
 
 
 class Features(NamedTuple):
-    """What a network says about an image as a whole, and about each place in it."""
+    """The features of a batch of images."""
 
     cls: Tensor
-    """[B, D]: the [CLS] token of a ViT, the global average of a ConvNet."""
+    """[B, D]: the [CLS] token of a ViT, the global average pool of a ConvNet."""
     patches: Tensor
-    """[B, h, w, D]: the spatial map, whatever the network."""
+    """[B, h, w, D]: the spatial feature map."""
 
 
 class Backbone(nn.Module, ABC):
-    """A network f of the paper: images in, one vector each out (Sec. 3.1).
+    """The network f of the paper: images in, one feature vector per image out (Sec. 3.1).
 
-    Images are float [B, 3, H, W], normalised with ImageNet's mean and deviation, of any height and width.
+    Images are float [B, 3, H, W] of any size, normalised with ImageNet's mean and standard deviation.
     """
 
     embed_dim: int
-    """D, the width of the vector."""
+    """D, the width of the feature vector."""
     patch: int
-    """Pixels per place of the spatial map: the patch of a ViT, the total stride of a ConvNet."""
+    """Pixels per cell of the spatial feature map: the patch size of a ViT, the total stride of a ConvNet."""
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, D]."""
+        """Return the feature vectors, [B, 3, H, W] -> [B, D]."""
 
     @abstractmethod
     def features(self, images: Tensor, layers: int = 1) -> list[Features]:
-        """The last `layers` blocks, the last one last, each through the final norm where there is one (App.
-        F.2).
+        """Return the outputs of the last `layers` blocks, in order.
+
+        Each is taken after the final norm, if there is one (App. F.2).
         """
 
     def forward_views(self, views: Sequence[Tensor]) -> Tensor:
-        """One [n, B, 3, H, W] per resolution -> [sum of n B, D], by one forward pass per resolution."""
+        """Return the features of all views, one [n, B, 3, H, W] per resolution -> [sum of n B, D].
+
+        The reference implementation makes one forward pass per resolution.
+        """
         return torch.cat([self(stack.flatten(0, 1)) for stack in views])
 
     def use_kernels(
@@ -54,28 +59,82 @@ class Backbone(nn.Module, ABC):
         attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         forward_views: Callable[[Any, Sequence[Tensor]], Tensor] | None = None,
     ) -> None:
-        """Use optimized implementations of attention (q, k, v) and of `forward_views`, if this network has any."""
+        """Use optimized implementations of attention (q, k, v) and of `forward_views` if this network supports them."""
 
-    def set_grad_checkpointing(self, on: bool) -> None:
-        """In training, whether only what enters each block is kept, and the rest computed again for the gradients."""
-        if on:
-            raise UserError(f"{type(self).__name__} cannot compute its blocks again: recompute must be off.")
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        """Enable activation checkpointing: keep the inputs of each block, recompute the rest in the backward pass."""
+        if enable:
+            raise UserError(
+                f"{type(self).__name__} does not support activation checkpointing: set `grad_checkpointing` to False."
+            )
 
     def layer_ids(self) -> dict[str, int]:
-        """How deep each parameter lies, by its name: 0 in the stem, then the number of its block, from 1.
+        """Return the layer of each parameter by name: 0 for the stem, then the number of its block, from 1.
 
-        A norm after the last block counts as that block's, as in timm. Layer-wise learning rates need it.
+        A norm after the last block belongs to that block, as in timm. Layer-wise learning rates need it.
         """
-        raise UserError(f"{type(self).__name__} does not say how deep its parameters lie: layer_decay must be 1.")
+        raise UserError(f"{type(self).__name__} does not define `layer_ids`: set `optim.layer_decay` to 1.")
 
 
 class Attentive(Backbone):
-    """A network of self-attention over [CLS], registers and patches, in this order (Fig. 1, 3, 8 and 10)."""
+    """A network with self-attention over [CLS], register and patch tokens, in this order (Fig. 1, 3, 8 and 10)."""
 
     num_blocks: int
     registers: int
-    """Tokens between [CLS] and the patches that belong to no place; 0 in the paper."""
+    """Number of tokens between [CLS] and the patches; 0 in the paper."""
 
     @abstractmethod
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
-        """[B, 3, H, W] -> [B, heads, queries, keys]: softmax(q k / sqrt(d)) of one block."""
+        """Return softmax(q k / sqrt(d)) of one block, [B, 3, H, W] -> [B, heads, queries, keys]."""
+
+
+class BackboneConfig(ABC):
+    """Settings of a backbone: a frozen dataclass whose fields become flags, and the facts that other modules need.
+
+    A backbone from another module is one file with a `Backbone` and a subclass of this class.
+    """
+
+    @abstractmethod
+    def build(self, *, drop_path: float | None = None) -> Backbone:
+        """Return the network with initial weights; `drop_path` overrides the setting (0 for a teacher)."""
+
+    def describe(self) -> str:
+        """Return a short name for plans and reports, such as `ViT-small/16`."""
+        return type(self).__name__
+
+    def overrides(self) -> str:
+        """Return the settings of the architecture that differ from the named one, such as `depth 6, heads 4`."""
+        return ""
+
+    @property
+    def spec(self) -> str:
+        """The name from which `models.backbone_named` makes these settings, apart from overrides."""
+        return f"{type(self).__module__}:{type(self).__qualname__}"
+
+    @property
+    def input_size(self) -> int:
+        """Side in pixels of the images that the network is made for."""
+        return 224
+
+    @property
+    def patch_multiple(self) -> int:
+        """Pixels of which the side of a crop should be a multiple."""
+        return 8
+
+    def activation_bytes(self, image_size: int) -> float:
+        """Estimate the bytes kept for the backward pass per image: two views of `image_size` and several small ones."""
+        return 3000 * image_size**2  # a ResNet: about 1000 bytes per pixel of three views' worth of pixels
+
+    def untrained(self) -> Self:
+        """Return the same architecture without pretrained weights."""
+        return self
+
+    def with_image_size(self, size: int) -> Self:
+        """Return a copy whose learned positions are for images of `size`; unchanged if the network has none."""
+        return self
+
+    def with_drop_path(self, rate: float) -> Self:
+        """Return a copy with this drop-path rate; unchanged if the network has no drop-path."""
+        known: Any = self
+        has_drop_path = any(field.name == "drop_path" for field in dataclasses.fields(known))
+        return dataclasses.replace(known, drop_path=rate) if has_drop_path else self

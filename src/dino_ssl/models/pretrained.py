@@ -12,7 +12,7 @@ import torch
 
 from dino_ssl.config import from_dict
 from dino_ssl.errors import UserError, did_you_mean
-from dino_ssl.models import Backbone, BackboneConfig, Timm, ViT
+from dino_ssl.models import AnyBackbone, Backbone, BackboneConfig, Timm, ViT
 from dino_ssl.models.vit import Size
 from dino_ssl.models.weights import (
     State,
@@ -112,9 +112,7 @@ def built(config: BackboneConfig, state: State, source: str) -> Backbone:
     A classifier on top (fc, head) is the one thing that a file may have too much. XCiT's official names are
     put into timm's.
     """
-    if isinstance(config, Timm):
-        config = Timm(name=config.name, args=config.args)  # its weights are here: nothing to download
-    network = config.build(drop_path=0.0)
+    network = config.untrained().build(drop_path=0.0)  # nothing is downloaded: the weights are given
     own = network.state_dict()
     load_strict(network, classifier_dropped(xcit_names(state, own), own), source)
     return network.eval()
@@ -165,7 +163,7 @@ def config_of_checkpoint(content: Any) -> BackboneConfig | None:
     """The backbone that a checkpoint of this project names in its Run; None for any other file."""
     run = content.get("run") if isinstance(content, Mapping) else None
     described = run.get("backbone") if isinstance(run, Mapping) else None
-    return from_dict(BackboneConfig, described) if described else None
+    return from_dict(AnyBackbone, described) if described else None
 
 
 def infer(state: State, path: Path) -> BackboneConfig:

@@ -8,17 +8,17 @@ import ast
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
 
 from torch import Tensor, nn
 
 from dino_ssl.errors import UserError, did_you_mean
-from dino_ssl.models.backbone import Attentive, Backbone, Features
+from dino_ssl.models.backbone import Attentive, Backbone, BackboneConfig, Features
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timm:
+class Timm(BackboneConfig):
     """A network of timm by its name there: resnet50, convnext_tiny, swin_tiny_patch4_window7_224, ..."""
 
     name: str = "resnet50"
@@ -35,6 +35,23 @@ class Timm:
         rate = self.drop_path if drop_path is None else drop_path
         net = create(self.name, drop_path=rate, pretrained=self.pretrained, args=dict(self.args))
         return TimmViT(net) if attends(net) else TimmNetwork(net)
+
+    def describe(self) -> str:
+        """Return timm's name of the network."""
+        return self.name
+
+    def overrides(self) -> str:
+        """Return the further arguments, such as `layers 1 1 1 1`."""
+        return ", ".join(f"{name} {value.strip('()[]').replace(',', '')}" for name, value in self.args)
+
+    @property
+    def spec(self) -> str:
+        """`timm:NAME`."""
+        return f"timm:{self.name}"
+
+    def untrained(self) -> Self:
+        """Return the same network without timm's pretrained weights."""
+        return replace(self, pretrained=False)
 
 
 class TimmNetwork(Backbone):

@@ -4,8 +4,8 @@ Parameters carry the names of the authors' released files, so that those load as
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
 from dino_ssl.errors import UserError
-from dino_ssl.models.backbone import Attentive, Features
+from dino_ssl.models.backbone import Attentive, BackboneConfig, Features
 
 
 class Size(NamedTuple):
@@ -28,7 +28,7 @@ SIZES = {"tiny": Size(192, 12, 3), "small": Size(384, 12, 6), "base": Size(768, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViT:
+class ViT(BackboneConfig):
     """A Vision Transformer (Dosovitskiy et al., 2021) as the paper trains it."""
 
     size: Literal["tiny", "small", "base"] = "small"
@@ -76,6 +76,38 @@ class ViT:
             mlp_ratio=self.mlp_ratio,
             drop_path=self.drop_path if drop_path is None else drop_path,
         )
+
+    def describe(self) -> str:
+        """Return a name such as `ViT-small/16`."""
+        return f"ViT-{self.size}/{self.patch}"
+
+    def overrides(self) -> str:
+        """Return the overrides of `size`, such as `depth 6, heads 4`."""
+        return ", ".join(f"{name} {value}" for name in ("width", "depth", "heads") if (value := getattr(self, name)))
+
+    @property
+    def spec(self) -> str:
+        """`vit_SIZE/PATCH`."""
+        return f"vit_{self.size}/{self.patch}"
+
+    @property
+    def input_size(self) -> int:
+        """Side of the images whose positions are learned."""
+        return self.image_size
+
+    @property
+    def patch_multiple(self) -> int:
+        """The patch size."""
+        return self.patch
+
+    def activation_bytes(self, image_size: int) -> float:
+        """Estimate the bytes kept for the backward pass per image: 40 per channel of each token and block."""
+        tokens = 2 * (image_size // self.patch) ** 2 + 400  # two global views and some local ones
+        return 40 * tokens * self.shape.width * self.shape.depth
+
+    def with_image_size(self, size: int) -> Self:
+        """Return a copy whose positions are learned for images of `size`."""
+        return replace(self, image_size=size)
 
 
 class VisionTransformer(Attentive):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write
-from dino_ssl.models import BackboneConfig
+from dino_ssl.models import AnyBackbone, BackboneConfig
 
 State = dict[str, Tensor]
 Which = Literal["teacher", "student"]
@@ -52,7 +52,7 @@ def read_safetensors(path: Path) -> tuple[State, BackboneConfig | None]:
             described = json.loads((file.metadata() or {}).get("backbone", "null"))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as safetensors; it may be cut short. ({error})") from error
-    return state, from_dict(BackboneConfig, described) if described else None
+    return state, from_dict(AnyBackbone, described) if described else None
 
 
 def save_backbone(config: BackboneConfig | Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> Path:

@@ -20,12 +20,11 @@ from dino_ssl.formatting import duration
 from dino_ssl.kernels import fastest_transform
 from dino_ssl.methods import AnyMethod
 from dino_ssl.methods.dino import DINOConfig
-from dino_ssl.models.names import network_name
-from dino_ssl.models.timm import Timm
+from dino_ssl.models.backbone import BackboneConfig
 from dino_ssl.models.vit import ViT
 from dino_ssl.presets.benchmark_step import benchmark_step
 from dino_ssl.presets.memory import micro_batch
-from dino_ssl.presets.small import FULL_SCHEDULE_STEPS, method_for_small_data, short_schedule, small, small_vit
+from dino_ssl.presets.small import FULL_SCHEDULE_STEPS, short_schedule, small, small_vit
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine, Runtime, machine_memory
 from dino_ssl.schedules import Clock
@@ -131,7 +130,7 @@ def _for_data(dataset: ImageDataset, here: Machine, world: int, kind: type[AnyMe
         if on_cpu
         else "the paper's main network; --network vit_base/16 or timm:NAME takes another"
     )
-    reasons.append(Reason("network", network_name(backbone), why))
+    reasons.append(Reason("network", backbone.describe(), why))
 
     method, of_method = _method(base, kind, count, large)
     reasons += of_method
@@ -149,7 +148,7 @@ def _for_data(dataset: ImageDataset, here: Machine, world: int, kind: type[AnyMe
     )
     run = edit(
         base,
-        backbone=edit(backbone, image_size=views.global_size) if isinstance(backbone, ViT) else backbone,
+        backbone=backbone.with_image_size(views.global_size),
         views=views,
         method=method,
         optim=dict(batch_size=batch),
@@ -168,7 +167,7 @@ def _for_data(dataset: ImageDataset, here: Machine, world: int, kind: type[AnyMe
 def _method(base: Run, kind: type[AnyMethod], count: int, large: bool) -> tuple[AnyMethod, list[Reason]]:
     """How it learns: DINO with K and a teacher for so many pictures, or another method's settings for them."""
     if kind is not DINOConfig:
-        method = kind() if large else method_for_small_data(kind, count)
+        method = kind() if large else kind.for_small_data(count)
         why = "its publication's" if large else "smaller heads, a faster teacher: for thousands of pictures"
         return method, [Reason("method", method.summary, f"you chose it; its settings are {why}")]
     prototypes = next((k for most, k in PROTOTYPES if count <= most), 65536)
@@ -186,10 +185,10 @@ def _method(base: Run, kind: type[AnyMethod], count: int, large: bool) -> tuple[
     ]
 
 
-def _crops(base: MultiCrop | Augment, backbone: ViT | Timm, side: int, on_cpu: bool, local: bool):
+def _crops(base: MultiCrop | Augment, backbone: BackboneConfig, side: int, on_cpu: bool, local: bool):
     """Global and local crops that the pictures and the patches can fill."""
     assert isinstance(base, MultiCrop)
-    patch = backbone.patch if isinstance(backbone, ViT) else 8
+    patch = backbone.patch_multiple
     largest = base.global_size if on_cpu else 224
     wide = max(2 * patch, min(largest, side) // patch * patch)
     narrow = max(patch, round(wide * base.local_size / base.global_size / patch) * patch)
@@ -204,15 +203,10 @@ def _crops(base: MultiCrop | Augment, backbone: ViT | Timm, side: int, on_cpu: b
     return views, Reason("crops", f"2x{wide} + {views.local}x{narrow}", why)
 
 
-def _batch(count: int, here: Machine, backbone: ViT | Timm, size: int, world: int) -> int:
+def _batch(count: int, here: Machine, backbone: BackboneConfig, size: int, world: int) -> int:
     """A power of two that the ranks can share evenly: what the memory holds, yet at least 25 steps an epoch where the
     data allows. A tenth of the pictures may be held back."""
-    if isinstance(backbone, ViT):
-        tokens = 2 * (size // backbone.patch) ** 2 + 400  # of one picture's views, roughly
-        bytes_each = 40 * tokens * backbone.shape.width * backbone.shape.depth  # kept for the gradient
-    else:
-        bytes_each = 3000 * size**2  # a ResNet's: some 1000 bytes a pixel of its three pictures' worth of views
-    fits = 0.5 * here.memory / bytes_each * world
+    fits = 0.5 * here.memory / backbone.activation_bytes(size) * world
     most = 64 if here.device.type == "cpu" else 1024
     wanted = min(fits, most, max(8, count / 25), 0.9 * count)
     return max(1, 2 ** int(math.log2(max(1, wanted))) // world) * world
@@ -325,4 +319,4 @@ def reading(run: Run, dataset: ImageDataset) -> float:
 def recipe_of(run: Run) -> str:
     """A preset in a line: network, length, method."""
     length = f"{run.optim.epochs} epochs, batch {run.optim.batch_size}"
-    return f"{network_name(run.backbone)}, {length}, {run.method.summary}"
+    return f"{run.backbone.describe()}, {length}, {run.method.summary}"

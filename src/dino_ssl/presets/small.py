@@ -5,13 +5,10 @@ everything, the teacher follows, and the loss stays at ln K. What helped (LOG.md
 instead of few dear ones, a teacher that follows quickly, and batch norm in the head.
 """
 
-import math
-
 from dino_ssl.config import edit
 from dino_ssl.data.synthetic.scenes import HERDS
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.evals.online import OnlineEval
-from dino_ssl.methods import AnyMethod, BYOLConfig, MoCoConfig, SwAVConfig
 from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models.timm import Timm
 from dino_ssl.models.vit import ViT
@@ -70,10 +67,11 @@ def short_schedule(run: Run, steps: int) -> Run:
     The rate sinks to a half, and the teacher goes on following: 53.4 % of the photos above after half an hour and 180
     thousand pictures, where the usual ends give 44.9 (LOG.md).
     """
-    if steps >= FULL_SCHEDULE_STEPS or not isinstance(run.method, DINOConfig):
+    method = run.method.for_few_steps()
+    if steps >= FULL_SCHEDULE_STEPS or method is None:
         return run
     peak = run.optim.lr * run.optim.batch_size / 256
-    return edit(run, method=dict(momentum_end=min(run.method.momentum_end, 0.98)), optim=dict(min_lr=peak / 2))
+    return edit(run, method=method, optim=dict(min_lr=peak / 2))
 
 
 def small_vit() -> Run:
@@ -146,17 +144,6 @@ def vit_tiny() -> Run:
         optim=dict(batch_size=32, lr=4e-3, warmup_epochs=0.5),
         out="runs/vit-tiny",
     )
-
-
-def method_for_small_data(kind: type[AnyMethod], dataset: int) -> AnyMethod:
-    """A method's settings for thousands of pictures and few steps, where they are not its own defaults."""
-    half = 2 ** int(math.log2(max(64, dataset)))  # the keys of half an epoch: two of each picture
-    chosen = {
-        BYOLConfig: BYOLConfig(head_dim=128, head_hidden=512, momentum=0.97),
-        MoCoConfig: MoCoConfig(head_dim=128, head_hidden=512, momentum=0.97, queue=min(65536, half)),
-        SwAVConfig: SwAVConfig(out_dim=300, head_hidden=512),
-    }
-    return chosen.get(kind) or kind()
 
 
 RECIPES = {"vit-tiny": vit_tiny, "small": small, "small-vit": small_vit, "narrow-vit": narrow_vit}

@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dino_ssl.config import to_dict
-from dino_ssl.models.names import network_name
 from dino_ssl.models.sync_bn import has_batch_norm
 from dino_ssl.presets.plan import Speed
 from dino_ssl.profiling.roofline import Part, Roofline, bytes_per_step, flops, meta_method
@@ -172,7 +171,7 @@ def fitting(run: Run, here: Machine, rate: float) -> int:
 def benched(run: Run) -> str:
     """What is measured, in a line: `ViT-small/16, 2x224 + 8x96, K 65536, float32`."""
     views = " + ".join(f"{n}x{side}" for n, side in run.views.view_shapes)
-    return f"{network_name(run.backbone)}, {views}, {run.method.summary}, {run.precision}"
+    return f"{run.backbone.describe()}, {views}, {run.method.summary}, {run.precision}"
 
 
 def in_batches(run: Run, batch: int) -> Run:
