@@ -36,7 +36,8 @@ from PIL import Image, ImageFilter, ImageOps
 from dino_ssl.data.decode import decode
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.loader import sample_rng
-from dino_ssl.data.transforms.multi_crop import MEAN, STD, MultiCrop, normalize
+from dino_ssl.data.transforms.eval import MEAN, STD, normalize
+from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.runtime import fastest_transform
 
 

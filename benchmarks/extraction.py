@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.folder import Folder
-from dino_ssl.data.transforms.multi_crop import normalize
+from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.evals.base import evaluating, extract
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.runtime import Runtime, start

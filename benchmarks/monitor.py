@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dino_ssl.collapse.monitor import Monitor
 from dino_ssl.config import edit
-from dino_ssl.data.transforms.multi_crop import Batch
+from dino_ssl.data.batch import Batch
 from dino_ssl.feature_stats import FeatureStats
 from dino_ssl.meter import Meter
 from dino_ssl.methods.dino import DINO, Carry, DINOConfig

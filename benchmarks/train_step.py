@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dino_ssl.data.transforms.multi_crop import Batch, normalize
+from dino_ssl.data.batch import Batch
+from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.runtime import machine, start, synchronize
 from dino_ssl.training import State, build_method, prepare_model, train_step
 from turns import Memory, about, available, in_turns, rows, save, show, usual_versions

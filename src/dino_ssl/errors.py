@@ -40,7 +40,8 @@ def check_range(
     bounds = [(word, bound, holds) for word, bound, holds in bounds if bound is not None]
     for name in names:
         value = getattr(settings, name)
-        if value is None or all(holds(value, bound) for _, bound, holds in bounds):
+        items = value if isinstance(value, tuple) else (value,)
+        if value is None or all(holds(item, bound) for item in items for _, bound, holds in bounds):
             continue
         expected = " and ".join(f"{word} {bound:g}" for word, bound, _ in bounds)
         raise UserError(f"`{prefix}{name}` must be {expected}; got {value}.")

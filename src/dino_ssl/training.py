@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from dino_ssl import checkpoint, distributed, kernels
 from dino_ssl.config import to_dict
+from dino_ssl.data.batch import Batch
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import steps_per_epoch, train_batches
 from dino_ssl.data.sources import relabelled
-from dino_ssl.data.transforms.multi_crop import Batch, normalize
+from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import Diverged, UserError
 from dino_ssl.evals.base import EvalContext
 from dino_ssl.evals.online import BoundOnlineEval
@@ -111,7 +112,7 @@ def _gradients(state: State, model: nn.Module, batch: Batch, clock: Clock, run: 
     """Forward and backward of a batch, in parts of `optim.micro_batch` pictures: the loss is a mean over pictures, so
     that the parts' gradients, each by its share of them, add up to the whole batch's."""
     assert run.optim.micro_batch != "auto", "the plan has put a number in its place"
-    method, parts = state.method, batch.parts(run.optim.micro_batch)
+    method, parts = state.method, batch.micro_batches(run.optim.micro_batch)
     ahead, outs, shares = [None], [], []
     if len(parts) > 1:
         with rt.autocast():

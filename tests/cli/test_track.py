@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_ssl.data.benchmarks.davis import read_mask, write_mask
+from dino_ssl.data.masks import read_mask, write_mask
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
 from dino_ssl.evals.video_segmentation import VideoSegmentation

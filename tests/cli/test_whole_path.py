@@ -13,7 +13,7 @@ from PIL import Image
 
 import dino_ssl as package
 from dino_ssl.data.folder import Folder
-from dino_ssl.data.transforms.multi_crop import eval_transform, normalize
+from dino_ssl.data.transforms.eval import eval_transform, normalize
 from dino_ssl.evals.knn import KNN
 from dino_ssl.metrics import read_metrics
 

@@ -1,4 +1,4 @@
-"""DAVIS-2017's files: what is read, what is written, and what is said where the layout or a mask is another."""
+"""DAVIS-2017: reading sequences and masks, and errors for other layouts."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_ssl.data.benchmarks.davis import PALETTE, open_annotations, open_davis, read_mask, write_mask
+from dino_ssl.data.benchmarks.davis import open_annotations, open_davis
+from dino_ssl.data.masks import PALETTE, read_mask, write_mask
 from dino_ssl.errors import UserError
 from dino_ssl.evals.davis_score import score_results
 
@@ -17,7 +18,7 @@ MASK = np.pad(np.array([[1, 2]], np.uint8), ((1, 2), (2, 3)))
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two sequences of four frames, 7 x 4 pixels."""
+    """Return a folder with two sequences of four frames, 7 x 4 pixels."""
     root = tmp_path / "DAVIS"
     for name in ("swan", "car"):
         for i in range(4):
@@ -39,7 +40,7 @@ def results(root: Path) -> Path:
     return folder
 
 
-def test_masks_are_indexed_png_in_the_usual_colours(tmp_path: Path) -> None:
+def test_masks_are_indexed_png_files_in_the_palette_of_davis(tmp_path: Path) -> None:
     path = write_mask(tmp_path / "new/mask.png", MASK)
     assert (read_mask(path) == MASK).all()
     with Image.open(path) as image:
@@ -54,23 +55,23 @@ def test_masks_are_indexed_png_in_the_usual_colours(tmp_path: Path) -> None:
     assert (read_mask(tmp_path / "two.png") == (MASK > 0)).all()
 
 
-def test_the_palette_of_the_package(shared) -> None:
+def test_the_palette_equals_the_official_files(shared) -> None:
     with Image.open(next((shared / "data/davis/Annotations/480p/blackswan").iterdir())) as image:
         assert (np.array(image.getpalette()).reshape(-1, 3) == PALETTE[: len(image.getpalette()) // 3]).all()
 
 
-def test_what_is_no_mask_is_said(tmp_path: Path) -> None:
+def test_invalid_masks_are_reported(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "colours.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n...")
     Image.fromarray(MASK).save(tmp_path / "photo.jpg")
-    for name, said in (("colours", "in colours"), ("broken", "cannot be read"), ("none", "There is no mask")):
-        with pytest.raises(UserError, match=said):
+    for name, message in (("colours", "in color"), ("broken", "cannot be read"), ("none", "mask is missing")):
+        with pytest.raises(UserError, match=message):
             read_mask(tmp_path / f"{name}.png")
     with pytest.raises(UserError, match="indexed PNG"):
         read_mask(tmp_path / "photo.jpg")
 
 
-def test_the_sequences_in_the_order_of_the_list(root: Path) -> None:
+def test_sequences_are_in_the_order_of_the_list(root: Path) -> None:
     clips = open_davis(root)
     assert [clip.name for clip in clips] == ["swan", "car"]
     assert clips[0].frame_names == ["00000", "00001", "00002", "00003"]
@@ -99,7 +100,7 @@ def broken(root: Path, what: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "message"),
     [
         ("no list", "did you mean 'vall'"),
         ("no frames", r"no frames \(\*.jpg\) of car"),
@@ -111,10 +112,10 @@ def broken(root: Path, what: str) -> Path:
         ("nowhere", "there is no folder"),
     ],
 )
-def test_a_wrong_layout_is_answered_with_the_right_one(root: Path, what: str, said: str) -> None:
+def test_errors_show_the_expected_layout(root: Path, what: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         open_davis(broken(root, what))
-    assert re.search(said, str(caught.value))
+    assert re.search(message, str(caught.value))
     for line in (
         "ImageSets/2017/val.txt",
         "JPEGImages/480p/blackswan/00000.jpg",
@@ -126,16 +127,16 @@ def test_a_wrong_layout_is_answered_with_the_right_one(root: Path, what: str, sa
 def test_scoring_needs_no_frames(root: Path, results: Path) -> None:
     for file in (root / "JPEGImages").rglob("*.jpg"):
         file.unlink()
-    heard = []
-    result = score_results(results, root, progress=lambda done, total: heard.append((done, total)))
+    calls = []
+    result = score_results(results, root, progress=lambda done, total: calls.append((done, total)))
     assert result["J&F-Mean"] == 1
     assert list(result) == ["J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay", "per_object"]
     assert list(result["per_object"]) == ["swan_1", "swan_2", "car_1", "car_2"]
-    assert heard == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert list(open_annotations(root)) == ["swan", "car"]
 
 
-def test_the_first_and_the_last_frame_do_not_count_and_void_is_ground(root: Path, results: Path) -> None:
+def test_first_and_last_frames_are_not_scored_and_void_is_background(root: Path, results: Path) -> None:
     for i in (0, 3):
         write_mask(results / f"swan/{i:05d}.png", MASK * 0)
     void = np.where(MASK == 0, 255, MASK).astype(np.uint8)
@@ -144,21 +145,21 @@ def test_the_first_and_the_last_frame_do_not_count_and_void_is_ground(root: Path
     assert score_results(results, root)["J-Mean"] == 1
 
 
-def test_masks_that_do_not_fit_are_said(root: Path, results: Path) -> None:
-    one = results / "car/00002.png"
-    write_mask(one, MASK[:, :-1])
+def test_result_masks_of_wrong_size_or_labels_are_rejected(root: Path, results: Path) -> None:
+    path = results / "car/00002.png"
+    write_mask(path, MASK[:, :-1])
     with pytest.raises(UserError, match=r"car/00002.png is 6 x 4 pixels; expected 7 x 4"):
         score_results(results, root)
-    write_mask(one, MASK + 1)
+    write_mask(path, MASK + 1)
     with pytest.raises(UserError, match=r"an object 3, but the first mask of car has 2"):
         score_results(results, root)
-    one.unlink()
+    path.unlink()
     with pytest.raises(UserError, match=r"lacks 1 of the 4 masks that are scored: car/00002.png"):
         score_results(results, root)
     for i in range(4):
         for name in ("swan", "car"):
             write_mask(root / f"Annotations/480p/{name}/{i:05d}.png", MASK * 0)
-    write_mask(one, MASK * 0)
+    write_mask(path, MASK * 0)
     (results / "swan").rename(results / "other")
     (results / "car").rename(results / "swan")
     (root / "ImageSets/2017/val.txt").write_text("swan\n")

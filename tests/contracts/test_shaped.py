@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dino_ssl.data.dataset import BadImage, ImageDataset
-from dino_ssl.data.transforms.multi_crop import resize
 from dino_ssl.data.transforms.native_size import CroppedImages, scale_to, scaled, shaped_batches
+from dino_ssl.data.transforms.pixel_ops import resize
 
 
 class Mixed(ImageDataset):

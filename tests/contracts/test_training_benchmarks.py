@@ -22,7 +22,9 @@ import table
 import train_step
 import turns
 import work
-from dino_ssl.data.transforms.multi_crop import Batch, MultiCrop, normalize
+from dino_ssl.data.batch import Batch
+from dino_ssl.data.transforms.eval import normalize
+from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.optim import clip_grad_norm_per_tensor_
 from dino_ssl.runtime import Machine, start
 from dino_ssl.training import State, build_method, prepare_model

@@ -1,4 +1,4 @@
-"""PASCAL VOC's files: the layout, the two kinds of masks, and what is said where something else lies there."""
+"""PASCAL VOC 2012: layout, the two kinds of masks, and errors for other layouts."""
 
 from pathlib import Path
 
@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_ssl.data.benchmarks.voc import Masked, open_voc, read_mask
+from dino_ssl.data.benchmarks.voc import Masked, open_voc
 from dino_ssl.data.dataset import BadImage
+from dino_ssl.data.masks import read_mask
 from dino_ssl.errors import UserError
 
 
 @pytest.fixture
 def voc(tmp_path: Path) -> Path:
-    """Two pictures, one of them with both kinds of masks, as the benchmark is laid out."""
+    """Return a folder with two images and both kinds of masks, in the layout of the benchmark."""
     home = tmp_path / "VOCdevkit" / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "SegmentationObject", "ImageSets/Segmentation"):
         (home / folder).mkdir(parents=True)
@@ -31,7 +32,7 @@ def voc(tmp_path: Path) -> Path:
     return home
 
 
-def test_pictures_and_masks_are_read_as_numbers(voc: Path) -> None:
+def test_images_and_masks_are_read(voc: Path) -> None:
     dataset = open_voc(voc)
     assert isinstance(dataset, Masked)
     assert dataset.names == ["2007_000001", "2007_000002"]
@@ -45,51 +46,51 @@ def test_pictures_and_masks_are_read_as_numbers(voc: Path) -> None:
     assert open_voc(voc, split="train").names == ["2007_000002"]
 
 
-def test_any_of_the_folders_around_it_may_be_named(voc: Path) -> None:
-    assert len({open_voc(place).fingerprint for place in (voc, voc.parent, voc.parent.parent)}) == 1
+def test_parent_folders_are_accepted(voc: Path) -> None:
+    assert len({open_voc(folder).fingerprint for place in (voc, voc.parent, voc.parent.parent)}) == 1
 
 
-def test_another_layout_is_told_with_a_picture_of_the_right_one(voc: Path, tmp_path: Path) -> None:
-    for place in (tmp_path / "nowhere", voc / "JPEGImages"):
+def test_errors_show_the_expected_layout(voc: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path / "nowhere", voc / "JPEGImages"):
         with pytest.raises(UserError, match=r"(?s)Expected the layout.*ImageSets/Segmentation/val.txt"):
-            open_voc(place)
-    with pytest.raises(UserError, match=r"did you mean 'train'\?.*\n.*Lists there: train, val"):
+            open_voc(folder)
+    with pytest.raises(UserError, match=r"did you mean 'train'\?.*\n.*Lists: train, val"):
         open_voc(voc, split="trian")
     (voc / "SegmentationObject").rename(voc / "elsewhere")
-    with pytest.raises(UserError, match=r"It has SegmentationClass: .*--objects class"):
+    with pytest.raises(UserError, match=r"It has SegmentationClass: .*`objects`"):
         open_voc(voc, kind="instance")
     (voc / "JPEGImages/2007_000002.jpg").unlink()
-    with pytest.raises(UserError, match=r"1 files are not there.*\n  JPEGImages/2007_000002.jpg"):
+    with pytest.raises(UserError, match=r"1 files are missing.*\n  JPEGImages/2007_000002.jpg"):
         open_voc(voc)
     (voc / "ImageSets/Segmentation/val.txt").write_text("\n")
     with pytest.raises(UserError, match="the list is empty"):
         open_voc(voc)
 
 
-def test_a_mask_that_is_none_is_named(voc: Path, tmp_path: Path) -> None:
+def test_invalid_masks_are_reported(voc: Path, tmp_path: Path) -> None:
     dataset = open_voc(voc)
     mask = voc / "SegmentationClass/2007_000001.png"
     Image.new("P", (9, 9)).save(mask)
-    with pytest.raises(BadImage, match="is 9x9, and its picture is 30x20"):
+    with pytest.raises(BadImage, match="is 9x9 pixels, its image 30x20"):
         dataset.mask(0)
     Image.new("RGB", (30, 20)).save(mask)
-    with pytest.raises(BadImage, match="indexed PNG was expected"):
+    with pytest.raises(BadImage, match="indexed PNG"):
         dataset.mask(0)
     mask.write_bytes(b"hello")
-    with pytest.raises(BadImage, match="no PNG"):
+    with pytest.raises(BadImage, match="indexed PNG"):
         read_mask(mask)
     (voc / "JPEGImages/2007_000001.jpg").write_bytes(b"hello")
     with pytest.raises(UserError, match="cannot be read"):
         open_voc(voc)
 
 
-def test_the_real_files(shared: Path) -> None:
+def test_original_files(shared: Path) -> None:
     folder = shared / "data/voc12"
     if not folder.is_dir():
         pytest.skip(f"no folder {folder}")
     dataset = open_voc(folder)
     assert len(dataset) == 12
     for index in range(len(dataset)):
-        found = set(np.unique(dataset.mask(index)).tolist())
-        assert found <= {*range(21), 255}
-        assert len(found & set(range(1, 21))) >= 1
+        labels = set(np.unique(dataset.mask(index)).tolist())
+        assert labels <= {*range(21), 255}
+        assert len(labels & set(range(1, 21))) >= 1

@@ -193,7 +193,7 @@ def test_a_real_transformer_is_read_as_its_attention_says() -> None:
     network = ViT(size="tiny", patch=8, image_size=32, width=24, depth=2, heads=3, registers=2).build().eval()
     image = picture(32, 48)
     seen = attend(network, image, size=32)
-    from dino_ssl.data.transforms.multi_crop import normalize
+    from dino_ssl.data.transforms.eval import normalize
 
     with torch.no_grad():
         batch = normalize(torch.from_numpy(image.transpose(2, 0, 1).copy())[None])

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dino_ssl.data.loader import sample_rng
 from dino_ssl.data.transforms import pixel_ops
-from dino_ssl.data.transforms.multi_crop import CHANGES, MultiCrop, ViewParams
+from dino_ssl.data.transforms.multi_crop import JITTER_OPS, MultiCrop, ViewParams
 from dino_ssl.data.transforms.pixel_ops import gaussian
 from dino_ssl.kernels import fastest_transform
 from dino_ssl.methods.byol import BYOLConfig
@@ -101,7 +101,7 @@ def test_each_change_is_the_plain_one(size: int, factor: float) -> None:
     1/1024."""
     image = photo(size, size)
     draw = AS_IT_IS._replace(height=size, width=size, factors=(factor, factor, factor, (factor - 0.7) / 4))
-    for number, change in enumerate(CHANGES):
+    for number, change in enumerate(JITTER_OPS):
         ours = one(draw._replace(order=(number,)), size, image)
         difference = np.abs(ours.astype(int) - plain(draw._replace(order=(number,)), size, image))
         assert difference.max() <= 1, change.__name__
@@ -160,7 +160,7 @@ def test_a_picture_may_be_locked_or_lie_anywhere() -> None:
 def test_every_order_of_the_changes_is_known() -> None:
     image, seen = photo(16, 16), set()
     for number in range(400):
-        draw = SMALL.draw(16, 16, sample_rng(0, 0, number))[0]
+        draw = SMALL.sample_params(16, 16, sample_rng(0, 0, number))[0]
         seen.add(draw.order)
         difference = np.abs(one(draw, 16, image).astype(int) - plain(draw, 16, image))
         assert difference.mean() < 3

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.loader import sample_rng
-from dino_ssl.data.transforms.multi_crop import crop_box, normalize
+from dino_ssl.data.transforms.base import crop_box
+from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.data.transforms.pixel_ops import resize
 from dino_ssl.data.transforms.random_crop import RATIO, SCALE, crop_batches, random_crop
 from dino_ssl.errors import UserError

@@ -9,7 +9,8 @@ import torch
 
 from dino_ssl.data.benchmarks.revisited import Truth, read_ground_truth
 from dino_ssl.data.synthetic.scenes import Scenes
-from dino_ssl.data.transforms.multi_crop import normalize, resize
+from dino_ssl.data.transforms.eval import normalize
+from dino_ssl.data.transforms.pixel_ops import resize
 from dino_ssl.evals.base import EvalContext
 from dino_ssl.evals.descriptors import describe
 from dino_ssl.evals.ranking import ranked_places

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dino_ssl.data.batch import Batch
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import mix_rng
-from dino_ssl.data.transforms.multi_crop import Batch
 from dino_ssl.errors import UserError
 from dino_ssl.methods.method import BuildContext
 from dino_ssl.methods.supervised import (

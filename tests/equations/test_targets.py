@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_ssl.data.transforms.multi_crop import Batch
+from dino_ssl.data.batch import Batch
 from dino_ssl.errors import UserError
 from dino_ssl.methods.dino import DINO, DINOConfig
 from dino_ssl.models import Backbone, Network

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_ssl import distributed
-from dino_ssl.data.benchmarks.davis import write_mask
+from dino_ssl.data.masks import write_mask
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext, Scores, reference_scores

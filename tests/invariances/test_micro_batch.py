@@ -9,8 +9,8 @@ import torch
 from tiny import CPU, RUN, differences, last, run_on_ranks
 
 from dino_ssl.config import edit, to_dict
+from dino_ssl.data.batch import Batch
 from dino_ssl.data.transforms.augment import Augment
-from dino_ssl.data.transforms.multi_crop import Batch
 from dino_ssl.errors import UserError
 from dino_ssl.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
 from dino_ssl.metrics import read_metrics

@@ -25,8 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dino_ssl.config import edit
+from dino_ssl.data.batch import Batch
 from dino_ssl.data.loader import BatchSpec
-from dino_ssl.data.transforms.multi_crop import Batch, MultiCrop
+from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.kernels import held
 from dino_ssl.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
 from dino_ssl.models.vit import ViT

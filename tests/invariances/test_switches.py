@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import CPU, RUN, differences, edit, fit, last, same_training
 
-from dino_ssl.data.transforms.multi_crop import Batch
+from dino_ssl.data.batch import Batch
 from dino_ssl.events import Logged, Started
 from dino_ssl.methods.dino import DINO, DINOConfig
 from dino_ssl.models.timm import Timm

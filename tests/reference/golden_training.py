@@ -84,7 +84,7 @@ def param_groups(path: Path) -> Result:
 
 def trajectory(path: Path) -> Result:
     """A whole training run, through the same Run, DINO, Optim and train_step that `dino train` uses."""
-    from dino_ssl.data.transforms.multi_crop import Batch
+    from dino_ssl.data.batch import Batch
     from dino_ssl.runtime import Runtime
     from dino_ssl.schedules import Clock
     from dino_ssl.training import State, build_method, prepare_model, train_step

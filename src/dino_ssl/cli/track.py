@@ -61,7 +61,7 @@ def track(argv: Sequence[str]) -> int:
         import numpy as np
 
         from dino_ssl.api.calls import open_checkpoint
-        from dino_ssl.data.benchmarks.davis import write_mask
+        from dino_ssl.data.masks import write_mask
         from dino_ssl.evals.attention_masks import size_to_look_at
         from dino_ssl.evals.base import EvalContext
         from dino_ssl.evals.video_segmentation import VideoSegmentation

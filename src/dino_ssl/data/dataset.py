@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple, overload
 
 import numpy as np
 
+from dino_ssl.errors import UserError
+
 
 class Skipped(NamedTuple):
     """A picture that is not used, and why: listed by name in the run's report."""
@@ -23,11 +25,11 @@ class Skipped(NamedTuple):
     reason: str
 
 
-class BadImage(Exception):  # noqa: N818 - it is the image that is bad
-    """This file holds no picture that can be used; `reason` says why in one line."""
+class BadImage(UserError):  # noqa: N818
+    """Error of an image file that cannot be used; `reason` describes it in one line."""
 
     def __init__(self, path: object, reason: str) -> None:
-        super().__init__(str(path), reason)  # both are args, so that it survives pickling between processes
+        super().__init__(str(path), reason)  # both as args, so that the error survives pickling between processes
         self.path = str(path)
         self.reason = reason
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dino_ssl.data.batch import Batch
 from dino_ssl.data.dataset import BadImage, ImageDataset, Reduction, Skipped
-from dino_ssl.data.transforms.multi_crop import Batch, Views, eval_transform
+from dino_ssl.data.transforms.base import Views
+from dino_ssl.data.transforms.eval import eval_transform
 from dino_ssl.errors import UserError
 
 ORDER, SAMPLE, MIX = 0, 1, 2  # what a random stream is for: the streams of different purposes never meet

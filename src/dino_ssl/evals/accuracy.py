@@ -11,7 +11,7 @@ from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import eval_batches
 from dino_ssl.data.sources import described
-from dino_ssl.data.transforms.multi_crop import normalize
+from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.evals.base import EvalContext, Scores, evaluating
 from dino_ssl.models.heads import Network
 

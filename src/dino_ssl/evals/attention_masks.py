@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from dino_ssl import distributed
-from dino_ssl.data.benchmarks.voc import CLASSES, GROUND, VOID, Kind, Masked, open_voc
+from dino_ssl.data.benchmarks.voc import CLASSES, Kind, Masked, open_voc
 from dino_ssl.data.dataset import BadImage, ImageDataset, Skipped
 from dino_ssl.data.folder import Folder
+from dino_ssl.data.masks import BACKGROUND, VOID
 from dino_ssl.data.sources import WORDS, DatasetSource, open_dataset
 from dino_ssl.data.synthetic.scenes import Scenes
-from dino_ssl.data.transforms.multi_crop import normalize
+from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import Autocast, EvalContext, Scores, Source, evaluating
 from dino_ssl.models.backbone import Attentive, Backbone
@@ -137,7 +138,7 @@ def cells_of(annotation: np.ndarray, grid: tuple[int, int]) -> PatchCounts:
     def count(which: np.ndarray) -> np.ndarray:
         return np.bincount(patch[which], minlength=h * w).reshape(h, w)
 
-    objects = [int(value) for value in np.unique(flat) if value not in (GROUND, VOID)]
+    objects = [int(value) for value in np.unique(flat) if value not in (BACKGROUND, VOID)]
     inside = [count(flat == value) for value in objects]
     return PatchCounts(objects, np.stack(inside) if inside else np.zeros((0, h, w), int), count(flat != VOID))
 

@@ -18,7 +18,7 @@ from dino_ssl import distributed
 from dino_ssl.data.dataset import BadImage, ImageDataset, Skipped
 from dino_ssl.data.loader import eval_batches
 from dino_ssl.data.sources import DatasetSource
-from dino_ssl.data.transforms.multi_crop import normalize
+from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.evals.cache import cached, key_of, weights_hash
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.progress import Progress, StartProgress, no_progress

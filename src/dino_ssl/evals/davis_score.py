@@ -13,7 +13,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from dino_ssl.data.benchmarks.davis import VOID, open_annotations, read_mask
+from dino_ssl.data.benchmarks.davis import open_annotations
+from dino_ssl.data.masks import VOID, read_mask
 from dino_ssl.errors import UserError
 
 STATISTICS = ("J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")

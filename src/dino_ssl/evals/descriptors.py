@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.transforms.multi_crop import normalize
+from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.data.transforms.native_size import shaped_batches
 from dino_ssl.evals.base import EvalContext, Extracted, evaluating, gathered, rank_shard
 from dino_ssl.evals.cache import cached, key_of, weights_hash

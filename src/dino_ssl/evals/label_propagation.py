@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_ssl.data.benchmarks.davis import VOID
+from dino_ssl.data.masks import VOID
 from dino_ssl.evals.base import full_precision
 
 TILE = 12

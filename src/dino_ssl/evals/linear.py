@@ -17,7 +17,7 @@ from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import eval_batches
 from dino_ssl.data.sources import DatasetSource, described, labelled_alone, labelled_pair
-from dino_ssl.data.transforms.multi_crop import normalize
+from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import VAL, EvalContext, Scores, Source, evaluating
 from dino_ssl.evals.crop_features import Course, Extract, fresh_crops, stored_crops

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_ssl import distributed
-from dino_ssl.data.benchmarks.davis import open_davis, write_mask
+from dino_ssl.data.benchmarks.davis import open_davis
 from dino_ssl.data.clips import Clip, DrawnClip
+from dino_ssl.data.masks import write_mask
 from dino_ssl.data.sources import WORDS
 from dino_ssl.data.synthetic.scenes import Scenes
-from dino_ssl.data.transforms.multi_crop import normalize
+from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import EvalContext, Scores, Source, evaluating
 from dino_ssl.evals.davis_score import STATISTICS, object_name, objects_of, sequence_statistics, summary

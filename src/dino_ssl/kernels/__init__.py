@@ -6,7 +6,8 @@ This file chooses; callers pass the result on and never ask which implementation
 from collections.abc import Callable
 from typing import Any
 
-from dino_ssl.data.transforms.multi_crop import MultiCrop, Views
+from dino_ssl.data.transforms.base import Views
+from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.kernels.attention import scaled_dot_product
 from dino_ssl.kernels.loss import batch_center, loss_from_bottleneck
 from dino_ssl.kernels.packed_vit import forward_views

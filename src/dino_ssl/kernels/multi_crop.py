@@ -20,19 +20,12 @@ import numpy as np
 from numba import njit, types
 
 from dino_ssl.data.dataset import Reduction
-from dino_ssl.data.transforms.multi_crop import (
-    CHANGES,
-    MultiCrop,
-    ViewParams,
-    adjust_brightness,
-    adjust_contrast,
-    adjust_saturation,
-)
-from dino_ssl.data.transforms.pixel_ops import gaussian
+from dino_ssl.data.transforms.multi_crop import JITTER_OPS, MultiCrop, ViewParams
+from dino_ssl.data.transforms.pixel_ops import adjust_brightness, adjust_contrast, adjust_saturation, gaussian
 
 f32 = np.float32
 at = np.uint64  # places: numba looks at every signed one, whether it is negative and counts from the end
-BRIGHTNESS, CONTRAST, SATURATION = map(CHANGES.index, (adjust_brightness, adjust_contrast, adjust_saturation))
+BRIGHTNESS, CONTRAST, SATURATION = map(JITTER_OPS.index, (adjust_brightness, adjust_contrast, adjust_saturation))
 CUT = -0.499  # Pillow cuts where this rounds; a little above -0.5, so that whole numbers stay what they are
 ROWS = 64
 """Rows of a view that are resized together: what they are made of stays in the nearest caches."""
@@ -383,7 +376,7 @@ class CompiledMultiCrop:
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """As the plain one."""
         sides = [side for number, side in self.view_shapes for _ in range(number)]
-        draws = self.plain.draw(image.shape[0], image.shape[1], rng)
+        draws = self.plain.sample_params(image.shape[0], image.shape[1], rng)
         flat = np.ascontiguousarray(image).reshape(len(image), -1)
         return [self.view(flat, draw, side) for draw, side in zip(draws, sides, strict=True)]
 

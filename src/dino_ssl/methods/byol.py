@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from dino_ssl.data.transforms.multi_crop import Batch
+from dino_ssl.data.batch import Batch
 from dino_ssl.errors import check_range
 from dino_ssl.methods.method import BuildContext, Method, MethodConfig, Outputs, relative_distance
 from dino_ssl.models import Backbone, MLPHead, Network, Predictor

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_ssl import distributed
-from dino_ssl.data.transforms.multi_crop import Batch
+from dino_ssl.data.batch import Batch
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.methods.method import BuildContext, Implementations, Method, MethodConfig, Outputs, relative_distance
 from dino_ssl.models.backbone import Backbone

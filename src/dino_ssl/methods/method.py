@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dino_ssl import objectives
+from dino_ssl.data.batch import Batch
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.transforms.multi_crop import Batch
 from dino_ssl.models import Backbone, BackboneConfig, Network
 from dino_ssl.models.weights import load_strict
 from dino_ssl.objectives import LossTerms

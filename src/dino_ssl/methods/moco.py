@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dino_ssl import distributed
-from dino_ssl.data.transforms.multi_crop import Batch
+from dino_ssl.data.batch import Batch
 from dino_ssl.errors import check_range
 from dino_ssl.methods.method import BuildContext, Method, MethodConfig, Outputs, relative_distance
 from dino_ssl.methods.queue import Queue

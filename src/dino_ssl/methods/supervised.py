@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_ssl.data.batch import Batch
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import mix_rng
-from dino_ssl.data.transforms.multi_crop import Batch
 from dino_ssl.errors import UserError
 from dino_ssl.methods.method import BuildContext, Method, MethodConfig, Outputs
 from dino_ssl.models import Backbone, Network

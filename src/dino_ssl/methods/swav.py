@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_ssl import distributed
-from dino_ssl.data.transforms.multi_crop import Batch
+from dino_ssl.data.batch import Batch
 from dino_ssl.errors import check_range
 from dino_ssl.methods.method import BuildContext, Method, MethodConfig, Outputs
 from dino_ssl.methods.queue import Queue

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dino_ssl.data.transforms.multi_crop import Batch
+from dino_ssl.data.batch import Batch
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, synchronize
 from dino_ssl.schedules import Clock

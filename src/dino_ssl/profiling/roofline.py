@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino_ssl.data.transforms.multi_crop import Batch
+from dino_ssl.data.batch import Batch
 from dino_ssl.methods import AnyMethod
 from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.methods.method import BuildContext

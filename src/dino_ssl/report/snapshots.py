@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from dino_ssl.data.dataset import BadImage, ImageDataset
-from dino_ssl.data.transforms.multi_crop import eval_transform
+from dino_ssl.data.transforms.eval import eval_transform
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import Extracted
 from dino_ssl.evals.knn import nearest_neighbours

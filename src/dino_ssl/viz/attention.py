@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import torch
 
-from dino_ssl.data.transforms.multi_crop import normalize
+from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError
 from dino_ssl.evals.attention_masks import patch_attention, resize_to_patches, top_mass_mask
 from dino_ssl.evals.base import evaluating

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino_ssl.data.transforms.multi_crop import normalize
+from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError
 from dino_ssl.evals.attention_masks import resize_to_patches
 from dino_ssl.evals.base import evaluating

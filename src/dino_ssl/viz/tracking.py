@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dino_ssl.data.benchmarks.davis import PALETTE, VOID, read_mask
+from dino_ssl.data.masks import PALETTE, VOID, read_mask
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext, evaluating
 from dino_ssl.evals.label_propagation import input_size, nearest

@@ -5,21 +5,16 @@ scorer. So is what this project writes.
 """
 
 import hashlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dino_ssl.data.clips import Clip
 from dino_ssl.data.dataset import BadImage
 from dino_ssl.data.decode import decode
+from dino_ssl.data.masks import read_mask
 from dino_ssl.errors import UserError, did_you_mean
-from dino_ssl.files import atomic_write
-
-VOID = 255
-"""Pixels that belong to nothing in particular: taken for ground."""
 
 TREE = """\
   {root}/
@@ -28,44 +23,6 @@ TREE = """\
     Annotations/480p/blackswan/00000.png ...    its masks under the same names: 0 the ground, 1, 2, ... objects"""
 
 SOURCE = "It is DAVIS-2017-trainval-480p.zip from davischallenge.org; give the folder that holds these three."
-
-
-def _palette() -> list[int]:
-    """The colours of PASCAL VOC and DAVIS: bit i of R, G, B comes from bits 3 i, 3 i + 1, 3 i + 2, highest first."""
-    colours = []
-    for label in range(256):
-        bits = [[(label >> (3 * i + channel)) & 1 for i in range(3)] for channel in range(3)]
-        colours += [sum(bit << (7 - i) for i, bit in enumerate(channel)) for channel in bits]
-    return colours
-
-
-PALETTE = np.array(_palette(), dtype=np.uint8).reshape(256, 3)
-"""[256, 3]: the colour of each label."""
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """uint8 [H, W]: the numbers of the objects, from an indexed or grey PNG. The palette is not looked at."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            if image.mode in ("P", "L", "1"):
-                return np.array(image, dtype=np.uint8)
-            kind = image.mode
-    except FileNotFoundError:
-        raise UserError(f"There is no mask {path}.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"The mask {path} cannot be read: {error}. Expected an indexed PNG.") from error
-    raise UserError(
-        f"The mask {path} is a picture in colours ({kind}); expected an indexed PNG, whose pixels are the numbers of "
-        "the objects: 0 the ground, 1, 2, ..."
-    )
-
-
-def write_mask(path: Path, mask: np.ndarray) -> Path:
-    """Writes uint8 [H, W] as an indexed PNG in the usual colours, whole or not at all."""
-    image, file = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8)), io.BytesIO()
-    image.putpalette(PALETTE.tobytes())
-    image.save(file, format="PNG")
-    return atomic_write(path, lambda aside: aside.write_bytes(file.getvalue()))
 
 
 class DavisClip(Clip):

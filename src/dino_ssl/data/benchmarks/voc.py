@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
 
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.decode import decode, probe
+from dino_ssl.data.masks import read_mask
 from dino_ssl.errors import UserError, did_you_mean
 
 Kind = Literal["class", "instance"]
 FOLDERS: dict[Kind, str] = {"class": "SegmentationClass", "instance": "SegmentationObject"}
-GROUND, VOID = 0, 255
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -95,18 +94,6 @@ def open_voc(
         if progress is not None:
             progress(done, len(names))
     return VOC(folder, names, sizes, kind)
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """An indexed (or grey) PNG as its numbers, uint8 [height, width]; raises BadImage."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            if image.mode not in ("P", "L"):
-                reason = f"has colours ({image.mode}) where an indexed PNG was expected: numbers, not their palette"
-                raise BadImage(path, reason)
-            return np.array(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(path, f"is no PNG that can be read ({error})") from error
 
 
 def _home(path: Path, kind: Kind, split: str) -> Path:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import make_loader, read_or_none
-from dino_ssl.data.transforms.multi_crop import planar, resize
+from dino_ssl.data.transforms.pixel_ops import resize, to_planar
 
 
 def scale_to(sizes: np.ndarray, longest: int) -> np.ndarray:
@@ -55,7 +55,7 @@ class _Shaped:
         for index in indices.tolist():
             image = read_or_none(self.dataset, index, [])
             if image is not None:
-                planar([resize(image, height, width)], stack[len(used) : len(used) + 1])
+                to_planar(resize(image, height, width), stack[len(used)])
                 used.append(index)
         return torch.tensor(used, dtype=torch.int64), torch.from_numpy(stack[: len(used)])
 

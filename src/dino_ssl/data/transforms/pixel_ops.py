@@ -107,3 +107,9 @@ def solarize(view: np.ndarray, threshold: int) -> np.ndarray:
 def _solarized(threshold: int) -> np.ndarray:
     levels = np.arange(256)
     return np.where(threshold <= levels, 255 - levels, levels).astype(np.uint8)
+
+
+def to_planar(image: np.ndarray, out: np.ndarray) -> None:
+    """Write an image [H, W, 3] into `out` [3, H, W]."""
+    for channel, plane in zip(cv2.split(image), out, strict=True):
+        plane[...] = channel

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import make_loader, read_or_none, sample_rng
-from dino_ssl.data.transforms.multi_crop import crop_box
+from dino_ssl.data.transforms.base import crop_box
 from dino_ssl.data.transforms.pixel_ops import resize
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop as it comes

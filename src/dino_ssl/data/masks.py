@@ -1,0 +1,51 @@
+"""Segmentation masks as indexed PNG files, in the palette of PASCAL VOC and DAVIS."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dino_ssl.data.dataset import BadImage
+from dino_ssl.files import atomic_write
+
+BACKGROUND, VOID = 0, 255
+"""Label of pixels without an object, and of pixels that are not scored."""
+
+
+def _palette() -> list[int]:
+    """Return the palette: bit i of R, G, B comes from bits 3 i, 3 i + 1, 3 i + 2 of the label, highest first."""
+    colors = []
+    for label in range(256):
+        bits = [[(label >> (3 * i + channel)) & 1 for i in range(3)] for channel in range(3)]
+        colors += [sum(bit << (7 - i) for i, bit in enumerate(channel)) for channel in bits]
+    return colors
+
+
+PALETTE = np.array(_palette(), dtype=np.uint8).reshape(256, 3)
+"""[256, 3]: RGB color of each label."""
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Return the labels of an indexed or grayscale PNG, uint8 [H, W]; the palette is ignored.
+
+    Raises:
+        BadImage: The file is missing, is not a PNG, or is an RGB image.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.mode not in ("P", "L", "1"):
+                raise BadImage(path, f"expected a mask as an indexed PNG, got an image in color ({image.mode})")
+            return np.array(image, dtype=np.uint8)
+    except FileNotFoundError:
+        raise BadImage(path, "the mask is missing") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadImage(path, f"expected a mask as an indexed PNG, which cannot be read ({error})") from error
+
+
+def write_mask(path: Path, mask: np.ndarray) -> Path:
+    """Write labels, uint8 [H, W], atomically as an indexed PNG."""
+    image, file = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8)), io.BytesIO()
+    image.putpalette(PALETTE.tobytes())
+    image.save(file, format="PNG")
+    return atomic_write(path, lambda temporary: temporary.write_bytes(file.getvalue()))
