@@ -47,7 +47,7 @@ def test_images_and_masks_are_read(voc: Path) -> None:
 
 
 def test_parent_folders_are_accepted(voc: Path) -> None:
-    assert len({open_voc(folder).fingerprint for place in (voc, voc.parent, voc.parent.parent)}) == 1
+    assert len({open_voc(folder).fingerprint for folder in (voc, voc.parent, voc.parent.parent)}) == 1
 
 
 def test_errors_show_the_expected_layout(voc: Path, tmp_path: Path) -> None:
