@@ -50,10 +50,10 @@ class Augment:
     """Smallest and largest share of the view that is erased."""
 
     def __post_init__(self) -> None:
-        check_range(self, "size", "repeats", of="views.", least=1)
-        check_range(self, "operations", "magnitude_std", of="views.", least=0)
-        check_range(self, "magnitude", of="views.", least=0, most=10)
-        check_range(self, "flip", "erase", of="views.", least=0, most=1)
+        check_range(self, "size", "repeats", prefix="views.", least=1)
+        check_range(self, "operations", "magnitude_std", prefix="views.", least=0)
+        check_range(self, "magnitude", prefix="views.", least=0, most=10)
+        check_range(self, "flip", "erase", prefix="views.", least=0, most=1)
         check_interval(self, "scale", "erase_area", most=1)
         check_interval(self, "ratio", most=math.inf)
 

@@ -41,7 +41,7 @@ class Views(Protocol):
 
 def check_interval(settings: Any, *names: str, most: float) -> None:
     """Raise UserError unless these fields of `views` are (lower, upper) bounds with 0 < lower <= upper <= `most`."""
-    check_range(settings, *names, of="views.", above=0, most=most)
+    check_range(settings, *names, prefix="views.", above=0, most=most)
     for name in names:
         low, high = getattr(settings, name)
         if low > high:

@@ -91,11 +91,11 @@ class MultiCrop:
     """Solarization inverts values greater than or equal to this one."""
 
     def __post_init__(self) -> None:
-        check_range(self, "global_size", "local_size", of="views.", least=1)
-        check_range(self, "local", "brightness", "contrast", "saturation", of="views.", least=0)
-        check_range(self, "hue", of="views.", least=0, most=0.5)
-        check_range(self, "flip", "jitter", "gray", "blur", "solarize", of="views.", least=0, most=1)
-        check_range(self, "solarize_threshold", of="views.", least=0, most=256)
+        check_range(self, "global_size", "local_size", prefix="views.", least=1)
+        check_range(self, "local", "brightness", "contrast", "saturation", prefix="views.", least=0)
+        check_range(self, "hue", prefix="views.", least=0, most=0.5)
+        check_range(self, "flip", "jitter", "gray", "blur", "solarize", prefix="views.", least=0, most=1)
+        check_range(self, "solarize_threshold", prefix="views.", least=0, most=256)
         check_interval(self, "global_scale", "local_scale", most=1)
         check_interval(self, "ratio", "blur_sigma", most=math.inf)
         for name in ("blur", "solarize"):
