@@ -1,4 +1,4 @@
-"""Folders as people have them: what is used, what is left out and why, and the errors that say what to do."""
+"""Folders of images: which files are used, which are skipped and why, and error messages."""
 
 import os
 import pickle
@@ -25,27 +25,30 @@ def put(root, *names, value=100):
         Image.new("RGB", (20 + i, 10), (value, i, 0)).save(path)
 
 
-def test_nested_pictures_in_order_of_their_names(photos):
+def test_nested_images_are_sorted_by_name(photos):
     put(photos, "b.png", "ü/日本 語/ж.jpg", "ü/a.PNG", "a/z.bmp")
-    told = []
-    dataset = Folder(path=str(photos)).open(progress=lambda done, total: told.append((done, total)))
+    calls = []
+    dataset = Folder(path=str(photos)).open(progress=lambda done, total: calls.append((done, total)))
     assert dataset.names == ["a/z.bmp", "b.png", "ü/a.PNG", "ü/日本 語/ж.jpg"]
     assert dataset.sizes.tolist() == [[23, 10], [20, 10], [22, 10], [21, 10]]
     assert [int(dataset.read(i)[0, 0, 1]) for i in (0, 1, 2)] == [3, 0, 2]
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert dataset.labels is None
     assert dataset.short_side == 10
+    image, label = dataset[1]
+    assert (image.shape, label) == ((10, 20, 3), -1)
+    assert len(list(dataset)) == 4  # map-style torch dataset
     again = pickle.loads(pickle.dumps(dataset))
     np.testing.assert_array_equal(again.read(3), dataset.read(3))
 
 
 def test_bad_files_are_listed_and_other_files_counted(photos):
     put(photos, "good.png", "cut.png", ".hidden.png", ".thumbs/x.png", "__MACOSX/y.png")
-    whole = (photos / "cut.png").read_bytes()
-    (photos / "cut.png").write_bytes(whole[:-5])
+    data = (photos / "cut.png").read_bytes()
+    (photos / "cut.png").write_bytes(data[:-5])
     (photos / "empty.jpg").touch()
     (photos / "page.jpg").write_text("<html>")
-    (photos / "notes.txt").write_text("no picture")
+    (photos / "notes.txt").write_text("not an image")
     (photos / "gone.png").symlink_to(photos / "nowhere.png")
     os.mkfifo(photos / "pipe.jpg")
     dataset = Folder(path=str(photos)).open()
@@ -58,10 +61,7 @@ def test_bad_files_are_listed_and_other_files_counted(photos):
 def test_links_are_followed_and_loops_are_not(photos, tmp_path):
     put(photos, "real/a.png")
     put(tmp_path / "elsewhere", "b.png")
-    for name in (
-        "A link",
-        "z link",
-    ):  # sorts before and after: the real folder names the picture all the same
+    for name in ("A link", "z link"):  # sort before and after the real folder, which still gives the name
         (photos / name).symlink_to(photos / "real")
     (photos / "real" / "loop").symlink_to(photos)
     (photos / "elsewhere").symlink_to(tmp_path / "elsewhere")
@@ -71,12 +71,12 @@ def test_links_are_followed_and_loops_are_not(photos, tmp_path):
     assert dataset.read(0).shape == (10, 20, 3)
 
 
-def test_a_name_that_is_no_text(photos):
+def test_names_that_are_not_utf8(photos):
     put(photos, "a.png")
     try:
         os.rename(os.fsencode(photos / "a.png"), os.fsencode(photos) + b"/\xff\xfe.png")
     except OSError:
-        pytest.skip("this file system takes only names that are text")
+        pytest.skip("this file system accepts only UTF-8 names")
     dataset = Folder(path=str(photos)).open()
     assert dataset.names == ["\\xff\\xfe.png"]
     assert dataset.names[0].encode()  # can be printed, and written to a report
@@ -84,7 +84,7 @@ def test_a_name_that_is_no_text(photos):
 
 
 @pytest.mark.parametrize("mode", [0o555, 0o000])
-def test_folders_that_may_not_be_written_or_listed(photos, mode):
+def test_folders_without_write_or_list_permission(photos, mode):
     put(photos, "a.png", "locked/b.png")
     (photos / "locked").chmod(mode)
     try:
@@ -110,24 +110,24 @@ def test_folders_that_may_not_be_written_or_listed(photos, mode):
     ],
 )
 def test_class_folders(names, classes, labels):
-    got, found = class_folders(names)
-    assert found == classes
-    assert labels == (None if got is None else got.tolist())
+    found_labels, found_classes = class_folders(names)
+    assert found_classes == classes
+    assert labels == (None if found_labels is None else found_labels.tolist())
 
 
-def test_held_back_part_is_stratified_and_disjoint(photos):
+def test_split_is_stratified_and_disjoint(photos):
     put(photos, *(f"{kind}/{i}.png" for kind, n in (("a", 20), ("b", 10), ("c", 1)) for i in range(n)))
     dataset = Folder(path=str(photos)).open()
-    train, held = dataset.split(0.2, seed=1)
+    train, val = dataset.split(0.2, seed=1)
     assert train.labels is not None
-    assert held.labels is not None
-    assert np.bincount(held.labels, minlength=3).tolist() == [4, 2, 0]
-    assert sorted(train.names + held.names) == dataset.names
-    assert held.names == dataset.split(0.2, seed=1)[1].names != dataset.split(0.2, seed=2)[1].names
-    np.testing.assert_array_equal(held.read(3), dataset.read(dataset.names.index(held.names[3])))
+    assert val.labels is not None
+    assert np.bincount(val.labels, minlength=3).tolist() == [4, 2, 0]
+    assert sorted(train.names + val.names) == dataset.names
+    assert val.names == dataset.split(0.2, seed=1)[1].names != dataset.split(0.2, seed=2)[1].names
+    np.testing.assert_array_equal(val.read(3), dataset.read(dataset.names.index(val.names[3])))
 
 
-def test_fingerprint_changes_with_the_pictures(photos):
+def test_fingerprint_changes_with_the_images(photos):
     put(photos, "a.png", "b.png")
     before = Folder(path=str(photos)).open().fingerprint
     assert Folder(path=str(photos)).open().fingerprint == before
@@ -135,32 +135,32 @@ def test_fingerprint_changes_with_the_pictures(photos):
     assert Folder(path=str(photos)).open().fingerprint != before
 
 
-def test_in_memory_gives_the_same_pictures_and_never_reads_again(photos):
+def test_in_memory_returns_the_same_images_without_reading_files_again(photos):
     put(photos, "a.png", "b.png", "c.png")
     dataset = Folder(path=str(photos)).open()
     expected = [dataset.read(i) for i in (0, 2)]
     (photos / "b.png").write_bytes(b"")
-    kept = dataset.in_memory()
-    assert kept.nbytes == 3 * 10 * (20 + 21 + 22)
+    cached = dataset.in_memory()
+    assert cached.nbytes == 3 * 10 * (20 + 21 + 22)
     for name in ("a.png", "b.png", "c.png"):
         (photos / name).unlink()
-    for index, picture in zip((0, 2), expected, strict=True):
-        np.testing.assert_array_equal(kept.read(index), picture)
+    for index, image in zip((0, 2), expected, strict=True):
+        np.testing.assert_array_equal(cached.read(index), image)
     with pytest.raises(Exception, match="empty"):
-        kept.read(1)
+        cached.read(1)
 
 
-def test_errors_say_what_to_do(photos):
+def test_error_messages(photos):
     with pytest.raises(UserError, match=r"no folder .*nowhere"):
         Folder(path=str(photos / "nowhere")).open()
-    with pytest.raises(UserError, match="no pictures in"):
+    with pytest.raises(UserError, match="no images in"):
         Folder(path=str(photos)).open()
     (photos / "notes.txt").touch()
     with pytest.raises(UserError, match="1 other or hidden"):
         Folder(path=str(photos)).open()
     put(photos, "a.png")
-    with pytest.raises(UserError, match=r"is a file.*folder that holds it"):
+    with pytest.raises(UserError, match=r"got the file .*Did you mean"):
         Folder(path=str(photos / "a.png")).open()
     (photos / "a.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of the 1 files(.|\n)*a.png: empty file"):
+    with pytest.raises(UserError, match=r"None of the 1 files(.|\n)*a.png: empty file"):
         Folder(path=str(photos)).open()

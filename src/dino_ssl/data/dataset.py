@@ -1,25 +1,26 @@
-"""The contract that every source of images meets: names, labels, sizes, and `read(i)`, and nothing else.
+"""Contracts of datasets: `ImageDataset`, which every part of the package reads, and `DatasetConfig`, which opens one.
 
-Training, evaluation and embedding see `ImageDataset` only; a folder, the drawn scenes and a benchmark's files are
-the same to them. A source reads in any process (it is pickled to the workers), and read(i) is a function of
-i.
+A dataset from outside the package is one file that defines a frozen dataclass derived from `DatasetConfig`, whose
+`open` returns an `ImageDataset`. Other torch datasets and lists are wrapped by adapters.py.
 """
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from operator import eq
 from typing import Literal, NamedTuple, overload
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from dino_ssl.errors import UserError
+from dino_ssl.progress import Progress
 
 
 class Skipped(NamedTuple):
-    """A picture that is not used, and why: listed by name in the run's report."""
+    """An image that is not used, with the reason; the run report lists them."""
 
     name: str
     reason: str
@@ -38,15 +39,20 @@ class BadImage(UserError):  # noqa: N818
 
 
 Reduction = Literal[1, 2, 4, 8]
-"""How many times smaller a JPEG can be decoded."""
+"""Factor by which a JPEG can be downscaled while it is decoded."""
 
 
 class StoredNames(Sequence[str]):
-    """Names in one block of text, made into strings as they are asked for: a hundred million strings are gigabytes."""
+    """Names stored in one block of UTF-8 text and decoded on access: 10^8 Python strings would take gigabytes.
+
+    Args:
+        text: uint8, all names concatenated.
+        ends: [N + 1], start of each name in `text`, and the end of the last one.
+        chosen: Indices of the names in this sequence; None for all.
+    """
 
     def __init__(self, text: np.ndarray, ends: np.ndarray, chosen: np.ndarray | None = None) -> None:
         self.text, self.ends, self.chosen = text, ends, chosen
-        """uint8, all names in a row; [N + 1], where each begins and the last one ends; which of them these are."""
 
     def __len__(self) -> int:
         return len(self.ends) - 1 if self.chosen is None else len(self.chosen)
@@ -58,16 +64,16 @@ class StoredNames(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
         if isinstance(index, slice):
             return self.subset(np.arange(len(self))[index])
-        place = range(len(self))[index]  # negative ones count from the end, others raise IndexError
-        place = place if self.chosen is None else int(self.chosen[place])
-        return self.text[self.ends[place] : self.ends[place + 1]].tobytes().decode("utf-8", "backslashreplace")
+        stored = range(len(self))[index]  # negative indices count from the end, others raise IndexError
+        stored = stored if self.chosen is None else int(self.chosen[stored])
+        return self.text[self.ends[stored] : self.ends[stored + 1]].tobytes().decode("utf-8", "backslashreplace")
 
     def __iter__(self) -> Iterator[str]:
         if self.chosen is not None:
             yield from map(self.__getitem__, range(len(self)))
             return
-        for at in range(0, len(self), 4096):  # five times as fast as one by one
-            ends = self.ends[at : at + 4097]
+        for first in range(0, len(self), 4096):  # in blocks: five times as fast as one at a time
+            ends = self.ends[first : first + 4097]
             text = self.text[ends[0] : ends[-1]].tobytes()
             for start, end in pairwise((ends - ends[0]).tolist()):
                 yield text[start:end].decode("utf-8", "backslashreplace")
@@ -76,17 +82,21 @@ class StoredNames(Sequence[str]):
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
     def subset(self, indices: np.ndarray) -> "StoredNames":
+        """Return the names at these indices."""
         return StoredNames(self.text, self.ends, indices if self.chosen is None else self.chosen[indices])
 
 
-class ImageDataset(ABC):
-    """N pictures in a fixed order.
+class ImageDataset(Dataset[tuple[np.ndarray, int]], ABC):
+    """N images in a fixed order, a map-style torch dataset of (uint8 RGB [H, W, 3], label or -1).
 
-    names    N unique strings, stable between runs: the key of a picture in every output
-    labels   [N] int64, -1 where a picture has none; None where the source has no labels at all
-    classes  the label's name by its number; empty without labels
-    sizes    [N, 2] int64: width and height as read(i) gives them
-    skipped  what was found and left out, with the reason
+    Datasets are pickled to worker processes; `read(i)` depends on i only.
+
+    Attributes:
+        names: N unique strings, equal between runs; they identify the images in all outputs.
+        sizes: [N, 2] int64, width and height of each image.
+        labels: [N] int64, -1 for an unlabeled image; None if the dataset has no labels.
+        classes: Name of each label; empty without labels.
+        skipped: Images that are not used, with the reason.
     """
 
     def __init__(
@@ -110,80 +120,98 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def read(self, index: int) -> np.ndarray:
-        """Picture `index` as uint8 [height, width, 3] RGB; raises BadImage where it cannot be read."""
+        """Return image `index` as uint8 RGB [height, width, 3]. Raises BadImage if it cannot be read."""
 
     def read_downscaled(self, index: int, times: Reduction) -> np.ndarray:
-        """Picture `index` as `read` gives it, or up to so many times smaller in each direction where that is faster."""
+        """Return image `index`, downscaled by up to this factor if that makes decoding faster."""
         return self.read(index)
 
-    def prefetch(self, indices: np.ndarray) -> None:  # noqa: B027 - most sources need nothing
-        """These will be read next: a source on a slow disk may begin to fetch them."""
+    def prefetch(self, indices: np.ndarray) -> None:
+        """Start to fetch images from a slow disk that will be read next; does nothing by default."""
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        index = range(len(self))[index]
+        return self.read(index), -1 if self.labels is None else int(self.labels[index])
+
     @property
     def short_side(self) -> int:
-        """The median of the pictures' shorter sides, in pixels: the plan chooses the crops' sizes by it."""
+        """Median of the shorter sides in pixels, from which the plan chooses the crop sizes."""
         return int(np.median(self.sizes.min(axis=1))) if len(self) else 0
 
     @property
     def nbytes(self) -> int:
-        """The memory that all pictures take once decoded."""
+        """Memory of all decoded images in bytes."""
         return int(3 * self.sizes.prod(axis=1).sum())
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over names, sizes and labels: equal where the same pictures come in the same
-        order."""
+        """16 hex digits over names, sizes and labels; a run resumes only on a dataset with the same fingerprint."""
         return fingerprint(self.names, self.sizes, self.labels)
 
     @property
     def content_key(self) -> str | None:
-        """Equal only where every picture is the same, pixel by pixel: the key of what was computed of them. None
-        where the source cannot tell, and nothing is kept."""
+        """Cache key of values computed from the pixels of all images; None if changed pixels cannot be detected."""
         return None
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "ImageDataset":
-        """These pictures alone, in this order, with the same classes."""
+        """Return the images at these indices, in this order, with the same classes."""
         return _Subset(self, np.asarray(indices, dtype=np.int64))
 
-    def in_memory(self, threads: int = 2, progress: Callable[[int, int], None] | None = None) -> "ImageDataset":
-        """The same pictures, each decoded once, now, into one block of `nbytes`. Forked workers share the
-        block."""
+    def in_memory(self, threads: int = 2, progress: Progress | None = None) -> "ImageDataset":
+        """Decode every image into one block of `nbytes`, shared by forked workers."""
         return _InMemory(self, threads, progress)
 
     def split(self, fraction: float, seed: int) -> tuple["ImageDataset", "ImageDataset"]:
-        """(the rest, a val-fraction part), disjoint: round(fraction n) pictures of every class that has n, at
-        least
-        one where n > 1. Pictures without a label are never held back unless no picture has one."""
+        """Return a stratified random split (train, validation).
+
+        The validation set holds round(fraction n) of the n images of each class, at least one if n > 1. Unlabeled
+        images stay in the training set unless all images are unlabeled.
+        """
         if not 0 < fraction < 1:
-            raise ValueError(f"a fraction in (0, 1) is held back, got {fraction}")
+            raise ValueError(f"expected a fraction in (0, 1), got {fraction}")
         groups = np.zeros(len(self), dtype=np.int64) if self.labels is None else self.labels
         rng = np.random.default_rng(np.random.SeedSequence(seed))
-        held = np.zeros(len(self), dtype=bool)
-        kinds = np.unique(groups)
-        for kind in kinds[kinds >= 0] if (kinds >= 0).any() else kinds:
-            members = np.flatnonzero(groups == kind)
+        in_val = np.zeros(len(self), dtype=bool)
+        labels = np.unique(groups)
+        for label in labels[labels >= 0] if (labels >= 0).any() else labels:
+            members = np.flatnonzero(groups == label)
             count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-            held[rng.permutation(members)[:count]] = True
-        return self.subset(np.flatnonzero(~held)), self.subset(np.flatnonzero(held))
+            in_val[rng.permutation(members)[:count]] = True
+        return self.subset(np.flatnonzero(~in_val)), self.subset(np.flatnonzero(in_val))
+
+
+class DatasetConfig(ABC):
+    """Settings of a dataset: a base of frozen dataclasses, which are saved in run.json."""
+
+    @abstractmethod
+    def open(self, progress: Progress | None = None) -> ImageDataset:
+        """Return the dataset; `progress` receives (done, total) while images are listed."""
 
 
 def fingerprint(names: Iterable[str], sizes: np.ndarray, labels: np.ndarray | None) -> str:
+    """Return 16 hex digits over names, sizes and labels."""
     digest = hashlib.sha256()
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-    for numbers in (sizes, labels):
-        if numbers is not None:
-            digest.update(np.ascontiguousarray(numbers, "<i8").reshape(-1).data)
+    for array in (sizes, labels):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array, "<i8").reshape(-1).data)
     return digest.hexdigest()[:16]
+
+
+def derived_key(key: str | None, data: bytes) -> str | None:
+    """Return the content key of a dataset derived from one with `key` by parameters `data`; None if `key` is None."""
+    return key and hashlib.sha256(key.encode() + data).hexdigest()[:16]
 
 
 class _Subset(ImageDataset):
     def __init__(self, source: ImageDataset, indices: np.ndarray) -> None:
+        names = source.names
         super().__init__(
-            names=_chosen(source.names, indices),
+            names=names.subset(indices) if isinstance(names, StoredNames) else [names[int(i)] for i in indices],
             sizes=source.sizes[indices],
             labels=None if source.labels is None else source.labels[indices],
             classes=source.classes,
@@ -193,8 +221,7 @@ class _Subset(ImageDataset):
 
     @property
     def content_key(self) -> str | None:
-        whole = self.source.content_key
-        return whole and hashlib.sha256(whole.encode() + self.indices.tobytes()).hexdigest()[:16]
+        return derived_key(self.source.content_key, self.indices.tobytes())
 
     def read(self, index: int) -> np.ndarray:
         return self.source.read(int(self.indices[index]))
@@ -206,12 +233,8 @@ class _Subset(ImageDataset):
         self.source.prefetch(self.indices[indices])
 
 
-def _chosen(names: Sequence[str], indices: np.ndarray) -> Sequence[str]:
-    return names.subset(indices) if isinstance(names, StoredNames) else [names[int(i)] for i in indices]
-
-
 class _InMemory(ImageDataset):
-    def __init__(self, source: ImageDataset, threads: int, progress: Callable[[int, int], None] | None) -> None:
+    def __init__(self, source: ImageDataset, threads: int, progress: Progress | None) -> None:
         super().__init__(
             names=source.names,
             sizes=source.sizes,
@@ -219,33 +242,33 @@ class _InMemory(ImageDataset):
             classes=source.classes,
             skipped=source.skipped,
         )
-        self.content_read = source.content_key
+        self._content_key = source.content_key
         self.starts = np.concatenate([[0], 3 * self.sizes.prod(axis=1).cumsum()])
         self.block = np.empty(self.starts[-1], dtype=np.uint8)
         self.bad: dict[int, BadImage] = {}
-        with ThreadPoolExecutor(threads) as pool:  # decoding releases the interpreter's lock
+        with ThreadPoolExecutor(threads) as pool:  # decoding releases the GIL
             for done, _ in enumerate(pool.map(lambda index: self._fill(source, index), range(len(self))), 1):
                 if progress is not None:
                     progress(done, len(self))
 
     @property
     def content_key(self) -> str | None:
-        return self.content_read
+        return self._content_key
 
     def _fill(self, source: ImageDataset, index: int) -> None:
         try:
-            picture = source.read(index)
-            if picture.shape[1::-1] != tuple(self.sizes[index]):
-                raise BadImage(self.names[index], f"is {picture.shape[1::-1]} now, was {self.sizes[index]}")
-            self._cell(index)[:] = picture
+            image = source.read(index)
+            if image.shape[1::-1] != tuple(self.sizes[index]):
+                raise BadImage(self.names[index], f"size is {image.shape[1::-1]} now, was {self.sizes[index]}")
+            self._image(index)[:] = image
         except BadImage as bad:
             self.bad[index] = bad
 
-    def _cell(self, index: int) -> np.ndarray:
+    def _image(self, index: int) -> np.ndarray:
         width, height = self.sizes[index]
         return self.block[self.starts[index] : self.starts[index + 1]].reshape(height, width, 3)
 
     def read(self, index: int) -> np.ndarray:
         if index in self.bad:
             raise self.bad[index]
-        return self._cell(index)
+        return self._image(index)

@@ -1,5 +1,4 @@
-"""Any folder of pictures: nested or flat, with or without class folders; what is wrong in it is listed, not
-fatal."""
+"""Folders of images, nested or flat, with or without class folders. Unusable files are listed, not fatal."""
 
 import hashlib
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dino_ssl.data.dataset import BadImage, ImageDataset, Reduction, Skipped
+from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Reduction, Skipped
 from dino_ssl.data.decode import decode, probe
 from dino_ssl.data.formats import MAX_PIXELS, SUFFIXES
 from dino_ssl.data.pack import is_pack, open_pack, unfinished
@@ -22,68 +21,76 @@ SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folder:
-    """A folder of pictures on this machine, or a pack of one."""
+class Folder(DatasetConfig):
+    """A folder of images, or a pack of one."""
 
     path: str
-    """The folder. Every picture below it is used, at any depth; hidden files and other files are left
-    alone. Or what `dino data pack` made of one."""
+    """The folder, or the output of `dino data pack`. Every image below it is used, except hidden files."""
 
     def open(self, progress: Progress | None = None) -> ImageDataset:
-        """Find the pictures and look at each one's header: (done, total) is told to `progress` on the way."""
+        """List the images and read their headers; `progress` receives (done, total)."""
         root = Path(self.path).expanduser()
         if is_pack(root) or unfinished(root):
             return open_pack(root)
         if not root.exists():
-            raise UserError(f"no folder {self.path}: expected a folder of pictures. Check the path")
+            raise UserError(f"There is no folder {self.path}. Check the path.")
         if not root.is_dir():
-            raise UserError(
-                f"{self.path} is a file: expected a folder of pictures. Give the folder that holds it: {root.parent}"
-            )
+            raise UserError(f"Expected a folder of images, got the file {self.path}. Did you mean {root.parent}?")
         skipped: list[Skipped] = []
         ignored: Counter[str] = Counter()
-        found = sorted(walk(root, skipped, ignored), key=os.fsencode)
-        with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:  # waiting for disks, mostly
-            sizes: list[tuple[int, int]] = []
-            files: list[str] = []
-            for done, (file, result) in enumerate(zip(found, pool.map(_look, found), strict=True), 1):
-                if isinstance(result, str):
-                    skipped.append(Skipped(printable(file, root), result))
-                else:
-                    files.append(file)
-                    sizes.append(result)
-                if progress is not None:
-                    progress(done, len(found))
+        paths = sorted(walk(root, skipped, ignored), key=os.fsencode)
+        files, sizes, bad = probe_files(paths, progress)
+        skipped += (Skipped(printable(path, root), reason) for path, reason in bad)
         if not files:
-            raise UserError(_nothing(self.path, skipped, ignored))
-        return FolderDataset(root, files, sizes, sorted(skipped), ignored)
+            raise UserError(_no_images(self.path, skipped, ignored))
+        names = [printable(file, root) for file in files]
+        labels, classes = class_folders(names)
+        return FolderDataset(root, files, names, sizes, labels, classes, sorted(skipped), ignored)
+
+
+def probe_files(
+    paths: Sequence[str], progress: Progress | None = None
+) -> tuple[list[str], list[tuple[int, int]], list[Skipped]]:
+    """Read the headers of image files; return (usable files, their sizes (width, height), unusable files)."""
+    files: list[str] = []
+    sizes: list[tuple[int, int]] = []
+    bad: list[Skipped] = []
+    with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:  # the threads mostly wait for disks
+        for done, (path, result) in enumerate(zip(paths, pool.map(_probe, paths), strict=True), 1):
+            if isinstance(result, str):
+                bad.append(Skipped(path, result))
+            else:
+                files.append(path)
+                sizes.append(result)
+            if progress is not None:
+                progress(done, len(paths))
+    return files, sizes, bad
+
+
+def _probe(path: str) -> tuple[int, int] | str:
+    try:
+        return probe(path)
+    except BadImage as bad:
+        return bad.reason
 
 
 class FolderDataset(ImageDataset):
-    """The pictures of a folder, sorted by name; a name is the path below the folder, with /.
-
-    Labels: where every picture lies in one of two or more folders of the first level, that folder's name is
-    its class. Where these are all called train, val, test or the like, the next level is taken, under the
-    same condition.
-    """
+    """Image files; `ignored` counts the files of the folder that are "hidden", or are not images ("other")."""
 
     def __init__(
         self,
-        root: Path,
+        root: str | Path,
         files: Sequence[str],
+        names: Sequence[str],
         sizes: Sequence[tuple[int, int]],
+        labels: np.ndarray | None,
+        classes: Sequence[str],
         skipped: Sequence[Skipped],
         ignored: Counter[str],
     ) -> None:
-        names = [printable(file, root) for file in files]
-        labels, classes = class_folders(names)
         super().__init__(names=names, sizes=sizes, labels=labels, classes=classes, skipped=skipped)
-        self.root = str(root)
-        self.ignored = ignored
-        """How many files were left alone: "hidden", and "other" for those that are not named like a
-        picture."""
-        # Only a name that is not UTF-8 differs from its file: a second list of a million paths would be
-        # memory.
+        self.root, self.ignored = str(root), ignored
+        # Only names that are not UTF-8 differ from root/name; a second list of a million paths would take memory.
         self._unprintable = {i: f for i, f in enumerate(files) if os.path.join(root, names[i]) != f}
 
     def read(self, index: int) -> np.ndarray:
@@ -94,7 +101,7 @@ class FolderDataset(ImageDataset):
 
     @property
     def content_key(self) -> str | None:
-        """By each file's name, length and time of its last change; None where one is gone."""
+        """Key over the size and modification time of each file; None if a file is missing."""
         digest = hashlib.sha256(self.fingerprint.encode())
         try:
             for index in range(len(self)):
@@ -109,13 +116,17 @@ class FolderDataset(ImageDataset):
 
 
 def class_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
-    """(labels [N], classes) by the rule of FolderPictures; (None, []) where it finds no class folders."""
+    """Return (labels [N], classes) of names like `cat/1.jpg`; (None, []) without class folders.
+
+    If every image is in one of two or more first-level folders, that folder is its class. If these folders are all
+    called train, val, test or similar, the second level is used under the same condition.
+    """
     level, classes = class_level(names)
     return (labels_of(names, level, classes) if classes else None), classes
 
 
 def class_level(names: Iterable[str]) -> tuple[int, list[str]]:
-    """(which part of the path is a picture's class, all classes); no classes where there are no class folders."""
+    """Return (level of the class folder in the path, all classes); no classes without class folders."""
     first: set[str] = set()
     second: set[str] = set()
     in_splits = True
@@ -134,43 +145,34 @@ def class_level(names: Iterable[str]) -> tuple[int, list[str]]:
 
 
 def labels_of(names: Sequence[str], level: int, classes: Sequence[str]) -> np.ndarray:
-    """[N] int64: the number of each picture's class."""
-    number = {name: i for i, name in enumerate(classes)}
-    return np.fromiter((number[name.split("/")[level]] for name in names), np.int64, len(names))
+    """Return the label of each image, [N] int64."""
+    label = {name: i for i, name in enumerate(classes)}
+    return np.fromiter((label[name.split("/")[level]] for name in names), np.int64, len(names))
 
 
 def printable(file: str, root: Path) -> str:
-    """The path below root, with /; bytes that are no UTF-8 are spelled \\xNN, so that every output can hold
-    it."""
+    """Return the path below root with `/`; bytes that are not UTF-8 become \\xNN, so that every output can hold it."""
     relative = os.path.relpath(file, root).replace(os.sep, "/")
     return os.fsencode(relative).decode("utf-8", "backslashreplace")
 
 
-def _look(file: str) -> tuple[int, int] | str:
-    try:
-        return probe(file)
-    except BadImage as bad:
-        return bad.reason
-
-
 def walk(root: Path, skipped: list[Skipped], ignored: Counter[str]) -> Iterator[str]:
-    """The files named like pictures, in no order. Folders that cannot be listed are added to `skipped`, and how many
-    other files there are to `ignored`.
+    """Yield the image files below root in no defined order, by their suffixes.
 
-    Each real folder is entered once, however many links lead to it: a link back up is no loop. Links to
-    folders wait until the real folders are done, so that a picture has the same name whether or not a link
-    to it exists.
+    Adds folders that cannot be listed to `skipped` and counts other files in `ignored`. Each real folder is entered
+    once, so links to a parent do not loop. Links to folders are followed last, so that the name of an image does not
+    depend on links to it.
     """
-    seen: set[tuple[int, int]] = set()
+    visited: set[tuple[int, int]] = set()
     folders, links = [str(root)], []
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         below: list[os.DirEntry[str]] = []
         try:
             status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
+            if (status.st_dev, status.st_ino) in visited:
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            visited.add((status.st_dev, status.st_ino))
             for entry in _entries(folder):
                 if entry.name.startswith(".") or entry.name == "__MACOSX":
                     ignored["hidden"] += 1
@@ -191,17 +193,15 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
         yield from entries
 
 
-def _nothing(path: str, skipped: Sequence[Skipped], ignored: Counter[str]) -> str:
+def _no_images(path: str, skipped: Sequence[Skipped], ignored: Counter[str]) -> str:
     if not skipped:
-        others = f" ({ignored.total()} other or hidden files are there)" if ignored.total() else ""
+        others = f" It has {ignored.total()} other or hidden files." if ignored.total() else ""
         return (
-            f"no pictures in {path}{others}: expected files named {', '.join(sorted(SUFFIXES))}, at any "
-            "depth. Give the folder that holds the pictures"
+            f"There are no images in {path}.{others} Expected files named {', '.join(sorted(SUFFIXES))}, at any depth."
         )
-    shown = "\n".join(f"  {name}: {reason}" for name, reason in sorted(skipped)[:5])
+    reasons = "\n".join(f"  {name}: {reason}" for name, reason in sorted(skipped)[:5])
     more = f"\n  ... and {len(skipped) - 5} more" if len(skipped) > 5 else ""
     return (
-        f"none of the {len(skipped)} files in {path} is a picture that can be used:\n{shown}{more}\n"
-        f"Expected whole JPEG, PNG, WebP, BMP, GIF or TIFF files of at most {MAX_PIXELS} pixels. "
-        "Copy them again"
+        f"None of the {len(skipped)} files in {path} is a usable image:\n{reasons}{more}\n"
+        f"Expected complete JPEG, PNG, WebP, BMP, GIF or TIFF files of at most {MAX_PIXELS} pixels."
     )

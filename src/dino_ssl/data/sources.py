@@ -1,38 +1,69 @@
-"""Pictures by what a person names: a folder, the word `scenes`, settings, or `ImageDataset` themselves."""
+"""Datasets by what the user passes: a path, the name of a synthetic dataset, settings, or a Python object."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
 
-from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.data.adapters import AdaptedDataset, ExternalDataset, kind_of, open_paths
+from dino_ssl.data.dataset import DatasetConfig, ImageDataset
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.synthetic.scenes import HERDS, Scenes
 from dino_ssl.errors import UserError
+from dino_ssl.progress import Progress
 
-DatasetSource = str | Path | Folder | Scenes | ImageDataset
-CLASS_FOLDERS = "Put the pictures of each class in a folder of its own: photos/cat/1.jpg, photos/dog/2.jpg, ..."
+DatasetSource = (
+    str | Path | DatasetConfig | ImageDataset | Dataset[Any] | Sequence[str | Path | Image.Image | np.ndarray]
+)
+"""Whatever is accepted as a dataset; see `open_dataset`."""
+CLASS_FOLDERS = "Put the images of each class in a folder: photos/cat/1.jpg, photos/dog/2.jpg, ..."
 DRAWN = {"train": 2000, "val": 500, "test": 500}
-"""How many pictures the words `scenes` and `herds` draw."""
+"""Number of images of the synthetic datasets that are opened by name."""
 WORDS = {"scenes": Scenes(), "herds": HERDS}
+"""Synthetic datasets by name."""
 
 
 def open_dataset(
-    source: DatasetSource,
-    progress: Callable[[int, int], None] | None = None,
-    *,
-    part: Literal["train", "val", "test"] = "train",
+    source: DatasetSource, progress: Progress | None = None, *, part: Literal["train", "val", "test"] = "train"
 ) -> ImageDataset:
-    """The pictures of a source. `"scenes"` and `"herds"` draw 2000 of the part `train`, or 500 of another one."""
+    """Return the dataset of a source.
+
+    Args:
+        source: A folder; the name of a synthetic dataset; a DatasetConfig; an ImageDataset; a map-style torch dataset
+            (see `adapters.AdaptedDataset` for its items); or a list of paths, PIL images, or uint8 arrays [H, W, 3].
+        progress: Receives (done, total) while images are listed.
+        part: Part of a synthetic dataset that is opened by name.
+    """
     if isinstance(source, ImageDataset):
         return source
-    if str(source) in WORDS:
-        source = replace(WORDS[str(source)], count=DRAWN[part], part=part)
-    elif isinstance(source, str | Path):
-        source = Folder(path=str(source))
-    return source.open(progress)
+    if isinstance(source, str | Path | DatasetConfig):
+        return _config(source, part).open(progress)
+    if isinstance(source, Sequence) and source and all(isinstance(item, str | PathLike) for item in source):
+        return open_paths(source, progress)  # type: ignore[arg-type]
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        return AdaptedDataset(source, progress)  # type: ignore[arg-type]
+    raise UserError(f"Expected a folder, a map-style dataset or a list of images, got {type(source).__name__}.")
+
+
+def config_of(source: DatasetSource, dataset: ImageDataset | None = None) -> DatasetConfig:
+    """Return the settings that run.json stores for a source; `dataset`: the opened source, if it is open already."""
+    if isinstance(source, str | Path | DatasetConfig):
+        return _config(source, "train")
+    dataset = dataset or open_dataset(source)
+    return ExternalDataset(kind=kind_of(source), length=len(dataset), fingerprint=dataset.fingerprint)
+
+
+def _config(source: str | Path | DatasetConfig, part: Literal["train", "val", "test"]) -> DatasetConfig:
+    if isinstance(source, DatasetConfig):
+        return source
+    if scenes := WORDS.get(str(source)):
+        return replace(scenes, count=DRAWN[part], part=part)
+    return Folder(path=str(source))
 
 
 def labelled_pair(
@@ -41,61 +72,59 @@ def labelled_pair(
     *,
     val_fraction: float,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[ImageDataset, ImageDataset]:
-    """Pictures to learn from and pictures to be asked about, with one numbering of the classes.
+    """Return (training set, validation set) with the same classes; without `val`, a split of `train`.
 
-    Without `val`, the share `val_fraction` of every class of `train` is asked about. Raises UserError where a side has
-    no labels, `val` has classes that `train` lacks, or both are the same pictures: each would find itself.
+    Raises UserError if one has no labels, if `val` has classes that `train` lacks, or if both have the same images.
     """
-    known = open_dataset(train, progress)
-    if known.labels is None:
-        raise UserError(f"Accuracy needs labels, and {_named(train)} has none.\n{CLASS_FOLDERS}")
+    train_set = open_dataset(train, progress)
+    if train_set.labels is None:
+        raise UserError(f"Accuracy needs labels, and {source_name(train)} has none.\n{CLASS_FOLDERS}")
     if val is None:
-        return known.split(val_fraction, seed)
-    asked = open_dataset(val, progress, part="val")
-    if asked.labels is None:
-        raise UserError(f"Accuracy needs labels, and {_named(val)} has none.\n{CLASS_FOLDERS}")
+        return train_set.split(val_fraction, seed)
+    val_set = open_dataset(val, progress, part="val")
+    if val_set.labels is None:
+        raise UserError(f"Accuracy needs labels, and {source_name(val)} has none.\n{CLASS_FOLDERS}")
     if (
-        asked.fingerprint == known.fingerprint
-        and known.content_key is not None
-        and asked.content_key == known.content_key
+        val_set.fingerprint == train_set.fingerprint
+        and train_set.content_key is not None
+        and val_set.content_key == train_set.content_key
     ):
         raise UserError(
-            f"{_named(val)} has the pictures that are learned from: each would find itself.\n"
-            "Leave it away, and a part of every class is held back and asked about; or name other pictures."
+            f"The validation set {source_name(val)} is the training set: each image would match itself.\n"
+            "Omit it to hold out a part of every class, or pass other images."
         )
-    return known, relabelled(asked, known.classes)
+    return train_set, relabelled(val_set, train_set.classes)
 
 
-def labelled_alone(pair: tuple[ImageDataset, ImageDataset], who: str) -> tuple[ImageDataset, ImageDataset]:
-    """Of both sides the pictures that have a label. Raises UserError, in the name of `who`, where a side has none."""
-    known, asked = (side.subset(np.flatnonzero(np.asarray(side.labels) >= 0)) for side in pair)
-    for dataset, what in ((known, "to learn from"), (asked, "to be asked about")):
+def labelled_alone(pair: tuple[ImageDataset, ImageDataset], method: str) -> tuple[ImageDataset, ImageDataset]:
+    """Return the labeled images of both datasets. Raises UserError, naming `method`, if one has none."""
+    train_set, val_set = (side.subset(np.flatnonzero(np.asarray(side.labels) >= 0)) for side in pair)
+    for dataset, role in ((train_set, "training"), (val_set, "validation")):
         if not len(dataset):
-            raise UserError(f"{who} needs pictures {what}, and there are none with a label.")
-    return known, asked
+            raise UserError(f"{method} needs labeled {role} images, and there are none.")
+    return train_set, val_set
 
 
 def relabelled(dataset: ImageDataset, classes: list[str]) -> ImageDataset:
-    """The pictures with the numbers of these classes, matched by their names."""
+    """Return the dataset with labels as indices into `classes`, matched by name. Raises UserError for other classes."""
     if dataset.classes == classes or dataset.labels is None:
         return dataset
-    unknown = [name for name in dataset.classes if name not in classes]
-    if unknown:
+    if unknown := [name for name in dataset.classes if name not in classes]:
         raise UserError(
-            f"The validation pictures have classes that the others lack: {', '.join(unknown[:8])}.\n"
+            f"The validation set has classes that the training set lacks: {', '.join(unknown[:8])}.\n"
             f"Training classes: {', '.join(classes[:12])}."
         )
-    numbers = np.array([classes.index(name) for name in dataset.classes], dtype=np.int64)
-    same = dataset.subset(np.arange(len(dataset)))
-    same.labels = np.where(dataset.labels >= 0, numbers[np.maximum(dataset.labels, 0)], -1)
-    same.classes = classes
-    return same
+    new_labels = np.array([classes.index(name) for name in dataset.classes], dtype=np.int64)
+    copy = dataset.subset(np.arange(len(dataset)))
+    copy.labels = np.where(dataset.labels >= 0, new_labels[np.maximum(dataset.labels, 0)], -1)
+    copy.classes = classes
+    return copy
 
 
 def described(dataset: ImageDataset) -> dict[str, int | str]:
-    """What a result's JSON says of the pictures."""
+    """Return the summary of a dataset for a JSON result."""
     return {
         "images": len(dataset),
         "classes": len(dataset.classes),
@@ -104,5 +133,15 @@ def described(dataset: ImageDataset) -> dict[str, int | str]:
     }
 
 
-def _named(source: DatasetSource) -> str:
-    return source.path if isinstance(source, Folder) else str(source) if isinstance(source, str | Path) else "the set"
+def source_name(source: DatasetSource) -> str:
+    """Return a short name of a source for messages: the path of a folder, otherwise the name or type."""
+    if isinstance(source, Folder):
+        return source.path
+    return str(source) if isinstance(source, str | Path) else f"the dataset ({type(source).__name__})"
+
+
+def folder_path(source: DatasetSource) -> Path | None:
+    """Return the path of a source that is a file or folder; None for synthetic datasets and Python objects."""
+    if isinstance(source, Folder):
+        return Path(source.path).expanduser()
+    return Path(source).expanduser() if isinstance(source, str | Path) and str(source) not in WORDS else None

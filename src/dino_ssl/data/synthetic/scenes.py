@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.data.synthetic.dataset import SyntheticDataset, write_images
 from dino_ssl.data.synthetic.painting import (
     Colour,
@@ -35,6 +36,7 @@ from dino_ssl.data.synthetic.shapes import KINDS, VARIANTS
 from dino_ssl.data.synthetic.trajectory import Trajectory
 from dino_ssl.data.transforms import distortions
 from dino_ssl.errors import UserError
+from dino_ssl.progress import Progress
 
 Image = np.ndarray  # uint8 [h, w, 3] RGB; a mask is uint8 [h, w]
 
@@ -57,7 +59,7 @@ class Video(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scenes:
+class Scenes(DatasetConfig):
     """Pictures that the package draws itself: any number, any size, the same for the same settings."""
 
     count: int = 2000
@@ -253,7 +255,7 @@ class Scenes:
 
     # As a source of pictures, and as files
 
-    def open(self, progress: object = None) -> SyntheticDataset:
+    def open(self, progress: Progress | None = None) -> SyntheticDataset:
         """The pictures as training and evaluation take them."""
         return SyntheticDataset(self)
 

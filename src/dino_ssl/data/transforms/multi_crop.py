@@ -53,7 +53,7 @@ class ViewParams(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiCrop:
-    """Multi-crop augmentation of the paper: two global and `local` local views, with color jitter, blur, solarization."""
+    """Multi-crop augmentation: two global and `local` local views with color jitter, blur and solarization."""
 
     global_size: int = 224
     """Side of the global views, in pixels."""

@@ -1,13 +1,12 @@
 """Pictures that keep their shape, or take one that is asked for, instead of a center crop: what search is done on."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.data.dataset import ImageDataset, derived_key
 from dino_ssl.data.loader import make_loader, read_or_none
 from dino_ssl.data.transforms.pixel_ops import resize, to_planar
 
@@ -77,8 +76,7 @@ class CroppedImages(ImageDataset):
 
     @property
     def content_key(self) -> str | None:
-        whole = self.source.content_key
-        return whole and hashlib.sha256(whole.encode() + self.boxes.tobytes()).hexdigest()[:16]
+        return derived_key(self.source.content_key, self.boxes.tobytes())
 
     def read(self, index: int) -> np.ndarray:
         left, top, right, bottom = self.boxes[index]
