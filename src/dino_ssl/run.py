@@ -26,6 +26,24 @@ from dino_ssl.optim import Optim
 from dino_ssl.runtime import Precision
 from dino_ssl.schedules import Schedule
 
+EXECUTION_FIELDS = (
+    "data.path",
+    "val.path",
+    "online_eval.batch_size",
+    "evals",
+    "optim.micro_batch",
+    "precision",
+    "grad_checkpointing",
+    "workers",
+    "cache",
+    "log_every",
+    "save_minutes",
+    "keep_every",
+    "on_collapse",
+    "out",
+)
+"""Fields that do not change what a run learns: where and how fast it runs, what it measures and saves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:

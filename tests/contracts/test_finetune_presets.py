@@ -1,4 +1,4 @@
-"""The recipes of Table 6 say what the authors said later: rates at the peak, lengths, batches."""
+"""The fine-tuning presets of Table 6 have the learning rates, lengths and batch sizes that DeiT's authors gave."""
 
 import pytest
 
@@ -20,7 +20,7 @@ from dino_ssl.schedules import Clock
         ("cars", 1000, 768, 7.5e-5, 1.125e-4, 0.0),
     ],
 )
-def test_the_recipes_of_table_6(name: str, epochs: int, batch: int, deit: float, peak: float, erase: float) -> None:
+def test_the_presets_of_table_6(name: str, epochs: int, batch: int, deit: float, peak: float, erase: float) -> None:
     run = presets.resolve(f"finetune-{name}")
     lr = run.optim.lr_schedule()
     values = [lr(Clock(step, 10, epochs)) for step in range(0, 10 * epochs)]

@@ -106,8 +106,8 @@ def _for_machine(run: Run, given: CommandLine, here: Machine) -> Run:
 def _measure(run: Run, options: Any, given: CommandLine, here: Machine, terminal: Terminal) -> "Bench":
     import torch
 
+    from dino_ssl.presets.benchmark_step import time_loading
     from dino_ssl.presets.memory import micro_batch
-    from dino_ssl.presets.plan import reading
     from dino_ssl.profiling.profile import Bench, fitting, in_batches
     from dino_ssl.profiling.step_time import CLASSES, step_speed
     from dino_ssl.profiling.throughput import matrix_rate, memory_rate
@@ -126,7 +126,7 @@ def _measure(run: Run, options: Any, given: CommandLine, here: Machine, terminal
     seconds = None
     if not isinstance(run.data, Folder) or run.data.path:
         with terminal.progress("reading pictures") as done:
-            seconds = reading(run, run.data.open(done))
+            seconds = time_loading(run, run.data.open(done))
     return Bench(run, here, torch.get_num_threads(), products, memory, step, seconds)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from dino_ssl.config import to_dict
 from dino_ssl.models.sync_bn import has_batch_norm
-from dino_ssl.presets.plan import Speed
+from dino_ssl.presets.benchmark_step import Speed
 from dino_ssl.profiling.roofline import Part, Roofline, bytes_per_step, flops, meta_method
 from dino_ssl.profiling.step_time import StepSpeed
 from dino_ssl.profiling.throughput import Rate
