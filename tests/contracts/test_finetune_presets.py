@@ -31,7 +31,7 @@ def test_the_presets_of_table_6(name: str, epochs: int, batch: int, deit: float,
     assert values[0] == 1e-6
     assert values[-1] < peak
     assert isinstance(run.views, Augment)
-    assert (run.views.size, run.views.repeats, run.views.flops, run.views.erase) == (224, 3, 2, erase)
+    assert (run.views.size, run.views.repeats, run.views.erase) == (224, 3, erase)
     assert run.method == SupervisedConfig(smoothing=0.1, mixup=0.8, cutmix=1.0)
     assert run.optim.weight_decay == run.optim.weight_decay_end == 0.05
     assert (run.optim.clip, run.optim.layer_decay, run.backbone.drop_path) == (0, 1, 0.1)
