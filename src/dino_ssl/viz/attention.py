@@ -101,8 +101,9 @@ def similarity_map(backbone: Backbone, image: np.ndarray, *, mass: float = 0.6, 
     resized = resize_to_patches(image, size, backbone.patch)
     features = last_features(backbone, resized)
     similarity = torch.cosine_similarity(features.patches.float(), features.cls.float()[:, None, None], dim=-1)
+    heads = similarity.clamp(min=0).cpu().numpy()
     return AttentionMaps(
-        image=resized, display=display_image(image, resized), **_with_masks(similarity.clamp(min=0).cpu().numpy(), mass),
+        image=resized, display=display_image(image, resized), **_with_masks(heads, mass),
         head_ids=(0,), layer=-1, query="cls", point=None, mass=mass, kind="similarity",
     )  # fmt: skip
 

@@ -5,12 +5,12 @@ The propagation is that of the evaluation `evals.video_segmentation`. Frames are
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from dino_ssl.data.dataset import BadImage
 from dino_ssl.data.masks import PALETTE, VOID, read_mask
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext, evaluating
@@ -38,7 +38,10 @@ def read_first_mask(path: str | Path, height: int, width: int) -> np.ndarray:
     Raises:
         UserError: If the file is not such a PNG, shows no object, or has other proportions than the frame.
     """
-    mask = _read_labels(Path(path))
+    try:
+        mask = _read_labels(Path(path))
+    except BadImage as error:
+        raise UserError(str(error)) from error
     if abs(mask.shape[0] * width - mask.shape[1] * height) > max(height, width, *mask.shape):
         raise UserError(
             f"The mask {path} has {mask.shape[1]} x {mask.shape[0]} pixels and the first frame {width} x {height}: "
@@ -55,7 +58,7 @@ def _read_labels(path: Path) -> np.ndarray:
             pixels = np.array(image.convert("RGBA")) if image.mode in ("RGB", "RGBA", "LA") else None
             indexed = image.mode == "P"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return read_mask(path)  # raises UserError with the reason
+        return read_mask(path)  # raises BadImage with the reason
     if pixels is not None:
         return _labels_by_color(path, pixels)
     mask = read_mask(path)
@@ -134,18 +137,15 @@ def frame_strip(frames: Iterable[np.ndarray], count: int, *, num_tiles: int = 6,
     return np.concatenate(tiles[:-1], axis=1).astype(np.uint8)
 
 
-def write_overlay(out: Path, video: Video, count: int, kind: Literal["mp4", "gif"], progress: Progress) -> Path:
-    """Write OUT/overlay.mp4 from the masks in OUT/masks; a GIF if requested or if OpenCV has no MP4 codec."""
+def write_overlay(path: Path, video: Video, masks: Path, count: int, progress: Progress) -> Path:
+    """Write the video with the masks of a folder as `path`, .mp4 or .gif."""
 
     def frames() -> Iterator[np.ndarray]:
-        for done, frame in enumerate(overlay_frames(video, out / "masks"), 1):
+        for done, frame in enumerate(overlay_frames(video, masks), 1):
             yield frame
             progress(done, count)
 
-    if kind == "mp4":
-        try:
-            write_video(out / "overlay.mp4", frames(), video.fps)
-            return out / "overlay.mp4"
-        except UserError:
-            pass  # all frames and masks were read before, so it is the codec
-    return save_gif(out / "overlay.gif", frames(), count, video.fps)
+    if path.suffix == ".gif":
+        return save_gif(path, frames(), count, video.fps)
+    write_video(path, frames(), video.fps)
+    return path
