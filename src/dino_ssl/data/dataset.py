@@ -128,7 +128,7 @@ class ImageDataset(Dataset[tuple[np.ndarray, int]], ABC):
 
     def encoded(self, index: int) -> bytes:
         """Return the bytes of an image's file; raise BadImage if there is none or it cannot be read."""
-        raise BadImage(self.names[index], "is not an image file")
+        raise BadImage(self.names[index], "the dataset has no image files")
 
     def prefetch(self, indices: np.ndarray) -> None:
         """Start to fetch images from a slow disk that will be read next; does nothing by default."""
@@ -234,8 +234,7 @@ class _Subset(ImageDataset):
         return self.source.read_downscaled(int(self.indices[index]), times)
 
     def encoded(self, index: int) -> bytes:
-        """Return the bytes of an image's file; raise BadImage if there is none or it cannot be read."""
-        raise BadImage(self.names[index], "is not an image file")
+        return self.source.encoded(int(self.indices[index]))
 
     def prefetch(self, indices: np.ndarray) -> None:
         self.source.prefetch(self.indices[indices])
