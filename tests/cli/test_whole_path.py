@@ -87,7 +87,7 @@ def test_pictures_that_vote_for_themselves_are_right_and_that_is_no_evaluation(t
     assert dino(*words[:4], tmp_path / "again", *words[4:]).json["values"]["1-NN"] == 100
     refused = dino(*words[:4], photos, *words[4:])
     assert refused.code == 2
-    assert "each would find itself" in refused.err
+    assert "each image would match itself" in refused.err
 
 
 def test_eval_prints_a_table(trained, photos, dino):
