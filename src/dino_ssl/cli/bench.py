@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from dino_ssl import __version__
+from dino_ssl import __version__, runtime
 from dino_ssl.cli.command_line import CommandLine
 from dino_ssl.cli.options import Flag
 from dino_ssl.config import edit
@@ -17,7 +17,6 @@ from dino_ssl.errors import check_range
 from dino_ssl.methods import MethodName
 from dino_ssl.presets import resolve
 from dino_ssl.run import Run
-from dino_ssl.runtime import Machine, machine, start
 from dino_ssl.terminal import command_output
 
 FORMAT = 1
@@ -25,8 +24,8 @@ FORMAT = 1
 EXAMPLES = """\
   dino bench                                         the default preset of `dino train` on this machine
   dino bench photos/ --preset small                  include decoding and augmenting these images
-  dino bench --preset vits16 --batch 4 --json        one JSON object
-  dino bench --preset vits16 --optim.micro-batch 2 --batch 8"""
+  dino bench --preset vits16 --json                  one JSON object
+  dino bench --preset vits16 --optim.batch-size 8 --optim.micro-batch 2"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class BenchOptions:
     """Profile training: roofline, throughput, peak memory, time by part and operator, and the data path.
 
     Takes the flags of `dino train`; the trained weights are discarded. The default preset is `small` on a CPU and
-    `vits16` on a GPU.
+    `vits16` on a GPU. Without --optim.batch-size, a step has as many images as take about two seconds.
     """
 
     folder: tyro.conf.Positional[str] = ""
@@ -45,8 +44,6 @@ class BenchOptions:
     """vit_tiny/16, vit_small/8, vit_base/16, ..., or timm:NAME."""
     method: MethodName | None = None
     """Training method: dino (default) or a baseline of the paper."""
-    batch: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Images per step; by default as many as take about two seconds."""
     steps: int = 3
     """Timed steps after a warm-up step."""
     json: Flag = False
@@ -54,7 +51,7 @@ class BenchOptions:
     run: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
 
     def __post_init__(self) -> None:
-        check_range(self, "batch", "steps", least=1)
+        check_range(self, "steps", least=1)
 
 
 def bench(argv: Sequence[str]) -> int:
@@ -63,13 +60,13 @@ def bench(argv: Sequence[str]) -> int:
     with command_output(options.json) as (terminal, give):
         from dino_ssl.profiling.profile import measure, table
 
-        device_info = machine()
-        run = choose_precision(options.run, command_line, device_info)
-        batch_size = options.batch or (run.optim.batch_size if command_line.has("--optim.batch-size") else None)
-        with start(run.precision), terminal.progress("profiling") as progress:
+        machine = runtime.machine()
+        run = choose_precision(options.run, command_line, machine)
+        batch_size = run.optim.batch_size if command_line.has("--optim.batch-size") else None
+        with runtime.start(run.precision), terminal.progress("profiling") as progress:
             dataset = None if isinstance(run.data, Folder) and not run.data.path else run.data.open(progress)
-            measured = measure(run, device_info, dataset, progress, batch_size=batch_size, steps=options.steps)
-        title = f"{device_info.name}, {device_info.cores} cores, {device_info.device}, {run.precision}"
+            measured = measure(run, machine, dataset, progress, batch_size=batch_size, steps=options.steps)
+        title = f"{machine.name}, {machine.cores} cores, {machine.device}, {run.precision}"
         terminal.table(title, ("", "", ""), table(measured))
         give({"format": FORMAT, "date": datetime.date.today().isoformat(), "versions": versions(), **measured})
     return 0
@@ -84,14 +81,14 @@ def read(argv: Sequence[str]) -> tuple[CommandLine, Any]:
 
 def preset_or_default(name: str | None) -> Run:
     """Return a preset, or the default preset of this machine."""
-    return resolve(name or ("small" if machine().device.type == "cpu" else "vits16"))
+    return resolve(name or ("small" if runtime.machine().device.type == "cpu" else "vits16"))
 
 
-def choose_precision(run: Run, command_line: CommandLine, device_info: Machine) -> Run:
+def choose_precision(run: Run, command_line: CommandLine, machine: runtime.Machine) -> Run:
     """Return the run in the machine's fastest precision, unless the command line or a float32 preset sets another."""
     if command_line.has("--precision") or (command_line.has("--preset") and run.precision == "float32"):
         return run
-    return edit(run, precision=device_info.precision)
+    return edit(run, precision=machine.precision)
 
 
 def versions() -> dict[str, str]:

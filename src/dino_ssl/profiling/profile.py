@@ -8,7 +8,7 @@ from dino_ssl.config import edit, to_dict
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.presets.memory import micro_batch
 from dino_ssl.presets.plan import Speed, reading
-from dino_ssl.profiling.roofline import bytes_per_step, count_flops
+from dino_ssl.profiling.roofline import Part, bytes_per_step, count_flops
 from dino_ssl.profiling.step_profile import NUM_CLASSES, profile_step
 from dino_ssl.profiling.throughput import Throughput, matmul_throughput, memory_bandwidth
 from dino_ssl.progress import Progress
@@ -23,59 +23,59 @@ NUM_OPERATORS = 6
 
 
 def measure(
-    run: Run,
-    device_info: Machine,
-    dataset: ImageDataset | None,
-    progress: Progress,
-    *,
-    batch_size: int | None,
-    steps: int,
+    run: Run, machine: Machine, dataset: ImageDataset | None, progress: Progress, *, batch_size: int | None, steps: int
 ) -> dict[str, Any]:
     """Measure the machine, the step and, if there is a dataset, the data path; see `summarize`.
 
     batch_size: images of a step; None chooses. steps: timed steps.
     """
-    matmul = matmul_throughput(device_info.device, run.precision)
-    run = edit(run, optim=dict(batch_size=batch_size or choose_batch_size(run, device_info, matmul.per_second)))
+    parts, matmul = count_flops(run), matmul_throughput(machine.device, run.precision)
+    if batch_size is None:
+        batch_size = choose_batch_size(run, machine, sum(part.total for part in parts) / matmul.per_second)
+    run = edit(run, optim=dict(batch_size=batch_size))
     if run.optim.micro_batch == "auto":
-        run = edit(run, optim=dict(micro_batch=micro_batch(run, device_info, NUM_CLASSES, 1)[0]))
-    step = profile_step(run, Runtime(device_info.device, run.precision), steps, progress)
+        run = edit(run, optim=dict(micro_batch=micro_batch(run, machine, NUM_CLASSES, 1)[0]))
+    step = profile_step(run, Runtime(machine.device, run.precision), steps, progress)
     # Last, because the buffers would count in the peak memory of the step.
-    memory = memory_bandwidth(device_info.device, device_info.memory)
-    return summarize(run, device_info, matmul, memory, step, None if dataset is None else reading(run, dataset))
+    memory = memory_bandwidth(machine.device, machine.memory)
+    data_seconds = None if dataset is None else reading(run, dataset)
+    return summarize(run, machine, parts, matmul, memory, step, data_seconds)
 
 
-def choose_batch_size(run: Run, device_info: Machine, flops_per_s: float) -> int:
-    """Return a power of two, at least 2 and at most the run's, for steps of STEP_SECONDS at half this throughput."""
-    seconds = 2 * sum(part.total for part in count_flops(run)) / flops_per_s
-    largest = min(run.optim.batch_size, LARGEST_BATCH.get(device_info.device.type, 64))
+def choose_batch_size(run: Run, machine: Machine, seconds: float) -> int:
+    """Return a power of two, at least 2 and at most the run's, for steps of about STEP_SECONDS.
+
+    seconds: of one image at the matmul throughput; the step is expected to reach half of it.
+    """
+    largest = min(run.optim.batch_size, LARGEST_BATCH.get(machine.device.type, 64))
     size = 2
-    while 2 * size <= largest and 2 * size * seconds <= STEP_SECONDS:
+    while 2 * size <= largest and 2 * size * 2 * seconds <= STEP_SECONDS:
         size *= 2
     return size
 
 
 def summarize(
     run: Run,
-    device_info: Machine,
+    machine: Machine,
+    parts: list[Part],
     matmul: Throughput,
     memory: Throughput,
     step: dict[str, Any],
     data_seconds: float | None,
 ) -> dict[str, Any]:
     """Return the JSON of `dino bench`. data_seconds: of one worker for one image; None if not measured."""
-    parts, traffic, data = count_flops(run), bytes_per_step(run, step["batch_size"]), None
+    traffic, data = bytes_per_step(run, step["batch_size"]), None
     flops, moved = sum(part.total for part in parts), sum(traffic.values()) / step["batch_size"]
     by_compute, by_memory = matmul.per_second / flops, memory.per_second / moved
     if data_seconds is not None:
-        expected = 1 / Speed(1 / step["images_per_s"], data_seconds).seconds(run, device_info, 1)
+        expected = 1 / Speed(1 / step["images_per_s"], data_seconds).seconds(run, machine, 1)
         wait = 1 - expected / step["images_per_s"]
         data = {"images_per_s_per_worker": 1 / data_seconds, "images_per_s_with_step": expected, "wait": wait}
     return {
         "machine": {
-            "name": device_info.name,
-            "device": str(device_info.device),
-            "cores": device_info.cores,
+            "name": machine.name,
+            "device": str(machine.device),
+            "cores": machine.cores,
             "threads": torch.get_num_threads(),
         },
         "run": to_dict(run),

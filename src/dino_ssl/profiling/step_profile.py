@@ -1,6 +1,7 @@
 """Real training steps on noise: their duration, their peak memory, and the time of each part and operator."""
 
 import statistics
+from collections import Counter
 from typing import Any
 
 from torch.autograd import DeviceType
@@ -15,8 +16,15 @@ from dino_ssl.schedules import Clock
 NUM_CLASSES = 10
 CLOCK = Clock(1001, 10, 10**6)
 """After the epochs in which the last layer is frozen, and not the last step of an epoch."""
-RANGES = ("copy to device", "teacher forward", "forward", "optimizer", "teacher and center")
-"""Names of the ranges that `training.train_step` and the methods record."""
+RANGES = {
+    "copy to device": "copy to device",
+    "teacher forward": "teacher forward",
+    "forward": "student forward and loss",
+    "autograd::engine::evaluate_function": "backward",
+    "Optimizer.step": "optimizer",
+    "after_step": "teacher and center",
+}
+"""Parts of a step by how the names of their profiler events start; the package records some, torch the others."""
 
 
 def profile_step(run: Run, rt: Runtime, steps: int, progress: Progress) -> dict[str, Any]:
@@ -45,19 +53,32 @@ def profile_step(run: Run, rt: Runtime, steps: int, progress: Progress) -> dict[
 
 
 def _profile(step: BenchmarkStep) -> tuple[dict[str, float], dict[str, float]]:
-    """Return seconds by part and by operator, of the GPU if there is one.
-
-    Another thread launches the backward kernels of a GPU, outside the recorded ranges. The backward pass is therefore
-    the time outside all ranges, on every device; it includes gradient clipping.
-    """
+    """Return seconds by part and by operator, of the GPU if there is one. A nested part counts once."""
     on_gpu = step.rt.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         seconds = step.step(CLOCK)
-    events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
-    own = {e.key: 1e-6 * (e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in events}
-    total = {e.key: 1e-6 * (e.device_time_total if on_gpu else e.cpu_time_total) for e in events}
-    parts = {name: total[name] for name in RANGES if name in total}
-    parts["forward"] -= parts.get("teacher forward", 0.0)
-    parts["backward"] = (sum(own.values()) if on_gpu else seconds) - sum(parts.values())
-    operators = {name: value for name, value in own.items() if name.startswith("aten::") and value > 0}
-    return parts, dict(sorted(operators.items(), key=lambda item: -item[1]))
+    parts, operators = Counter[str](), Counter[str]()
+    for event in profiler.events():
+        if event.device_type != DeviceType.CPU:
+            continue
+        total = event.device_time_total if on_gpu else event.cpu_time_total
+        if event.name.startswith("aten::"):
+            operators[event.name] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        elif part := _part(event):
+            parts[part] += total
+            parent = event.cpu_parent
+            while parent is not None and not _part(parent):
+                parent = parent.cpu_parent
+            if parent is not None:
+                parts[_part(parent)] -= total
+    parts["other"] = (
+        1e6 * seconds - sum(parts.values()) if not on_gpu else sum(operators.values()) - sum(parts.values())
+    )
+    return (
+        {name: 1e-6 * parts[name] for name in (*RANGES.values(), "other") if name in parts},
+        {name: 1e-6 * time for name, time in operators.most_common()},
+    )
+
+
+def _part(event: Any) -> str:
+    return next((part for start, part in RANGES.items() if event.name.startswith(start)), "")
