@@ -6,8 +6,8 @@ import torch
 
 from dino_ssl.config import edit, to_dict
 from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.presets.benchmark_step import Speed, time_loading
 from dino_ssl.presets.memory import micro_batch
-from dino_ssl.presets.plan import Speed, reading
 from dino_ssl.profiling.roofline import Part, bytes_per_step, count_flops
 from dino_ssl.profiling.step_profile import NUM_CLASSES, profile_step
 from dino_ssl.profiling.throughput import Throughput, matmul_throughput, memory_bandwidth
@@ -38,7 +38,7 @@ def measure(
     step = profile_step(run, Runtime(machine.device, run.precision), steps, progress)
     # Last, because the buffers would count in the peak memory of the step.
     memory = memory_bandwidth(machine.device, machine.memory)
-    data_seconds = None if dataset is None else reading(run, dataset)
+    data_seconds = None if dataset is None else time_loading(run, dataset)
     return summarize(run, machine, parts, matmul, memory, step, data_seconds)
 
 
