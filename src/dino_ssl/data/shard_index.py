@@ -29,7 +29,8 @@ DTYPES = {"shard": "int32", "offset": "int64", "length": "int64", "size": "int64
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 """(key, extension) of a member in WebDataset's layout: the extension begins at the first dot of the file name."""
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class ImageRow(NamedTuple):
@@ -60,9 +61,10 @@ def write_index(directory: Path, shards: Iterable[Sequence[ImageRow]], classes: 
     )
     table = pa.Table.from_batches(batches, schema).combine_chunks()
     if classes is None:
-        classes = sorted(pc.drop_null(table["class_name"].unique()).to_pylist(), key=_class_order)
-    label = pc.index_in(table["class_name"], value_set=pa.array(classes, pa.large_string()))
-    table = table.drop_columns("class_name").append_column("label", pc.fill_null(label, -1).cast(pa.int64()))
+        classes = sorted(table["class_name"].unique().drop_null().to_pylist(), key=_class_order)
+    options = pc.SetLookupOptions(pa.array(classes, pa.large_string()))
+    label = pc.call_function("index_in", [table["class_name"]], options).fill_null(-1).cast(pa.int64())
+    table = table.drop_columns("class_name").append_column("label", label)
 
     def write(aside: Path) -> None:
         with pa.ipc.new_file(str(aside), table.schema) as writer:
@@ -144,11 +146,8 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _class_name(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> str | None:
-    description: Any = {}
-    with suppress(ValueError):
-        description = json.loads(_content(tar, members["json"])) if "json" in members else {}
-    if not isinstance(description, dict):
-        description = {}
-    text = _content(tar, members["cls"]).decode("utf-8", "backslashreplace").strip() if "cls" in members else None
-    names = (description.get("class"), text, description.get("label"))
-    return next((str(name) for name in names if isinstance(name, str | int) and str(name)), None)
+    names = [_content(tar, members["cls"]).decode("utf-8", "replace").strip()] if "cls" in members else []
+    with suppress(KeyError, ValueError, AttributeError):  # no KEY.json, or not a JSON object
+        description = json.loads(_content(tar, members["json"]))
+        names = [description.get("class"), *names, description.get("label")]
+    return next((str(name) for name in names if isinstance(name, str | int) and name != ""), None)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -28,9 +27,12 @@ from dino_ssl.errors import UserError
 from dino_ssl.files import PART, atomic_write, remove_parts, write_errors, write_json
 from dino_ssl.progress import Progress
 
+SHARD = "shard-{:06d}.tar"
 THREADS = min(16, 4 + (os.cpu_count() or 1))  # mostly waiting for disks
 EXTENSIONS = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "apng": "png", "dib": "bmp", "tif": "tiff"}
 """Extensions of members, as other readers know them."""
+Stored = tuple[bytes, tuple[int, int], str]
+"""An image file as it is stored: its bytes, (width, height) and extension."""
 
 
 def pack(
@@ -68,6 +70,8 @@ def pack(
     else:
         write_json(part / INFO, to_dict(info))
     write_index(part, _shards(part, dataset, settings, progress), info.classes)
+    if dataset.content_key != info.source_key:
+        raise UserError(f"Images in {source} changed while they were packed. Remove {part} and start again.")
     write_info(part, part, info)
     with write_errors(out):
         os.rename(part, out)
@@ -95,7 +99,7 @@ def _shards(
 ) -> Iterator[list[ImageRow]]:
     """Yield the rows of each shard: first of those that exist, then of the others, which are written."""
     done, number = 0, 0
-    while (tar := _tar(part, number)).exists():
+    while (tar := part / SHARD.format(number)).exists():
         rows, damage = scan_shard(tar)
         if damage or not rows:
             break
@@ -109,45 +113,33 @@ def _shards(
     )
     stream = enumerate(images, done)
     while done < len(dataset):
-        rows = _write_shard(_tar(part, number), dataset, stream, settings.shard_size * 2**20, progress)
+        rows = _write_shard(part / SHARD.format(number), dataset, stream, settings.shard_size * 2**20, progress)
         yield rows
         done, number = done + len(rows), number + 1
 
 
-def _tar(part: Path, number: int) -> Path:
-    return part / f"shard-{number:06d}.tar"
-
-
-class _Image(NamedTuple):
-    """An image file as it is stored."""
-
-    data: bytes
-    size: tuple[int, int]
-    extension: str
-
-
 def _write_shard(
-    shard: Path, dataset: ImageDataset, images: Iterator[tuple[int, _Image]], limit: float, progress: Progress | None
+    shard: Path, dataset: ImageDataset, images: Iterator[tuple[int, Stored]], limit: float, progress: Progress | None
 ) -> list[ImageRow]:
     """Write a tar file atomically, with images until it has `limit` bytes; return their rows."""
     rows: list[ImageRow] = []
 
     def write(aside: Path) -> None:
         with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for index, image in images:
+            for index, (data, size, extension) in images:
                 path, class_name = dataset.names[index], _class_name(dataset, index)
                 offset = tar.offset + tarfile.BLOCKSIZE  # the member's header comes first
-                rows.append(ImageRow(path, offset, len(image.data), image.size, zlib.crc32(image.data), class_name))
-                members, description = {image.extension: image.data}, {"path": path}
+                rows.append(ImageRow(path, offset, len(data), size, zlib.crc32(data), class_name))
+                members, description = {extension: data}, {"path": path}
                 if class_name is not None and dataset.labels is not None:
                     label = int(dataset.labels[index])
                     members["cls"] = str(label).encode()
                     description |= {"label": label, "class": class_name}
                 members["json"] = json.dumps(description, ensure_ascii=False).encode()
-                for extension, data in members.items():
-                    member = tarfile.TarInfo(f"{index:09d}.{extension}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                for name, content in members.items():
+                    member = tarfile.TarInfo(f"{index:09d}.{name}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
                 if progress is not None:
                     progress(index + 1, len(dataset))
                 if tar.offset >= limit:
@@ -162,7 +154,7 @@ def _class_name(dataset: ImageDataset, index: int) -> str | None:
     return dataset.classes[label] if label >= 0 else None
 
 
-def _load(dataset: ImageDataset, index: int, settings: PackSettings) -> _Image:
+def _load(dataset: ImageDataset, index: int, settings: PackSettings) -> Stored:
     """Return image `index` as it is stored; raise UserError if its file cannot be read or has changed."""
     name = dataset.names[index]
     try:
@@ -171,12 +163,12 @@ def _load(dataset: ImageDataset, index: int, settings: PackSettings) -> _Image:
     except BadImage as bad:
         raise UserError(f"{name} cannot be read: {bad.reason}. Make it readable; the same command resumes.") from bad
     if size != tuple(dataset.sizes[index]):
-        raise UserError(f"{name} changed while it was packed. Run the command when no other program writes images.")
+        raise UserError(f"{name} changed while it was packed. Remove the incomplete shards and start again.")
     if settings.side is not None and min(size) > settings.side:
         with suppress(BadImage):  # stored unchanged: training skips it, as it does in the folder
-            return _Image(*downscale(decode(name, data), settings), "jpg")
+            return *downscale(decode(name, data), settings), "jpg"
     extension = os.path.splitext(name)[1][1:].lower()
-    return _Image(data, size, EXTENSIONS.get(extension, extension))
+    return data, size, EXTENSIONS.get(extension, extension)
 
 
 def downscale(image: np.ndarray, settings: PackSettings) -> tuple[bytes, tuple[int, int]]:

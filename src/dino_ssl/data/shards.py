@@ -145,6 +145,7 @@ class ShardDataset(ImageDataset):
 
     @property
     def fingerprint(self) -> str:
+        """The fingerprint that was stored when the index was written."""
         return self.info.fingerprint
 
     @property
@@ -175,9 +176,11 @@ class ShardDataset(ImageDataset):
         return data
 
     def read(self, index: int) -> np.ndarray:
+        """Return image `index` as uint8 RGB [height, width, 3]; raise BadImage if it cannot be read."""
         return decode(self.names[index], self.encoded(index))
 
     def read_downscaled(self, index: int, times: Reduction) -> np.ndarray:
+        """Return image `index`; a JPEG is downscaled by this factor while it is decoded."""
         return decode(self.names[index], self.encoded(index), reduce=times)
 
     def prefetch(self, indices: np.ndarray) -> None:
