@@ -38,7 +38,8 @@ from dino_ssl.presets import resolve
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, machine, synchronize
 from dino_ssl.schedules import Clock
-from dino_ssl.training import State, batch_to_device, build_method, prepare_model, train_step
+from dino_ssl.state import State, build_method, prepare_model
+from dino_ssl.training import batch_to_device, train_step
 
 NETWORKS = {"vits16": "vits16", "vit_tiny": "dino_ssl.presets.small:vit_tiny", "small": "small", "demo": "demo"}
 """By name: the preset whose network, crops and K they are."""

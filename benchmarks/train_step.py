@@ -24,7 +24,8 @@ from torch import Tensor
 from dino_ssl.data.batch import Batch
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.runtime import machine, start, synchronize
-from dino_ssl.training import State, build_method, prepare_model, train_step
+from dino_ssl.state import State, build_method, prepare_model
+from dino_ssl.training import train_step
 from turns import Memory, about, available, in_turns, rows, save, show, usual_versions
 from work import CLOCK, Work, add_options, matrix_rate, with_shares, work_of
 

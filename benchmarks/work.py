@@ -17,7 +17,7 @@ from dino_ssl.profiling.roofline import roofline
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine
 from dino_ssl.schedules import Clock
-from dino_ssl.training import build_method
+from dino_ssl.state import build_method
 from lightly_dino import LightlyDINO
 from plain import BuildContext, PlainDINO, Rates
 

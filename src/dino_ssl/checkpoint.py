@@ -1,7 +1,4 @@
-"""Saving and loading what training needs to go on; loading never runs code.
-
-A checkpoint is a dict of plain data and tensors (the keys of `Saved`), read with weights_only.
-"""
+"""Checkpoints: dicts of tensors and plain data, written atomically and loaded with `weights_only=True`."""
 
 import pickle
 import warnings
@@ -13,54 +10,65 @@ import torch
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write
 
+FORMAT = 1
+"""Version of the checkpoint's layout."""
 
-class Saved(TypedDict):
-    """What a checkpoint file holds."""
 
+class Checkpoint(TypedDict):
+    """The content of a checkpoint file."""
+
+    format: int
     run: dict[str, Any]
-    """The complete Run, as to_dict gives it."""
+    """The complete Run, from to_dict."""
     step: int
     """Optimizer steps taken."""
     method: dict[str, Any]
-    """State of the Method: student, teacher, center."""
+    """State dict of the Method: student, teacher, center."""
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     best: dict[str, Any]
-    """The best evaluation so far: value, epoch; empty without one."""
+    """The best online evaluation: name, value, epoch; empty before the first."""
     data: str
-    """Fingerprint of the pictures trained on."""
+    """Fingerprint of the training set."""
 
 
-def save(path: Path, saved: Saved) -> Path:
-    def write(aside: Path) -> None:
-        with aside.open("wb") as file:  # given a path, torch keeps a failed file open, and its space taken
-            torch.save(dict(saved), file)
+def save(path: Path, content: Checkpoint) -> Path:
+    """Write a checkpoint atomically. Raises UserError if the disk is full or the folder is not writable."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # torch.save to a path keeps the file open after a failed write
+            torch.save(dict(content), file)
 
     return atomic_write(path, write)
 
 
-def load(path: Path) -> Saved:
-    """A checkpoint of this project on the CPU; runs no code from the file. UserError where it is none."""
+def load(path: Path) -> Checkpoint:
+    """Load a checkpoint on the CPU, without running code from the file.
+
+    Raises UserError if it is missing, damaged, no checkpoint of this project, or of another format version.
+    """
     if not path.is_file():
-        raise UserError(f"No checkpoint at {path}. A run keeps its newest in RUN/checkpoints/last.pt.")
+        raise UserError(f"No checkpoint at {path}. A run keeps its newest one in RUN/checkpoints/last.pt.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old formats; what matters is whether it reads
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes of any origin make the reader stumble in any way
+            warnings.simplefilter("ignore")  # of torch about old file formats
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise many types
         others = ", ".join(sorted(other.name for other in path.parent.glob("*.pt") if other != path))
-        older = f" Beside it lies {others}: copy one over it to go on from there." if others else ""
-        raise UserError(f"{path} is not a readable checkpoint: {_trouble(error)}{older}") from error
-    missing = [key for key in Saved.__annotations__ if not isinstance(saved, dict) or key not in saved]
+        hint = f" The same folder has {others}: copy one over it to resume from there." if others else ""
+        raise UserError(f"{path} is not a readable checkpoint: {_reason(error)}{hint}") from error
+    missing = [key for key in Checkpoint.__annotations__ if not isinstance(content, dict) or key not in content]
     if missing:
         raise UserError(f"{path} is not a training checkpoint of dino: it lacks {', '.join(missing)}.")
-    return saved  # pyright: ignore[reportReturnType]
+    if content["format"] != FORMAT:
+        raise UserError(f"{path} has format {content['format']}; this version of dino reads format {FORMAT}.")
+    return content  # pyright: ignore[reportReturnType]
 
 
-def _trouble(error: Exception) -> str:
-    """Why a file could not be read. torch's own words for a foreign pickle end in advice to trust it."""
+def _reason(error: Exception) -> str:
+    """Return why a file could not be read; torch's message for a foreign pickle ends in advice to trust it."""
     if isinstance(error, pickle.UnpicklingError):
-        return "it is cut short, no file of torch, or holds more than tensors and plain data."
+        return "it is truncated, not a torch file, or contains more than tensors and plain data."
     if "PytorchStreamReader" in str(error):
-        return "it is cut short or damaged."
+        return "it is truncated or damaged."
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -212,7 +212,7 @@ def _concrete(kind: Any) -> Iterator[Any]:
     """Yield `kind` itself or its concrete subclasses inside the package."""
     if dataclasses.is_dataclass(kind) and not inspect.isabstract(kind):
         yield kind
-    for child in kind.__subclasses__():
+    for child in type.__subclasses__(kind):
         if child.__module__.startswith(f"{PACKAGE}."):
             yield from _concrete(child)
 

@@ -1,4 +1,4 @@
-"""What happens while training, one type each: `training.train` yields them, whoever drives it matches on them."""
+"""Events of a training run: `training.train` yields them, the caller matches on their type."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,26 +9,26 @@ from dino_ssl.schedules import Clock
 
 
 class Started(NamedTuple):
-    """Training is about to take its first step (or goes on from `clock.step`)."""
+    """Training is ready for its first step, or for step `clock.step` of a resumed run."""
 
     clock: Clock
     method: Method
-    train: ImageDataset
+    train_set: ImageDataset
     val_set: ImageDataset | None
-    baselines: Mapping[str, Mapping[str, float]]
+    reference_scores: Mapping[str, Mapping[str, float]]
     best: Mapping[str, Any]
-    """The best evaluation so far: `name`, `value`, `epoch`; empty before the first."""
+    """The best online evaluation so far: `name`, `value`, `epoch`; empty before the first."""
 
 
 class Logged(NamedTuple):
-    """Metrics, averaged over the steps since the last ones."""
+    """A line of metrics, averaged over the steps since the last one."""
 
     clock: Clock
     metrics: dict[str, float]
 
 
 class Evaluated(NamedTuple):
-    """The val-fraction pictures were asked about."""
+    """The online evaluation on the validation set."""
 
     clock: Clock
     name: str
@@ -36,15 +36,15 @@ class Evaluated(NamedTuple):
     is_best: bool
 
 
-class Measuring(NamedTuple):
-    """One of the run's `evals` is about to be asked, which may take a while."""
+class EvalStarted(NamedTuple):
+    """One of the run's `evals` starts."""
 
     clock: Clock
     name: str
 
 
-class Measured(NamedTuple):
-    """One of the run's `evals` was asked."""
+class EvalDone(NamedTuple):
+    """One of the run's `evals` is done."""
 
     clock: Clock
     name: str
@@ -52,22 +52,22 @@ class Measured(NamedTuple):
 
 
 class EpochDone(NamedTuple):
-    """A whole epoch is behind; the method may be looked at (not touched)."""
+    """An epoch is complete. The method may be read, not changed."""
 
     clock: Clock
     method: Method
 
 
 class Ended(NamedTuple):
-    """All is saved. `finished` is False where a signal asked to stop."""
+    """Everything is saved. `finished` is False if training was stopped."""
 
     clock: Clock
     method: Method
     finished: bool
     skipped: dict[str, str]
-    """Files that were left out, with the reasons."""
+    """Skipped files with the reasons."""
     signal: int | None = None
-    """What asked to stop, on this rank."""
+    """The signal that stopped training on this rank."""
 
 
-Event = Started | Logged | Evaluated | Measuring | Measured | EpochDone | Ended
+Event = Started | Logged | Evaluated | EvalStarted | EvalDone | EpochDone | Ended

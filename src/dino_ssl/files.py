@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,6 @@ def write_json(path: Path, data: Any) -> Path:
     """Names of files that are no UTF-8 come back as they were."""
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     return atomic_write(path, lambda aside: aside.write_text(text, "utf-8", "backslashreplace"))
-
-
-def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line; the folder is created if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

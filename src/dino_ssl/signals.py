@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask; training answers between two steps."""
+"""Ctrl-C and SIGTERM: a request to stop that training reads between two steps."""
 
 import signal
 from collections.abc import Iterator
@@ -11,35 +11,35 @@ from dino_ssl import distributed
 from dino_ssl.runtime import Runtime
 
 
-class Stop:
-    """Whether somebody asked to stop, and by which signal; set by the signal, read between steps."""
+class StopSignal:
+    """The signal that requested a stop; None so far. Set by the signal handler, read between steps."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def should_stop(self, rt: Runtime, step: int) -> bool:
-        """Whether any rank was asked. Ranks agree every 10 steps; one process asks itself at each."""
-        asked = self.signal is not None
+        """Return whether any rank received a signal. Several ranks compare every 10 steps only."""
+        received = self.signal is not None
         if rt.world_size == 1:
-            return asked
+            return received
         if step % 10:
             return False
-        return bool(distributed.all_reduce_sum(torch.tensor([float(asked)], device=rt.device)).item())
+        return bool(distributed.all_reduce_sum(torch.tensor([float(received)], device=rt.device)).item())
 
 
 @contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM ask for a stop after the step in hand; a second Ctrl-C stops at once, unsaved."""
-    stop = Stop()
+def stop_signals() -> Iterator[StopSignal]:
+    """Handle Ctrl-C and SIGTERM: the first requests a stop after the current step, a second Ctrl-C stops at once."""
+    stop = StopSignal()
 
-    def ask(number: int, frame: Any) -> None:
+    def request(number: int, frame: Any) -> None:
         if stop.signal is not None:
             raise KeyboardInterrupt
         stop.signal = number
 
     try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: nobody can press Ctrl-C here
+        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread, which alone may set handlers
         yield stop
         return
     try:

@@ -31,7 +31,7 @@ def test_it_trains_the_checkpoints_network_and_measures_its_classifier(trained, 
     assert result["finished"]
     assert result["steps"] == 2 * (40 // 12)  # nothing is held back: there are pictures to be asked about
     assert {"top-1", "top-5"} <= result["quality"].keys()
-    assert result["baselines"]["majority_class"]["top-1"] == pytest.approx(25)
+    assert result["reference_scores"]["majority_class"]["top-1"] == pytest.approx(25)
     tuned = read_run(Path("tuned"))
     assert tuned.init == str(run)
     assert (tuned.backbone.width, tuned.backbone.drop_path) == (

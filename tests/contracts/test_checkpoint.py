@@ -18,8 +18,8 @@ from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write
 
 
-def saved(step: int = 3, size: int = 10) -> checkpoint.Saved:
-    return checkpoint.Saved(
+def saved(step: int = 3, size: int = 10) -> checkpoint.Checkpoint:
+    return checkpoint.Checkpoint(
         run={"type": "Run", "seed": 1},
         step=step,
         method={"center": torch.arange(size, dtype=torch.float32)},

@@ -92,7 +92,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "prototypes": K,
         "backbone": to_dict(run.backbone),
         "data": {"images": 24, "trained_on": 22, "classes": ["disk", "bar"]},
-        "baselines": {"raw_pixels": {"20-NN": 33.75}, "random_weights": {"20-NN": 28.5}},
+        "reference_scores": {"raw_pixels": {"20-NN": 33.75}, "random_weights": {"20-NN": 28.5}},
         "versions": {"dino": "0.1.0", "torch": "2.11.0"},
     }
     (folder / "run.json").write_text(json.dumps(described))

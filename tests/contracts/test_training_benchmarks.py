@@ -27,7 +27,7 @@ from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.optim import clip_grad_norm_per_tensor_
 from dino_ssl.runtime import Machine, start
-from dino_ssl.training import State, build_method, prepare_model
+from dino_ssl.state import State, build_method, prepare_model
 from dino_ssl.training import train_step as our_step
 
 SMALL = ["--views", "2x32+2x16", "--k", "64", "--hidden", "32", "--batch", "4", "--turns", "1"]

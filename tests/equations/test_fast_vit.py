@@ -87,7 +87,7 @@ def test_every_kernel_attends_alike(tokens: int, dtype: torch.dtype) -> None:
 def test_kernels_are_passed_when_a_method_is_built() -> None:
     """Only a student packs its views; the reference implementations are used if asked for."""
     from dino_ssl.run import Run
-    from dino_ssl.training import build_method
+    from dino_ssl.state import build_method
 
     run = Run(backbone=ViT(width=24, depth=1, heads=3, patch=8, image_size=16))
     optimized, reference = build_method(run), build_method(run, optimized=False)

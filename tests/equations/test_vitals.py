@@ -14,7 +14,7 @@ from dino_ssl.models.vit import ViT
 from dino_ssl.optim import clip_grad_norm_per_tensor_
 from dino_ssl.run import Run
 from dino_ssl.schedules import Clock
-from dino_ssl.training import build_method
+from dino_ssl.state import build_method
 
 CLOCK = Clock(0, 10, 2)
 

@@ -12,7 +12,7 @@ from dino_ssl.methods import METHODS, BYOLConfig, MoCoConfig, SwAVConfig
 from dino_ssl.methods.method import MethodConfig
 from dino_ssl.metrics import read_metrics
 from dino_ssl.models.timm import Timm
-from dino_ssl.training import build_method
+from dino_ssl.state import build_method
 
 HERE = Path(__file__).parent
 CONVNET = Timm(name="resnet18", args=(("channels", "(8, 8, 8, 16)"), ("layers", "(1, 1, 1, 1)")))

@@ -33,6 +33,6 @@ def test_it_learns(tmp_path: Path, name: str) -> None:
     )
     started, *rest = train(run, CPU, Paints(240, paint=0.88))
     assert isinstance(started, Started)
-    references = {name: values["20-NN"] for name, values in started.baselines.items()}
+    references = {name: values["20-NN"] for name, values in started.reference_scores.items()}
     reached = [event.values["20-NN"] for event in rest if isinstance(event, Evaluated)][-1]
     assert reached > max(references.values()) + 5, (references, reached)

@@ -27,8 +27,9 @@ from dino_ssl.presets.small import demo, narrow_vit, small, small_vit, vit_tiny
 from dino_ssl.report.health_section import read_said
 from dino_ssl.run import read_run
 from dino_ssl.schedules import Clock
+from dino_ssl.state import build_method
 from dino_ssl.terminal import Terminal
-from dino_ssl.training import build_method, train
+from dino_ssl.training import train
 
 DULL = edit(
     RUN,

@@ -15,7 +15,7 @@ from dino_ssl.evals.attention_masks import AttentionMasks
 from dino_ssl.evals.base import EvalContext
 from dino_ssl.evals.knn import KNN
 from dino_ssl.evals.scheduled import ScheduledEval
-from dino_ssl.events import Logged, Measured, Measuring
+from dino_ssl.events import EvalDone, EvalStarted, Logged
 from dino_ssl.metrics import read_metrics
 from dino_ssl.models.pretrained import load
 from dino_ssl.models.timm import Timm
@@ -50,11 +50,11 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list]:
 def test_they_are_asked_when_they_are_due(asked: tuple[Run, list]) -> None:
     """Three epochs of five steps: before the first step, after the second epoch and at the end; or at the end alone."""
     run, events = asked
-    assert [(e.name, e.clock.step) for e in events if isinstance(e, Measured)] == [
+    assert [(e.name, e.clock.step) for e in events if isinstance(e, EvalDone)] == [
         (KNN_LABEL, 0), (KNN_LABEL, 10), (KNN_LABEL, 15), (MASKS_LABEL, 15),
     ]  # fmt: skip
     for before, event in pairwise(events):
-        assert not isinstance(event, Measured) or before == Measuring(event.clock, event.name)
+        assert not isinstance(event, EvalDone) or before == EvalStarted(event.clock, event.name)
     answers = told(run)
     assert [(line["step"], line["epoch"]) for line in answers[KNN_LABEL]] == [(0, 0), (10, 2), (15, 3)]
     assert [line["step"] for line in answers[MASKS_LABEL]] == [15]
@@ -91,7 +91,7 @@ def test_a_run_that_goes_on_asks_on(asked: tuple[Run, list], tmp_path: Path) -> 
     fit(run, until=12)
     assert [line["step"] for line in told(run)[KNN_LABEL]] == [0, 10]
     events = fit(read_run(Path(run.out)), resume=True)
-    assert [(e.name, e.clock.step) for e in events if isinstance(e, Measured)] == [(KNN_LABEL, 15), (MASKS_LABEL, 15)]
+    assert [(e.name, e.clock.step) for e in events if isinstance(e, EvalDone)] == [(KNN_LABEL, 15), (MASKS_LABEL, 15)]
     assert told(run) == told(whole)
 
 
@@ -100,11 +100,11 @@ def test_what_a_stop_left_unasked_is_asked_when_the_run_goes_on(asked: tuple[Run
     whole, _ = asked
     run = asking(tmp_path / "run")
     for event in train(run, CPU, run.data.open()):
-        if isinstance(event, Measuring) and event.clock.step == 10:
+        if isinstance(event, EvalStarted) and event.clock.step == 10:
             break
     assert [line["step"] for line in told(run)[KNN_LABEL]] == [0]
     events = fit(read_run(Path(run.out)), resume=True, until=12)
-    assert [(e.name, e.clock.step) for e in events if isinstance(e, Measured)] == [(KNN_LABEL, 10)]
+    assert [(e.name, e.clock.step) for e in events if isinstance(e, EvalDone)] == [(KNN_LABEL, 10)]
     fit(read_run(Path(run.out)), resume=True)
     assert told(run) == told(whole)
 
@@ -112,7 +112,7 @@ def test_what_a_stop_left_unasked_is_asked_when_the_run_goes_on(asked: tuple[Run
 def test_training_is_saved_before_what_may_take_long(tmp_path: Path) -> None:
     run = edit(asking(tmp_path / "run"), save_minutes=60.0)
     for event in train(run, CPU, run.data.open()):
-        if isinstance(event, Measuring) and event.clock.step:
+        if isinstance(event, EvalStarted) and event.clock.step:
             assert last(run)["step"] == event.clock.step == 10
             break
 

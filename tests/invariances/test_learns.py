@@ -87,7 +87,7 @@ def test_it_learns(tmp_path: Path, targets: str) -> None:
     )
     started, *rest = train(run, CPU, Paints(240))
     assert isinstance(started, Started)
-    references = {name: values["20-NN"] for name, values in started.baselines.items()}
+    references = {name: values["20-NN"] for name, values in started.reference_scores.items()}
     lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
     reached = [event.values["20-NN"] for event in rest if isinstance(event, Evaluated)]
     assert reached[-1] > references["raw_pixels"] + 10, (references, reached)

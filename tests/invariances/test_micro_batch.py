@@ -20,7 +20,8 @@ from dino_ssl.presets.plan import plan
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, machine
 from dino_ssl.schedules import Clock
-from dino_ssl.training import State, build_method, prepare_model, train, train_step
+from dino_ssl.state import State, build_method, prepare_model
+from dino_ssl.training import train, train_step
 
 HERE = Path(__file__).parent
 STILL = edit(RUN, backbone=dict(drop_path=0.0), optim=dict(algorithm="sgd", lr=1.0, warmup_epochs=0))
@@ -130,7 +131,7 @@ def test_auto_writes_a_number_into_the_run(monkeypatch: pytest.MonkeyPatch) -> N
         planned = plan(dataset, small, preset=run)
         assert planned.run.optim.micro_batch == size
         row = next(reason for reason in planned.reasons if reason.name == "micro-batch")
-        assert "48 MiB" in row.reason
+        assert "48 MiB" in row.why
     together = plan(dataset, here, preset=edit(run, method=dict(head_norm="batch")))
     assert together.run.optim.micro_batch == 0
 

@@ -34,7 +34,8 @@ from dino_ssl.models.vit import ViT
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime
 from dino_ssl.schedules import Clock
-from dino_ssl.training import State, build_method, prepare_model, train_step
+from dino_ssl.state import State, build_method, prepare_model
+from dino_ssl.training import train_step
 
 CARD = torch.device("cuda", 0)
 RUN = edit(

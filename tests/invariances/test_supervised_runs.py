@@ -96,8 +96,8 @@ def test_it_learns_and_the_classifier_is_asked(tmp_path: Path, monkeypatch: pyte
     events = fit(run)
     started = next(event for event in events if isinstance(event, Started))
     assert started.val_fraction is not None
-    assert (len(started.train), len(started.val_fraction)) == (32, 20)  # all are trained on where others are asked
-    assert started.baselines == {"majority_class": {"top-1": 50.0, "top-5": 100.0}}
+    assert (len(started.train_set), len(started.val_fraction)) == (32, 20)  # all are trained on where others are asked
+    assert started.reference_scores == {"majority_class": {"top-1": 50.0, "top-5": 100.0}}
     (evaluated,) = [event for event in events if isinstance(event, Evaluated)]
     assert evaluated.values["top-1"] >= 95
     assert json.loads((tmp_path / "run/run.json").read_text())["run"]["val"]["count"] == 20

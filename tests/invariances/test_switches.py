@@ -15,7 +15,8 @@ from dino_ssl.methods.dino import DINO, DINOConfig
 from dino_ssl.models.timm import Timm
 from dino_ssl.run import Run
 from dino_ssl.schedules import Clock
-from dino_ssl.training import State, build_method, train, train_step
+from dino_ssl.state import State, build_method
+from dino_ssl.training import train, train_step
 
 CONVNET = Timm(name="resnet18", args=(("channels", "(8, 8, 8, 16)"), ("layers", "(1, 1, 1, 1)")))
 SHORT = edit(

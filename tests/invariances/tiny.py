@@ -71,7 +71,7 @@ def fit(run: Run, *, resume: bool = False, until: int | None = None, rt: Runtime
     return events
 
 
-def last(run: Run) -> checkpoint.Saved:
+def last(run: Run) -> checkpoint.Checkpoint:
     return checkpoint.load(Path(run.out) / "checkpoints" / "last.pt")
 
 

@@ -87,7 +87,8 @@ def trajectory(path: Path) -> Result:
     from dino_ssl.data.batch import Batch
     from dino_ssl.runtime import Runtime
     from dino_ssl.schedules import Clock
-    from dino_ssl.training import State, build_method, prepare_model, train_step
+    from dino_ssl.state import State, build_method, prepare_model
+    from dino_ssl.training import train_step
 
     data, check = read(path), Check()
     settings, init = json.loads(str(data["config"])), tensors(data, "init")

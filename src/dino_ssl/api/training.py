@@ -18,7 +18,7 @@ from dino_ssl.collapse.policy import CollapsePolicy, Decision, guarded
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.errors import Diverged, UserError
 from dino_ssl.evals.base import extract
-from dino_ssl.events import Ended, EpochDone, Evaluated, Event, Logged, Measured, Measuring, Started
+from dino_ssl.events import Ended, EpochDone, EvalDone, EvalStarted, Evaluated, Event, Logged, Started
 from dino_ssl.report.run_report import write_report
 from dino_ssl.report.snapshots import choose_samples, snapshot, write_neighbours
 from dino_ssl.run import Run
@@ -107,7 +107,7 @@ class _Session:
         self.quality: dict[str, float] = {}
         self.evals: dict[str, dict[str, float]] = {}
         self.best: dict[str, Any] = {}
-        self.baselines: Mapping[str, Mapping[str, float]] = {}
+        self.reference_scores: Mapping[str, Mapping[str, float]] = {}
         self.samples: list[int] = []
         self.due: list[float] = []
         self.guard = CollapsePolicy(run, terminal, is_main=rt.is_main)
@@ -154,9 +154,9 @@ class _Session:
                     case Evaluated():
                         self.evaluated(event)
                         watch.resume()
-                    case Measuring(_, name):
+                    case EvalStarted(_, name):
                         watch.busy(name)
-                    case Measured():
+                    case EvalDone():
                         self.measured(event)
                         watch.resume()
                     case EpochDone(clock, method):
@@ -168,9 +168,9 @@ class _Session:
         raise AssertionError("training ended without saying so")
 
     def begin(self, started: Started, resume: bool) -> None:
-        clock, self.baselines, self.best = started.clock, started.baselines, dict(started.best)
-        self.samples = choose_samples(started.val_set or started.train)
-        self.shown = started.val_set or started.train
+        clock, self.reference_scores, self.best = started.clock, started.reference_scores, dict(started.best)
+        self.samples = choose_samples(started.val_set or started.train_set)
+        self.shown = started.val_set or started.train_set
         self.due = [clock.epochs * i / (SNAPSHOTS - 1) for i in range(SNAPSHOTS)]
         self.due = [epoch for epoch in self.due if epoch > clock.epoch]
         if not self.rt.is_main:
@@ -184,10 +184,14 @@ class _Session:
         held = f", {len(started.val_set)} {kept}" if started.val_set else ""
         length = "1 epoch" if clock.epochs == 1 else f"{clock.epochs} epochs"
         begun = f"Going on at step {clock.step} of" if resume else f"Training {length},"
-        self.terminal.print(f"{begun} {clock.steps} steps on {len(started.train)} pictures{held}; {self.folder}/")
-        if self.baselines:
-            references = ", ".join(f"{k.replace('_', ' ')} {_first(v)[1]:.1f} %" for k, v in self.baselines.items())
-            self.terminal.print(f"{_first(next(iter(self.baselines.values())))[0]} floors to rise above: {references}")
+        self.terminal.print(f"{begun} {clock.steps} steps on {len(started.train_set)} pictures{held}; {self.folder}/")
+        if self.reference_scores:
+            references = ", ".join(
+                f"{k.replace('_', ' ')} {_first(v)[1]:.1f} %" for k, v in self.reference_scores.items()
+            )
+            self.terminal.print(
+                f"{_first(next(iter(self.reference_scores.values())))[0]} floors to rise above: {references}"
+            )
 
     def evaluated(self, event: Evaluated) -> None:
         self.quality = event.values
@@ -199,13 +203,13 @@ class _Session:
                 "epoch": event.clock.step / event.clock.steps_per_epoch,
             }
         mark = "  best so far" if event.is_best else ""
-        references = "".join(f", {k.replace('_', ' ')} {_first(v)[1]:.1f}" for k, v in self.baselines.items())
+        references = "".join(f", {k.replace('_', ' ')} {_first(v)[1]:.1f}" for k, v in self.reference_scores.items())
         epoch = event.clock.step // event.clock.steps_per_epoch
         self.terminal.print(
             f"epoch {epoch}: {name} {value:.1f} %{references}{mark}", style="green" if event.is_best else None
         )
 
-    def measured(self, event: Measured) -> None:
+    def measured(self, event: EvalDone) -> None:
         self.evals[event.name] = event.values
         self.terminal.print(
             f"epoch {event.clock.step // event.clock.steps_per_epoch}: {_told(event.name, event.values)}"
@@ -251,7 +255,7 @@ class _Session:
             quality=self.quality,
             evals=self.evals,
             best=self.best,
-            baselines=self.baselines,
+            baselines=self.reference_scores,
             skipped=ended.skipped,
             collapse=None if self.collapsed is None else str(self.collapsed.finding),
         )

@@ -183,7 +183,7 @@ def _resumed(found: ExistingRun, given: CommandLine, terminal: Terminal) -> tupl
 
 def _reasons(planned: Plan | None) -> list[dict[str, str]]:
     reasons = [] if planned is None else planned.reasons
-    return [{"name": reason.name, "value": reason.value, "reason": reason.reason} for reason in reasons]
+    return [{"name": reason.name, "value": reason.value, "why": reason.why} for reason in reasons]
 
 
 def _result(outcome: Outcome) -> dict:
@@ -198,7 +198,7 @@ def _result(outcome: Outcome) -> dict:
         "evals": outcome.evals,
         "best": outcome.best,
         "collapse": outcome.collapse,
-        "baselines": outcome.baselines,
+        "reference_scores": outcome.reference_scores,
         "skipped": len(outcome.skipped),
         "backbone": str(outcome.folder / "backbone.safetensors"),
         "report": str(outcome.report),

@@ -26,8 +26,8 @@ from dino_ssl.metrics import read_metrics
 from dino_ssl.models.pretrained import load_strict
 from dino_ssl.run import Run
 from dino_ssl.schedules import Clock
+from dino_ssl.state import export_backbone
 from dino_ssl.terminal import Terminal
-from dino_ssl.training import export_backbone
 
 MARGIN = 2 * LINES
 """Healthy lines after a checkpoint before it counts as one to go back to: a collapse begins before it shows."""
@@ -75,7 +75,7 @@ class CollapsePolicy:
         self._pending.unlink(missing_ok=True)
         self._seen = _stamp(self._last)
         if not self.rollbacks:
-            for finding in check_config(self.run, clock.steps_per_epoch, len(started.train)):
+            for finding in check_config(self.run, clock.steps_per_epoch, len(started.train_set)):
                 self._say(clock, finding)
 
     def line(self, event: Logged) -> bool:

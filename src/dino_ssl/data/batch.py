@@ -18,12 +18,16 @@ class Batch(NamedTuple):
     views: tuple[Tensor, ...]
     labels: Tensor | None = None
 
+    @property
+    def num_images(self) -> int:
+        """B, the number of images."""
+        return self.views[0].shape[1]
+
     def micro_batches(self, size: int) -> list["Batch"]:
         """Split into micro-batches of at most `size` images, as equal as possible; 0 does not split."""
-        count = self.views[0].shape[1]
-        if not 0 < size < count:
+        if not 0 < size < self.num_images:
             return [self]
-        number = math.ceil(count / size)
+        number = math.ceil(self.num_images / size)
         views = zip(*(view.tensor_split(number, dim=1) for view in self.views), strict=True)
         labels = [None] * number if self.labels is None else self.labels.tensor_split(number)
         return [Batch(*pair) for pair in zip(views, labels, strict=True)]

@@ -1,1 +1,0 @@
-"""Roofline and profile of a training step and of the data path."""

@@ -178,7 +178,7 @@ def _floors(described: Mapping, history: History, name: str) -> dict[str, float]
     """Raw pixels and random weights under the same vote, from run.json or from the metrics."""
     found = {}
     for key, label in FLOORS.items():
-        row = (described.get("baselines") or {}).get(key) or (history.evaluations.get(key) or [{}])[-1]
+        row = (described.get("reference_scores") or {}).get(key) or (history.evaluations.get(key) or [{}])[-1]
         if isinstance(row.get(name), int | float):
             found[label] = float(row[name])
     return found

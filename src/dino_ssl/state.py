@@ -1,0 +1,136 @@
+"""The state of a training run, its checkpoints, and the files of a run folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dino_ssl import __version__, checkpoint, distributed, kernels
+from dino_ssl.config import to_dict
+from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.errors import UserError
+from dino_ssl.methods.method import BuildContext, Implementations, Method
+from dino_ssl.models.backbone import Backbone
+from dino_ssl.models.pretrained import load, load_strict, save_backbone
+from dino_ssl.models.sync_bn import convert_sync_batchnorm, has_batch_norm
+from dino_ssl.run import FORMAT, Run
+from dino_ssl.runtime import Runtime
+
+
+@dataclass
+class State:
+    """Everything that changes during training; with the Run, all that a checkpoint needs."""
+
+    method: Method
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    """Optimizer steps taken."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """The best online evaluation: `name`, `value`, `epoch`; empty before the first."""
+
+    def save(self, path: Path, run: Run, fingerprint: str) -> None:
+        """Write a checkpoint atomically. fingerprint: of the training set, compared on resume."""
+        checkpoint.save(
+            path,
+            checkpoint.Checkpoint(
+                format=checkpoint.FORMAT,
+                run=to_dict(run),
+                step=self.step,
+                method=self.method.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                scaler=self.scaler.state_dict(),
+                best=self.best,
+                data=fingerprint,
+            ),
+        )
+
+    def restore(self, path: Path, dataset: ImageDataset) -> None:
+        """Load a checkpoint. Raises UserError if it was trained on another dataset than this training set."""
+        saved = checkpoint.load(path)
+        if saved["data"] != dataset.fingerprint:
+            raise UserError(
+                f"{path} was trained on another dataset than these {len(dataset)} images: files were added, removed or "
+                "changed. Resume with the same data, or start a new run with another `out`."
+            )
+        load_strict(self.method, saved["method"], str(path))
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.step, self.best = saved["step"], saved["best"]
+
+
+def build_method(
+    run: Run, *, classes: int = 0, weights: Mapping[str, Tensor] | None = None, optimized: bool = True
+) -> Method:
+    """Return the method of a run with initial weights, on the CPU; the same for the same seed.
+
+    classes: number of classes of the labels. weights: of the backbone that `run.init` names. optimized: use the
+    optimized kernels.
+    """
+    implementations = Implementations(**kernels.optimized()) if optimized else Implementations()
+    torch.manual_seed(run.seed)
+    method = run.method.build(BuildContext(run.backbone, run.seed, classes, weights, run.init or "", implementations))
+    for part in method.trainable.modules():
+        if isinstance(part, Backbone):
+            part.set_grad_checkpointing(run.grad_checkpointing)
+    return method
+
+
+def prepare_model(method: Method, rt: Runtime) -> nn.Module:
+    """Return the module that a training step calls: the method on its device, shared by all ranks.
+
+    The method stays the owner of parameters and state. Batch norms are converted to use the batch of all ranks.
+    """
+    if rt.world_size > 1:
+        convert_sync_batchnorm(method, fused=rt.device.type == "cuda")
+    return rt.distribute(method)
+
+
+def init_state(run: Run, rt: Runtime, classes: int, *, resume: bool) -> State:
+    """Return the state at step 0. A resumed run needs no initial weights: its checkpoint replaces them."""
+    weights = None
+    if run.init is not None and not resume:
+        source = run.init
+        weights = distributed.run_on_rank0(lambda: load(source).state_dict())
+    method = build_method(run, classes=classes, weights=weights, optimized=rt.optimized).to(rt.device)
+    return State(method, run.optim.build(method.trainable), rt.scaler())
+
+
+def check_grad_accumulation(run: Run, method: Method) -> None:
+    """Raise UserError if micro-batches would change the statistics of batch norm."""
+    if run.optim.micro_batch and has_batch_norm(method):
+        raise UserError(
+            f"`optim.micro_batch` is {run.optim.micro_batch}, but the network or its head has batch norm, whose "
+            "statistics would be those of a micro-batch. Set it to 0 and lower `optim.batch_size` or set "
+            "`grad_checkpointing`; a ViT works with `method.head_norm` none."
+        )
+
+
+def describe_run(
+    run: Run, dataset: ImageDataset, train_set: ImageDataset, references: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """Return the content of run.json: the complete Run, the data it was trained on, and the reference scores."""
+    return {
+        "format": FORMAT,
+        "run": to_dict(run),
+        "backbone": to_dict(run.backbone),
+        "learning": run.method.about,
+        "prototypes": run.method.num_prototypes,
+        "data": {
+            "images": len(dataset),
+            "trained_on": len(train_set),
+            "classes": dataset.classes,
+            "skipped": len(dataset.skipped),
+            "fingerprint": train_set.fingerprint,
+        },
+        "reference_scores": references,
+        "versions": {"dino": __version__, "torch": str(torch.__version__)},
+    }
+
+
+def export_backbone(run: Run, backbone: Backbone, folder: Path) -> Path:
+    """Write the backbone (DINO: the teacher's) as safetensors, as `dino_ssl.load` and timm read it."""
+    return save_backbone(run.backbone, backbone.state_dict(), folder / "backbone.safetensors")
