@@ -1,4 +1,4 @@
-"""Copydays' files, what is said of those that are laid out otherwise, and copies made of any pictures."""
+"""Copydays: layout, errors for other layouts, and distorted copies of other images."""
 
 import pickle
 from pathlib import Path
@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dino_ssl.data.benchmarks.copydays import EditedCopies, edited, find_copies, make_copies
+from dino_ssl.data.benchmarks.copydays import DistortedCopies, distort, find_copies, make_copies
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
@@ -26,7 +26,7 @@ OFFICIAL = [
 
 
 def write(folder: Path, names: list[str]) -> Path:
-    """Pictures with a texture that their group, the first four characters of the name, has for itself."""
+    """Write images whose texture depends on the group, the first four characters of the name."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(list(Path(name).stem[:4].encode()))
@@ -35,21 +35,20 @@ def write(folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def found(folder: Path, names: list[str]):
+def open_copies(folder: Path, names: list[str]):
     return find_copies(Folder(path=str(write(folder, names))).open())
 
 
 @pytest.mark.parametrize("prefix", ["", "copydays_"])
 def test_the_official_layout(tmp_path: Path, prefix: str) -> None:
-    """A group is the first four digits; blocks are the folders."""
-    copies = found(tmp_path, [prefix + name for name in OFFICIAL])
+    copies = open_copies(tmp_path, [prefix + name for name in OFFICIAL])
     assert copies is not None
     assert [name[-10:] for name in copies.originals.names] == ["200000.jpg", "200100.jpg"]
-    told = {
+    copies_by_block = {
         (block, strength, copies.copies.names[q][-10:]): int(copies.original_of[q])
         for q, (block, strength) in enumerate(copies.blocks)
     }
-    assert told == {
+    assert copies_by_block == {
         ("crops", "10", "200000.jpg"): 0,
         ("crops", "80", "200101.jpg"): 1,
         ("jpeg", "3", "200001.jpg"): 0,
@@ -59,7 +58,7 @@ def test_the_official_layout(tmp_path: Path, prefix: str) -> None:
 
 
 def test_all_in_one_folder(tmp_path: Path) -> None:
-    copies = found(tmp_path, ["200000.jpg", "200001.jpg", "200100.jpg", "200101.jpg", "200102.jpg"])
+    copies = open_copies(tmp_path, ["200000.jpg", "200001.jpg", "200100.jpg", "200101.jpg", "200102.jpg"])
     assert copies is not None
     assert copies.original_of.tolist() == [0, 1, 1]
     assert set(copies.blocks) == {("copies", "")}
@@ -69,61 +68,63 @@ def test_all_in_one_folder(tmp_path: Path) -> None:
     "names",
     [
         ["cat/1.jpg", "dog/2.jpg"],
-        ["000001.jpg", "000100.jpg", "005000.jpg"],  # VOC 2007 is named so
+        ["000001.jpg", "000100.jpg", "005000.jpg"],  # names of VOC 2007
         ["original/cat.jpg", "original/dog.jpg"],
         ["jpeg/cat.jpg", "png/dog.jpg"],
     ],
 )
-def test_other_folders_are_no_copydays(tmp_path: Path, names: list[str]) -> None:
-    assert found(tmp_path, names) is None
+def test_other_folders_are_not_copydays(tmp_path: Path, names: list[str]) -> None:
+    assert open_copies(tmp_path, names) is None
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         (OFFICIAL[2:], "Found 0 originals and 5 copies"),
         (OFFICIAL[:2], "Found 2 originals and 0 copies"),
         ([*OFFICIAL, "strong/200250.jpg"], r"1 copies have no original: strong/200250\.jpg"),
-        ([*OFFICIAL, "strong/cat.jpg"], "strong/cat.jpg is not named by six digits"),
-        ([*OFFICIAL, "original/200001.jpg"], "names end with 00"),
-        ([*OFFICIAL, "original/b/200000.jpg"], "share their first four digits"),
+        ([*OFFICIAL, "strong/cat.jpg"], "strong/cat.jpg: expected a name of six digits"),
+        ([*OFFICIAL, "original/200001.jpg"], "to end with 00"),
+        ([*OFFICIAL, "original/b/200000.jpg"], "have the same first four digits"),
     ],
 )
-def test_what_is_wrong_is_said_beside_the_layout(tmp_path: Path, names: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said + r"[\s\S]*original/ +200000\.jpg"):
-        found(tmp_path, names)
+def test_errors_show_the_expected_layout(tmp_path: Path, names: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message + r"[\s\S]*original/ +200000\.jpg"):
+        open_copies(tmp_path, names)
 
 
-def test_copies_are_a_function_of_the_seed_and_say_their_sizes() -> None:
+def test_copies_are_a_function_of_the_seed() -> None:
     dataset, pages = Scenes(count=3, size=40).open(), Scenes(count=2, size=24, part="val").open()
-    copies = EditedCopies(dataset, pages, seed=1)
+    copies = DistortedCopies(dataset, pages, seed=1)
     assert len(copies) == 45
-    drawn = [copies.read(i) for i in range(len(copies))]
-    assert [picture.shape[1::-1] for picture in drawn] == [tuple(size) for size in copies.sizes.tolist()]
-    again = pickle.loads(pickle.dumps(EditedCopies(dataset, pages, seed=1)))
+    images = [copies.read(i) for i in range(len(copies))]
+    assert [image.shape[1::-1] for image in images] == [tuple(size) for size in copies.sizes.tolist()]
+    again = pickle.loads(pickle.dumps(DistortedCopies(dataset, pages, seed=1)))
     for i in (44, 0, 20, 3):
-        np.testing.assert_array_equal(again.read(i), drawn[i])
-    other = EditedCopies(dataset, pages, seed=2)
-    assert not np.array_equal(other.read(4), drawn[4])
+        np.testing.assert_array_equal(again.read(i), images[i])
+    other = DistortedCopies(dataset, pages, seed=2)
+    assert not np.array_equal(other.read(4), images[4])
     assert len({copies.content_key, other.content_key, copies.fingerprint, other.fingerprint}) == 4
-    assert len({picture.tobytes() for picture in drawn}) == 45
-    twins = EditedCopies(dataset.subset([0, 0]), pages.subset([0]), seed=1)  # each original has edits of its own
-    drawn_to = [i for i, (_, kind) in enumerate(twins.items) if kind in ("crop_50", "strong_rotate", "strong_paste")]
-    assert not any(np.array_equal(twins.read(i), twins.read(i + 15)) for i in drawn_to if i < 15)
+    assert len({image.tobytes() for image in images}) == 45
+    repeated = DistortedCopies(dataset.subset([0, 0]), pages.subset([0]), seed=1)
+    random_kinds = [
+        i for i, (_, kind) in enumerate(repeated.items) if kind in ("crop_50", "strong_rotate", "strong_paste")
+    ]
+    assert not any(np.array_equal(repeated.read(i), repeated.read(i + 15)) for i in random_kinds if i < 15)
 
 
 def test_blocks_are_named_as_in_copydays() -> None:
-    copies = edited(Scenes(count=2, size=24).open(), Scenes(count=1, size=24, part="val").open(), None)
+    copies = distort(Scenes(count=2, size=24).open(), Scenes(count=1, size=24, part="val").open(), None)
     assert {block for block, _ in copies.blocks} == {"crops", "jpeg", "strong"}
     assert copies.original_of.tolist() == [0] * 15 + [1] * 15
     assert ("strong", "paste") in copies.blocks
 
 
 @pytest.mark.parametrize(("count", "originals", "expected"), [(4, 100, 2), (40, 10, 10), (12, 100, 6)])
-def test_originals_pages_and_others_are_different_pictures(count: int, originals: int, expected: int) -> None:
+def test_originals_pages_and_others_are_disjoint(count: int, originals: int, expected: int) -> None:
     dataset = Scenes(count=count, size=16).open()
     copies = make_copies(dataset, originals)
-    assert isinstance(copies.copies, EditedCopies)
+    assert isinstance(copies.copies, DistortedCopies)
     assert copies.others is not None
     parts = [copies.originals.names, copies.copies.pages.names, copies.others.names]
     assert len(parts[0]) == expected
@@ -134,16 +135,15 @@ def test_originals_pages_and_others_are_different_pictures(count: int, originals
         make_copies(dataset.subset(range(3)), 10)
 
 
-def test_drawn_sets_share_no_picture() -> None:
+def test_synthetic_sets_are_disjoint() -> None:
     copies, whitening = drawn_copies(Scenes(count=4, size=16, part="test"))
-    assert isinstance(copies.copies, EditedCopies)
+    assert isinstance(copies.copies, DistortedCopies)
     assert copies.others is not None
     names = [*copies.originals.names, *copies.copies.pages.names, *copies.others.names, *whitening.names]
     assert len(set(names)) == len(names) == 4 + 4 + 16 + 20
 
 
 def test_a_folder_with_distractors_and_whitening(tmp_path: Path) -> None:
-    """Copydays, and two folders more: the database is the originals and the distractors."""
     write(tmp_path / "copydays", OFFICIAL)
     Scenes(count=5, size=16).write(tmp_path / "others")
     Scenes(count=6, size=16, part="val").write(tmp_path / "more")
@@ -163,13 +163,13 @@ def test_a_folder_with_distractors_and_whitening(tmp_path: Path) -> None:
     }
 
 
-def test_a_copy_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
+def test_unreadable_copies_are_skipped_and_listed(tmp_path: Path) -> None:
     bound = CopyDetection().bind([write(tmp_path, OFFICIAL)], EvalContext())
     (tmp_path / "strong/200002.jpg").write_bytes(b"gone")
-    (tmp_path / "original/200000.jpg").write_bytes(b"gone")  # the first: the rows behind it must stay where they are
+    (tmp_path / "original/200000.jpg").write_bytes(b"gone")  # the first: the later rows keep their indices
     scores = bound.pixel_reference()
     assert sorted(skip["name"] for skip in scores.details["skipped"]) == ["original/200000.jpg", "strong/200002.jpg"]
     places = scores.details["place of the original"]
     assert "strong/200002.jpg" not in places
-    assert places["strong/200113.jpg"] == 0  # of 200100, the only one left
-    assert places["jpeg/3/200001.jpg"] == 1  # of the broken one: the last of two
+    assert places["strong/200113.jpg"] == 0  # its original 200100 is the only one left
+    assert places["jpeg/3/200001.jpg"] == 1  # its original is broken: last of two

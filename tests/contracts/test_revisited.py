@@ -1,4 +1,4 @@
-"""The revisited benchmarks' files, what is said of those that are laid out otherwise, and the drawn benchmark."""
+"""Revisited Oxford and Paris: files, errors for other layouts, and the synthetic benchmark."""
 
 import json
 import pickle
@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from dino_ssl.data.benchmarks.revisited import HIDDEN, TURNED, VIEWS, drawn, open_revisited, read_ground_truth
+from dino_ssl.data.benchmarks.revisited import open_revisited, read_ground_truth
+from dino_ssl.data.synthetic.landmarks import MAX_EASY_TURN, MIN_VISIBLE, VIEWS, synthetic_landmarks
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext
@@ -27,11 +28,11 @@ GND: dict[str, Any] = {
 
 def benchmark(folder: Path, name: str = "gnd_towers.pkl", gnd: dict | None = None, skip: str = "") -> Path:
     (folder / "jpg").mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate([*GND["imlist"], *GND["qimlist"]]):
-        if picture != skip:
+    for i, stem in enumerate([*GND["imlist"], *GND["qimlist"]]):
+        if stem != skip:
             image = np.full((24, 30, 3), 20 * i, np.uint8)
             image[3:16, 2:20] = 255 - image[3:16, 2:20]
-            assert cv2.imwrite(str(folder / "jpg" / f"{picture}.jpg"), image)
+            assert cv2.imwrite(str(folder / "jpg" / f"{stem}.jpg"), image)
     data = GND if gnd is None else gnd
     file = folder / name
     file.write_text(json.dumps(data)) if name.endswith("json") else file.write_bytes(pickle.dumps(data))
@@ -51,21 +52,15 @@ def test_the_official_layout(tmp_path: Path, name: str) -> None:
         assert [part.tolist() for part in landmarks.ground_truth.truth[1]] == [[3], [], [2]]
 
 
-def test_pickles_with_arrays_and_names_with_suffixes(tmp_path: Path) -> None:
-    gnd = json.loads(json.dumps(GND))
-    gnd["imlist"] = [f"{name}.jpg" for name in gnd["imlist"]]
-    for entry in gnd["gnd"]:
-        entry |= {kind: np.array(entry[kind], dtype=np.int32) for kind in ("easy", "hard", "junk")}
-        entry["bbx"] = np.array(entry["bbx"])
-    benchmark(tmp_path / "arrays", gnd=gnd)
-    benchmark(tmp_path / "lists")
-    one, other = (open_revisited(tmp_path / folder).ground_truth for folder in ("arrays", "lists"))
-    assert one.fingerprint == other.fingerprint
+def test_names_with_suffixes(tmp_path: Path) -> None:
+    benchmark(tmp_path / "suffixes", gnd=GND | {"imlist": [f"{name}.jpg" for name in GND["imlist"]]})
+    benchmark(tmp_path / "stems")
+    assert len({open_revisited(tmp_path / name).ground_truth.fingerprint for name in ("suffixes", "stems")}) == 1
 
 
-def test_of_several_the_one_whose_pictures_are_there(tmp_path: Path) -> None:
+def test_the_gnd_file_with_existing_images_is_chosen(tmp_path: Path) -> None:
     benchmark(tmp_path)
-    (tmp_path / "gnd_whole.json").write_text(json.dumps({**GND, "imlist": ["a", "b", "c", "d"]}))
+    (tmp_path / "gnd_other.json").write_text(json.dumps({**GND, "imlist": ["a", "b", "c", "d"]}))
     assert open_revisited(tmp_path).name == "towers"
     (tmp_path / "gnd_also.json").write_text(json.dumps(GND))
     with pytest.raises(UserError, match=r"several benchmarks.*gnd_also\.json"):
@@ -81,21 +76,21 @@ def test_the_mini_benchmark(shared: Path) -> None:
     assert (len(official.database), len(official.queries)) == (6322, 70)
 
 
-def test_a_pickle_that_runs_a_program_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     benchmark(tmp_path)
     (tmp_path / "gnd_towers.pkl").write_bytes(b"cos\nsystem\n(S'touch " + bytes(tmp_path / "ran") + b"'\ntR.")
-    with pytest.raises(UserError, match=r"asks for os\.system"):
+    with pytest.raises(UserError, match=r"refers to os\.system"):
         open_revisited(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
+def test_missing_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"There is no .*nowhere"):
         open_revisited(tmp_path / "nowhere")
     benchmark(tmp_path / "roxford5k")
-    with pytest.raises(UserError, match=r"has no gnd_[\s\S]*jpg/[\s\S]*Give one of its folders: roxford5k"):
+    with pytest.raises(UserError, match=r"has no gnd_[\s\S]*jpg/[\s\S]*Pass one of its folders: roxford5k"):
         open_revisited(tmp_path)
-    with pytest.raises(UserError, match=r"1 of its pictures are missing.*bridge_1"):
+    with pytest.raises(UserError, match=r"1 images are missing.*bridge_1"):
         open_revisited(benchmark(tmp_path / "lost", skip="bridge_1"))
     broken = benchmark(tmp_path / "broken")
     (broken / "jpg" / "tower_2.jpg").write_bytes(b"\xff\xd8\xff nothing")
@@ -104,24 +99,24 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"gnd": GND["gnd"][:1]}, "one entry of gnd for each query, got 1 for 2"),
-        ({"imlist": GND["imlist"][:3]}, "bridge_0 names pictures 2 to 3; imlist has 3"),
-        ({"gnd": [GND["gnd"][0], {**GND["gnd"][1], "hard": [3]}]}, "named twice in the lists of bridge_0"),
-        ({"gnd": [{"bbx": [0, 0, 9, 9], "ok": [0], "junk": []}] * 2}, "before they were revisited"),
-        ({"gnd": [{**GND["gnd"][0], "easy": [0.5]}, GND["gnd"][1]]}, "expected whole numbers"),
-        ({"gnd": [{**GND["gnd"][0], "bbx": [500, 3, 900, 20]}, GND["gnd"][1]]}, "pixels of the benchmark's own files"),
-        ({"gnd": [{**GND["gnd"][0], "bbx": [1, 2, 3]}, GND["gnd"][1]]}, "no ground truth"),
-        ({"gnd": 3}, "no ground truth"),
+        ({"imlist": GND["imlist"][:3]}, "bridge_0 lists images 2 to 3; imlist has 3"),
+        ({"gnd": [GND["gnd"][0], {**GND["gnd"][1], "hard": [3]}]}, "listed twice for bridge_0"),
+        ({"gnd": [{"bbx": [0, 0, 9, 9], "ok": [0], "junk": []}] * 2}, "have ok instead of"),
+        ({"gnd": [{**GND["gnd"][0], "easy": [0.5]}, GND["gnd"][1]]}, "expected integers"),
+        ({"gnd": [{**GND["gnd"][0], "bbx": [500, 3, 900, 20]}, GND["gnd"][1]]}, "pixels of the original files"),
+        ({"gnd": [{**GND["gnd"][0], "bbx": [1, 2, 3]}, GND["gnd"][1]]}, "not a ground truth"),
+        ({"gnd": 3}, "not a ground truth"),
     ],
 )
-def test_a_ground_truth_that_cannot_be(tmp_path: Path, change: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_ground_truth_is_rejected(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         open_revisited(benchmark(tmp_path, gnd=GND | change))
 
 
-def test_only_benchmarks_know_what_is_right(tmp_path: Path) -> None:
+def test_other_datasets_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="what is right"):
         Retrieval().bind([open_revisited(benchmark(tmp_path)).database], EvalContext())
     assert Retrieval().bind([benchmark(tmp_path)], EvalContext()).data["queries"]["benchmark"] == "towers"
@@ -130,37 +125,37 @@ def test_only_benchmarks_know_what_is_right(tmp_path: Path) -> None:
 SCENES = Scenes(count=12, size=48, part="test")
 
 
-def test_drawn_positives_show_the_thing_of_the_query() -> None:
-    landmarks = drawn(SCENES)
+def test_synthetic_positives_show_the_object_of_the_query() -> None:
+    landmarks = synthetic_landmarks(SCENES)
     database, truth = landmarks.database, landmarks.ground_truth.truth
     assert len(database) == 12 * (VIEWS + 1)
-    for thing, lists in enumerate(truth):
+    for i, lists in enumerate(truth):
         numbers = np.sort(np.concatenate(lists))
-        assert numbers.tolist() == list(range(thing * VIEWS, (thing + 1) * VIEWS))
+        assert numbers.tolist() == list(range(i * VIEWS, (i + 1) * VIEWS))
         for number in lists.easy:
-            np.testing.assert_array_equal(database.read(number), SCENES.instance(thing, 1 + number % VIEWS))
-    asked = {SCENES.name(i) for i in range(12)}
-    strangers = [name for name in database.names[12 * VIEWS :]]
-    assert len(strangers) == 12
-    assert not any(name.split("-view")[0] + ".png" in asked for name in strangers)
+            np.testing.assert_array_equal(database.read(number), SCENES.instance(i, 1 + number % VIEWS))
+    query_names = {SCENES.name(i) for i in range(12)}
+    distractors = database.names[12 * VIEWS :]
+    assert len(distractors) == 12
+    assert not any(name.split("-view")[0] + ".png" in query_names for name in distractors)
 
 
-def test_drawn_difficulty_is_the_turn() -> None:
-    seen = set()
-    for thing, lists in enumerate(drawn(SCENES).ground_truth.truth):
+def test_synthetic_difficulty_is_the_rotation() -> None:
+    kinds = set()
+    for i, lists in enumerate(synthetic_landmarks(SCENES).ground_truth.truth):
         for kind, numbers in lists._asdict().items():
             for number in numbers:
-                before, now = (SCENES.scene(thing, view).things[0][1] for view in (0, 1 + number % VIEWS))
-                shown = (SCENES.draw(thing, 1 + number % VIEWS)[1] == 1).mean() / now.size**2
+                before, now = (SCENES.scene(i, view).things[0][1] for view in (0, 1 + number % VIEWS))
+                visible = (SCENES.draw(i, 1 + number % VIEWS)[1] == 1).mean() / now.size**2
                 turned = abs(now.turn - before.turn)
-                assert (kind == "junk") == (shown < HIDDEN)
-                assert kind == "junk" or (kind == "hard") == (turned > TURNED)
-                seen.add(kind)
-    assert seen == {"easy", "hard", "junk"}
+                assert (kind == "junk") == (visible < MIN_VISIBLE)
+                assert kind == "junk" or (kind == "hard") == (turned > MAX_EASY_TURN)
+                kinds.add(kind)
+    assert kinds == {"easy", "hard", "junk"}
 
 
-def test_drawn_boxes_hold_the_thing() -> None:
-    landmarks = drawn(SCENES)
+def test_synthetic_boxes_contain_the_object() -> None:
+    landmarks = synthetic_landmarks(SCENES)
     for thing in range(12):
         left, top, right, bottom = landmarks.ground_truth.boxes[thing].astype(int)
         mask = SCENES.mask(thing) == 1
@@ -168,7 +163,9 @@ def test_drawn_boxes_hold_the_thing() -> None:
         np.testing.assert_array_equal(landmarks.boxed.read(thing), SCENES.read(thing)[top:bottom, left:right])
 
 
-def test_drawn_pictures_have_a_key_of_their_own() -> None:
-    keys = {(d.content_key, d.fingerprint) for s in (SCENES, Scenes(count=12, size=48)) for d in drawn(s)[1:3]}
+def test_synthetic_benchmarks_have_different_content_keys() -> None:
+    keys = {
+        (d.content_key, d.fingerprint) for s in (SCENES, Scenes(count=12, size=48)) for d in synthetic_landmarks(s)[1:3]
+    }
     assert len(keys) == 4
-    assert drawn(SCENES).boxed.content_key != drawn(SCENES).queries.content_key
+    assert synthetic_landmarks(SCENES).boxed.content_key != synthetic_landmarks(SCENES).queries.content_key

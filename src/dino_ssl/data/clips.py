@@ -1,7 +1,4 @@
-"""The contract that every source of videos with known objects meets: frames and masks, one after the other.
-
-Nothing holds a whole video of files: frames and masks are read as they are asked for, in their order.
-"""
+"""Contract of videos with annotated objects. Frames and masks are read in order, one at a time."""
 
 import hashlib
 import json
@@ -15,31 +12,30 @@ from dino_ssl.data.synthetic.scenes import Scenes
 
 
 class Clip(ABC):
-    """A video, and which objects are where in it."""
+    """A video with a mask for each frame; `frame_names` are the names of the mask files."""
 
     name: str
     frame_names: Sequence[str]
-    """One for each frame: what its mask is called."""
 
     @abstractmethod
     def frames(self) -> Iterator[np.ndarray]:
-        """uint8 [H, W, 3] RGB, all of one size: from the first on, every time that this is called."""
+        """Yield the frames, uint8 RGB [H, W, 3] of equal size, from the first one."""
 
     @abstractmethod
     def masks(self) -> Iterator[np.ndarray]:
-        """uint8 [H, W] for each frame: 0 the ground, 1, 2, ... the objects."""
+        """Yield the mask of each frame, uint8 [H, W]: 0 background, 1, 2, ... objects."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """16 hex digits: equal where the same frames come with the same first mask."""
+        """16 hex digits, equal for the same frames with the same first mask."""
 
     def __len__(self) -> int:
         return len(self.frame_names)
 
 
-class DrawnClip(Clip):
-    """Video `index` of the scenes that the package draws itself."""
+class SyntheticClip(Clip):
+    """Video `index` of the synthetic scenes."""
 
     def __init__(self, scenes: Scenes, index: int, frames: int) -> None:
         self.scenes, self.index = scenes, index

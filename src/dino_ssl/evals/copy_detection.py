@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino_ssl.data.benchmarks.copydays import BLOCKS, Copies, edited, find_copies, make_copies
+from dino_ssl.data.benchmarks.copydays import BLOCKS, Copies, distort, find_copies, make_copies
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import WORDS, DatasetSource, described, open_dataset
 from dino_ssl.data.synthetic.dataset import SyntheticDataset
@@ -175,7 +175,7 @@ def drawn_copies(scenes: Scenes, seed: int = 0) -> tuple[Copies, ImageDataset]:
     pages = replace(scenes, part=other).open()
     others = replace(scenes, part=third, count=4 * scenes.count).open()
     whitening = replace(scenes, part=other, count=6 * scenes.count).open()
-    return edited(scenes.open(), pages, others, seed), whitening.subset(np.arange(scenes.count, 6 * scenes.count))
+    return distort(scenes.open(), pages, others, seed), whitening.subset(np.arange(scenes.count, 6 * scenes.count))
 
 
 @dataclass(frozen=True)

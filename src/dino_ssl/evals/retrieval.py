@@ -13,11 +13,12 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_ssl.data.benchmarks.revisited import Landmarks, Truth, drawn, open_revisited
+from dino_ssl.data.benchmarks.revisited import Landmarks, Truth, open_revisited
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.sources import WORDS, DatasetSource, described
 from dino_ssl.data.synthetic.dataset import SyntheticDataset
+from dino_ssl.data.synthetic.landmarks import synthetic_landmarks
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.native_size import scale_to, scaled
 from dino_ssl.errors import UserError, check_range
@@ -113,7 +114,7 @@ class Retrieval:
                 source = replace(WORDS[str(source)], count=DRAWN, part="test")
             if isinstance(source, Scenes | SyntheticDataset):
                 scenes = source.scenes if isinstance(source, SyntheticDataset) else source
-                return BoundRetrieval(self, drawn(scenes, done), context)
+                return BoundRetrieval(self, synthetic_landmarks(scenes, done), context)
             if isinstance(source, ImageDataset):
                 raise UserError("Retrieval needs to know what is right: give the folder of a benchmark, or `scenes`.")
             return BoundRetrieval(

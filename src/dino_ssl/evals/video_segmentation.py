@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dino_ssl import distributed
 from dino_ssl.data.benchmarks.davis import open_davis
-from dino_ssl.data.clips import Clip, DrawnClip
+from dino_ssl.data.clips import Clip, SyntheticClip
 from dino_ssl.data.masks import write_mask
 from dino_ssl.data.sources import WORDS
 from dino_ssl.data.synthetic.scenes import Scenes
@@ -127,7 +127,7 @@ class VideoSegmentation:
                 "video-segmentation needs videos with masks, "
                 f"and a {type(drawn).__name__} has none: give the folder of DAVIS 2017, or `scenes`."
             )
-        clips = [DrawnClip(drawn, index, DRAWN_FRAMES) for index in range(drawn.count)]
+        clips = [SyntheticClip(drawn, index, DRAWN_FRAMES) for index in range(drawn.count)]
         return BoundVideoSegmentation(replace(self, size=self.size or drawn.size, multiple=1), clips, context)
 
 

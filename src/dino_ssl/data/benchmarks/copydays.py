@@ -1,4 +1,4 @@
-"""Copies and their originals (Table 4): Copydays' own files, or edited copies of any pictures."""
+"""Copy detection (Table 4): the Copydays files, or distorted copies of other images."""
 
 import hashlib
 import re
@@ -11,43 +11,42 @@ from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.transforms import distortions
 from dino_ssl.errors import UserError
 
-LAYOUT = """\
+BLOCKS = ("strong", "crops", "jpeg")
+"""Groups of distortions that are scored separately; the paper reports strong."""
+_EXPECTED = """Expected:
   copydays/
-    original/            200000.jpg, 200100.jpg, ...: they end with 00
-    crops/10/ .. 80/     200001.jpg, ...: the first four digits say which original
+    original/            200000.jpg, 200100.jpg, ...: the names end with 00
+    crops/10/ .. 80/     200001.jpg, ...: the first four digits name the original
     jpeg/3/ .. 75/
     strong/"""
-
-BLOCKS = ("strong", "crops", "jpeg")
-"""Kinds of edits that are scored each for itself; the paper reports strong."""
-_KIND = re.compile(r"(?:copydays[_-])?(original|crop|jpeg|strong)s?", re.IGNORECASE)
+_FOLDER = re.compile(r"(?:copydays[_-])?(original|crop|jpeg|strong)s?", re.IGNORECASE)
 _NAME = re.compile(r"\d{6}")
-_OFFICIAL = re.compile(r"2[01]\d{4}")  # 200000 to 215699: other sets have names of six digits too
-_BLOCK = {"crop": "crops"}  # a folder's or an edit's name -> the block's, where they differ
-
-
-_EXPECTED = f"Expected:\n{LAYOUT}"
+_OFFICIAL_NAME = re.compile(r"2[01]\d{4}")  # 200000 to 215699: other datasets have names of six digits, too
+_BLOCK = {"crop": "crops"}  # name of a folder or distortion -> name of its block, if different
 
 
 class Copies(NamedTuple):
-    """Originals to be found, and copies to find them by."""
+    """Copy-detection benchmark: each copy is a query for its original."""
 
     name: str
     originals: ImageDataset
     copies: ImageDataset
-    original_of: np.ndarray  # [Q]: the number of the original of each copy
-    blocks: list[tuple[str, str]]  # Q times the block and the strength or kind within it: ("crops", "50")
-    others: ImageDataset | None  # pictures that nobody looks for, besides those that a person gives
+    original_of: np.ndarray
+    """[Q]: index of the original of each copy."""
+    blocks: list[tuple[str, str]]
+    """(block, strength or kind within it) of each copy, e.g. ("crops", "50")."""
+    others: ImageDataset | None
+    """Distractors that belong to the benchmark."""
 
 
 def find_copies(dataset: ImageDataset) -> Copies | None:
-    """The benchmark that a folder laid out like Copydays holds; None where it is not laid out so.
+    """Return the benchmark in a folder of the layout of Copydays; None for another layout.
 
-    All in one folder will do as well: then names that end with 00 are the originals, and one block holds the rest.
+    If all images are in one folder, names that end with 00 are the originals, and all copies form one block.
     """
     stems = [PurePosixPath(name).stem for name in dataset.names]
-    kinds = [_kind(name) for name in dataset.names]
-    if not any(kinds) and all(map(_OFFICIAL.fullmatch, stems)) and any(stem.endswith("00") for stem in stems):
+    kinds = [_block_of(name) for name in dataset.names]
+    if not any(kinds) and all(map(_OFFICIAL_NAME.fullmatch, stems)) and any(stem.endswith("00") for stem in stems):
         kinds = [("original" if stem.endswith("00") else "copies", "") for stem in stems]
     kind_of = {i: kind for i, kind in enumerate(kinds) if kind}
     originals = [i for i, (block, _) in kind_of.items() if block == "original"]
@@ -57,53 +56,54 @@ def find_copies(dataset: ImageDataset) -> Copies | None:
             raise UserError(f"Found {len(originals)} originals and {len(copies)} copies. {_EXPECTED}")
         return None
     if wrong := [dataset.names[i] for i in kind_of if not _NAME.fullmatch(stems[i])]:
-        raise UserError(f"{wrong[0]} is not named by six digits, as Copydays' pictures are. {_EXPECTED}")
+        raise UserError(f"{wrong[0]}: expected a name of six digits. {_EXPECTED}")
     if wrong := [dataset.names[i] for i in originals if not stems[i].endswith("00")]:
-        raise UserError(f"{wrong[0]} lies among the originals, whose names end with 00. {_EXPECTED}")
-    number = {stems[i][:4]: place for place, i in enumerate(originals)}  # the first four digits are the group
-    if len(number) < len(originals):
-        raise UserError(f"Two originals share their first four digits. {_EXPECTED}")
-    if wrong := [dataset.names[i] for i in copies if stems[i][:4] not in number]:
+        raise UserError(f"{wrong[0]}: expected the name of an original to end with 00. {_EXPECTED}")
+    group = {stems[i][:4]: position for position, i in enumerate(originals)}
+    if len(group) < len(originals):
+        raise UserError(f"Two originals have the same first four digits. {_EXPECTED}")
+    if wrong := [dataset.names[i] for i in copies if stems[i][:4] not in group]:
         raise UserError(f"{len(wrong)} copies have no original: {', '.join(wrong[:3])}, ... {_EXPECTED}")
-    original_of = np.array([number[stems[i][:4]] for i in copies], dtype=np.int64)
+    original_of = np.array([group[stems[i][:4]] for i in copies], dtype=np.int64)
     blocks = [kind_of[i] for i in copies]
     return Copies("copydays", dataset.subset(originals), dataset.subset(copies), original_of, blocks, None)
 
 
-def _kind(name: str) -> tuple[str, str] | None:
-    """crops/50/200003.jpg -> ("crops", "50"); None where no folder of the name is one of Copydays'."""
+def _block_of(name: str) -> tuple[str, str] | None:
+    """Return ("crops", "50") for crops/50/200003.jpg; None if no folder of the path is one of Copydays."""
     folders = name.split("/")[:-1]
     for depth, folder in enumerate(folders):
-        if found := _KIND.fullmatch(folder):
-            kind = found[1].lower()
+        if match := _FOLDER.fullmatch(folder):
+            kind = match[1].lower()
             return _BLOCK.get(kind, kind), "/".join(folders[depth + 1 :])
     return None
 
 
 def make_copies(dataset: ImageDataset, originals: int, seed: int = 0) -> Copies:
-    """Edited copies of some of the pictures, drawn by the seed; the others are what they must be told from.
+    """Return distorted copies of randomly chosen images, with the other images as distractors.
 
-    A tenth of the others, at most as many as there are originals, is what copies are pasted into, and is not searched.
+    A tenth of the others, at most as many as originals, are backgrounds into which copies are pasted; these are not
+    searched.
     """
     if len(dataset) < 4:
-        raise UserError(f"Edited copies need at least 4 pictures to choose from; got {len(dataset)}.")
+        raise UserError(f"Distorted copies need a dataset of at least 4 images; got {len(dataset)}.")
     order = np.random.default_rng([seed, len(dataset)]).permutation(len(dataset))
     count = min(originals, len(dataset) // 2)
     pages = min(count, max(1, (len(dataset) - count) // 10))
-    chosen, into, rest = np.split(order, [count, count + pages])
-    return edited(dataset.subset(chosen), dataset.subset(into), dataset.subset(rest), seed)
+    parts = np.split(order, [count, count + pages])
+    return distort(*(dataset.subset(part) for part in parts), seed)
 
 
-def edited(originals: ImageDataset, pages: ImageDataset, others: ImageDataset | None, seed: int = 0) -> Copies:
-    """Every edit of every original."""
-    copies = EditedCopies(originals, pages, seed)
-    kinds = [edit.split("_") for _, edit in copies.items]
+def distort(originals: ImageDataset, pages: ImageDataset, others: ImageDataset | None, seed: int = 0) -> Copies:
+    """Return the benchmark of every distortion of every original; copies are pasted into `pages`."""
+    copies = DistortedCopies(originals, pages, seed)
+    kinds = [kind.split("_") for _, kind in copies.items]
     blocks = [(_BLOCK.get(kind, kind), strength) for kind, strength in kinds]
     return Copies("edited", originals, copies, np.array([i for i, _ in copies.items]), blocks, others)
 
 
-class EditedCopies(ImageDataset):
-    """Copies of originals by `edits.copies`, made when they are read: a function of (seed, original) alone."""
+class DistortedCopies(ImageDataset):
+    """Copies made by `distortions.copies` when they are read, a function of (seed, original)."""
 
     def __init__(self, originals: ImageDataset, pages: ImageDataset, seed: int) -> None:
         blank = np.zeros((8, 8, 3), np.uint8)
@@ -112,13 +112,13 @@ class EditedCopies(ImageDataset):
         self.originals, self.pages, self.seed = originals, pages, seed
         names = [f"{originals.names[i]}#{kind}" for i, kind in self.items]
         super().__init__(names=names, sizes=[self._size(i, kind) for i, kind in self.items])
-        self._last: tuple[int, dict[str, np.ndarray]] = (-1, {})  # copies of one original are read one after the other
+        self._last: tuple[int, dict[str, np.ndarray]] = (-1, {})  # copies of one original are read consecutively
 
     @property
     def content_key(self) -> str | None:
-        """By the pictures, and by what this version of the package makes of one."""
-        parts = (self.originals.content_key, self.pages.content_key)
-        return self._digest(*parts, *_sample()) if all(parts) else None
+        """Key over the images and the current implementation of the distortions."""
+        keys = (self.originals.content_key, self.pages.content_key)
+        return self._digest(*keys, *_implementation()) if all(keys) else None
 
     @property
     def fingerprint(self) -> str:
@@ -127,13 +127,10 @@ class EditedCopies(ImageDataset):
     def _digest(self, *parts: object) -> str:
         return hashlib.sha256(repr((self.seed, *parts)).encode()).hexdigest()[:16]
 
-    def _page(self, original: int) -> int:
-        return original % len(self.pages)
-
     def _size(self, original: int, kind: str) -> tuple[int, int]:
         width, height = self.originals.sizes[original].tolist()
         if kind == "strong_paste":
-            width, height = self.pages.sizes[self._page(original)].tolist()
+            width, height = self.pages.sizes[original % len(self.pages)].tolist()
         elif kind.startswith("crop_"):
             height, width = distortions.cropped(height, width, int(kind.removeprefix("crop_")) / 100)
         return width, height
@@ -142,13 +139,13 @@ class EditedCopies(ImageDataset):
         original, kind = self.items[index]
         if self._last[0] != original:
             rng = np.random.default_rng([self.seed, original])
-            page = self.pages.read(self._page(original))
+            page = self.pages.read(original % len(self.pages))
             self._last = (original, distortions.copies(self.originals.read(original), rng, into=page))
         return self._last[1][kind]
 
 
-def _sample() -> list[str]:
-    """What the edits make of a small picture: another edit, another text."""
+def _implementation() -> list[str]:
+    """Return hashes of the distortions of a small test image, which change with the implementation."""
     wave = (127 + 120 * np.sin(np.arange(48 * 32 * 3) / 7)).astype(np.uint8).reshape(48, 32, 3)
-    made = distortions.copies(wave, np.random.default_rng(0), into=wave[::-1].copy())
-    return [f"{kind} {hashlib.sha256(image.tobytes()).hexdigest()}" for kind, image in made.items()]
+    images = distortions.copies(wave, np.random.default_rng(0), into=wave[::-1].copy())
+    return [f"{kind} {hashlib.sha256(image.tobytes()).hexdigest()}" for kind, image in images.items()]
