@@ -33,7 +33,7 @@ from dino_ssl.meter import Meter
 from dino_ssl.methods.dino import DINO, Carry, DINOConfig
 from dino_ssl.methods.method import Outputs
 from dino_ssl.objectives import P, cross_entropy_over_pairs, h, log_P
-from dino_ssl.optim import clip_grad_norm_per_tensor_, set_hyper
+from dino_ssl.optim import clip_grad_norm_per_tensor_, set_lr_and_weight_decay
 from dino_ssl.presets import resolve
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, machine, synchronize
@@ -50,12 +50,14 @@ def bare_step(state: State, batch: Batch, run: Run, rt: Runtime) -> dict[str, Te
     """`train_step` as it would be if nobody asked how the run does: the loss, and nothing else."""
     method = state.method
     assert isinstance(method, DINO)
-    set_hyper(state.optimizer, lr=run.optim.lr_schedule()(CLOCK), weight_decay=run.optim.weight_decay_schedule()(CLOCK))
+    set_lr_and_weight_decay(
+        state.optimizer, lr=run.optim.lr_schedule()(CLOCK), weight_decay=run.optim.weight_decay_schedule()(CLOCK)
+    )
     with rt.autocast():
         out = bare_forward(method, batch)
     state.scaler.scale(out.loss).backward()
     state.scaler.unscale_(state.optimizer)
-    clip_grad_norm_per_tensor_(method.trainable.parameters(), run.optim.clip)
+    clip_grad_norm_per_tensor_(method.trainable.parameters(), run.optim.clip_grad)
     method.before_step(CLOCK)
     state.scaler.step(state.optimizer)
     state.scaler.update()

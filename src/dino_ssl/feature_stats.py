@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_ssl.models.heads import l2_norm
+from dino_ssl.objectives import l2_normalize
 
 
 class FeatureStats:
@@ -42,7 +42,7 @@ class _Latest:
 @torch.no_grad()
 def feature_statistics(features: Tensor) -> dict[str, Tensor]:
     """[N, D] -> the features' mean length, their spread in direction (0: all alike; 1: their mean is 0), and rank."""
-    directions = l2_norm(features)
+    directions = l2_normalize(features)
     spread = (directions - directions.mean(0)).square().sum(1).mean().sqrt()
     return {
         "feature_norm": features.float().norm(dim=1).mean(),

@@ -40,6 +40,11 @@ def H(p: Tensor, log_q: Tensor) -> Tensor:
     return -(p * log_q).sum(-1)
 
 
+def l2_normalize(x: Tensor) -> Tensor:
+    """Return x / |x| along the last axis in float32: float16 would lose small components."""
+    return F.normalize(x.float(), dim=-1)
+
+
 def dino_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -182,7 +187,7 @@ def byol_loss(student: Tensor, teacher: Tensor) -> Tensor:
     student [V, B, D] are the predictions q, teacher [G, B, D] the projections z. BYOL sums over its two pairs; we
     average. l2-normalised outputs need no temperature (MSE in Tables 7 and 14).
     """
-    return 2 - 2 * mean_pairwise_dot(F.normalize(teacher.float(), dim=-1), F.normalize(student.float(), dim=-1))
+    return 2 - 2 * mean_pairwise_dot(l2_normalize(teacher), l2_normalize(student))
 
 
 def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float, valid: Tensor) -> Tensor:
@@ -192,7 +197,7 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
     of the other views of its image; MoCo has one. negatives [Q, D] are keys of other images; those with `valid` [Q]
     False are masked, and without any the loss is 0. All vectors are l2-normalised here.
     """
-    queries, keys, negatives = (F.normalize(x.float(), dim=-1) for x in (queries, keys, negatives))
+    queries, keys, negatives = map(l2_normalize, (queries, keys, negatives))
     positive = (keys[:, None] * queries).sum(-1) / temperature  # [G, V, B]
     negative = (queries @ negatives.T).float() / temperature
     negative = negative.masked_fill(~valid, -1e9).logsumexp(-1)  # [V, B]; the gradient of -inf would be nan

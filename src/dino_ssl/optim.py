@@ -1,6 +1,6 @@
-"""How the student moves: AdamW, SGD or LARS, groups of parameters, clipping per tensor, and the schedules."""
+"""Optimizers (AdamW, SGD, LARS), parameter groups, gradient clipping, and their schedules."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,60 +9,60 @@ from torch import Tensor, nn
 
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.models.backbone import Backbone
-from dino_ssl.schedules import Constant, Cosine, Schedule, Warmup, scaled
+from dino_ssl.schedules import Constant, Cosine, Schedule, Warmup, scale_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """The optimizer and its schedules. Defaults: the published code's, for ViTs (Sec. 3.2)."""
+    """The optimizer and its schedules. The defaults are the published code's for ViTs (Sec. 3.2)."""
 
     algorithm: Literal["adamw", "sgd", "lars"] = "adamw"
     """AdamW for ViTs; SGD or LARS for ResNets."""
     epochs: int = 100
-    """Times that every picture is seen."""
+    """Number of passes over the training images."""
     batch_size: int = 1024
-    """Pictures in one step, over all ranks together."""
+    """Images per optimizer step, over all ranks together."""
     micro_batch: int | Literal["auto"] = 0
-    """Pictures that pass through the networks at once, on each rank: less memory, and nothing else changes. 0: the
-    whole batch; auto: as many as fit, counted once before the first step."""
+    """Images per forward and backward pass on each rank (gradient accumulation): less memory, equal results. 0: the
+    whole batch; auto: as many as fit in memory, measured once before the first step."""
     lr: float = 5e-4
-    """Peak learning rate for a batch of 256; the batch scales it linearly."""
+    """Peak learning rate for a batch of 256; scaled linearly with the batch."""
     min_lr: float = 1e-6
-    """Learning rate in the last step; not scaled by the batch."""
+    """Final learning rate; not scaled with the batch."""
     warmup_epochs: float = 10
-    """Epochs in which the learning rate rises to its peak."""
+    """Epochs of linear learning rate warm-up."""
     warmup_lr: float = 0.0
-    """Learning rate in the first step of the warm-up; not scaled by the batch."""
+    """Initial learning rate of the warm-up; not scaled with the batch."""
     weight_decay: float = 0.04
-    """Weight decay in the first step; biases and norms have none."""
+    """Initial weight decay; biases and norms have none."""
     weight_decay_end: float = 0.4
-    """Weight decay in the last step, reached by a cosine."""
-    clip: float = 3.0
-    """Largest norm of the gradient of each parameter tensor; 0 does not clip."""
+    """Final weight decay, reached by a cosine."""
+    clip_grad: float = 3.0
+    """Maximum gradient norm of each parameter tensor; 0 disables clipping."""
     layer_decay: float = 1.0
-    """Each block of the backbone learns this many times as fast as the one after it. For fine-tuning; 1: all alike."""
+    """Layer-wise learning rate decay for fine-tuning: each block has this times the rate of the next; 1 disables it."""
 
     def __post_init__(self) -> None:
-        if self.micro_batch != "auto" and self.micro_batch < 0:
-            raise UserError(f"optim.micro_batch must be 0 (the whole batch) or more; got {self.micro_batch}.")
+        if self.micro_batch != "auto":
+            check_range(self, "micro_batch", prefix="optim.", least=0)
         check_range(self, "epochs", "batch_size", prefix="optim.", least=1)
         check_range(self, "layer_decay", prefix="optim.", above=0, most=1)
-        rates = ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip")
-        check_range(self, *rates, prefix="optim.", least=0)
+        nonnegative = ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad")
+        check_range(self, *nonnegative, prefix="optim.", least=0)
 
     def lr_schedule(self) -> Schedule:
-        """Sec. 3.2: linear warm-up to lr * batch / 256, then a cosine to min_lr; a value per step."""
+        """Sec. 3.2: linear warm-up to lr * batch / 256, then a cosine to min_lr, per step."""
         peak = Cosine(self.lr, self.min_lr)
-        return scaled(Warmup(self.warmup_epochs, peak, self.warmup_lr), self.batch_size / 256)
+        return scale_schedule(Warmup(self.warmup_epochs, peak, self.warmup_lr), self.batch_size / 256)
 
     def weight_decay_schedule(self) -> Schedule:
-        """Sec. 3.2: a cosine from 0.04 to 0.4 (a slip in some summaries gives this range to the learning rate)."""
+        """Sec. 3.2: a cosine from 0.04 to 0.4, per step."""
         if self.weight_decay == self.weight_decay_end:
             return Constant(self.weight_decay)
         return Cosine(self.weight_decay, self.weight_decay_end)
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer over a module's parameters; set_hyper gives it its rates at every step."""
+        """Return the optimizer of a module's parameters; `set_lr_and_weight_decay` sets its rates at every step."""
         groups = parameter_groups(module, self.layer_decay)
         match self.algorithm:
             case "adamw":
@@ -73,10 +73,10 @@ class Optim:
                 return LARS(groups)
 
 
-def group_of(name: str, parameter: Tensor) -> Literal["decayed", "not_decayed", "frozen"]:
-    """Which group a parameter belongs to, by the published code's rule: biases and 1-d tensors are not decayed.
+def group_name(name: str, parameter: Tensor) -> Literal["decayed", "not_decayed", "frozen"]:
+    """Return the group of a parameter by the published code's rule: biases and 1-d tensors have no weight decay.
 
-    So the positions, the CLS token and a free last layer's weight_g (all more than 1-d) are.
+    Position embeddings, the [CLS] token and a trainable weight_g of the last layer are not 1-d, so they have it.
     """
     if not parameter.requires_grad:
         return "frozen"
@@ -84,57 +84,57 @@ def group_of(name: str, parameter: Tensor) -> Literal["decayed", "not_decayed", 
 
 
 def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Two groups, decayed first, or two for each layer of a backbone whose layers learn at rates of their own.
+    """Return two groups, decayed and not decayed, or two per learning rate scale if `layer_decay` is not 1.
 
-    Each group remembers in `decayed` whether weight decay is for it, and in `scale` its share of the learning rate.
+    A group has two further keys: `decayed` (bool) and `lr_scale`, a factor on the learning rate.
     """
     scales = lr_scales(module, layer_decay)
     groups: dict[tuple[str, float], list[Tensor]] = {}
     for scale in sorted({1.0, *scales.values()}, reverse=True):
         groups |= {("decayed", scale): [], ("not_decayed", scale): []}
     for name, parameter in module.named_parameters():
-        if (kind := group_of(name, parameter)) != "frozen":
-            groups[kind, scales.get(name, 1.0)].append(parameter)
+        if (group := group_name(name, parameter)) != "frozen":
+            groups[group, scales.get(name, 1.0)].append(parameter)
     return [
-        {"params": parameters, "decayed": kind == "decayed", "scale": scale, "weight_decay": 0.0}
-        for (kind, scale), parameters in groups.items()
+        {"params": parameters, "decayed": group == "decayed", "lr_scale": scale, "weight_decay": 0.0}
+        for (group, scale), parameters in groups.items()
     ]
 
 
 def lr_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Share of the learning rate of each parameter in a backbone inside `module`: decay ** (blocks + 1 - depth).
+    """Return layer_decay ** (blocks + 1 - layer) for each parameter of the backbone in `module`, by name.
 
-    Layer-wise decay as in ELECTRA and BEiT: the last block has `layer_decay`, the stem decay ** (blocks + 1); what
-    stands outside, a head, has 1 and is not listed. Empty where nothing decays.
+    Layer-wise learning rate decay as in ELECTRA and BEiT: the last block has `layer_decay`, the stem
+    layer_decay ** (blocks + 1). Parameters outside the backbone (a head) have 1 and are not listed.
     """
     if layer_decay == 1:
         return {}
     scales = {}
-    for prefix, part in module.named_modules():
-        if isinstance(part, Backbone):
-            layer_ids = part.layer_ids()
+    for prefix, submodule in module.named_modules():
+        if isinstance(submodule, Backbone):
+            layer_ids = submodule.layer_ids()
             top = 1 + max(layer_ids.values())
             scales |= {
-                f"{prefix}.{name}".lstrip("."): layer_decay ** (top - depth) for name, depth in layer_ids.items()
+                f"{prefix}.{name}".lstrip("."): layer_decay ** (top - layer) for name, layer in layer_ids.items()
             }
     if not scales:
-        raise UserError(f"optim.layer_decay is {layer_decay}, and there is no backbone whose layers it could mean.")
+        raise UserError(f"Expected `optim.layer_decay` 1 for a network without a backbone, got {layer_decay}.")
     return scales
 
 
-def set_hyper(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
-    """This step's rates: each group its share of the learning rate; weight decay for the decayed groups alone."""
+def set_lr_and_weight_decay(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
+    """Set the rates of one step: the scaled learning rate of each group, and weight decay of the decayed groups."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("scale", 1.0)  # files of before have no scale
+        group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0
 
 
 @torch.no_grad()
 def clip_grad_norm_per_tensor_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales each tensor's own gradient by max_norm / (norm + 1e-6) where that is below 1; 0 leaves all as they are.
+    """Scale each tensor's gradient to a norm of at most `max_norm` in place; return the total norm before that.
 
-    Per tensor, as the published code does, not one norm over all. Gives the norm of all gradients together as it was
-    before. Nothing waits for the device.
+    Per tensor as in the published code, unlike `torch.nn.utils.clip_grad_norm_`. max_norm 0 disables clipping. Does
+    not synchronize with the device.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
@@ -147,39 +147,31 @@ def clip_grad_norm_per_tensor_(parameters: Iterable[Tensor], max_norm: float) ->
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rates (You et al., 2017), as the authors train ResNet-50 with large batches.
+    """Layer-wise adaptive rate scaling (You et al., 2017), with which the authors train ResNet-50 in large batches.
 
-    Every tensor that is not 1-d has weight decay added to its gradient, which is then scaled to trust times the
-    tensor's own norm; 1-d tensors take plain steps. mu <- momentum mu + g; p <- p - lr mu.
+    Weight decay is added to the gradient of each tensor that is not 1-d; the sum is scaled to a norm of trust * |p|.
+    1-d tensors take plain steps. mu <- momentum mu + g; p <- p - lr mu.
     """
 
     def __init__(
-        self,
-        params: Any,
-        lr: float = 0.0,
-        *,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        trust: float = 1e-3,
+        self, params: Any, lr: float = 0.0, *, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 1e-3
     ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
+        """Take one step; closures are not supported."""
         assert closure is None, "LARS takes no closure"
-        for group, parameter in self._moving():
-            step = parameter.grad
-            if parameter.ndim > 1:
-                step = step + group["weight_decay"] * parameter
-                own, its = parameter.norm(), step.norm()
-                rate = torch.where((own > 0) & (its > 0), group["trust"] * own / its, torch.ones_like(own))
-                step = step * rate
-            mu = self.state[parameter].setdefault("mu", torch.zeros_like(parameter))
-            mu.mul_(group["momentum"]).add_(step)
-            parameter.add_(mu, alpha=-group["lr"])
-
-    def _moving(self) -> Iterator[tuple[dict[str, Any], Any]]:
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    yield group, parameter
+                if parameter.grad is None:
+                    continue
+                update = parameter.grad
+                if parameter.ndim > 1:
+                    update = update + group["weight_decay"] * parameter
+                    norm, update_norm = parameter.norm(), update.norm()
+                    adapted = group["trust"] * norm / update_norm
+                    update = update * torch.where((norm > 0) & (update_norm > 0), adapted, torch.ones_like(norm))
+                mu = self.state[parameter].setdefault("mu", torch.zeros_like(parameter))
+                mu.mul_(group["momentum"]).add_(update)
+                parameter.add_(mu, alpha=-group["lr"])

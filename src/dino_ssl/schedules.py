@@ -1,11 +1,10 @@
-"""A schedule is a value that is a function: Clock in, number out.
+"""Schedules: values that map a Clock to a number.
 
     lr = Warmup(10, Cosine(5e-4, 1e-6))
     lr(Clock(step=0, steps_per_epoch=100, epochs=100))   # 0.0
 
-Steps are optimizer steps, counted from 0. Where the authors' code and a textbook differ (the warm-up reaches its
-top on its last step, a cosine ends one step short of its last value) this follows the code, whose numbers are
-the reference.
+Steps are optimizer steps, counted from 0. The end points follow the authors' code, whose numbers are the reference: the
+warm-up reaches its peak on its last step, and a cosine ends one step before its final value.
 """
 
 import math
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 
 class Clock(NamedTuple):
-    """A point of a training run."""
+    """A position in a training run."""
 
     step: int
     """Optimizer steps taken before this one, 0 .. steps - 1."""
@@ -23,10 +22,12 @@ class Clock(NamedTuple):
 
     @property
     def epoch(self) -> int:
+        """Number of completed epochs."""
         return self.step // self.steps_per_epoch
 
     @property
     def steps(self) -> int:
+        """Optimizer steps of the whole run."""
         return self.steps_per_epoch * self.epochs
 
 
@@ -42,7 +43,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Half a cosine from `start` at the first step towards `stop`, which the step after the last would reach."""
+    """Half a cosine from `start` at the first step to `stop`, which the step after the last one would reach."""
 
     start: float
     stop: float
@@ -53,31 +54,31 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Warmup:
-    """A straight line from `start` to the top of `then` over the first epochs, then `then` over what is left."""
+    """A linear warm-up from `start` to the first value of `then`, which runs over the remaining steps."""
 
     epochs: float
-    """Length of the warm-up in epochs; a fraction is allowed, and 0 is none. At most the whole run is used."""
+    """Length of the warm-up in epochs, possibly fractional; at most the whole run."""
     then: Cosine | Constant
     start: float = 0.0
 
     def __call__(self, clock: Clock) -> float:
         warm = min(round(self.epochs * clock.steps_per_epoch), clock.steps)
-        top = self.then.value if isinstance(self.then, Constant) else self.then.start
+        peak = self.then.value if isinstance(self.then, Constant) else self.then.start
         if clock.step < warm:
-            return self.start + (top - self.start) * clock.step / max(1, warm - 1)
+            return self.start + (peak - self.start) * clock.step / max(1, warm - 1)
         if isinstance(self.then, Constant):
-            return top
+            return peak
         return _cosine(self.then, clock.step - warm, clock.steps - warm)
 
 
 @dataclass(frozen=True)
 class EpochRamp:
-    """A straight line in whole epochs: `start` in epoch 0, `stop` from epoch `epochs - 1` on (Sec. 3.2, tau_t)."""
+    """A linear ramp per epoch: `start` in epoch 0, `stop` from epoch `epochs - 1` on (Sec. 3.2, tau_t)."""
 
     start: float
     stop: float
     epochs: int
-    """Epochs that the ramp takes; 0 is `stop` at once. A run shorter than the ramp just ends on its way up."""
+    """Length of the ramp in epochs; 0: `stop` from the first step."""
 
     def __call__(self, clock: Clock) -> float:
         if clock.epoch >= self.epochs:
@@ -88,9 +89,11 @@ class EpochRamp:
 Schedule = Constant | Cosine | Warmup | EpochRamp
 
 
-def scaled(schedule: Schedule, factor: float) -> Schedule:
-    """The same schedule with every value but a cosine's last multiplied: the linear scaling rule scales the peak
-    of the learning rate and leaves its floor alone (Sec. 3.2)."""
+def scale_schedule(schedule: Schedule, factor: float) -> Schedule:
+    """Return the schedule with every value but the final one of a cosine multiplied by `factor`.
+
+    The linear scaling rule scales the peak of the learning rate and not its minimum (Sec. 3.2).
+    """
     match schedule:
         case Constant(value):
             return Constant(value * factor)
@@ -98,8 +101,8 @@ def scaled(schedule: Schedule, factor: float) -> Schedule:
             return Cosine(start * factor, stop)
         case Warmup(epochs, Constant(value), start):
             return Warmup(epochs, Constant(value * factor), start)
-        case Warmup(epochs, Cosine(top, stop), start):
-            return Warmup(epochs, Cosine(top * factor, stop), start)
+        case Warmup(epochs, Cosine(peak, stop), start):
+            return Warmup(epochs, Cosine(peak * factor, stop), start)
         case EpochRamp(start, stop, epochs):
             return EpochRamp(start * factor, stop * factor, epochs)
     raise TypeError(f"expected a schedule, got {schedule!r}")

@@ -50,7 +50,7 @@ def test_help_explains_every_setting_of_a_run(dino):
     for words in (
         "--method.momentum FLOAT",
         "--views.local INT",
-        "--optim.clip FLOAT",
+        "--optim.clip-grad FLOAT",
         "Times that every picture is seen",
     ):
         assert words in ran.out

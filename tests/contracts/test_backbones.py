@@ -163,7 +163,7 @@ def test_positions_are_sampled_with_a_tenth_more(hw):
 def test_drop_path_grows_with_depth_keeps_the_mean_and_is_off_in_evaluation():
     vit = ViT(patch=8, drop_path=0.4, **TINY).build()
     assert [block.drop_path for block in vit.blocks] == pytest.approx([0, 0.2, 0.4])
-    from dino_ssl.models.vit import drop_path
+    from dino_ssl.models.blocks import drop_path
 
     dropped = drop_path(torch.ones(20000, 2, 2), 0.4)
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.6])

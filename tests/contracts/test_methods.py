@@ -86,7 +86,7 @@ def test_the_baselines_are_the_papers() -> None:
     assert isinstance(moco, MoCoConfig)
     assert (moco.temperature, moco.queue, moco.momentum, moco.momentum_end) == (0.1, 65536, 0.996, 1.0)
     assert (moco.head_layers, moco.head_dim, moco.head_norm) == (3, 256, "batch")
-    assert (runs["moco"].optim.weight_decay, runs["moco"].optim.weight_decay_end, runs["moco"].optim.clip) == (
+    assert (runs["moco"].optim.weight_decay, runs["moco"].optim.weight_decay_end, runs["moco"].optim.clip_grad) == (
         0.05,
         0.05,
         0,

@@ -14,7 +14,8 @@ import torch
 from dino_ssl.config import to_dict
 from dino_ssl.errors import UserError
 from dino_ssl.models import DINOHead, Network, Timm, ViT, pretrained
-from dino_ssl.models.pretrained import RELEASED, load, load_strict, save_backbone
+from dino_ssl.models.pretrained import RELEASED, load
+from dino_ssl.models.weights import load_strict, save_backbone
 
 VIT = ViT(width=64, depth=2, heads=1, patch=8, image_size=32, drop_path=0.0)
 X = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
@@ -301,5 +302,5 @@ def test_every_released_network_is_the_one_its_file_is_for(shared: Path):
         with torch.device("meta"):
             state = RELEASED[name].backbone.build().state_dict()
         assert {key: list(value.shape) for key, value in state.items()} == keys[entry], name
-        inferred = pretrained.infer({key: value for key, value in state.items()}, Path(name))
+        inferred = pretrained.infer_config({key: value for key, value in state.items()}, Path(name))
         assert inferred == RELEASED[name].backbone, name

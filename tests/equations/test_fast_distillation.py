@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dino_ssl import objectives as plain
+from dino_ssl import objectives
 from dino_ssl.kernels import loss as fast
-from dino_ssl.models.heads import Predictor, WeightNormLinear, l2_norm
+from dino_ssl.models.heads import MLPHead, WeightNormLinear
 
 V, G, B, D, K = 5, 2, 7, 6, 40
 
@@ -20,7 +20,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bottlenecks(views: int, seed: int) -> Tensor:
-    return l2_norm(torch.randn(views, B, D, generator=torch.Generator().manual_seed(seed)))
+    return objectives.l2_normalize(torch.randn(views, B, D, generator=torch.Generator().manual_seed(seed)))
 
 
 def layers(*, learn_scale: bool = False) -> tuple[WeightNormLinear, WeightNormLinear]:
@@ -58,7 +58,7 @@ CASES = {
 def test_values_and_gradients_are_the_plain_ones(case: str, learn_scale: bool) -> None:
     views, globals_, how = CASES[case].values()
     x, y, both = bottlenecks(views, 1), bottlenecks(globals_, 2), layers(learn_scale=learn_scale)
-    (one, gradients), (other, expected) = (asked(module, x, y, both, **how) for module in (fast, plain))
+    (one, gradients), (other, expected) = (asked(module, x, y, both, **how) for module in (fast, objectives))
     for found, right in zip(one, other, strict=True):
         assert (found is None) == (right is None)
         if right is not None:
@@ -73,7 +73,7 @@ def test_values_and_gradients_are_the_plain_ones(case: str, learn_scale: bool) -
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_the_batch_is_spread_as_plainly(iterations: int) -> None:
     teacher, layer = bottlenecks(G, 2), layers()[1]
-    found, right = (module.spread(teacher, layer, 0.05, iterations) for module in (fast, plain))
+    found, right = (module.spread(teacher, layer, 0.05, iterations) for module in (fast, objectives))
     assert found.shape == right.shape == (G, 1, K)
     torch.testing.assert_close(found, right, atol=1e-6, rtol=1e-5)
     assert right.std() > 0.01
@@ -82,9 +82,9 @@ def test_the_batch_is_spread_as_plainly(iterations: int) -> None:
 def test_in_bfloat16_it_rounds_as_the_plain_one_does() -> None:
     """Both are as far from float32 as rounding logits to 8 bits puts them."""
     x, y, both = bottlenecks(V, 1), bottlenecks(G, 2), layers()
-    (_, exact) = asked(plain, x, y, both)
+    (_, exact) = asked(objectives, x, y, both)
     with torch.autocast("cpu", torch.bfloat16):
-        (one, gradients), (other, expected) = (asked(module, x, y, both) for module in (fast, plain))
+        (one, gradients), (other, expected) = (asked(module, x, y, both) for module in (fast, objectives))
     torch.testing.assert_close(one.loss, other.loss, atol=0.02, rtol=0.01)
     for found, right, true in zip(gradients, expected, exact, strict=True):
         assert found.dtype == right.dtype
@@ -116,9 +116,9 @@ def test_what_float16_multiplies_is_as_large_for_many_pictures_as_for_few(monkey
 
 def test_a_predictor_behind_the_prototypes_is_left_to_the_plain_one() -> None:
     x, y, (student, teacher) = bottlenecks(V, 1), bottlenecks(G, 2), layers()
-    predictor = Predictor(K, hidden=8, norm="none")
+    predictor = MLPHead(K, K, hidden=8, norm="none")
     both = (nn.Sequential(student, predictor), teacher)
-    (one, gradients), (other, expected) = (asked(module, x, y, both) for module in (fast, plain))
+    (one, gradients), (other, expected) = (asked(module, x, y, both) for module in (fast, objectives))
     assert torch.equal(one.loss, other.loss)
     assert all(torch.equal(found, right) for found, right in zip(gradients, expected, strict=True))
 

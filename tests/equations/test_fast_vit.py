@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from dino_ssl import objectives
 from dino_ssl.kernels import attention, loss, packed_vit
 from dino_ssl.models import vit
+from dino_ssl.models.blocks import Block
 from dino_ssl.models.heads import Network
-from dino_ssl.models.vit import Block, ViT
+from dino_ssl.models.vit import ViT
 
 
 def network(**changes) -> Network:

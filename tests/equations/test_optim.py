@@ -10,7 +10,15 @@ from dino_ssl.errors import UserError
 from dino_ssl.models.heads import Network
 from dino_ssl.models.timm import Timm
 from dino_ssl.models.vit import ViT
-from dino_ssl.optim import LARS, Optim, clip_grad_norm_per_tensor_, group_of, lr_scales, parameter_groups, set_hyper
+from dino_ssl.optim import (
+    LARS,
+    Optim,
+    clip_grad_norm_per_tensor_,
+    group_name,
+    lr_scales,
+    parameter_groups,
+    set_lr_and_weight_decay,
+)
 from dino_ssl.schedules import Clock
 
 
@@ -49,7 +57,7 @@ def norm(tensor: Tensor) -> float:
 
 
 def test_groups_follow_the_published_rule() -> None:
-    groups = {name: group_of(name, parameter) for name, parameter in Odd().named_parameters()}
+    groups = {name: group_name(name, parameter) for name, parameter in Odd().named_parameters()}
     assert groups == {
         "pos_embed": "decayed",  # more than 1-d, though no weight of a layer
         "linear.weight": "decayed",
@@ -67,7 +75,7 @@ def test_groups_follow_the_published_rule() -> None:
 def test_a_free_weight_g_is_decayed() -> None:
     module = Odd()
     module.weight_g.requires_grad_(True)
-    assert group_of("weight_g", module.weight_g) == "decayed"
+    assert group_name("weight_g", module.weight_g) == "decayed"
 
 
 def test_the_groups_hold_every_moving_parameter_once() -> None:
@@ -83,10 +91,10 @@ def test_weight_decay_reaches_the_decayed_group_alone() -> None:
     optimizer = Optim(algorithm="adamw").build(module)
     before = copies(module)
     put_gradients(module, 0, scale=0.0)
-    set_hyper(optimizer, lr=0.1, weight_decay=0.4)
+    set_lr_and_weight_decay(optimizer, lr=0.1, weight_decay=0.4)
     optimizer.step()
     for name, parameter in module.named_parameters():
-        kept = 1 - 0.1 * 0.4 if group_of(name, parameter) == "decayed" else 1.0
+        kept = 1 - 0.1 * 0.4 if group_name(name, parameter) == "decayed" else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * kept, msg=name)
 
 
@@ -125,10 +133,10 @@ def test_adamw_and_sgd_against_a_loop_over_numbers(algorithm, by_hand) -> None:
     for step in range(3):
         put_gradients(module, step)
         gradients.append({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
-        set_hyper(optimizer, lr=lrs[step], weight_decay=decays[step])
+        set_lr_and_weight_decay(optimizer, lr=lrs[step], weight_decay=decays[step])
         optimizer.step()
     for name, parameter in module.named_parameters():
-        group = group_of(name, parameter)
+        group = group_name(name, parameter)
         if group == "frozen":
             assert torch.equal(parameter, before[name])
             continue
@@ -152,12 +160,12 @@ def test_lars_against_a_loop_over_tensors() -> None:
                 continue
             change = parameter.grad.clone()
             if parameter.ndim != 1:  # 1-d tensors: neither decay nor adaptation
-                decay = decays[step] if group_of(name, parameter) == "decayed" else 0.0
+                decay = decays[step] if group_name(name, parameter) == "decayed" else 0.0
                 change = change + decay * expected[name]
                 change = change * (0.001 * norm(expected[name]) / norm(change))
             mu[name] = 0.9 * mu[name] + change
             expected[name] = expected[name] - lrs[step] * mu[name]
-        set_hyper(optimizer, lr=lrs[step], weight_decay=decays[step])
+        set_lr_and_weight_decay(optimizer, lr=lrs[step], weight_decay=decays[step])
         optimizer.step()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], msg=name)
@@ -183,7 +191,7 @@ def test_a_parameter_without_a_gradient_stands_still(algorithm) -> None:
         if step == 1:
             module.weight_v.grad = None
             before = module.weight_v.detach().clone()
-        set_hyper(optimizer, lr=0.1, weight_decay=0.1)
+        set_lr_and_weight_decay(optimizer, lr=0.1, weight_decay=0.1)
         optimizer.step()
         if step == 1:
             assert torch.equal(module.weight_v, before)
@@ -195,7 +203,7 @@ def test_an_optimizer_goes_on_from_its_saved_state_bit_for_bit(algorithm) -> Non
     def steps(module: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
         for step in numbers:
             put_gradients(module, step)
-            set_hyper(optimizer, lr=0.1, weight_decay=0.04)
+            set_lr_and_weight_decay(optimizer, lr=0.1, weight_decay=0.04)
             optimizer.step()
 
     settings, whole, half = Optim(algorithm=algorithm), Odd(), Odd()
@@ -260,7 +268,7 @@ def test_schedules_scale_with_the_batch_and_end_where_they_should() -> None:
         dict(epochs=0),
         dict(batch_size=0),
         dict(lr=-1e-3),
-        dict(clip=float("nan")),
+        dict(clip_grad=float("nan")),
         dict(warmup_epochs=-1),
         dict(warmup_lr=-1.0),
         dict(layer_decay=0.0),
@@ -304,10 +312,10 @@ def test_each_parameter_moves_at_the_rate_of_its_layer() -> None:
     before, scales = copies(network), lr_scales(network, 0.5)
     for parameter in network.parameters():
         parameter.grad = torch.ones_like(parameter)
-    set_hyper(optimizer, lr=0.1, weight_decay=0.2)
+    set_lr_and_weight_decay(optimizer, lr=0.1, weight_decay=0.2)
     optimizer.step()
     for name, parameter in network.named_parameters():
-        decay = 0.2 if group_of(name, parameter) == "decayed" else 0.0
+        decay = 0.2 if group_name(name, parameter) == "decayed" else 0.0
         moved = before[name] - 0.1 * scales.get(name, 1.0) * (1 + decay * before[name])
         torch.testing.assert_close(parameter.detach(), moved, msg=name)
 
@@ -318,7 +326,7 @@ def test_other_optimizers_take_steps_with_layers_too(algorithm) -> None:
     optimizer = Optim(algorithm=algorithm, layer_decay=0.5).build(network)
     before = copies(network)
     put_gradients(network, 0)
-    set_hyper(optimizer, lr=0.1, weight_decay=0.0)
+    set_lr_and_weight_decay(optimizer, lr=0.1, weight_decay=0.0)
     optimizer.step()
     assert not [name for name, p in network.named_parameters() if torch.equal(p, before[name])]
 
@@ -330,7 +338,7 @@ def test_without_layer_decay_there_are_the_two_groups_of_always() -> None:
     optimizer = Optim().build(Odd())
     for group in optimizer.param_groups:
         del group["scale"]
-    set_hyper(optimizer, lr=0.1, weight_decay=0.2)
+    set_lr_and_weight_decay(optimizer, lr=0.1, weight_decay=0.2)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dino_ssl.schedules import Clock, Constant, Cosine, EpochRamp, Schedule, Warmup, scaled
+from dino_ssl.schedules import Clock, Constant, Cosine, EpochRamp, Schedule, Warmup, scale_schedule
 
 
 def curve(schedule: Schedule, epochs: int, steps_per_epoch: int) -> list[float]:
@@ -80,11 +80,11 @@ def test_the_ramp_at_its_edges(ramp: EpochRamp, expected: list[float]) -> None:
 
 def test_scaling_moves_the_peak_and_leaves_a_cosines_floor() -> None:
     """The linear scaling rule: lr * batch / 256, min_lr as it is (Sec. 3.2)."""
-    assert scaled(Warmup(10, Cosine(5e-4, 1e-6)), 4) == Warmup(10, Cosine(2e-3, 1e-6))
-    assert scaled(Warmup(1, Constant(3.0)), 2) == Warmup(1, Constant(6.0))
-    assert scaled(Constant(3.0), 2) == Constant(6.0)
-    assert scaled(Cosine(2.0, 1.0), 0.5) == Cosine(1.0, 1.0)
-    values = curve(scaled(Warmup(1, Cosine(1.0, 0.5)), 2), 3, 4)
+    assert scale_schedule(Warmup(10, Cosine(5e-4, 1e-6)), 4) == Warmup(10, Cosine(2e-3, 1e-6))
+    assert scale_schedule(Warmup(1, Constant(3.0)), 2) == Warmup(1, Constant(6.0))
+    assert scale_schedule(Constant(3.0), 2) == Constant(6.0)
+    assert scale_schedule(Cosine(2.0, 1.0), 0.5) == Cosine(1.0, 1.0)
+    values = curve(scale_schedule(Warmup(1, Cosine(1.0, 0.5)), 2), 3, 4)
     assert max(values) == pytest.approx(2.0)
     assert min(values[4:]) > 0.5
 

@@ -21,8 +21,8 @@ from dino_ssl.evals.linear import Linear
 from dino_ssl.evals.low_shot import LowShot
 from dino_ssl.evals.retrieval import Retrieval
 from dino_ssl.evals.video_segmentation import VideoSegmentation
-from dino_ssl.models.pretrained import save_backbone
 from dino_ssl.models.vit import ViT
+from dino_ssl.models.weights import save_backbone
 from dino_ssl.runtime import start
 
 NETWORK = ViT(width=48, depth=2, heads=3, patch=8, image_size=32)

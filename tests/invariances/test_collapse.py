@@ -51,7 +51,7 @@ HEALTHY = edit(
 )
 """80 pictures that keep their colours; 80 steps."""
 SMALL = dict(head_hidden=32, head_dim=16, momentum=0.98)
-WILD = dict(algorithm="sgd", clip=0.0, warmup_epochs=0)
+WILD = dict(algorithm="sgd", clip_grad=0.0, warmup_epochs=0)
 
 
 def said(run: Run, out: Path, *, until: str = "") -> dict[str, int]:

@@ -14,7 +14,7 @@ from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
 from dino_ssl.events import Ended, Evaluated, Logged, Started
 from dino_ssl.metrics import Log, read_metrics
-from dino_ssl.models.pretrained import file_of_run
+from dino_ssl.models.pretrained import weights_file
 from dino_ssl.training import train
 
 TIMES = {"time", "images_per_s", "wait"}
@@ -85,14 +85,14 @@ def test_a_run_that_goes_on_knows_its_best_and_forgets_what_it_exported(tmp_path
     run = edit(whole, out=str(tmp_path / "run"), optim=dict(epochs=1))
     fit(run)
     exported = Path(run.out) / "backbone.safetensors"
-    assert file_of_run(Path(run.out), "teacher") == exported
+    assert weights_file(Path(run.out), "teacher") == exported
     training = train(edit(run, optim=dict(epochs=2)), CPU, run.data.open(), resume=True)
     started = next(training)
     assert isinstance(started, Started)
     assert started.best == last(run)["best"] != {}
     next(training)
     training.close()  # pyright: ignore[reportAttributeAccessIssue]
-    assert file_of_run(Path(run.out), "teacher") != exported
+    assert weights_file(Path(run.out), "teacher") != exported
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

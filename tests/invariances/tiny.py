@@ -47,7 +47,7 @@ RUN = Run(
         warmup_teacher_temp_epochs=2,
     ),
     views=MultiCrop(global_size=32, local_size=16, local=2),
-    optim=Optim(epochs=3, batch_size=8, lr=0.03, warmup_epochs=1, clip=1.0),
+    optim=Optim(epochs=3, batch_size=8, lr=0.03, warmup_epochs=1, clip_grad=1.0),
     online_eval=OnlineEval(every_epochs=0),
     workers=0,
     log_every=1,

@@ -62,7 +62,7 @@ def param_groups(path: Path) -> Result:
     from dino_ssl.methods.dino import DINOConfig
     from dino_ssl.models.heads import Network
     from dino_ssl.models.vit import ViT
-    from dino_ssl.optim import group_of
+    from dino_ssl.optim import group_name
 
     expected = json.loads(path.read_text())
     check = Check()
@@ -78,7 +78,7 @@ def param_groups(path: Path) -> Result:
     )
     backbone = vit.build()
     student = Network(backbone, settings.head(backbone.embed_dim))
-    check.equal("groups", {name: group_of(name, p) for name, p in student.named_parameters()}, expected)
+    check.equal("groups", {name: group_name(name, p) for name, p in student.named_parameters()}, expected)
     return check.result()
 
 
@@ -148,7 +148,7 @@ def _run_of(given: dict[str, Any], init: dict[str, Tensor]) -> Any:
         warmup_epochs=given["warmup_epochs"],
         weight_decay=given["weight_decay"],
         weight_decay_end=given["weight_decay_end"],
-        clip=given["clip_grad"],
+        clip_grad=given["clip_grad"],
     )
     backbone = ViT(
         patch=vit["patch_size"],

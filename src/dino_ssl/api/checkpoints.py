@@ -15,7 +15,7 @@ from dino_ssl.errors import UserError
 from dino_ssl.evals.cache import weights_hash
 from dino_ssl.models import BackboneConfig
 from dino_ssl.models.backbone import Backbone
-from dino_ssl.models.pretrained import RELEASED, Loaded, infer, load_described
+from dino_ssl.models.pretrained import RELEASED, Loaded, infer_config, load_described
 from dino_ssl.run import Run, read_run
 from dino_ssl.runtime import machine
 
@@ -73,7 +73,7 @@ def open_checkpoint(source: str | Path | Backbone | Checkpoint, device: torch.de
     if isinstance(source, Backbone):
         network = None
         with suppress(UserError):  # unknown: no floor of random weights then, and the usual size
-            network = infer(source.state_dict(), Path(type(source).__name__))
+            network = infer_config(source.state_dict(), Path(type(source).__name__))
         size = 224 if network is None else network.input_size
         return Checkpoint(type(source).__name__, source.to(device), network, size, None)
     found = load_described(source)

@@ -35,7 +35,7 @@ RESUMABLE_FIELDS = (
     "method.warmup_teacher_temp",
     "method.momentum",
     "method.center_momentum",
-    "optim.clip",
+    "optim.clip_grad",
     "optim.lr",
     "optim.min_lr",
     "optim.micro_batch",

@@ -33,7 +33,7 @@ ADVICE = {
     "on: centering and sharpening, a predictor, negatives.",
     "The teacher does not move": "Lower --method.momentum: 0.996 for some ten thousand steps, 0.97 to 0.99 for some "
     "thousand.",
-    "Divergence": "Lower --optim.lr, set --optim.clip to 1 or less, or train with --precision float32.",
+    "Divergence": "Lower --optim.lr, set --optim.clip-grad to 1 or less, or train with --precision float32.",
     "Not learning yet": "Raise the learning rate, lower the teacher's momentum (0.99 for small data), or take fewer "
     "prototypes.",
 }
@@ -76,7 +76,7 @@ def relax(run: Run, name: str) -> Run | None:
         return None
     run = edit(run, optim=dict(lr=run.optim.lr / 2, min_lr=min(run.optim.min_lr, run.optim.lr / 2)))
     if name == "Divergence":
-        run = edit(run, optim=dict(clip=min(run.optim.clip or 1.0, 1.0)))
+        run = edit(run, optim=dict(clip_grad=min(run.optim.clip_grad or 1.0, 1.0)))
     method = run.method
     if name == "The teacher does not move" and hasattr(method, "momentum"):
         run = edit(run, method=dict(momentum=0.99))

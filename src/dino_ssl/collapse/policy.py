@@ -23,7 +23,7 @@ from dino_ssl.config import differences, format_value
 from dino_ssl.events import Ended, Event, Logged, Started
 from dino_ssl.files import atomic_write
 from dino_ssl.metrics import read_metrics
-from dino_ssl.models.pretrained import load_strict
+from dino_ssl.models.weights import load_strict
 from dino_ssl.run import Run
 from dino_ssl.schedules import Clock
 from dino_ssl.state import export_backbone

@@ -10,7 +10,7 @@ were 7 times as fast, at 785 the fused kernel was 1.7 times. In float32 (AVX2) t
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `models.vit.scaled_dot_product`: softmax(q k^T / sqrt(d)) v for each head, [B, heads, N, d] each."""
+    """As `models.blocks.scaled_dot_product`: softmax(q k^T / sqrt(d)) v for each head, [B, heads, N, d] each."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= FEW:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return scores.float().softmax(dim=-1).to(v.dtype) @ v

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dino_ssl.models.backbone import Backbone
-from dino_ssl.models.vit import Attention, Block, VisionTransformer
+from dino_ssl.models.blocks import Attention, Block
+from dino_ssl.models.vit import VisionTransformer
 from dino_ssl.runtime import to_device
 
 Shapes = list[tuple[int, int]]

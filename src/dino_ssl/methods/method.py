@@ -1,15 +1,14 @@
-"""The contract between a method of learning and the loop that trains it.
+"""The contract between a method and the training loop.
 
-A method knows networks, losses and its own state (a teacher, a center, a queue). It never sees a device or a rank:
-the loop moves it and its batches, and `dist` is the identity where there is one process. Its settings are a
-`MethodConfig`, which builds it; nobody else needs to know which method it is.
+A method has networks, a loss and its own state (a teacher, a center, a queue). It does not depend on devices or ranks:
+the loop moves the method and its batches, and `distributed` is the identity on one process. Its settings are a
+`MethodConfig`, which builds it.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
-import torch
 from torch import Tensor, nn
 
 from dino_ssl import objectives
@@ -22,58 +21,58 @@ from dino_ssl.schedules import Clock, Schedule
 
 
 class Outputs(NamedTuple):
-    """What one forward pass gives."""
+    """The outputs of one forward pass."""
 
     loss: Tensor
-    """A scalar to take the gradient of."""
+    """A scalar with a gradient."""
     carry: Any
-    """What `after_step` needs of this batch; detached."""
+    """The part of this batch that `after_step` needs; detached."""
     metrics: dict[str, Tensor]
-    """Detached scalars, left on the device until somebody logs them. A vector of shares that sum to 1 is logged as the
-    number of those in use: exp of the entropy of their average."""
+    """Detached scalars on the device. A vector of shares that sum to 1 is logged as the effective number of entries: exp
+    of the entropy of its average over steps."""
 
 
 class Method(nn.Module, ABC):
-    """Forward, and then two moments around the optimizer's step. See `training.train_step` for the whole order."""
+    """A forward pass and two hooks around the optimizer step; `training.train_step` shows the order."""
 
     @abstractmethod
-    def forward(self, batch: Batch, clock: Clock, ahead: Any = None) -> Outputs:
-        """The loss of a batch of normalised views; changes no state of the method's own.
+    def forward(self, batch: Batch, clock: Clock, targets: Any = None) -> Outputs:
+        """Return the loss of normalised views without changing the method's state.
 
-        ahead: where the batch is a part of a larger one, what `prepare_targets` said of it.
+        targets: the item of `prepare_targets` that belongs to `batch`, if it is a micro-batch.
         """
 
-    def prepare_targets(self, parts: Iterable[Batch], clock: Clock) -> list[Any]:
-        """What `forward` must know of the whole batch before it sees each of its parts, of which only the views of the
-        first resolution are given."""
-        return [None for _ in parts]
+    def prepare_targets(self, micro_batches: Iterable[Batch], clock: Clock) -> list[Any]:
+        """Return what `forward` needs to know of the whole batch, one item per micro-batch.
 
-    def merge(self, parts: Sequence[Outputs], shares: Sequence[float]) -> Outputs:
-        """The outputs of the whole batch from those of its parts, of which each has a share of the pictures."""
-        metrics = {name: _weighed([out.metrics[name] for out in parts], shares) for name in parts[0].metrics}
-        return Outputs(
-            _weighed([out.loss for out in parts], shares), self.merge_carry([o.carry for o in parts]), metrics
-        )
+        The micro-batches have only the views of the first resolution here.
+        """
+        return [None for _ in micro_batches]
+
+    def merge(self, outputs: Sequence[Outputs], weights: Sequence[float]) -> Outputs:
+        """Return the outputs of the whole batch from those of its micro-batches, weighted by their shares of images."""
+        metrics = {name: _weighted_mean([o.metrics[name] for o in outputs], weights) for name in outputs[0].metrics}
+        loss = _weighted_mean([o.loss for o in outputs], weights)
+        return Outputs(loss, self.merge_carry([o.carry for o in outputs]), metrics)
 
     def merge_carry(self, carries: Sequence[Any]) -> Any:
-        """The carry of the whole batch from those of its parts."""
+        """Return the carry of the whole batch from those of its micro-batches."""
         return None
 
     def before_step(self, clock: Clock) -> None:
-        """Gradients are ready and clipped: hold back what must not move yet."""
+        """Run after gradients are clipped and before the optimizer step; may remove gradients of frozen parameters."""
 
     def after_step(self, carry: Any, clock: Clock) -> None:
-        """The student has moved: the method's own state follows."""
+        """Update the method's own state after the optimizer step."""
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Scalars that tell how its own state does (`center_norm`, `teacher_distance`), on the device: asked once for a
-        line of metrics, not at every step."""
+        """Return scalars about the method's state on the device, logged once per line of metrics."""
         return {}
 
     @property
     @abstractmethod
     def trainable(self) -> nn.Module:
-        """The part that the optimizer moves."""
+        """The module whose parameters the optimizer updates."""
 
     @property
     @abstractmethod
@@ -82,22 +81,12 @@ class Method(nn.Module, ABC):
 
     @property
     def classifier(self) -> Network | None:
-        """Backbone and head that give a number for each class, where the labels are learned: its own accuracy is
-        then what is measured while training."""
+        """The backbone with a linear classifier if the method learns labels; its accuracy is then measured."""
         return None
 
 
-def _weighed(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    return sum(value.detach() * share for value, share in zip(values, shares, strict=True))  # pyright: ignore[reportReturnType]
-
-
-@torch.no_grad()
-def relative_distance(teacher: nn.Module, student: nn.Module) -> Tensor:
-    """|theta_t - theta_s| / |theta_s| over the teacher's parameters and the student's of the same names."""
-    names = [name for name, _ in teacher.named_parameters()]
-    own, other = ([net.get_parameter(name) for name in names] for net in (teacher, student))
-    apart = torch.stack([(a - b).norm() for a, b in zip(own, other, strict=True)])
-    return apart.norm() / torch.stack([b.norm() for b in other]).norm()
+def _weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return sum(value.detach() * weight for value, weight in zip(values, weights, strict=True))  # pyright: ignore[reportReturnType]
 
 
 class Implementations(NamedTuple):
@@ -110,55 +99,47 @@ class Implementations(NamedTuple):
 
 
 class BuildContext(NamedTuple):
-    """What a method is built from, besides its own settings."""
+    """Everything from which a method is built, apart from its own settings."""
 
     network: BackboneConfig
     seed: int = 0
-    """For randomness of its own that depends on the step."""
+    """For a method's own randomness, which depends on seed and step."""
     classes: int = 0
-    """How many the pictures' labels tell apart; 0 where there are none."""
+    """Number of classes of the labels; 0 without labels."""
     weights: Mapping[str, Tensor] | None = None
-    """Of a backbone that somebody has trained; None begins with the network's own."""
+    """State dict of a pretrained backbone; None: the initial weights of `network`."""
     source: str = ""
-    """Where those weights are from, for messages."""
-
+    """Origin of the weights, for messages."""
     implementations: Implementations = Implementations()
 
-    def student(self) -> Backbone:
-        """Return the backbone of a student that has a teacher; views of all resolutions may be packed together."""
-        network = self.backbone()
-        network.use_kernels(attention=self.implementations.attention, forward_views=self.implementations.forward_views)
-        return network
+    def build_backbone(self, *, drop_path: float | None = None, pack_views: bool = False) -> Backbone:
+        """Return the backbone with its initial weights.
 
-    def teacher(self) -> Backbone:
-        """Return the backbone of a teacher: as the student's, without drop-path."""
-        return self.backbone(drop_path=0.0)
-
-    def backbone(self, *, drop_path: float | None = None) -> Backbone:
-        """Return the backbone with its initial weights; `drop_path` overrides its setting."""
-        network = self.network.build(drop_path=drop_path)
-        network.use_kernels(attention=self.implementations.attention)
+        drop_path: overrides the setting (0 for a teacher). pack_views: allow one forward pass for all resolutions.
+        """
+        backbone = self.network.build(drop_path=drop_path)
+        forward_views = self.implementations.forward_views if pack_views else None
+        backbone.use_kernels(attention=self.implementations.attention, forward_views=forward_views)
         if self.weights is not None:
-            load_strict(network, self.weights, self.source)
-        return network
+            load_strict(backbone, self.weights, self.source)
+        return backbone
 
 
 class MethodConfig(ABC):
-    """Settings of a method: a frozen dataclass whose fields become flags. It builds its method, and answers what the
-    rest of a run depends on."""
+    """Settings of a method: a frozen dataclass whose fields become flags, and facts that the rest of a run needs."""
 
     global_views: ClassVar[int] = 1
-    """Views of the first resolution that it needs of every picture."""
+    """Views of the first resolution that the method needs of each image."""
     local_views: ClassVar[bool] = True
-    """Whether local views help it; the plan gives it some. Any method takes them, or does without."""
+    """True if local views improve the method; the plan then adds some. Every method accepts any number of them."""
     classifies: ClassVar[bool] = False
-    """Whether it learns the labels, so that its own classifier is what the accuracy is asked of."""
+    """True if the method learns the labels, so that the accuracy of its own classifier is measured."""
     about: ClassVar[str] = "trained with no labels"
-    """What the report says of a network that it trained."""
+    """Description in reports of a network that this method trained."""
 
     @abstractmethod
     def build(self, context: BuildContext) -> Method:
-        """The method with fresh weights, on the CPU; all randomness is torch's."""
+        """Return the method with initial weights on the CPU, drawn from torch's global generator."""
 
     @property
     def summary(self) -> str:
@@ -170,6 +151,11 @@ class MethodConfig(ABC):
         """K, if the loss is a cross-entropy over prototypes: curves are compared with ln K."""
         return None
 
+    @property
+    def supports_grad_accumulation(self) -> bool:
+        """True if micro-batches (`optim.micro_batch`) give the same results as the whole batch."""
+        return False
+
     @classmethod
     def for_small_data(cls, num_images: int) -> Self:
         """Return settings for thousands of images and few steps."""
@@ -180,14 +166,9 @@ class MethodConfig(ABC):
         return None
 
     def schedules(self) -> Mapping[str, Schedule]:
-        """Values of its own that change with the clock: logged beside the learning rate."""
+        """Return the method's scheduled values by the name under which they are logged."""
         return {}
 
-    @property
-    def supports_grad_accumulation(self) -> bool:
-        """Whether a batch may be taken in parts (`optim.micro_batch`) and nothing changes but the memory."""
-        return False
-
     def filter_dataset(self, dataset: ImageDataset) -> ImageDataset:
-        """Those of the pictures that it can learn from. Raises UserError where there are none."""
+        """Return the images from which the method can learn. Raise UserError if there are none."""
         return dataset

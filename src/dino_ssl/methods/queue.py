@@ -1,21 +1,20 @@
-"""What a method remembers of earlier batches: MoCo's keys, SwAV's features."""
+"""A queue of tensors from earlier batches: MoCo's keys, SwAV's features."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Queue(nn.Module):
-    """The newest `size` rows that were pushed, the same on every rank, and a part of the method's state.
+    """A ring buffer of the newest `size` rows, equal on all ranks and part of the method's state.
 
-    A ring: a batch that does not divide the size wraps around, and of a batch larger than the size the newest rows
-    stay.
+    A batch that does not divide the size wraps around; of a batch larger than the size, the newest rows are kept.
     """
 
     rows: Tensor
     born: Tensor
-    """[size] int64: the step in which each row came; -1 where none has come yet."""
+    """[size] int64: the step in which each row was pushed; -1 for empty entries."""
     place: Tensor
-    """Where the next row goes."""
+    """Index of the next row."""
 
     def __init__(self, size: int, *shape: int) -> None:
         super().__init__()
@@ -26,19 +25,18 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, rows: Tensor, step: int) -> None:
-        """rows [n, ...] of all ranks, the oldest first."""
+        """Replace the oldest rows by `rows` [n, ...] of all ranks, whose first is the oldest."""
         size = len(self.rows)
-        new = rows[-size:]
-        at = (self.place + torch.arange(len(rows), device=rows.device)[-size:]) % size
-        self.rows.index_copy_(0, at, new.to(self.rows))
-        self.born.index_fill_(0, at, step)
+        indices = (self.place + torch.arange(len(rows), device=rows.device)[-size:]) % size
+        self.rows.index_copy_(0, indices, rows[-size:].to(self.rows))
+        self.born.index_fill_(0, indices, step)
         self.place.copy_((self.place + len(rows)) % size)
 
     def is_full(self) -> bool:
-        """Whether every place is taken; asks the device until it is, and never again."""
+        """Return True if no entry is empty; synchronizes with the device until this is so."""
         self._full = self._full or bool(self.born[-1] >= 0)
         return self._full
 
-    def since(self, step: int) -> Tensor:
-        """[size] bool: which rows came in this step or later."""
+    def pushed_since(self, step: int) -> Tensor:
+        """Return a mask of the rows pushed in this step or later, [size] bool."""
         return (self.born >= 0) & (self.born >= step)

@@ -19,7 +19,7 @@ from dino_ssl.data.loader import mix_rng
 from dino_ssl.errors import UserError
 from dino_ssl.methods.method import BuildContext, Method, MethodConfig, Outputs
 from dino_ssl.models import Backbone, Network
-from dino_ssl.models.vit import init_weights
+from dino_ssl.models.blocks import init_weights
 from dino_ssl.objectives import H, log_P
 from dino_ssl.schedules import Clock
 

@@ -1,7 +1,7 @@
-"""SwAV: swapping assignments between views (Caron et al., 2020); Tables 2, 7, 13 and 15.
+"""SwAV: swapped assignments between views (Caron et al., 2020); Tables 2, 7, 13 and 15.
 
-The pictures of a batch are spread evenly over K prototypes (Sinkhorn-Knopp), and each view predicts the others' places.
-One network: the targets are its own, without a teacher.
+The images of a batch are assigned evenly to K prototypes (Sinkhorn-Knopp), and each view predicts the assignments of the
+others. There is one network without a teacher.
 """
 
 from dataclasses import dataclass
@@ -16,36 +16,35 @@ from dino_ssl.errors import check_range
 from dino_ssl.methods.method import BuildContext, Method, MethodConfig, Outputs
 from dino_ssl.methods.queue import Queue
 from dino_ssl.models import Backbone, MLPHead, Network
-from dino_ssl.models.heads import l2_norm
-from dino_ssl.objectives import cross_entropy_over_pairs, h, log_P, sinkhorn_knopp
+from dino_ssl.objectives import cross_entropy_over_pairs, h, l2_normalize, log_P, sinkhorn_knopp
 from dino_ssl.schedules import Clock
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwAVConfig(MethodConfig):
-    """Prototypes that share out the pictures evenly. The defaults are SwAV's own."""
+    """SwAV. The defaults are its publication's."""
 
     global_views: ClassVar[int] = 2
     about: ClassVar[str] = "trained by SwAV with no labels"
 
     out_dim: int = 3000
-    """K, the number of prototypes; fewer for thousands of pictures."""
+    """K, the number of prototypes; fewer for thousands of images."""
     temperature: float = 0.1
     """Temperature of the predictions."""
     epsilon: float = 0.05
     """Temperature of the targets: lower is sharper."""
     iterations: int = 3
-    """Rounds of Sinkhorn-Knopp."""
+    """Iterations of Sinkhorn-Knopp."""
     queue: int = 0
-    """Earlier pictures that are shared out with the batch, where batch and K are of one size: 3840 for 256; 0: none."""
+    """Earlier images that are assigned together with the batch if it is not much larger than K: 3840 for 256; 0: none."""
     queue_from: float = 15
-    """Epochs before the queue is used: features still change too fast."""
+    """Epochs before the queue is used, in which features change too quickly."""
     freeze_prototypes: float = 1
-    """Epochs in which the prototypes stand still."""
+    """Epochs in which the prototypes are frozen."""
     head_dim: int = 128
-    """Width of the features that are compared with prototypes."""
+    """Width of the features and prototypes."""
     head_layers: int = 2
-    """Linear layers of the head, before the prototypes."""
+    """Linear layers of the head before the prototypes."""
     head_hidden: int = 2048
     """Width of the head's hidden layers."""
     head_norm: Literal["none", "batch"] = "batch"
@@ -59,6 +58,7 @@ class SwAVConfig(MethodConfig):
 
     @property
     def summary(self) -> str:
+        """The number of prototypes."""
         return f"SwAV, K {self.out_dim}"
 
     @property
@@ -72,7 +72,8 @@ class SwAVConfig(MethodConfig):
         return cls(out_dim=300, head_hidden=512)
 
     def build(self, context: BuildContext) -> "SwAV":
-        backbone = context.backbone()
+        """Return the network with its prototypes, and an empty queue if there is one."""
+        backbone = context.build_backbone()
         head = MLPHead(
             backbone.embed_dim,
             self.head_dim,
@@ -84,82 +85,87 @@ class SwAVConfig(MethodConfig):
 
 
 class PrototypeHead(nn.Module):
-    """[n, D] -> [n, d] at unit length, and beside it the prototypes, of unit length too: [..., d] -> [..., K]."""
+    """A projection to l2-normalised features, [n, D] -> [n, d], and K l2-normalised prototypes, [..., d] -> [..., K]."""
 
     def __init__(self, projection: nn.Module, dim: int, count: int) -> None:
         super().__init__()
         self.projection = projection
         self.prototypes = nn.Linear(dim, count, bias=False)
-        self.normalise()
+        self.normalize_prototypes()
 
     def forward(self, x: Tensor) -> Tensor:
-        return l2_norm(self.projection(x))
+        """Return the features; `prototypes` maps them to logits."""
+        return l2_normalize(self.projection(x))
 
     @torch.no_grad()
-    def normalise(self) -> None:
-        self.prototypes.weight.copy_(l2_norm(self.prototypes.weight))
+    def normalize_prototypes(self) -> None:
+        """Scale the prototypes to unit length, in place."""
+        self.prototypes.weight.copy_(l2_normalize(self.prototypes.weight))
 
 
 class SwAV(Method):
-    """A network and its prototypes; the queue remembers the features of both global views of earlier pictures."""
+    """A network with prototypes, and a queue of the features of both global views of earlier images."""
 
     def __init__(self, network: Network, config: SwAVConfig) -> None:
         super().__init__()
         self.config, self.network = config, network
         self.queue = Queue(config.queue, config.global_views, config.head_dim) if config.queue else None
 
-    def forward(self, batch: Batch, clock: Clock, ahead: None = None) -> Outputs:
-        """SwAV's Eq. 1 and 2 in both directions, and from every local view to both global ones."""
-        features = self.network(batch.views)  # [V, B, D], of unit length
+    def forward(self, batch: Batch, clock: Clock, targets: None = None) -> Outputs:
+        """SwAV's Eq. 1 and 2 in both directions, and from each local view to both global ones."""
+        features = self.network(batch.views)  # [V, B, D], l2-normalised
         logits = self.head.prototypes(features)  # [V, B, K]
-        known = features[: self.config.global_views].detach()
-        targets = self.targets(known, clock)
-        loss = cross_entropy_over_pairs(targets, log_P(logits, self.config.temperature))
-        entropy, shares = h(targets).mean(), targets.mean((0, 1))
+        global_features = features[: self.config.global_views].detach()
+        assignments = self.assign(global_features, clock)
+        loss = cross_entropy_over_pairs(assignments, log_P(logits, self.config.temperature))
+        entropy, usage = h(assignments).mean(), assignments.mean((0, 1))
         metrics = {
             "loss": loss.detach(),
             "teacher_entropy": entropy,
-            "kl": loss.detach() - entropy,  # every target is in V - 1 pairs, so means subtract
-            "marginal_entropy": h(shares),
-            "prototypes_used": shares,
+            "kl": loss.detach() - entropy,  # each target is in V - 1 pairs
+            "marginal_entropy": h(usage),
+            "prototypes_used": usage,
         }
-        return Outputs(loss, known.transpose(0, 1), metrics)
+        return Outputs(loss, global_features.transpose(0, 1), metrics)
 
     @torch.no_grad()
-    def targets(self, features: Tensor, clock: Clock) -> Tensor:
-        """[G, B, D] -> [G, B, K]: where the pictures belong, all ranks' and the queue's shared out together."""
-        batch = features.shape[1]
-        if self.queue is not None and clock.step >= self._first(clock) and self.queue.is_full():
-            earlier = distributed.shard(self.queue.rows).transpose(0, 1)  # each rank brings its part of it
+    def assign(self, features: Tensor, clock: Clock) -> Tensor:
+        """Return soft assignments to prototypes, even over the images of all ranks and the queue: [G, B, D] -> [G, B, K]."""
+        batch_size = features.shape[1]
+        if self.queue is not None and clock.step >= self._queue_start(clock) and self.queue.is_full():
+            earlier = distributed.shard(self.queue.rows).transpose(0, 1)  # each rank adds its part
             features = torch.cat([earlier, features], dim=1)
         logits = self.head.prototypes(features)
-        return sinkhorn_knopp(logits, self.config.epsilon, self.config.iterations)[:, -batch:]
+        return sinkhorn_knopp(logits, self.config.epsilon, self.config.iterations)[:, -batch_size:]
 
     def before_step(self, clock: Clock) -> None:
-        """The prototypes stand still at first: features that differ by chance would pull them together."""
+        """Freeze the prototypes at first, when random differences of features would collapse them."""
         if clock.step < self.config.freeze_prototypes * clock.steps_per_epoch:
             self.head.prototypes.weight.grad = None
 
     def after_step(self, carry: Tensor, clock: Clock) -> None:
-        """The prototypes are brought back to unit length, and the batch joins the queue. carry: features [B, G, D]."""
-        self.head.normalise()
-        if self.queue is not None and clock.step >= self._first(clock):
+        """Normalise the prototypes and push the features [B, G, D] (`carry`) to the queue."""
+        self.head.normalize_prototypes()
+        if self.queue is not None and clock.step >= self._queue_start(clock):
             self.queue.push(distributed.unshard(carry), clock.step)
 
-    def _first(self, clock: Clock) -> float:
-        """The step from which on features are kept, and used as soon as the queue is full."""
+    def _queue_start(self, clock: Clock) -> float:
+        """Return the first step whose features are queued; they are used once the queue is full."""
         return self.config.queue_from * clock.steps_per_epoch
 
     @property
     def head(self) -> PrototypeHead:
+        """The projection head with the prototypes."""
         head = self.network.head
         assert isinstance(head, PrototypeHead)
         return head
 
     @property
     def backbone(self) -> Backbone:
+        """The network's backbone."""
         return self.network.backbone
 
     @property
     def trainable(self) -> Network:
+        """The network."""
         return self.network

@@ -4,7 +4,7 @@ import re
 
 from dino_ssl.errors import UserError, did_you_mean
 from dino_ssl.models.backbone import Attentive, Backbone, BackboneConfig, Features
-from dino_ssl.models.heads import DINOHead, MLPHead, Network, Predictor
+from dino_ssl.models.heads import DINOHead, MLPHead, Network
 from dino_ssl.models.timm import Timm
 from dino_ssl.models.vit import VisionTransformer, ViT
 
@@ -37,7 +37,6 @@ __all__ = [
     "Features",
     "MLPHead",
     "Network",
-    "Predictor",
     "Timm",
     "ViT",
     "VisionTransformer",

@@ -10,17 +10,19 @@ from torch.nn import functional as F
 
 from dino_ssl.errors import UserError
 from dino_ssl.models.backbone import Backbone
-from dino_ssl.models.vit import init_weights
+from dino_ssl.models.blocks import init_weights
+from dino_ssl.objectives import l2_normalize
 
+Norm = Literal["none", "batch"]
+Activation = Literal["gelu", "relu"]
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class DINOHead(nn.Module):
-    """[n, D] -> [n, K]: an MLP to a narrow bottleneck, l2 norm, then one weight-normalised layer of K
-    prototypes.
+    """An MLP to a narrow bottleneck, l2 normalisation, and a weight-normalised layer of K prototypes: [n, D] -> [n, K].
 
-    With `bottleneck=None` there is neither the bottleneck nor its norm (App. C): `layers` plain linear
-    layers, the last of which gives the K outputs; `norm_last` then means nothing.
+    With `bottleneck=None` (App. C) there is neither bottleneck nor normalisation, but `layers` plain linear layers, the
+    last of which gives the K outputs; `norm_last` has no effect then.
     """
 
     def __init__(
@@ -31,8 +33,8 @@ class DINOHead(nn.Module):
         layers: int = 3,
         hidden: int = 2048,
         bottleneck: int | None = 256,
-        norm: Literal["none", "batch"] = "none",
-        act: Literal["gelu", "relu"] = "gelu",
+        norm: Norm = "none",
+        act: Activation = "gelu",
         norm_last: bool = True,
     ) -> None:
         super().__init__()
@@ -49,17 +51,19 @@ class DINOHead(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the K prototypes."""
         return self.last_layer(self.embed(x))
 
     def embed(self, x: Tensor) -> Tensor:
-        """[n, D] -> [n, d]: what the last layer compares with its K prototypes."""
+        """Return the inputs of the last layer, [n, D] -> [n, d]."""
         x = self.mlp(x)
-        return l2_norm(x) if self.normalised else x
+        return l2_normalize(x) if self.normalised else x
 
 
 class MLPHead(nn.Module):
-    """[n, D] -> [n, d]: the projection of BYOL, MoCo-v2 and SwAV, `layers` linear layers with norm and activation
-    between them. The last one has neither: what comes out is taken at unit length where it is compared.
+    """Linear layers with norm and activation in between, [n, D] -> [n, d]; the outputs are not normalised.
+
+    The projection head of BYOL, MoCo-v2 and SwAV, and BYOL's predictor q (Grill et al., 2020, Sec. 3.2; Tables 7, 14).
     """
 
     def __init__(
@@ -69,8 +73,8 @@ class MLPHead(nn.Module):
         *,
         layers: int = 2,
         hidden: int = 2048,
-        norm: Literal["none", "batch"] = "batch",
-        act: Literal["gelu", "relu"] = "relu",
+        norm: Norm = "batch",
+        act: Activation = "relu",
     ) -> None:
         super().__init__()
         if layers < 1:
@@ -79,92 +83,59 @@ class MLPHead(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the projections."""
         return self.mlp(x)
 
 
 class WeightNormLinear(nn.Module):
-    """x -> (g v / |v|) x, one length g and one direction v per output, no bias (Salimans and Kingma, 2016).
+    """A linear layer x -> (g v / |v|) x without bias, with one scale g and direction v per output.
 
-    The lengths begin at 1 and, unless `learn_scale`, stay there: the outputs are then cosines to K
-    prototypes.
+    Weight normalisation (Salimans and Kingma, 2016). The scales are 1, and constant unless `learn_scale`: the outputs
+    are then cosine similarities to K prototypes.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, learn_scale: bool) -> None:
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=learn_scale)
-        # The directions start as the weights of a linear layer do: uniform, of any scale, since |v| is
-        # divided out.
+        # Initialised as the weights of nn.Linear; their scale does not matter, since |v| is divided out.
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs, [..., d] -> [..., K]."""
         return F.linear(x, self.weight.to(x.dtype))
 
     @property
     def weight(self) -> Tensor:
-        """g v / |v|, the K prototypes [K, d]."""
+        """The K prototypes g v / |v|, [K, d]."""
         v = self.weight_v.float()
         return v * (self.weight_g.float() / v.norm(dim=-1, keepdim=True))
 
 
-def mlp(
-    widths: Sequence[int],
-    *,
-    norm: Literal["none", "batch"] = "none",
-    act: Literal["gelu", "relu"] = "gelu",
-    act_last: bool = False,
-) -> nn.Module:
-    """Linear layers from each width to the next, with norm and activation between them (and after the last).
+def mlp(widths: Sequence[int], *, norm: Norm = "none", act: Activation = "gelu", act_last: bool = False) -> nn.Module:
+    """Return linear layers between consecutive widths, with norm and activation in between (and after the last).
 
-    One layer alone is a plain `nn.Linear`, as in the authors' head, so that their files' names fit.
+    A single layer is a plain `nn.Linear` as in the authors' head, so that parameter names are equal.
     """
     modules: list[nn.Module] = []
-    for i, (before, after) in enumerate(pairwise(widths)):
-        modules.append(nn.Linear(before, after))
+    for i, (in_dim, out_dim) in enumerate(pairwise(widths)):
+        modules.append(nn.Linear(in_dim, out_dim))
         if act_last or i < len(widths) - 2:
-            modules += [nn.BatchNorm1d(after)] if norm == "batch" else []
+            modules += [nn.BatchNorm1d(out_dim)] if norm == "batch" else []
             modules.append(ACTIVATIONS[act]())
     return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 
 
-def l2_norm(x: Tensor) -> Tensor:
-    """x / |x| along the last axis, in float32 whatever the precision around it: half floats lose the small
-    ones.
-    """
-    return F.normalize(x.float(), dim=-1)
-
-
-class Predictor(nn.Module):
-    """q of BYOL (Grill et al., 2020, Sec. 3.2; Tables 7 and 14): [n, K] -> [n, K], an MLP of one hidden layer that the
-    student alone has, to guess the teacher's outputs from its own."""
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        hidden: int = 4096,
-        norm: Literal["none", "batch"] = "batch",
-        act: Literal["gelu", "relu"] = "relu",
-    ) -> None:
-        super().__init__()
-        self.mlp = mlp([dim, hidden, dim], norm=norm, act=act)
-        self.apply(init_weights)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x)
-
-
 class Network(nn.Module):
-    """g = h after f: a backbone, then a head, over stacked views (Sec. 3.1); a student may have a predictor after."""
+    """g = h after f: a backbone and a head over stacked views (Sec. 3.1), and a predictor after them if given."""
 
     def __init__(self, backbone: Backbone, head: nn.Module, predictor: nn.Module | None = None) -> None:
         super().__init__()
         self.backbone, self.head, self.predictor = backbone, head, predictor
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
-        """One [n, B, 3, H, W] per resolution -> [sum of n, B, K], views in the order given.
+        """Return the outputs of all views in order, one [n, B, 3, H, W] per resolution -> [sum of n, B, K].
 
-        The backbone runs once per resolution, head and predictor once on everything: a batch norm in them sees
-        all views.
+        Head and predictor run once on all views, so batch norm in them uses the statistics of all views.
         """
         outputs = self.head(self.backbone.forward_views(views))
         if self.predictor is not None:

@@ -1,6 +1,6 @@
 """The Vision Transformer of the paper: pre-norm blocks over patches and a [CLS] token (Sec. 3.1, Table 1).
 
-Parameters carry the names of the authors' released files, so that those load as they are.
+Parameters have the names of the authors' released files, and of timm.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +15,19 @@ from torch.utils.checkpoint import checkpoint
 
 from dino_ssl.errors import UserError
 from dino_ssl.models.backbone import Attentive, BackboneConfig, Features
+from dino_ssl.models.blocks import Block, PatchEmbed, init_weights, scaled_dot_product
 
 
 class Size(NamedTuple):
+    """The dimensions of a ViT."""
+
     width: int
     depth: int
     heads: int
 
 
 SIZES = {"tiny": Size(192, 12, 3), "small": Size(384, 12, 6), "base": Size(768, 12, 12)}
-"""Table 1 and the authors' ViT-tiny: 64 channels per head in all of them."""
+"""Table 1 and the authors' ViT-tiny; 64 channels per head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,42 +37,39 @@ class ViT(BackboneConfig):
     size: Literal["tiny", "small", "base"] = "small"
     """tiny (5 M parameters), small (21 M, ViT-S of the paper), base (85 M, ViT-B)."""
     patch: int = 16
-    """Side of a patch in pixels. Smaller is better and slower (Fig. 5): 16, 8, 5, ..."""
+    """Patch size in pixels. Smaller is better and slower (Fig. 5): 16, 8, 5, ..."""
     image_size: int = 224
-    """Side of the images whose positions are learned; for any other size they are interpolated."""
+    """Side of the images whose position embeddings are learned; they are interpolated for other sizes."""
     registers: int = 0
-    """Extra tokens that belong to no place (Darcet et al., 2024). 0 in the paper."""
+    """Number of register tokens (Darcet et al., 2024). 0 in the paper."""
     drop_path: float = 0.1
-    """Stochastic depth of the last block; grows linearly from 0 in the first. The teacher has none."""
+    """Stochastic depth rate of the last block; grows linearly from 0 in the first. The teacher has none."""
     width: int | None = None
     """Overrides the width of `size`."""
     depth: int | None = None
     """Overrides the number of blocks of `size`."""
     heads: int | None = None
-    """Overrides the number of attention heads of `size` (App. D: more heads, a little better)."""
+    """Overrides the number of attention heads of `size` (App. D: more heads are slightly better)."""
     mlp_ratio: float = 4.0
-    """Width of the blocks' MLP over the width of the network."""
+    """Width of the MLPs in the blocks divided by the width of the network."""
 
     def __post_init__(self) -> None:
         width, _, heads = self.shape
         if self.patch < 1 or self.image_size < self.patch:
             raise UserError(f"ViT: expected 1 <= patch <= image_size, got {self.patch} and {self.image_size}.")
         if heads < 1 or width % heads:
-            raise UserError(f"ViT: the width must be a multiple of the heads, got {width} and {heads}.")
+            raise UserError(f"ViT: expected a width that is a multiple of the heads, got {width} and {heads}.")
 
     @property
     def shape(self) -> Size:
-        """Width, depth and heads, after the overrides."""
+        """Width, depth and heads after the overrides."""
         width, depth, heads = SIZES[self.size]
         return Size(self.width or width, self.depth or depth, self.heads or heads)
 
     def build(self, *, drop_path: float | None = None) -> "VisionTransformer":
-        """A network with fresh weights; `drop_path` overrides the setting (0 for a teacher)."""
-        width, depth, heads = self.shape
+        """Return the network with initial weights; `drop_path` overrides the setting (0 for a teacher)."""
         return VisionTransformer(
-            width=width,
-            depth=depth,
-            heads=heads,
+            **self.shape._asdict(),
             patch=self.patch,
             image_size=self.image_size,
             registers=self.registers,
@@ -87,12 +87,12 @@ class ViT(BackboneConfig):
 
     @property
     def spec(self) -> str:
-        """`vit_SIZE/PATCH`."""
+        """A name such as `vit_small/16`."""
         return f"vit_{self.size}/{self.patch}"
 
     @property
     def input_size(self) -> int:
-        """Side of the images whose positions are learned."""
+        """Side of the images whose position embeddings are learned."""
         return self.image_size
 
     @property
@@ -102,16 +102,16 @@ class ViT(BackboneConfig):
 
     def activation_bytes(self, image_size: int) -> float:
         """Estimate the bytes kept for the backward pass per image: 40 per channel of each token and block."""
-        tokens = 2 * (image_size // self.patch) ** 2 + 400  # two global views and some local ones
+        tokens = 2 * (image_size // self.patch) ** 2 + 400  # two global views and several local ones
         return 40 * tokens * self.shape.width * self.shape.depth
 
     def with_image_size(self, size: int) -> Self:
-        """Return a copy whose positions are learned for images of `size`."""
+        """Return a copy whose position embeddings are for images of `size`."""
         return replace(self, image_size=size)
 
 
 class VisionTransformer(Attentive):
-    """Images -> patches + [CLS] + positions -> blocks -> norm; the [CLS] token is the image's vector."""
+    """Patch embedding, [CLS] and register tokens, positions, blocks, norm; [CLS] is the feature vector of an image."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class VisionTransformer(Attentive):
         self.patch, self.registers = patch, registers
         self.grad_checkpointing = False
         self._forward_views: Callable[[VisionTransformer, Sequence[Tensor]], Tensor] | None = None
-        self.side = image_size // patch  # of the grid whose positions are learned
+        self.side = image_size // patch  # of the grid of position embeddings
         self.patch_embed = PatchEmbed(width, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side**2, width))
@@ -146,17 +146,18 @@ class VisionTransformer(Attentive):
             trunc_normal_(tokens, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the [CLS] tokens after the final norm, [B, 3, H, W] -> [B, D]."""
         tokens = self.embed(images)
         for block in self.blocks:
-            wanted = 1 if block is self.blocks[-1] else None  # [CLS] alone is read of what the last block makes
+            num_queries = 1 if block is self.blocks[-1] else None  # only [CLS] of the last block is used
             if self.grad_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, wanted, use_reentrant=False)
+                tokens = checkpoint(block, tokens, num_queries, use_reentrant=False)
             else:
-                tokens = block(tokens, wanted)
+                tokens = block(tokens, num_queries)
         return self.norm(tokens[:, 0])
 
     def forward_views(self, views: Sequence[Tensor]) -> Tensor:
-        """As `Backbone.forward_views`, or by the implementation given to `use_kernels`."""
+        """Return the features of all views, by the implementation given to `use_kernels` or the reference one."""
         return super().forward_views(views) if self._forward_views is None else self._forward_views(self, views)
 
     def use_kernels(
@@ -165,184 +166,82 @@ class VisionTransformer(Attentive):
         attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         forward_views: Callable[["VisionTransformer", Sequence[Tensor]], Tensor] | None = None,
     ) -> None:
-        """Replace scaled dot-product attention and `forward_views`; None keeps the reference implementation."""
+        """Replace scaled dot-product attention and `forward_views`; None selects the reference implementation."""
         self._forward_views = forward_views
-        for part in self.modules():
-            if isinstance(part, Attention):
-                part.attend = attention or scaled_dot_product
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attn.attend = attention or scaled_dot_product
 
-    def set_grad_checkpointing(self, on: bool) -> None:
-        self.grad_checkpointing = on
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        """Enable activation checkpointing of the blocks."""
+        self.grad_checkpointing = enable
 
-    def features(self, images: Tensor, layers: int = 1) -> list[Features]:
-        if not 1 <= layers <= self.num_blocks:
-            raise UserError(f"Expected 1 to {self.num_blocks} layers (blocks of this network), got {layers}.")
-        grid = self.grid(images)
-        tokens, last = self.embed(images), []
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Return the normalised tokens of the last block as timm's `forward_features`: [B, 1 + registers + h w, D]."""
+        return self.get_intermediate_layers(images)[0]
+
+    def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
+        """Return the normalised tokens of the last n blocks as the authors' method: n of [B, 1 + registers + h w, D]."""
+        if not 1 <= n <= self.num_blocks:
+            raise UserError(f"Expected 1 to {self.num_blocks} layers (blocks of this network), got {n}.")
+        tokens, outputs = self.embed(images), []
         for i, block in enumerate(self.blocks):
             tokens = block(tokens)
-            if i >= self.num_blocks - layers:
-                last.append(self.norm(tokens))
-        return [Features(x[:, 0], x[:, 1 + self.registers :].unflatten(1, grid)) for x in last]
+            if i >= self.num_blocks - n:
+                outputs.append(self.norm(tokens))
+        return outputs
+
+    def get_last_selfattention(self, images: Tensor) -> Tensor:
+        """Return the attention weights of the last block as the authors' method: [B, heads, N, N]."""
+        return self.attention(images)
+
+    def features(self, images: Tensor, layers: int = 1) -> list[Features]:
+        """Return the [CLS] token and the patch tokens of the last `layers` blocks, each after the final norm."""
+        outputs, grid = self.get_intermediate_layers(images, layers), self.grid(images)
+        return [Features(x[:, 0], x[:, 1 + self.registers :].unflatten(1, grid)) for x in outputs]
 
     def layer_ids(self) -> dict[str, int]:
-        deep = {id(p): self.num_blocks for p in self.norm.parameters()}
-        deep |= {id(p): number for number, block in enumerate(self.blocks, 1) for p in block.parameters()}
-        return {name: deep.get(id(p), 0) for name, p in self.named_parameters()}
+        """Return 0 for the embeddings, the number of the block from 1, and the last block's for the final norm."""
+        layers = {id(p): self.num_blocks for p in self.norm.parameters()}
+        layers |= {id(p): number for number, block in enumerate(self.blocks, 1) for p in block.parameters()}
+        return {name: layers.get(id(p), 0) for name, p in self.named_parameters()}
 
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
+        """Return the attention weights of a block, [B, 3, H, W] -> [B, heads, N, N] in float32."""
         if not -self.num_blocks <= layer < self.num_blocks:
             last = self.num_blocks - 1
-            raise UserError(f"Expected a layer in 0 .. {last} (or -1, the last, to {-last - 1}), got {layer}.")
+            raise UserError(f"Expected a layer from 0 to {last}, or from -1 (the last) to {-last - 1}, got {layer}.")
         *earlier, block = list(self.blocks)[: layer % self.num_blocks + 1]
         assert isinstance(block, Block)
         tokens = self.embed(images)
-        for other in earlier:
-            tokens = other(tokens)
+        for previous in earlier:
+            tokens = previous(tokens)
         return block.attn.weights(block.norm1(tokens))
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, 1 + registers + h w, D]: every token that enters the first block."""
+        """Return the tokens that enter the first block, [B, 3, H, W] -> [B, 1 + registers + h w, D]."""
         positions = self.positions(*self.grid(images))
         patches = self.patch_embed(images) + positions[:, 1:]
-        first = [self.cls_token + positions[:, :1], *([self.register_tokens] if self.registers else [])]
-        return torch.cat([*(token.expand(len(images), -1, -1) for token in first), patches], dim=1)
+        prefix = [self.cls_token + positions[:, :1], *([self.register_tokens] if self.registers else [])]
+        return torch.cat([*(token.expand(len(images), -1, -1) for token in prefix), patches], dim=1)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """(h, w), the whole patches in an image; what is left at the right and lower border is not seen."""
+        """Return (h, w), the number of complete patches; remaining pixels at the right and bottom edge are ignored."""
         height, width = images.shape[-2:]
         if min(height, width) < self.patch:
             raise UserError(f"An image of {height} x {width} is smaller than one patch ({self.patch} pixels).")
         return height // self.patch, width // self.patch
 
     def positions(self, h: int, w: int) -> Tensor:
-        """The learned positions for a grid of h x w patches: [1, 1 + h w, D], bicubic where the grid is
-        another.
+        """Return the position embeddings of h x w patches, [1, 1 + h w, D], by bicubic interpolation if necessary.
 
-        The scale is (h + 0.1) / side, as in the authors' code, and not h / side: the 0.1, there to keep
-        rounding from losing a row, also moves the sampling points a little, and their released weights were
-        trained so.
+        The scale is (h + 0.1) / side as in the authors' code, instead of h / side. The 0.1 prevents rounding from losing
+        a row; it also shifts the sampling points slightly, and the released weights were trained with it.
         """
         if (h, w) == (self.side, self.side):
             return self.pos_embed
-        cls, places = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        grid = places.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
+        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        grid = patches.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
         scale = ((h + 0.1) / self.side, (w + 0.1) / self.side)
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
         return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
-
-
-class PatchEmbed(nn.Module):
-    """[B, 3, H, W] -> [B, h w, D]: one linear map of each patch's pixels."""
-
-    def __init__(self, width: int, patch: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); each branch is left out at random in training."""
-
-    def __init__(
-        self, width: int, heads: int, mlp_ratio: float, qkv_bias: bool, norm_eps: float, drop_path: float
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attn = Attention(width, heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = MLP(width, int(width * mlp_ratio))
-        self.drop_path = drop_path
-
-    def forward(self, x: Tensor, wanted: int | None = None) -> Tensor:
-        """[B, N, D] -> the same, or the first `wanted` tokens of it: the others are attended to, and not renewed."""
-        rate = self.drop_path if self.training else 0.0
-        x = x[:, :wanted] + drop_path(self.attn(self.norm1(x), wanted), rate)
-        return x + drop_path(self.mlp(self.norm2(x)), rate)
-
-
-def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v for each head, [B, heads, N, d] each.
-
-    Measured in float32 on an AVX2 core, the fused kernel is as fast as plain matrix products at 17 to 65 tokens, 1.2
-    times as fast at 197 and 2 to 3 times at 785.
-    """
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention: softmax(q k / sqrt(d)) v in each head, d = D / heads."""
-
-    def __init__(self, width: int, heads: int, qkv_bias: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = scaled_dot_product
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, wanted: int | None = None) -> Tensor:
-        x = self.attend(*self.split_heads(x, wanted))
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-    def weights(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, heads, N, N]: what `forward` weighs the values with, in float32."""
-        q, k, _ = self.split_heads(x)
-        scores = torch.einsum("bhqd,bhkd->bhqk", q, k).float() * q.shape[-1] ** -0.5
-        return scores.softmax(dim=-1)
-
-    def split_heads(self, x: Tensor, wanted: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, N, D] -> queries (of the first `wanted` tokens), keys and values, each [B, heads, N, d]."""
-        if wanted is None:
-            q, k, v = self.project_qkv(x).permute(2, 0, 3, 1, 4)
-        else:
-            q = self.project_qkv(x[:, :wanted], slice(0, 1)).permute(2, 0, 3, 1, 4)[0]
-            k, v = self.project_qkv(x, slice(1, 3)).permute(2, 0, 3, 1, 4)
-        return q, k, v
-
-    def project_qkv(self, x: Tensor, which: slice = slice(0, 3)) -> Tensor:
-        """[..., D] -> [..., 3, heads, d], or those of queries, keys and values that are asked for.
-
-        The keys' bias is left out. It adds q . b to all scores of a query, which softmax takes away again, so
-        its gradient is zero but for rounding; AdamW would blow that up into a walk at random.
-        """
-        bias = self.qkv.bias
-        if bias is not None:
-            for_q, for_k, for_v = bias.chunk(3)
-            bias = torch.cat([for_q, torch.zeros_like(for_k), for_v])
-            bias = bias.unflatten(0, (3, -1))[which].flatten()
-        weight = self.qkv.weight.unflatten(0, (3, -1))[which].flatten(0, 1)
-        return F.linear(x, weight, bias).unflatten(-1, (which.stop - which.start, self.heads, -1))
-
-
-class MLP(nn.Module):
-    """D -> hidden -> D with GELU, on every token alone."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-def drop_path(x: Tensor, rate: float) -> Tensor:
-    """Stochastic depth: a residual branch is zero for a share `rate` of the images, and its mean stays what
-    it was.
-    """
-    if rate == 0:
-        return x
-    keep = torch.empty(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - rate)
-    return x * (keep / (1 - rate))
-
-
-def init_weights(module: nn.Module) -> None:
-    """Linear layers: truncated normal of deviation 0.02, bias 0. Norms and the patches' convolution keep
-    torch's.
-    """
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -29,7 +29,7 @@ def moco() -> Run:
         vits16_300(),
         method=MoCoConfig(),
         views=TWO_VIEWS,
-        optim=dict(weight_decay=0.05, weight_decay_end=0.05, clip=0.0),
+        optim=dict(weight_decay=0.05, weight_decay_end=0.05, clip_grad=0.0),
         out="runs/moco",
     )
 

@@ -42,7 +42,7 @@ def vits16_800() -> Run:
     """ViT-S/16, 800 epochs, 10 local crops: 74.5 / 77.0 (Table 2; the released settings, float32, no clipping)."""
     return edit(
         vits16_300(),
-        optim=dict(epochs=800, min_lr=1e-5, clip=0.0),
+        optim=dict(epochs=800, min_lr=1e-5, clip_grad=0.0),
         views=dict(local=10, global_scale=(0.25, 1.0), local_scale=(0.05, 0.25)),
         precision="float32",
         out="runs/vits16-800",
@@ -59,7 +59,7 @@ def vitb16() -> Run:
     return edit(
         vits16_800(),
         backbone=dict(size="base"),
-        optim=dict(epochs=400, lr=7.5e-4, min_lr=2e-6, clip=0.3),
+        optim=dict(epochs=400, lr=7.5e-4, min_lr=2e-6, clip_grad=0.3),
         method=dict(warmup_teacher_temp_epochs=50, freeze_last_layer=3, norm_last=True),
         out="runs/vitb16",
     )
@@ -70,7 +70,7 @@ def vitb8() -> Run:
     return edit(
         vitb16(),
         backbone=dict(patch=8),
-        optim=dict(epochs=300, batch_size=1056, lr=5e-4, clip=3.0),
+        optim=dict(epochs=300, batch_size=1056, lr=5e-4, clip_grad=3.0),
         method=dict(warmup_teacher_temp=0.03),
         out="runs/vitb8",
     )
@@ -105,7 +105,7 @@ def resnet50_800() -> Run:
             min_lr=0.0048,
             weight_decay=1e-6,
             weight_decay_end=1e-6,
-            clip=0.0,
+            clip_grad=0.0,
         ),
         method=dict(out_dim=60000, head_norm="batch", teacher_temp=0.07, warmup_teacher_temp_epochs=50),
         views=dict(local=6),

@@ -14,7 +14,7 @@ from dino_ssl.methods.byol import BYOLConfig
 from dino_ssl.methods.moco import MoCoConfig
 from dino_ssl.methods.swav import SwAVConfig
 
-PLAIN = {"weight_decay": 0.05, "weight_decay_end": 0.05, "clip": 0.0}
+PLAIN = {"weight_decay": 0.05, "weight_decay_end": 0.05, "clip_grad": 0.0}
 
 BYOL: Changes = {"method": BYOLConfig(), "optim": PLAIN}
 BYOL_SMALL: Changes = {"method": BYOLConfig(head_hidden=512, head_dim=128, momentum=0.97)}
