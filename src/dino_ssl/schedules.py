@@ -38,6 +38,7 @@ class Constant:
     value: float
 
     def __call__(self, clock: Clock) -> float:
+        """Return the value at this step."""
         return self.value
 
 
@@ -49,6 +50,7 @@ class Cosine:
     stop: float
 
     def __call__(self, clock: Clock) -> float:
+        """Return the value at this step."""
         return _cosine(self, clock.step, clock.steps)
 
 
@@ -62,6 +64,7 @@ class Warmup:
     start: float = 0.0
 
     def __call__(self, clock: Clock) -> float:
+        """Return the value at this step."""
         warm = min(round(self.epochs * clock.steps_per_epoch), clock.steps)
         peak = self.then.value if isinstance(self.then, Constant) else self.then.start
         if clock.step < warm:
@@ -81,6 +84,7 @@ class EpochRamp:
     """Length of the ramp in epochs; 0: `stop` from the first step."""
 
     def __call__(self, clock: Clock) -> float:
+        """Return the value at this step."""
         if clock.epoch >= self.epochs:
             return self.stop
         return self.start + (self.stop - self.start) * clock.epoch / max(1, self.epochs - 1)

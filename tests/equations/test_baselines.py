@@ -125,7 +125,7 @@ def test_the_queue_keeps_the_newest_rows_whatever_the_batch(size: int, batch: in
         assert kept == set(ever[-size:])
         assert queue.is_full() == (len(ever) >= size)
         newest = {row for row, born in ever[-size:] if born >= step - 1}
-        assert {tuple(row.tolist()) for row in queue.rows[queue.since(step - 1)]} == newest
+        assert {tuple(row.tolist()) for row in queue.rows[queue.pushed_since(step - 1)]} == newest
 
 
 def test_a_queue_goes_on_from_its_state() -> None:
@@ -296,7 +296,7 @@ def test_swavs_queue_is_shared_out_with_the_batch_once_it_is_full() -> None:
     scores = (z @ method.head.prototypes.weight.T).detach()
     expected = torch.tensor([slow_assignments(view, 0.05, 3)[-5:] for view in scores])
     torch.testing.assert_close(
-        method.targets(features.detach(), CLOCK._replace(step=14)), expected, atol=1e-5, rtol=1e-4
+        method.assign(features.detach(), CLOCK._replace(step=14)), expected, atol=1e-5, rtol=1e-4
     )
 
 

@@ -75,7 +75,7 @@ def test_all_branches_may_be_dropped() -> None:
     assert not torch.equal(packed_vit.block_forward(block.eval(), x, [(3, 5)]), x)
 
 
-@pytest.mark.parametrize("tokens", [37, attention.FEW + 1])
+@pytest.mark.parametrize("tokens", [37, attention.MAX_TOKENS + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_kernel_attends_alike(tokens: int, dtype: torch.dtype) -> None:
     seeded = torch.Generator().manual_seed(0)

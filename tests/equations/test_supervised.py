@@ -17,9 +17,9 @@ from dino_ssl.methods.supervised import (
     Supervised,
     SupervisedConfig,
     draw_mix,
-    mixed_images,
-    mixed_targets,
-    smoothed,
+    mix_images,
+    mix_targets,
+    smooth_labels,
 )
 from dino_ssl.models.vit import ViT
 from dino_ssl.schedules import Clock
@@ -147,18 +147,18 @@ def test_a_box_has_the_area_that_is_cut() -> None:
 
 def test_targets_are_distributions() -> None:
     labels = torch.tensor([0, 2, 1, 1])
-    targets = smoothed(labels, 3, 0.1)
+    targets = smooth_labels(labels, 3, 0.1)
     assert targets[0].tolist() == pytest.approx([0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3])
-    torch.testing.assert_close(mixed_targets(targets, Mix(0.3)).sum(1), torch.ones(4))
-    torch.testing.assert_close(mixed_targets(targets, Mix(1.0)), targets)
+    torch.testing.assert_close(mix_targets(targets, Mix(0.3)).sum(1), torch.ones(4))
+    torch.testing.assert_close(mix_targets(targets, Mix(1.0)), targets)
 
 
 def test_half_a_batch_on_each_of_two_ranks_is_mixed_as_the_whole_is() -> None:
     """Rank r has positions r, r + 2, ...: partners must lie on the same rank."""
     views, mix = torch.randn(1, 8, 3, 4, 4), Mix(0.25, (0, 2, 1, 4))
-    whole = mixed_images(views, mix)
+    whole = mix_images(views, mix)
     for rank in (0, 1):
-        assert torch.equal(mixed_images(views[:, rank::2], mix), whole[:, rank::2])
+        assert torch.equal(mix_images(views[:, rank::2], mix), whole[:, rank::2])
 
 
 def test_the_classifier_starts_small_and_the_backbone_as_it_was() -> None:

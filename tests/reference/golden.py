@@ -1,10 +1,10 @@
-"""What every golden check shares: comparisons of one file, collected into one line.
+"""Comparisons of one reference file, collected into one result.
 
-A check is a function `check(path) -> Result` that reads one golden file, recomputes what it holds with the
-project's code, and says how far apart the two are:
+A check is a function that recomputes the content of a file with the project's code. Imports of the project are inside,
+so that an import error fails one check only:
 
     def loss(path: Path) -> Result:
-        from dino_ssl.objectives import dino_loss  # inside: a missing module is `todo`, not a crash of the others
+        from dino_ssl.objectives import dino_loss
 
         data, check = read(path), Check()
         check.close("loss/0", dino_loss(...), data["loss/0"])
@@ -20,32 +20,32 @@ import numpy as np
 import torch
 
 SINGLE = 1e-5
-"""One forward pass, loss or schedule."""
+"""Tolerance of one forward pass, loss or schedule."""
 TRAJECTORY = 2e-4
-"""The weights at the end of a training trajectory."""
+"""Tolerance of the weights at the end of a training trajectory."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """The comparison of a file that came nearest to failing, or the first that failed."""
+    """The comparison of a file with the largest error relative to its tolerance, or the first that failed."""
 
     max_abs_error: float
     tolerance: float
     ok: bool
     where: str = ""
-    """The entry of the file that the two numbers are about, and what was wrong with it."""
+    """The entry of the file, and the reason of a failure."""
 
 
 @dataclass
 class Check:
-    """Comparisons of one golden file; `result()` is the one with the largest error for its tolerance."""
+    """The comparisons of one reference file."""
 
     results: list[Result] = field(default_factory=list)
 
     def close(self, where: str, actual: Any, expected: Any, tolerance: float | np.ndarray = SINGLE) -> None:
-        """|actual - expected| <= tolerance everywhere; `tolerance` is a number or one number per element.
+        """Compare |actual - expected| with the tolerance, a number or one number per element.
 
-        Another shape, or a NaN on either side, fails with an infinite error.
+        A difference in shape, or a nan on either side, fails with an infinite error.
         """
         actual, expected = _array(actual), _array(expected)
         if actual.shape != expected.shape:
@@ -58,12 +58,12 @@ class Check:
             error = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
         error = np.where(actual == expected, 0.0, np.where(np.isfinite(error), error, np.inf))
         limit = np.broadcast_to(np.asarray(tolerance, np.float64), error.shape)
-        worst = np.argmax(error / np.maximum(limit, 1e-300))  # the element nearest to failing, or failing by most
+        worst = np.argmax(error / np.maximum(limit, 1e-300))  # the element with the largest relative error
         value, bound = float(error.flat[worst]), float(limit.flat[worst])
         self.results.append(Result(value, bound, value <= bound, where))
 
     def equal(self, where: str, actual: Any, expected: Any) -> None:
-        """Labels, masks, ranks and names: exactly the same. The error is the largest difference."""
+        """Compare labels, masks, ranks or names exactly."""
         if isinstance(expected, np.ndarray | torch.Tensor | int | float | bool):
             self.close(where, actual, expected, tolerance=0.0)
             return
@@ -72,24 +72,25 @@ class Check:
         self.results.append(Result(0.0 if same else float("inf"), 0.0, same, wrong))
 
     def result(self) -> Result:
+        """Return the worst comparison; a failure if there is none."""
         if not self.results:
             return Result(float("inf"), 0.0, False, "nothing was compared")
         return max(self.results, key=lambda r: (not r.ok, r.max_abs_error / r.tolerance if r.tolerance else 0.0))
 
 
 def tensors(data: Any, prefix: str) -> dict[str, torch.Tensor]:
-    """The entries of an .npz file below `prefix/`, as tensors under the rest of their names: a state dict."""
+    """Return the entries `prefix/NAME` of an .npz file as a state dict."""
     names = [name for name in data.files if name.startswith(f"{prefix}/")]
     return {name.removeprefix(f"{prefix}/"): torch.from_numpy(data[name]) for name in names}
 
 
 def read(path: Path) -> Any:
-    """An .npz file; strings in it (`config`) are JSON text: `json.loads(str(data["config"]))`."""
+    """Open an .npz file; strings in it (`config`) are JSON: `json.loads(str(data["config"]))`."""
     return np.load(path, allow_pickle=False)
 
 
 def network_of(data: Any) -> Any:
-    """The Vision Transformer that vit.npz describes, with its weights."""
+    """Return the Vision Transformer of vit.npz with its weights."""
     from dino_ssl.models.vit import VisionTransformer
 
     config = json.loads(str(data["config"]))

@@ -1,4 +1,4 @@
-"""The authors' masks of 60 % of the attention: recomputed with the project's own code."""
+"""Reference check of the masks that keep 60 % of the attention."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from golden import Check, Result, read
 
 
 def attention_threshold(path: Path) -> Result:
+    """Check the mask of each head, exactly."""
     from dino_ssl.evals.attention_masks import top_mass_mask
 
     data, check = read(path), Check()

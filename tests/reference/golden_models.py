@@ -1,6 +1,4 @@
-"""The networks against the authors' numbers: the Vision Transformer, the heads, and the names of their
-weights.
-"""
+"""Reference checks of the Vision Transformer, the heads, and the names of their weights."""
 
 import json
 import re
@@ -13,17 +11,15 @@ from golden import SINGLE, Check, Result, network_of, read, tensors
 
 
 def vit(path: Path) -> Result:
-    """[CLS], the last two blocks' tokens and the last attention, for images of several sizes."""
+    """Check [CLS], the tokens of the last two blocks and the last attention for images of several sizes."""
     data, check = read(path), Check()
     network = network_of(data)
     for name, images in tensors(data, "input").items():
         with torch.no_grad():
-            cls, attention = network(images), network.attention(images)
-            last = torch.stack(
-                [torch.cat([f.cls[:, None], f.patches.flatten(1, 2)], 1) for f in network.features(images, 2)]
-            )
+            cls, attention = network(images), network.get_last_selfattention(images)
+            last = torch.stack(network.get_intermediate_layers(images, 2))
         check_deep(check, f"cls/{name}", cls, data[f"cls/{name}"])
-        expected = data[f"attention/{name}"]  # of a large image, only what [CLS] looks at
+        expected = data[f"attention/{name}"]  # for a large image, only the queries of [CLS]
         check.close(f"attention/{name}", attention if expected.ndim == 4 else attention[:, :, 0], expected)
         expected = data[f"tokens_last2/{name}"]
         check_deep(check, f"tokens_last2/{name}", last if expected.ndim == 4 else last[:, :, 0], expected)
@@ -31,12 +27,12 @@ def vit(path: Path) -> Result:
 
 
 def check_deep(check: Check, where: str, actual: torch.Tensor, expected: np.ndarray) -> None:
-    """A value that went through two blocks or more, and is larger than 10, may be 1e-4 off."""
+    """Compare values after two or more blocks; those larger than 10 have a tolerance of 1e-4."""
     check.close(where, actual, expected, np.where(np.abs(expected) > 10, 1e-4, SINGLE))
 
 
 def head(path: Path) -> Result:
-    """Every head of the file, its depth and its norm read from its weights."""
+    """Check every head of the file; depth and norm are inferred from its weights."""
     from dino_ssl.models.heads import DINOHead
 
     data, check = read(path), Check()
@@ -53,28 +49,28 @@ def head(path: Path) -> Result:
             norm="batch" if any("running_mean" in name for name in weights) else "none",
         )
         network.load_state_dict(weights)
-        network.train()  # a batch norm takes the batch's own statistics
+        network.train()  # batch norm uses the statistics of the batch
         check.close(f"{tag}/output", network(torch.from_numpy(data[f"{tag}/input"])), data[f"{tag}/output"])
     return check.result()
 
 
 def official_state_dict_keys(path: Path) -> Result:
-    """Names and shapes of the authors' released files, against networks of the same names here."""
+    """Check the names and shapes of the weights in the authors' released files."""
     check = Check()
     for name, expected in json.loads(path.read_text()).items():
         with torch.device("meta"):
             actual = {key: list(value.shape) for key, value in released(name, expected).items()}
         check.equal(name, {key: actual.get(key) for key in expected}, expected)
-        check.equal(f"{name}, names that the file lacks", sorted(set(actual) - set(expected)), [])
+        check.equal(f"{name}, names that are not in the file", sorted(set(actual) - set(expected)), [])
     return check.result()
 
 
 def released(name: str, shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    """This project's state dict for an entry of official_state_dict_keys.json."""
+    """Return this project's state dict for an entry of official_state_dict_keys.json."""
     from dino_ssl.models import DINOHead, Network, Timm, ViT
 
-    if found := re.search(r"vit_(tiny|small|base)_patch(\d+)$", name):
-        backbone = ViT(size=found[1], patch=int(found[2])).build()
+    if match := re.search(r"vit_(tiny|small|base)_patch(\d+)$", name):
+        backbone = ViT(size=match[1], patch=int(match[2])).build()
     else:
         backbone = Timm(name=name).build()
     if not name.startswith("full_checkpoint_student"):

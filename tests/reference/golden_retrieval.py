@@ -1,4 +1,4 @@
-"""Search and copy detection against the official scorers' numbers."""
+"""Reference checks of retrieval and copy detection against the official scorers."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from golden import SINGLE, Check, Result, network_of, read
 
 
 def retrieval(path: Path) -> Result:
-    """mAP, AP per query and mean precision of given ranks, exactly."""
+    """Check mAP, AP per query and mean precision of given ranks, exactly."""
     from dino_ssl.data.benchmarks.revisited import Truth
     from dino_ssl.evals.ranking import ranked_places
     from dino_ssl.evals.retrieval import protocol_scores
@@ -30,7 +30,7 @@ def retrieval(path: Path) -> Result:
 
 
 def copy_detection_ap(path: Path) -> Result:
-    """AP from the places of the positives that were found, exactly."""
+    """Check AP from the ranks of the positives, exactly."""
     from dino_ssl.evals.ranking import average_precision
 
     check = Check()
@@ -40,16 +40,16 @@ def copy_detection_ap(path: Path) -> Result:
 
 
 def copy_detection_descriptor(path: Path) -> Result:
-    """[CLS || GeM of patches] by the network of vit.npz, and a whitening; an eigenvector's sign is free."""
+    """Check [CLS || GeM of patches] of the network of vit.npz, and a whitening up to the signs of eigenvectors."""
     from dino_ssl.evals.copy_detection import copy_descriptor, fit_whitening, whiten
 
     data, check = read(path), Check()
     network = network_of(read(path.with_name("vit.npz")))
     with torch.no_grad():
         check.close("descriptor", copy_descriptor(network, torch.from_numpy(data["input"])), data["descriptor"], SINGLE)
-    fit, asked, expected = (torch.from_numpy(data[f"whiten_{part}"]) for part in ("fit", "in", "out"))
-    whitening = fit_whitening(fit, expected.shape[1], center=False)  # as the reference was made
-    actual = whiten(asked, whitening)
+    fit, inputs, expected = (torch.from_numpy(data[f"whiten_{part}"]) for part in ("fit", "in", "out"))
+    whitening = fit_whitening(fit, expected.shape[1], center=False)  # as the reference
+    actual = whiten(inputs, whitening)
     signs = (actual * expected).sum(0).sign()
     check.close("whitening", actual * signs, expected, SINGLE)
     return check.result()

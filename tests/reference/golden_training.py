@@ -1,4 +1,4 @@
-"""The method's golden files: loss, schedules, groups, whole trajectories through the real training step."""
+"""Reference checks of loss, schedules, parameter groups, and trajectories of the real training step."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from golden import SINGLE, TRAJECTORY, Check, Result, read, tensors
 
 
 def loss(path: Path) -> Result:
-    """Raw logits to loss, gradient and center, step after step."""
+    """Check loss, gradient and center of raw logits, step by step."""
     from dino_ssl.objectives import dino_loss, update_center
     from dino_ssl.schedules import Clock, EpochRamp
 
@@ -26,7 +26,7 @@ def loss(path: Path) -> Result:
     for step in range(_count(data, "loss")):
         student = torch.from_numpy(data[f"student/{step}"]).requires_grad_()
         teacher = torch.from_numpy(data[f"teacher/{step}"])
-        per_view = teacher.unflatten(0, (2, -1))  # crop-major, and the two global crops come first
+        per_view = teacher.unflatten(0, (2, -1))  # crop-major, the two global crops first
         value = dino_loss(
             student.unflatten(0, (views, -1)),
             per_view,
@@ -43,6 +43,7 @@ def loss(path: Path) -> Result:
 
 
 def schedules(path: Path) -> Result:
+    """Check every value of warm-up and cosine."""
     from dino_ssl.schedules import Clock, Cosine, Warmup
 
     data, check = read(path), Check()
@@ -58,15 +59,15 @@ def schedules(path: Path) -> Result:
 
 
 def param_groups(path: Path) -> Result:
-    """The groups of a student with the file's parameters; the file gives no shapes, groups need none."""
+    """Check the groups of a student with the file's parameter names; the groups do not depend on shapes."""
     from dino_ssl.methods.dino import DINOConfig
-    from dino_ssl.models.heads import Network
+    from dino_ssl.methods.method import BuildContext
     from dino_ssl.models.vit import ViT
     from dino_ssl.optim import group_name
 
     expected = json.loads(path.read_text())
     check = Check()
-    norm = any(name.startswith("head.mlp.1.") for name in expected)  # an activation has no parameters
+    norm = any(name.startswith("head.mlp.1.") for name in expected)  # otherwise mlp.1 is an activation
     vit = ViT(width=24, depth=_blocks(expected), heads=2, patch=8, image_size=16)
     settings = DINOConfig(
         out_dim=8,
@@ -76,14 +77,13 @@ def param_groups(path: Path) -> Result:
         head_norm="batch" if norm else "none",
         norm_last=expected["head.last_layer.weight_g"] == "frozen",
     )
-    backbone = vit.build()
-    student = Network(backbone, settings.head(backbone.embed_dim))
+    student = settings.build(BuildContext(vit)).student
     check.equal("groups", {name: group_name(name, p) for name, p in student.named_parameters()}, expected)
     return check.result()
 
 
 def trajectory(path: Path) -> Result:
-    """A whole training run, through the same Run, DINO, Optim and train_step that `dino train` uses."""
+    """Check a whole training run by the Run, DINO, Optim and train_step of `dino train`."""
     from dino_ssl.data.batch import Batch
     from dino_ssl.runtime import Runtime
     from dino_ssl.schedules import Clock
@@ -117,7 +117,7 @@ def trajectory(path: Path) -> Result:
 
 
 def _run_of(given: dict[str, Any], init: dict[str, Tensor]) -> Any:
-    """A trajectory's `config` in this project's words; what it does not name has the authors' default."""
+    """Return the Run of a trajectory's `config`, with the authors' defaults for settings that it lacks."""
     from dino_ssl.config import edit
     from dino_ssl.methods.dino import DINOConfig
     from dino_ssl.models.vit import ViT
@@ -143,7 +143,7 @@ def _run_of(given: dict[str, Any], init: dict[str, Tensor]) -> Any:
         algorithm=given["optimizer"],
         epochs=given["epochs"],
         batch_size=given["batch"],
-        lr=given["lr"] * 256 / given["batch"],  # the file's is what the optimizer gets; ours is per 256 pictures
+        lr=given["lr"] * 256 / given["batch"],  # the file has the optimizer's rate, we the one per 256 images
         min_lr=given["min_lr"],
         warmup_epochs=given["warmup_epochs"],
         weight_decay=given["weight_decay"],
@@ -169,11 +169,10 @@ def _same_weights(check: Check, where: str, module: torch.nn.Module, expected: d
 
 
 def _allowed(name: str, value: Tensor) -> float | np.ndarray:
-    """The tolerance of a weight, element by element: `TRAJECTORY`, but for the keys' biases.
+    """Return the tolerance of each element of a weight: `TRAJECTORY`, except for the keys' biases.
 
-    Softmax takes a key's bias away, so its gradient is rounding, and AdamW makes a walk at random of it:
-    1.5e-4 in 12 steps of the reference at a learning rate of 2e-3, elsewhere on every machine. Ours stands
-    still. It changes no output, and is held to ten times that walk.
+    Softmax cancels a key's bias, so its gradient is rounding error, from which AdamW makes a random walk: 1.5e-4 in 12
+    steps of the reference at a learning rate of 2e-3. Ours is constant. It has no effect, and ten times the tolerance.
     """
     if not name.endswith("attn.qkv.bias"):
         return TRAJECTORY
@@ -186,12 +185,12 @@ def _missing(module: torch.nn.Module, expected: dict[str, Tensor]) -> list[str]:
 
 
 def _tolerance(value: Any) -> float:
-    """1e-5 absolute, or one step of float32 where that is more: above 128."""
+    """Return 1e-5, or the spacing of float32 if that is larger (above 128)."""
     return max(SINGLE, float(np.spacing(np.float32(abs(value)))))
 
 
 def _count(data: Any, prefix: str) -> int:
-    """How many entries `prefix/0`, `prefix/1`, ... a file has."""
+    """Return the number of entries `prefix/0`, `prefix/1`, ... of a file."""
     return sum(name.startswith(f"{prefix}/") for name in data.files)
 
 
@@ -200,12 +199,12 @@ def _blocks(names: Any) -> int:
 
 
 def _head_layers(names: Any) -> int:
-    """Linear layers among head.mlp.*: those whose place has a weight and is not a norm's.
+    """Return the number of linear layers in head.mlp.*, which are Linear, [norm,] activation, ..., Linear.
 
-    `mlp.0` alone in one layer (named head.mlp.weight); otherwise Linear, [norm,] activation, ..., Linear.
+    A single layer is named head.mlp.weight.
     """
-    places = sorted({int(n.split(".")[2]) for n in names if n.startswith("head.mlp.") and n.split(".")[2].isdigit()})
-    if not places:
+    indices = sorted({int(n.split(".")[2]) for n in names if n.startswith("head.mlp.") and n.split(".")[2].isdigit()})
+    if not indices:
         return 1
-    norm = 1 in places
-    return 1 + max(places) // (3 if norm else 2)
+    norm = 1 in indices
+    return 1 + max(indices) // (3 if norm else 2)

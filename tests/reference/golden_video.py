@@ -1,4 +1,4 @@
-"""Label propagation and the DAVIS scorer against the authors' and the official numbers."""
+"""Reference checks of label propagation and the DAVIS scorer."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from golden import SINGLE, Check, Result, read
 
 
 def video_propagation(path: Path) -> Result:
-    """Soft labels of every frame after the first, and the label maps at the size of the pictures."""
+    """Check the soft masks of every frame after the first, and the label maps at image resolution."""
     from dino_ssl.evals.label_propagation import label_map, propagate
 
     data, check = read(path), Check()
@@ -34,7 +34,7 @@ def video_propagation(path: Path) -> Result:
 
 
 def davis_mini(path: Path) -> Result:
-    """Every number of the official scorer on these masks."""
+    """Check every number of the official scorer."""
     from dino_ssl.evals.davis_score import score_results
 
     expected, check = json.loads((path / "expected.json").read_text()), Check()

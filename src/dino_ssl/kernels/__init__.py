@@ -1,6 +1,6 @@
-"""Optimized implementations of reference functions: same signature, same values, held to them by parity tests.
+"""Optimized implementations of reference functions with the same signatures and values, checked by parity tests.
 
-This file chooses; callers pass the result on and never ask which implementation they have.
+This file chooses the implementations; callers pass them on.
 """
 
 from collections.abc import Callable

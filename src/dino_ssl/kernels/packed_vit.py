@@ -1,9 +1,8 @@
-"""The twin of `Network.features` for our ViT: the tokens of all resolutions go through a block together.
+"""`Backbone.forward_views` for our ViT: the tokens of all resolutions are packed into one sequence per block.
 
-Norms, linear layers and MLP do not care which picture a token belongs to, so that each of them is one call over all
-tokens of all views; attention runs per resolution. A branch that drop-path leaves out is not computed. Measured on one
-AVX2 core in float32, forward and backward with drop-path 0.1: 0.95 of the plain time for ViT-S/16 on 2x224 + 8x96, 0.96
-to 1.0 for ViT-tiny.
+Norms, linear layers and MLPs act on single tokens, so each is one call for all tokens of all views; attention runs per
+resolution. Branches that drop-path zeroes are not computed. On one AVX2 core in float32, forward and backward with
+drop-path 0.1 took 0.95 of the reference's time for ViT-S/16 on 2x224 + 8x96, and 0.96 to 1.0 for ViT-tiny.
 """
 
 from collections.abc import Sequence
@@ -18,16 +17,16 @@ from dino_ssl.models.vit import VisionTransformer
 from dino_ssl.runtime import to_device
 
 Shapes = list[tuple[int, int]]
-"""(images, tokens of each) per resolution."""
+"""(images, tokens per image) of each resolution."""
 
 
 def forward_views(backbone: VisionTransformer, views: Sequence[Tensor]) -> Tensor:
-    """As `Backbone.forward_views`: one [n, B, 3, H, W] per resolution -> [sum of n B, D]."""
+    """Return the features of all views, one [n, B, 3, H, W] per resolution -> [sum of n B, D]."""
     if len(views) == 1:
         return Backbone.forward_views(backbone, views)
     stacks = [backbone.embed(stack.flatten(0, 1)) for stack in views]
     shapes = [(len(stack), stack.shape[1]) for stack in stacks]
-    tokens = torch.cat([stack.flatten(0, 1) for stack in stacks])
+    tokens = torch.cat([stack.flatten(0, 1) for stack in stacks])  # [T, D]
     *blocks, last = backbone.blocks
     for block in blocks:
         assert isinstance(block, Block)
@@ -35,17 +34,14 @@ def forward_views(backbone: VisionTransformer, views: Sequence[Tensor]) -> Tenso
             tokens = checkpoint(block_forward, block, tokens, shapes, use_reentrant=False)
         else:
             tokens = block_forward(block, tokens, shapes)
-    first = [
-        last(part, 1)[:, 0] for part in split_by_resolution(tokens, shapes)
-    ]  # little is left to do for [CLS] alone
-    return backbone.norm(torch.cat(first))
+    cls = [last(part, 1)[:, 0] for part in split_by_resolution(tokens, shapes)]  # [CLS] only: not worth packing
+    return backbone.norm(torch.cat(cls))
 
 
 def block_forward(block: Block, x: Tensor, shapes: Shapes) -> Tensor:
-    """`Block.forward` over packed tokens [T, D].
+    """Return `Block.forward` of packed tokens [T, D].
 
-    Rows are picked by index_select: no two are the same, and the gradient of x[rows], which must do with any, takes
-    three times as long.
+    Rows are selected by index_select, since the gradient of x[rows], which allows repeated rows, takes 3 times as long.
     """
     rate = block.drop_path if block.training else 0.0
     if rate == 0:
@@ -63,31 +59,30 @@ def block_forward(block: Block, x: Tensor, shapes: Shapes) -> Tensor:
 
 
 def attention(layer: Attention, x: Tensor, shapes: Shapes) -> Tensor:
-    """`Attention.forward` over packed tokens: one product for all queries, keys and values, then each resolution."""
+    """Return `Attention.forward` of packed tokens [T, D]: one projection, then attention per resolution."""
     qkv = layer.project_qkv(x)  # [T, 3, heads, d]
-    attended = [split_heads(layer, part) for part in split_by_resolution(qkv, shapes)]
-    return layer.proj(torch.cat(attended))
-
-
-def split_heads(layer: Attention, qkv: Tensor) -> Tensor:
-    """[b, N, 3, heads, d] -> [b N, D]"""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return layer.attend(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+    outputs = []
+    for part in split_by_resolution(qkv, shapes):
+        q, k, v = part.permute(2, 0, 3, 1, 4)  # [b, heads, N, d]
+        outputs.append(layer.attend(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))
+    return layer.proj(torch.cat(outputs))
 
 
 def split_by_resolution(packed: Tensor, shapes: Shapes) -> list[Tensor]:
-    """[T, ...] -> one [b, N, ...] per resolution."""
+    """Return one [b, N, ...] per resolution from packed tokens [T, ...]."""
     parts = packed.split([images * tokens for images, tokens in shapes])
     return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def sample_kept_rows(shapes: Shapes, rate: float, device: torch.device) -> tuple[Tensor, Shapes]:
-    """(rows of the tokens whose images keep their branch, the shapes of what is kept). Drawn on the host, which must
-    know how many there are."""
-    starts, kept, start = [], [], 0
+    """Draw the images whose branch drop-path keeps; return the rows of their tokens and their shapes.
+
+    Drawn on the CPU, because their number determines shapes.
+    """
+    rows, kept, offset = [], [], 0
     for images, tokens in shapes:
-        chosen = (torch.rand(images) >= rate).nonzero()[:, 0]
-        starts.append((start + chosen[:, None] * tokens + torch.arange(tokens)).flatten())
-        kept.append((len(chosen), tokens))
-        start += images * tokens
-    return to_device(torch.cat(starts), device), kept
+        selected = (torch.rand(images) >= rate).nonzero()[:, 0]
+        rows.append((offset + selected[:, None] * tokens + torch.arange(tokens)).flatten())
+        kept.append((len(selected), tokens))
+        offset += images * tokens
+    return to_device(torch.cat(rows), device), kept

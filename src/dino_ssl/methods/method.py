@@ -28,8 +28,8 @@ class Outputs(NamedTuple):
     carry: Any
     """The part of this batch that `after_step` needs; detached."""
     metrics: dict[str, Tensor]
-    """Detached scalars on the device. A vector of shares that sum to 1 is logged as the effective number of entries: exp
-    of the entropy of its average over steps."""
+    """Detached scalars on the device. A vector of shares that sum to 1 is logged as the effective number of entries:
+    exp of the entropy of its average over steps."""
 
 
 class Method(nn.Module, ABC):
@@ -86,7 +86,8 @@ class Method(nn.Module, ABC):
 
 
 def _weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    return sum(value.detach() * weight for value, weight in zip(values, weights, strict=True))  # pyright: ignore[reportReturnType]
+    products = (value.detach() * weight for value, weight in zip(values, weights, strict=True))
+    return sum(products)  # pyright: ignore[reportReturnType]
 
 
 class Implementations(NamedTuple):

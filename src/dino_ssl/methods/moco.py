@@ -74,8 +74,9 @@ class MoCoConfig(TeacherStudentConfig):
 class MoCo(TeacherStudent):
     """The student encodes all views as queries, the teacher (the momentum encoder) the global ones as keys.
 
-    Keys older than an epoch are masked, because in a queue larger than the dataset they belong to the query's own image.
-    Empty entries of the queue are masked too; MoCo fills them with random vectors. MoCo itself evaluates the student.
+    Keys older than an epoch are masked, because in a queue larger than the dataset they belong to the query's own
+    image. Empty entries of the queue are masked too; MoCo fills them with random vectors. MoCo itself evaluates the
+    student.
     """
 
     def __init__(self, student: Network, teacher: Network, config: MoCoConfig) -> None:

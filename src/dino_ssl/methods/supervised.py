@@ -1,7 +1,7 @@
 """Supervised training and fine-tuning by DeiT's recipe (Touvron et al., 2021; Sec. 4.2.3, Tables 2, 6 and 11).
 
-Cross-entropy of a linear classifier on the backbone. Labels are smoothed, and every batch is mixed with itself: by
-mixup (Zhang et al., 2018) or by CutMix (Yun et al., 2019), one draw for all pictures of a step.
+Cross-entropy of a linear classifier on the backbone, with label smoothing, and mixup (Zhang et al., 2018) or CutMix
+(Yun et al., 2019) within the batch, with one random draw per step.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dino_ssl.data.batch import Batch
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import mix_rng
-from dino_ssl.errors import UserError
+from dino_ssl.errors import UserError, check_range
 from dino_ssl.methods.method import BuildContext, Method, MethodConfig, Outputs
 from dino_ssl.models import Backbone, Network
 from dino_ssl.models.blocks import init_weights
@@ -26,39 +26,38 @@ from dino_ssl.schedules import Clock
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig(MethodConfig):
-    """Learning the labels of class folders. The defaults are DeiT's."""
+    """Supervised training on labels. The defaults are DeiT's."""
 
-    local_views: ClassVar[bool] = False  # it looks at the first resolution alone
+    local_views: ClassVar[bool] = False  # only the first resolution is used
     classifies: ClassVar[bool] = True
     about: ClassVar[str] = "trained with labels"
 
     smoothing: float = 0.1
-    """Part of every target that is spread evenly over all classes."""
+    """Label smoothing: the part of each target that is distributed evenly over all classes."""
     mixup: float = 0.8
-    """Mixup: lambda is drawn from Beta(this, this); 0 switches it off."""
+    """Mixup alpha: lambda is drawn from Beta(alpha, alpha); 0 disables it."""
     cutmix: float = 1.0
-    """CutMix: lambda is drawn from Beta(this, this); 0 switches it off."""
+    """CutMix alpha: lambda is drawn from Beta(alpha, alpha); 0 disables it."""
     cutmix_share: float = 0.5
-    """Share of the steps that CutMix gets where both are on; mixup gets the others."""
+    """Probability of CutMix instead of mixup if both are enabled."""
     head_scale: float = 0.001
-    """Factor on the classifier's first weights: small ones let the backbone move gently at first (fine-tuning)."""
+    """Factor on the classifier's initial weights; a small one changes a pretrained backbone gently at first."""
 
     def __post_init__(self) -> None:
-        for name, top in (("smoothing", 1), ("cutmix_share", 1), ("mixup", math.inf), ("cutmix", math.inf)):
-            value = getattr(self, name)
-            if not 0 <= value <= top:
-                raise UserError(f"method.{name}: expected {'0 to 1' if top == 1 else '0 or more'}, got {value}.")
-        if not self.head_scale > 0:
-            raise UserError(f"method.head_scale: expected a factor above 0, got {self.head_scale}.")
+        check_range(self, "smoothing", "cutmix_share", prefix="method.", least=0, most=1)
+        check_range(self, "mixup", "cutmix", prefix="method.", least=0)
+        check_range(self, "head_scale", prefix="method.", above=0)
 
     @property
     def summary(self) -> str:
-        return "learns labels"
+        """A word for the plan."""
+        return "supervised"
 
     def build(self, context: BuildContext) -> "Supervised":
+        """Return the backbone with a linear classifier. Raise UserError if there are fewer than two classes."""
         if context.classes < 2:
-            raise UserError(f"A classifier needs labels of two classes or more, and there are {context.classes}.")
-        backbone = context.backbone()
+            raise UserError(f"A classifier needs labels of at least 2 classes, got {context.classes}.")
+        backbone = context.build_backbone()
         head = nn.Linear(backbone.embed_dim, context.classes)
         init_weights(head)
         head.weight.data.mul_(self.head_scale)
@@ -66,25 +65,27 @@ class SupervisedConfig(MethodConfig):
 
     @property
     def supports_grad_accumulation(self) -> bool:
-        return self.mixup == self.cutmix == 0  # else pictures of the whole batch are mixed
+        """True without mixup and CutMix, which mix images of the whole batch."""
+        return self.mixup == self.cutmix == 0
 
     def filter_dataset(self, dataset: ImageDataset) -> ImageDataset:
+        """Return the labelled images. Raise UserError if there are none."""
         if dataset.labels is None or not (dataset.labels >= 0).any():
             raise UserError(
-                "Learning labels needs labels, and these pictures have none: put the pictures of each class in a "
-                "folder of its own (photos/cat/1.jpg, photos/dog/2.jpg, ...)."
+                "Supervised training needs labels, and this dataset has none: put the images of each class in a folder "
+                "(photos/cat/1.jpg, photos/dog/2.jpg, ...)."
             )
-        known = np.flatnonzero(dataset.labels >= 0)
-        return dataset if len(known) == len(dataset) else dataset.subset(known)
+        labelled = np.flatnonzero(dataset.labels >= 0)
+        return dataset if len(labelled) == len(dataset) else dataset.subset(labelled)
 
 
 class Mix(NamedTuple):
-    """How the pictures of a step are mixed with one another."""
+    """The parameters of mixup or CutMix in one step."""
 
     weight: float = 1.0
-    """lambda: the part of a picture that stays its own."""
+    """lambda, the weight of an image's own label."""
     box: tuple[int, int, int, int] | None = None
-    """CutMix: top, bottom, left and right of what the other picture fills. Without it, mixup."""
+    """CutMix: top, bottom, left and right of the box that is replaced; None: mixup."""
 
 
 class Supervised(Method):
@@ -94,68 +95,72 @@ class Supervised(Method):
         super().__init__()
         self.config, self.network, self.seed = config, network, seed
 
-    def forward(self, batch: Batch, clock: Clock, ahead: None = None) -> Outputs:
-        """H(targets, softmax(logits)) of the mixed views of the first resolution. What is mixed how depends on (seed,
-        step) alone: ranks agree about it, and a run goes on as if it had never stopped."""
-        assert batch.labels is not None, "the run gives labels: `filter_dataset` has seen to it"
+    def forward(self, batch: Batch, clock: Clock, targets: None = None) -> Outputs:
+        """Return H(targets, softmax(logits)) of the mixed views of the first resolution.
+
+        The mix is a function of (seed, step), so that it is equal on all ranks and after a resume.
+        """
+        assert batch.labels is not None, "filter_dataset selects labelled images"
         views = batch.views[0]
-        classes = self.network.head.out_features
-        assert isinstance(classes, int)
-        targets = smoothed(batch.labels, classes, self.config.smoothing)
+        num_classes = self.network.head.out_features
+        assert isinstance(num_classes, int)
+        smoothed = smooth_labels(batch.labels, num_classes, self.config.smoothing)
         mix = draw_mix(self.config, views.shape[-2], views.shape[-1], mix_rng(self.seed, clock.step))
-        logits = self.network([mixed_images(views, mix)])
-        loss = H(mixed_targets(targets, mix), log_P(logits, 1.0)).mean()
+        logits = self.network([mix_images(views, mix)])
+        loss = H(mix_targets(smoothed, mix), log_P(logits, 1.0)).mean()
         return Outputs(loss, None, {"loss": loss.detach()})
 
     @property
     def trainable(self) -> Network:
+        """Backbone and classifier."""
         return self.network
 
     @property
     def backbone(self) -> Backbone:
+        """The backbone."""
         return self.network.backbone
 
     @property
     def classifier(self) -> Network:
+        """Backbone and classifier."""
         return self.network
 
 
-def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
-    """[B] -> [B, C]: 1 - smoothing for the label, and smoothing / C for every class, the label included."""
-    return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
+def smooth_labels(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Return targets with 1 - smoothing for the label plus smoothing / C for each class, [B] -> [B, C]."""
+    return F.one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
 
 
 def draw_mix(config: SupervisedConfig, height: int, width: int, rng: np.random.Generator) -> Mix:
-    """One draw for a whole step, as DeiT's batch mode has it: mixup or CutMix, and lambda from a Beta distribution.
+    """Return mixup or CutMix parameters for one step, as DeiT's batch mode: lambda from a Beta distribution.
 
-    CutMix's box has 1 - lambda of the area and its middle anywhere; what lies outside the picture is lost, and lambda
-    becomes the part that is left.
+    CutMix's box has the area 1 - lambda around a uniform center. It is clipped to the image, and lambda is adjusted.
     """
-    cut = config.cutmix > 0 and (config.mixup == 0 or rng.random() < config.cutmix_share)
-    alpha = config.cutmix if cut else config.mixup
+    use_cutmix = config.cutmix > 0 and (config.mixup == 0 or rng.random() < config.cutmix_share)
+    alpha = config.cutmix if use_cutmix else config.mixup
     if alpha == 0:
         return Mix()
     weight = float(rng.beta(alpha, alpha))
-    if not cut:
+    if not use_cutmix:
         return Mix(weight)
-    tall, wide = (int(side * math.sqrt(1 - weight)) for side in (height, width))
+    box_height, box_width = (int(side * math.sqrt(1 - weight)) for side in (height, width))
     y, x = int(rng.integers(height)), int(rng.integers(width))
-    top, bottom = max(0, y - tall // 2), min(height, y + tall // 2)
-    left, right = max(0, x - wide // 2), min(width, x + wide // 2)
+    top, bottom = max(0, y - box_height // 2), min(height, y + box_height // 2)
+    left, right = max(0, x - box_width // 2), min(width, x + box_width // 2)
     return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
 
 
 def partners(values: Tensor, dim: int = 0) -> Tensor:
-    """What each of B pictures is mixed with: the one half a batch further, so that pairs mix with each other.
+    """Return the entry half a batch further for each of B images, so that pairs are mixed with each other.
 
-    DeiT takes the batch in reverse. Here partners meet on one rank however many there are (position p lies on rank
-    p mod world), so that the number of ranks changes nothing.
+    DeiT reverses the batch. Here both images of a pair are on the same rank (position p is on rank p mod world size),
+    so that results do not depend on the number of ranks.
     """
     return values.roll(values.shape[dim] // 2, dims=dim)
 
 
-def mixed_images(views: Tensor, mix: Mix) -> Tensor:
-    """[n, B, 3, H, W]: each picture with its partner, added (mixup) or cut in (CutMix)."""
+def mix_images(views: Tensor, mix: Mix) -> Tensor:
+    """Return each image mixed with its partner by interpolation (mixup) or a box (CutMix), [n, B, 3, H, W]."""
     if mix.weight == 1:
         return views
     other = partners(views, dim=1)
@@ -167,6 +172,6 @@ def mixed_images(views: Tensor, mix: Mix) -> Tensor:
     return views
 
 
-def mixed_targets(targets: Tensor, mix: Mix) -> Tensor:
-    """[B, C]: each target with its partner's, by the parts of the pictures."""
+def mix_targets(targets: Tensor, mix: Mix) -> Tensor:
+    """Return each target mixed with its partner's, weighted as the images, [B, C]."""
     return torch.lerp(partners(targets), targets, mix.weight)

@@ -1,7 +1,7 @@
 """SwAV: swapped assignments between views (Caron et al., 2020); Tables 2, 7, 13 and 15.
 
-The images of a batch are assigned evenly to K prototypes (Sinkhorn-Knopp), and each view predicts the assignments of the
-others. There is one network without a teacher.
+The images of a batch are assigned evenly to K prototypes (Sinkhorn-Knopp), and each view predicts the assignments of
+the others. There is one network without a teacher.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class SwAVConfig(MethodConfig):
     iterations: int = 3
     """Iterations of Sinkhorn-Knopp."""
     queue: int = 0
-    """Earlier images that are assigned together with the batch if it is not much larger than K: 3840 for 256; 0: none."""
+    """Earlier images assigned together with the batch, if it is not much larger than K: 3840 for 256; 0: none."""
     queue_from: float = 15
     """Epochs before the queue is used, in which features change too quickly."""
     freeze_prototypes: float = 1
@@ -85,7 +85,7 @@ class SwAVConfig(MethodConfig):
 
 
 class PrototypeHead(nn.Module):
-    """A projection to l2-normalised features, [n, D] -> [n, d], and K l2-normalised prototypes, [..., d] -> [..., K]."""
+    """A projection to l2-normalised features, [n, D] -> [n, d], and l2-normalised prototypes, [..., d] -> [..., K]."""
 
     def __init__(self, projection: nn.Module, dim: int, count: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class SwAV(Method):
 
     @torch.no_grad()
     def assign(self, features: Tensor, clock: Clock) -> Tensor:
-        """Return soft assignments to prototypes, even over the images of all ranks and the queue: [G, B, D] -> [G, B, K]."""
+        """Return soft assignments, even over the images of all ranks and of the queue, [G, B, D] -> [G, B, K]."""
         batch_size = features.shape[1]
         if self.queue is not None and clock.step >= self._queue_start(clock) and self.queue.is_full():
             earlier = distributed.shard(self.queue.rows).transpose(0, 1)  # each rank adds its part

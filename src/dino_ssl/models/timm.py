@@ -100,14 +100,16 @@ class TimmBackbone(Backbone):
 class TimmNetwork(TimmBackbone):
     """A ConvNet, or any network of timm with a feature map or patch tokens.
 
-    The feature vector is timm's: the global average of a ConvNet (normalised in ConvNeXt and others), the [CLS] token of
-    XCiT. If timm has a hidden layer after pooling (MobileNetV3), D is its width, and the spatial map has another width.
+    The feature vector is timm's: the global average of a ConvNet (normalised in ConvNeXt and others), the [CLS] token
+    of XCiT. If timm has a hidden layer after pooling (MobileNetV3), D is its width, and the spatial map has another
+    width.
     """
 
     def features(self, images: Tensor, layers: int = 1) -> list[Features]:
         """Return the outputs of timm's last stages or blocks, which differ in width in a ConvNet.
 
-        The last one is as in `forward`. Earlier ones have no norm and no [CLS]; their vector is the average of their map.
+        The last one is as in `forward`. Earlier ones have no norm and no [CLS]; their vector is the average of their
+        map.
         """
         if layers == 1:
             final, earlier = self.forward_features(images), []
@@ -116,7 +118,9 @@ class TimmNetwork(TimmBackbone):
                 cropped = _crop_to_patches(self.net, images)
                 final, stages = self.net.forward_intermediates(cropped, indices=layers, output_fmt="NCHW")
             except (AssertionError, AttributeError) as error:
-                raise UserError(f"{type(self.net).__name__} cannot return its last {layers} layers: {error}.") from error
+                raise UserError(
+                    f"{type(self.net).__name__} cannot return its last {layers} layers: {error}."
+                ) from error
             earlier = stages[:-1]
         cls = self.net.forward_head(final, pre_logits=True)
         maps = [stage.permute(0, 2, 3, 1) for stage in earlier]
@@ -205,8 +209,8 @@ def create(name: str, *, drop_path: float, pretrained: bool, args: Mapping[str, 
                 raise UserError(f"timm cannot build {name} with {given}: {error}") from error
             raise UserError(
                 f"Cannot get pretrained weights of {name}: {str(error).strip() or type(error).__name__}\n"
-                "They are downloaded once and then cached. Check the connection, set pretrained=False, or choose one of "
-                f"timm.list_pretrained('{name.split('.')[0]}*')."
+                "They are downloaded once and then cached. Check the connection, set pretrained=False, or choose one "
+                f"of timm.list_pretrained('{name.split('.')[0]}*')."
             ) from error
 
 

@@ -181,7 +181,7 @@ class VisionTransformer(Attentive):
         return self.get_intermediate_layers(images)[0]
 
     def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
-        """Return the normalised tokens of the last n blocks as the authors' method: n of [B, 1 + registers + h w, D]."""
+        """Return the normalised tokens of the last n blocks as the authors' method: [B, 1 + registers + h w, D]."""
         if not 1 <= n <= self.num_blocks:
             raise UserError(f"Expected 1 to {self.num_blocks} layers (blocks of this network), got {n}.")
         tokens, outputs = self.embed(images), []
@@ -235,8 +235,8 @@ class VisionTransformer(Attentive):
     def positions(self, h: int, w: int) -> Tensor:
         """Return the position embeddings of h x w patches, [1, 1 + h w, D], by bicubic interpolation if necessary.
 
-        The scale is (h + 0.1) / side as in the authors' code, instead of h / side. The 0.1 prevents rounding from losing
-        a row; it also shifts the sampling points slightly, and the released weights were trained with it.
+        The scale is (h + 0.1) / side as in the authors' code, instead of h / side. The 0.1 prevents rounding from
+        losing a row; it also shifts the sampling points slightly, and the released weights were trained with it.
         """
         if (h, w) == (self.side, self.side):
             return self.pos_embed
