@@ -14,8 +14,9 @@ from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.errors import UserError
 from dino_ssl.methods.method import BuildContext, Implementations, Method
 from dino_ssl.models.backbone import Backbone
-from dino_ssl.models.pretrained import load, load_strict, save_backbone
+from dino_ssl.models.pretrained import load
 from dino_ssl.models.sync_bn import convert_sync_batchnorm, has_batch_norm
+from dino_ssl.models.weights import load_strict, save_backbone
 from dino_ssl.run import FORMAT, Run
 from dino_ssl.runtime import Runtime
 

@@ -30,7 +30,7 @@ from dino_ssl.files import remove_parts, write_json
 from dino_ssl.meter import Meter
 from dino_ssl.methods.method import Outputs
 from dino_ssl.metrics import Log, read_metrics
-from dino_ssl.optim import clip_grad_norm_per_tensor_, set_hyper
+from dino_ssl.optim import clip_grad_norm_per_tensor_, set_lr_and_weight_decay
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime
 from dino_ssl.schedules import Clock
@@ -54,10 +54,12 @@ def train_step(state: State, model: nn.Module, batch: Batch, clock: Clock, run: 
     model: the method, wrapped for several ranks (`prepare_model`). Returns metrics, which stay on the device.
     """
     method, optimizer, scaler = state.method, state.optimizer, state.scaler
-    set_hyper(optimizer, lr=run.optim.lr_schedule()(clock), weight_decay=run.optim.weight_decay_schedule()(clock))
+    set_lr_and_weight_decay(
+        optimizer, lr=run.optim.lr_schedule()(clock), weight_decay=run.optim.weight_decay_schedule()(clock)
+    )
     outputs = _accumulate_gradients(state, model, batch, clock, run, rt)
     scaler.unscale_(optimizer)
-    grad_norm = clip_grad_norm_per_tensor_(method.trainable.parameters(), run.optim.clip)
+    grad_norm = clip_grad_norm_per_tensor_(method.trainable.parameters(), run.optim.clip_grad)
     method.before_step(clock)
     scaler.step(optimizer)
     scaler.update()
@@ -368,6 +370,6 @@ def _check_finite(is_finite: bool, clock: Clock, folder: Path) -> None:
     raise Diverged(
         f"The loss is not finite at step {clock.step} (epoch {epoch:.1f}). "
         + ("The last good checkpoint is kept. " if saved else "No checkpoint was saved yet. ")
-        + "Lower `optim.lr`, set `optim.clip` to 1 or less, or `precision` to float32, and "
+        + "Lower `optim.lr`, set `optim.clip_grad` to 1 or less, or `precision` to float32, and "
         + ("resume." if saved else "start again.")
     )

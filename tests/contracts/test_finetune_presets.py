@@ -34,4 +34,4 @@ def test_the_recipes_of_table_6(name: str, epochs: int, batch: int, deit: float,
     assert (run.views.size, run.views.repeats, run.views.flops, run.views.erase) == (224, 3, 2, erase)
     assert run.method == SupervisedConfig(smoothing=0.1, mixup=0.8, cutmix=1.0)
     assert run.optim.weight_decay == run.optim.weight_decay_end == 0.05
-    assert (run.optim.clip, run.optim.layer_decay, run.backbone.drop_path) == (0, 1, 0.1)
+    assert (run.optim.clip_grad, run.optim.layer_decay, run.backbone.drop_path) == (0, 1, 0.1)

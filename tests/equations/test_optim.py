@@ -98,7 +98,7 @@ def test_weight_decay_reaches_the_decayed_group_alone() -> None:
         torch.testing.assert_close(parameter.detach(), before[name] * kept, msg=name)
 
 
-def test_no_step_is_taken_before_set_hyper() -> None:
+def test_no_step_is_taken_before_rates_are_set() -> None:
     for algorithm in ("adamw", "sgd", "lars"):
         module = Odd()
         before = copies(module)

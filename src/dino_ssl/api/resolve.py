@@ -13,7 +13,7 @@ from dino_ssl.config import edit, flatten, format_value, to_dict
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.transforms.augment import Augment
 from dino_ssl.errors import UserError
-from dino_ssl.methods import METHODS, AnyMethod
+from dino_ssl.methods import METHODS, MethodConfig
 from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models import backbone_named
 from dino_ssl.presets.plan import Plan, Reason, plan, recipe_of
@@ -65,7 +65,7 @@ def resolve_run(
     *,
     preset: Run | None,
     change: Change,
-    method: type[AnyMethod] = DINOConfig,
+    method: type[MethodConfig] = DINOConfig,
     minutes: float | None = None,
     world: int = 1,
 ) -> Plan:

@@ -10,8 +10,6 @@ from dino_ssl.methods.moco import MoCoConfig
 from dino_ssl.methods.supervised import SupervisedConfig
 from dino_ssl.methods.swav import SwAVConfig
 
-AnyMethod = DINOConfig | BYOLConfig | MoCoConfig | SwAVConfig | SupervisedConfig
-
 MethodName = Literal["dino", "byol", "moco", "swav", "supervised"]
 
 METHODS: dict[str, type[MethodConfig]] = {

@@ -8,8 +8,6 @@ from dino_ssl.models.heads import DINOHead, MLPHead, Network
 from dino_ssl.models.timm import Timm
 from dino_ssl.models.vit import VisionTransformer, ViT
 
-AnyBackbone = ViT | Timm
-
 BACKBONES: dict[str, type[BackboneConfig]] = {"ViT": ViT, "Timm": Timm}
 """Settings of the package's own backbones by class name."""
 
@@ -29,7 +27,6 @@ def backbone_named(name: str) -> ViT | Timm:
 
 __all__ = [
     "BACKBONES",
-    "AnyBackbone",
     "Attentive",
     "Backbone",
     "BackboneConfig",

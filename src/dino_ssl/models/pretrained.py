@@ -12,7 +12,7 @@ import torch
 
 from dino_ssl.config import from_dict
 from dino_ssl.errors import UserError, did_you_mean
-from dino_ssl.models import AnyBackbone, Backbone, BackboneConfig, Timm, ViT
+from dino_ssl.models import Backbone, BackboneConfig, Timm, ViT
 from dino_ssl.models.vit import SIZES, Size
 from dino_ssl.models.weights import (
     StateDict,
@@ -61,7 +61,9 @@ class Loaded(NamedTuple):
     """The Run of a training checkpoint of this project, as JSON data."""
 
 
-def load(source: str | Path, *, which: Which = "teacher", backbone: BackboneConfig | None = None) -> Backbone:
+def load(
+    source: str | Path, *, which: Which = "teacher", backbone: BackboneConfig | None = None, trust: bool = False
+) -> Backbone:
     """Return a trained backbone in evaluation mode on the CPU.
 
     Args:
@@ -69,11 +71,14 @@ def load(source: str | Path, *, which: Which = "teacher", backbone: BackboneConf
             a backbone (.safetensors, .pth, .pt), a checkpoint of this project, or a full checkpoint of the authors.
         which: the network of a checkpoint that has a student and a teacher.
         backbone: the architecture, if the file does not describe it.
+        trust: import the backbone's class if the file names it as `module:Class`, which runs code of that module.
     """
-    return load_described(source, which=which, backbone=backbone).backbone
+    return load_described(source, which=which, backbone=backbone, trust=trust).backbone
 
 
-def load_described(source: str | Path, *, which: Which = "teacher", backbone: BackboneConfig | None = None) -> Loaded:
+def load_described(
+    source: str | Path, *, which: Which = "teacher", backbone: BackboneConfig | None = None, trust: bool = False
+) -> Loaded:
     """Return the backbone of `load` with its settings, and the Run that trained it if known."""
     name, path = str(source), Path(source)
     if name in RELEASED:
@@ -94,10 +99,10 @@ def load_described(source: str | Path, *, which: Which = "teacher", backbone: Ba
         )
     run = None
     if path.suffix == ".safetensors":
-        state, described = read_safetensors(path)
+        state, described = read_safetensors(path, trust=trust)
     else:
         content = read_file(path)
-        state, described = backbone_weights(content, path, which), _checkpoint_config(content)
+        state, described = backbone_weights(content, path, which), _checkpoint_config(content, trust)
         run = content["run"] if described else None
     config = backbone or described or infer_config(state, path)
     return Loaded(build_with_weights(config, state, str(path)), config, run)
@@ -154,11 +159,11 @@ def download(url: str, sha256: str | None) -> Path:
     return path
 
 
-def _checkpoint_config(content: Any) -> BackboneConfig | None:
+def _checkpoint_config(content: Any, trust: bool) -> BackboneConfig | None:
     """Return the backbone of the Run in a checkpoint of this project; None for any other file."""
     run = content.get("run") if isinstance(content, Mapping) else None
     described = run.get("backbone") if isinstance(run, Mapping) else None
-    return from_dict(AnyBackbone, described) if described else None
+    return from_dict(BackboneConfig, described, trust=trust) if described else None
 
 
 def infer_config(state: StateDict, path: Path) -> BackboneConfig:

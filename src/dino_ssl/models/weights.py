@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write
-from dino_ssl.models import AnyBackbone, BackboneConfig
+from dino_ssl.models import BackboneConfig
 
 StateDict = dict[str, Tensor]
 Which = Literal["teacher", "student"]
@@ -44,15 +44,15 @@ def read_file(path: Path) -> Any:
         raise UserError(f"{path} cannot be read; it may be truncated. ({type(error).__name__}: {error})") from error
 
 
-def read_safetensors(path: Path) -> tuple[StateDict, BackboneConfig | None]:
-    """Return the weights, and the backbone that the file's metadata describes."""
+def read_safetensors(path: Path, *, trust: bool = False) -> tuple[StateDict, BackboneConfig | None]:
+    """Return the weights, and the backbone that the file's metadata describes. trust: see `config.from_dict`."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             described = json.loads((file.metadata() or {}).get("backbone", "null"))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as safetensors; it may be truncated. ({error})") from error
-    return state, from_dict(AnyBackbone, described) if described else None
+    return state, from_dict(BackboneConfig, described, trust=trust) if described else None
 
 
 def save_backbone(config: BackboneConfig | Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> Path:

@@ -18,7 +18,7 @@ from dino_ssl.data.transforms.augment import Augment
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.formatting import duration
 from dino_ssl.kernels import fastest_transform
-from dino_ssl.methods import AnyMethod
+from dino_ssl.methods import MethodConfig
 from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models.backbone import BackboneConfig
 from dino_ssl.models.vit import ViT
@@ -71,7 +71,7 @@ def plan(
     here: Machine,
     *,
     preset: Run | None = None,
-    method: type[AnyMethod] = DINOConfig,
+    method: type[MethodConfig] = DINOConfig,
     world: int = 1,
     minutes: float | None = None,
 ) -> Plan:
@@ -116,7 +116,7 @@ def measure(run: Run, here: Machine, dataset: ImageDataset, *, steps: int = 3) -
     return Speed(statistics.median(times[1:]) / batch_size, reading(run, dataset))
 
 
-def _for_data(dataset: ImageDataset, here: Machine, world: int, kind: type[AnyMethod]) -> tuple[Run, list[Reason]]:
+def _for_data(dataset: ImageDataset, here: Machine, world: int, kind: type[MethodConfig]) -> tuple[Run, list[Reason]]:
     """What the pictures decide: network, method, crops, batch."""
     count, side = len(dataset), dataset.short_side
     on_cpu = here.device.type == "cpu"
@@ -164,7 +164,7 @@ def _for_data(dataset: ImageDataset, here: Machine, world: int, kind: type[AnyMe
     return run, reasons
 
 
-def _method(base: Run, kind: type[AnyMethod], count: int, large: bool) -> tuple[AnyMethod, list[Reason]]:
+def _method(base: Run, kind: type[MethodConfig], count: int, large: bool) -> tuple[MethodConfig, list[Reason]]:
     """How it learns: DINO with K and a teacher for so many pictures, or another method's settings for them."""
     if kind is not DINOConfig:
         method = kind() if large else kind.for_small_data(count)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_ssl.data.batch import Batch
-from dino_ssl.methods import AnyMethod
+from dino_ssl.methods import MethodConfig
 from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.methods.method import BuildContext
 from dino_ssl.models import BackboneConfig
@@ -246,6 +246,6 @@ def meta_method(run: Run) -> Any:
 
 
 @cache
-def _meta_method(method: AnyMethod, network: BackboneConfig) -> Any:
+def _meta_method(method: MethodConfig, network: BackboneConfig) -> Any:
     with torch.device("meta"):
         return method.build(BuildContext(network, classes=CLASSES))
