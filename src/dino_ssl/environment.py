@@ -1,25 +1,24 @@
-"""What must stand in the environment before torch is loaded. The command line calls it first; it imports nothing."""
+"""Environment variables that must be set before torch is imported. Imports nothing of the package."""
 
 import os
 
-QUIET = 0.5
-"""Of the processors: where others use no more of them, threads that wait may spin."""
+IDLE_LOAD = 0.5
+"""Load per core up to which OpenMP threads may spin while they wait."""
 
 
 def prepare() -> None:
-    """Threads that wait for each other sleep where others use the machine, unless somebody chose otherwise.
+    """Let waiting OpenMP threads sleep if other processes use the machine, unless the user chose a policy.
 
-    A spinning thread goes on at once, and holds a core meanwhile that somebody else may need, or the very thread it
-    waits for. Measured on two cores: with nobody else, `small` and the process that crops for it get 100 pictures/s
-    with OpenMP's default, which spins, and 75 with threads that sleep; beside one busy process 40 and 70; with a load
-    of seven a step of a small ViT took 6 to 13 s and 2.1 s.
+    A spinning thread continues without delay but occupies a core. Measured on two cores: on an idle machine `small` with
+    its data loading process reaches 100 images/s with spinning threads (OpenMP's default) and 75 with sleeping ones; next
+    to one busy process 40 and 70; at a load of seven a step of a small ViT takes 6 to 13 s and 2.1 s.
     """
-    if "GOMP_SPINCOUNT" not in os.environ and used_by_others() > QUIET:
+    if "GOMP_SPINCOUNT" not in os.environ and load_per_core() > IDLE_LOAD:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def used_by_others() -> float:
-    """Processes that wanted a processor in the last minute, for each that there is; all where nobody says."""
+def load_per_core() -> float:
+    """Return the load average of the last minute divided by the number of cores; 1 if the system has none."""
     try:
         return os.getloadavg()[0] / (os.cpu_count() or 1)
     except (AttributeError, OSError):

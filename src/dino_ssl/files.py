@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, flushed to the disk, renamed."""
+"""Atomic writes: a file is written to a temporary name, flushed to disk, and renamed."""
 
 import errno
 import json
@@ -12,61 +12,61 @@ from typing import Any
 from dino_ssl.errors import UserError
 
 PART = ".part"
-"""How the name of a file ends while it is being written; a process that is killed leaves one behind."""
+"""Suffix of a file while it is written; a killed process leaves such a file."""
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Calls `write` with a file beside `path`, then renames it: `path` is always the old or the new one.
+    """Call `write` with a temporary file and rename it to `path`, which holds the old or the new content at any time.
 
-    A full disk, or a folder that may not be written, is a UserError; the old file stays.
+    Raises UserError if the disk is full or the folder is not writable; the old file is kept.
     """
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
         os.close(handle)
-    aside = Path(name)
+    temporary = Path(name)
     try:
         with write_errors(path):
-            write(aside)
-            with open(aside, "rb+") as file:
+            write(temporary)
+            with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            aside.chmod(0o666 & ~_umask())
-            os.replace(aside, path)
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return path
 
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """What writes `path` inside fails with a UserError that says why: a full disk, a folder that may not be written."""
+    """Turn an OSError of a write to `path` into a UserError with the reason: a full disk, a folder that is not writable."""
     try:
         yield
     except OSError as error:
         raise UserError(_cannot_write(path, error)) from error
     except RuntimeError as error:
-        if (disk := _behind(error)) is None:
+        if (cause := _os_error(error)) is None:
             raise
-        raise UserError(_cannot_write(path, disk)) from error
+        raise UserError(_cannot_write(path, cause)) from error
 
 
-def check_writable(path: Path, what: str, option: str) -> None:
-    """Found out now, not after an hour: the nearest folder that exists can be written. what: `path` in words."""
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not there.is_dir():
-        raise UserError(f"{what} {path} cannot be made: {there} is a file. Choose another {option}.")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{what} {path} cannot be written. Choose another one with {option}.")
+def check_writable(folder: Path) -> None:
+    """Raise UserError if the output folder `out` cannot be created or written, before hours of work are lost."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"The folder {folder} cannot be created: {existing} is a file. Choose another `out`.")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"The folder {folder} is not writable. Choose another `out`.")
 
 
 def write_json(path: Path, data: Any) -> Path:
-    """Names of files that are no UTF-8 come back as they were."""
+    """Write JSON atomically; file names that are not UTF-8 survive."""
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-    return atomic_write(path, lambda aside: aside.write_text(text, "utf-8", "backslashreplace"))
+    return atomic_write(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None where it is missing, or is no JSON."""
+    """Return the content of a JSON file; None if it is missing or invalid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -74,7 +74,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one on each line; a line torn by a kill is left out, and a missing file has none."""
+    """Return the objects of a JSON lines file; incomplete lines are skipped, a missing file has none."""
     rows = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
@@ -85,13 +85,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def remove_parts(folder: Path) -> None:
-    """Takes away what killed processes left behind, in a folder that nobody else writes to."""
+    """Delete the temporary files of killed processes; no other process may be writing to the folder."""
     for part in folder.glob(f".*{PART}"):
         part.unlink(missing_ok=True)
 
 
-def _behind(error: BaseException) -> OSError | None:
-    """The failed write that torch's writer stumbled over; it then raises a RuntimeError of its own."""
+def _os_error(error: BaseException) -> OSError | None:
+    """Return the failed write behind a RuntimeError of torch's writer."""
     context = error.__context__
     while context is not None and not isinstance(context, OSError):
         context = context.__context__
@@ -99,13 +99,13 @@ def _behind(error: BaseException) -> OSError | None:
 
 
 def _cannot_write(path: Path, error: OSError) -> str:
-    said = f"Cannot write {path}: {error.strerror or error}."
+    message = f"Cannot write {path}: {error.strerror or error}."
     if error.errno == errno.ENOSPC:
         kept = " The last good file is kept." if path.is_file() else ""
-        return f"{said} The disk is full: free some space and run the same command again.{kept}"
+        return f"{message} The disk is full: free some space and run the same command again.{kept}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{said} Choose a folder that may be written, with --out."
-    return said
+        return f"{message} Choose a writable folder with `out`."
+    return message
 
 
 def _umask() -> int:

@@ -1,14 +1,14 @@
-"""Numbers as people say them."""
+"""Durations and sizes as text."""
 
 
 def duration(seconds: float) -> str:
-    """`8 s`, `3 min 20 s`, `25 min`, `2 h 05 min`, `3 d 4 h`: two figures at most."""
+    """Return `8 s`, `3 min 20 s`, `25 min`, `2 h 05 min`, `3 d 4 h`: two units at most."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
     if whole < 600:
-        minutes, rest = divmod(whole, 60)
-        return f"{minutes} min {rest:02d} s" if rest else f"{minutes} min"
+        minutes, seconds = divmod(whole, 60)
+        return f"{minutes} min {seconds:02d} s" if seconds else f"{minutes} min"
     minutes = round(whole / 60)
     if minutes < 60:
         return f"{minutes} min"
@@ -19,7 +19,7 @@ def duration(seconds: float) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """`312 bytes`, `4.1 kB`, `147 GB`: bytes, by thousands as disks are sold."""
+    """Return `312 bytes`, `4.1 kB`, `147 GB`: decimal units."""
     if count < 1000:
         return f"{count} bytes"
     value, unit = float(count), 0

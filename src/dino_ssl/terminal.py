@@ -1,7 +1,7 @@
-"""What a person sees: messages, tables, progress. On a terminal a live bar, in a file or a pipe plain lines.
+"""Terminal output: messages, tables, progress bars; plain lines if the output is a file or a pipe.
 
-Figures go to standard output. With `--json` standard output holds one JSON object and nothing else, and all
-that is said on the way goes to standard error. Ranks other than the first say nothing.
+Results go to standard output. With JSON output, standard output holds one JSON object and nothing else; messages go to
+standard error. Only rank 0 prints.
 """
 
 import json
@@ -26,13 +26,13 @@ QUIET_SECONDS = 10
 
 
 def is_rank0() -> bool:
-    """Whether this process speaks: the first rank, or the only one. Asked before any process group exists."""
+    """Return True if this process prints. Works before a process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass
 class Terminal:
-    """Where a command's messages and figures go."""
+    """The output of a command: messages, tables and progress."""
 
     json: bool = False
     quiet: bool = False
@@ -46,19 +46,20 @@ class Terminal:
 
     @property
     def is_tty(self) -> bool:
+        """True if a terminal shows the output, so that bars can be drawn."""
         return self.console.is_terminal and not self.console.quiet
 
     @property
     def is_interactive(self) -> bool:
-        """Whether there is somebody to answer a question."""
+        """True if a user can answer a question."""
         return self.is_tty and sys.stdin.isatty() and not self.json
 
     def print(self, text: str = "", style: str | None = None) -> None:
-        """One message; `text` is taken as it is, brackets included."""
+        """Print a message literally; brackets are no markup."""
         self.console.print(_plain_text(text), style=style, soft_wrap=not self.is_tty)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table below its title; what does not fit is folded, the first column excepted."""
+        """Print a title and a table; long cells wrap, except in the first column."""
         self.print(title, style="bold")
         table = Table(box=None, pad_edge=False)
         for i, column in enumerate(columns):
@@ -69,9 +70,9 @@ class Terminal:
         self.console.print(table)
 
     def ask(self, question: str, answers: dict[str, str]) -> str:
-        """One of the keys of `answers`; the first where only Enter is pressed."""
-        shown = ", ".join(f"[bold]{key}[/bold] {escape(meaning)}" for key, meaning in answers.items())
-        self.console.print(f"{escape(question)}\n  {shown}")
+        """Ask a question and return one of the keys of `answers`; Enter returns the first."""
+        options = ", ".join(f"[bold]{key}[/bold] {escape(meaning)}" for key, meaning in answers.items())
+        self.console.print(f"{escape(question)}\n  {options}")
         while True:
             reply = self.console.input("> ").strip().lower() or next(iter(answers))
             if reply in answers:
@@ -80,7 +81,7 @@ class Terminal:
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Progress]:
-        """Shows how far something is: a bar, or a line every ten seconds."""
+        """Show a progress bar, or a line every ten seconds."""
         if not self.is_tty:
             yield _plain(self, label)
             return
@@ -91,17 +92,17 @@ class Terminal:
 
 
 def _plain_text(text: str) -> str:
-    """Brackets are no markup, and a file name that is no text is shown as far as it is."""
+    """Escape markup, and replace the undecodable bytes of file names."""
     return escape(text.encode("utf-8", "replace").decode())
 
 
 def _plain(terminal: Terminal, label: str) -> Progress:
-    said = time.monotonic()
+    last = time.monotonic()
 
     def show(done: int, total: int) -> None:
-        nonlocal said
-        if time.monotonic() - said > QUIET_SECONDS:
-            said = time.monotonic()
+        nonlocal last
+        if time.monotonic() - last > QUIET_SECONDS:
+            last = time.monotonic()
             terminal.print(f"{label}: {done} of {total}" if total else f"{label}: {done}")
 
     return show
@@ -109,20 +110,20 @@ def _plain(terminal: Terminal, label: str) -> Progress:
 
 @contextmanager
 def command_output(as_json: bool) -> Iterator[tuple[Terminal, Callable[[dict[str, Any]], None]]]:
-    """The terminal of one command, and the function that gives out its result.
+    """Yield the terminal of a command and the function that prints its result.
 
-    With as_json whatever writes to standard output meanwhile, libraries included, is sent to standard error.
+    With as_json, everything else that writes to standard output, libraries included, is redirected to standard error.
     """
     out: TextIO = sys.stdout
     terminal = Terminal(json=as_json)
 
-    def give(result: dict[str, Any]) -> None:
+    def print_result(result: dict[str, Any]) -> None:
         if as_json and is_rank0():
             out.write(json.dumps(result, ensure_ascii=False) + "\n")
             out.flush()
 
     if not as_json:
-        yield terminal, give
+        yield terminal, print_result
         return
     with redirect_stdout(sys.stderr):
-        yield terminal, give
+        yield terminal, print_result

@@ -48,7 +48,7 @@ def embed(argv: Sequence[str]) -> int:
     path = Path(options.out)
     if path.suffix.lower() not in WRITERS:
         raise UserError(f"--out must end in one of {', '.join(WRITERS)}; got {options.out!r}.")
-    check_writable(path.parent, "The folder", "--out")
+    check_writable(path.parent)
     with command_output(options.json) as (terminal, give):
         from dino_ssl.api.calls import embed as features_of
         from dino_ssl.api.calls import open_checkpoint

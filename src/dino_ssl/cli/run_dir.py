@@ -20,7 +20,7 @@ def choose_run_dir(options: Options, terminal: Terminal, *, chosen: bool) -> tup
         return Path(options.resume), find_run(Path(options.resume))
     folder = Path(options.run.out if chosen else f"runs/{options.name or _named(options)}")
     found = find_run(folder)
-    check_writable(folder, "The run's folder", "--out")
+    check_writable(folder)
     if found is None or options.dry_run:
         return folder, None
     free = next(Path(f"{folder}-{n}") for n in itertools.count(2) if not Path(f"{folder}-{n}").exists())
