@@ -25,8 +25,9 @@ from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.evals.base import EvalContext
 from dino_ssl.evals.knn import KNN
 from dino_ssl.events import EpochDone, Logged, Started
-from dino_ssl.presets.plan import measure
-from dino_ssl.presets.small import RECIPES, short_schedule
+from dino_ssl.presets.benchmark_step import measure
+from dino_ssl.presets.schedule import short_schedule
+from dino_ssl.presets.small import RECIPES
 from dino_ssl.run import Run
 from dino_ssl.runtime import machine, start
 from dino_ssl.state import export_backbone

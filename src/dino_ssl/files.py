@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,13 @@ def write_json(path: Path, data: Any) -> Path:
     """Write JSON atomically; file names that are not UTF-8 survive."""
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     return atomic_write(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
+
+
+def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON object as a line; the folder is created if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

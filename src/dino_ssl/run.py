@@ -21,6 +21,23 @@ from dino_ssl.schedules import Schedule
 
 FORMAT = 1
 """Version of run.json."""
+EXECUTION_FIELDS = (
+    "data.path",
+    "val.path",
+    "online_eval.batch_size",
+    "evals",
+    "optim.micro_batch",
+    "precision",
+    "grad_checkpointing",
+    "workers",
+    "cache",
+    "log_every",
+    "save_minutes",
+    "keep_every",
+    "on_collapse",
+    "out",
+)
+"""Fields that do not change what a run learns: where and how fast it runs, what it measures and saves."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Tables as a person runs them: rows that are stopped, fail, go on, lie elsewhere; and the page at the end."""
+"""`dino ablate`: runs that are stopped, resumed, shared between tables or fail, and the page at the end."""
 
 import json
 import signal
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino_ssl.ablations.bases import SEEN
+from dino_ssl.ablations.bases import IMAGES_SEEN
 from dino_ssl.ablations.job_pool import JobPool, Task
-from dino_ssl.ablations.results import ROOT, STUDENT, Study, read_students, read_study
+from dino_ssl.ablations.results import ROOT, STUDENT, Study, read_student_scores, read_study
 from dino_ssl.ablations.run_lock import RunLocked
 from dino_ssl.ablations.runner import complete
-from dino_ssl.ablations.study import StudyOptions, is_incomplete, job_of, resolve_study, reuse_result
-from dino_ssl.ablations.tables import table
+from dino_ssl.ablations.study import StudyOptions, is_incomplete, make_job, resolve_study, reuse_result
+from dino_ssl.ablations.tables import get_table
 from dino_ssl.config import edit
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
@@ -26,7 +26,7 @@ from dino_ssl.terminal import Terminal
 PRESET = """
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.multi_crop import MultiCrop
-from dino_ssl.evals.online import Watch
+from dino_ssl.evals.online import OnlineEval
 from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models.vit import ViT
 from dino_ssl.optim import Optim
@@ -39,56 +39,56 @@ def run():
         method=DINOConfig(out_dim=32, head_hidden=32, head_bottleneck=16, momentum=0.9),
         views=MultiCrop(global_size=32, local_size=16, local=1),
         optim=Optim(batch_size=8, epochs=2, warmup_epochs=0),
-        online_eval=Watch(every_epochs=1), workers=0, log_every=1, precision="float32",
+        online_eval=OnlineEval(every_epochs=1), workers=0, log_every=1, precision="float32",
     )
 """
 LINE = ("ablate", "table9", "--preset", "tiny_table:run")
-"""Batches of 16 to 128 and of 8, on 40 pictures: those above 40 cannot be filled, and fail."""
+"""Batch sizes of 16 to 128 and of 8 on 40 training images: sizes above 40 fail."""
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("table")
     (folder / "tiny_table.py").write_text(PRESET)
     return folder
 
 
 @pytest.fixture(scope="module")
-def stopped(place, process):
-    """A row of 12 epochs that SIGTERM stopped: (exit code, what was said)."""
-    row = place / ROOT / "table9/small/8/seed0"
-    with process(*LINE, "--only", "8", "--epochs", "24", cwd=place) as running:
-        until = time.monotonic() + 270
-        while running.poll() is None and time.monotonic() < until:
-            if len([line for line in read_metrics(row) if "loss" in line]) >= 2:
+def stopped(workdir, process):
+    """A run of 12 epochs that SIGTERM stopped: (exit code, output)."""
+    folder = workdir / ROOT / "table9/small/8/seed0"
+    with process(*LINE, "--only", "8", "--epochs", "24", cwd=workdir) as running:
+        deadline = time.monotonic() + 270
+        while running.poll() is None and time.monotonic() < deadline:
+            if len([line for line in read_metrics(folder) if "loss" in line]) >= 2:
                 break
             time.sleep(0.05)
         running.send_signal(signal.SIGTERM)
-        said = "".join(running.communicate(timeout=240))
-    return running.returncode, said
+        output = "".join(running.communicate(timeout=240))
+    return running.returncode, output
 
 
-def test_a_table_goes_on_where_it_stopped_and_survives_a_row_that_fails(stopped, place, dino, monkeypatch):
-    code, said = stopped
-    assert code == 128 + signal.SIGTERM, said
-    assert "8: stopped" in said
-    row = place / ROOT / "table9/small/8/seed0"
-    before = [line["step"] for line in read_metrics(row) if "loss" in line]
+def test_a_table_is_resumed_and_a_failed_run_does_not_stop_it(stopped, workdir, dino, monkeypatch):
+    code, output = stopped
+    assert code == 128 + signal.SIGTERM, output
+    assert "8: stopped" in output
+    folder = workdir / ROOT / "table9/small/8/seed0"
+    before = [line["step"] for line in read_metrics(folder) if "loss" in line]
     assert 2 <= len(before) < 60
 
-    monkeypatch.chdir(place)
-    monkeypatch.syspath_prepend(str(place))
+    monkeypatch.chdir(workdir)
+    monkeypatch.syspath_prepend(str(workdir))
     ran = dino(*LINE, "--only", "512", "8", "--processes", "2", "--json")
     assert ran.code == 1, ran.err
-    rows = {told["row"]: told for told in ran.json["rows"]}
-    assert rows["8"]["runs"][0]["state"] == "done"
-    assert rows["8"]["ours"]["20-NN"]["n"] == 1
-    assert rows["128"]["runs"] == []
-    assert rows["512"]["runs"][0]["state"] == "failed"
-    assert "batch" in rows["512"]["runs"][0]["error"]
-    steps = [line["step"] for line in read_metrics(row) if "loss" in line]
-    assert steps == list(range(1, 61)), "12 epochs of 5 steps, none twice"
-    assert f"Going on at step {before[-1]}" in (row / "log.txt").read_text()
+    results = {item["name"]: item for item in ran.json["configurations"]}
+    assert results["8"]["runs"][0]["state"] == "done"
+    assert results["8"]["ours"]["20-NN"]["n"] == 1
+    assert results["128"]["runs"] == []
+    assert results["512"]["runs"][0]["state"] == "failed"
+    assert "batch" in results["512"]["runs"][0]["error"]
+    steps = [line["step"] for line in read_metrics(folder) if "loss" in line]
+    assert steps == list(range(1, 61)), "12 epochs of 5 steps, each once"
+    assert f"Going on at step {before[-1]}" in (folder / "log.txt").read_text()
 
     ran = dino("report", "table9", "--markdown", "docs", "--json")
     assert ran.code == 0
@@ -97,24 +97,24 @@ def test_a_table_goes_on_where_it_stopped_and_survives_a_row_that_fails(stopped,
 
     ran = dino(*LINE, "--only", "8", "--epochs", "6")
     assert ran.code == 2
-    assert "--optim.epochs is 24 there, got 6" in ran.err
+    assert "`optim.epochs` is 24 there, got 6" in ran.err
     ran = dino("ablate", "table9", "--data", "scenes", "--preset", "small")
     assert ran.code == 2
-    assert "rows of other pictures: 44 there, 2,000 here" in ran.err
+    assert "another dataset: 44 images there, 2,000 now" in ran.err
 
 
-def test_words(dino):
+def test_listing_dry_run_and_error_messages(dino):
     assert set(dino("ablate", "--json").json["tables"]) >= {"table7", "fig7", "attention-heads"}
-    rows = dino("ablate", "fig7", "--dry-run")
-    assert rows.code == 0
-    assert "--method.no-sharpening" in rows.out
-    rows = dino("ablate", "table7", "--dry-run")
-    assert "--method byol" in rows.out
-    assert not any(word in rows.out for word in ("Config", "True", "False", "None"))
+    ran = dino("ablate", "fig7", "--dry-run")
+    assert ran.code == 0
+    assert "--method.no-sharpening" in ran.out
+    ran = dino("ablate", "table7", "--dry-run")
+    assert "--method byol" in ran.out
+    assert not any(word in ran.out for word in ("Config", "True", "False", "None"))
     for words, message in (
         (("ablate", "table6"), "did you mean"),
         (("ablate", "table7", "--only", "dinos", "--dry-run"), "did you mean 'dino'"),
-        (("ablate", "table7"), "dino ablate table7 --data photos/"),
+        (("ablate", "table7"), "set --data to a folder"),
         (("ablate", "table7", "--minutes", "3", "--epochs", "3"), "--minutes and --epochs"),
         (("report", "fig7"), "Run it: dino ablate fig7"),
         (("report", "fig77"), "did you mean 'fig7'"),
@@ -125,78 +125,78 @@ def test_words(dino):
         assert message in ran.err
 
 
-# -- one row, in this process -------------------------------------------------------------------------------
+# -- one run, in this process -------------------------------------------------------------------------------
 
 
-def tiny_study(root: Path, name: str = "fig6", **asked) -> Study:
-    space: dict = {}
-    exec(PRESET, space)
-    study = resolve_study(table(name), "small", StudyOptions(preset=space["run"](), **asked), root)
+def tiny_study(root: Path, name: str = "fig6", **options) -> Study:
+    namespace: dict = {}
+    exec(PRESET, namespace)
+    study = resolve_study(get_table(name), "small", StudyOptions(preset=namespace["run"](), **options), root)
     study.write()
     return study
 
 
-def test_a_row_measures_what_its_table_wants_and_another_table_need_not_run_it(tmp_path):
+def test_a_run_has_the_metrics_of_its_table_and_is_shared_with_other_tables(tmp_path):
     study = tiny_study(tmp_path)
-    cell = study.cell(study.table.row("momentum"), 0)
-    rt, told = Runtime(torch.device("cpu"), "float32"), []
-    job = job_of(study, cell)
-    result = complete(job, rt, Terminal(quiet=True), lambda state, **figures: told.append(state))
+    run = study.study_run(study.table.configuration("momentum"), 0)
+    rt, states = Runtime(torch.device("cpu"), "float32"), []
+    job = make_job(study, run)
+    result = complete(job, rt, Terminal(quiet=True), lambda state, **values: states.append(state))
     assert {"20-NN", "student 20-NN", "entropy", "kl", "hours", "memory"} <= set(result.values)
     assert 0 < result.values["entropy"] < 100
     assert result.values["memory"] > 0.05
-    assert [row["epoch"] for row in read_students(cell.folder)] == [1, 2]
-    assert {"training", "evaluated"} <= set(told)
+    assert [score["epoch"] for score in read_student_scores(run.folder)] == [1, 2]
+    assert {"training", "evaluated"} <= set(states)
 
-    more = job_of(study, cell, linear=True)
-    assert not is_incomplete(cell, job)
-    assert is_incomplete(cell, more)
-    trained = read_metrics(cell.folder)
-    again = complete(more, rt, Terminal(quiet=True), lambda state, **figures: None)
+    more = make_job(study, run, linear=True)
+    assert not is_incomplete(run, job)
+    assert is_incomplete(run, more)
+    trained = read_metrics(run.folder)
+    again = complete(more, rt, Terminal(quiet=True), lambda state, **values: None)
     assert again.values["linear"] >= 0
     assert again.values["20-NN"] == result.values["20-NN"]
-    assert read_metrics(cell.folder) == trained, "nothing is trained again"
+    assert read_metrics(run.folder) == trained, "nothing is trained again"
 
     other = tiny_study(tmp_path, "fig7")
-    both, alone = (other.cell(other.table.row(name), 0) for name in ("both", "sharpening"))
-    assert reuse_result(other, both, job_of(other, both), tmp_path)
-    assert both.result == cell.result
-    assert not reuse_result(other, alone, job_of(other, alone), tmp_path)
-    seed1 = other.cell(other.table.row("both"), 1)
-    assert not reuse_result(other, seed1, job_of(other, seed1), tmp_path), "of another seed"
-    (cell.folder / STUDENT).unlink()
-    twin = tiny_study(tmp_path / "x", "fig6").cell(study.table.row("momentum"), 0)
-    assert not reuse_result(study, twin, job_of(study, twin), tmp_path), "its student was not measured"
+    both, sharpening = (other.study_run(other.table.configuration(name), 0) for name in ("both", "sharpening"))
+    assert reuse_result(other, both, make_job(other, both), tmp_path)
+    assert both.result == run.result
+    assert not reuse_result(other, sharpening, make_job(other, sharpening), tmp_path)
+    seed1 = other.study_run(other.table.configuration("both"), 1)
+    assert not reuse_result(other, seed1, make_job(other, seed1), tmp_path), "another seed"
+    (run.folder / STUDENT).unlink()
+    same = tiny_study(tmp_path / "x", "fig6").study_run(study.table.configuration("momentum"), 0)
+    assert not reuse_result(study, same, make_job(study, same), tmp_path), "the student was not evaluated"
 
 
-def test_a_row_is_run_by_one_process_at_a_time(tmp_path):
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
     fcntl = pytest.importorskip("fcntl")
     study = tiny_study(tmp_path)
-    cell = study.cell(study.table.row("student"), 0)
-    cell.folder.mkdir(parents=True)
-    with (cell.folder / ".lock").open("w") as held:
+    run = study.study_run(study.table.configuration("student"), 0)
+    run.folder.mkdir(parents=True)
+    with (run.folder / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(RunLocked):
-            complete(job_of(study, cell), Runtime(torch.device("cpu"), "float32"), Terminal(quiet=True), print)
+            complete(make_job(study, run), Runtime(torch.device("cpu"), "float32"), Terminal(quiet=True), print)
 
 
-def test_a_small_table_takes_its_length_from_the_number_of_pictures(tmp_path):
-    study = resolve_study(table("fig7"), "small", StudyOptions(data=Scenes(count=1000, size=32)), tmp_path)
-    assert study.base.optim.epochs == round(SEEN / 900)
+def test_the_epochs_at_scale_small_follow_from_the_number_of_images(tmp_path):
+    study = resolve_study(get_table("fig7"), "small", StudyOptions(data=Scenes(count=1000, size=32)), tmp_path)
+    assert study.base.optim.epochs == round(IMAGES_SEEN / 900)
     study.write()
-    again = resolve_study(table("fig7"), "small", StudyOptions(), tmp_path)
+    again = resolve_study(get_table("fig7"), "small", StudyOptions(), tmp_path)
     assert again.base == study.base
     assert read_study(study.folder) == again
-    with pytest.raises(UserError, match=r"other pictures: 1,000 there, 900 here"):
+    with pytest.raises(UserError, match=r"another dataset: 1,000 images there, 900 now"):
         resolve_study(
-            table("fig7"), "small", StudyOptions(preset=edit(study.base, data=Scenes(count=900, size=32))), tmp_path
+            get_table("fig7"), "small", StudyOptions(preset=edit(study.base, data=Scenes(count=900, size=32))), tmp_path
         )
 
 
 # -- several processes --------------------------------------------------------------------------------------
 
 
-def crew(folder: Path, *scripts: str, processes: int = 1) -> JobPool:
+def pool(folder: Path, *scripts: str, processes: int = 1) -> JobPool:
     tasks = [
         Task(str(number), [sys.executable, "-c", script], folder / f"{number}.txt")
         for number, script in enumerate(scripts)
@@ -204,46 +204,46 @@ def crew(folder: Path, *scripts: str, processes: int = 1) -> JobPool:
     return JobPool(tasks, processes, {"PYTHONUNBUFFERED": "1"})
 
 
-def test_a_crew_hears_its_tasks_and_says_why_one_ended_without_a_word(tmp_path):
-    team = crew(
+def test_the_pool_reports_progress_and_the_reason_of_a_failure(tmp_path):
+    jobs = pool(
         tmp_path,
         'print(\'noise\'); print(\'{"state": "training", "step": 1, "steps": 4}\'); print(\'{"state": "done"}\')',
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-        "import sys; print('its last words', file=sys.stderr); sys.exit(3)",
+        "import sys; print('a traceback', file=sys.stderr); sys.exit(3)",
         processes=2,
     )
-    seen = []
-    assert team.work(lambda task: seen.append((task.name, task.state)), lambda: None) is None
-    assert [task.state for task in team.tasks] == ["done", "failed", "failed"]
-    assert team.tasks[0].share == 0.25
-    assert "was killed" in team.tasks[1].told["error"]
-    assert "exit code 3" in team.tasks[2].told["error"]
-    assert (tmp_path / "2.txt").read_text() == "its last words\n"
-    assert ("0", "done") in seen
+    changes = []
+    assert jobs.run(lambda task: changes.append((task.name, task.state)), lambda: None) is None
+    assert [task.state for task in jobs.tasks] == ["done", "failed", "failed"]
+    assert jobs.tasks[0].fraction == 0.25
+    assert "was killed" in jobs.tasks[1].status["error"]
+    assert "exit code 3" in jobs.tasks[2].status["error"]
+    assert (tmp_path / "2.txt").read_text() == "a traceback\n"
+    assert ("0", "done") in changes
 
 
-def test_a_signal_is_passed_on_and_nothing_more_begins(tmp_path):
-    def both(tasks):
+def test_a_signal_is_forwarded_and_no_further_task_starts(tmp_path):
+    def both_train(tasks):
         return [task.state for task in tasks[:2]] == ["training", "training"]
 
-    waits = (
+    handles = (
         "import signal, sys, time\n"
         'signal.signal(signal.SIGTERM, lambda *_: (print(\'{"state": "stopped"}\'), sys.exit(143)))\n'
         'print(\'{"state": "training"}\')\n'
         "time.sleep(120)"
     )
-    deaf = 'import time; print(\'{"state": "training"}\'); time.sleep(120)'  # it dies of the signal, without a word
-    team = crew(tmp_path, waits, deaf, waits, processes=2)
-    code = team.work(
+    ignores = 'import time; print(\'{"state": "training"}\'); time.sleep(120)'  # killed by the signal, reports nothing
+    jobs = pool(tmp_path, handles, ignores, handles, processes=2)
+    number = jobs.run(
         lambda task: None,
-        lambda: signal.raise_signal(signal.SIGINT) if both(team.tasks) else None,
+        lambda: signal.raise_signal(signal.SIGINT) if both_train(jobs.tasks) else None,
     )
-    assert code == signal.SIGINT
-    assert [task.state for task in team.tasks] == ["stopped", "stopped", "waiting"]
+    assert number == signal.SIGINT
+    assert [task.state for task in jobs.tasks] == ["stopped", "stopped", "waiting"]
 
 
-def test_what_a_study_holds_is_plain_json(tmp_path):
+def test_study_json_has_base_and_dataset(tmp_path):
     study = tiny_study(tmp_path)
-    told = json.loads((study.folder / "study.json").read_text())
-    assert told["base"]["type"] == "Run"
-    assert told["data"]["classes"] == 4
+    content = json.loads((study.folder / "study.json").read_text())
+    assert content["base"]["type"] == "Run"
+    assert content["data"]["classes"] == 4

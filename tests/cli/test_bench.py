@@ -1,52 +1,57 @@
-"""dino bench: the whole command at a tiny size, its JSON, the words it finds, and the clock behind its parts."""
+"""`dino bench`: the command on a tiny run, its JSON and table, and the measurements behind it."""
 
-import json
 import re
 import shlex
-import time
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from dino_ssl.cli import bench as command
-from dino_ssl.cli.bench import EXAMPLES, read
+from dino_ssl import runtime
+from dino_ssl.cli.bench import EXAMPLES, choose_precision, read
 from dino_ssl.config import edit
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.methods import BYOLConfig, SwAVConfig
 from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models.vit import ViT
 from dino_ssl.optim import Optim
-from dino_ssl.presets import memory, resolve
-from dino_ssl.profiling import step_time, throughput
-from dino_ssl.profiling.profile import Bench, fitting
-from dino_ssl.profiling.roofline import bytes_per_step, flops
-from dino_ssl.profiling.step_time import StepSpeed, Stopwatch, step_speed
-from dino_ssl.profiling.throughput import Rate, matrix_rate, memory_rate
+from dino_ssl.presets import resolve
+from dino_ssl.profiling import profile, throughput
+from dino_ssl.profiling.profile import choose_batch_size, measure, summarize, table
+from dino_ssl.profiling.roofline import bytes_per_step, count_flops
+from dino_ssl.profiling.step_profile import RANGES, profile_step
+from dino_ssl.profiling.throughput import Throughput, matmul_throughput, memory_bandwidth
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine, Runtime
 
 CPU = Machine(torch.device("cpu"), "a processor", 2, 2**33, "float32", "it has no bfloat16")
-CARD = replace(CPU, device=torch.device("cuda", 0), name="a card", cores=16, precision="bfloat16", why="it can")
+GPU = replace(CPU, device=torch.device("cuda", 0), name="a GPU", cores=16, precision="bfloat16")
 RUN = Run(
     backbone=ViT(width=48, depth=1, heads=1, patch=8, image_size=32),
     method=DINOConfig(out_dim=32, head_hidden=32, head_bottleneck=16),
     views=MultiCrop(global_size=32, local_size=16, local=2),
     optim=Optim(batch_size=64),
 )
-STEP = StepSpeed(
-    batch=8, times=[0.2, 0.5, 0.1], peak=2**30, spent={"student's forward pass": 0.1, "backward pass, clipping": 0.3}
-)
-FOUND = Bench(RUN, CPU, 2, Rate(1e12, "512"), Rate(1e10, "copy"), STEP)
+STEP = {
+    "batch_size": 8,
+    "times": [0.2, 0.5, 0.1],
+    "seconds": 0.2,
+    "images_per_s": 40.0,
+    "peak_memory": 2**30,
+    "parts": {"student forward and loss": 0.1, "backward": 0.3},
+    "operators": {"aten::addmm": 0.2, "aten::mm": 0.1},
+}
 
 
-def nobody(done: int, total: int) -> None:
+def no_progress(done: int, total: int) -> None:
     assert 0 <= done <= total
+
+
+def summary(run: Run = RUN, machine: Machine = CPU, data_seconds: float | None = None) -> dict[str, Any]:
+    matmul, memory = Throughput(1e12, "512 x 512 x 512"), Throughput(1e10, "copy")
+    return summarize(run, machine, count_flops(run), matmul, memory, STEP, data_seconds)
 
 
 @pytest.fixture
@@ -57,37 +62,33 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick", "tiny_preset")
-def test_the_command(dino, photos: Path) -> None:
-    line = ("bench", photos, "--preset", "tiny_recipe:run", "--batch", "4", "--steps", "2", "--views.local", "2")
-    ran = dino(*line, "--optim.micro-batch", "2", "--json", "-o", "found.json")
+def test_command_prints_a_table_and_json(dino, photos: Path) -> None:
+    words = ("--preset", "tiny_recipe:run", "--optim.batch-size", "4", "--optim.micro-batch", "2", "--steps", "2")
+    ran = dino("bench", photos, *words, "--views.local", "2", "--json")
     assert ran.code == 0, ran.err
-    told = ran.json
-    assert told == json.loads(Path("found.json").read_text())
-    assert told["run"]["optim"]["batch_size"] == told["step"]["batch"] == 4
-    assert told["run"]["optim"]["micro_batch"] == 2
-    assert len(told["step"]["times"]) == 2
-    by_part = {part.pop("name"): part for part in told["operations"]}
-    assert by_part["attention"]["teacher"] == {p.name: p for p in flops(RUN)}["attention"].teacher
-    assert told["operations_per_image"] == pytest.approx(sum(part["total"] for part in by_part.values()))
-    assert told["operations_per_image"] <= told["operations_as_written"]
-    assert told["share"] == pytest.approx(told["step"]["images_per_s"] / told["floor"]["images_per_s"])
-    assert told["floor"]["images_per_s"] == min(told["floor"]["by_products"], told["floor"]["by_memory"])
-    assert 0 < told["together_images_per_s"] < told["step"]["images_per_s"]
-    assert told["data"]["images_per_s_per_worker"] > 0
-    assert {"machine", "date", "versions", "rates", "bytes", "advice"} <= told.keys()
-    for words in ("last layer", "the floor", "of the floor", "Peak memory", "student's forward pass", "one worker"):
+    result = ran.json
+    assert result["format"] == 1
+    assert result["run"]["optim"]["batch_size"] == result["step"]["batch_size"] == 4
+    assert result["run"]["optim"]["micro_batch"] == 2
+    assert len(result["step"]["times"]) == 2
+    assert (
+        result["flops_per_image"]["attention"]["teacher"] == {p.name: p for p in count_flops(RUN)}["attention"].teacher
+    )
+    assert 0 < result["data"]["images_per_s_with_step"] < result["step"]["images_per_s"]
+    assert result["data"]["images_per_s_per_worker"] > 0
+    for words in ("last layer", "of the roofline", "peak memory", "backward", "one worker", "aten::"):
         assert words in ran.err
 
 
-@pytest.mark.parametrize(("words", "said"), [(("--batch", "0"), "--batch"), (("--preset", "vits61"), "vits16")])
-def test_what_cannot_be(dino, words, said: str) -> None:
+@pytest.mark.parametrize(("words", "name"), [(("--steps", "0"), "--steps"), (("--preset", "vits61"), "vits16")])
+def test_invalid_options_are_errors(dino, words: tuple[str, ...], name: str) -> None:
     ran = dino("bench", *words)
     assert ran.code == 2
-    assert said in ran.err
+    assert name in ran.err
     assert "Traceback" not in ran.err
 
 
-def test_its_help(dino) -> None:
+def test_help_lists_flags_and_examples(dino) -> None:
     ran = dino("bench", "--help")
     assert ran.code == 0
     assert "--optim.micro-batch" in ran.out
@@ -104,235 +105,130 @@ LINES = sorted(
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_line_of_the_pages_is_understood(line: str) -> None:
+def test_examples_in_docs_and_help_parse(line: str) -> None:
     words = shlex.split(line)[2:]
     _, options = read(words)
     assert options.folder == ("photos/" if "photos/" in words else "")
-    if "--batch" in words:
-        assert options.batch == int(words[words.index("--batch") + 1])
     if "vits16" in words:
         assert options.run.backbone == ViT(size="small", patch=16)
 
 
-def test_without_a_preset_it_is_what_training_begins_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "machine", lambda: CPU)
+def test_default_preset_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "machine", lambda: CPU)
     assert read([])[1].run.backbone == resolve("small").backbone
-    monkeypatch.setattr(command, "machine", lambda: CARD)
+    monkeypatch.setattr(runtime, "machine", lambda: GPU)
     assert read([])[1].run.backbone == resolve("vits16").backbone
     assert read(["--network", "vit_tiny/8"])[1].run.backbone == ViT(size="tiny", patch=8, image_size=224)
 
 
-class Heard:
-    """A terminal that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-        self.tables: dict[str, Sequence[Sequence[str]]] = {}
-
-    def print(self, text: str = "", style: str | None = None) -> None:
-        self.said.append(text)
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        assert {len(row) for row in rows} == {len(columns)}
-        self.tables[title] = rows
-
-    def progress(self, label: str) -> Any:
-        self.said.append(label)
-        return nullcontext(nobody)
+def precision(*words: str, machine: Machine = GPU) -> str:
+    command_line, options = read(words)
+    return choose_precision(options.run, command_line, machine).precision
 
 
-@pytest.mark.parametrize(
-    ("words", "batch"),
-    [
-        ((), None),
-        (("--optim.batch-size", "48"), 48),
-        (("--optim.batch-size", "48", "--batch", "3"), 3),
-        (("--optim.micro-batch", "auto"), None),
-    ],
-)
-def test_the_batch_is_the_one_asked_for_or_one_that_fits(
-    words: tuple[str, ...], batch: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(throughput, "matrix_rate", lambda *_: FOUND.products)
-    monkeypatch.setattr(throughput, "memory_rate", lambda *_: FOUND.memory)
-    monkeypatch.setattr(step_time, "step_speed", lambda run, rt, batch, steps, done: replace(STEP, batch=batch))
-    monkeypatch.setattr(memory, "micro_batch", lambda *_: (2, "so it is"))
-    given, options = read(["--preset", "vits16", *words])
-    fits = fitting(options.run, CPU, FOUND.products.per_second)
-    heard: Any = Heard()
-    found = command._measure(options.run, options, given, CPU, heard)
-    assert found.run.optim.batch_size == found.step.batch == (batch or fits)
-    assert found.run.optim.micro_batch == (2 if "auto" in words else 0)
-    assert heard.said == [
-        "matrix products",
-        "training steps",
-        "memory",
-    ]  # last: its buffers would be in the step's peak
-    assert found.reading is None  # no pictures were named
-
-
-def precision(*words: str, here: Machine = CARD) -> str:
-    given, options = read(words)
-    return command._for_machine(options.run, given, here).precision
-
-
-def test_the_precision_is_the_plans() -> None:
-    assert precision("--preset", "vits16") == "bfloat16"  # the recipe's float16 is this card's bfloat16
-    assert precision("--preset", "vits16", here=CPU) == "float32"
-    assert precision("--preset", "small") == "float32"  # as the recipe says
+def test_precision_is_the_one_that_training_uses() -> None:
+    assert precision("--preset", "vits16") == "bfloat16"  # float16 in the preset, bfloat16 on this GPU
+    assert precision("--preset", "vits16", machine=CPU) == "float32"
+    assert precision("--preset", "small") == "float32"  # the preset's
     assert precision() == "bfloat16"
     assert precision("--preset", "vits16", "--precision", "float16") == "float16"
 
 
-# -- what is measured --------------------------------------------------------------------------------------
+# -- measurements ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batch"), [(None, 0), (48, 0), (48, "auto")])
+def test_batch_size_is_given_or_chosen(
+    batch_size: int | None, micro_batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = []
+    monkeypatch.setattr(profile, "matmul_throughput", lambda *_: Throughput(1e9, ""))
+    monkeypatch.setattr(profile, "memory_bandwidth", lambda *_: order.append("memory") or Throughput(1e9, ""))
+    monkeypatch.setattr(profile, "micro_batch", lambda *_: (2, "reason"))
+
+    def profile_step(run: Run, *_: Any) -> dict[str, Any]:
+        order.append("step")
+        return STEP | {"batch_size": run.optim.batch_size}
+
+    monkeypatch.setattr(profile, "profile_step", profile_step)
+    run = edit(RUN, optim=dict(micro_batch=micro_batch))
+    result = measure(run, CPU, None, no_progress, batch_size=batch_size, steps=1)
+    seconds = sum(part.total for part in count_flops(RUN)) / 1e9
+    assert result["run"]["optim"]["batch_size"] == (batch_size or choose_batch_size(RUN, CPU, seconds))
+    assert result["run"]["optim"]["micro_batch"] == (2 if micro_batch else 0)
+    assert order == ["step", "memory"], "the buffers would count in the peak memory of the step"
+    assert result["data"] is None
+
+
+def test_batch_size_gives_steps_of_two_seconds() -> None:
+    assert choose_batch_size(RUN, CPU, 1 / 8) == 8  # at half the throughput
+    assert choose_batch_size(RUN, CPU, 100.0) == 2
+    assert choose_batch_size(RUN, CPU, 1e-6) == 64
+    assert choose_batch_size(edit(RUN, optim=dict(batch_size=1000)), GPU, 1e-6) == 128
 
 
 @pytest.mark.usefixtures("quick")
-def test_rates_are_of_the_fastest_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock of our own: 64 x 32 x 16 takes a second, 128 x 32 x 16 takes one too."""
+def test_throughput_is_the_best_of_all_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock on which every operation takes one second."""
     seconds = iter(range(1000))
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(seconds)))
-    assert matrix_rate(CPU, "float32", nobody)[:2] == (2 * 128 * 32 * 16, "128 x 32 x 16")
-    assert memory_rate(CPU, nobody)[:2] == (3 * 2**16, "add")
-
-
-@pytest.mark.usefixtures("quick")
-def test_what_others_took_is_told_of_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clocks of our own: two threads, and a second of the processor in each second that passes: half of two."""
-    seconds = iter(range(1000))
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(seconds)))
-    monkeypatch.setattr(throughput.time, "process_time", lambda: float(next(seconds)))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert matrix_rate(CPU, "float32", nobody).had == pytest.approx(0.5, abs=0.1)
-
-
-def test_a_part_inside_another_is_counted_once() -> None:
-    watch = Stopwatch(torch.device("cpu"))
-    began = time.perf_counter()
-    with watch("outer"):
-        time.sleep(0.01)
-        with watch("inner"):
-            time.sleep(0.02)
-        time.sleep(0.01)
-    whole = time.perf_counter() - began
-    assert watch.spent["inner"] >= 0.02
-    assert watch.spent["outer"] >= 0.02
-    assert sum(watch.spent.values()) == pytest.approx(whole, abs=0.002)
+    assert matmul_throughput(CPU.device, "float32") == (2 * 128 * 32 * 16, "128 x 32 x 16")
+    assert memory_bandwidth(CPU.device, 2**33) == (3 * 2**16, "add")
 
 
 @pytest.mark.parametrize(
-    ("change", "without"),
+    ("change", "missing"),
     [
-        ({}, {"forward pass"}),
-        ({"optim": {"micro_batch": 2}}, {"forward pass"}),
-        ({"method": DINOConfig(out_dim=32, head_hidden=32, targets="sinkhorn")}, {"forward pass"}),
-        ({"method": BYOLConfig(head_dim=16, head_hidden=32)}, {"forward pass"}),
-        (
-            {"method": SwAVConfig(out_dim=16, head_hidden=32)},
-            {"student's forward pass", "teacher's forward pass"},
-        ),
+        ({}, set()),
+        ({"optim": {"micro_batch": 2}}, set()),
+        ({"method": DINOConfig(out_dim=32, head_hidden=32, targets="sinkhorn")}, set()),
+        ({"method": BYOLConfig(head_dim=16, head_hidden=32)}, set()),
+        ({"method": SwAVConfig(out_dim=16, head_hidden=32)}, {"teacher forward"}),
     ],
 )
-def test_every_part_of_a_step_is_found(change: dict, without: set[str]) -> None:
-    found = step_speed(edit(RUN, **change), Runtime(torch.device("cpu"), "float32"), 4, 1, nobody)
-    assert list(found.spent) == [name for name in step_time.ORDER if name not in without]
-    assert all(seconds > 0 for seconds in found.spent.values())
-    assert found.batch == 4
-    assert len(found.times) == 1
+def test_parts_sum_to_the_step(change: dict, missing: set[str]) -> None:
+    run = edit(edit(RUN, optim=dict(batch_size=4)), **change)
+    step = profile_step(run, Runtime(torch.device("cpu"), "float32"), 1, no_progress)
+    assert step["parts"].keys() == {*RANGES.values(), "other"} - missing
+    assert all(seconds > 0 for seconds in step["parts"].values())
+    assert list(step["operators"].values()) == sorted(step["operators"].values(), reverse=True)
+    assert 0 < sum(step["operators"].values()) < sum(step["parts"].values())
+    assert (step["batch_size"], len(step["times"])) == (4, 1)
+    assert step["images_per_s"] == 4 / step["seconds"]
 
 
-# -- what is said ------------------------------------------------------------------------------------------
+# -- the result --------------------------------------------------------------------------------------------
 
 
-def test_the_share_by_hand() -> None:
-    each = sum(part.total for part in flops(RUN))
-    assert FOUND.step.images_per_s == 8 / 0.2  # of the median step
-    assert FOUND.most == min(1e12 / each, 1e10 / (sum(bytes_per_step(RUN, 8).values()) / 8))
-    assert FOUND.share == FOUND.step.images_per_s / FOUND.most
-    assert FOUND.together is None
-    assert replace(FOUND, reading=0.1).together == pytest.approx(1 / (0.2 / 8 + 0.1 / 2))  # two cores, all shared
-    on_card = replace(FOUND, here=CARD, run=replace(RUN, workers=4), reading=0.2)
-    assert on_card.together == pytest.approx(20)  # 4 workers; the card could take 40
+def test_roofline_is_the_smaller_bound() -> None:
+    result, flops = summary(), sum(part.total for part in count_flops(RUN))
+    bound = result["roofline"]
+    assert bound["compute_images_per_s"] == 1e12 / flops
+    assert bound["memory_images_per_s"] == 1e10 * 8 / sum(bytes_per_step(RUN, 8).values())
+    assert bound["images_per_s"] == min(bound["compute_images_per_s"], bound["memory_images_per_s"])
+    assert result["step"]["roofline_share"] == 40 / bound["images_per_s"]
 
 
-def test_what_is_told_is_what_was_measured() -> None:
-    told = replace(FOUND, reading=0.1, products=Rate(1e12, "512", 0.4)).told()
-    each = sum(part.total for part in flops(RUN))
-    assert told["rates"] == {
-        "operations_per_s": 1e12,
-        "product": "512",
-        "processor_had": 0.4,
-        "bytes_per_s": 1e10,
-        "transfer": "copy",
-    }
-    assert told["machine"] == {"name": "a processor", "device": "cpu", "cores": 2, "threads": 2, "memory": 2**33}
-    assert told["floor"]["by_products"] == 1e12 / each
-    assert told["floor"]["by_memory"] == 1e10 * 8 / sum(told["bytes"].values())
-    assert told["floor"]["images_per_s"] == FOUND.most
-    assert (told["step"]["seconds"], told["step"]["images_per_s"], told["step"]["peak"]) == (0.2, 40, 2**30)
-    assert told["data"] == {"images_per_s_per_worker": 10}
-    assert told["bytes"] == bytes_per_step(RUN, 8)
+def test_cpu_shares_its_cores_and_gpu_overlaps() -> None:
+    shared = summary(data_seconds=0.1)["data"]
+    assert shared["images_per_s_per_worker"] == 10
+    assert shared["images_per_s_with_step"] == pytest.approx(1 / (0.2 / 8 + 0.1 / 2))  # two cores
+    overlapped = summary(replace(RUN, workers=4), GPU, 0.2)["data"]
+    assert overlapped["images_per_s_with_step"] == pytest.approx(20)  # four workers
+    assert overlapped["wait"] == pytest.approx(0.5)
+    assert summary(replace(RUN, workers=4), GPU, 0.01)["data"]["wait"] == pytest.approx(0)
 
 
-def test_the_tables_add_up() -> None:
-    heard: Any = Heard()
-    command.show(replace(FOUND, run=resolve("vits16"), reading=0.1), heard)
-    counted, traffic, speeds, spent = heard.tables.values()
-    *parts, everything = [[float(cell.rstrip("%")) for cell in row[1:]] for row in counted]
-    for teacher, student, backward, total, share in (*parts, everything):
-        assert teacher + student + backward == pytest.approx(total, abs=0.002)
-        assert share == pytest.approx(100 * total / everything[3], abs=0.06)
-    assert np.sum(parts, axis=0) == pytest.approx(everything, abs=0.3)
-    *parts, everything = [[float(cell) for cell in row[1:]] for row in traffic]
-    for whole, each in (*parts, everything):
-        assert whole == pytest.approx(8 * each, abs=0.1)  # pictures
-    assert np.sum(parts, axis=0) == pytest.approx(everything, abs=0.3)
-    by_name = dict(speeds)
-    references = float(by_name["matrix products alone"]), float(by_name["memory alone"])
-    assert float(by_name["the floor: no code passes"]) == min(references) < max(references)
-    share = 40 / min(references)
-    assert by_name["reached by the step"] == f"40.00  ({share:.1%} of the floor)"
-    assert by_name["reading and cropping, one worker"] == "10.00"
-    assert by_name["both together, expected"] == f"{1 / (1 / 40 + 0.1 / 2):.2f}"
-    assert any("1000.0 GFLOP/s (512), 10.0 GB/s (copy)" in title for title in heard.tables)
-    assert spent == [["student's forward pass", "100.0", "25.0%"], ["backward pass, clipping", "300.0", "75.0%"]]
-    assert "Peak memory 1.00 GiB\n" in heard.said
-
-
-def said(found: Bench) -> str:
-    return "\n".join(found.advice())
-
-
-def test_the_bottleneck_is_named() -> None:
-    assert "name a folder" in said(FOUND)
-    assert "backward pass, clipping (75%)" in said(FOUND)
-    on_card = replace(FOUND, here=CARD, run=replace(RUN, workers=4), reading=0.2)
-    assert "4 workers give 20 images/s, the step could take 40. --workers 9" in said(on_card)
-    assert "The step is the bottleneck" in said(replace(on_card, reading=0.01))
-    assert "67% of the cores' time" in said(replace(FOUND, reading=0.1))
-    assert "the step is the bottleneck" in said(replace(FOUND, reading=0.0001))
-    assert "17% of the cores' time" in said(replace(FOUND, reading=0.01))
-
-
-def test_knobs_are_named_where_they_help() -> None:
-    assert "--precision" not in said(FOUND)
-    assert "--precision bfloat16 is faster: it can" in said(replace(FOUND, here=CARD))
-    assert "larger batch" not in said(replace(FOUND, memory=Rate(1e15, "copy")))
-    assert "larger batch" in said(replace(FOUND, memory=Rate(1e6, "copy")))
-    assert "micro-batch" not in said(FOUND)
-    full = replace(FOUND, step=replace(STEP, peak=2**32))  # a half
-    assert "--optim.micro-batch auto and --recompute" in said(full)
-    for change in (dict(method=SwAVConfig()), dict(method=dict(head_norm="batch"))):  # their batches stay whole
-        alone = said(replace(full, run=edit(RUN, **change)))
-        assert "--recompute needs" in alone
-        assert "micro-batch" not in alone
-    assert "Others use this machine" not in said(FOUND)
-    assert "had 40% of" in said(replace(FOUND, products=Rate(1e12, "512", 0.4)))
-
-
-def test_a_batch_is_as_large_as_its_seconds() -> None:
-    each = sum(part.total for part in flops(RUN, as_written=True))
-    assert fitting(RUN, CPU, 8 * each) == 8  # two seconds at half of it: eight pictures
-    assert fitting(RUN, CPU, each / 100) == 2
-    assert fitting(RUN, CPU, 1e6 * each) == 64
-    assert fitting(edit(RUN, optim=dict(batch_size=1000)), CARD, 1e6 * each) == 128
+def test_table_shows_all_measurements() -> None:
+    rows = {name: (value, note) for name, value, note in table(summary(resolve("vits16"), data_seconds=0.1))}
+    assert rows["matmul throughput"] == ("1000.0 GFLOP/s", "512 x 512 x 512")
+    assert rows["memory bandwidth"] == ("10.0 GB/s", "copy")
+    assert rows["FLOPs per image"][0] == "101.733 G"
+    assert rows["  block MLP"] == ("61.573 G", "60.5%")
+    bound = float(rows["compute bound"][0].split()[0])
+    assert rows["training step"] == ("40.00 images/s", f"{40 / bound:.1%} of the roofline")
+    assert rows["  backward"] == ("300.0 ms", "75.0%")
+    assert rows["  aten::addmm"] == ("200.0 ms", "50.0%")
+    assert rows["peak memory"][0] == "1.00 GiB"
+    assert rows["decode and augment"] == ("10.00 images/s", "one worker")
+    assert rows["step with data"] == (f"{1 / (1 / 40 + 0.1 / 2):.2f} images/s", "67% waiting for data")

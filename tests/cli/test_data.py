@@ -1,149 +1,145 @@
-"""dino data pack, info, check; and a pack in the folder's place in other commands."""
+"""dino data pack, info, check; and shards in place of a folder in other commands."""
 
 import json
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from dino_ssl.data import pack_writer
+from dino_ssl.data import shard_writer
 from dino_ssl.data.folder import Folder
 from dino_ssl.terminal import Terminal
 
-SMALL = {"labels", "sums", "data-00000"}
-
 
 @pytest.fixture
-def pack(dino, photos: Path) -> Path:
-    ran = dino("data", "pack", photos, "-o", "photos.ds")
+def shards(dino, photos: Path) -> Path:
+    ran = dino("data", "pack", photos, "-o", "shards")
     assert ran.code == 0, ran.err
-    return Path("photos.ds")
+    return Path("shards")
 
 
-def test_help_teaches(dino) -> None:
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_help_has_examples(dino) -> None:
     for words in (("data",), ("data", "--help"), ("data", "pack", "--help"), ("data", "check", "--help")):
         ran = dino(*words)
         assert ran.code == 0
-        assert "dino data pack photos/ -o photos.ds" in ran.out
+        assert "dino data pack photos/ -o photos-shards" in ran.out
     ran = dino("data", "pakc")
     assert ran.code == 2
     assert "did you mean 'pack'" in ran.err
 
 
-def test_it_says_what_it_holds_and_the_same_command_again_does_nothing(dino, photos: Path) -> None:
-    first = dino("data", "pack", photos, "-o", "photos.ds", "--json")
+def test_pack_prints_the_content_and_does_nothing_the_second_time(dino, photos: Path) -> None:
+    first = dino("data", "pack", photos, "-o", "shards", "--json")
     assert first.code == 0, first.err
+    folder = Folder(path=str(photos)).open()
     assert first.json["images"] == 40
-    assert first.json["classes"] == Folder(path=str(photos)).open().classes
-    assert {item["name"] for item in first.json["skipped"]} == {"star/not a picture.jpg", "star/empty.png"}
-    assert first.json["fingerprint"] == Folder(path=str(photos)).open().fingerprint
-    assert first.json["files"].keys() > SMALL
-    before = {path.name: path.stat().st_mtime_ns for path in Path("photos.ds").iterdir()}
-    again = dino("data", "pack", photos, "-o", "photos.ds", "--json")
-    assert again.json == first.json
-    assert "already" in again.err
-    assert {path.name: path.stat().st_mtime_ns for path in Path("photos.ds").iterdir()} == before
-    told = dino("data", "info", "photos.ds")
-    for part in ("40, median short side 40 pixels", "the files as they are", "star/empty.png: empty file"):
-        assert part in told.out
-    assert dino("data", "info", "photos.ds", "--json").json == first.json
+    assert first.json["classes"] == folder.classes
+    assert first.json["skipped"] == [item._asdict() for item in folder.skipped]
+    assert first.json["fingerprint"] == folder.fingerprint
+    before = {path.name: path.stat().st_mtime_ns for path in Path("shards").iterdir()}
+    assert dino("data", "pack", photos, "-o", "shards", "--json").json == first.json
+    assert {path.name: path.stat().st_mtime_ns for path in Path("shards").iterdir()} == before
+    assert dino("data", "info", "shards", "--json").json == first.json
+    printed = dino("data", "info", "shards").out
+    for text in ("40, median short side 40 pixels", "the folder's files, unchanged", "star/empty.png: empty file"):
+        assert text in printed
 
 
-def test_the_place_without_one_is_beside(dino, photos: Path) -> None:
-    ran = dino("data", "pack", photos, "--side", "30", "--quality", "80")
+def test_pack_with_side_and_the_default_directory(dino, photos: Path) -> None:
+    ran = dino("data", "pack", photos, "--side", "30", "--quality", "80", "--shard-size", "0.01")
     assert ran.code == 0, ran.err
-    assert "short side of 30, as JPEG of quality 80" in ran.out
-    assert Folder(path=f"{photos.name}.ds").open().short_side == 30
+    assert "short side of at most 30, as JPEG of quality 80" in ran.out
+    dataset = Folder(path=f"{photos.name}-shards").open()
+    assert dataset.short_side == 30
+    assert len(list(Path(f"{photos.name}-shards").glob("*.tar"))) > 3
 
 
-def test_ctrl_c_says_how_far_it_is_and_the_same_command_goes_on(dino, photos, pack, monkeypatch) -> None:
-    def stop(self: pack_writer.Writer, item: object) -> None:
+def test_ctrl_c_tells_how_to_resume(dino, photos: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pack_writer.Writer, "skip", stop)
-        ran = dino("data", "pack", photos, "-o", "again.ds")
+        patch.setattr(shard_writer, "write_index", stop)
+        ran = dino("data", "pack", photos, "-o", "again")
     assert ran.code == 130
-    assert "30 files are packed; the same command goes on" in ran.out
-    ran = dino("data", "pack", photos, "-o", "again.ds")
-    assert ran.code == 0, ran.err
-    assert "Going on after 30 files." in ran.out
-    for path in Path("again.ds").iterdir():
-        assert path.read_bytes() == (pack / path.name).read_bytes(), path
+    assert "Run the same command again to resume" in ran.out
+    ran = dino("train", "again")
+    assert ran.code == 2
+    assert "again is incomplete" in ran.err
+    assert dino("data", "pack", photos, "-o", "again").code == 0
+    assert contents(Path("again")) == contents(shards)
 
 
-def test_killed_it_goes_on(process, photos: Path, pack: Path, tmp_path: Path, dino) -> None:
-    """A process that nobody could ask to stop."""
-    with process("data", "pack", photos, "-o", "again.ds", cwd=tmp_path) as packing:
-        while packing.poll() is None and not Path("again.ds.part/data-00000").exists():
+def test_a_killed_process_resumes(process, photos: Path, shards: Path, tmp_path: Path, dino) -> None:
+    with process("data", "pack", photos, "-o", "again", cwd=tmp_path) as packing:
+        while packing.poll() is None and not Path("again.part/info.json").exists():
             pass
         packing.send_signal(signal.SIGKILL)
         packing.communicate()
-    assert dino("data", "pack", photos, "-o", "again.ds").code == 0
-    for path in Path("again.ds").iterdir():
-        assert path.read_bytes() == (pack / path.name).read_bytes(), path
+    assert dino("data", "pack", photos, "-o", "again").code == 0
+    assert contents(Path("again")) == contents(shards)
 
 
-def test_check_names_what_is_damaged(dino, pack: Path) -> None:
-    ran = dino("data", "check", pack)
+def test_check_lists_damaged_images(dino, shards: Path) -> None:
+    ran = dino("data", "check", shards)
     assert ran.code == 0
-    assert "all 40 pictures are as they were packed" in ran.out
-    data = bytearray((pack / "data-00000").read_bytes())
-    data[5] ^= 255
-    (pack / "data-00000").write_bytes(data)
-    name = Folder(path=str(pack)).open().names[0]
-    ran = dino("data", "check", pack, "--json")
+    assert "all 40 images are intact" in ran.out
+    tar = shards / "shard-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 255
+    tar.write_bytes(data)
+    ran = dino("data", "check", shards, "--json")
+    name = Folder(path=str(shards)).open().names[0]
     assert ran.code == 2
-    assert json.loads(ran.out)["damaged"] == [f"{name}: damaged in the pack: wrong check sum in data-00000"]
-    assert name in ran.err
-    assert "1 of 40 pictures" in ran.err
+    assert json.loads(ran.out)["damaged"] == [f"{name}: wrong checksum in shard-000000.tar"]
+    assert "1 of 40 images" in ran.err
 
 
-def test_long_work_shows_how_far_it_is(dino, photos: Path, pack: Path, monkeypatch) -> None:
-    told: dict[str, list] = {}
+def test_progress_is_shown(dino, photos: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: dict[str, list] = {}
 
     def progress(_self, label):
-        from contextlib import nullcontext
-
-        return nullcontext(lambda *both: told.setdefault(label, []).append(both))
+        return nullcontext(lambda *args: calls.setdefault(label, []).append(args))
 
     monkeypatch.setattr(Terminal, "progress", progress)
-    assert dino("data", "pack", photos, "-o", "other.ds").code == 0
-    assert dino("data", "check", pack).code == 0
-    assert told["packing"] == [(done, 42) for done in range(1, 43)]
-    assert told["looking at the folder"][-1] == (42, 0)
-    assert told["checking"][-1] == (49, 49)
+    assert dino("data", "pack", photos, "-o", "other").code == 0
+    assert dino("data", "check", shards).code == 0
+    assert calls["packing"][-40:] == [(done, 40) for done in range(1, 41)]
+    assert calls["checking"][-1] == (40, 40)
 
 
-def test_a_pack_stands_where_a_folder_does(dino, trained, photos: Path, tmp_path: Path) -> None:
-    """Its pictures, names and labels come out as the folder's, also where a command asks for pictures to draw."""
+def test_shards_replace_a_folder_in_other_commands(dino, trained, photos: Path, tmp_path: Path) -> None:
     run, few = trained[0], tmp_path / "few"
     for name in ("star", "ring"):
         (few / name).mkdir(parents=True)
         (few / name / "1.png").symlink_to(min(photos.rglob("*.png")))
     assert dino("data", "pack", few).code == 0
-    for words in (("embed", run, "few.ds", "-o", "a.csv"), ("embed", run, few, "-o", "b.csv")):
+    for words in (("embed", run, "few-shards", "-o", "a.csv"), ("embed", run, few, "-o", "b.csv")):
         ran = dino(*words)
         assert ran.code == 0, ran.err
     assert Path("a.csv").read_text() == Path("b.csv").read_text()
-    drawn = dino("attention", run, "few.ds", "-o", "maps", "--size", "32")
-    assert drawn.code == 0, drawn.err
+    ran = dino("attention", run, "few-shards", "-o", "maps", "--size", "32")
+    assert ran.code == 0, ran.err
     assert {"star/1", "ring/1"} <= {str(path.relative_to("maps").parent) for path in Path("maps").rglob("*.png")}
 
 
-def test_what_cannot_work_is_said(dino, photos: Path, pack: Path) -> None:
-    for words, part in (
-        (("data", "pack", "nowhere"), "nowhere is not there"),
-        (("data", "pack", pack, "-o", "x.ds"), "is a pack already"),
-        (("data", "pack", photos, "-o", pack, "--side", "20"), "was made with the files as they are"),
-        (("data", "pack", photos, "-o", photos), "exists and is no pack"),
-        (("data", "pack", photos, "-o", "x.ds", "--side", "0"), "--side must be at least 1"),
-        (("data", "pack", photos, "-o", "x.ds", "--quality", "0"), "--quality must be at least 1 and at most 100"),
-        (("data", "info", photos), "is no pack"),
-        (("data", "check", "nowhere"), "There is no pack nowhere"),
-        (("train", pack / "data-00000"), "is a file"),
+def test_impossible_commands_are_explained(dino, photos: Path, shards: Path) -> None:
+    for words, text in (
+        (("data", "pack", "nowhere"), "nowhere"),
+        (("data", "pack", photos, "-o", shards, "--side", "20"), "was begun with other settings: --side was None"),
+        (("data", "pack", photos, "-o", photos), "was not written by"),
+        (("data", "pack", photos, "-o", "x", "--side", "0"), "--side must be at least 1"),
+        (("data", "pack", photos, "-o", "x", "--quality", "0"), "--quality must be at least 1 and at most 100"),
+        (("data", "info", photos), "has no tar shards"),
+        (("data", "check", "nowhere"), "has no tar shards"),
+        (("train", shards / "shard-000000.tar"), "got the file"),
     ):
         ran = dino(*words)
         assert ran.code == 2, words
-        assert part in ran.err
+        assert text in ran.err
         assert "Traceback" not in ran.err

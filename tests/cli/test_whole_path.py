@@ -87,7 +87,7 @@ def test_pictures_that_vote_for_themselves_are_right_and_that_is_no_evaluation(t
     assert dino(*words[:4], tmp_path / "again", *words[4:]).json["values"]["1-NN"] == 100
     refused = dino(*words[:4], photos, *words[4:])
     assert refused.code == 2
-    assert "each would find itself" in refused.err
+    assert "each image would match itself" in refused.err
 
 
 def test_eval_prints_a_table(trained, photos, dino):
@@ -134,7 +134,7 @@ def test_attention_draws_every_head_the_mean_and_the_mask(trained, photos, dino,
     (drawn,) = ran.json["images"]
     assert (drawn["heads"], drawn["grid"], drawn["layer"]) == (2, [8, 8], 1)
     names = {path.name for path in (tmp_path / "maps" / picture.stem).iterdir()}
-    assert names == {"picture.png", "mean.png", "overlay.png", "mask-60.png", "heads.png", "head-0.png", "head-1.png"}
+    assert names == {"image.png", "mean.png", "overlay.png", "mask-60.png", "heads.png", "head-0.png", "head-1.png"}
     point = dino("attention", run, picture, "--point", "5", "30", "--layer", "0", "-o", "point", "--json")
     assert point.json["images"][0]["layer"] == 0
     one, other = (np.asarray(Image.open(tmp_path / name / picture.stem / "mean.png")) for name in ("maps", "point"))

@@ -11,7 +11,8 @@ from dino_ssl.methods import METHODS, BYOLConfig, MoCoConfig, SwAVConfig, method
 from dino_ssl.methods.method import BuildContext, MethodConfig
 from dino_ssl.models import ViT
 from dino_ssl.presets import plan as planning
-from dino_ssl.presets.plan import Speed, plan
+from dino_ssl.presets.benchmark_step import Speed
+from dino_ssl.presets.plan import plan
 from dino_ssl.runtime import Machine, machine
 from dino_ssl.schedules import Clock
 

@@ -1,4 +1,4 @@
-"""Recipes say what the paper and the authors say, and the plan fits pictures and machine."""
+"""Presets have the settings of the paper and the authors, and the plan fits dataset and machine."""
 
 import dataclasses
 import time
@@ -13,16 +13,17 @@ from dino_ssl.config import edit
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.errors import UserError
-from dino_ssl.presets.plan import Plan, Speed, plan, reading, with_workers
-from dino_ssl.presets.small import FULL_SCHEDULE_STEPS, short_schedule
+from dino_ssl.presets.benchmark_step import Speed, time_loading
+from dino_ssl.presets.plan import Plan, plan, with_workers
+from dino_ssl.presets.schedule import FULL_SCHEDULE_STEPS, short_schedule
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine
 
-CPU = Machine(torch.device("cpu"), "a processor", 2, 8 * 2**30, "float32", "no bfloat16 here")
+CPU = Machine(torch.device("cpu"), "a CPU", 2, 8 * 2**30, "float32", "no bfloat16")
 
 
-class Flat(ImageDataset):
-    """Grey pictures of one size, for a plan to look at."""
+class Gray(ImageDataset):
+    """Gray images of one size."""
 
     def __init__(self, count: int, side: int, classes: int = 0) -> None:
         labels = np.arange(count) % classes if classes else None
@@ -38,17 +39,17 @@ class Flat(ImageDataset):
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
-def test_every_preset_is_a_complete_run_with_a_promise(name: str) -> None:
+def test_every_preset_is_a_complete_run_with_a_docstring(name: str) -> None:
     run = presets.resolve(name)
     assert isinstance(run, Run)
     assert (presets.PRESETS[name].__doc__ or "").strip()
     assert run.out == f"runs/{name}"
 
 
-def test_the_recipes_are_the_papers_rows() -> None:
-    """Effective learning rates, lengths and crops, as section 2.3 of the facts lists them."""
+def test_presets_have_the_papers_settings() -> None:
+    """Learning rates, lengths, temperatures, clipping and crops."""
 
-    def facts(name: str):
+    def settings(name: str):
         run = presets.resolve(name)
         o, m, v = run.optim, run.method, run.views
         return (
@@ -67,12 +68,12 @@ def test_the_recipes_are_the_papers_rows() -> None:
             m.out_dim,
         )
 
-    assert facts("vits16")[:9] == (512, 100, 5e-4, 1e-6, 0.04, 0.04, 0, 3.0, True)
-    assert facts("vits16-300")[:9] == (1024, 300, 5e-4, 1e-6, 0.04, 0.07, 30, 3.0, False)
-    assert facts("vits16-800") == (1024, 800, 5e-4, 1e-5, 0.04, 0.07, 30, 0.0, False, 1, 10, 0.25, 65536)
-    assert facts("vitb16") == (1024, 400, 7.5e-4, 2e-6, 0.04, 0.07, 50, 0.3, True, 3, 10, 0.25, 65536)
-    assert facts("vitb8") == (1056, 300, 5e-4, 2e-6, 0.03, 0.07, 50, 3.0, True, 3, 10, 0.25, 65536)
-    assert facts("resnet50-800")[0:4] == (4080, 800, 0.3, 0.0048)
+    assert settings("vits16")[:9] == (512, 100, 5e-4, 1e-6, 0.04, 0.04, 0, 3.0, True)
+    assert settings("vits16-300")[:9] == (1024, 300, 5e-4, 1e-6, 0.04, 0.07, 30, 3.0, False)
+    assert settings("vits16-800") == (1024, 800, 5e-4, 1e-5, 0.04, 0.07, 30, 0.0, False, 1, 10, 0.25, 65536)
+    assert settings("vitb16") == (1024, 400, 7.5e-4, 2e-6, 0.04, 0.07, 50, 0.3, True, 3, 10, 0.25, 65536)
+    assert settings("vitb8") == (1056, 300, 5e-4, 2e-6, 0.03, 0.07, 50, 3.0, True, 3, 10, 0.25, 65536)
+    assert settings("resnet50-800")[0:4] == (4080, 800, 0.3, 0.0048)
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:
@@ -80,113 +81,110 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         presets.resolve("vit16")
 
 
-def test_a_function_of_ones_own_is_a_preset(tmp_path, monkeypatch) -> None:
-    (tmp_path / "mine_for_test.py").write_text(
-        "from dino_ssl.presets import small\nfrom dino_ssl.config import edit\ndef mine(): return edit(small(), seed=7)\n"
+def test_an_importable_function_is_a_preset(tmp_path, monkeypatch) -> None:
+    (tmp_path / "my_presets.py").write_text(
+        "from dino_ssl.presets import small\n"
+        "from dino_ssl.config import edit\n"
+        "def my_run(): return edit(small(), seed=7)\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert presets.resolve("mine_for_test:mine").seed == 7
-    with pytest.raises(UserError, match="mine_for_test:yours"):
-        presets.resolve("mine_for_test:yours")
+    assert presets.resolve("my_presets:my_run").seed == 7
+    with pytest.raises(UserError, match="my_presets:other"):
+        presets.resolve("my_presets:other")
 
 
 @pytest.mark.parametrize(("count", "side"), [(20, 9), (36, 1), (60, 32), (285, 50), (3000, 500)])
-def test_a_plan_can_be_trained_whatever_the_pictures(count: int, side: int) -> None:
-    chosen = plan(Flat(count, side, classes=2), CPU, minutes=1)
+def test_the_plan_of_any_dataset_can_be_trained(count: int, side: int) -> None:
+    chosen = plan(Gray(count, side, classes=2), CPU, minutes=1)
     views, backbone = chosen.run.views, chosen.run.backbone
     assert chosen.run.optim.batch_size <= 0.9 * count
     assert views.global_size % 8 == views.local_size % 8 == 0
     assert views.global_size >= views.local_size
     assert backbone.build().embed_dim == 256
-    assert not any("K too large" in found.name for found in check_config(chosen.run, 10, int(0.9 * count)))
+    assert not any("K too large" in finding.name for finding in check_config(chosen.run, 10, int(0.9 * count)))
     assert {"K", "crops", "batch", "precision", "workers", "epochs", "expected time"} <= _names(chosen)
-    assert all(reason.why for reason in chosen.reasons)
+    assert all(reason.reason for reason in chosen.reasons)
 
 
-def test_more_time_gives_more_epochs_and_warm_up_stays_a_tenth() -> None:
-    short, long = (plan(Flat(200, 48), CPU, minutes=minutes).run.optim for minutes in (0.5, 10))
+def test_more_time_gives_more_epochs_and_the_warm_up_is_at_most_a_tenth() -> None:
+    short, long = (plan(Gray(200, 48), CPU, minutes=minutes).run.optim for minutes in (0.5, 10))
     assert long.epochs > short.epochs
     assert short.warmup_epochs <= 0.1 * short.epochs
 
 
-def test_a_short_run_keeps_following_and_a_long_one_settles() -> None:
+def test_a_short_run_has_other_final_values_than_a_long_one() -> None:
     def planned(minutes: float):
-        found = plan(Flat(200, 48), CPU, minutes=minutes)
-        return found.run, {reason.name: reason.value for reason in found.reasons}
+        chosen = plan(Gray(200, 48), CPU, minutes=minutes)
+        return chosen.run, {reason.name: reason.value for reason in chosen.reasons}
 
-    short, rows = planned(0.5)
+    short, values = planned(0.5)
     assert short.method.momentum_end == 0.98
     assert short.optim.min_lr == pytest.approx(short.optim.lr * short.optim.batch_size / 256 / 2)
-    assert rows["teacher"] == "momentum 0.97 to 0.98, temperature 0.04"
-    assert rows["learning rate"].endswith("sinking to a half")
-    usual = presets.resolve("small")
-    assert short_schedule(usual, FULL_SCHEDULE_STEPS) == usual != short_schedule(usual, FULL_SCHEDULE_STEPS - 1)
+    assert values["teacher"] == "momentum 0.97 to 0.98, temperature 0.04"
+    assert values["learning rate"].endswith("decays to one half")
+    small = presets.resolve("small")
+    assert short_schedule(small, FULL_SCHEDULE_STEPS) == small != short_schedule(small, FULL_SCHEDULE_STEPS - 1)
 
 
-def test_a_preset_keeps_its_recipe_and_takes_the_machine() -> None:
-    recipe = edit(presets.resolve("vits16"), optim=dict(batch_size=2), views=dict(local=0, global_size=32))
-    chosen = plan(Flat(20, 64), CPU, preset=recipe).run
+def test_the_plan_changes_only_machine_settings_of_a_preset() -> None:
+    preset = edit(presets.resolve("vits16"), optim=dict(batch_size=2), views=dict(local=0, global_size=32))
+    chosen = plan(Gray(20, 64), CPU, preset=preset).run
     assert chosen.precision == "float32"
-    kept = dataclasses.replace(chosen, precision=recipe.precision, workers=recipe.workers, cache=recipe.cache)
-    assert kept == recipe
+    kept = dataclasses.replace(chosen, precision=preset.precision, workers=preset.workers, cache=preset.cache)
+    assert kept == preset
 
 
 @pytest.mark.parametrize(
     ("device", "cores", "ranks", "step", "data", "workers"),
     [
-        ("cpu", 2, 1, 12e-3, 2e-3, 1),  # a sixth of a worker would do
+        ("cpu", 2, 1, 12e-3, 2e-3, 1),  # a sixth of a worker is enough
         ("cpu", 8, 1, 2e-3, 4e-3, 3),
-        ("cpu", 2, 1, 1e-3, 9e-3, 2),  # all the cores there are
-        ("cpu", 8, 4, 1e-3, 9e-3, 2),  # a rank's own
+        ("cpu", 2, 1, 1e-3, 9e-3, 2),  # all cores
+        ("cpu", 8, 4, 1e-3, 9e-3, 2),  # the cores of a rank
         ("cuda", 16, 1, 1e-3, 6e-3, 8),
-        ("cuda", 16, 1, 1e-4, 6e-3, 15),  # one core is the rank's own
-        ("cuda", 16, 4, 1e-3, 6e-3, 3),  # each of four ranks has four
+        ("cuda", 16, 1, 1e-4, 6e-3, 15),  # the training process needs one core
+        ("cuda", 16, 4, 1e-3, 6e-3, 3),  # four cores per rank
         ("cuda", 2, 4, 1e-3, 6e-3, 1),
     ],
 )
 def test_workers_keep_up_with_the_step(device: str, cores: int, ranks: int, step: float, data: float, workers: int):
-    here = dataclasses.replace(CPU, device=torch.device(device), cores=cores, ranks=ranks)
-    run, reason = with_workers(presets.resolve("small"), here, Speed(step, data))
+    machine = dataclasses.replace(CPU, device=torch.device(device), cores=cores, ranks=ranks)
+    run, reason = with_workers(presets.resolve("small"), machine, Speed(step, data))
     assert run.workers == workers == int(reason.value)
-    assert ("too few cores" in reason.why) == (workers * step < data)
+    assert ("too few cores" in reason.reason) == (workers * step < data)
 
 
 @pytest.mark.parametrize("world", range(1, 9))
-def test_any_number_of_ranks_can_share_the_batch(world: int) -> None:
+def test_the_batch_is_divisible_by_any_number_of_ranks(world: int) -> None:
     for count in (12, 100, 2000):
-        chosen = plan(Flat(count, 32), CPU, world=world, minutes=0.1).run
+        chosen = plan(Gray(count, 32), CPU, world=world, minutes=0.1).run
         assert steps_per_epoch(round(0.9 * count), chosen.optim.batch_size, world) >= 1
 
 
-def test_a_picture_is_timed_as_the_loader_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large JPEGs are decoded smaller; what stays in memory is read once, and not on the clock."""
-    now, asked = [0.0], set()
+def test_loading_is_timed_as_the_loader_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large JPEGs are decoded at reduced size; cached images are decoded once, and that is not timed."""
+    now, scales = [0.0], set()
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
-    class Slow(Flat):
+    class Slow(Gray):
         def read_downscaled(self, index: int, times: int) -> np.ndarray:
-            asked.add(times)
+            scales.add(times)
             now[0] += 1
             return np.zeros((480, 480, 3), np.uint8)
 
     run = edit(presets.resolve("small"), views=dict(global_size=16, local_size=8), cache=False)
     dataset = Slow(4, 4000)
-    assert reading(run, dataset) == 1
-    assert asked == {8}
-    asked.clear()
-    assert reading(edit(run, cache=True), dataset) == 0
-    assert asked == {1}
+    assert time_loading(run, dataset) == 1
+    assert scales == {8}
+    scales.clear()
+    assert time_loading(edit(run, cache=True), dataset) == 0
+    assert scales == {1}
 
 
-def test_prototypes_grow_with_the_pictures() -> None:
+def test_k_grows_with_the_dataset() -> None:
     gpu = dataclasses.replace(CPU, memory=2**40)
-    few, many = (plan(_Huge(n), gpu, minutes=1).run.method.out_dim for n in (1000, 90_000))
+    few, many = (plan(Gray(count, 32), gpu, minutes=1).run.method.out_dim for count in (1000, 90_000))
     assert (few, many) == (1024, 4096)
-
-
-class _Huge(Flat):
-    def __init__(self, count: int) -> None:
-        super().__init__(count, 32)
 
 
 def _names(chosen: Plan) -> set[str]:

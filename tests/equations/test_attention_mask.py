@@ -10,7 +10,14 @@ from dino_ssl.evals.attention_masks import resize_to_patches, top_mass_mask
 from dino_ssl.models.backbone import Attentive, Backbone, Features
 from dino_ssl.models.vit import ViT
 from dino_ssl.viz import rendering
-from dino_ssl.viz.attention import SHOWN, attend, enlarged, look, saliency
+from dino_ssl.viz.attention import (
+    MIN_DISPLAY_SIDE,
+    attention_maps,
+    cls_attention_or_similarity,
+    display_image,
+    similarity_map,
+)
+from dino_ssl.viz.saving import save_image
 
 
 def masked_by_loop(values: np.ndarray, mass: float) -> np.ndarray:
@@ -75,21 +82,23 @@ def picture(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("registers", [0, 4])
 def test_maps_hold_patches_only_and_the_right_head_layer_and_query(registers: int) -> None:
     network = Pointing(registers).train()
-    seen = attend(network, picture(40, 80), layer=-2, size=40)  # 5 x 10 patches
+    seen = attention_maps(network, picture(40, 80), layer=-2, size=40)[0]  # 5 x 10 patches
     first = 1 + registers
     expected = 1e6 + first + np.arange(50).reshape(5, 10)
     np.testing.assert_allclose(seen.heads, np.stack([expected, expected + 0.5]))
     np.testing.assert_allclose(seen.mean, expected + 0.25)
     assert seen.layer == 1
     assert network.training  # given back as it was
-    point = attend(network, picture(40, 80), layer=0, query=(79, 0), size=40)  # the upper right corner: patch 9
+    point = attention_maps(network, picture(40, 80), layer=0, queries=[(79, 0)], size=40)[0]
+    # the upper right corner: patch 9
     np.testing.assert_allclose(point.heads[0], 1000 * (first + 9) + first + np.arange(50).reshape(5, 10))
-    below = attend(network, picture(40, 80), layer=0, query=(8, 39.9), size=40)  # the last row, second column
+    below = attention_maps(network, picture(40, 80), layer=0, queries=[(8, 39.9)], size=40)[0]
+    # the last row, second column
     assert below.heads[0, 0, 0] == 1000 * (first + 41) + first
 
 
 def test_points_are_in_the_coordinates_of_the_picture_as_given() -> None:
-    seen = attend(Pointing(), picture(400, 800), layer=0, query=(799, 399), size=40)  # shrunk tenfold
+    seen = attention_maps(Pointing(), picture(400, 800), layer=0, queries=[(799, 399)], size=40)[0]  # shrunk tenfold
     assert seen.heads[0, 0, 0] == 1000 * 50 + 1
     assert seen.point is not None
     np.testing.assert_allclose(seen.point, (79.95, 39.95))
@@ -100,40 +109,40 @@ def test_several_points_are_seen_in_one_pass_as_each_alone() -> None:
     calls: list[int] = []
     plain = network.attention
     network.attention = lambda images, layer=-1: calls.append(layer) or plain(images, layer)  # type: ignore[method-assign]
-    several = attend(network, picture(40, 80), query=points, layer=1, size=40)
+    several = attention_maps(network, picture(40, 80), queries=points, layer=1, size=40)
     assert calls == [1]
     for one, point in zip(several, points, strict=True):
-        alone = attend(network, picture(40, 80), query=point, layer=1, size=40)
+        alone = attention_maps(network, picture(40, 80), queries=[point], layer=1, size=40)[0]
         np.testing.assert_array_equal(one.heads, alone.heads)
         assert (one.query, one.point) == (point, alone.point)
-    assert attend(network, picture(40, 80), query=[], size=40) == []
+    assert attention_maps(network, picture(40, 80), queries=[], size=40) == []
 
 
 def test_chosen_heads_are_those_and_their_mean() -> None:
-    seen = attend(Pointing(), picture(40, 40), size=40)
-    second = attend(Pointing(), picture(40, 40), size=40, heads=[1])
+    seen = attention_maps(Pointing(), picture(40, 40), size=40)[0]
+    second = attention_maps(Pointing(), picture(40, 40), size=40, heads=[1])[0]
     np.testing.assert_array_equal(second.heads, seen.heads[1:])
     np.testing.assert_array_equal(second.mean, seen.heads[1])
-    assert second.numbers == (1,)
-    assert attend(Pointing(), picture(40, 40), size=40, heads=[1, 0, 1]).numbers == (1, 0)
-    assert [name for name, _ in rendering.panels(second)] == ["picture", "head 1", "overlay", "mask 60%"]
+    assert second.head_ids == (1,)
+    assert attention_maps(Pointing(), picture(40, 40), size=40, heads=[1, 0, 1])[0].head_ids == (1, 0)
+    assert [name for name, _ in rendering.panels(second)] == ["image", "head 1", "overlay", "mask 60%"]
     for wrong in ([2], [-1], []):
         with pytest.raises(UserError, match=r"0 \.\. 1 for a network of 2 heads"):
-            attend(Pointing(), picture(40, 40), size=40, heads=wrong)
+            attention_maps(Pointing(), picture(40, 40), size=40, heads=wrong)
 
 
 def test_small_maps_are_drawn_large_on_the_picture_as_it_was_given() -> None:
     photo = picture(800, 1000)
-    seen = attend(Pointing(), photo, size=40)
-    assert seen.picture.shape == (40, 48, 3)
-    assert seen.shown.shape == (400, 480, 3)  # ten times: patches stay squares of whole pixels
-    assert min(seen.shown.shape[:2]) >= SHOWN
-    assert all(min(drawn.shape[:2]) >= SHOWN for _, drawn in rendering.panels(seen))
-    blurred = enlarged(seen.picture, seen.picture)
-    assert seen.shown.astype(float).std() > 1.5 * blurred.astype(float).std()  # it kept the photo's detail
-    large = attend(Pointing(), photo, size=480)
-    assert large.shown is large.picture
-    point = attend(Pointing(), photo, size=40, query=(500, 400))
+    seen = attention_maps(Pointing(), photo, size=40)[0]
+    assert seen.image.shape == (40, 48, 3)
+    assert seen.display.shape == (400, 480, 3)  # ten times: patches stay squares of whole pixels
+    assert min(seen.display.shape[:2]) >= MIN_DISPLAY_SIDE
+    assert all(min(drawn.shape[:2]) >= MIN_DISPLAY_SIDE for _, drawn in rendering.panels(seen))
+    blurred = display_image(seen.image, seen.image)
+    assert seen.display.astype(float).std() > 1.5 * blurred.astype(float).std()  # it kept the photo's detail
+    large = attention_maps(Pointing(), photo, size=480)[0]
+    assert large.display is large.image
+    point = attention_maps(Pointing(), photo, size=40, queries=[(500, 400)])[0]
     ring = np.argwhere((rendering.panels(point)[0][1] == rendering.EDGE).all(axis=2))
     np.testing.assert_allclose(ring.mean(axis=0), (200, 240), atol=3)
 
@@ -151,13 +160,13 @@ def test_any_shape_fits_whole_patches(height: int, width: int, size: int) -> Non
 
 def test_what_cannot_be_shown_is_said() -> None:
     with pytest.raises(UserError, match=r"-3 \.\. 2"):
-        attend(Pointing(), picture(40, 40), layer=3)
+        attention_maps(Pointing(), picture(40, 40), layer=3)
     with pytest.raises(UserError, match="outside"):
-        attend(Pointing(), picture(40, 40), query=(40, 0))
+        attention_maps(Pointing(), picture(40, 40), queries=[(40, 0)])
     with pytest.raises(UserError, match="smaller size"):
-        attend(Pointing(), picture(10, 4000), size=480)
-    with pytest.raises(UserError, match="saliency"):
-        attend(Halves(), picture(40, 40))
+        attention_maps(Pointing(), picture(10, 4000), size=480)
+    with pytest.raises(UserError, match="no attention"):
+        attention_maps(Halves(), picture(40, 40))
 
 
 class Halves(Backbone):
@@ -179,20 +188,20 @@ class Halves(Backbone):
 
 
 def test_similarity_stands_in_where_there_is_no_attention() -> None:
-    seen = look(Halves(), picture(32, 64), size=32)
+    seen = cls_attention_or_similarity(Halves(), picture(32, 64), size=32)
     assert seen.kind == "similarity"
     np.testing.assert_allclose(seen.mean[:, :4], 1, atol=1e-6)
     np.testing.assert_allclose(seen.mean[:, 4:], 0, atol=1e-6)
     assert seen.mask[:, 4:].sum() == 0
-    assert look(Pointing(), picture(32, 64), size=32).kind == "attention"
-    assert saliency(Halves(), picture(30, 30), size=16).heads.shape == (1, 2, 2)
+    assert cls_attention_or_similarity(Pointing(), picture(32, 64), size=32).kind == "attention"
+    assert similarity_map(Halves(), picture(30, 30), size=16).heads.shape == (1, 2, 2)
 
 
 def test_a_real_transformer_is_read_as_its_attention_says() -> None:
     torch.manual_seed(0)
     network = ViT(size="tiny", patch=8, image_size=32, width=24, depth=2, heads=3, registers=2).build().eval()
     image = picture(32, 48)
-    seen = attend(network, image, size=32)
+    seen = attention_maps(network, image, size=32)[0]
     from dino_ssl.data.transforms.eval import normalize
 
     with torch.no_grad():
@@ -204,13 +213,13 @@ def test_a_real_transformer_is_read_as_its_attention_says() -> None:
 def test_pictures_of_maps_show_high_where_high_is() -> None:
     values = np.zeros((4, 4), np.float32)
     values[1, 2] = 5
-    drawn = rendering.heat(values, (64, 64), smooth=False)
+    drawn = rendering.heat_map(values, (64, 64), smooth=False)
     bright = drawn.sum(axis=2)
     assert (bright[16:32, 32:48] == bright.max()).all()
     assert (np.delete(bright.reshape(4, 16, 4, 16).transpose(0, 2, 1, 3).reshape(16, -1), 6, 0) < bright.max()).all()
-    smooth = rendering.heat(values, (64, 64)).sum(axis=2)
+    smooth = rendering.heat_map(values, (64, 64)).sum(axis=2)
     assert np.unravel_index(smooth.argmax(), smooth.shape)[0] // 16 == 1
-    constant = rendering.heat(np.ones((3, 3)), (6, 6))
+    constant = rendering.heat_map(np.ones((3, 3)), (6, 6))
     assert len(np.unique(constant.reshape(-1, 3), axis=0)) == 1
 
 
@@ -221,7 +230,7 @@ def test_maps_in_colours_are_where_their_masks_are_and_the_stronger_wins() -> No
     maps[1, :, 2:], masks[1, :, 2:] = 7, True  # its own scale
     maps[1, 0, 0], masks[1, 0, 0] = 2, True  # weaker there than the first
     masks[1, 3, 3] = False
-    drawn = rendering.in_colours(grey, maps, masks, [(255, 0, 0), (0, 0, 255)]).astype(int)
+    drawn = rendering.color_maps(grey, maps, masks, [(255, 0, 0), (0, 0, 255)]).astype(int)
     middle = drawn[8::16, 8::16]
     assert (middle[:, :2, 0] > middle[:, :2, 2] + 80).all()
     assert (middle[:3, 2:, 2] > middle[:3, 2:, 0] + 80).all()
@@ -238,16 +247,16 @@ def test_the_cutout_keeps_the_picture_inside_of_the_mask() -> None:
 
 
 def test_the_figure_has_a_row_per_picture_and_a_panel_per_head(tmp_path) -> None:
-    dataset = [attend(Pointing(), picture(40, width), size=40, query=(5, 5)) for width in (40, 80)]
+    dataset = [attention_maps(Pointing(), picture(40, width), size=40, queries=[(5, 5)])[0] for width in (40, 80)]
     names = [name for name, _ in rendering.panels(dataset[0])]
-    assert names == ["picture", "mean", "overlay", "mask 60%", "heads", "head 0", "head 1"]
+    assert names == ["image", "mean", "overlay", "mask 60%", "heads", "head 0", "head 1"]
     one, both = (
-        rendering.figure(dataset[:1], height=48),
-        rendering.figure(dataset, height=48, names=["a", "long name" * 9]),
+        rendering.sheet([rendering.panels(maps) for maps in dataset[:1]], height=48),
+        rendering.sheet([rendering.panels(maps) for maps in dataset], height=48, names=["a", "long name" * 9]),
     )
     assert both.shape[0] > one.shape[0]
     assert both.shape[1] > one.shape[1]  # the wider picture decides
-    path = rendering.save(tmp_path / "deep/figure.png", both)
+    path = save_image(tmp_path / "deep/figure.png", both)
     from PIL import Image
 
     with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""t-SNE against its definition: the perplexity is met, the gradient is KL's, KL falls, clusters stay together."""
+"""t-SNE meets its definition: perplexity, gradient of KL, decreasing KL, and separated clusters."""
 
 import math
 from itertools import pairwise
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dino_ssl.errors import UserError
-from dino_ssl.viz.tsne import affinities, class_means, conditionals, kl, kl_gradient, same_label, tsne
+from dino_ssl.viz.tsne import affinities, class_means, conditionals, kl, kl_gradient, nearest_label_accuracy, tsne
 
 
 def clusters(count: int = 60, groups: int = 4, width: int = 10, distance: float = 8.0):
@@ -32,7 +32,7 @@ def test_conditionals_are_gaussian_in_the_distance() -> None:
     row = conditionals(features.float(), 3.0)[4].double()
     others = torch.arange(12) != 4
     distance = (features - features[4]).square().sum(dim=1)[others]
-    slope = row[others].log() / distance  # log P = -b d + c: two points give b, all others lie on the line
+    slope = row[others].log() / distance  # log P = -b d + c: two points give b, and all others are on the line
     b = (row[others].log()[0] - row[others].log()[1]) / (distance[1] - distance[0])
     torch.testing.assert_close(row[others].log() + b * distance, (row[others].log() + b * distance)[0].expand(11),
                                atol=1e-3, rtol=0)  # fmt: skip
@@ -46,7 +46,7 @@ def test_affinities_are_symmetric_and_sum_to_one() -> None:
     assert float(p.sum()) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_gradient_is_that_of_the_divergence() -> None:
+def test_the_gradient_equals_autograd() -> None:
     p = affinities(clusters(20)[0], 5.0).double()
     points = torch.randn(20, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     squared = torch.cdist(points, points).square()
@@ -58,57 +58,57 @@ def test_the_gradient_is_that_of_the_divergence() -> None:
     assert kl(p, points.detach()) == pytest.approx(float(divergence.detach()))
 
 
-def test_the_divergence_falls_and_clusters_stay_together() -> None:
+def test_the_divergence_decreases_and_clusters_stay_together() -> None:
     features, labels = clusters()
-    found = tsne(features, perplexity=10, iterations=300)
-    assert found.divergence[-1] < 0.5 * found.divergence[0]
-    late = found.divergence[3:]  # after the exaggeration
+    result = tsne(features, perplexity=10, iterations=300)
+    assert result.divergence[-1] < 0.5 * result.divergence[0]
+    late = result.divergence[3:]  # after early exaggeration
     assert all(after <= before + 1e-3 for before, after in pairwise(late))
-    assert same_label(found.points, [str(int(label)) for label in labels]) == 100
-    own = torch.stack([found.points[labels == group].mean(dim=0) for group in range(4)])
-    spread = max(float((found.points[labels == group] - own[group]).norm(dim=1).max()) for group in range(4))
-    assert torch.pdist(own).min() > 2 * spread
-    torch.testing.assert_close(found.points.mean(dim=0), torch.zeros(2), atol=1e-4, rtol=0)
+    assert nearest_label_accuracy(result.points, [str(int(label)) for label in labels]) == 100
+    centers = torch.stack([result.points[labels == group].mean(dim=0) for group in range(4)])
+    spread = max(float((result.points[labels == group] - centers[group]).norm(dim=1).max()) for group in range(4))
+    assert torch.pdist(centers).min() > 2 * spread
+    torch.testing.assert_close(result.points.mean(dim=0), torch.zeros(2), atol=1e-4, rtol=0)
 
 
-def test_no_chance_is_in_it_and_the_scale_does_not_matter() -> None:
+def test_tsne_is_deterministic_and_independent_of_scale() -> None:
     features = clusters(24)[0]
     first, again = (tsne(features, iterations=60).points for _ in range(2))
     assert torch.equal(first, again)
     torch.testing.assert_close(conditionals(4 * features, 5), conditionals(features, 5), atol=1e-4, rtol=1e-3)
 
 
-def test_few_points_take_the_perplexity_that_they_have() -> None:
-    found = tsne(clusters(10)[0], perplexity=20, iterations=200)
-    assert found.perplexity == 3
-    assert math.isfinite(found.divergence[-1])
-    assert found.points.abs().max() < 1e3  # nothing flew away
-    assert tsne(torch.randn(6, 1), iterations=20).points.shape == (6, 2)  # features of one number
-    assert torch.isfinite(tsne(torch.ones(8, 3), iterations=20).points).all()  # copies of one picture
+def test_the_perplexity_is_limited_by_the_number_of_points() -> None:
+    result = tsne(clusters(10)[0], perplexity=20, iterations=200)
+    assert result.perplexity == 3
+    assert math.isfinite(result.divergence[-1])
+    assert result.points.abs().max() < 1e3  # no divergence
+    assert tsne(torch.randn(6, 1), iterations=20).points.shape == (6, 2)  # one-dimensional features
+    assert torch.isfinite(tsne(torch.ones(8, 3), iterations=20).points).all()  # identical features
 
 
-def test_few_points_are_better_off_with_a_smaller_rate_than_the_papers() -> None:
+def test_the_default_rate_beats_the_papers_for_few_points() -> None:
     features = torch.randn(60, 20, generator=torch.Generator().manual_seed(0))
-    own, papers = (tsne(features, learning_rate=rate, iterations=300).divergence[-1] for rate in (None, 200.0))
-    assert own < 0.8 * papers
+    default, paper = (tsne(features, learning_rate=rate, iterations=300).divergence[-1] for rate in (None, 200.0))
+    assert default < 0.8 * paper
 
 
-def test_what_cannot_work_is_said() -> None:
+def test_bad_arguments_are_refused() -> None:
     with pytest.raises(UserError, match="4 to 5000"):
         tsne(torch.zeros(3, 2))
     with pytest.raises(UserError, match="at least 1"):
         tsne(torch.randn(8, 2), perplexity=0.5)
-    with pytest.raises(UserError, match="smaller one"):
+    with pytest.raises(UserError, match="smaller `learning_rate`"):
         tsne(torch.randn(8, 2), learning_rate=1e30, iterations=40)
 
 
-def test_means_of_classes_are_by_name_and_leave_out_what_has_none() -> None:
+def test_class_means_are_sorted_by_name_without_unlabeled_rows() -> None:
     features = torch.tensor([[1.0, 0], [3, 0], [0, 5], [9, 9]])
     means, names = class_means(features, ["b", "b", "a", None])
     assert names == ["a", "b"]
     torch.testing.assert_close(means, torch.tensor([[0.0, 5], [2, 0]]))
 
 
-def test_the_nearest_of_the_same_label() -> None:
+def test_nearest_label_accuracy_ignores_unlabeled_points() -> None:
     points = torch.tensor([[0.0, 0], [0, 1], [5, 5], [5, 6], [5, 7]])
-    assert same_label(points, ["a", "a", "b", "a", None]) == 50
+    assert nearest_label_accuracy(points, ["a", "a", "b", "a", None]) == 50

@@ -131,7 +131,7 @@ def test_auto_writes_a_number_into_the_run(monkeypatch: pytest.MonkeyPatch) -> N
         planned = plan(dataset, small, preset=run)
         assert planned.run.optim.micro_batch == size
         row = next(reason for reason in planned.reasons if reason.name == "micro-batch")
-        assert "48 MiB" in row.why
+        assert "48 MiB" in row.reason
     together = plan(dataset, here, preset=edit(run, method=dict(head_norm="batch")))
     assert together.run.optim.micro_batch == 0
 

@@ -1,4 +1,4 @@
-"""Any number of worker processes trains the same weights, bit for bit."""
+"""Weights are bit-equal for any number of worker processes."""
 
 from pathlib import Path
 
@@ -12,6 +12,6 @@ def test_any_number_of_workers_gives_the_same_weights(tmp_path: Path, knn: int) 
     fit(alone)
     for workers in (1, 2) if knn == 0 else (2,):
         run = edit(alone, out=str(tmp_path / str(workers)), workers=workers)
-        fit(run, until=7)  # the workers have read ahead by then; who resumes does not notice
+        fit(run, until=7)  # the workers have prefetched more batches by then
         fit(run, resume=True)
         assert not same_training(run, alone)

@@ -1,6 +1,6 @@
-"""Several commands at once, each in a process of its own that says how far it is in lines of JSON.
+"""Several commands at a time, each in its own process that prints its progress as JSON lines.
 
-A signal is passed on to all of them, so that each saves and leaves; a second one makes them leave at once.
+A signal is forwarded to all processes, so that each saves its state and exits; a second one makes them exit at once.
 """
 
 import json
@@ -15,64 +15,68 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-ENDS = {"done", "failed", "stopped", "elsewhere"}
+FINAL_STATES = {"done", "failed", "stopped", "locked"}
 
 
 @dataclass
 class Task:
-    """One command: what it is called, what it writes besides its lines, and what it said last."""
+    """One command with its log file and its latest reported state."""
 
     name: str
     command: Sequence[str]
     log: Path
     state: str = "waiting"
-    told: dict[str, Any] = field(default_factory=dict)
-    began: float = 0.0
-    began_at: int | None = None
-    """The step at which this process began to train."""
+    status: dict[str, Any] = field(default_factory=dict)
+    """The latest value of every reported field."""
+    started: tuple[float, int] | None = None
+    """Time and step of the first report of this process with a step."""
 
-    def on_message(self, said: dict[str, Any]) -> None:
-        self.state = str(said.pop("state"))
-        self.told |= said
-        if self.began_at is None and "step" in said:
-            self.began, self.began_at = time.monotonic(), int(said["step"])
-
-    @property
-    def share(self) -> float | None:
-        return self.told["step"] / self.told["steps"] if "step" in self.told else None
+    def on_message(self, message: dict[str, Any]) -> None:
+        """Update state and status from one JSON line."""
+        self.state = str(message.pop("state"))
+        self.status |= message
+        if self.started is None and "step" in message:
+            self.started = (time.monotonic(), int(message["step"]))
 
     @property
-    def left(self) -> float | None:
-        """Seconds of training that are left, at the speed so far."""
-        if self.began_at is None or self.told["step"] <= self.began_at:
+    def fraction(self) -> float | None:
+        """Finished fraction of the steps; None before the first report."""
+        return self.status["step"] / self.status["steps"] if "step" in self.status else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimated remaining seconds at the average speed; None before the second report."""
+        if self.started is None or self.status["step"] <= self.started[1]:
             return None
-        speed = (self.told["step"] - self.began_at) / (time.monotonic() - self.began)
-        return (self.told["steps"] - self.told["step"]) / speed
+        speed = (self.status["step"] - self.started[1]) / (time.monotonic() - self.started[0])
+        return (self.status["steps"] - self.status["step"]) / speed
 
 
 class JobPool:
-    """Runs tasks, at most `processes` at a time, until all have ended or somebody asks to stop."""
+    """Runs tasks, at most `processes` at a time, until all have ended or a signal arrives."""
 
     def __init__(self, tasks: Sequence[Task], processes: int, environment: dict[str, str]) -> None:
         self.tasks, self.processes, self.environment = list(tasks), processes, environment
         self.running: dict[subprocess.Popen[bytes], Task] = {}
         self.signal: int | None = None
         self._selector = selectors.DefaultSelector()
-        self._rest: dict[int, bytes] = {}
+        self._partial: dict[int, bytes] = {}  # the last, unfinished line by file descriptor
 
-    def work(self, changed: Callable[[Task], None], tick: Callable[[], None]) -> int | None:
-        """Calls `changed` with a task whose state is another, and `tick` twice a second. Gives the signal, if one
-        came."""
+    def run(self, on_change: Callable[[Task], None], on_tick: Callable[[], None]) -> int | None:
+        """Run all tasks; return the number of the signal that stopped them, or None.
+
+        on_change: called with a task whose state has changed. on_tick: called about twice per second.
+        """
         waiting = list(self.tasks)
-        with self._signals():
+        with self._forward_signals():
             while self.running or (waiting and self.signal is None):
                 while waiting and self.signal is None and len(self.running) < self.processes:
                     task = waiting.pop(0)
                     self._start(task)
-                    changed(task)
+                    on_change(task)
                 for key, _ in self._selector.select(timeout=0.5):
-                    self._read(key.fileobj, key.data, changed)  # pyright: ignore[reportArgumentType]
-                tick()
+                    self._read(key.fileobj, key.data, on_change)  # pyright: ignore[reportArgumentType]
+                on_tick()
         return self.signal
 
     def _start(self, task: Task) -> None:
@@ -85,60 +89,67 @@ class JobPool:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=self.environment,
-                start_new_session=True,  # a Ctrl-C at the terminal reaches this process alone, which passes it on once
+                start_new_session=True,  # Ctrl-C reaches only this process, which forwards it once
             )
         self.running[process] = task
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
-        self._rest[process.stdout.fileno()] = b""
+        self._partial[process.stdout.fileno()] = b""
         self._selector.register(process.stdout, selectors.EVENT_READ, process)
 
-    def _read(self, stream: IO[bytes], process: subprocess.Popen[bytes], changed: Callable[[Task], None]) -> None:
+    def _read(self, stream: IO[bytes], process: subprocess.Popen[bytes], on_change: Callable[[Task], None]) -> None:
         task = self.running[process]
+        state = task.state
         try:
             data = os.read(stream.fileno(), 65536)
         except BlockingIOError:
             return
-        *lines, rest = (self._rest[stream.fileno()] + data).split(b"\n")
-        self._rest[stream.fileno()] = rest
-        before = task.state
+        *lines, self._partial[stream.fileno()] = (self._partial[stream.fileno()] + data).split(b"\n")
         for text in lines:
             try:
                 task.on_message(json.loads(text))
             except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # of some library that writes to standard output
+                continue  # output of another library
         if not data:
             self._selector.unregister(stream)
             stream.close()
-            code = process.wait()
-            del self.running[process]
-            if task.state not in ENDS and self.signal is not None:
-                task.state = "stopped"  # before or after training, where there is nothing to save
-            elif task.state not in ENDS:
-                task.on_message({"state": "failed", "error": _ended(code, task.log)})
-        if task.state != before:
-            changed(task)
+            self._end(process, task)
+        if task.state != state:
+            on_change(task)
+
+    def _end(self, process: subprocess.Popen[bytes], task: Task) -> None:
+        code = process.wait()
+        del self.running[process]
+        if task.state in FINAL_STATES:
+            return
+        if self.signal is not None:
+            task.state = "stopped"  # before or after training: there is nothing to save
+        else:
+            task.on_message({"state": "failed", "error": _exit_message(code, task.log)})
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
-        def ask(number: int, frame: Any) -> None:
+    def _forward_signals(self) -> Iterator[None]:
+        def forward(number: int, frame: Any) -> None:
             self.signal = number
-            for process in self.running:
-                process.send_signal(signal.SIGTERM)
+            self._terminate()
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for process in self.running:  # only where this process failed itself
-                process.send_signal(signal.SIGTERM)
-            for number, handler in before.items():
+            self._terminate()  # processes are left only after an exception
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def _terminate(self) -> None:
+        for process in self.running:
+            process.send_signal(signal.SIGTERM)
 
-def _ended(code: int, log: Path) -> str:
-    """Why a process may have ended without a word."""
+
+def _exit_message(code: int, log: Path) -> str:
+    """Return a message about a process that ended without reporting a final state."""
     if code == -signal.SIGKILL:
-        return f"the process was killed, as a full memory does it; {log} has its last words"
-    how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-    return f"the process ended {how}; {log} has its last words"
+        reason = "was killed, probably because memory was full"
+    else:
+        reason = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return f"the process {reason}; its last messages are in {log}"

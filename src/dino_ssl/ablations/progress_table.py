@@ -1,7 +1,6 @@
-"""What a person sees while several rows run: a line for each on a terminal, plain lines where nobody watches."""
+"""Progress of several runs at a time: a live table on a terminal, plain lines otherwise."""
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,22 +9,22 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dino_ssl.ablations.job_pool import Task
+from dino_ssl.ablations.job_pool import FINAL_STATES, Task
 from dino_ssl.formatting import duration
 from dino_ssl.terminal import Terminal
 
 PLAIN_SECONDS = 60.0
-"""Seconds between two plain lines about one row."""
-COLOURS = {"done": "green", "failed": "red", "stopped": "yellow", "elsewhere": "yellow", "waiting": "dim"}
-WORDS = {"elsewhere": "another process is at it", "evaluated": "training"}
+"""Seconds between two plain lines about one run."""
+STYLES = {"done": "green", "failed": "red", "stopped": "yellow", "locked": "yellow", "waiting": "dim"}
+LABELS = {"locked": "another process trains it", "evaluated": "training"}
 
 
 class ProgressTable:
-    """`with ProgressTable(terminal, tasks) as board`: then `board.changed(task)` and `board.tick()`."""
+    """Context that shows tasks: `with ProgressTable(terminal, tasks) as table`, then `table.on_change(task)`."""
 
     def __init__(self, terminal: Terminal, tasks: Sequence[Task]) -> None:
         self.terminal, self.tasks = terminal, tasks
-        self.said: dict[str, float] = {}
+        self.printed_at: dict[str, float] = {}
         self.live = None
         if terminal.is_tty:
             self.live = Live(get_renderable=self._draw, console=terminal.console, refresh_per_second=2, transient=True)
@@ -39,24 +38,25 @@ class ProgressTable:
         if self.live is not None:
             self.live.stop()
 
-    def changed(self, task: Task) -> None:
-        """A task is in another state. What ended is said for good."""
-        if task.state in ("done", "failed", "stopped", "elsewhere"):
-            place = Counter(one.state in ("done", "failed") for one in self.tasks)[True]
-            end = f": {task.told['error']}" if task.state == "failed" else ""
-            word = WORDS.get(task.state, task.state)
-            self.terminal.print(f"{task.name}: {word}{end}  ({place} of {len(self.tasks)})", style=COLOURS[task.state])
+    def on_change(self, task: Task) -> None:
+        """Print a task that has reached a final state; without a terminal also one that starts."""
+        if task.state in FINAL_STATES:
+            ended = sum(task.state in ("done", "failed") for task in self.tasks)
+            error = f": {task.status['error']}" if task.state == "failed" else ""
+            text = f"{task.name}: {LABELS.get(task.state, task.state)}{error}  ({ended} of {len(self.tasks)})"
+            self.terminal.print(text, style=STYLES[task.state])
         elif task.state == "starting" and self.live is None:
-            self.terminal.print(f"{task.name}: begins; its messages go to {task.log}")
+            self.terminal.print(f"{task.name}: starting; messages in {task.log}")
 
-    def tick(self) -> None:
+    def on_tick(self) -> None:
+        """Without a terminal, print a line about each training task once a minute."""
         if self.live is not None:
             return
         for task in self.tasks:
-            last = self.said.setdefault(task.name, time.monotonic())
-            if task.state == "training" and time.monotonic() - last > PLAIN_SECONDS:
-                self.said[task.name] = time.monotonic()
-                self.terminal.print(f"{task.name}: {_words(task)}")
+            printed_at = self.printed_at.setdefault(task.name, time.monotonic())
+            if task.state == "training" and time.monotonic() - printed_at > PLAIN_SECONDS:
+                self.printed_at[task.name] = time.monotonic()
+                self.terminal.print(f"{task.name}: {_status(task)}")
 
     def _draw(self) -> Table:
         grid = Table.grid(padding=(0, 2))
@@ -64,20 +64,23 @@ class ProgressTable:
         grid.add_column(width=24)
         grid.add_column(no_wrap=True, overflow="ellipsis")
         for task in self.tasks:
-            bar = ProgressBar(total=1, completed=task.share or 0, width=24) if task.share is not None else Text("")
-            grid.add_row(Text(task.name), bar, Text(_words(task), style=COLOURS.get(task.state, "")))
+            fraction = task.fraction
+            bar = "" if fraction is None else ProgressBar(total=1, completed=fraction, width=24)
+            grid.add_row(Text(task.name), bar, Text(_status(task), style=STYLES.get(task.state, "")))
         return grid
 
 
-def _words(task: Task) -> str:
-    told, word = task.told, WORDS.get(task.state, task.state)
+def _status(task: Task) -> str:
+    """Return `step 30/100  loss 5.31  20-NN 41.2 %  3 min left`, or the state before training."""
+    status, label = task.status, LABELS.get(task.state, task.state)
     if task.state == "measuring":
-        return f"measuring: {told.get('what', '')}"
+        return f"measuring: {status['metric']}"
     if task.state not in ("training", "evaluated"):
-        return word
-    parts = [f"step {told['step']}/{told['steps']}"] if "step" in told else [word]
-    parts += [f"loss {told['loss']:.2f}"] if "loss" in told else []
-    values = told.get("values") or {}
-    parts += [f"{name} {value:.1f} %" for name, value in list(values.items())[:1]]
-    parts += [f"{duration(task.left)} left"] if task.left is not None else []
+        return label
+    parts = [f"step {status['step']}/{status['steps']}"] if "step" in status else [label]
+    if "loss" in status:
+        parts.append(f"loss {status['loss']:.2f}")
+    parts += [f"{name} {value:.1f} %" for name, value in list(status.get("values", {}).items())[:1]]
+    if (seconds := task.seconds_left) is not None:
+        parts.append(f"{duration(seconds)} left")
     return "  ".join(parts)

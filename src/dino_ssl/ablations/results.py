@@ -1,8 +1,8 @@
-"""A table that was run, read from its folder: what each row gave under each seed, and the spread over the seeds.
+"""Results of a table on disk: one folder per configuration and seed, and statistics over the seeds.
 
-runs/ablate/TABLE/SCALE/        study.json: the base that the rows are edits of, and the pictures
-    ROW/seed0/                  a run like any other, and result.json: its figures and what they cost
-                                or same.json: another table's folder where just this was run
+runs/ablate/TABLE/SCALE/        study.json: the base Run and the dataset
+    CONFIGURATION/seed0/        a training run with result.json: its results and cost
+                                or same.json: the folder of an identical run of another table
 """
 
 import math
@@ -12,74 +12,57 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dino_ssl.ablations.table import SCALES, Row, Scale, Table
-from dino_ssl.ablations.tables import HOMES, table
+from dino_ssl.ablations.table import SCALES, Configuration, Scale, Table
+from dino_ssl.ablations.tables import TABLES, get_table
 from dino_ssl.config import differences, from_dict, to_dict
 from dino_ssl.errors import UserError, did_you_mean
 from dino_ssl.files import read_json, read_lines, write_json
-from dino_ssl.report.curves import History, Line, line, read_history
-from dino_ssl.run import Run, read_run
+from dino_ssl.report.curves import Line, line, read_history
+from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
 
 ROOT = Path("runs/ablate")
 STUDY, RESULT, FAILED, SAME, STUDENT = "study.json", "result.json", "failed.json", "same.json", "student.jsonl"
 
-INCIDENTAL = (
-    "data.path",
-    "val.path",
-    "seed",
-    "online_eval.batch_size",
-    "evals",
-    "optim.micro_batch",
-    "precision",
-    "recompute",
-    "workers",
-    "cache",
-    "log_every",
-    "save_minutes",
-    "keep_every",
-    "on_collapse",
-    "out",
-)
-"""Settings that differ between rows for no reason of the table's."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one row gave under one seed, and what that cost."""
+    """The results of one run, and their cost."""
 
     values: Mapping[str, float]
-    """Figures by name: 20-NN, student 20-NN, linear (percent), entropy (percent of ln K), kl, hours, memory, ..."""
+    """By metric: 20-NN, student 20-NN, linear (percent), entropy (percent of ln K), kl, hours, memory, ..."""
     references: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Scores of raw pixels and of random weights."""
     epochs: int = 0
-    dataset: int = 0
-    """Pictures that training saw, each as often as it did."""
+    images_seen: int = 0
+    """Training images, counted once per epoch."""
     seconds: float = 0.0
-    """Training and the evaluations on its way."""
+    """Training including the evaluations during training."""
     images_per_s: float = 0.0
     memory: int = 0
-    """Peak of the training process (on a GPU: of the card), in bytes."""
+    """Peak memory in bytes: of the training process, or of the GPU."""
     prototypes: int | None = None
     machine: str = ""
     threads: int = 0
     learned: str = ""
-    """Digest of all settings that decide what is learned."""
+    """Digest of all settings that affect the learned weights or their evaluation."""
     data: str = ""
-    """Fingerprint of the pictures."""
+    """Fingerprint of the dataset."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
 class Spread(NamedTuple):
-    """One figure over the seeds."""
+    """Statistics of one metric over the seeds."""
 
     mean: float
     low: float
     high: float
     deviation: float
-    """Standard deviation over the seeds, with n - 1; 0 for one."""
+    """Sample standard deviation (n - 1); 0 for one seed."""
     n: int
 
     @staticmethod
     def of(values: Sequence[float]) -> "Spread | None":
+        """Return the statistics of these values; None if there are none."""
         if not values:
             return None
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -87,140 +70,144 @@ class Spread(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One row under one seed."""
+class StudyRun:
+    """One configuration trained with one seed."""
 
-    row: Row
+    configuration: Configuration
     seed: int
     folder: Path
 
     @property
-    def home(self) -> Path:
-        """Where the run lies: here, or where another table has it already."""
+    def label(self) -> str:
+        """Title and seed."""
+        return f"{self.configuration.title}, seed {self.seed}"
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the training run: `folder`, or that of an identical run in another table."""
         same = read_json(self.folder / SAME)
-        if isinstance(same, dict) and (home := self.folder / str(same.get("folder"))).joinpath(RESULT).is_file():
-            return home.resolve()
+        if isinstance(same, dict) and (other := self.folder / str(same.get("folder"))).joinpath(RESULT).is_file():
+            return other.resolve()
         return self.folder
 
     @property
-    def shared(self) -> bool:
-        return self.home != self.folder
+    def is_shared(self) -> bool:
+        """True if another table has the identical run."""
+        return self.run_dir != self.folder
 
     @property
     def result(self) -> Result | None:
-        told = read_json(self.home / RESULT)
-        return None if told is None else from_dict(Result, told)
+        """The result; None if the run has not finished."""
+        content = read_json(self.run_dir / RESULT)
+        return None if content is None else from_dict(Result, content)
 
     @property
     def error(self) -> str:
-        told = read_json(self.folder / FAILED)
-        return str(told["error"]) if isinstance(told, dict) and "error" in told else ""
+        """Message of the failure; empty if there was none."""
+        content = read_json(self.folder / FAILED)
+        return str(content["error"]) if isinstance(content, dict) and "error" in content else ""
 
     @property
     def state(self) -> str:
+        """`done`, `failed`, `incomplete` or `not run`."""
         if self.result is not None:
             return "done"
         if self.error:
             return "failed"
-        return "begun" if (self.folder / "run.json").is_file() else "not run"
-
-    @property
-    def history(self) -> History:
-        return read_history(self.home)
+        return "incomplete" if (self.folder / "run.json").is_file() else "not run"
 
     def line(self, name: str) -> Line:
-        """A training metric, or a figure of the evaluations, over epochs."""
-        history = self.history
+        """Return a training metric, or a result of the evaluations, over epochs."""
         if name.startswith("student "):
-            return line(read_students(self.home), name.removeprefix("student "))
-        for rows in (history.evaluations.get("knn", []), history.evaluations.get("accuracy", [])):
-            if any(name in row for row in rows):
-                return line(rows, name)
+            return line(read_student_scores(self.run_dir), name.removeprefix("student "))
+        history = read_history(self.run_dir)
+        for scores in (history.evaluations.get("knn", []), history.evaluations.get("accuracy", [])):
+            if any(name in score for score in scores):
+                return line(scores, name)
         return history.line(name)
 
 
 @dataclass(frozen=True)
 class Study:
-    """A table at a scale, in a folder."""
+    """A table at one scale, on one dataset, in one folder."""
 
     folder: Path
     table: Table
     scale: Scale
     base: Run
     data: Mapping[str, Any]
+    """images, classes, fingerprint, val_fraction."""
     minutes: float | None = None
-    """What was asked for a row, where its length follows from that."""
+    """Requested time per run, if the number of epochs follows from it."""
 
-    def cell(self, row: Row, seed: int) -> Cell:
-        return Cell(row, seed, self.folder / row.name / f"seed{seed}")
+    def study_run(self, configuration: Configuration, seed: int) -> StudyRun:
+        """Return the run of a configuration and seed, which need not exist yet."""
+        return StudyRun(configuration, seed, self.folder / configuration.name / f"seed{seed}")
 
-    def cells(self, row: Row) -> list[Cell]:
-        """All that were begun, in the order of seeds."""
-        seeds = sorted(
-            int(path.name.removeprefix("seed"))
-            for path in (self.folder / row.name).glob("seed*")
-            if path.name.removeprefix("seed").isdigit()
-        )
-        return [self.cell(row, seed) for seed in seeds]
+    def runs(self, configuration: Configuration | None = None) -> list[StudyRun]:
+        """Return all runs that were started, of one or of all configurations, in the order of the table and seeds."""
+        found = []
+        for item in self.table.configurations if configuration is None else [configuration]:
+            names = [path.name.removeprefix("seed") for path in (self.folder / item.name).glob("seed*")]
+            found += [self.study_run(item, seed) for seed in sorted(int(name) for name in names if name.isdigit())]
+        return found
 
-    def results(self, row: Row) -> list[Result]:
-        return [result for cell in self.cells(row) if (result := cell.result) is not None]
+    def results(self, configuration: Configuration | None = None) -> list[Result]:
+        """Return the results of all finished runs, of one or of all configurations."""
+        return [result for run in self.runs(configuration) if (result := run.result) is not None]
 
-    def spread(self, row: Row, name: str) -> Spread | None:
-        found = [result.values[name] for result in self.results(row) if name in result.values]
-        return Spread.of([value for value in found if math.isfinite(value)])
+    def spread(self, configuration: Configuration, name: str) -> Spread | None:
+        """Return the statistics of a metric over the seeds; values that are not finite are skipped."""
+        values = [result.values[name] for result in self.results(configuration) if name in result.values]
+        return Spread.of([value for value in values if math.isfinite(value)])
 
-    def settings(self, row: Row) -> list[tuple[str, Any, Any]]:
-        """(field, the base's value, the row's) of all that differs."""
-        return [item for item in differences(self.base, self.run(row)) if item[0] not in INCIDENTAL]
+    def differences(self, configuration: Configuration) -> list[tuple[str, Any, Any]]:
+        """Return (field, the base's value, the configuration's) of all settings that differ."""
+        skipped = {*EXECUTION_FIELDS, "seed"}
+        return [item for item in differences(self.base, self.run(configuration)) if item[0] not in skipped]
 
-    def run(self, row: Row) -> Run:
-        """The row's: as it was run, or as it would be."""
-        homes = [cell.home for cell in self.cells(row) if (cell.home / "run.json").is_file()]
-        return read_run(homes[0]) if homes else self.table.run(row, self.scale, self.base)
-
-    @property
-    def finished(self) -> list[Result]:
-        return [result for row in self.table.rows for result in self.results(row)]
+    def run(self, configuration: Configuration) -> Run:
+        """Return the Run of a configuration: the saved one if it was started, else as it would be trained."""
+        folders = [run.run_dir for run in self.runs(configuration) if (run.run_dir / "run.json").is_file()]
+        return read_run(folders[0]) if folders else self.table.run(configuration, self.scale, self.base)
 
     def write(self) -> None:
-        told = {"table": self.table.name, "scale": self.scale, "base": to_dict(self.base), "data": dict(self.data)}
-        write_json(self.folder / STUDY, told | {"minutes": self.minutes})
+        """Write study.json."""
+        content = {"table": self.table.name, "scale": self.scale, "base": to_dict(self.base), "data": dict(self.data)}
+        write_json(self.folder / STUDY, content | {"minutes": self.minutes})
 
 
 def read_study(folder: Path) -> Study | None:
-    """The study in a folder; None where there is none."""
-    told = read_json(folder / STUDY)
-    if told is None:
+    """Return the study in a folder; None if there is none."""
+    content = read_json(folder / STUDY)
+    if content is None:
         return None
     try:
-        base = from_dict(Run, told["base"])
-        return Study(folder, table(told["table"]), told["scale"], base, told["data"], told.get("minutes"))
+        table, base = get_table(content["table"]), from_dict(Run, content["base"])
+        return Study(folder, table, content["scale"], base, content["data"], content["minutes"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / STUDY} is not a table's description: it lacks {error}.") from error
+        raise UserError(f"{folder / STUDY} does not describe a study: {error} is missing.") from error
 
 
 def find_study(name: str, root: Path = ROOT, scale: Scale | None = None) -> Study:
-    """The study of a table's name under `root`, or in a folder. Raises UserError where there is none."""
+    """Return the study of a table under `root`, or in the folder `name`. Raise UserError if there is none."""
     if (study := read_study(Path(name))) is not None:
         return study
-    if name not in HOMES:
+    if name not in TABLES:
         raise UserError(
-            f"There is no run and no table {name!r}{did_you_mean(name, HOMES)}\n"
-            f"Expected a run's folder, or one of {', '.join(HOMES)}."
+            f"There is no run and no table {name!r}{did_you_mean(name, TABLES)}\n"
+            f"Expected the folder of a run, or one of {', '.join(TABLES)}."
         )
-    scales = [scale] if scale else list(SCALES)
-    found = [study for one in scales if (study := read_study(root / name / one)) is not None]
-    if not found:
-        where = root / name / scale if scale else root / name
-        raise UserError(f"{name} was not run yet: there is nothing in {where}.\nRun it: dino ablate {name}")
-    if len(found) > 1:
-        raise UserError(
-            f"{root / name} has {' and '.join(study.scale for study in found)}: say which one with --scale."
-        )
-    return found[0]
+    folders = [root / name / option for option in ([scale] if scale else SCALES)]
+    studies = [study for folder in folders if (study := read_study(folder)) is not None]
+    if not studies:
+        searched = root / name / scale if scale else root / name
+        raise UserError(f"{name} was not run yet: there is no result in {searched}.\nRun it: dino ablate {name}")
+    if len(studies) > 1:
+        raise UserError(f"{root / name} has the scales {' and '.join(SCALES)}: choose one with `scale`.")
+    return studies[0]
 
 
-def read_students(folder: Path) -> list[dict[str, Any]]:
-    """The student's figures, one line for each evaluation; a torn line is left out."""
-    return [row for row in read_lines(folder / STUDENT) if "step" in row]
+def read_student_scores(folder: Path) -> list[dict[str, Any]]:
+    """Return the scores of the student, one per evaluation; incomplete lines are skipped."""
+    return [score for score in read_lines(folder / STUDENT) if "step" in score]

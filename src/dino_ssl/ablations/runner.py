@@ -1,10 +1,11 @@
-"""One row of a table, from its Run to its figures. It can stop anywhere, and goes on from what lies in its folder.
+"""One run of a study, from its Run to its results. It can stop at any time and resumes from its folder.
 
-As a process of its own: `python -m dino_ssl.ablations.runner JOB.json` says how far it is in lines of JSON on standard output;
-all that people read goes to standard error.
+As a process, `python -m dino_ssl.ablations.runner JOB.json` prints its progress as JSON lines on standard output and
+messages on standard error.
 """
 
 import json
+import math
 import os
 import signal
 import statistics
@@ -12,15 +13,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dino_ssl import distributed, environment
-from dino_ssl.ablations.results import FAILED, RESULT, STUDENT, Result, read_students
-from dino_ssl.ablations.run_lock import RunLocked, append_jsonl, run_lock
+from dino_ssl.ablations.results import FAILED, RESULT, STUDENT, Result, read_student_scores
+from dino_ssl.ablations.run_lock import RunLocked, run_lock
 from dino_ssl.api.resolve import find_run, resumed
 from dino_ssl.api.training import run_session
 from dino_ssl.config import from_dict, to_dict
@@ -30,7 +31,7 @@ from dino_ssl.evals.base import EvalContext, evaluating
 from dino_ssl.evals.knn import BoundKNN
 from dino_ssl.evals.linear import BoundLinear, Linear
 from dino_ssl.events import Evaluated, Event, Logged, Started
-from dino_ssl.files import atomic_write, read_lines, write_json
+from dino_ssl.files import append_jsonl, atomic_write, read_json, read_lines, write_json
 from dino_ssl.methods.method import Method
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.report.curves import read_history
@@ -39,70 +40,69 @@ from dino_ssl.runtime import Runtime, machine, peak_memory, start
 from dino_ssl.terminal import Terminal, command_output
 from dino_ssl.training import train
 
-LAST = 0.05
-"""Part of the training over whose lines the last entropy and KL are averaged."""
-TELL_SECONDS = 1.0
+FINAL_FRACTION = 0.05
+"""Final fraction of the logged lines over which entropy and KL are averaged."""
+REPORT_SECONDS = 1.0
 
-Tell = Callable[..., None]
-"""Called with a state and its figures."""
+Report = Callable[..., None]
+"""Called with a state and its values: `report("training", step=3, steps=100)`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunJob:
-    """What is to be there in the end."""
+    """One run to complete: the Run, and what is measured besides."""
 
     run: Run
     learned: str
-    """Digest of what decides what is learned, for others who want just the same."""
+    """Digest of the settings that affect the result, to recognise identical runs."""
     data: str
-    """Fingerprint of the pictures."""
-    students: bool = False
-    """Measure the student at every evaluation."""
-    wanted: tuple[str, ...] = ()
-    """Figures to measure at the end besides those that training gives: linear, throughput."""
+    """Fingerprint of the dataset."""
+    evaluate_student: bool = False
+    """Evaluate the student at every evaluation."""
+    metrics: tuple[str, ...] = ()
+    """Metrics to measure at the end in addition to those of training: linear, throughput."""
 
 
-class Stopped(Exception):  # noqa: N818 - it is no error
-    """Somebody asked to stop; all is saved."""
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A signal stopped the run; its state is saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.signal = number
 
 
-def complete(job: RunJob, rt: Runtime, terminal: Terminal, tell: Tell) -> Result:
-    """Trains what is left to train, measures what is left to measure, and writes result.json.
+def complete(job: RunJob, rt: Runtime, terminal: Terminal, report: Report) -> Result:
+    """Train the remaining steps, measure the missing metrics, and write result.json.
 
-    Raises Stopped where a signal came, Elsewhere where another process is at it, and whatever made the row fail, which
-    failed.json then says.
+    Raises Stopped after a signal, RunLocked if another process trains the run, and any error of the run after it is
+    written to failed.json.
     """
     folder = Path(job.run.out)
-    with run_lock(folder, rt):
+    with run_lock(folder):
         distributed.run_on_rank0(lambda: (folder / FAILED).unlink(missing_ok=True))
         try:
-            _train(job, rt, terminal, tell)
-            result = _measured(job, rt, terminal, tell)
-        except (Stopped, KeyboardInterrupt):
-            raise
+            _train(job, rt, terminal, report)
+            result = _measure(job, rt, report)
         except Exception as error:
-            if rt.is_main:
-                write_json(folder / FAILED, {"error": _said(error)})
+            if rt.is_main and not isinstance(error, Stopped):
+                write_json(folder / FAILED, {"error": _message(error)})
             raise
         if rt.is_main:
             write_json(folder / RESULT, to_dict(result))
         return result
 
 
-def _train(job: RunJob, rt: Runtime, terminal: Terminal, tell: Tell) -> None:
+def _train(job: RunJob, rt: Runtime, terminal: Terminal, report: Report) -> None:
     folder = Path(job.run.out)
-    found = distributed.run_on_rank0(lambda: find_run(folder))
-    if found is not None and found.finished:
+    existing = distributed.run_on_rank0(lambda: find_run(folder))
+    if existing is not None and existing.finished:
         return
-    run = job.run if found is None else resumed(found, lambda _: job.run)
+    run = job.run if existing is None else resumed(existing, lambda _: job.run)
     if rt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(rt.device)
     dataset: ImageDataset = distributed.run_on_rank0(run.data.open)
-    outcome = run_session(run, rt, dataset, terminal, resume=found is not None, observe=_Observer(job, rt, tell).see)
+    observer = _Observer(job, rt, report)
+    outcome = run_session(run, rt, dataset, terminal, resume=existing is not None, observe=observer.on_event)
     if rt.is_main:
         append_jsonl(folder / "attempts.jsonl", {"memory": peak_memory(rt.device)})
     if not outcome.finished:
@@ -110,47 +110,53 @@ def _train(job: RunJob, rt: Runtime, terminal: Terminal, tell: Tell) -> None:
 
 
 class _Observer:
-    """Looks on while a row trains: says how far it is, and measures the student where that is asked for."""
+    """Reports the progress of a training, and evaluates the student if the job requires it."""
 
-    def __init__(self, job: RunJob, rt: Runtime, tell: Tell) -> None:
-        self.job, self.rt, self.tell = job, rt, tell
-        self.said, self.parent = 0.0, os.getppid()
-        self.method: Method | None = None
+    def __init__(self, job: RunJob, rt: Runtime, report: Report) -> None:
+        self.job, self.rt, self.report = job, rt, report
+        self.reported_at, self.parent = 0.0, os.getppid()
+        self.student: Backbone | None = None
         self.knn: BoundKNN | None = None
 
-    def see(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         match event:
             case Started():
-                self.method = event.method
-                if self.job.students and event.val_set is not None and student_of(event.method) is not None:
-                    self.knn = self.job.run.online_eval.bind(
-                        event.train_set, event.val_set, context_of(self.job.run, self.rt)
-                    )
-                    _keep(Path(self.job.run.out) / STUDENT, event.clock.step)
+                self.start(event)
             case Logged(clock, metrics):
-                if os.getppid() != self.parent:  # whoever started this is gone: save and leave
+                if os.getppid() != self.parent:  # the parent process has died: save and exit
                     os.kill(os.getpid(), signal.SIGTERM)
-                if time.monotonic() - self.said > TELL_SECONDS or clock.step == clock.steps:
-                    self.said = time.monotonic()
-                    shown = {name: metrics[name] for name in ("loss", "teacher_entropy") if name in metrics}
-                    self.tell("training", step=clock.step, steps=clock.steps, **shown)
+                if time.monotonic() - self.reported_at > REPORT_SECONDS or clock.step == clock.steps:
+                    self.reported_at = time.monotonic()
+                    values = {name: metrics[name] for name in ("loss", "teacher_entropy") if name in metrics}
+                    self.report("training", step=clock.step, steps=clock.steps, **values)
             case Evaluated(clock, _, values):
-                self.tell("evaluated", values=values)
-                if self.knn is not None and self.method is not None:
-                    student = student_of(self.method)
-                    assert student is not None
-                    row = {"step": clock.step, "epoch": clock.step / clock.steps_per_epoch, **self.knn(student)}
+                self.report("evaluated", values=values)
+                if self.knn is not None and self.student is not None:
+                    scores = {"step": clock.step, "epoch": clock.step / clock.steps_per_epoch, **self.knn(self.student)}
                     if self.rt.is_main:
-                        append_jsonl(Path(self.job.run.out) / STUDENT, row)
+                        append_jsonl(Path(self.job.run.out) / STUDENT, scores)
+
+    def start(self, event: Started) -> None:
+        """Bind the student's evaluation, and remove scores that a resumed run will measure again."""
+        if not self.job.evaluate_student or event.val_set is None:
+            return
+        self.student, run = student_of(event.method), self.job.run
+        if self.student is None:
+            return
+        self.knn = run.online_eval.bind(event.train_set, event.val_set, _eval_context(run, self.rt))
+        path, step = Path(run.out) / STUDENT, event.clock.step
+        lines = [json.dumps(score) + "\n" for score in read_student_scores(path.parent) if 0 < score["step"] <= step]
+        if path.is_file():
+            atomic_write(path, lambda part: part.write_text("".join(lines)))
 
 
 def student_of(method: Method) -> Backbone | None:
-    """The backbone that the optimizer moves, where it is another than the one that is evaluated."""
+    """Return the student's backbone; None if the method evaluates the student itself."""
     student = getattr(method.trainable, "backbone", None)
     return student if isinstance(student, Backbone) and student is not method.backbone else None
 
 
-def context_of(run: Run, rt: Runtime) -> EvalContext:
+def _eval_context(run: Run, rt: Runtime) -> EvalContext:
     return EvalContext(
         device=rt.device,
         workers=run.workers,
@@ -160,82 +166,78 @@ def context_of(run: Run, rt: Runtime) -> EvalContext:
     )
 
 
-# -- figures -----------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------
 
 
-def _measured(job: RunJob, rt: Runtime, terminal: Terminal, tell: Tell) -> Result:
-    """The figures of a finished run: from its curves, and from its weights where something is wanted of them."""
+def _measure(job: RunJob, rt: Runtime, report: Report) -> Result:
+    """Return the results of a finished run, from its curves and from its weights."""
     run, folder = job.run, Path(job.run.out)
-    old = distributed.run_on_rank0(
-        lambda: json.loads((folder / RESULT).read_text()) if (folder / RESULT).is_file() else None
-    )
-    values = dict(from_dict(Result, old).values) if old else {}
-    missing = [name for name in job.wanted if name not in values]
-    if missing or old is None:
-        started = next(train(run, rt, distributed.run_on_rank0(run.data.open), resume=True))  # and not a step further
-        assert isinstance(started, Started)
-        for name in missing:
-            tell("measuring", what=name)
-            values |= MEASURES[name](run, rt, terminal, started)
-    else:
-        return from_dict(Result, old)
-    if old:
-        return from_dict(Result, {**old, "values": values})
-    clock, prototypes = started.clock, run.method.num_prototypes
-    history, described = read_history(folder), json.loads((folder / "run.json").read_text())
-    memory = max((int(row["memory"]) for row in read_lines(folder / "attempts.jsonl")), default=0)
-    values = _from_curves(folder, prototypes) | values
-    values |= {"hours": history.seconds / 3600, "memory": memory / 2**30}
+    content = distributed.run_on_rank0(lambda: read_json(folder / RESULT))
+    result = None if content is None else from_dict(Result, content)
+    missing = [name for name in job.metrics if result is None or name not in result.values]
+    if result is not None and not missing:
+        return result
+    started = next(train(run, rt, distributed.run_on_rank0(run.data.open), resume=True))  # loads the weights only
+    assert isinstance(started, Started)
+    values: dict[str, float] = {}
+    for name in missing:
+        report("measuring", metric=name)
+        values |= MEASURES[name](run, rt, started)
+    result = result or _result_of_training(job, started)
+    return replace(result, values={**result.values, **values})
+
+
+def _result_of_training(job: RunJob, started: Started) -> Result:
+    run, folder, clock = job.run, Path(job.run.out), started.clock
+    history, description = read_history(folder), json.loads((folder / "run.json").read_text())
+    memory = max((int(attempt["memory"]) for attempt in read_lines(folder / "attempts.jsonl")), default=0)
+    values = _values_from_curves(folder, run.method.num_prototypes)
     speeds = history.line("images_per_s")[1]
     return Result(
-        values=values,
-        references=described.get("reference_scores", {}),
+        values=values | {"hours": history.seconds / 3600, "memory": memory / 2**30},
+        references=description["reference_scores"],
         epochs=clock.epochs,
-        dataset=clock.steps * run.optim.batch_size,
+        images_seen=clock.steps * run.optim.batch_size,
         seconds=history.seconds,
         images_per_s=statistics.median(speeds) if speeds else 0.0,
         memory=memory,
-        prototypes=prototypes,
+        prototypes=run.method.num_prototypes,
         machine=machine().name,
         threads=torch.get_num_threads(),
         learned=job.learned,
         data=job.data,
-        versions=described["versions"],
+        versions=description["versions"],
     )
 
 
-def _from_curves(folder: Path, prototypes: int | None) -> dict[str, float]:
-    """The last evaluation, and entropy and KL at the end."""
-    history, values = read_history(folder), {}
-    for rows in (history.evaluations.get("knn", []), history.evaluations.get("accuracy", [])):
-        values |= {name: value for name, value in (rows[-1] if rows else {}).items() if _is_figure(name)}
-    students = read_students(folder)
-    values |= {
-        f"student {name}": value for name, value in (students[-1] if students else {}).items() if _is_figure(name)
-    }
-    count = max(1, round(LAST * len(history.training)))
-    ends = {name: history.line(name)[1][-count:] for name in ("teacher_entropy", "kl", "loss")}
-    ends = {name: statistics.fmean(found) for name, found in ends.items() if found}
-    if prototypes and "teacher_entropy" in ends:
-        values["entropy"] = 100 * ends.pop("teacher_entropy") / float(torch.tensor(float(prototypes)).log())
-    return values | ends
+def _values_from_curves(folder: Path, prototypes: int | None) -> dict[str, float]:
+    """Return the scores of the last evaluation, and the mean loss, entropy and KL of the last logged lines."""
+    history = read_history(folder)
+    scores = [history.evaluations.get(name, [])[-1:] for name in ("knn", "accuracy")]
+    values = {name: value for last in scores for score in last for name, value in score.items() if _is_score(name)}
+    for score in read_student_scores(folder)[-1:]:
+        values |= {f"student {name}": value for name, value in score.items() if _is_score(name)}
+    count = max(1, round(FINAL_FRACTION * len(history.training)))
+    curves = {name: history.line(name)[1][-count:] for name in ("teacher_entropy", "kl", "loss")}
+    means = {name: statistics.fmean(points) for name, points in curves.items() if points}
+    if prototypes and "teacher_entropy" in means:
+        values["entropy"] = 100 * means.pop("teacher_entropy") / math.log(prototypes)
+    return values | means
 
 
-def _is_figure(name: str) -> bool:
+def _is_score(name: str) -> bool:
     return "NN" in name or name.startswith("top-")
 
 
-def _linear(run: Run, rt: Runtime, terminal: Terminal, started: Started) -> Mapping[str, float]:
+def _linear(run: Run, rt: Runtime, started: Started) -> Mapping[str, float]:
     if started.val_set is None:
         return {}
-    context = context_of(run, rt)
-    return {
-        "linear": BoundLinear(Linear(), started.train_set, started.val_set, context)(started.method.backbone)["top-1"]
-    }
+    evaluate = BoundLinear(Linear(), started.train_set, started.val_set, _eval_context(run, rt))
+    return {"linear": evaluate(started.method.backbone)["top-1"]}
 
 
-def _throughput(run: Run, rt: Runtime, terminal: Terminal, started: Started) -> Mapping[str, float]:
-    """Images per second through the frozen network, at the size of the global views: the median of five passes."""
+def _throughput(run: Run, rt: Runtime, started: Started) -> Mapping[str, float]:
+    """Return images/s of the backbone's forward pass at the size of the global views: the median of five passes."""
     backbone, count = started.method.backbone, min(128, run.optim.batch_size)
     images = torch.randn(count, 3, run.views.size, run.views.size, device=rt.device)
     seconds = []
@@ -250,41 +252,35 @@ def _throughput(run: Run, rt: Runtime, terminal: Terminal, started: Started) -> 
 MEASURES = {"linear": _linear, "throughput": _throughput}
 
 
-def _keep(path: Path, step: int) -> None:
-    """Takes away what a resumed run will measure again."""
-    rows = [row for row in read_students(path.parent) if row["step"] <= step and step]
-    if path.is_file():
-        atomic_write(path, lambda aside: aside.write_text("".join(json.dumps(row) + "\n" for row in rows)))
-
-
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-# -- a process of its own ----------------------------------------------------------------------------------
+# -- process -----------------------------------------------------------------------------------------------
 
 
 def main(path: str) -> int:
+    """Complete the job of a JSON file and print its progress; return the exit code."""
     environment.prepare()
     job = from_dict(RunJob, json.loads(Path(path).read_text()))
-    with command_output(as_json=True) as (terminal, give), start(job.run.precision) as rt:
+    with command_output(as_json=True) as (terminal, write), start(job.run.precision) as rt:
 
-        def tell(state: str, **figures: Any) -> None:
-            give({"state": state, **figures})
+        def report(state: str, **values: Any) -> None:
+            write({"state": state, **values})
 
         try:
-            complete(job, rt, terminal, tell)
+            complete(job, rt, terminal, report)
         except Stopped as stopped:
-            tell("stopped")
+            report("stopped")
             return 128 + stopped.signal
         except RunLocked:
-            tell("elsewhere")
+            report("locked")
             return 0
         except Exception as error:
             traceback.print_exc()
-            tell("failed", error=_said(error))
+            report("failed", error=_message(error))
             return 1
-        tell("done")
+        report("done")
     return 0
 
 

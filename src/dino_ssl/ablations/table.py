@@ -1,6 +1,6 @@
-"""What a table of the paper is here: a value. Its rows are edits of one Run, at the paper's scale or at a small one."""
+"""A table or figure of the paper as a value: a base Run, and configurations that each change some of its settings."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -12,120 +12,115 @@ Scale = Literal["small", "paper"]
 SCALES: tuple[Scale, ...] = ("small", "paper")
 
 Changes = Mapping[str, Any]
-"""What `edit` takes: fields of a Run, those of nested values as dicts."""
+"""Keyword arguments of `edit`: fields of a Run; a nested mapping changes fields of a nested value."""
 Change = Changes | Callable[[Run], Changes]
-"""Changes, or what makes them of the table's base: three times its epochs."""
+"""Changes, or a function that derives them from the base (for example three times its epochs)."""
 
 
-class Figure(NamedTuple):
-    """One figure of a row: what it is called in results and in `Row.paper`, and how it is shown."""
+class Metric(NamedTuple):
+    """One result of a configuration, a column of the table."""
 
     name: str
+    """Key in results and in `Configuration.paper`."""
     title: str
     unit: str = "%"
     digits: int = 1
 
 
-KNN = Figure("20-NN", "20-NN")
-STUDENT = Figure("student 20-NN", "student's 20-NN")
-LINEAR = Figure("linear", "linear")
-HOURS = Figure("hours", "time", "h", 2)
-MEMORY = Figure("memory", "memory", "GB")
-SPEED = Figure("throughput", "throughput", "images/s", 0)
-ENTROPY = Figure("entropy", "teacher entropy / ln K")
-KL = Figure("kl", "KL to the student", "nats", 2)
+KNN = Metric("20-NN", "20-NN")
+STUDENT = Metric("student 20-NN", "student's 20-NN")
+LINEAR = Metric("linear", "linear")
+HOURS = Metric("hours", "time", "h", 2)
+MEMORY = Metric("memory", "memory", "GB")
+SPEED = Metric("throughput", "throughput", "images/s", 0)
+ENTROPY = Metric("entropy", "teacher entropy / ln K")
+KL = Metric("kl", "KL to the student", "nats", 2)
 
 
 class Curve(NamedTuple):
-    """One chart with a line for each row: a training metric, or a figure of the evaluations."""
+    """One chart with a line for each configuration: a training metric, or a result of the evaluations."""
 
     name: str
     title: str
     unit: str = ""
     from_zero: bool = False
-    of_ln_k: bool = False
-    """Whether ln K is drawn beside it."""
+    show_ln_k: bool = False
+    """Draw ln K as a dashed line."""
 
 
 QUALITY = Curve("20-NN", "20-NN of the teacher", " %", from_zero=True)
 STUDENTS = Curve("student 20-NN", "20-NN of the student", " %", from_zero=True)
 LOSS = Curve("loss", "Loss")
-ENTROPIES = Curve("teacher_entropy", "Entropy of the teacher h(P_t)", from_zero=True, of_ln_k=True)
+ENTROPIES = Curve("teacher_entropy", "Entropy of the teacher h(P_t)", from_zero=True, show_ln_k=True)
 KLS = Curve("kl", "KL(P_t || P_s)", from_zero=True)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row: what it changes in the table's base, and what the paper reports for it."""
+class Configuration:
+    """One configuration: the settings it changes in the table's base, and the results that the paper reports."""
 
     name: str
-    """Short, and the name of its folder."""
-    what: str
-    """In words, as it stands in the table."""
+    """Short; also the name of its folder."""
+    title: str
+    """Description in the printed table."""
     change: Change = field(default_factory=dict)
-    """What differs from the base, at both scales unless `small` is given."""
+    """Difference from the base, at both scales unless `small` is set."""
     small: Change | None = None
-    """What stands for it at scale small, where the paper's values would make no sense there."""
+    """Difference from the base at scale small, if the paper's values make no sense there."""
     paper: Mapping[str, float] = field(default_factory=dict)
-    """The paper's figures, by the names of the table's figures."""
+    """The paper's results by the names of the table's metrics."""
     note: str = ""
 
     def changes(self, scale: Scale, base: Run) -> Changes:
+        """Return the changes at this scale."""
         change = self.small if scale == "small" and self.small is not None else self.change
         return change(base) if callable(change) else change
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table or a figure of the paper, as runs."""
+    """A table or figure of the paper as a set of training runs."""
 
     name: str
-    """As in `dino ablate NAME`."""
+    """Argument of `dino ablate NAME`."""
     title: str
     protocol: str
-    """How the paper measured, in a line."""
+    """The paper's protocol in one line."""
     paper: Callable[[], Run]
     """The base at the paper's scale: ImageNet, many GPUs."""
     small: Callable[[], Run]
-    """The base at scale small: one processor core, minutes a row."""
-    rows: tuple[Row, ...]
-    figures: tuple[Figure, ...] = (KNN, LINEAR)
-    """The columns, the one that matters first."""
+    """The base at scale small: one CPU core, minutes per run."""
+    configurations: tuple[Configuration, ...]
+    metrics: tuple[Metric, ...] = (KNN, LINEAR)
+    """The columns, the most important first."""
     curves: tuple[Curve, ...] = (QUALITY, LOSS)
-    students: bool = False
-    """Whether the student is measured beside the teacher at every evaluation."""
-    shows: str = ""
-    """What the paper concludes."""
+    evaluate_student: bool = False
+    """Evaluate the student as well as the teacher."""
+    conclusion: str
+    """The paper's conclusion."""
 
     def base(self, scale: Scale) -> Run:
+        """Return the base Run at this scale."""
         return self.small() if scale == "small" else self.paper()
 
-    def run(self, row: Row, scale: Scale, base: Run | None = None) -> Run:
-        """The Run of a row: the base with what the row changes. base: another one than the table's own."""
+    def run(self, configuration: Configuration, scale: Scale, base: Run | None = None) -> Run:
+        """Return the Run of a configuration; `base` replaces the table's own base."""
         base = base or self.base(scale)
-        return edit(base, **row.changes(scale, base))
+        return edit(base, **configuration.changes(scale, base))
 
-    def row(self, name: str) -> Row:
-        """The row of that name, or of that number from 1. Raises UserError with the nearest names."""
-        named = {row.name: row for row in self.rows}
-        if name in named:
-            return named[name]
-        if name.isdigit() and 1 <= int(name) <= len(self.rows):
-            return self.rows[int(name) - 1]
+    def configuration(self, name: str) -> Configuration:
+        """Return a configuration by its name or its number from 1. Raise UserError if there is none."""
+        known = {configuration.name: configuration for configuration in self.configurations}
+        if name in known:
+            return known[name]
+        if name.isdigit() and 1 <= int(name) <= len(known):
+            return self.configurations[int(name) - 1]
         raise UserError(
-            f"{self.name} has no row {name!r}{did_you_mean(name, named)}\n"
-            f"Rows: {', '.join(named)}; or their numbers, 1 to {len(self.rows)}."
+            f"{self.name} has no configuration {name!r}{did_you_mean(name, known)}\n"
+            f"Configurations: {', '.join(known)}; or a number from 1 to {len(known)}."
         )
 
-    def select(self, names: Sequence[str]) -> list[Row]:
-        """The rows of these names in the table's order; all of them without any."""
-        chosen = [self.row(name).name for name in names]
-        return [row for row in self.rows if not chosen or row.name in chosen]
-
-
-def named(changes: Any, prefix: str = "") -> list[str]:
-    """The dotted fields that changes name; a value that is replaced whole has one name."""
-    if not isinstance(changes, Mapping):
-        return [prefix]
-    inner: Iterable[list[str]] = (named(item, f"{prefix}.{name}".lstrip(".")) for name, item in changes.items())
-    return [name for names in inner for name in names]
+    def select(self, names: Sequence[str]) -> list[Configuration]:
+        """Return the named configurations in the table's order; all of them if no name is given."""
+        selected = {self.configuration(name).name for name in names}
+        return [item for item in self.configurations if not selected or item.name in selected]

@@ -39,7 +39,7 @@ from dino_ssl.progress import Progress, StartProgress, no_progress
 from dino_ssl.run import Run
 from dino_ssl.runtime import machine, start
 from dino_ssl.terminal import Terminal
-from dino_ssl.viz.attention import Attention, Point, Query, attend, saliency
+from dino_ssl.viz.attention import AttentionMaps, Point, Query, attention_maps, similarity_map
 
 # -- train -------------------------------------------------------------------------------------------------
 
@@ -235,7 +235,7 @@ def attention(
     heads: Sequence[int] | None = None,
     mass: float = 0.6,
     size: int | None = None,
-) -> Attention: ...
+) -> AttentionMaps: ...
 @overload
 def attention(
     checkpoint: str | Path | Backbone | Checkpoint,
@@ -246,7 +246,7 @@ def attention(
     heads: Sequence[int] | None = None,
     mass: float = 0.6,
     size: int | None = None,
-) -> list[Attention]: ...
+) -> list[AttentionMaps]: ...
 
 
 def attention(
@@ -258,7 +258,7 @@ def attention(
     heads: Sequence[int] | None = None,
     mass: float = 0.6,
     size: int | None = None,
-) -> Attention | list[Attention]:
+) -> AttentionMaps | list[AttentionMaps]:
     """What the backbone looks at in one picture (a file, or uint8 [H, W, 3] RGB): the heads, their mean, masks.
 
     point: (x, y) in pixels of the picture instead of the [CLS] token; a list of points gives a list. A network
@@ -268,7 +268,9 @@ def attention(
     image = picture if isinstance(picture, np.ndarray) else read_image(picture)
     size = size or size_to_look_at(found.size)
     if isinstance(found.backbone, Attentive):
-        return attend(found.backbone, image, layer=layer, heads=heads, query=point, mass=mass, size=size)
+        queries = point if isinstance(point, list) else [point]
+        maps = attention_maps(found.backbone, image, queries, layer=layer, heads=heads, mass=mass, size=size)
+        return maps if isinstance(point, list) else maps[0]
     if point != "cls" or layer != -1 or heads:
         raise UserError(f"{found.source} has no attention: layers, heads and points need a Vision Transformer.")
-    return saliency(found.backbone, image, mass=mass, size=size)
+    return similarity_map(found.backbone, image, mass=mass, size=size)

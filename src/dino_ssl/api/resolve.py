@@ -16,21 +16,18 @@ from dino_ssl.errors import UserError
 from dino_ssl.methods import METHODS, MethodConfig
 from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models import backbone_named
-from dino_ssl.presets.plan import Plan, Reason, plan, recipe_of
-from dino_ssl.run import Run, read_run
+from dino_ssl.presets.plan import CPU_MINUTES, Plan, Reason, describe_preset, plan
+from dino_ssl.presets.schedule import fit_schedule
+from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
 from dino_ssl.runtime import Machine
 from dino_ssl.terminal import Terminal
 
 RESUMABLE_FIELDS = (
-    "data.path",
+    *EXECUTION_FIELDS,
     "init",
-    "val.path",
     "online_eval.every_epochs",
-    "online_eval.batch_size",
     "online_eval.k",
     "online_eval.max_memory",
-    "evals",
-    "on_collapse",
     "method.teacher_temp",
     "method.warmup_teacher_temp",
     "method.momentum",
@@ -38,23 +35,10 @@ RESUMABLE_FIELDS = (
     "optim.clip_grad",
     "optim.lr",
     "optim.min_lr",
-    "optim.micro_batch",
-    "precision",
-    "recompute",
-    "workers",
-    "cache",
-    "log_every",
-    "save_minutes",
-    "keep_every",
-    "out",
 )
-"""Fields that a resumed run may change: how fast and safely it trains, what is turned after a collapse, what it writes;
-not what it learns."""
+"""Fields that a resumed run may change: those of the execution, of the evaluation, and remedies against a collapse."""
 MEASURED = ("workers", "epochs", "expected time")
 """Rows of the plan that hang on how fast the run is."""
-ON_A_CPU = 60.0
-"""Minutes that the plan fills on a CPU where nobody says otherwise."""
-
 Change = Callable[[Run], Run]
 """What the person set themselves, applied to any Run."""
 
@@ -76,7 +60,7 @@ def resolve_run(
     """
     if preset is not None:
         first = plan(dataset, here, preset=change(preset), minutes=minutes, world=world)
-        recipe = Reason("recipe", recipe_of(preset), "as the preset says")
+        recipe = Reason("recipe", describe_preset(preset), "as the preset says")
         return _with_changes(Plan(first.run, [recipe, *first.reasons]), preset, change)
     first = plan(dataset, here, method=method, minutes=minutes, world=world)
     asked = change(first.run)
@@ -85,7 +69,7 @@ def resolve_run(
     if asked.optim.epochs != first.run.optim.epochs:
         minutes = None
     elif minutes is None and here.device.type == "cpu":
-        minutes = ON_A_CPU
+        minutes = CPU_MINUTES
     asked = change(_followed(first.run, asked))
     second = plan(dataset, here, preset=asked, minutes=minutes, world=world)
     known = {reason.name: reason for reason in second.reasons if reason.name in MEASURED}
@@ -97,8 +81,7 @@ def _followed(run: Run, asked: Run) -> Run:
     """The planned run where the person changed its length or its crops: what hangs on them follows."""
     epochs, size = asked.optim.epochs, asked.views.size
     if epochs != run.optim.epochs:
-        warmup = min(run.optim.warmup_epochs, 0.1 * epochs)
-        run = edit(run, optim=dict(warmup_epochs=warmup), online_eval=dict(every_epochs=max(1.0, epochs // 15)))
+        run = fit_schedule(run, epochs)
     if size != run.views.size:
         run = edit(run, backbone=run.backbone.with_image_size(size))
     return run
@@ -184,7 +167,7 @@ def cli_diff(before: Run, after: Run, leave_out: Collection[str] = ()) -> str:
 
 
 def show_plan(terminal: Terminal, planned: Plan) -> None:
-    rows = [(reason.name, reason.value, reason.why) for reason in planned.reasons]
+    rows = [(reason.name, reason.value, reason.reason) for reason in planned.reasons]
     terminal.table("The plan", ("", "choice", "why"), rows)
     terminal.print()
 

@@ -1,12 +1,12 @@
-"""dino ablate: the paper's tables and figures, row by row, at the paper's scale or at a small one."""
+"""dino ablate: reproduce the paper's tables and figures, at the paper's scale or at a small one."""
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -14,135 +14,155 @@ from dino_ssl.cli.options import Flag, parse
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.terminal import Terminal, command_output
 
+if TYPE_CHECKING:
+    from dino_ssl.ablations.results import Study, StudyRun
+    from dino_ssl.ablations.runner import RunJob
+    from dino_ssl.ablations.study import StudyOptions
+
 EXAMPLES = """\
-  dino ablate                                               the tables
-  dino ablate table7 --data photos/                         all rows, small: about ten minutes each on one core
-  dino ablate table7 --data photos/ --dry-run               what each row changes, and what is done already
+  dino ablate                                               list the tables
+  dino ablate table7 --data photos/                         run all, small: about ten minutes per run on one core
+  dino ablate table7 --data photos/ --dry-run               what each configuration changes, and what is done
   dino ablate fig7 --data train/ --val val/ --seeds 3 --processes 2
   dino ablate table7 --only dino no-momentum --minutes 30 --linear
-  dino ablate table7                                        go on where it stopped, with the same pictures
+  dino ablate table7                                        resume with the same dataset
   torchrun --nproc-per-node 8 -m dino_ssl ablate table7 --scale paper --data imagenet/train --val imagenet/val
-  dino report table7                                        the page: our figures beside the paper's"""
+  dino report table7                                        the page: our results next to the paper's"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AblateOptions:
-    """Run a table or figure of the paper, row by row; without a name, list them.
+    """Reproduce a table or figure of the paper; without a name, list them.
 
-    Every row and seed has a folder of its own, runs/ablate/TABLE/SCALE/ROW/seed0, and is a run like any other. What is
-    finished is kept, what was stopped goes on, what failed is tried again. Exit code: 0 where all rows are there, 1
-    where one failed.
+    Every configuration and seed is a training run in runs/ablate/TABLE/SCALE/CONFIGURATION/seed0. Finished runs are
+    kept, stopped ones are resumed, failed ones are tried again. Exit code: 0 if all runs are finished, 1 if one failed.
     """
 
     table: tyro.conf.Positional[str] = ""
     """table7, fig6, temperatures, ...; `dino ablate` lists them."""
     scale: Literal["small", "paper"] = "small"
-    """small: minutes a row on one processor core. paper: ViT-S/16 and ImageNet's settings, for many GPUs."""
+    """small: minutes per run on one CPU core. paper: ViT-S/16 with ImageNet's settings, for many GPUs."""
     data: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder of class folders; `scenes` and `herds` take pictures that dino draws itself."""
+    """Folder with one folder per class; or `scenes` or `herds`: synthetic images."""
     val: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder of class folders that is asked about; without it a part of every class is held back."""
-    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROW...")] = ()
-    """Rows to run, by their names or numbers; without it all."""
+    """Validation set with one folder per class; without it a part of every class is held out."""
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
+    """Configurations to run, by names or numbers; default: all."""
     seeds: int = 1
-    """Times that each row is run, from seed 0 on."""
+    """Number of seeds per configuration, from 0."""
     processes: int = 1
-    """Rows that run at the same time."""
+    """Number of runs at the same time."""
     minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
-    """Time for the table's base on this machine; all rows have the epochs that follow from it."""
+    """Training time of the table's base on this machine; the number of epochs follows from it."""
     epochs: Annotated[int | None, tyro.conf.arg(metavar="EPOCHS")] = None
-    """Epochs of the table's base; rows that are longer are so many times longer."""
+    """Epochs of the table's base; longer configurations are multiples of it."""
     linear: Flag = False
-    """Measure a linear classifier on the frozen features too, also of rows that are finished."""
+    """Also train a linear classifier on the frozen features, also for finished runs."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Another base than the table's: a recipe, or MODULE:FUNCTION that returns a dino_ssl.Run."""
+    """Base instead of the table's own: a preset, or MODULE:FUNCTION that returns a dino_ssl.Run."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Processes that decode and crop, for each row."""
+    """Processes per run that decode and augment images."""
     out: str = "runs/ablate"
     """Folder of all tables."""
     dry_run: Flag = False
-    """Print the rows and stop."""
+    """Print the configurations and exit."""
     json: Flag = False
-    """One JSON object on standard output, messages on standard error."""
+    """Print one JSON object on standard output, messages on standard error."""
 
 
 def ablate(argv: Sequence[str]) -> int:
+    """Run the command; return its exit code."""
     options = parse(AblateOptions, argv, "dino ablate", EXAMPLES)
-    with command_output(options.json) as (terminal, give):
+    with command_output(options.json) as (terminal, write):
         if not options.table:
-            give(_listed(terminal))
+            write(_list_tables(terminal))
             return 0
-        return _run(options, terminal, give)
+        return _run(options, terminal, write)
 
 
-def _listed(terminal: Terminal) -> dict[str, Any]:
-    from dino_ssl.ablations.tables import tables
+def _list_tables(terminal: Terminal) -> dict[str, Any]:
+    from dino_ssl.ablations.tables import TABLES
 
-    known = tables()
-    terminal.table("Tables", ("name", "rows", "what"), [(t.name, str(len(t.rows)), t.title) for t in known])
-    terminal.print("\ndino ablate NAME --data photos/ runs one; --dry-run shows its rows.")
-    return {"tables": {t.name: {"title": t.title, "rows": [row.name for row in t.rows]} for t in known}}
+    rows = [(name, str(len(table.configurations)), table.title) for name, table in TABLES.items()]
+    terminal.table("Tables", ("name", "configurations", "content"), rows)
+    terminal.print("\ndino ablate NAME --data photos/ runs a table; --dry-run shows its configurations.")
+    return {
+        "tables": {
+            name: {"title": table.title, "configurations": [item.name for item in table.configurations]}
+            for name, table in TABLES.items()
+        }
+    }
 
 
-def _run(options: AblateOptions, terminal: Terminal, give: Any) -> int:
+def _run(options: AblateOptions, terminal: Terminal, write: Callable[[dict[str, Any]], None]) -> int:
     from dino_ssl import distributed
     from dino_ssl.ablations.page import write_study_page
     from dino_ssl.ablations.results import read_study
-    from dino_ssl.ablations.study import cells_of, is_incomplete, job_of, resolve_study, reuse_result, unsettled
-    from dino_ssl.ablations.tables import table
+    from dino_ssl.ablations.study import (
+        is_incomplete,
+        make_job,
+        preview_study,
+        resolve_study,
+        reuse_result,
+        select_runs,
+    )
+    from dino_ssl.ablations.tables import get_table
     from dino_ssl.runtime import start
 
-    _check(options)
-    chosen, root = table(options.table), Path(options.out)
-    names = [row.name for row in chosen.select(options.only)]
+    check_range(options, "seeds", "processes", "minutes", "epochs", above=0)
+    if options.minutes is not None and options.epochs is not None:
+        raise UserError("`minutes` and `epochs` both set the length of a run: give only one of them.")
+    table, root = get_table(options.table), Path(options.out)
+    table.select(options.only)  # raises the error about a wrong name before anything else
     with start() as rt:
         if options.dry_run and options.data is None and options.preset is None:
-            study = read_study(root / chosen.name / options.scale) or unsettled(chosen, options.scale, root)
+            study = read_study(root / table.name / options.scale) or preview_study(table, options.scale, root)
         else:
-            study = resolve_study(chosen, options.scale, _asked(options), root)
-        cells = cells_of(study, names, options.seeds)
+            study = resolve_study(table, options.scale, _study_options(options), root)
+        runs = select_runs(study, options.only, options.seeds)
         if options.dry_run:
-            _show_rows(study, cells, terminal)
-            give(told(study))
+            _print_configurations(study, runs, terminal)
+            write(study_json(study))
             return 0
-        jobs = [job_of(study, cell, linear=options.linear) for cell in cells]
+        jobs = [make_job(study, run, linear=options.linear) for run in runs]
         if rt.is_main:
             study.write()
         shared = distributed.run_on_rank0(
-            lambda: [reuse_result(study, cell, job, root) for cell, job in zip(cells, jobs, strict=True)]
+            lambda: [reuse_result(study, run, job, root) for run, job in zip(runs, jobs, strict=True)]
         )
-        jobs = [job_of(study, cell, linear=options.linear) for cell in cells]  # a shared one lies elsewhere
-        left = [(cell, job) for cell, job in zip(cells, jobs, strict=True) if is_incomplete(cell, job)]
-        _announce(study, cells, left, sum(shared), terminal)
-        work = run_serial if rt.world_size > 1 else partial(run_parallel, processes=options.processes)
-        stopped, failed = work(left, terminal)
+        jobs = [make_job(study, run, linear=options.linear) for run in runs]  # a shared one has another folder
+        pending = [(run, job) for run, job in zip(runs, jobs, strict=True) if is_incomplete(run, job)]
+        _print_start(study, len(pending), len(runs), sum(shared), terminal)
+        run_all = run_serial if rt.world_size > 1 else partial(run_parallel, processes=options.processes)
+        signal_number, num_failed = run_all(pending, terminal)
         if rt.is_main:
-            show(study, terminal)
+            print_results(study, terminal)
             page = write_study_page(study)
             terminal.print(f"Report     {page}")
-            give({**told(study), "report": str(page)})
-    if stopped is not None:
-        terminal.print("Stopped; the same command goes on.")
-        return 128 + stopped
-    return int(failed > 0)
+            write({**study_json(study), "report": str(page)})
+    if signal_number is not None:
+        terminal.print("Stopped; the same command resumes.")
+        return 128 + signal_number
+    return int(num_failed > 0)
 
 
-def _asked(options: AblateOptions) -> Any:
+def _study_options(options: AblateOptions) -> "StudyOptions":
     from dino_ssl.ablations.study import StudyOptions
     from dino_ssl.data.folder import Folder
     from dino_ssl.data.sources import DRAWN, WORDS
-    from dino_ssl.data.synthetic.scenes import Scenes
     from dino_ssl.presets import resolve
 
-    def named(word: str | None, part: Literal["train", "val"]) -> Folder | Scenes | None:
-        if word in WORDS:
-            return replace(WORDS[word], count=DRAWN[part], part=part)
-        return Folder(path=word) if word else None
+    def dataset(name: str | None, part: Literal["train", "val"]) -> Any:
+        if name in WORDS:
+            return replace(WORDS[name], count=DRAWN[part], part=part)
+        return Folder(path=name) if name else None
 
+    preset = None if options.preset is None else resolve(options.preset)
+    is_synthetic = preset is not None and not hasattr(preset.data, "path")  # the preset's own images are kept
     return StudyOptions(
-        data=named(options.data, "train"),
-        val=named(options.val, "val"),
-        preset=None if options.preset is None else resolve(options.preset),
+        data=None if is_synthetic and options.data in WORDS else dataset(options.data, "train"),
+        val=dataset(options.val, "val"),
+        preset=preset,
         epochs=options.epochs,
         minutes=options.minutes,
         workers=options.workers,
@@ -150,110 +170,103 @@ def _asked(options: AblateOptions) -> Any:
     )
 
 
-def _check(options: AblateOptions) -> None:
-    check_range(options, "seeds", "processes", "minutes", "epochs", above=0)
-    if options.minutes is not None and options.epochs is not None:
-        raise UserError("--minutes and --epochs both say how long a row is: leave one of them away.")
+Pending = Sequence[tuple["StudyRun", "RunJob"]]
 
 
-def run_parallel(left: list, terminal: Terminal, processes: int) -> tuple[int | None, int]:
-    """Each row in a process of its own, several at a time. Gives the signal that came, and how many failed."""
+def run_parallel(pending: Pending, terminal: Terminal, processes: int) -> tuple[int | None, int]:
+    """Run each job in its own process; return the signal that stopped them, if any, and the number of failures."""
     from dino_ssl.ablations.job_pool import JobPool
     from dino_ssl.ablations.progress_table import ProgressTable
     from dino_ssl.ablations.results import FAILED
-    from dino_ssl.ablations.study import task_of, threads_of
+    from dino_ssl.ablations.study import make_task, threads_per_run
     from dino_ssl.files import write_json
 
-    tasks = [task_of(cell, job) for cell, job in left]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of(processes))}
-    with ProgressTable(terminal, tasks) as board:
-        stopped = JobPool(tasks, processes, environment).work(board.changed, board.tick)
-    failed = [(cell, task) for (cell, _), task in zip(left, tasks, strict=True) if task.state == "failed"]
-    for cell, task in failed:
-        if not cell.error:  # it was killed, and could not say so itself
-            write_json(cell.folder / FAILED, {"error": task.told["error"]})
-    return stopped, len(failed)
+    tasks = [make_task(run, job) for run, job in pending]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads_per_run(processes))}
+    with ProgressTable(terminal, tasks) as table:
+        signal_number = JobPool(tasks, processes, environment).run(table.on_change, table.on_tick)
+    failed = [(run, task) for (run, _), task in zip(pending, tasks, strict=True) if task.state == "failed"]
+    for run, task in failed:
+        if not run.error:  # the process was killed before it could write the error
+            write_json(run.folder / FAILED, {"error": task.status["error"]})
+    return signal_number, len(failed)
 
 
-def run_serial(left: list, terminal: Terminal) -> tuple[int | None, int]:
-    """Under torchrun: one row after another, each on all ranks."""
+def run_serial(pending: Pending, terminal: Terminal) -> tuple[int | None, int]:
+    """Run one job after another on all ranks (torchrun); return the signal, if any, and the number of failures."""
     from dino_ssl.ablations.run_lock import RunLocked
     from dino_ssl.ablations.runner import Stopped, complete
     from dino_ssl.runtime import start
 
-    failed = 0
-    for cell, job in left:
-        terminal.print(f"{cell.row.name} seed {cell.seed}: {cell.row.what}", style="bold")
+    num_failed = 0
+    for run, job in pending:
+        terminal.print(run.label, style="bold")
         try:
-            with start(job.run.precision) as mine:
-                complete(job, mine, terminal, lambda state, **figures: None)
+            with start(job.run.precision) as rt:
+                complete(job, rt, terminal, lambda state, **values: None)
         except Stopped as stopped:
-            return stopped.signal, failed
+            return stopped.signal, num_failed
         except RunLocked:
-            terminal.print("another process is at it", style="yellow")
+            terminal.print("another process trains it", style="yellow")
         except UserError as error:
-            failed += 1
+            num_failed += 1
             terminal.print(f"failed: {error}", style="red")
         except KeyboardInterrupt:
-            return signal.SIGINT, failed
-    return None, failed
+            return signal.SIGINT, num_failed
+    return None, num_failed
 
 
-# -- what is shown -----------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------
 
 
-def _announce(study: Any, cells: list, left: list, shared: int, terminal: Terminal) -> None:
+def _print_start(study: "Study", num_pending: int, num_runs: int, num_shared: int, terminal: Terminal) -> None:
     optim, data = study.base.optim, study.data
     terminal.print(study.table.title, style="bold")
-    held = f", {data['held_back']:.0%} of every class held back" if data["val_fraction"] else ""
-    terminal.print(
-        f"{data['images']:,} pictures{held}; {optim.epochs} epochs, batch {optim.batch_size}; {study.folder}/"
-    )
-    if shared:
-        terminal.print(f"{shared} of the rows lie in other tables' folders, and are not run again.")
-    terminal.print(f"{len(left)} of {len(cells)} rows are left to run.")
+    held_out = f", {data['val_fraction']:.0%} of every class held out" if data["val_fraction"] else ""
+    images = f"{data['images']:,} images{held_out}"
+    terminal.print(f"{images}; {optim.epochs} epochs, batch size {optim.batch_size}; {study.folder}/")
+    if num_shared:
+        terminal.print(f"{num_shared} runs are shared with other tables and are not run again.")
+    terminal.print(f"{num_pending} of {num_runs} runs to do.")
 
 
-def _show_rows(study: Any, cells: list, terminal: Terminal) -> None:
-    from dino_ssl.ablations.results import INCIDENTAL
+def _print_configurations(study: "Study", runs: Sequence["StudyRun"], terminal: Terminal) -> None:
     from dino_ssl.api.resolve import cli_diff
+    from dino_ssl.run import EXECUTION_FIELDS
 
     rows = []
-    for cell in cells:
-        changes = cli_diff(study.base, study.run(cell.row), INCIDENTAL) or "the base"
-        rows.append((cell.row.name, str(cell.seed), cell.state, cell.row.what, changes))
-    terminal.table(study.table.title, ("row", "seed", "state", "what", "differs from the base by"), rows)
-    dataset = f"{study.data['images']:,} pictures" if study.data["images"] else "pictures that --data names"
-    terminal.print(f"\nThe base: {study.base.optim.epochs} epochs of {dataset}; {study.folder}/")
+    for run in runs:
+        item = run.configuration
+        changes = cli_diff(study.base, study.run(item), (*EXECUTION_FIELDS, "seed")) or "the base"
+        rows.append((item.name, str(run.seed), run.state, item.title, changes))
+    terminal.table(study.table.title, ("name", "seed", "state", "configuration", "difference from the base"), rows)
+    images = f"{study.data['images']:,} images" if study.data["images"] else "the dataset of --data"
+    terminal.print(f"\nBase: {study.base.optim.epochs} epochs of {images}; {study.folder}/")
 
 
-def show(study: Any, terminal: Terminal) -> None:
-    """The table as it stands, in the terminal."""
-    from dino_ssl.ablations.page import paper_words, spread_words
+def print_results(study: "Study", terminal: Terminal) -> None:
+    """Print our results next to the paper's."""
+    from dino_ssl.ablations.summary import result_cells, result_columns
 
-    figures = study.table.figures
     rows = []
-    for row in study.table.rows:
-        cells = study.cells(row)
-        state = ", ".join(sorted({cell.state for cell in cells} - {"done"})) or ("" if cells else "not run")
-        found = []
-        for figure in figures:
-            found += [spread_words(study.spread(row, figure.name), figure), paper_words(row, figure)]
-        rows.append((row.name, row.what, *found, state))
-    columns = [text for figure in figures for text in (f"{figure.title}, {figure.unit}", "paper")]
-    terminal.table("", ("row", "", *columns, ""), rows)
+    for item in study.table.configurations:
+        runs = study.runs(item)
+        state = ", ".join(sorted({run.state for run in runs} - {"done"})) or ("" if runs else "not run")
+        rows.append((item.name, item.title, *result_cells(study, item), state))
+    terminal.table("", ("name", "configuration", *result_columns(study), "state"), rows)
 
 
-def told(study: Any) -> dict[str, Any]:
-    """What --json gives of a table."""
-    rows = []
-    for row in study.table.rows:
+def study_json(study: "Study") -> dict[str, Any]:
+    """Return the results of a study for --json."""
+    items = []
+    for item in study.table.configurations:
         runs = []
-        for cell in study.cells(row):
-            result = cell.result
-            figures = {} if result is None else {"values": dict(result.values), "seconds": result.seconds}
-            error = {"error": cell.error} if cell.state == "failed" else {}
-            runs.append({"seed": cell.seed, "state": cell.state, "folder": str(cell.home), **figures, **error})
-        spread = {f.name: one._asdict() for f in study.table.figures if (one := study.spread(row, f.name)) is not None}
-        rows.append({"row": row.name, "what": row.what, "paper": dict(row.paper), "ours": spread, "runs": runs})
-    return {"table": study.table.name, "scale": study.scale, "data": dict(study.data), "rows": rows}
+        for run in study.runs(item):
+            result = run.result
+            values = {} if result is None else {"values": dict(result.values), "seconds": result.seconds}
+            error = {"error": run.error} if run.state == "failed" else {}
+            runs.append({"seed": run.seed, "state": run.state, "folder": str(run.run_dir), **values, **error})
+        spreads = {metric.name: study.spread(item, metric.name) for metric in study.table.metrics}
+        ours = {name: spread._asdict() for name, spread in spreads.items() if spread is not None}
+        items.append({"name": item.name, "title": item.title, "paper": dict(item.paper), "ours": ours, "runs": runs})
+    return {"table": study.table.name, "scale": study.scale, "data": dict(study.data), "configurations": items}

@@ -1,4 +1,4 @@
-"""dino attention: what a backbone looks at, in pictures, folders of pictures and videos."""
+"""dino attention: attention maps of images and videos."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from dino_ssl.cli.images import Named, named_images
+from dino_ssl.cli.images import Checkpoint, Json, NamedImage, ShortSide, named_images, read_images, unique_name
 from dino_ssl.cli.options import Flag, parse
 from dino_ssl.errors import UserError
 from dino_ssl.terminal import Terminal, command_output
@@ -15,186 +15,178 @@ from dino_ssl.terminal import Terminal, command_output
 if TYPE_CHECKING:
     import numpy as np
 
-    from dino_ssl.viz.attention import Attention
+    from dino_ssl.viz.attention import AttentionMaps
 
 EXAMPLES = """\
   dino attention runs/photos cat.jpg dog.jpg         maps in attention/
-  dino attention runs/photos photos/ -o maps/        every picture of a folder
+  dino attention runs/photos photos/ -o maps/        every image of a folder
   dino attention runs/photos cat.jpg --point 120 80 --point 300 200
-                                                     what these places attend to, a colour each (Fig. 8)
-  dino attention dino_vits8 cat.jpg --heads 0 3 5    these heads, and all three in one picture (Fig. 3)
+                                                     attention of these two points, one color each (Fig. 8)
+  dino attention dino_vits8 cat.jpg --heads 0 3 5    these heads, and all three in one image (Fig. 3)
   dino attention dino_vits8 cat.jpg --layer 3 --size 480 -o maps/
-  dino attention runs/photos walk.mp4                a film: frame, mean attention, heads in colours
+  dino attention runs/photos walk.mp4                a video: frame, mean attention, colored heads
   dino attention runs/photos frames/ --video --fps 10"""
 
-PAGE = 24
-"""Pictures in one overview; more go to the next."""
-LISTED = 20
-"""More pictures than this are told by the progress alone."""
+SHEET_IMAGES = 24
+"""Images per overview file."""
+MAX_LINES = 20
+"""With more images, only the progress is printed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """Draw what a backbone attends to: each head, their mean, the mask of 60 % of the mass, overlays.
+    """Draw attention maps: each head, their mean, an overlay, and the mask of 60 % of the attention.
 
-    Of every picture: a folder with one file per panel; and all.png with everything side by side. Of a video: an
-    MP4 with frame, mean and heads side by side. A network without attention (a ResNet) shows how alike each place
-    is to its pooled feature instead.
+    Each image gets a folder with one file per panel; all.png has all panels. A video becomes an MP4 of frame, mean and
+    heads side by side. For a network without attention (a ResNet), the similarity of each patch to the pooled feature
+    is drawn instead.
     """
 
-    checkpoint: tyro.conf.Positional[str]
-    """A run's folder, a weights file, a released network (dino_vits16) or timm:NAME."""
-    dataset: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Picture files, folders of pictures, video files; `scenes` draws pictures."""
+    checkpoint: Checkpoint
+    images: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Image files, folders or packed datasets, video files, or `scenes`."""
     layer: int = -1
-    """Block whose attention is drawn: 0 the first, -1 the last."""
+    """Block whose attention is drawn: 0 is the first, -1 the last."""
     heads: tuple[int, ...] = ()
-    """Heads to draw and to average, counted from 0; all without it."""
+    """Heads to draw and to average, counted from 0. Default: all."""
     point: tyro.conf.UseAppendAction[tuple[tuple[float, float], ...]] = ()
-    """X Y in pixels of the picture: draw what this place attends to, instead of the [CLS] token. Give --point again
-    for more places: each gets a colour, and all are in one picture."""
+    """X Y in pixels of the image: draw the attention of this point instead of the [CLS] token. Repeat --point for more
+    points: each gets a color."""
     mass: float = 0.6
-    """Share of the attention that the masks hold."""
-    size: int | None = None
-    """Short side in pixels of what the network sees; 480, or twice what it was trained on if that is less."""
+    """Share of the attention that the masks keep."""
+    size: ShortSide = None
     video: Flag = False
-    """A folder is a video: its pictures, in the order of their names, are the frames."""
+    """Treat folders as videos: their images, in natural order of their names, are the frames."""
     fps: float | None = None
-    """Frames per second of the film; the video's own without it, 25 for a folder of frames."""
+    """Frames per second of the output video. Default: those of the input, 25 for a folder of frames."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "attention"
-    """Folder for the figures."""
-    json: Flag = False
-    """One JSON object on standard output, messages on standard error."""
+    """Output folder."""
+    json: Json = False
 
 
 def attention(argv: Sequence[str]) -> int:
+    """Run `dino attention`."""
     options = parse(AttentionOptions, argv, "dino attention", EXAMPLES)
-    if not options.dataset:
+    if not options.images:
         raise UserError(
-            "Which pictures? Expected files, folders or videos: dino attention CHECKPOINT PICTURE ...\n"
-            "An option that takes several values must not stand right before them: pictures first, then --heads 0 3."
+            "No images: expected files, folders or videos: dino attention CHECKPOINT IMAGE ...\n"
+            "Put an option that takes several values after the images: dino attention CHECKPOINT IMAGE --heads 0 3."
         )
-    with command_output(options.json) as (terminal, give):
+    with command_output(options.json) as (terminal, write_result):
         from dino_ssl.api.calls import open_checkpoint
-        from dino_ssl.viz.video import VIDEOS
+        from dino_ssl.viz.video import VIDEO_SUFFIXES
 
-        films = [
-            path for path in map(Path, options.dataset)
-            if path.suffix.lower() in VIDEOS or (options.video and path.is_dir())
+        videos = [
+            path for path in map(Path, options.images)
+            if path.suffix.lower() in VIDEO_SUFFIXES or (options.video and path.is_dir())
         ]  # fmt: skip
-        with terminal.progress("looking at the pictures") as done:
-            dataset = named_images([name for name in options.dataset if Path(name) not in films], done)
-        found = open_checkpoint(options.checkpoint)
-        result: dict[str, Any] = {"checkpoint": options.checkpoint, "figure": None}
-        if dataset:
-            result |= _draw(found, dataset, options, terminal)
-        names: list[str] = []
-        result["videos"] = []
-        for film in films:
-            names.append(_unique(film.stem, names))
-            result["videos"].append(_film(found, film, Path(options.out) / f"{names[-1]}.mp4", options, terminal))
-        give(result)
+        result: dict[str, Any] = {"checkpoint": options.checkpoint, "figures": [], "images": [], "skipped": []}
+        names = [name for name in options.images if Path(name) not in videos]
+        images = named_images(names, terminal, result["skipped"])
+        checkpoint = open_checkpoint(options.checkpoint)
+        if images:
+            result["figures"], result["images"] = _draw_images(checkpoint, images, options, terminal, result["skipped"])
+        stems: set[str] = set()
+        result["videos"] = [
+            _draw_video(checkpoint, path, f"{unique_name(path.stem, stems)}.mp4", options, terminal) for path in videos
+        ]
+        write_result(result)
     return 0
 
 
-def _draw(found: Any, dataset: Sequence[Named], options: AttentionOptions, terminal: Terminal) -> dict[str, Any]:
-    """Every picture's panels as files, and the overviews."""
-    from dino_ssl.data.dataset import BadImage
-    from dino_ssl.viz.rendering import figure, save
+def _draw_images(
+    checkpoint: Any,
+    images: Sequence[NamedImage],
+    options: AttentionOptions,
+    terminal: Terminal,
+    skipped: list[dict[str, str]],
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Write the panels of each image, and the overview sheets; return the sheets' paths and the results."""
+    from dino_ssl.viz.rendering import attention_panels, sheet
+    from dino_ssl.viz.saving import save_image
 
-    out, page, pages = Path(options.out), [], []
-    written: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
-    with terminal.progress("attention") as done:
-        for place, seen in enumerate(dataset):
-            try:
-                maps = _maps(found, seen.read(), options)
-            except BadImage as bad:
-                skipped.append({"name": seen.name, "reason": bad.reason})
-                terminal.print(f"  left out: {seen.name}: {bad.reason}", style="yellow")
-            else:
-                written.append(_save(seen, maps, out / seen.place, options))
-                page.append((Path(seen.name).name, maps))
-                if len(dataset) <= LISTED:
-                    terminal.print(_sentence(written[-1], options, out / seen.place))
-            done(place + 1, len(dataset))
-            if page and (len(page) == PAGE or place + 1 == len(dataset)):
-                path = out / ("all.png" if not pages else f"all-{len(pages) + 1}.png")
-                pages.append(save(path, figure([maps for _, maps in page], names=[name for name, _ in page])))
-                page = []
-    if not written:
-        raise UserError(f"None of the {len(dataset)} pictures could be read, the first: {skipped[0]['reason']}.")
-    terminal.print(f"{len(written)} pictures in {out}/; all of it: {', '.join(map(str, pages))}")
-    return {"figure": str(pages[0]), "figures": [str(path) for path in pages], "images": written, "skipped": skipped}
-
-
-def _maps(found: Any, image: "np.ndarray", options: AttentionOptions) -> "Attention | list[Attention]":
-    """One map for [CLS] or one point; a list for several points."""
-    from dino_ssl.api.calls import attention as attend
-
-    query: Any = "cls" if not options.point else options.point[0] if len(options.point) == 1 else list(options.point)
-    heads = options.heads or None
-    return attend(found, image, layer=options.layer, heads=heads, point=query, mass=options.mass, size=options.size)
+    out, pages = Path(options.out), [[]]
+    results: list[dict[str, Any]] = []
+    figures: list[str] = []
+    for image, pixels in read_images(images, terminal, "attention", skipped):
+        maps = _maps(checkpoint, pixels, options)
+        results.append(_save_panels(image, maps, out / image.stem, options))
+        if len(images) <= MAX_LINES:
+            terminal.print(_summary(results[-1], options, out / image.stem))
+        if len(pages[-1]) == SHEET_IMAGES:
+            pages.append([])
+        pages[-1].append((Path(image.name).name, maps))
+    if not results:
+        raise UserError(f"None of the {len(images)} images could be read; the last: {skipped[-1]['reason']}.")
+    for number, page in enumerate(pages, 1):
+        blocks = [attention_panels(maps) for _, maps in page]
+        path = out / ("all.png" if number == 1 else f"all-{number}.png")
+        figures.append(str(save_image(path, sheet(blocks, names=[name for name, _ in page]))))
+    terminal.print(f"{len(results)} images in {out}/, overview in {', '.join(figures)}")
+    return figures, results
 
 
-def _save(seen: Named, maps: "Attention | list[Attention]", folder: Path, options: AttentionOptions) -> dict[str, Any]:
-    from dino_ssl.viz.rendering import panels, point_panels, save
+def _maps(checkpoint: Any, image: "np.ndarray", options: AttentionOptions) -> "list[AttentionMaps]":
+    """Return one map per point, or that of [CLS]."""
+    from dino_ssl.api.calls import attention as attention_of
 
-    drawn = point_panels(maps) if isinstance(maps, list) else panels(maps)
-    files = [save(folder / f"{_file(name)}.png", image) for name, image in drawn]
-    one = maps[0] if isinstance(maps, list) else maps
-    covered = [float(each.mask.mean()) for each in (maps if isinstance(maps, list) else [maps])]
+    maps = attention_of(
+        checkpoint, image, layer=options.layer, heads=options.heads or None, point=list(options.point) or "cls",
+        mass=options.mass, size=options.size,
+    )  # fmt: skip
+    return maps if isinstance(maps, list) else [maps]
+
+
+def _save_panels(
+    image: NamedImage, maps: "list[AttentionMaps]", folder: Path, options: AttentionOptions
+) -> dict[str, Any]:
+    from dino_ssl.viz.rendering import attention_panels
+    from dino_ssl.viz.saving import save_image
+
+    files = [
+        save_image(folder / f"{name.replace('%', '').replace(' ', '-')}.png", panel)
+        for name, panel in attention_panels(maps)
+    ]
     return {
-        "picture": seen.name,
-        "heads": len(one.heads),
-        "grid": list(one.mean.shape),
-        "layer": one.layer,
-        "kind": one.kind,
+        "image": image.name,
+        "heads": len(maps[0].heads),
+        "grid": list(maps[0].mean.shape),
+        "layer": maps[0].layer,
+        "kind": maps[0].kind,
         "points": [list(point) for point in options.point],
-        "mask_share": covered[0] if len(covered) == 1 else covered,
+        "mask_share": [float(each.mask.mean()) for each in maps],
         "files": list(map(str, files)),
     }
 
 
-def _sentence(written: dict[str, Any], options: AttentionOptions, folder: Path) -> str:
-    rows, columns = written["grid"]
-    shares = written["mask_share"] if isinstance(written["mask_share"], list) else [written["mask_share"]]
-    what = f"{written['heads']} heads" if written["kind"] == "attention" else "similarity to the pooled feature"
-    of = f" ({len(shares)} points)" if len(shares) > 1 else ""
-    covered = ", ".join(f"{share:.0%}" for share in shares)
+def _summary(result: dict[str, Any], options: AttentionOptions, folder: Path) -> str:
+    rows, columns = result["grid"]
+    kind = f"{result['heads']} heads" if result["kind"] == "attention" else "similarity to the pooled feature"
+    points = f", {len(options.point)} points" if len(options.point) > 1 else ""
+    shares = ", ".join(f"{share:.0%}" for share in result["mask_share"])
     return (
-        f"{written['picture']}: {what} on {columns}x{rows} patches{of}, "
-        f"{options.mass:.0%} of the mass on {covered} of them; {folder}/"
+        f"{result['image']}: {kind}{points}, {columns}x{rows} patches, {options.mass:.0%} of the attention on {shares} "
+        f"of the patches; {folder}/"
     )
 
 
-def _film(found: Any, path: Path, target: Path, options: AttentionOptions, terminal: Terminal) -> dict[str, Any]:
-    """The video with, beside each frame, its mean attention and its heads (or points) in colours."""
+def _draw_video(
+    checkpoint: Any, path: Path, name: str, options: AttentionOptions, terminal: Terminal
+) -> dict[str, Any]:
+    """Write the video with its mean attention and its heads or points in color next to each frame."""
     from dino_ssl.viz.rendering import video_frame
     from dino_ssl.viz.video import open_video, write_video
 
-    film = open_video(path, options.fps)
+    video, file = open_video(path, options.fps), Path(options.out) / name
 
     def frames() -> Iterator["np.ndarray"]:
-        with terminal.progress(f"attention of {path.name}") as done:
-            for count, frame in enumerate(film, 1):
-                yield video_frame(_maps(found, frame, options))
-                done(count, max(count, film.count))
+        with terminal.progress(f"attention of {path.name}") as progress:
+            for done, frame in enumerate(video, 1):
+                yield video_frame(_maps(checkpoint, frame, options))
+                progress(done, max(done, video.num_frames))
 
-    count = write_video(target, frames(), film.fps)
-    terminal.print(f"{path}: {count} frames, {film.fps:g} a second: {target}")
-    if count < film.count:
-        terminal.print(f"  the file says {film.count} frames; the rest could not be read", style="yellow")
-    return {"video": str(path), "frames": count, "fps": film.fps, "file": str(target)}
-
-
-def _unique(stem: str, taken: Sequence[str]) -> str:
-    number, name = 2, stem
-    while name in taken:
-        name, number = f"{stem}-{number}", number + 1
-    return name
-
-
-def _file(panel: str) -> str:
-    """`mask 60%` -> `mask-60`."""
-    return panel.replace("%", "").replace(" ", "-")
+    count = write_video(file, frames(), video.fps)
+    terminal.print(f"{path}: {count} frames at {video.fps:g} per second: {file}")
+    if count < video.num_frames:
+        terminal.print(f"  the file states {video.num_frames} frames; the others cannot be read", style="yellow")
+    return {"video": str(path), "frames": count, "fps": video.fps, "file": str(file)}

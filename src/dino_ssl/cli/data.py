@@ -1,4 +1,4 @@
-"""dino data pack, info, check: a folder of pictures as one pack, read quickly from any disk."""
+"""dino data pack, info, check: a folder of images as tar shards."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,171 +14,141 @@ from dino_ssl.terminal import Terminal, command_output
 
 Give = Callable[[dict[str, Any]], None]
 
-ABOUT = {
-    "pack": "write the pictures of a folder one after the other into a pack",
-    "info": "say what a pack holds",
-    "check": "read a pack once, and name every picture that is damaged",
-}
 EXAMPLES = """\
-  dino data pack photos/ -o photos.ds                   every file as it is: what is learnt is the same, bit for bit
-  dino data pack photos/ -o small.ds --side 320         large pictures made smaller, the short side to 320 pixels
-  dino data info photos.ds
-  dino data check photos.ds                             after copying it, or before a long run
-  dino train photos.ds                                  a pack stands wherever a folder of pictures does"""
+  dino data pack photos/ -o photos-shards               every file unchanged: training is bit-equal
+  dino data pack photos/ -o small --side 320            downscale large images to a short side of 320 pixels
+  dino data info photos-shards
+  dino data check photos-shards                         after copying, or before a long run
+  dino train photos-shards                              shards are used like a folder of images"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackOptions:
-    """Write the pictures of a folder one after the other into a pack, in one pass.
+    """Write the images of a folder into tar shards with an index.
 
-    Stopped by Ctrl-C, a crash or a full disk, it goes on with the same command.
+    The shards have WebDataset's layout. If the command is stopped, run it again: it resumes.
     """
 
     folder: tyro.conf.Positional[str]
-    """Folder of pictures, nested or flat, with or without class folders."""
-    out: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="PACK")] = None
-    """Where the pack goes, a folder of its own; the folder's name with .ds without it."""
+    """Folder of images, nested or flat, with or without class folders."""
+    out: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None
+    """Directory to write; by default the folder's name with -shards appended."""
     side: int | None = None
-    """Make pictures whose short side is longer smaller, to this many pixels, and keep them as JPEG; without it, every
-    file is kept as it is."""
+    """Downscale images with a longer short side to this many pixels, and store them as JPEG. By default every file is
+    stored unchanged."""
     quality: int = 95
-    """JPEG quality of the pictures that are made smaller."""
+    """JPEG quality of downscaled images."""
+    shard_size: float = 256.0
+    """Size at which a shard is complete, in MiB."""
     json: Flag = False
-    """One JSON object on standard output, messages on standard error."""
+    """Print one JSON object to standard output, and messages to standard error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions:
-    """Say what a pack holds."""
+    """Print the content of a directory of shards."""
 
-    pack: tyro.conf.Positional[str]
-    """What `dino data pack` made."""
+    shards: tyro.conf.Positional[str]
+    """Directory of tar shards."""
     json: Flag = False
-    """One JSON object on standard output, messages on standard error."""
+    """Print one JSON object to standard output, and messages to standard error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions:
-    """Read a pack once, from the front to the end, and name every picture that is damaged: exit code 2 where one is.
+    """Read all shards once, in order, and list damaged images. The exit code is 2 if there are any.
 
-    It also leaves the pack in the system's memory, as far as it fits there: training from a slow disk then starts fast.
+    Afterwards the shards are in the page cache, as far as they fit, so that training from a slow disk starts fast.
     """
 
-    pack: tyro.conf.Positional[str]
-    """What `dino data pack` made."""
+    shards: tyro.conf.Positional[str]
+    """Directory of tar shards."""
     json: Flag = False
-    """One JSON object on standard output, messages on standard error."""
+    """Print one JSON object to standard output, and messages to standard error."""
 
 
 def data(argv: Sequence[str]) -> int:
+    """Run `dino data COMMAND ...`, and return the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(help_text())
+        commands = "\n".join(f"  {name:<8} {text}" for name, (text, *_) in COMMANDS.items())
+        print(f"usage: dino data COMMAND ...\n\ncommands:\n{commands}\n\nexamples:\n{EXAMPLES}")
         return 0
-    name, rest = argv[0], argv[1:]
+    name = argv[0]
     if name not in COMMANDS:
         raise UserError(
             f"There is no command 'data {name}'{did_you_mean(name, COMMANDS)}\nCommands: {', '.join(COMMANDS)}."
         )
-    kind, run = COMMANDS[name]
-    options = parse(kind, rest, f"dino data {name}", EXAMPLES)
+    _, kind, run = COMMANDS[name]
+    options = parse(kind, argv[1:], f"dino data {name}", EXAMPLES)
     with command_output(options.json) as (terminal, give):
         run(options, terminal, give)
     return 0
 
 
-def help_text() -> str:
-    commands = "\n".join(f"  {name:<8} {what}" for name, what in ABOUT.items())
-    return (
-        "usage: dino data COMMAND ...\n\n"
-        f"commands:\n{commands}\n\n"
-        "A pack holds the files of a folder's pictures in a few large files with an index. Training from it sees the\n"
-        "same pictures in the same order, and reads each at a known place: no million small files to open.\n\n"
-        f"examples:\n{EXAMPLES}"
-    )
+def _pack(options: PackOptions, terminal: Terminal, give: Give) -> None:
+    from dino_ssl.data.shard_writer import pack
+    from dino_ssl.data.shards import PackSettings
+
+    out = options.out or f"{Path(options.folder).resolve().name}-shards"
+    settings = PackSettings(side=options.side, quality=options.quality, shard_size=options.shard_size)
+    try:
+        with terminal.progress("packing") as progress:
+            pack(options.folder, out, settings, progress)
+    except KeyboardInterrupt:
+        terminal.print("Stopped. Run the same command again to resume.")
+        raise
+    _info(InfoOptions(shards=out), terminal, give)
 
 
-def pack(options: PackOptions, terminal: Terminal, give: Give) -> None:
-    from dino_ssl.data.pack import Form
-    from dino_ssl.data.packing import Packing
-
-    out = options.out or f"{Path(options.folder).resolve().name}.ds"
-    with Packing(options.folder, out, Form(side=options.side, quality=options.quality)) as packing:
-        before = packing.begun
-        with terminal.progress("looking at the folder") as done:
-            packing.look(done)
-        if packing.finished:
-            terminal.print(f"{out} holds the pictures of {options.folder} already.")
-        elif before:
-            terminal.print(f"Going on after {before} files.")
-        try:
-            with terminal.progress("packing") as done:
-                packing.write(done)
-        except KeyboardInterrupt:
-            terminal.print(f"{packing.begun} files are packed; the same command goes on with the others.")
-            raise
-    _tell(out, terminal, give)
-
-
-def info(options: InfoOptions, terminal: Terminal, give: Give) -> None:
-    _tell(options.pack, terminal, give)
-
-
-def _tell(path: str, terminal: Terminal, give: Give) -> None:
-    from dino_ssl.data.pack import open_pack
+def _info(options: InfoOptions, terminal: Terminal, give: Give) -> None:
+    from dino_ssl.data.shards import open_shards
     from dino_ssl.formatting import format_bytes
 
-    dataset = open_pack(Path(path))
-    about, form = dataset.about, dataset.about.form
-    kept = "the files as they are"
-    if form.side is not None:
-        kept = f"larger pictures made smaller, to a short side of {form.side}, as JPEG of quality {form.quality}"
+    dataset = open_shards(Path(options.shards))
+    info, settings = dataset.info, dataset.info.settings
+    stored = "files of another program" if settings is None else "the folder's files, unchanged"
+    if settings is not None and settings.side is not None:
+        stored = f"downscaled to a short side of at most {settings.side}, as JPEG of quality {settings.quality}"
+    nbytes = sum(info.shards.values())
     rows = [
         ("images", f"{len(dataset)}, median short side {dataset.short_side} pixels"),
-        ("classes", str(len(dataset.classes)) if dataset.labels is not None else "no class folders"),
-        ("bytes", f"{format_bytes(about.nbytes)} in {len(about.files) + 1} files"),
-        ("made of", about.source),
-        ("kept", kept),
-        ("left out", str(len(dataset.skipped))),
+        ("classes", str(len(dataset.classes)) if dataset.classes else "none"),
+        ("size", f"{format_bytes(nbytes)} in {len(info.shards)} shards"),
+        ("source", info.source),
+        ("stored", stored),
+        ("skipped", str(len(dataset.skipped))),
         ("fingerprint", dataset.fingerprint),
     ]
-    terminal.table(path, ("", ""), rows)
+    terminal.table(options.shards, ("", ""), rows)
     for item in dataset.skipped[:5]:
-        terminal.print(f"  left out: {item.name}: {item.reason}", style="yellow")
+        terminal.print(f"  skipped: {item.name}: {item.reason}", style="yellow")
     if len(dataset.skipped) > 5:
-        terminal.print(f"  ... {len(dataset.skipped)} left out in all; --json lists them", style="yellow")
-    skipped = [{"name": item.name, "reason": item.reason} for item in dataset.skipped]
-    files = {
-        "bytes": about.nbytes,
-        "short_side": dataset.short_side,
-        "content": dataset.content_key,
-        "skipped": skipped,
-    }
-    give({"pack": path, **to_dict(about), **files})
+        terminal.print(f"  ... {len(dataset.skipped)} skipped in total; --json lists them all", style="yellow")
+    skipped = [item._asdict() for item in dataset.skipped]
+    give({"path": options.shards, **to_dict(info), "short_side": dataset.short_side, "skipped": skipped})
 
 
-def check(options: CheckOptions, terminal: Terminal, give: Give) -> None:
-    from dino_ssl.data.pack import open_pack
+def _check(options: CheckOptions, terminal: Terminal, give: Give) -> None:
+    from dino_ssl.data.shards import open_shards
 
-    dataset = open_pack(Path(options.pack))
-    total, wrong = len(dataset) + len(dataset.about.digests), []
-    with terminal.progress("checking") as done:
-        for count, damage in enumerate(dataset.damaged(), 1):
-            if damage is not None:
-                wrong.append(damage)
-            done(count, total)
-    for damage in wrong:
+    dataset, damaged = open_shards(Path(options.shards)), []
+    with terminal.progress("checking") as progress:
+        for done, damage in enumerate(dataset.damaged()):
+            damaged += [damage] if damage else []
+            progress(done, len(dataset))
+    for damage in damaged:
         terminal.print(damage, style="yellow")
-    give({"pack": options.pack, "images": len(dataset), "damaged": wrong})
-    if wrong:
+    give({"path": options.shards, "images": len(dataset), "damaged": damaged})
+    if damaged:
         raise UserError(
-            f"{options.pack}: {len(wrong)} of {len(dataset)} pictures (or files of the index) are damaged: copy the "
-            "pack again, or pack the folder again. Training leaves damaged pictures out and lists them."
+            f"{options.shards}: {len(damaged)} of {len(dataset)} images (or the index) are damaged. Copy the shards "
+            "again, or pack the folder again. Training skips damaged images and lists them."
         )
-    terminal.print(f"{options.pack}: all {len(dataset)} pictures are as they were packed.")
+    terminal.print(f"{options.shards}: all {len(dataset)} images are intact.")
 
 
-COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
-    "pack": (PackOptions, pack),
-    "info": (InfoOptions, info),
-    "check": (CheckOptions, check),
+COMMANDS: dict[str, tuple[str, type, Callable[..., None]]] = {
+    "pack": ("write the images of a folder into tar shards", PackOptions, _pack),
+    "info": ("print the content of a directory of shards", InfoOptions, _info),
+    "check": ("read all shards, and list damaged images", CheckOptions, _check),
 }

@@ -1,50 +1,113 @@
-"""The pictures that a command draws something of: files, what folders hold, and drawn ones."""
+"""Arguments and helpers of the commands that read a checkpoint and images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import tyro
+
+from dino_ssl.terminal import Terminal
 
 if TYPE_CHECKING:
     import numpy as np
 
-DRAWN = 12
-"""Pictures that the word `scenes` stands for where each is looked at."""
+    from dino_ssl.data.dataset import Skipped
+
+Checkpoint = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(help="A run folder, a weights file, a released network (dino_vits16) or timm:NAME."),
+]
+DatasetName = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(help="A folder of images, with or without class folders, a packed dataset, or `scenes`."),
+]
+InputSize = Annotated[
+    int | None, tyro.conf.arg(help="Side in pixels of the network input. Default: the training size.")
+]
+ShortSide = Annotated[
+    int | None,
+    tyro.conf.arg(
+        help="Short side in pixels of the network input. Default: 480, or twice the training size if that is smaller."
+    ),
+]
+BatchSize = Annotated[int, tyro.conf.arg(help="Images per forward pass.")]
+Workers = Annotated[int, tyro.conf.arg(help="Worker processes that decode images; 0 decodes in the main process.")]
+Json = Annotated[
+    tyro.conf.FlagCreatePairsOff[bool],
+    tyro.conf.arg(help="Print one JSON object on standard output, and messages on standard error."),
+]
+
+NUM_SCENES = 12
+"""Images that the word `scenes` draws for commands that write files for each image."""
+MAX_SKIPPED_LINES = 5
 
 
-class Named(NamedTuple):
-    """One picture: its name in messages, where its figures go below the output's folder, and how to read it."""
+class NamedImage(NamedTuple):
+    """An image of the command line."""
 
     name: str
-    place: str
+    """In messages."""
+    stem: str
+    """Unique path of its output, relative to the output folder and without suffix."""
     read: Callable[[], "np.ndarray"]
-    """uint8 [H, W, 3] RGB. Raises UserError for a file that was named itself, BadImage for what a folder holds."""
+    """Returns uint8 [H, W, 3] RGB. Raises UserError for a file named on the command line, BadImage otherwise."""
 
 
-def named_images(names: Sequence[str], done: Callable[[int, int], None]) -> list[Named]:
-    """All pictures that were named, and those of the folders that were; no two have one place."""
+def named_images(names: Sequence[str], terminal: Terminal, skipped: list[dict[str, str]]) -> list[NamedImage]:
+    """Return the named image files, and all images of the named datasets; extend `skipped` by what they skip."""
     from dino_ssl.api.calls import read_image
+    from dino_ssl.data.formats import SUFFIXES
     from dino_ssl.data.sources import WORDS, open_dataset
 
-    found: list[Named] = []
-    taken: set[str] = set()
-
-    def add(name: str, stem: str, read: Callable[[], Any]) -> None:
-        place, number = stem, 2
-        while place in taken:
-            place, number = f"{stem}-{number}", number + 1
-        taken.add(place)
-        found.append(Named(name, place, read))
-
+    images: list[NamedImage] = []
+    stems: set[str] = set()
     for name in names:
-        if name in WORDS:
-            dataset = open_dataset(name, part="val").subset(range(DRAWN))
-        elif Path(name).is_dir():
-            dataset = open_dataset(name, done)
-        else:
-            read_image(name)  # now: a wrong name is told before any work
-            add(name, Path(name).stem, lambda name=name: read_image(name))
+        path = Path(name)
+        if path.is_file() or (path.suffix.lower() in SUFFIXES and not path.is_dir()):
+            read_image(name)  # report a bad file before any work
+            images.append(NamedImage(name, unique_name(path.stem, stems), lambda name=name: read_image(name)))
             continue
-        for index, own in enumerate(dataset.names):
-            place = str(Path(own).with_suffix(""))
-            add(f"{name.rstrip('/')}/{own}", place, lambda p=dataset, i=index: p.read(i))
-    return found
+        with terminal.progress(f"reading {name}") as progress:
+            dataset = open_dataset(name, progress, part="val" if name in WORDS else "train")
+        skipped += report_skipped(dataset.skipped, terminal)
+        for index in range(min(len(dataset), NUM_SCENES) if name in WORDS else len(dataset)):
+            inner = dataset.names[index]
+            stem = unique_name(str(Path(inner).with_suffix("")), stems)
+            images.append(NamedImage(f"{name.rstrip('/')}/{inner}", stem, lambda d=dataset, i=index: d.read(i)))
+    return images
+
+
+def unique_name(name: str, taken: set[str]) -> str:
+    """Return the name, with -2, -3, ... if it is taken, and add the result to `taken`."""
+    unique, number = name, 2
+    while unique in taken:
+        unique, number = f"{name}-{number}", number + 1
+    taken.add(unique)
+    return unique
+
+
+def read_images(
+    images: Sequence[NamedImage], terminal: Terminal, label: str, skipped: list[dict[str, str]]
+) -> Iterator[tuple[NamedImage, "np.ndarray"]]:
+    """Yield the readable images with a progress bar; append the others to `skipped` and print them."""
+    from dino_ssl.data.dataset import BadImage
+
+    with terminal.progress(label) as progress:
+        for done, image in enumerate(images, 1):
+            try:
+                pixels = image.read()
+            except BadImage as error:
+                skipped.append({"name": image.name, "reason": error.reason})
+                terminal.print(f"  skipped: {image.name}: {error.reason}", style="yellow")
+            else:
+                yield image, pixels
+            progress(done, len(images))
+
+
+def report_skipped(skipped: Sequence["Skipped"], terminal: Terminal) -> list[dict[str, str]]:
+    """Print the first skipped images, and return all of them for the JSON result."""
+    for item in skipped[:MAX_SKIPPED_LINES]:
+        terminal.print(f"  skipped: {item.name}: {item.reason}", style="yellow")
+    if len(skipped) > MAX_SKIPPED_LINES:
+        terminal.print(f"  ... {len(skipped)} skipped in total; --json lists them", style="yellow")
+    return [{"name": item.name, "reason": item.reason} for item in skipped]

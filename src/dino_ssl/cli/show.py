@@ -103,19 +103,18 @@ def _is_study(folder: str) -> bool:
 
 
 def _table_report(options: ReportOptions, terminal: Terminal) -> dict[str, Any]:
-    from dino_ssl.ablations.markdown import write_study_text
+    from dino_ssl.ablations.markdown import write_study_markdown
     from dino_ssl.ablations.page import write_study_page
     from dino_ssl.ablations.results import find_study
-    from dino_ssl.cli.ablate import show as show_table
-    from dino_ssl.cli.ablate import told
+    from dino_ssl.cli.ablate import print_results, study_json
 
     study = find_study(options.run, Path(options.tables), options.scale)
-    show_table(study, terminal)
+    print_results(study, terminal)
     page = write_study_page(study)
     terminal.print(f"Report     {page}")
-    result = {**told(study), "report": str(page)}
+    result = {**study_json(study), "report": str(page)}
     if options.markdown is not None:
-        written = write_study_text(study, Path(options.markdown))
+        written = write_study_markdown(study, Path(options.markdown))
         terminal.print(f"Markdown   {', '.join(map(str, written))}")
         result["markdown"] = [str(path) for path in written]
     return result

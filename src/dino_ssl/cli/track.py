@@ -1,4 +1,4 @@
-"""dino track: objects followed through a film."""
+"""dino track: objects tracked through a video."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,57 +7,58 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dino_ssl.cli.options import Flag, parse
+from dino_ssl.cli.images import Checkpoint, Json
+from dino_ssl.cli.options import parse
 from dino_ssl.errors import UserError
 from dino_ssl.terminal import command_output
 
 EXAMPLES = """\
-  dino track dino_vits8 film.mp4 --mask first.png -o out    a video file, and a mask of its first frame
-  dino track runs/photos frames/ --mask first.png -o out    a folder of frames: masks take the frames' names
-  dino track dino_vits16 film.mp4 --mask first.png --size 320 --context 3     faster
+  dino track dino_vits8 video.mp4 --mask first.png -o out   a video file, and a mask of its first frame
+  dino track runs/photos frames/ --mask first.png -o out    a folder of frames: masks get the names of the frames
+  dino track dino_vits16 video.mp4 --mask first.png --size 320 --context 3     faster
 
-The mask is a PNG of the first frame: black is the ground, each plain colour an object (or an indexed PNG whose pixels
-are the numbers of the objects, as in DAVIS). Any painting program makes one: paint with a hard brush on black."""
+The mask is a PNG of the first frame: black is the background, each plain color an object (or an indexed PNG with the
+object numbers, as in DAVIS). Paint it in any image editor, with a hard brush on black."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackOptions:
-    """Follow objects through a film: from a mask of its first frame, by likeness of a frozen network's features.
+    """Track objects through a video from a mask of its first frame, by the similarity of features of a frozen network.
 
-    OUT/masks/ has an indexed PNG for every frame, OUT/overlay.mp4 the film with its objects in colour, OUT/strip.png a
-    glance at it. Nothing is trained. Each place takes the labels of the places most like it, among those near it in
-    the first frame and in the last CONTEXT frames (Table 5).
+    OUT/masks/ gets an indexed PNG for every frame, OUT/overlay.mp4 the video with colored objects, and OUT/strip.png a
+    preview. Nothing is trained: each patch takes the labels of the most similar patches near it in the first frame and
+    in the last CONTEXT frames (Table 5).
     """
 
-    checkpoint: tyro.conf.Positional[str]
-    """A run's folder, a weights file, a released network (dino_vits8) or timm:NAME."""
-    frames: tyro.conf.Positional[str]
-    """A video file, or a folder of pictures in the order of their names."""
+    checkpoint: Checkpoint
+    video: tyro.conf.Positional[str]
+    """A video file, or a folder or packed dataset of frames, in natural order of their names."""
     mask: str
-    """PNG of the objects in the first frame, of the frame's proportions."""
+    """PNG of the objects in the first frame, with its size or proportions."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "track"
-    """Folder for the masks and the overlay."""
+    """Output folder."""
     size: int | None = None
-    """Short side in pixels of what the network sees; larger is finer. 480, or less if it was trained on below 224."""
+    """Short side in pixels of the network input; larger is finer. Default: 480, or twice the training size if that is
+    below 224."""
     context: int = 7
-    """Frames before that labels are taken from, beside the first."""
+    """Number of previous frames that labels are taken from, in addition to the first."""
     radius: int = 12
-    """Places of the network's map this far away may give their label; more for fast objects, 0 for all."""
+    """Maximum distance in patches between a patch and those it takes labels from; 0 is unlimited."""
     top_k: int = 5
-    """How many of the most alike do give it."""
+    """Number of most similar patches that labels are taken from."""
     temperature: float = 0.1
-    """Of their weights."""
+    """Temperature of their softmax weights."""
     fps: float | None = None
-    """Frames per second of the overlay; without it, as the video says, 25 for a folder."""
-    video: Literal["mp4", "gif"] = "mp4"
-    """Format of the overlay; where no MP4 can be written, it is a GIF."""
-    json: Flag = False
-    """One JSON object on standard output, messages on standard error."""
+    """Frames per second of the overlay. Default: those of the video, 25 for a folder."""
+    format: Literal["mp4", "gif"] = "mp4"
+    """Format of the overlay."""
+    json: Json = False
 
 
 def track(argv: Sequence[str]) -> int:
+    """Run `dino track`."""
     options = parse(TrackOptions, argv, "dino track", EXAMPLES)
-    with command_output(options.json) as (terminal, give):
+    with command_output(options.json) as (terminal, write_result):
         import numpy as np
 
         from dino_ssl.api.calls import open_checkpoint
@@ -65,47 +66,50 @@ def track(argv: Sequence[str]) -> int:
         from dino_ssl.evals.attention_masks import size_to_look_at
         from dino_ssl.evals.base import EvalContext
         from dino_ssl.evals.video_segmentation import VideoSegmentation
-        from dino_ssl.viz.rendering import save
-        from dino_ssl.viz.tracking import first_mask, overlays, side_by_side, too_small, write_overlay
-        from dino_ssl.viz.tracking import track as follow
+        from dino_ssl.viz import tracking
+        from dino_ssl.viz.saving import save_image
         from dino_ssl.viz.video import open_video
 
-        film = open_video(options.frames, options.fps)
-        first = next(iter(film), None)
+        with terminal.progress(f"reading {options.video}") as progress:
+            video = open_video(options.video, options.fps, progress)
+        first = next(iter(video), None)
         if first is None:
-            raise UserError(f"{options.frames} has no frame that can be read.")
-        mask = first_mask(Path(options.mask), *first.shape[:2])
-        found = open_checkpoint(options.checkpoint)
+            raise UserError(f"{options.video} has no frame that can be read.")
+        mask = tracking.read_first_mask(options.mask, *first.shape[:2])
+        checkpoint = open_checkpoint(options.checkpoint)
         settings = VideoSegmentation(
-            size=options.size or size_to_look_at(found.size), multiple=1, context=options.context,
+            size=options.size or size_to_look_at(checkpoint.size), multiple=1, context=options.context,
             radius=options.radius, top_k=options.top_k, temperature=options.temperature,
         )  # fmt: skip
-        lost = too_small(mask, found.backbone.patch, settings)
-        if lost:
+        too_small = tracking.too_small_objects(mask, checkpoint.backbone.patch, settings)
+        if too_small:
             terminal.print(
-                f"Object {', '.join(map(str, lost))}: too small for places of {found.backbone.patch} pixels at size "
-                f"{settings.size}, and lost at once. Take a larger --size.",
+                f"Object {', '.join(map(str, too_small))}: too small for patches of {checkpoint.backbone.patch} pixels "
+                f"at size {settings.size}, and not tracked. Use a larger --size.",
                 style="yellow",
             )
         out, areas = Path(options.out), []
-        context = EvalContext(device=next(found.backbone.parameters()).device)
-        with terminal.progress("following") as done:
-            for name, labels in follow(found.backbone, film, mask, settings, context):
+        context = EvalContext(device=next(checkpoint.backbone.parameters()).device)
+        with terminal.progress("tracking") as progress:
+            for name, labels in tracking.track(checkpoint.backbone, video, mask, settings, context):
                 write_mask(out / "masks" / f"{name}.png", labels)
                 areas.append(np.bincount(labels.ravel(), minlength=256) / labels.size)
-                done(len(areas), max(len(areas), film.count))
-        with terminal.progress("drawing") as done:
-            overlay = write_overlay(out, film, len(areas), options.video, done)
-        strip = save(out / "strip.png", side_by_side(overlays(film, out / "masks"), len(areas)))
+                progress(len(areas), max(len(areas), video.num_frames))
+        with terminal.progress("overlay") as progress:
+            overlay = tracking.write_overlay(
+                out / f"overlay.{options.format}", video, out / "masks", len(areas), progress
+            )
+        frames = tracking.overlay_frames(video, out / "masks")
+        strip = save_image(out / "strip.png", tracking.frame_strip(frames, len(areas)))
         objects = [
-            {"object": label, "area": [round(float(area[label]), 6) for area in areas], "lost": label in lost}
+            {"object": label, "area": [round(float(area[label]), 6) for area in areas], "too_small": label in too_small}
             for label in np.setdiff1d(mask, 0).tolist()
         ]
-        for entry in objects:
-            terminal.print(f"object {entry['object']}: {entry['area'][0]:.1%} of the first frame, "
-                         f"{entry['area'][-1]:.1%} of the last")  # fmt: skip
-        terminal.print(f"{len(areas)} masks in {out / 'masks'}/, the film {overlay}, a glance {strip}")
-        give({
+        for each in objects:
+            first_area, last_area = each["area"][0], each["area"][-1]
+            terminal.print(f"object {each['object']}: {first_area:.1%} of the first frame, {last_area:.1%} of the last")
+        terminal.print(f"{len(areas)} masks in {out / 'masks'}/, overlay {overlay}, preview {strip}")
+        write_result({
             "checkpoint": options.checkpoint, "frames": len(areas), "size": settings.size,
             "masks": str(out / "masks"), "overlay": str(overlay), "strip": str(strip), "objects": objects,
         })  # fmt: skip

@@ -183,7 +183,7 @@ def _resumed(found: ExistingRun, given: CommandLine, terminal: Terminal) -> tupl
 
 def _reasons(planned: Plan | None) -> list[dict[str, str]]:
     reasons = [] if planned is None else planned.reasons
-    return [{"name": reason.name, "value": reason.value, "why": reason.why} for reason in reasons]
+    return [{"name": reason.name, "value": reason.value, "reason": reason.reason} for reason in reasons]
 
 
 def _result(outcome: Outcome) -> dict:

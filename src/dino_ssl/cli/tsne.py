@@ -1,6 +1,5 @@
-"""dino tsne: pictures, or their classes, as points in the plane."""
+"""dino tsne: images or classes as points in the plane."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,119 +7,104 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from dino_ssl.cli.embed import write_rows
+from dino_ssl.cli.images import BatchSize, Checkpoint, DatasetName, InputSize, Json, Workers, report_skipped
 from dino_ssl.cli.options import Flag, parse
 from dino_ssl.errors import UserError, check_range
+from dino_ssl.files import atomic_write
 from dino_ssl.terminal import Terminal, command_output, is_rank0
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from dino_ssl.api.calls import Embedding
     from dino_ssl.data.dataset import ImageDataset
 
 EXAMPLES = """\
-  dino tsne runs/photos photos/ -o tsne.png             pictures, coloured by class folder
-  dino tsne runs/photos unsorted/ --thumbnails          the pictures themselves in their places
-  dino tsne dino_vits16 imagenet/val --of classes       a point for each class (Fig. 11)
+  dino tsne runs/photos photos/ -o tsne.png             images, colored by class folder
+  dino tsne runs/photos unsorted/ --thumbnails          thumbnails instead of dots
+  dino tsne dino_vits16 imagenet/val --of classes       one point per class (Fig. 11)
   dino tsne runs/photos photos/ --perplexity 40 --max-points 4000"""
 
-MANY = 50
-"""From so many classes on, classes are drawn where nothing is said: fewer are no picture."""
+MANY_CLASSES = 50
+"""Default of `of`: classes for at least so many classes, images for fewer."""
 ITERATIONS = {"classes": 5000, "images": 1000}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TsneOptions:
-    """Draw pictures, or the mean of each class, as points whose neighbours are those of the features (t-SNE).
+    """Draw images, or class means, as points whose neighbors are those of the features (t-SNE).
 
-    The points are also written beside the picture, as NAME.csv: name, label, x, y.
+    The points are also written as NAME.csv: name, label, x, y.
     """
 
-    checkpoint: tyro.conf.Positional[str]
-    """A run's folder, a weights file, a released network (dino_vits16) or timm:NAME."""
-    folder: tyro.conf.Positional[str]
-    """Folder of pictures, with or without class folders; `scenes` draws pictures."""
+    checkpoint: Checkpoint
+    dataset: DatasetName
     of: Literal["classes", "images"] | None = None
-    """What a point is: the mean feature of a class (Appendix H), or a picture. Without it classes where there are 50
-    or more, else pictures."""
+    """A point per class (its mean feature, Appendix H) or per image. Default: classes for 50 or more classes."""
     thumbnails: Flag = False
-    """Draw the pictures themselves instead of dots."""
+    """Draw thumbnails of the images instead of dots."""
     perplexity: float = 20.0
-    """How many neighbours count; the paper's 20."""
+    """Effective number of neighbors; 20 in the paper."""
     components: int = 30
-    """Principal components of the features that t-SNE starts from; the paper's 30."""
+    """Number of principal components that t-SNE takes; 30 in the paper."""
     iterations: int | None = None
-    """Steps of the descent; 5000 for classes as in the paper, 1000 for pictures."""
+    """Gradient steps. Default: 5000 for classes as in the paper, 1000 for images."""
     learning_rate: float | None = None
-    """Of the descent: a fifth of the number of points, at most the paper's 200, without it."""
+    """Default: a fifth of the number of points, at most the paper's 200."""
     max_points: int = 2000
-    """Pictures that are drawn, evenly spaced; time and memory grow with its square. At most 5000."""
+    """Maximum number of images, evenly spaced, at most 5000; time and memory grow with its square."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "tsne.png"
-    """The picture: .png, .pdf or .svg."""
-    size: int | None = None
-    """Side in pixels of what the network sees; what it was trained on without it."""
-    batch_size: int = 64
-    """Pictures per forward pass."""
-    workers: int = 0
-    """Processes that decode."""
-    json: Flag = False
-    """One JSON object on standard output, messages on standard error."""
+    """Output figure: .png, .pdf or .svg."""
+    size: InputSize = None
+    batch_size: BatchSize = 64
+    workers: Workers = 0
+    json: Json = False
 
 
 def tsne(argv: Sequence[str]) -> int:
+    """Run `dino tsne`."""
     options = parse(TsneOptions, argv, "dino tsne", EXAMPLES)
-    path = Path(options.out)
-    with command_output(options.json) as (terminal, give):
+    with command_output(options.json) as (terminal, write_result):
         from dino_ssl.api.calls import embed, open_checkpoint
-        from dino_ssl.viz.scatter import check_ending
+        from dino_ssl.viz.saving import check_figure_path
+        from dino_ssl.viz.tsne import MAX_POINTS
 
-        check_ending(path)
-        _check(options)
-        dataset, of = _pictures(options, terminal)
-        found = open_checkpoint(options.checkpoint)
-        with terminal.progress("features") as done:
+        check_figure_path(Path(options.out))
+        check_range(options, "max_points", least=4, most=MAX_POINTS)
+        check_range(options, "components", least=1)
+        dataset, of = _open(options, terminal)
+        checkpoint = open_checkpoint(options.checkpoint)
+        with terminal.progress("features") as progress:
             embedding = embed(
-                found, dataset, size=options.size, batch_size=options.batch_size, workers=options.workers,
-                progress=done,
+                checkpoint, dataset, size=options.size, batch_size=options.batch_size, workers=options.workers,
+                progress=progress,
             )  # fmt: skip
         if is_rank0():
-            give(
-                {"checkpoint": options.checkpoint, "hash": found.hash}
-                | _draw(options, embedding, dataset, of, terminal)
-            )
+            result = _draw(options, embedding, dataset, of, terminal)
+            write_result({"checkpoint": options.checkpoint, "hash": checkpoint.hash, **result})
     return 0
 
 
-def _check(options: TsneOptions) -> None:
-    from dino_ssl.viz.tsne import MAX_POINTS
-
-    check_range(options, "max_points", least=4, most=MAX_POINTS)
-    check_range(options, "components", least=1)
-
-
-def _pictures(options: TsneOptions, terminal: Terminal) -> "tuple[ImageDataset, str]":
-    """The pictures whose features are needed, and what a point is."""
+def _open(options: TsneOptions, terminal: Terminal) -> "tuple[ImageDataset, str]":
+    """Return the images to embed, and what a point is."""
     import numpy as np
 
     from dino_ssl.data.sources import CLASS_FOLDERS, open_dataset
 
-    with terminal.progress("looking at the pictures") as done:
-        dataset = open_dataset(options.folder, done)
-    classes = len(dataset.classes)
-    of = options.of or ("classes" if classes >= MANY else "images")
+    with terminal.progress(f"reading {options.dataset}") as progress:
+        dataset = open_dataset(options.dataset, progress)
+    num_classes = len(dataset.classes)
+    of = options.of or ("classes" if num_classes >= MANY_CLASSES else "images")
     if options.of is None:
-        terminal.print(
-            f"{classes} classes: a point is a {'class' if of == 'classes' else 'picture'} (--of)", style="dim"
-        )
-    if of == "classes" and classes < 4:
+        terminal.print(f"{num_classes} classes: one point per {'class' if of == 'classes' else 'image'}", style="dim")
+    if of == "classes" and num_classes < 4:
         raise UserError(
-            f"{options.folder} has {classes or 'no'} classes, and t-SNE of classes needs at least 4: "
-            f"take --of pictures.\n{CLASS_FOLDERS}"
+            f"t-SNE of classes needs at least 4 classes, and {options.dataset} has {num_classes}: use --of images.\n"
+            f"{CLASS_FOLDERS}"
         )
     if of == "classes" and options.thumbnails:
-        raise UserError("--thumbnails draws pictures, and a class is none: take --of pictures.")
+        raise UserError("--thumbnails needs one point per image: use --of images.")
     if of == "images" and len(dataset) > options.max_points:
-        terminal.print(f"{options.max_points} of {len(dataset)} pictures, evenly spaced (--max-points)", style="dim")
+        terminal.print(f"{options.max_points} of {len(dataset)} images, evenly spaced (--max-points)", style="dim")
         dataset = dataset.subset(np.linspace(0, len(dataset) - 1, options.max_points).round().astype(np.int64))
     return dataset, of
 
@@ -131,8 +115,9 @@ def _draw(
     import torch
 
     from dino_ssl.viz import scatter
-    from dino_ssl.viz.pca import components
-    from dino_ssl.viz.tsne import class_means, same_label, tsne
+    from dino_ssl.viz.pca import principal_components
+    from dino_ssl.viz.tsne import class_means, nearest_label_accuracy
+    from dino_ssl.viz.tsne import tsne as run_tsne
 
     path = Path(options.out)
     features = torch.from_numpy(embedding.features)
@@ -140,48 +125,33 @@ def _draw(
     if of == "classes":
         features, names = class_means(features, labels)
         labels = list(names)
-    reduced = components(features, options.components).of(features)
     iterations = options.iterations or ITERATIONS[of]
-    with terminal.progress("t-SNE") as done:
-        found = tsne(
-            reduced, perplexity=options.perplexity, learning_rate=options.learning_rate, iterations=iterations,
-            progress=done,
+    with terminal.progress("t-SNE") as progress:
+        embedded = run_tsne(
+            principal_components(features, options.components).project(features), perplexity=options.perplexity,
+            learning_rate=options.learning_rate, iterations=iterations, progress=progress,
         )  # fmt: skip
-    points = found.points.numpy()
-    title = f"{len(points)} {of}, {options.checkpoint}: t-SNE of {features.shape[1]} numbers each"
+    points = embedded.points.numpy()
+    title = f"{len(points)} {of}, {options.checkpoint}: t-SNE of {features.shape[1]}-dimensional features"
     if of == "classes":
-        scatter.named(path, points, names, title)
+        scatter.named_scatter(path, points, names, title)
     elif options.thumbnails:
         rows = {name: index for index, name in enumerate(dataset.names)}
-        scatter.thumbnails(path, points, lambda index: dataset.read(rows[names[index]]), title)
+        scatter.thumbnail_scatter(path, points, lambda index: dataset.read(rows[names[index]]), title)
     else:
         scatter.scatter(path, points, labels, title)
-    table = _table(path.with_suffix(".csv"), names, labels, points)
-    terminal.print(f"{len(points)} {of}: {path}, and as numbers {table}")
+    coordinates = ((f"{x:.5g}", f"{y:.5g}") for x, y in points.tolist())
+    table = [(name, label, *xy) for name, label, xy in zip(names, labels, coordinates, strict=True)]
+    csv = atomic_write(path.with_suffix(".csv"), lambda part: write_rows(part, ["name", "label", "x", "y"], table))
+    terminal.print(f"{len(points)} {of}: {path}, coordinates in {csv}")
+    if embedded.perplexity < options.perplexity:
+        terminal.print(f"  perplexity {embedded.perplexity:g}: the maximum for {len(points)} points", style="yellow")
     result: dict[str, Any] = {
-        "file": str(path), "table": str(table), "of": of, "points": len(points), "iterations": iterations,
-        "perplexity": found.perplexity, "kl": round(found.divergence[-1], 4),
-        "skipped": [{"name": item.name, "reason": item.reason} for item in embedding.skipped],
+        "file": str(path), "table": str(csv), "of": of, "points": len(points), "iterations": iterations,
+        "perplexity": embedded.perplexity, "kl": round(embedded.divergence[-1], 4),
+        "skipped": report_skipped(embedding.skipped, terminal),
     }  # fmt: skip
-    if found.perplexity < options.perplexity:
-        terminal.print(
-            f"  perplexity {found.perplexity:g}: {len(points)} points have no more neighbours", style="yellow"
-        )
     if of == "images" and len(set(labels) - {None}) > 1:
-        result["same class nearest"] = same_label(found.points, labels)
-        terminal.print(f"  nearest point of the same class: {result['same class nearest']:.1f} %")
+        result["nearest_label_accuracy"] = nearest_label_accuracy(embedded.points, labels)
+        terminal.print(f"  nearest point has the same class: {result['nearest_label_accuracy']:.1f} %")
     return result
-
-
-def _table(path: Path, names: Sequence[str], labels: Sequence[str | None], points: "np.ndarray") -> Path:
-    from dino_ssl.cli.embed import encodable
-    from dino_ssl.files import atomic_write
-
-    def write(aside: Path) -> None:
-        with open(aside, "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(["name", "label", "x", "y"])
-            for name, label, (x, y) in zip(names, labels, points.tolist(), strict=True):
-                rows.writerow([encodable(name), label or "", f"{x:.5g}", f"{y:.5g}"])
-
-    return atomic_write(path, write)

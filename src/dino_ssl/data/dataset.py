@@ -126,6 +126,10 @@ class ImageDataset(Dataset[tuple[np.ndarray, int]], ABC):
         """Return image `index`, downscaled by up to this factor if that makes decoding faster."""
         return self.read(index)
 
+    def encoded(self, index: int) -> bytes:
+        """Return the bytes of an image's file; raise BadImage if there is none or it cannot be read."""
+        raise BadImage(self.names[index], "the dataset has no image files")
+
     def prefetch(self, indices: np.ndarray) -> None:
         """Start to fetch images from a slow disk that will be read next; does nothing by default."""
 
@@ -228,6 +232,9 @@ class _Subset(ImageDataset):
 
     def read_downscaled(self, index: int, times: Reduction) -> np.ndarray:
         return self.source.read_downscaled(int(self.indices[index]), times)
+
+    def encoded(self, index: int) -> bytes:
+        return self.source.encoded(int(self.indices[index]))
 
     def prefetch(self, indices: np.ndarray) -> None:
         self.source.prefetch(self.indices[indices])

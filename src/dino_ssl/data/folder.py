@@ -13,7 +13,7 @@ import numpy as np
 from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Reduction, Skipped
 from dino_ssl.data.decode import decode, probe
 from dino_ssl.data.formats import MAX_PIXELS, SUFFIXES
-from dino_ssl.data.pack import is_pack, open_pack, unfinished
+from dino_ssl.data.shards import is_shards, open_shards
 from dino_ssl.errors import UserError
 from dino_ssl.progress import Progress
 
@@ -22,16 +22,17 @@ SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "t
 
 @dataclass(frozen=True, kw_only=True)
 class Folder(DatasetConfig):
-    """A folder of images, or a pack of one."""
+    """A folder of images, or a directory of tar shards."""
 
     path: str
-    """The folder, or the output of `dino data pack`. Every image below it is used, except hidden files."""
+    """The folder; every image below it is used, except hidden files. Or a directory of tar shards in WebDataset layout,
+    as `dino data pack` writes."""
 
     def open(self, progress: Progress | None = None) -> ImageDataset:
         """List the images and read their headers; `progress` receives (done, total)."""
         root = Path(self.path).expanduser()
-        if is_pack(root) or unfinished(root):
-            return open_pack(root)
+        if is_shards(root):
+            return open_shards(root, progress)
         if not root.exists():
             raise UserError(f"There is no folder {self.path}. Check the path.")
         if not root.is_dir():
@@ -92,6 +93,12 @@ class FolderDataset(ImageDataset):
         self.root, self.ignored = str(root), ignored
         # Only names that are not UTF-8 differ from root/name; a second list of a million paths would take memory.
         self._unprintable = {i: f for i, f in enumerate(files) if os.path.join(root, names[i]) != f}
+
+    def encoded(self, index: int) -> bytes:
+        try:
+            return Path(self._file(index)).read_bytes()
+        except OSError as error:
+            raise BadImage(self.names[index], error.strerror or str(error)) from error
 
     def read(self, index: int) -> np.ndarray:
         return decode(self._file(index))

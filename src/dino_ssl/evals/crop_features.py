@@ -15,8 +15,7 @@ from torch import Tensor
 
 from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.loader import epoch_order
-from dino_ssl.data.transforms.random_crop import crop_batches
+from dino_ssl.data.loader import crop_batches, epoch_order
 from dino_ssl.evals.base import EvalContext
 
 Extract = Callable[[Tensor], Tensor]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.data.loader import shaped_batches
 from dino_ssl.data.transforms.eval import normalize
-from dino_ssl.data.transforms.native_size import shaped_batches
 from dino_ssl.evals.base import EvalContext, Extracted, evaluating, gathered, rank_shard
 from dino_ssl.evals.cache import cached, key_of, weights_hash
 from dino_ssl.models.backbone import Backbone

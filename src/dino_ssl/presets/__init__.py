@@ -1,7 +1,7 @@
-"""A recipe is a function that returns a Run: complete, named, with what was reported for it and what it cost.
+"""Presets: functions that return a complete Run, with its reported result and cost in the docstring.
 
-presets.resolve("vits16")                 # one of the table below
-presets.resolve("mymodule:my_run")        # any function of yours that returns a Run
+presets.resolve("vits16")                 # a name of PRESETS
+presets.resolve("mymodule:my_run")        # any importable function that returns a Run
 """
 
 from collections.abc import Callable
@@ -42,13 +42,13 @@ PRESETS: dict[str, Callable[[], Run]] = {
 
 
 def resolve(name: str) -> Run:
-    """The Run of a preset's name, or of `module:function`. Raises UserError with the nearest names."""
+    """Return the Run of a preset or of `module:function`. Raise UserError with similar names if there is none."""
     if ":" in name:
         return _imported(name)
     if name not in PRESETS:
         raise UserError(
             f"There is no preset {name!r}{did_you_mean(name, PRESETS)}\nPresets: {', '.join(PRESETS)}, "
-            "or MODULE:FUNCTION for a function of yours that returns a dino_ssl.Run."
+            "or MODULE:FUNCTION for any importable function that returns a dino_ssl.Run."
         )
     return PRESETS[name]()
 

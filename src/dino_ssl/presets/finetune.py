@@ -1,11 +1,12 @@
 """Fine-tuning of a trained backbone with labels (Sec. 4.2.3, Tables 6 and 11): DeiT's recipe.
 
-`dino eval finetune CHECKPOINT TRAIN VAL --preset finetune-cifar10` puts the checkpoint's network in the place of the
-one that stands here. The paper says "the protocol of DeiT" and no more. The figures below are those that its authors
-gave later, in answers to questions; the others are DeiT's defaults, as far as they are known. DeiT's rates are for a
-batch of 512, those of this project for 256: lr here is half of what they say. The rate follows its cosine in every
-step, not in every epoch; positions and the [CLS] token are decayed, as in the authors' pretraining.
-Figures: top-1 of ViT-S/16 and ViT-B/16 after DINO's pretraining (Table 6), in percent.
+`dino eval finetune CHECKPOINT TRAIN VAL --preset finetune-cifar10` replaces the preset's network by the checkpoint's.
+The paper only says "the protocol of DeiT". Numbers of epochs, batch sizes and learning rates are from later answers of
+its authors; other settings are DeiT's defaults, if they are known. DeiT's learning rates are for a batch of 512, those
+of this project for 256, so `optim.lr` is half of DeiT's. Two differences: the learning rate follows its cosine per
+step, not per epoch, and positions and the [CLS] token have weight decay, as in the authors' pretraining.
+
+Results: top-1 of ViT-S/16 and ViT-B/16 after pretraining with DINO (Table 6), in percent.
 """
 
 from dino_ssl.config import edit
@@ -18,7 +19,7 @@ from dino_ssl.run import Run
 
 
 def finetune() -> Run:
-    """For your own class folders: 50 epochs, earlier layers slower. A recipe of this project; nothing was reported."""
+    """Any dataset with class folders: 50 epochs, layer-wise learning rate decay. A recipe of this project."""
     return Run(
         backbone=ViT(size="small", patch=16),
         method=SupervisedConfig(),
@@ -38,7 +39,7 @@ def finetune() -> Run:
 
 
 def imagenet() -> Run:
-    """ImageNet-1k: 81.5 / 82.8 (Tables 6, 11; supervised from random weights 79.9 / 81.8). 300 epochs at 1e-3."""
+    """ImageNet-1k: 81.5 / 82.8 (Tables 6, 11; supervised from random weights 79.9 / 81.8). 300 epochs, peak lr 1e-3."""
     return Run(
         backbone=ViT(size="small", patch=16),
         method=SupervisedConfig(),
@@ -62,7 +63,7 @@ def imagenet() -> Run:
 
 
 def cifar10() -> Run:
-    """CIFAR-10 at 224 px: 99.0 / 99.1. 1000 epochs, batch 768, DeiT's lr 7.5e-6; the last rate is ours."""
+    """CIFAR-10 at 224 px: 99.0 / 99.1. 1000 epochs, batch 768, DeiT's lr 7.5e-6; the final lr is our choice."""
     return edit(
         imagenet(),
         views=dict(erase=0.0),
@@ -87,10 +88,10 @@ def cars() -> Run:
 
 
 def inat18() -> Run:
-    """iNaturalist 2018: 72.0 / 72.6. 300 epochs, 128 pictures on each of 8 GPUs, DeiT's lr 5e-5, erasing 0.25."""
+    """iNaturalist 2018: 72.0 / 72.6. 300 epochs, 128 images on each of 8 GPUs, DeiT's lr 5e-5, erasing 0.25."""
     return edit(imagenet(), optim=dict(lr=2.5e-5), out="runs/finetune-inat18")
 
 
 def inat19() -> Run:
-    """iNaturalist 2019: 78.2 / 78.6. As 2018 (iBOT's script takes DeiT's lr 2.5e-5 for ViT-S, 360 epochs)."""
+    """iNaturalist 2019: 78.2 / 78.6. As 2018 (iBOT's script uses DeiT's lr 2.5e-5 for ViT-S and 360 epochs)."""
     return edit(inat18(), out="runs/finetune-inat19")

@@ -1,4 +1,4 @@
-"""How many pictures pass through the networks at once: `--optim.micro-batch auto`, counted on the machine itself."""
+"""The micro-batch that fits into memory, measured on this machine: `optim.micro_batch` "auto"."""
 
 import math
 from typing import Any
@@ -14,50 +14,48 @@ from dino_ssl.runtime import Machine, Runtime
 from dino_ssl.schedules import Clock
 from dino_ssl.state import build_method
 
-SHARE = 0.7
-"""Of the device's memory that a step may fill; the rest is for what lies between blocks, workers and evaluations."""
-COUNTED = (2, 4)
-"""Pictures in the two steps that are counted: a step's memory is a constant and so much for each picture."""
+MEMORY_FRACTION = 0.7
+"""Fraction of the device's memory that a step may use; temporary tensors, workers and evaluations need the rest."""
+BATCH_SIZES = (2, 4)
+"""Images in the two measured steps: the memory of a step is a constant plus an amount per image."""
 
 
-def micro_batch(run: Run, here: Machine, classes: int, world: int) -> tuple[int, str]:
-    """(the value for `optim.micro_batch`, why): 0 where the whole batch of a rank fits, or must stay together."""
-    own = run.optim.batch_size // world
+def micro_batch(run: Run, machine: Machine, classes: int, world: int) -> tuple[int, str]:
+    """Return `optim.micro_batch` and the reason; 0 if the batch of a rank fits, or must not be split."""
+    per_rank = run.optim.batch_size // world
     whole = edit(run, optim=dict(micro_batch=0))
     if not run.method.supports_grad_accumulation or has_batch_norm(build_method(whole, classes=classes)):
-        return 0, "the whole batch: method or batch norm bring its pictures together"
-    few, more = (step_memory(whole, here, count, classes) for count in COUNTED)
-    each = max(1.0, (more - few) / (COUNTED[1] - COUNTED[0]))
-    fit = int((SHARE * here.memory - (few - COUNTED[0] * each)) // each)
-    counted = f"counted: {each / 2**20:,.0f} MiB for each picture, {fit:,} fit"
-    if fit >= own:
-        return 0, f"the whole batch of {own}; {counted}"
-    size = math.ceil(own / math.ceil(own / max(1, fit)))
-    return size, counted
+        return 0, "the whole batch: the method or batch norm compares the images of a batch"
+    small, large = (step_memory(whole, machine, count, classes) for count in BATCH_SIZES)
+    per_image = max(1.0, (large - small) / (BATCH_SIZES[1] - BATCH_SIZES[0]))
+    fit = int((MEMORY_FRACTION * machine.memory - (small - BATCH_SIZES[0] * per_image)) // per_image)
+    measured = f"measured: {per_image / 2**20:,.0f} MiB per image, {fit:,} fit"
+    if fit >= per_rank:
+        return 0, f"the whole batch of {per_rank}; {measured}"
+    return math.ceil(per_rank / math.ceil(per_rank / max(1, fit))), measured
 
 
-def step_memory(run: Run, here: Machine, count: int, classes: int) -> float:
-    """Bytes that one real step of `count` pictures needs: the weights with what the optimizer keeps for each, and all
-    that is kept for the backward pass.
+def step_memory(run: Run, machine: Machine, count: int, classes: int) -> float:
+    """Return the bytes of one training step of `count` images: weights, optimizer state and saved activations.
 
-    Not the peak that a card reports: in a step of a few pictures that is the optimizer's, whatever their number.
+    The peak that a GPU reports is not used: in a step of few images it is the optimizer's, whatever their number.
     """
-    tried, kept = benchmark_step(run, Runtime(here.device, run.precision), count, classes), _Kept()
-    with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
-        tried.step(Clock(0, 2, run.optim.epochs))
-    weights = sum(4 * p.nbytes if p.requires_grad else p.nbytes for p in tried.state.method.parameters())
-    return float(weights + kept.bytes)
+    benchmark, saved = benchmark_step(run, Runtime(machine.device, run.precision), count, classes), _SavedBytes()
+    with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
+        benchmark.step(Clock(0, 2, run.optim.epochs))
+    weights = sum(4 * p.nbytes if p.requires_grad else p.nbytes for p in benchmark.state.method.parameters())
+    return float(weights + saved.bytes)
 
 
-class _Kept:
-    """Bytes of what is kept for the backward pass; a tensor that is kept twice counts once."""
+class _SavedBytes:
+    """Bytes of the tensors saved for the backward pass; shared storage counts once."""
 
     def __init__(self) -> None:
-        self.bytes, self._seen = 0, set[Any]()
+        self.bytes, self._pointers = 0, set[Any]()
 
     def add(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter) and storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
+        if not isinstance(tensor, torch.nn.Parameter) and storage.data_ptr() not in self._pointers:
+            self._pointers.add(storage.data_ptr())
             self.bytes += storage.nbytes()
         return tensor

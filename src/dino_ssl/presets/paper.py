@@ -1,7 +1,7 @@
-"""The paper's own recipes, for ImageNet-1k. Figures: 20-NN / linear top-1 on its validation part, in percent.
+"""The paper's own settings for ImageNet-1k. Results: 20-NN / linear top-1 on the validation set, in percent.
 
-Where paper, published code and released settings differ, each recipe says which it follows. Costs are the
-authors' (V100 GPUs).
+If paper, published code and released settings differ, the docstring names the source. Costs are the authors', on V100
+GPUs.
 """
 
 from dino_ssl.config import edit
@@ -28,7 +28,7 @@ def vits16() -> Run:
 def vits16_300() -> Run:
     """ViT-S/16, 300 epochs, batch 1024: 73.3 / 76.0, in 2.6 days on 16 GPUs (authors' README, "boosted").
 
-    The teacher temperature warms up from 0.04 to 0.07 and the prototypes' lengths are free.
+    The teacher temperature warms up from 0.04 to 0.07, and the prototypes are not normalised.
     """
     return edit(
         vits16(),
@@ -50,7 +50,7 @@ def vits16_800() -> Run:
 
 
 def vits8() -> Run:
-    """ViT-S/8, 800 epochs: 78.3 / 79.7 (Table 2). 785 tokens a picture; the authors advise float32."""
+    """ViT-S/8, 800 epochs: 78.3 / 79.7 (Table 2). 785 tokens per image; the authors advise float32."""
     return edit(vits16_800(), backbone=dict(patch=8), out="runs/vits8")
 
 
@@ -77,7 +77,7 @@ def vitb8() -> Run:
 
 
 def resnet50() -> Run:
-    """ResNet-50, 100 epochs, SGD, batch 512: the authors' README command; it reports no figure for it."""
+    """ResNet-50, 100 epochs, SGD, batch 512: the command of the authors' README, without a reported result."""
     return Run(
         backbone=Timm(name="resnet50"),
         optim=Optim(algorithm="sgd", epochs=100, batch_size=512, lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4),
@@ -93,7 +93,7 @@ def resnet50() -> Run:
 def resnet50_800() -> Run:
     """ResNet-50, 800 epochs, LARS, batch 4080: 67.5 / 75.3 (Table 2; settings as the authors gave them in issues).
 
-    Some of these settings are known only second-hand: 6 local crops, K 60000 and the last learning rate.
+    Three settings are from third parties: 6 local crops, K 60000 and the final learning rate.
     """
     return edit(
         resnet50(),

@@ -1,0 +1,1 @@
+"""Roofline and profile of a training step and of the data path."""

@@ -1,178 +1,127 @@
-"""The floor of a run's step on this machine, what was reached, where the time goes, and what to turn: `dino bench`."""
+"""The result of `dino bench`: the roofline of a run's step on this machine, and the measured step and data path."""
 
-from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dino_ssl.config import to_dict
-from dino_ssl.models.sync_bn import has_batch_norm
-from dino_ssl.presets.plan import Speed
-from dino_ssl.profiling.roofline import Part, Roofline, bytes_per_step, flops, meta_method
-from dino_ssl.profiling.step_time import StepSpeed
-from dino_ssl.profiling.throughput import Rate
+import torch
+
+from dino_ssl.config import edit, to_dict
+from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.presets.benchmark_step import Speed, time_loading
+from dino_ssl.presets.memory import micro_batch
+from dino_ssl.profiling.roofline import Part, bytes_per_step, count_flops
+from dino_ssl.profiling.step_profile import NUM_CLASSES, profile_step
+from dino_ssl.profiling.throughput import Throughput, matmul_throughput, memory_bandwidth
+from dino_ssl.progress import Progress
 from dino_ssl.run import Run
-from dino_ssl.runtime import Machine
+from dino_ssl.runtime import Machine, Runtime
 
 STEP_SECONDS = 2.0
-"""What a step may take where nobody names its batch."""
-LARGEST = {"cpu": 64, "card": 128}
-"""Pictures in such a step."""
-LITTLE = 0.1
-"""A part of the time that is not worth a word."""
+"""Target duration of a step if no batch size is given."""
+LARGEST_BATCH = {"cpu": 64, "cuda": 128}
+NUM_OPERATORS = 6
+"""Operators in the table."""
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Everything that was counted and measured."""
+def measure(
+    run: Run, machine: Machine, dataset: ImageDataset | None, progress: Progress, *, batch_size: int | None, steps: int
+) -> dict[str, Any]:
+    """Measure the machine, the step and, if there is a dataset, the data path; see `summarize`.
 
-    run: Run
-    here: Machine
-    threads: int
-    products: Rate
-    memory: Rate
-    step: StepSpeed
-    reading: float | None = None
-    """Seconds in which one worker reads and crops a picture; None where no pictures were given."""
-
-    @property
-    def parts(self) -> list[Part]:
-        return flops(self.run)
-
-    @property
-    def as_written(self) -> float:
-        """Operations of one picture as plain code does them."""
-        return sum(part.total for part in flops(self.run, as_written=True))
-
-    @property
-    def bytes(self) -> dict[str, float]:
-        return bytes_per_step(self.run, self.step.batch)
-
-    @property
-    def floor(self) -> Roofline:
-        return Roofline(sum(part.total for part in self.parts), sum(self.bytes.values()) / self.step.batch)
-
-    @property
-    def most(self) -> float:
-        """Images/s that no code can pass here."""
-        return self.floor.images_per_s(self.products.per_second, self.memory.per_second)
-
-    @property
-    def share(self) -> float:
-        """The part of the floor that the step reached."""
-        return self.step.images_per_s / self.most
-
-    @property
-    def together(self) -> float | None:
-        """Images/s from files to weights that step and data path promise, one beside the other."""
-        if self.reading is None:
-            return None
-        return 1 / Speed(1 / self.step.images_per_s, self.reading).seconds(self.run, self.here, 1)
-
-    def told(self) -> dict[str, Any]:
-        """One JSON object."""
-        floor, rates = self.floor, (self.products.per_second, self.memory.per_second)
-        return {
-            "machine": {
-                "name": self.here.name,
-                "device": str(self.here.device),
-                "cores": self.here.cores,
-                "threads": self.threads,
-                "memory": self.here.memory,
-            },
-            "run": to_dict(self.run),
-            "rates": {
-                "operations_per_s": self.products.per_second,
-                "product": self.products.what,
-                "processor_had": self.products.had,
-                "bytes_per_s": self.memory.per_second,
-                "transfer": self.memory.what,
-            },
-            "operations": [{**part._asdict(), "total": part.total} for part in self.parts],
-            "operations_per_image": floor.flops,
-            "operations_as_written": self.as_written,
-            "bytes": self.bytes,
-            "floor": {
-                "images_per_s": self.most,
-                "by_products": floor.by_products(rates[0]),
-                "by_memory": floor.by_memory(rates[1]),
-            },
-            "step": {**asdict(self.step), "seconds": self.step.seconds, "images_per_s": self.step.images_per_s},
-            "share": self.share,
-            "data": None if self.reading is None else {"images_per_s_per_worker": 1 / self.reading},
-            "together_images_per_s": self.together,
-            "advice": self.advice(),
-        }
-
-    def advice(self) -> list[str]:
-        """What holds the speed back, the most important first, and the knobs that belong to it."""
-        return [*self._of_others(), *self._of_data(), *self._of_step(), *self._of_memory()]
-
-    def _of_others(self) -> list[str]:
-        if self.products.had > 1 - LITTLE:
-            return []
-        return [
-            f"Others use this machine: this process had {self.products.had:.0%} of its threads' time. Every rate here "
-            "is too low, and the shares are uncertain: measure again when it is quiet."
-        ]
-
-    def _of_data(self) -> list[str]:
-        if self.reading is None:
-            return ["Reading and cropping is not measured: name a folder of pictures (or the word scenes)."]
-        step, workers = self.step.images_per_s, max(1, self.run.workers)
-        data = workers / self.reading
-        if self.here.device.type == "cpu":
-            share = (self.reading / self.here.cores) / (1 / step + self.reading / self.here.cores)
-            if share < LITTLE:
-                return [f"Reading and cropping takes {share:.0%} of the time: the step is the bottleneck."]
-            return [f"Reading and cropping takes {share:.0%} of the cores' time. {SPARE_READING}"]
-        if data >= step:
-            return [f"The step is the bottleneck: {workers} workers give {data:.0f} images/s, it takes {step:.0f}."]
-        needed = int(step * self.reading) + 1
-        return [
-            f"Reading and cropping is the bottleneck: {workers} workers give {data:.0f} images/s, the step could take "
-            f"{step:.0f}. --workers {needed} would do, of {self.here.cores} cores. {SPARE_READING}"
-        ]
-
-    def _of_step(self) -> list[str]:
-        name, seconds = max(self.step.spent.items(), key=lambda item: item[1])
-        said = [f"The step's largest part is: {name} ({seconds / sum(self.step.spent.values()):.0%})."]
-        if self.run.precision == "float32" and self.here.precision != "float32":
-            said.append(f"--precision {self.here.precision} is faster: {self.here.why}.")
-        floor = self.floor
-        if floor.by_memory(self.memory.per_second) < floor.by_products(self.products.per_second):
-            said.append("The floor is the memory's: a larger batch (--optim.batch-size) reads the weights less often.")
-        if self.run.grad_checkpointing:
-            said.append("--recompute does the student's forward pass twice: without it a step is faster, and larger.")
-        return said
-
-    def _of_memory(self) -> list[str]:
-        if self.step.peak < self.here.memory / 2:
-            return []
-        splits = self.run.method.supports_grad_accumulation and not has_batch_norm(meta_method(self.run))
-        knobs = "--optim.micro-batch auto and --recompute need" if splits else "--recompute needs"
-        return [f"Memory is more than half full: {knobs} less of it, and more time."]
-
-
-SPARE_READING = "--cache memory keeps decoded pictures; `dino data pack` makes a folder that is read in order."
-
-
-def fitting(run: Run, here: Machine, rate: float) -> int:
-    """A batch whose step takes about STEP_SECONDS at half the measured rate: a power of two, at most the recipe's.
-
-    Two at least: a batch norm takes no single picture.
+    batch_size: images of a step; None chooses. steps: timed steps.
     """
-    each = 2 * sum(part.total for part in flops(run, as_written=True)) / rate
-    most = min(run.optim.batch_size, LARGEST["cpu" if here.device.type == "cpu" else "card"])
+    parts, matmul = count_flops(run), matmul_throughput(machine.device, run.precision)
+    if batch_size is None:
+        batch_size = choose_batch_size(run, machine, sum(part.total for part in parts) / matmul.per_second)
+    run = edit(run, optim=dict(batch_size=batch_size))
+    if run.optim.micro_batch == "auto":
+        run = edit(run, optim=dict(micro_batch=micro_batch(run, machine, NUM_CLASSES, 1)[0]))
+    step = profile_step(run, Runtime(machine.device, run.precision), steps, progress)
+    # Last, because the buffers would count in the peak memory of the step.
+    memory = memory_bandwidth(machine.device, machine.memory)
+    data_seconds = None if dataset is None else time_loading(run, dataset)
+    return summarize(run, machine, parts, matmul, memory, step, data_seconds)
+
+
+def choose_batch_size(run: Run, machine: Machine, seconds: float) -> int:
+    """Return a power of two, at least 2 and at most the run's, for steps of about STEP_SECONDS.
+
+    seconds: of one image at the matmul throughput; the step is expected to reach half of it.
+    """
+    largest = min(run.optim.batch_size, LARGEST_BATCH.get(machine.device.type, 64))
     size = 2
-    while 2 * size <= most and 2 * size * each <= STEP_SECONDS:
+    while 2 * size <= largest and 2 * size * 2 * seconds <= STEP_SECONDS:
         size *= 2
     return size
 
 
-def benched(run: Run) -> str:
-    """What is measured, in a line: `ViT-small/16, 2x224 + 8x96, K 65536, float32`."""
-    views = " + ".join(f"{n}x{side}" for n, side in run.views.view_shapes)
-    return f"{run.backbone.describe()}, {views}, {run.method.summary}, {run.precision}"
+def summarize(
+    run: Run,
+    machine: Machine,
+    parts: list[Part],
+    matmul: Throughput,
+    memory: Throughput,
+    step: dict[str, Any],
+    data_seconds: float | None,
+) -> dict[str, Any]:
+    """Return the JSON of `dino bench`. data_seconds: of one worker for one image; None if not measured."""
+    traffic, data = bytes_per_step(run, step["batch_size"]), None
+    flops, moved = sum(part.total for part in parts), sum(traffic.values()) / step["batch_size"]
+    by_compute, by_memory = matmul.per_second / flops, memory.per_second / moved
+    if data_seconds is not None:
+        expected = 1 / Speed(1 / step["images_per_s"], data_seconds).seconds(run, machine, 1)
+        wait = 1 - expected / step["images_per_s"]
+        data = {"images_per_s_per_worker": 1 / data_seconds, "images_per_s_with_step": expected, "wait": wait}
+    return {
+        "machine": {
+            "name": machine.name,
+            "device": str(machine.device),
+            "cores": machine.cores,
+            "threads": torch.get_num_threads(),
+        },
+        "run": to_dict(run),
+        "matmul": {"flops_per_s": matmul.per_second, "operation": matmul.operation},
+        "memory": {"bytes_per_s": memory.per_second, "operation": memory.operation},
+        "flops_per_image": {part.name: part._asdict() | {"total": part.total} for part in parts},
+        "bytes_per_step": traffic,
+        "roofline": {
+            "flops_per_image": flops,
+            "bytes_per_image": moved,
+            "compute_images_per_s": by_compute,
+            "memory_images_per_s": by_memory,
+            "images_per_s": min(by_compute, by_memory),
+        },
+        "step": step | {"roofline_share": step["images_per_s"] / min(by_compute, by_memory)},
+        "data": data,
+    }
 
 
-def in_batches(run: Run, batch: int) -> Run:
-    return replace(run, optim=replace(run.optim, batch_size=batch))
+def table(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the rows of the printed table: quantity, value, note."""
+    bound, step, data = result["roofline"], result["step"], result["data"]
+    whole = sum(step["parts"].values())
+    spent = [*step["parts"].items(), *list(step["operators"].items())[:NUM_OPERATORS]]
+    rows = [
+        ("matmul throughput", f"{result['matmul']['flops_per_s'] / 1e9:.1f} GFLOP/s", result["matmul"]["operation"]),
+        ("memory bandwidth", f"{result['memory']['bytes_per_s'] / 1e9:.1f} GB/s", result["memory"]["operation"]),
+        ("FLOPs per image", f"{bound['flops_per_image'] / 1e9:.3f} G", ""),
+        *(
+            (f"  {name}", f"{flops['total'] / 1e9:.3f} G", f"{flops['total'] / bound['flops_per_image']:.1%}")
+            for name, flops in result["flops_per_image"].items()
+        ),
+        ("bytes per image", f"{bound['bytes_per_image'] / 1e6:.2f} MB", f"{step['batch_size']} images per step"),
+        ("compute bound", f"{bound['compute_images_per_s']:.2f} images/s", ""),
+        ("memory bound", f"{bound['memory_images_per_s']:.2f} images/s", ""),
+        ("training step", f"{step['images_per_s']:.2f} images/s", f"{step['roofline_share']:.1%} of the roofline"),
+        *((f"  {name}", f"{1000 * seconds:.1f} ms", f"{seconds / whole:.1%}") for name, seconds in spent),
+        ("peak memory", f"{step['peak_memory'] / 2**30:.2f} GiB", ""),
+    ]
+    if data is not None:
+        rows += [
+            ("decode and augment", f"{data['images_per_s_per_worker']:.2f} images/s", "one worker"),
+            (
+                "step with data",
+                f"{data['images_per_s_with_step']:.2f} images/s",
+                f"{data['wait']:.0%} waiting for data",
+            ),
+        ]
+    return rows

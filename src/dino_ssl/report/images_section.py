@@ -8,7 +8,7 @@ from PIL import Image
 
 from dino_ssl.report import html
 from dino_ssl.report.snapshots import read_index, read_neighbours
-from dino_ssl.viz.rendering import cutout, heat
+from dino_ssl.viz.rendering import cutout, heat_map
 
 COLUMNS = 6
 """Epochs shown side by side, and heads."""
@@ -63,9 +63,9 @@ def _heads(folder: Path, entry: Mapping, place: str, picture: np.ndarray) -> Ite
         return
     maps = [strip[:, at : at + width] for at in range(0, strip.shape[1], width)]
     yield cutout(picture, maps[-1] > 127)
-    yield heat(maps[-2], shape)
+    yield heat_map(maps[-2], shape)
     if entry["heads"] > 1:
-        yield from (heat(values, shape) for values in maps[: min(entry["heads"], COLUMNS)])
+        yield from (heat_map(values, shape) for values in maps[: min(entry["heads"], COLUMNS)])
 
 
 def neighbours_section(folder: Path) -> str:

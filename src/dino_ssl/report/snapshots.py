@@ -25,8 +25,9 @@ from dino_ssl.evals.base import Extracted
 from dino_ssl.evals.knn import nearest_neighbours
 from dino_ssl.files import read_json, write_json
 from dino_ssl.models.backbone import Backbone
-from dino_ssl.viz.attention import look
-from dino_ssl.viz.rendering import overlay, save, stretch
+from dino_ssl.viz.attention import cls_attention_or_similarity
+from dino_ssl.viz.rendering import overlay, rescale
+from dino_ssl.viz.saving import save_image
 
 JPEG = {"quality": 82, "optimize": True}
 
@@ -60,14 +61,14 @@ def snapshot(
             picture = eval_transform(dataset.read(place), size)
         except BadImage:
             continue
-        seen = look(backbone, picture, size=size)
+        seen = cls_attention_or_similarity(backbone, picture, size=size)
         entry |= {"kind": seen.kind, "heads": len(seen.heads), "grid": list(seen.mean.shape)}
-        maps = [*(stretch(values) for values in (*seen.heads, seen.mean)), seen.mask.astype(np.float32)]
+        maps = [*(rescale(values) for values in (*seen.heads, seen.mean)), seen.mask.astype(np.float32)]
         strip = np.concatenate(maps, axis=1)
-        save(folder / here / f"{place}.png", (strip * 255).round().astype(np.uint8), optimize=True)
-        save(folder / here / f"{place}.jpg", overlay(seen.picture, seen.mean), **JPEG)
+        save_image(folder / here / f"{place}.png", (strip * 255).round().astype(np.uint8), optimize=True)
+        save_image(folder / here / f"{place}.jpg", overlay(seen.image, seen.mean), **JPEG)
         if str(place) not in index["images"]:
-            save(folder / f"pictures/{place}.jpg", seen.picture, **JPEG)
+            save_image(folder / f"pictures/{place}.jpg", seen.image, **JPEG)
             index["images"][str(place)] = {"name": dataset.names[place], "label": _label(dataset, place)}
         entry["maps"][str(place)] = f"{here}/{place}"
     kept = [other for other in index["epochs"] if other["epoch"] != epoch]
@@ -132,7 +133,7 @@ def _thumb(dataset: ImageDataset, index: int, folder: Path, size: int) -> dict[s
         top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
         square = np.ascontiguousarray(image[top : top + side, left : left + side])
         how = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
-        save(path, cv2.resize(square, (size, size), interpolation=how), **JPEG)
+        save_image(path, cv2.resize(square, (size, size), interpolation=how), **JPEG)
     return described | {"file": f"thumbs/{index}.jpg"}
 
 

@@ -1,0 +1,96 @@
+"""Worker processes that build batches ahead of the training process."""
+
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from dino_ssl.errors import UserError
+
+WORKER_DIED = (
+    "A data worker process died, most often because memory ran out (in a container: because the shared memory /dev/shm "
+    "is too small). Resume with fewer `workers`, a smaller batch, or more shared memory (docker run --shm-size=8g)."
+)
+
+
+def make_loader(
+    build: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0, *, prefetch: int = 2, pin_memory: bool = False
+) -> Iterator[Any]:
+    """Yield build(job) for every job in order; with `workers`, each builds up to `prefetch` batches ahead."""
+    with warnings.catch_warnings():
+        # More workers than cores may be right if disks are slow. Forking with threads is safe, because a worker uses
+        # one thread and none of its parent's locks.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
+        results = iter(
+            DataLoader(
+                _Jobs(build),
+                sampler=SamplerIterator(jobs),
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=prefetch if workers else None,
+                worker_init_fn=_start_worker,
+                collate_fn=identity,
+                pin_memory=pin_memory,
+            )
+        )
+    try:
+        while True:
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+            except ConnectionError as error:  # the worker died while it was sending
+                raise UserError(WORKER_DIED) from error
+            except RuntimeError as error:
+                if "DataLoader worker" in str(error):
+                    raise UserError(WORKER_DIED) from error
+                raise
+            if isinstance(result, UserError):
+                raise result
+            yield result
+    finally:
+        shutdown = getattr(results, "_shutdown_workers", None)
+        if shutdown is not None:  # now, not when the iterator is garbage-collected
+            shutdown()
+
+
+class _Jobs(Dataset[Any]):
+    """Dataset of the DataLoader: a "sample" is a complete batch, its "index" the job that describes it."""
+
+    def __init__(self, build: Callable[[Any], Any]) -> None:
+        self.build = build
+
+    def __getitem__(self, job: Any) -> Any:
+        try:
+            return self.build(job)
+        except UserError as error:  # if raised, DataLoader would wrap it in the worker's traceback
+            return error
+
+
+class SamplerIterator:
+    """Sampler over an iterable of unknown length, iterated once and lazily."""
+
+    def __init__(self, jobs: Iterable[Any]) -> None:
+        self.jobs = jobs
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.jobs)
+
+
+def identity(result: Any) -> Any:
+    """Return the batch unchanged, as the collate function."""
+    return result
+
+
+def _start_worker(_: int) -> None:
+    """Ignore SIGINT and delay SIGTERM: the main process handles them and needs its workers to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _exit_later)
+
+
+def _exit_later(*_: object) -> None:
+    signal.alarm(20) if hasattr(signal, "alarm") else os._exit(0)  # SIGALRM ends the process

@@ -1,0 +1,50 @@
+"""Atomic writes of images, matplotlib figures and GIF animations."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from dino_ssl.errors import UserError
+from dino_ssl.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+IMAGE_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
+FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
+GIF_SIDE, GIF_FRAMES = 480, 150
+"""Maximum width and height in pixels, and maximum number of frames."""
+
+
+def save_image(path: Path, image: np.ndarray, **options: Any) -> Path:
+    """Write [H, W, 3] or [H, W] uint8 in the format of the suffix. options: of PIL's `Image.save`."""
+    kind = IMAGE_FORMATS[path.suffix.lower()]
+    return atomic_write(path, lambda part: Image.fromarray(image).save(part, format=kind, **options))
+
+
+def save_figure(path: Path, figure: "Figure", **options: Any) -> Path:
+    """Write a matplotlib figure in the format of the suffix. options: of `Figure.savefig`."""
+    kind = path.suffix.lower().removeprefix(".")
+    return atomic_write(path, lambda part: figure.savefig(part, format=kind, **options))
+
+
+def check_figure_path(path: Path) -> None:
+    """Raise UserError if matplotlib figures cannot be written with this suffix."""
+    if path.suffix.lower() not in FIGURE_SUFFIXES:
+        raise UserError(f"`out` must end in one of {', '.join(FIGURE_SUFFIXES)}; got {str(path)!r}.")
+
+
+def save_gif(path: Path, frames: Iterable[np.ndarray], count: int, fps: float) -> Path:
+    """Write about `count` uint8 [H, W, 3] frames as a GIF, reduced to GIF_SIDE pixels and GIF_FRAMES frames."""
+    step = max(1, -(-count // GIF_FRAMES))
+    small = []
+    for index, frame in enumerate(frames):
+        if index % step == 0:
+            image = Image.fromarray(frame)
+            image.thumbnail((GIF_SIDE, GIF_SIDE))
+            small.append(image.quantize(128))
+    options = dict(save_all=True, append_images=small[1:], duration=round(1000 * step / fps), loop=0)
+    return atomic_write(path, lambda part: small[0].save(part, format="GIF", **options))

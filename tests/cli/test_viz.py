@@ -1,0 +1,147 @@
+"""dino attention, tsne and pca: folders, points, videos, and error messages."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.models.vit import ViT
+from dino_ssl.models.weights import save_backbone
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file of an untrained ViT with two blocks and three heads."""
+    torch.manual_seed(0)
+    config = ViT(size="tiny", patch=8, image_size=32, width=24, depth=2, heads=3)
+    return save_backbone(config, config.build().state_dict(), tmp_path_factory.mktemp("net") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with eight images in four class folders, and a broken file."""
+    folder = tmp_path_factory.mktemp("images")
+    Scenes(count=8, size=40, classes=4).write(folder)
+    (folder / "star" / "broken.jpg").write_text("hello")
+    return folder
+
+
+def shape(path: str | Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_attention_of_a_folder_skips_broken_files(network, images, dino):
+    ran = dino("attention", network, images, "--size", "32", "--json", "-o", "maps")
+    assert ran.code == 0, ran.err
+    assert len(ran.json["images"]) == 8
+    assert [item["name"] for item in ran.json["skipped"]] == ["star/broken.jpg"]
+    files = ran.json["images"][0]["files"]
+    assert [Path(file).name for file in files] == [
+        "image.png", "mean.png", "overlay.png", "mask-60.png", "heads.png", "head-0.png", "head-1.png", "head-2.png",
+    ]  # fmt: skip
+    assert len({file for result in ran.json["images"] for file in result["files"]}) == 64
+    assert min(shape(files[1])) >= 384  # maps of a small network are enlarged
+    assert shape(ran.json["figures"][0])[1] > 8 * 2 * 224
+
+
+def test_attention_of_points_has_one_color_per_point(network, images, dino):
+    image = next(images.glob("star/*.png"))
+    points = ("--point", "5", "30", "--point", "30", "5")
+    ran = dino("attention", network, image, *points, "--layer", "0", "--heads", "1", "--json", "-o", "maps")
+    assert ran.code == 0, ran.err
+    (result,) = ran.json["images"]
+    assert (result["points"], result["layer"], result["heads"]) == ([[5.0, 30.0], [30.0, 5.0]], 0, 1)
+    assert len(result["mask_share"]) == 2
+    assert [Path(file).name for file in result["files"]] == ["image.png", "points.png", "point-1.png", "point-2.png"]
+    first, second = (np.asarray(Image.open(file)).astype(int) for file in result["files"][2:])
+    assert first[..., 0].sum() > first[..., 2].sum()  # red
+    assert second[..., 2].sum() > second[..., 0].sum()  # blue
+
+
+def test_attention_of_a_video_is_a_video(network, tmp_path, dino):
+    from dino_ssl.viz.video import open_video, write_video
+
+    write_video(tmp_path / "walk.mp4", Scenes(count=1, size=64).video(0, frames=3).frames, 5)
+    ran = dino("attention", network, tmp_path / "walk.mp4", "--size", "32", "--json", "-o", "out")
+    assert ran.code == 0, ran.err
+    (video,) = ran.json["videos"]
+    assert (video["frames"], video["fps"], ran.json["figures"]) == (3, 5.0, [])
+    frames = list(open_video(video["file"]))
+    assert len(frames) == 3
+    assert frames[0].shape == (384, 3 * 384, 3)  # frame, mean, colored heads
+    Scenes(count=2, size=40).write("frames")
+    for number, file in enumerate(sorted(Path("frames").rglob("*.png"))):
+        file.rename(f"frames/{number}.png")
+    ran = dino("attention", network, "frames", "--video", "--fps", "2", "--size", "32", "--json", "-o", "out")
+    assert ran.json["videos"][0]["file"] == "out/frames.mp4"
+    assert (ran.json["videos"][0]["frames"], ran.json["videos"][0]["fps"]) == (2, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--heads", "3"], "0 .. 2"),
+        (["--layer", "2"], "-2 .. 1"),
+        (["--mass", "2"], "mass"),
+        (["--point", "99", "1"], "outside of the image"),
+    ],
+)
+def test_attention_names_the_bad_option(network, images, dino, words, message):
+    ran = dino("attention", network, next(images.glob("star/*.png")), "--size", "32", *words)
+    assert ran.code == 2
+    assert message in ran.err
+
+
+def test_tsne_of_images_and_of_classes(network, images, dino):
+    ran = dino("tsne", network, images, "--iterations", "30", "--json", "-o", "out/tsne.png")
+    assert ran.code == 0, ran.err
+    assert (ran.json["of"], ran.json["points"]) == ("images", 8)
+    assert 0 <= ran.json["nearest_label_accuracy"] <= 100
+    assert min(shape(ran.json["file"])) > 500
+    rows = list(csv.DictReader(Path(ran.json["table"]).read_text().splitlines()))
+    assert [row["name"].split("/")[0] for row in rows] == [row["label"] for row in rows]
+    assert len({(row["x"], row["y"]) for row in rows}) == 8
+    thumbs = dino(
+        "tsne", network, images, "--thumbnails", "--iterations", "30", "--max-points", "5", "-o", "thumbs.png"
+    )
+    assert "5 of 8 images" in thumbs.out
+    classes = dino("tsne", network, images, "--of", "classes", "--iterations", "30", "--json", "-o", "classes.svg")
+    assert (classes.json["points"], classes.json["perplexity"]) == (4, 1.0)
+    assert "mug" in Path("classes.svg").read_text() or "star" in Path("classes.csv").read_text()
+
+
+def test_tsne_errors_name_a_valid_choice(network, images, dino):
+    for words, message in (
+        (["-o", "tsne.txt"], ".png, .pdf, .svg"),
+        (["--of", "classes", "--thumbnails"], "--of images"),
+        (["--max-points", "2"], "at most 5000"),
+        (["--perplexity", "0"], "at least 1"),
+    ):
+        ran = dino("tsne", network, images, *words)
+        assert (ran.code, message in ran.err) == (2, True), ran.err
+    ran = dino("tsne", network, images / "star", "--of", "classes")
+    assert "--of images" in ran.err
+
+
+def test_pca_of_files_and_a_folder(network, images, dino):
+    ran = dino("pca", network, images, next(images.glob("star/*.png")), "--size", "32", "--json", "-o", "maps")
+    assert ran.code == 0, ran.err
+    assert len(ran.json["images"]) == 9
+    assert ran.json["variance"] == sorted(ran.json["variance"], reverse=True)
+    assert len({result["file"] for result in ran.json["images"]}) == 9
+    assert min(shape(ran.json["images"][0]["file"])) >= 384
+    masked = dino("pca", network, images / "star", "--size", "32", "--foreground", "0.5", "--json")
+    assert any(result["foreground"] < 1 for result in masked.json["images"])
+    assert dino("pca", network).code == 2
+
+
+@pytest.mark.parametrize("word", ["tsne", "pca"])
+def test_help_has_examples(dino, word):
+    ran = dino(word, "--help")
+    assert ran.code == 0
+    assert f"dino {word} runs/photos" in ran.out
