@@ -14,7 +14,8 @@ import torch
 
 from dino_ssl import distributed, files
 from dino_ssl.api.live import TrainingProgress
-from dino_ssl.collapse.policy import CollapsePolicy, Decision, guarded
+from dino_ssl.collapse.checks import Finding
+from dino_ssl.collapse.policy import CollapsePolicy, Decision, monitored
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.errors import Diverged, UserError
 from dino_ssl.evals.base import extract
@@ -110,7 +111,7 @@ class _Session:
         self.reference_scores: Mapping[str, Mapping[str, float]] = {}
         self.samples: list[int] = []
         self.due: list[float] = []
-        self.guard = CollapsePolicy(run, terminal, is_main=rt.is_main)
+        self.policy = CollapsePolicy(run, is_main=rt.is_main)
         self.collapsed: Decision | None = None
 
     def watch(self, resume: bool) -> Ended:
@@ -123,8 +124,10 @@ class _Session:
                 if self.run.on_collapse != "rollback":
                     raise
                 diverged = error
-                self.guard.diverged(str(error).splitlines()[0])
-            self.collapsed = self.guard.verdict(ended)
+                self.policy.on_divergence(str(error).splitlines()[0])
+            self.collapsed = self.policy.decide(ended)
+            if self.collapsed is not None and self.collapsed.message:
+                self.terminal.print(self.collapsed.message, style="bold yellow")
             if self.collapsed is not None and self.collapsed.run is not None:
                 self.run, resume = self.collapsed.run, True
             elif ended is None:
@@ -143,9 +146,13 @@ class _Session:
         assert isinstance(started, Started)
         self.observe(started)
         self.begin(started, resume)
-        self.guard.begin(started)
+        for finding in self.policy.start(started):
+            self.print_finding(finding)
         with TrainingProgress(terminal, started.clock, run.method.num_prototypes) as watch:
-            for event in guarded(events, self.guard):
+            for event in monitored(events, self.policy):
+                if isinstance(event, Finding):
+                    self.print_finding(event)
+                    continue
                 self.observe(event)
                 match event:
                     case Logged(clock, metrics):
@@ -166,6 +173,9 @@ class _Session:
                     case Ended():
                         return event
         raise AssertionError("training ended without saying so")
+
+    def print_finding(self, finding: Finding) -> None:
+        self.terminal.print(str(finding), style="bold yellow" if finding.fatal else "yellow")
 
     def begin(self, started: Started, resume: bool) -> None:
         clock, self.reference_scores, self.best = started.clock, started.reference_scores, dict(started.best)

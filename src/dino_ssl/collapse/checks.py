@@ -1,159 +1,299 @@
-"""What settings have to do with a collapse: which of them are known for one, and what to turn when it comes.
+"""The table of checks for collapse: of the settings before training, and of the logged metrics during it.
 
-The sources are the paper's ablations (Figs. 6 and 7, Table 15, App. C and D) and what its authors advised.
+Sources are the paper's ablations (Figs. 6 and 7, Tables 14 and 15, App. C and D) and its authors' advice.
+docs/collapse.md explains metrics and thresholds.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from dino_ssl.config import edit
-from dino_ssl.methods.byol import BYOLConfig
-from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.run import Run
 from dino_ssl.schedules import Clock
 
-SAFE_TEMPERATURE = 0.06
-"""App. D: 0.06 works from the first epoch on, 0.07 after a warm-up from 0.04, 0.08 at once does not."""
-HOT_TEMPERATURE = 0.08
-"""Above it a warm-up is not known to help."""
-SLOW_CENTER = 0.99
-"""App. D: a center momentum of 0.99 works, 0.999 does not."""
-PROTOTYPES_EACH = 4
-"""More prototypes for each picture than this are too many."""
-
-ADVICE = {
-    "Uniform collapse": "Lower the teacher's temperature (--method.teacher-temp), or the learning rate; warm both up "
-    "for longer.",
-    "Collapse to one prototype": "Check that centering is on (--method.targets centering); lower "
-    "--method.center-momentum, or raise the teacher's temperature.",
-    "One target for all": "Raise the teacher's momentum (--method.momentum), lower the learning rate, or take batch "
-    "norm in the head (--method.head-norm batch).",
-    "Feature collapse": "Lower the learning rate or warm it up for longer, and check that what holds the method up is "
-    "on: centering and sharpening, a predictor, negatives.",
-    "The teacher does not move": "Lower --method.momentum: 0.996 for some ten thousand steps, 0.97 to 0.99 for some "
-    "thousand.",
-    "Divergence": "Lower --optim.lr, set --optim.clip-grad to 1 or less, or train with --precision float32.",
-    "Not learning yet": "Raise the learning rate, lower the teacher's momentum (0.99 for small data), or take fewer "
-    "prototypes.",
-}
-"""What to turn, whatever the settings are."""
+MAX_START_TEMPERATURE, MAX_TEMPERATURE = 0.06, 0.08
+"""App. D: teacher temperature that works from the first epoch on, and the highest one that works after a warm-up."""
+MAX_CENTER_MOMENTUM = 0.99
+"""App. D: 0.99 works, 0.999 does not."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong: its name, what was seen, and what to turn."""
+    """A detected problem: its name, the evidence, and what to tune. fatal: training on is useless."""
 
     name: str
-    seen: str
-    turn: str
-    grave: bool = True
-    """Whether going on as it is is of no use; otherwise it is a hint."""
+    message: str
+    suggestion: str
+    fatal: bool = True
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.seen} {self.turn}"
+        return f"{self.name}: {self.message} {self.suggestion}"
 
 
-def check_config(run: Run, steps_per_epoch: int, dataset: int) -> list[Finding]:
-    """What the settings alone give reason to fear, before the first step."""
-    return [*_known_for_collapse(run), *_too_short(run, steps_per_epoch), *_too_many(run, dataset)]
+@dataclass(frozen=True)
+class Check:
+    """One check of a `Setup` or of `Curves`."""
+
+    name: str
+    test: Callable[[Any], bool]
+    message: str
+    suggestion: str
+    """Format strings with the fields of the subject: `{0.loss:.2f}`."""
+    fatal: bool = True
 
 
-def advise(name: str, run: Run | None) -> str:
-    """What to turn where a finding of this name has come: first the settings that are known for it."""
-    known = [] if run is None or name == "The teacher does not move" else list(_known_for_collapse(run))
-    return " ".join([*(f"{finding.name}: {finding.turn}" for finding in known), ADVICE[name]])
+def run_checks(checks: Iterable[Check], subject: "Setup | Curves") -> list[Finding]:
+    """Return a finding for each check whose test is true."""
+    return [
+        Finding(check.name, check.message.format(subject), check.suggestion.format(subject), check.fatal)
+        for check in checks
+        if check.test(subject)
+    ]
 
 
-def relax(run: Run, name: str) -> Run | None:
-    """The run with which to go on from a healthy checkpoint after a collapse of this name; None where no milder setting
-    helps, since a part is missing that holds it up.
-
-    The learning rate is halved, whatever came. Uniform: the teacher's temperature falls by a quarter. Diverged: the
-    gradients are clipped at 1 or less. A slow center gets 0.9, a teacher that does not move 0.99.
-    """
-    if any(finding.grave for finding in _known_for_collapse(run)):
-        return None
-    run = edit(run, optim=dict(lr=run.optim.lr / 2, min_lr=min(run.optim.min_lr, run.optim.lr / 2)))
-    if name == "Divergence":
-        run = edit(run, optim=dict(clip_grad=min(run.optim.clip_grad or 1.0, 1.0)))
-    method = run.method
-    if name == "The teacher does not move" and hasattr(method, "momentum"):
-        run = edit(run, method=dict(momentum=0.99))
-    if isinstance(method, DINOConfig):
-        cooler = 0.75 if name == "Uniform collapse" else 1.0
-        changed = dict(
-            teacher_temp=method.teacher_temp * cooler,
-            warmup_teacher_temp=method.warmup_teacher_temp * cooler,
-            center_momentum=method.center_momentum if method.center_momentum <= SLOW_CENTER else 0.9,
-        )
-        run = edit(run, method=changed)
-    return run
+def check_config(run: Run, steps_per_epoch: int, num_images: int) -> list[Finding]:
+    """Return the problems that the settings alone predict, before the first step."""
+    return run_checks((*METHOD_CHECKS, *SIZE_CHECKS), Setup(run, steps_per_epoch, num_images))
 
 
-def _known_for_collapse(run: Run) -> Iterator[Finding]:
-    """Settings with which others have collapsed. Grave: a part is missing that no milder setting replaces."""
-    method = run.method
-    if isinstance(method, BYOLConfig) and not method.predictor:
-        yield Finding("No predictor", "BYOL without one gives one answer (Table 14, row 8: 0.1).", "--method.predictor")
-    if not isinstance(method, DINOConfig):
-        return
-    if method.head_bottleneck == 0 and method.head_layers >= 3:
-        seen = f"{method.head_layers} layers without a bottleneck's norm do not learn (App. C: 0.1)."
-        yield Finding("No bottleneck", seen, "Set --method.head-bottleneck 256.")
-    if method.targets in ("centering", "none") and method.teacher in ("student", "previous-step"):
-        seen = (
-            f"--method.teacher {method.teacher} has no memory, and centering does not hold it (Fig. 6, Table 15: 0.1)."
-        )
-        yield Finding("No momentum", seen, "Set --method.teacher momentum, or --method.targets sinkhorn.")
-    if method.loss == "mse":
-        return
-    if method.targets == "none":
-        seen = "one prototype will take every picture (Fig. 7)."
-        yield Finding("No centering", seen, "Set --method.targets centering.")
-    if not method.sharpening:
-        seen = f"the teacher has the student's temperature, {method.student_temp:g}, and becomes uniform (Fig. 7)."
-        yield Finding("No sharpening", seen, "Set --method.sharpening.")
-    elif method.targets == "centering" and (seen := _too_hot(run, method)):
-        turn = "Begin at 0.04 (--method.warmup-teacher-temp) and rise over some ten epochs or more, or stay at 0.04."
-        yield Finding("Temperature too high for its warm-up", seen, turn, grave=False)
-    if method.targets == "centering" and method.center_momentum > SLOW_CENTER:
-        seen = f"--method.center-momentum {method.center_momentum:g} lags behind the outputs (App. D: 0.999 gives 0.1)."
-        yield Finding("Center too slow", seen, "Set it to 0.9.", grave=False)
+# -- settings ------------------------------------------------------------------------------------------------
 
 
-def _too_hot(run: Run, method: DINOConfig) -> str:
-    """In words, whether the teacher's temperature is above what works before the learning rate has risen, or at all."""
-    ramp, epochs = method.teacher_temp_schedule(), run.optim.epochs
-    warming = range(min(epochs, math.ceil(run.optim.warmup_epochs) or 1))
-    early = next((epoch for epoch in warming if ramp(Clock(epoch, 1, epochs)) > SAFE_TEMPERATURE), None)
-    if early is None and method.teacher_temp <= HOT_TEMPERATURE:
-        return ""
-    when = "at last" if early is None else "from the first step on" if early == 0 else f"in epoch {early + 1} already"
-    return (
-        f"--method.teacher-temp {method.teacher_temp:g} is above {SAFE_TEMPERATURE:g} {when} (App. D: 0.08 gives 0.1)."
-    )
+@dataclass(frozen=True)
+class Setup:
+    """A run before its first step; steps and images are 0 if unknown."""
+
+    run: Run
+    steps_per_epoch: int = 0
+    num_images: int = 0
+
+    def get(self, name: str) -> Any:
+        """Return a setting of the method; None if the method has no such setting."""
+        return getattr(self.run.method, name, None)
+
+    @property
+    def is_centered(self) -> bool:
+        """Return True if cross-entropy against centered targets is the loss."""
+        return self.get("targets") == "centering" and self.get("loss") == "cross-entropy"
+
+    @property
+    def hot_epoch(self) -> int | None:
+        """Return the first epoch, from 1, of a too high teacher temperature while the learning rate still rises."""
+        schedule, optim = self.run.method.schedules()["teacher_temp"], self.run.optim
+        warmup = range(min(optim.epochs, math.ceil(optim.warmup_epochs) or 1))
+        hot = (epoch for epoch in warmup if schedule(Clock(epoch, 1, optim.epochs)) > MAX_START_TEMPERATURE)
+        return next((epoch + 1 for epoch in hot), None)
+
+    @property
+    def steps(self) -> int:
+        """Return the steps of the run."""
+        return self.steps_per_epoch * self.run.optim.epochs
+
+    @property
+    def initial_fraction(self) -> float:
+        """Return the fraction of its initial weights that the EMA teacher keeps to the end."""
+        momentum = self.run.method.schedules().get("momentum")
+        if momentum is None or self.steps == 0:
+            return 0.0
+        points = min(self.steps, 1000)
+        steps = (int(self.steps * (i + 0.5) / points) for i in range(points))
+        update = sum(1 - momentum(Clock(step, self.steps_per_epoch, self.run.optim.epochs)) for step in steps)
+        return math.exp(-update * self.steps / points)
+
+    @property
+    def max_momentum(self) -> float:
+        """Return a teacher momentum that is low enough for the length of the run."""
+        return max(0.9, 1 - 6 / self.steps)
+
+    @property
+    def max_prototypes(self) -> int:
+        """Return the largest useful K: four prototypes per image."""
+        return 4 * self.num_images
 
 
-def _too_short(run: Run, steps_per_epoch: int) -> Iterator[Finding]:
-    """The teacher's memory against the length of the run: what is left of its random start at the end."""
-    momentum = run.method.schedules().get("momentum")
-    steps = steps_per_epoch * run.optim.epochs
-    if momentum is None or steps == 0:
-        return
-    points = min(steps, 1000)
-    clocks = (Clock(int(steps * (i + 0.5) / points), steps_per_epoch, run.optim.epochs) for i in range(points))
-    taken = steps / points * sum(1 - momentum(clock) for clock in clocks)
-    if taken < 1:
-        seen = f"in {steps} steps the teacher stays {math.exp(-taken):.0%} the network that it begins as."
-        turn = f"Set --method.momentum to {max(0.9, 1 - 6 / steps):.3g} or less, or train for longer."
-        yield Finding("Momentum too high for so few steps", seen, turn, grave=False)
+METHOD_CHECKS = (
+    Check(
+        "No predictor",
+        lambda s: s.get("predictor") is False and s.get("targets") is None,
+        "BYOL without a predictor maps all images to one point (Table 14, row 8: 0.1).",
+        "Set `method.predictor` to True.",
+    ),
+    Check(
+        "No bottleneck",
+        lambda s: s.get("head_bottleneck") == 0 and s.get("head_layers") >= 3,
+        "{0.run.method.head_layers} head layers without the l2-normalised bottleneck do not learn (App. C: 0.1).",
+        "Set `method.head_bottleneck` to 256.",
+    ),
+    Check(
+        "No momentum",
+        lambda s: s.get("targets") in ("centering", "none") and s.get("teacher") in ("student", "previous-step"),
+        "the teacher {0.run.method.teacher} is no average, and centering is not enough then (Fig. 6, Table 15: 0.1).",
+        "Set `method.teacher` to momentum, or `method.targets` to sinkhorn.",
+    ),
+    Check(
+        "No centering",
+        lambda s: s.get("targets") == "none" and s.get("loss") == "cross-entropy",
+        "all images will be assigned to one prototype (Fig. 7).",
+        "Set `method.targets` to centering.",
+    ),
+    Check(
+        "No sharpening",
+        lambda s: s.get("sharpening") is False and s.get("loss") == "cross-entropy",
+        "the teacher has the student's temperature, {0.run.method.student_temp:g}, and becomes uniform (Fig. 7).",
+        "Set `method.sharpening` to True.",
+    ),
+    Check(
+        "Temperature too high",
+        lambda s: s.is_centered and s.get("sharpening") and s.hot_epoch is not None,
+        "`method.teacher_temp` {0.run.method.teacher_temp:g} is too high in epoch {0.hot_epoch}, during the warm-up of the "
+        "learning rate (App. D: 0.06 works, 0.08 gives 0.1).",
+        "Start at 0.04 (`method.warmup_teacher_temp`) and warm up over ten epochs or more, or keep 0.04.",
+        fatal=False,
+    ),
+    Check(
+        "Temperature too high",
+        lambda s: (
+            s.is_centered and s.get("sharpening") and s.hot_epoch is None and s.get("teacher_temp") > MAX_TEMPERATURE
+        ),
+        f"`method.teacher_temp` {{0.run.method.teacher_temp:g}} is above {MAX_TEMPERATURE}.",
+        "Lower it: 0.07 works after a warm-up from 0.04 (App. D).",
+        fatal=False,
+    ),
+    Check(
+        "Center too slow",
+        lambda s: s.is_centered and s.get("center_momentum") > MAX_CENTER_MOMENTUM,
+        "`method.center_momentum` {0.run.method.center_momentum:g} lags behind the outputs (App. D: 0.999 gives 0.1).",
+        "Set `method.center_momentum` to 0.9.",
+        fatal=False,
+    ),
+)
+"""Settings of the method with which runs have collapsed. Fatal: a required part is missing."""
+
+SIZE_CHECKS = (
+    Check(
+        "Momentum too high",
+        lambda s: s.initial_fraction > math.exp(-1),
+        "after {0.steps} steps the teacher keeps {0.initial_fraction:.0%} of its initial weights.",
+        "Lower `method.momentum` ({0.max_momentum:.3g} or less), or train for longer.",
+        fatal=False,
+    ),
+    Check(
+        "K too large",
+        lambda s: (s.run.method.num_prototypes or 0) > s.max_prototypes,
+        "most of the {0.run.method.num_prototypes} prototypes stay empty with {0.num_images} images.",
+        "Lower `method.out_dim`, to {0.max_prototypes} or less.",
+        fatal=False,
+    ),
+)
+"""Settings that do not fit the length of the run or the size of the dataset."""
 
 
-def _too_many(run: Run, dataset: int) -> Iterator[Finding]:
-    method = run.method
-    if (num_prototypes := method.num_prototypes) is not None and num_prototypes > PROTOTYPES_EACH * dataset:
-        seen = f"{num_prototypes} prototypes share {dataset} pictures, and most stay empty."
-        enough = max(32, 2 ** int(math.log2(max(1, dataset))))
-        turn = f"Set --method.out-dim to {enough} or so."
-        yield Finding("K too large for so few pictures", seen, turn, grave=False)
+# -- metrics -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Curves:
+    """Means of the latest lines of metrics, and what earlier lines showed; nan if unknown, which passes all checks."""
+
+    ln_k: float = math.nan
+    """nan for methods without prototypes."""
+    loss: float = math.nan
+    teacher_entropy: float = math.nan
+    kl: float = math.nan
+    marginal_entropy: float = math.nan
+    prototypes_used: float = math.nan
+    feature_spread: float = math.nan
+    feature_rank: float = math.nan
+    first_loss: float = math.nan
+    lowest_loss: float = math.inf
+    highest_rank: float = 0.0
+    teacher_steps: int = 0
+    """Steps since the first line."""
+    teacher_update: float = 0.0
+    """Sum of 1 - m over these steps: the fraction of the student that the EMA teacher has taken over."""
+
+
+DIVERGENCE = "Lower `optim.lr`, set `optim.clip_grad` to 1 or less, or set `precision` to float32."
+FEATURES = (
+    "Lower the learning rate or use a longer warm-up, and check that the parts that prevent a collapse are on: "
+    "centering and sharpening, a predictor, negatives."
+)
+LOSS_CHECKS = (
+    Check(
+        "Divergence",  # without prototypes; MoCo's loss grows while its queue fills
+        lambda c: math.isnan(c.ln_k) and c.loss > 3 * c.first_loss,
+        "the loss is {0.loss:.3g}, and was {0.first_loss:.3g} at the start.",
+        DIVERGENCE,
+    ),
+)
+"""Checks that also apply during the warm-up."""
+OUTPUT_CHECKS = (
+    Check(
+        "Uniform collapse",
+        lambda c: c.teacher_entropy > 0.98 * c.ln_k and c.loss > 0.98 * c.ln_k,
+        "teacher entropy {0.teacher_entropy:.2f} and loss {0.loss:.2f} are at ln K = {0.ln_k:.2f}: the targets are "
+        "uniform over the prototypes for every image (Fig. 7, without sharpening).",
+        "Lower the teacher temperature (`method.teacher_temp`) or the learning rate; use a longer warm-up for both.",
+    ),
+    Check(
+        "Collapse to one prototype",
+        lambda c: (
+            (c.ln_k > 0 and c.prototypes_used < 1.5)
+            or (
+                c.teacher_entropy < 0.02 * c.ln_k
+                and c.kl < 0.02 * c.ln_k
+                and c.prototypes_used < 0.05 * math.exp(c.ln_k)
+            )
+        ),
+        "teacher entropy {0.teacher_entropy:.3f} and KL {0.kl:.3f} are close to 0, and {0.prototypes_used:.1f} "
+        "prototypes are used: all images are assigned to one prototype (Fig. 7, without centering).",
+        "Check that centering is on (`method.targets`); lower `method.center_momentum`, or raise the teacher "
+        "temperature.",
+    ),
+    Check(
+        "Identical targets",
+        lambda c: c.marginal_entropy - c.teacher_entropy < 0.01 * c.ln_k,
+        "all images of a batch have the same target: the entropy of the mean target, {0.marginal_entropy:.2f}, equals "
+        "that of each target, {0.teacher_entropy:.2f} of ln K = {0.ln_k:.2f}.",
+        "Raise the teacher's momentum (`method.momentum`), lower the learning rate, or use batch norm in the head "
+        "(`method.head_norm` batch).",
+    ),
+    Check(
+        "Divergence",
+        lambda c: c.loss > 1.1 * c.ln_k and c.loss > c.lowest_loss,
+        "the loss is {0.loss:.2f}, above ln K = {0.ln_k:.2f}: the student is worse than a uniform prediction.",
+        DIVERGENCE,
+    ),
+    Check(
+        "Not learning yet",
+        lambda c: c.loss > 0.9 * c.ln_k and c.marginal_entropy - c.loss < 0.01 * c.ln_k,
+        "the loss is {0.loss:.2f} of ln K = {0.ln_k:.2f}, near chance. Early in training this is usual. If it stays:",
+        "Raise the learning rate, lower the teacher's momentum (0.99 for small datasets), or use fewer prototypes.",
+        fatal=False,
+    ),
+)
+"""Checks of loss and targets; only the first finding counts."""
+FEATURE_CHECKS = (
+    Check(
+        "Feature collapse",
+        lambda c: c.feature_spread < 0.03,
+        "the features of all images are nearly equal: their directions differ by {0.feature_spread:.3f} (0 to 1).",
+        FEATURES,
+    ),
+    Check(
+        "Feature collapse",
+        lambda c: c.feature_rank < 1.2 and c.feature_rank < 0.25 * c.highest_rank,
+        "the effective rank of the features fell from {0.highest_rank:.1f} to {0.feature_rank:.1f}.",
+        FEATURES,
+    ),
+)
+"""Checks of the backbone's features; only the first finding counts."""
+TEACHER_CHECKS = (
+    Check(
+        "Teacher not updated",
+        lambda c: c.teacher_steps >= 50 and c.teacher_update <= 0.01,
+        "in {0.teacher_steps} steps the teacher took over {0.teacher_update:.2%} of the student.",
+        "Lower `method.momentum`: 0.996 for ten thousand steps or more, 0.97 to 0.99 for some thousand.",
+    ),
+)

@@ -1,11 +1,9 @@
-"""What a session does about a collapse: it says which one, and stops or goes back where the run asks for that.
+"""The reaction of a training session to a collapse: warn, stop, or roll back.
 
-Warn: each finding is said once. Stop: a grave one that stands for `LINES` lines ends the training, which is saved as it
-is. Roll back: training goes on from the last checkpoint after which `MARGIN` lines were healthy, with milder settings
-(`advice.relax`); after `ROLLBACKS` times, or where no milder setting helps, it ends there.
+Warn: report each finding once. Stop: a fatal finding in `LINES` consecutive lines ends the training, whose state is
+saved. Roll back: resume from the last healthy checkpoint with relaxed settings, at most `MAX_ROLLBACKS` times.
 """
 
-import json
 import os
 import shutil
 import time
@@ -16,177 +14,209 @@ from pathlib import Path
 from typing import Any
 
 from dino_ssl import checkpoint, distributed
-from dino_ssl.api.resolve import flag
-from dino_ssl.collapse.checks import Finding, advise, check_config, relax
-from dino_ssl.collapse.monitor import LINES, Monitor
-from dino_ssl.config import differences, format_value
+from dino_ssl.collapse.checks import (
+    MAX_CENTER_MOMENTUM,
+    METHOD_CHECKS,
+    Finding,
+    Setup,
+    check_config,
+    run_checks,
+)
+from dino_ssl.collapse.monitor import LINES, Monitor, divergence
+from dino_ssl.config import differences, edit, format_value
 from dino_ssl.events import Ended, Event, Logged, Started
-from dino_ssl.files import atomic_write
+from dino_ssl.files import append_jsonl, atomic_write
 from dino_ssl.metrics import read_metrics
 from dino_ssl.models.weights import load_strict
 from dino_ssl.run import Run
-from dino_ssl.schedules import Clock
 from dino_ssl.state import export_backbone
-from dino_ssl.terminal import Terminal
 
-MARGIN = 2 * LINES
-"""Healthy lines after a checkpoint before it counts as one to go back to: a collapse begins before it shows."""
-ROLLBACKS = 3
-SAID = "health.jsonl"
+HEALTHY_LINES = 2 * LINES
+"""Healthy lines after a checkpoint until it counts as healthy: a collapse begins before it is detected."""
+MAX_ROLLBACKS = 3
+HEALTH = "health.jsonl"
+"""Findings and decisions of a run, one per line: step, epoch, name, message, time."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What ended an attempt, and what comes next."""
+    """The outcome of an attempt that a collapse ended."""
 
     finding: Finding
-    step: int
+    message: str = ""
+    """Description of the rollback, for the user."""
     back_to: int | None = None
-    """The step of the healthy checkpoint that lies in checkpoints/last.pt now."""
+    """Step of the healthy checkpoint that was restored as checkpoints/last.pt."""
     run: Run | None = None
-    """What to go on with; None where it ends."""
+    """The Run to resume with; None if training ends."""
 
 
 class CollapsePolicy:
-    """Watches a run's lines on every rank; writes and speaks on the first one alone."""
+    """Monitors a run and decides; call it on all ranks. Findings are returned on rank 0 only."""
 
-    def __init__(self, run: Run, terminal: Terminal, *, is_main: bool) -> None:
-        self.run, self.terminal, self.is_main = run, terminal, is_main
+    def __init__(self, run: Run, *, is_main: bool) -> None:
+        self.run, self.is_main = run, is_main
         self.folder = Path(run.out)
         self.rollbacks = 0
-        self.said: set[str] = set()
+        self._reported: set[str] = set()
         self._last = self.folder / "checkpoints/last.pt"
         self._pending, self._healthy = (self._last.with_name(f"{name}.pt") for name in ("pending", "healthy"))
 
-    def begin(self, started: Started) -> None:
-        """An attempt begins: what its settings give reason to fear, and what its curves so far have shown."""
+    def start(self, started: Started) -> list[Finding]:
+        """Begin an attempt: return the findings about its settings, and replay the metrics of earlier sessions."""
         clock = started.clock
         self.monitor = Monitor(self.run.method.num_prototypes, self.run, clock.steps_per_epoch)
-        self.step, self.grave = clock.step, None
-        self._standing, self._lines, self._pending_since = 0, 0, None
+        self.step, self.fatal = clock.step, None
+        self._fatal_lines, self._lines, self._pending_since = 0, 0, None
         if not self.is_main:
-            return
+            return []
         for row in read_metrics(self.folder) if clock.step else []:
             if row["step"] <= clock.step:
-                self.monitor.see(row)
+                self.monitor.update(row)
         if not clock.step:
-            for path in (self.folder / SAID, self._healthy):
+            for path in (self.folder / HEALTH, self._healthy):
                 path.unlink(missing_ok=True)
         self._pending.unlink(missing_ok=True)
-        self._seen = _stamp(self._last)
-        if not self.rollbacks:
-            for finding in check_config(self.run, clock.steps_per_epoch, len(started.train_set)):
-                self._say(clock, finding)
+        self._seen = _modified(self._last)
+        if self.rollbacks:
+            return []
+        findings = check_config(self.run, clock.steps_per_epoch, len(started.train_set))
+        return self._new(findings, step=clock.step, epoch=clock.step / clock.steps_per_epoch)
 
-    def line(self, event: Logged) -> bool:
-        """Looks at a line of metrics. Gives whether training is to end, the same on every rank."""
+    def update(self, event: Logged) -> tuple[list[Finding], bool]:
+        """Return the new findings after a line of metrics, and True if training must end (equal on all ranks)."""
         self.step = event.clock.step
-        grave = None
+        fatal, new = None, []
         if self.is_main:
-            found = self.monitor.see({"step": self.step, **event.metrics})
-            for finding in found:
-                self._say(event.clock, finding)
-            grave = next((finding for finding in found if finding.grave), None)
-            if self.run.on_collapse == "rollback" and self.monitor.judges(self.step):
-                self._keep(healthy=grave is None)
-            self._standing = 0 if grave is None else self._standing + 1
+            findings = self.monitor.update({"step": self.step, **event.metrics})
+            new = self._new(findings, step=self.step, epoch=self.step / event.clock.steps_per_epoch)
+            fatal = next((finding for finding in findings if finding.fatal), None)
+            if self.run.on_collapse == "rollback" and not self.monitor.in_grace_period(self.step):
+                self._track_checkpoint(healthy=fatal is None)
+            self._fatal_lines = 0 if fatal is None else self._fatal_lines + 1
         if self.run.on_collapse == "warn":
-            return False
-        self.grave = distributed.run_on_rank0(lambda: grave if self._standing >= LINES else None)
-        return self.grave is not None
+            return new, False
+        self.fatal = distributed.run_on_rank0(lambda: fatal if self._fatal_lines >= LINES else None)
+        return new, self.fatal is not None
 
-    def diverged(self, message: str) -> None:
-        """The loss stopped being a number, which ended the training."""
-        self.grave = Finding("Divergence", message, advise("Divergence", self.run))
+    def on_divergence(self, message: str) -> None:
+        """Record that a loss that is not finite ended the attempt."""
+        self.fatal = divergence(message, self.run)
 
-    def verdict(self, ended: Ended | None) -> Decision | None:
-        """What comes after an attempt; None where no collapse ended it. ended: what it left, where it did."""
-        if self.grave is None:
+    def decide(self, ended: Ended | None) -> Decision | None:
+        """Return the decision after an attempt; None if no collapse ended it.
+
+        ended: the last event of the attempt; None after an error.
+        """
+        if self.fatal is None:
             return None
-        finding = self.grave
+        finding = self.fatal
         if self.run.on_collapse != "rollback":
-            return Decision(finding, self.step)
-        verdict = distributed.run_on_rank0(lambda: self._go_back(finding))
-        if verdict.run is not None:
-            self.run, self.rollbacks = verdict.run, self.rollbacks + 1
-            self.said.clear()
-        elif verdict.back_to is not None and ended is not None and self.is_main:
+            return Decision(finding)
+        decision = distributed.run_on_rank0(lambda: self._roll_back(finding))
+        if decision.run is not None:
+            self.run, self.rollbacks = decision.run, self.rollbacks + 1
+            self._reported.clear()
+        elif decision.back_to is not None and ended is not None and self.is_main:
             load_strict(ended.method, checkpoint.load(self._last)["method"], str(self._last))
             export_backbone(self.run, ended.method.backbone, self.folder)
-        return verdict
+        return decision
 
-    def _go_back(self, finding: Finding) -> Decision:
-        """Puts the last healthy checkpoint where training goes on from."""
-        if not self._healthy.is_file():
-            self._tell("There is no healthy checkpoint to go back to: it collapsed before one was saved.", finding)
-            return Decision(finding, self.step)
-        atomic_write(self._last, lambda aside: shutil.copyfile(self._healthy, aside))
-        back_to = checkpoint.load(self._last)["step"]
-        run = relax(self.run, finding.name) if self.rollbacks < ROLLBACKS else None
-        went = f"Back from step {self.step} to step {back_to}, the last healthy checkpoint"
-        if run is None:
-            why = "no milder setting helps" if self.rollbacks < ROLLBACKS else f"after {ROLLBACKS} times it ends here"
-            self._tell(f"{went}; {why}.", finding)
-            return Decision(finding, self.step, back_to)
-        changed = [
-            f"{flag(name)} {format_value(new)} (was {format_value(old)})"
-            for name, old, new in differences(self.run, run)
-        ]
-        self._tell(f"{went}; it goes on with {', '.join(changed)}.", finding)
-        return Decision(finding, self.step, back_to, run)
+    def _roll_back(self, finding: Finding) -> Decision:
+        """Restore the last healthy checkpoint."""
+        decision = Decision(finding, "There is no healthy checkpoint to resume from: training ends.")
+        if self._healthy.is_file():
+            atomic_write(self._last, lambda part: shutil.copyfile(self._healthy, part))
+            back_to = checkpoint.load(self._last)["step"]
+            run = relax(self.run, finding) if self.rollbacks < MAX_ROLLBACKS else None
+            if run is not None:
+                changes = (
+                    f"`{name}` {format_value(new)} (was {format_value(old)})"
+                    for name, old, new in differences(self.run, run)
+                )
+                then = f"training resumes with {', '.join(changes)}"
+            elif self.rollbacks < MAX_ROLLBACKS:
+                then = "training ends, since no change of these settings helps"
+            else:
+                then = f"training ends after {MAX_ROLLBACKS} rollbacks"
+            message = f"Rollback from step {self.step} to step {back_to}, the last healthy checkpoint; {then}."
+            decision = Decision(finding, message, back_to, run)
+        self._write(step=self.step, name=finding.name, message=decision.message)
+        return decision
 
-    def _keep(self, *, healthy: bool) -> None:
-        """A checkpoint that training saved becomes the healthy one once `MARGIN` healthy lines have followed."""
+    def _track_checkpoint(self, *, healthy: bool) -> None:
+        """Keep a saved checkpoint as the healthy one after `HEALTHY_LINES` healthy lines."""
         self._lines += 1
         if not healthy:
             self._pending.unlink(missing_ok=True)
             self._pending_since = None
         elif self._pending_since is None:
-            stamp = _stamp(self._last)
-            if stamp != self._seen:
+            modified = _modified(self._last)
+            if modified != self._seen:
                 _link(self._last, self._pending)
-                self._seen, self._pending_since = stamp, self._lines
-        elif self._lines - self._pending_since >= MARGIN:
+                self._seen, self._pending_since = modified, self._lines
+        elif self._lines - self._pending_since >= HEALTHY_LINES:
             os.replace(self._pending, self._healthy)
             self._pending_since = None
 
-    def _say(self, clock: Clock, finding: Finding) -> None:
-        """Says a finding, once for each name, and keeps it for the report."""
-        if finding.name in self.said:
-            return
-        self.said.add(finding.name)
-        self.terminal.print(str(finding), style="bold yellow" if finding.grave else "yellow")
-        self._write({"step": clock.step, "epoch": clock.step / clock.steps_per_epoch, "name": finding.name,
-                     "said": f"{finding.seen} {finding.turn}"})  # fmt: skip
+    def _new(self, findings: list[Finding], *, step: int, epoch: float) -> list[Finding]:
+        """Return the findings that were not reported before, and write them for the report."""
+        new = [finding for finding in findings if finding.name not in self._reported]
+        for finding in new:
+            self._reported.add(finding.name)
+            self._write(step=step, epoch=epoch, name=finding.name, message=f"{finding.message} {finding.suggestion}")
+        return new
 
-    def _tell(self, text: str, finding: Finding) -> None:
-        self.terminal.print(text, style="bold yellow")
-        self._write({"step": self.step, "name": finding.name, "said": text})
-
-    def _write(self, row: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / SAID).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"time": time.time()}, ensure_ascii=False) + "\n")
+    def _write(self, **row: Any) -> None:
+        append_jsonl(self.folder / HEALTH, row | {"time": time.time()})
 
 
-def guarded(events: Generator[Event, bool | None], guard: CollapsePolicy) -> Iterator[Event]:
-    """The events of training, which ends where the guard says so of a line."""
-    answer = None
+def relax(run: Run, finding: Finding) -> Run | None:
+    """Return the run with settings that collapse less easily; None if a required part of the method is missing.
+
+    The learning rate is halved. After a uniform collapse the teacher temperature is lowered by a quarter, after a
+    divergence gradients are clipped at 1 or less, a teacher that is not updated gets momentum 0.99, and a slow center
+    0.9.
+    """
+    if any(cause.fatal for cause in run_checks(METHOD_CHECKS, Setup(run))):
+        return None
+    run = edit(run, optim=dict(lr=run.optim.lr / 2, min_lr=min(run.optim.min_lr, run.optim.lr / 2)))
+    method: Any = run.method
+    changes: dict[str, float] = {}
+    if finding.name == "Divergence":
+        run = edit(run, optim=dict(clip_grad=min(run.optim.clip_grad or 1.0, 1.0)))
+    if finding.name == "Teacher not updated" and hasattr(method, "momentum"):
+        changes["momentum"] = 0.99
+    if finding.name == "Uniform collapse":
+        names = ("teacher_temp", "warmup_teacher_temp")
+        changes |= {name: 0.75 * getattr(method, name) for name in names if hasattr(method, name)}
+    if getattr(method, "center_momentum", 0) > MAX_CENTER_MOMENTUM:
+        changes["center_momentum"] = 0.9
+    return edit(run, method=changes)
+
+
+def monitored(events: Generator[Event, bool | None], policy: CollapsePolicy) -> Iterator[Event | Finding]:
+    """Yield the events of training, and new findings after the line that shows them; end training if needed."""
+    stop = None
     with suppress(StopIteration):
         while True:
-            event = events.send(answer)
+            event = events.send(stop)
             yield event
-            answer = guard.line(event) if isinstance(event, Logged) else None
+            stop = None
+            if isinstance(event, Logged):
+                findings, stop = policy.update(event)
+                yield from findings
 
 
-def _stamp(path: Path) -> int:
+def _modified(path: Path) -> int:
+    """Return the modification time in ns; 0 if there is no file."""
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name of the file, which costs nothing; a copy where the disk has no such names."""
+    """Hard-link the file; copy it if the file system has no hard links."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:
-        atomic_write(target, lambda aside: shutil.copyfile(source, aside))
+        atomic_write(target, lambda part: shutil.copyfile(source, part))
