@@ -1,4 +1,4 @@
-"""A run that collapses is told which way, and a healthy one nothing; a session stops there, or goes back."""
+"""Every kind of collapse is detected, healthy runs have no findings; a session stops or rolls back."""
 
 import math
 from pathlib import Path
@@ -11,8 +11,9 @@ from tiny import CPU, RUN, Run, edit
 from dino_ssl import checkpoint, load
 from dino_ssl.api.training import run_session
 from dino_ssl.collapse import policy
-from dino_ssl.collapse.checks import advise, check_config, relax
+from dino_ssl.collapse.checks import Finding, check_config
 from dino_ssl.collapse.monitor import LINES, Monitor
+from dino_ssl.collapse.policy import relax
 from dino_ssl.config import differences
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.augment import Augment
@@ -40,8 +41,7 @@ DULL = edit(
     save_minutes=60,
     cache=True,
 )
-"""44 pictures in colours that are all changed: too few and too alike to hold on to, so that what is wrong shows in 60
-steps."""
+"""44 images whose colors are all augmented: too few and too similar to learn from, so problems show in 60 steps."""
 HEALTHY = edit(
     DULL,
     data=Scenes(count=80, size=32, classes=4),
@@ -49,53 +49,64 @@ HEALTHY = edit(
     views=dict(saturation=0.0, hue=0.0, gray=0.0, solarize=(0.0, 0.0, 0.0), global_scale=(0.5, 1.0)),
     optim=dict(epochs=8, weight_decay_end=0.04),
 )
-"""80 pictures that keep their colours; 80 steps."""
+"""80 images that keep their colors; 80 steps."""
 SMALL = dict(head_hidden=32, head_dim=16, momentum=0.98)
 WILD = dict(algorithm="sgd", clip_grad=0.0, warmup_epochs=0)
 
 
-def said(run: Run, out: Path, *, until: str = "") -> dict[str, int]:
-    """The findings of a run by name, each with the step at which it came first; leaves when `until` stands."""
-    run, found = edit(run, out=str(out / "run")), {}
+def findings_of(run: Run, out: Path, *, until: str = "") -> dict[str, Finding]:
+    """Train; return the first finding of each name. Stops at the finding `until`."""
+    run, findings = edit(run, out=str(out / "run")), {}
     events = train(run, CPU, run.data.open())
     started = next(events)
     assert isinstance(started, Started)
     monitor = Monitor(run.method.num_prototypes, run, started.clock.steps_per_epoch)
     for event in events:
         if isinstance(event, Logged):
-            for finding in monitor.see({"step": event.clock.step, **event.metrics}):
-                found.setdefault(finding.name, event.clock.step)
-            if until in found:
+            for finding in monitor.update({"step": event.clock.step, **event.metrics}):
+                findings.setdefault(finding.name, finding)
+            if until in findings:
                 break
     events.close()
-    return found
+    return findings
 
 
 @pytest.mark.parametrize(
-    ("run", "named", "turn"),
+    ("run", "name", "suggestion"),
     [
-        (edit(DULL, method=dict(targets="none")), "Collapse to one prototype", "--method.targets centering"),
-        (edit(DULL, method=dict(center_momentum=0.999)), "Collapse to one prototype", "Set it to 0.9"),
-        (edit(DULL, method=dict(sharpening=False)), "Uniform collapse", "--method.sharpening"),
-        (edit(DULL, method=dict(teacher_temp=0.08, warmup_teacher_temp=0.08)), "Uniform collapse", "Begin at 0.04"),
-        (edit(HEALTHY, method=dict(teacher="student")), "One target for all", "--method.teacher momentum"),
-        (edit(HEALTHY, method=dict(momentum=1.0)), "The teacher does not move", "--method.momentum"),
+        (edit(DULL, method=dict(targets="none")), "Collapse to one prototype", "Set `method.targets` to centering"),
+        (
+            edit(DULL, method=dict(center_momentum=0.999)),
+            "Collapse to one prototype",
+            "Set `method.center_momentum` to 0.9",
+        ),
+        (edit(DULL, method=dict(sharpening=False)), "Uniform collapse", "Set `method.sharpening`"),
+        (edit(DULL, method=dict(teacher_temp=0.08, warmup_teacher_temp=0.08)), "Uniform collapse", "Start at 0.04"),
+        (edit(HEALTHY, method=dict(teacher="student")), "Identical targets", "Set `method.teacher` to momentum"),
+        (edit(HEALTHY, method=dict(momentum=1.0)), "Teacher not updated", "Lower `method.momentum`"),
         (edit(HEALTHY, optim=dict(WILD, lr=100.0)), "Feature collapse", "learning rate"),
     ],
-    ids=["no centering", "slow center", "no sharpening", "hot", "no momentum", "still teacher", "rate too high"],
+    ids=[
+        "no-centering",
+        "slow-center",
+        "no-sharpening",
+        "temperature",
+        "no-momentum",
+        "frozen-teacher",
+        "learning-rate",
+    ],
 )
-def test_each_collapse_is_named_with_what_to_turn(tmp_path: Path, run: Run, named: str, turn: str) -> None:
-    assert named in said(run, tmp_path, until=named)
-    assert turn in advise(named, run)
+def test_each_collapse_is_detected_with_its_cause(tmp_path: Path, run: Run, name: str, suggestion: str) -> None:
+    assert suggestion in findings_of(run, tmp_path, until=name)[name].suggestion
 
 
-def test_a_loss_that_leaves_is_divergence_with_and_without_prototypes(tmp_path: Path) -> None:
-    """Supervised learning with steps far too long: the loss rises, or soon it is no number."""
-    learned = edit(HEALTHY, method=SupervisedConfig(), views=Augment(size=32))
-    assert "Divergence" in said(edit(learned, optim=dict(WILD, lr=60.0)), tmp_path, until="Divergence")
+def test_divergence_is_detected_without_prototypes_and_by_a_nan_loss(tmp_path: Path) -> None:
+    """Supervised training with a far too high learning rate: the loss grows, or becomes nan."""
+    supervised = edit(HEALTHY, method=SupervisedConfig(), views=Augment(size=32))
+    assert "Divergence" in findings_of(edit(supervised, optim=dict(WILD, lr=60.0)), tmp_path, until="Divergence")
     with pytest.raises(Diverged):
-        said(edit(learned, optim=dict(WILD, lr=1e4)), tmp_path)
-    (finding,) = Monitor(64).see({"step": 40, "loss": math.nan})
+        findings_of(edit(supervised, optim=dict(WILD, lr=1e4)), tmp_path)
+    (finding,) = Monitor(64).update({"step": 40, "loss": math.nan})
     assert finding.name == "Divergence"
 
 
@@ -104,11 +115,11 @@ def test_a_loss_that_leaves_is_divergence_with_and_without_prototypes(tmp_path: 
     [None, BYOLConfig(**SMALL), MoCoConfig(queue=64, **SMALL), SupervisedConfig()],
     ids=["DINO", "BYOL", "MoCo", "supervised"],
 )
-def test_a_healthy_run_raises_none(tmp_path: Path, method: Any) -> None:
+def test_healthy_runs_have_no_findings(tmp_path: Path, method: Any) -> None:
     run = HEALTHY if method is None else edit(HEALTHY, method=method)
     if isinstance(method, SupervisedConfig):
         run = edit(run, views=Augment(size=32))
-    assert said(run, tmp_path) == {}
+    assert findings_of(run, tmp_path) == {}
     assert check_config(edit(run, optim=dict(epochs=20)), 10, 80) == []
 
 
@@ -116,12 +127,12 @@ def test_a_healthy_run_raises_none(tmp_path: Path, method: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "name"),
     [
-        (dict(method=dict(teacher_temp=0.08, warmup_teacher_temp=0.08)), "Temperature too high for its warm-up"),
-        (dict(method=dict(teacher_temp=0.07, warmup_teacher_temp_epochs=3)), "Temperature too high for its warm-up"),
-        (dict(method=dict(momentum=0.9999)), "Momentum too high for so few steps"),
-        (dict(method=dict(out_dim=65536)), "K too large for so few pictures"),
+        (dict(method=dict(teacher_temp=0.08, warmup_teacher_temp=0.08)), "Temperature too high"),
+        (dict(method=dict(teacher_temp=0.07, warmup_teacher_temp_epochs=3)), "Temperature too high"),
+        (dict(method=dict(momentum=0.9999)), "Momentum too high"),
+        (dict(method=dict(out_dim=65536)), "K too large"),
         (dict(method=dict(center_momentum=0.999)), "Center too slow"),
         (dict(method=dict(targets="none")), "No centering"),
         (dict(method=dict(sharpening=False)), "No sharpening"),
@@ -130,40 +141,40 @@ def test_a_healthy_run_raises_none(tmp_path: Path, method: Any) -> None:
         (dict(method=BYOLConfig(predictor=False)), "No predictor"),
     ],
 )
-def test_settings_that_are_known_to_collapse_are_named_before_the_first_step(changes: dict, named: str) -> None:
+def test_settings_that_are_known_to_collapse_are_found_before_training(changes: dict, name: str) -> None:
     run = edit(Run(), method=dict(out_dim=4096))
     assert check_config(run, 100, 6500) == []
     (finding,) = check_config(edit(run, **changes), 100, 6500)
-    assert finding.name == named
+    assert finding.name == name
 
 
-def test_no_recipe_is_warned_of() -> None:
-    for recipe in (getattr(paper, name) for name in dir(paper) if name.startswith(("vit", "resnet"))):
-        assert check_config(recipe(), 1_281_167 // recipe().optim.batch_size, 1_281_167) == []
-    for recipe in (small, small_vit, narrow_vit, demo, vit_tiny):
-        dataset = 1800 if recipe is demo else 6500
-        assert check_config(recipe(), dataset // recipe().optim.batch_size, dataset) == []
+def test_presets_have_no_findings() -> None:
+    for preset in (getattr(paper, name) for name in dir(paper) if name.startswith(("vit", "resnet"))):
+        assert check_config(preset(), 1_281_167 // preset().optim.batch_size, 1_281_167) == []
+    for preset in (small, small_vit, narrow_vit, demo, vit_tiny):
+        num_images = 1800 if preset is demo else 6500
+        assert check_config(preset(), num_images // preset().optim.batch_size, num_images) == []
 
 
-def test_what_the_teacher_took_on_is_that_of_the_momenta() -> None:
-    """Half its random start is left where the momenta multiply to a half."""
+def test_the_teachers_remaining_initial_weights_are_the_product_of_the_momenta() -> None:
     run = edit(Run(), method=DINOConfig(out_dim=64, momentum=0.5 ** (1 / 200), momentum_end=0.5 ** (1 / 200)))
     (finding,) = check_config(run, 2, 1000)  # 100 epochs of 2 steps
-    assert "50%" in finding.seen
+    assert "50%" in finding.message
 
 
-def test_milder_settings_never_replace_a_missing_part() -> None:
+def test_settings_are_relaxed_only_if_no_part_of_the_method_is_missing() -> None:
     run = edit(Run(), method=dict(teacher_temp=0.06, warmup_teacher_temp=0.04))
-    changed = {name: new for name, _, new in differences(run, relax(run, "Uniform collapse"))}
+    uniform, one_prototype = (Finding(name, "", "") for name in ("Uniform collapse", "Collapse to one prototype"))
+    changed = {name: new for name, _, new in differences(run, relax(run, uniform))}
     assert changed == {
         "optim.lr": run.optim.lr / 2,
         "method.teacher_temp": pytest.approx(0.045),
         "method.warmup_teacher_temp": pytest.approx(0.03),
     }
-    assert relax(edit(run, method=dict(targets="none")), "Collapse to one prototype") is None
+    assert relax(edit(run, method=dict(targets="none")), one_prototype) is None
 
 
-# -- what a session does about it --------------------------------------------------------------------------
+# -- sessions ----------------------------------------------------------------------------------------------
 
 
 def session(run: Run, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
@@ -171,48 +182,50 @@ def session(run: Run, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
     return outcome, capsys.readouterr().out
 
 
-def test_stop_ends_at_the_collapse_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stop_ends_the_run_at_the_collapse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = edit(DULL, method=dict(targets="none"), on_collapse="stop", out=str(tmp_path / "run"))
     outcome, out = session(run, capsys)
     assert not outcome.finished
     assert outcome.collapse.startswith("Collapse to one prototype")
-    assert outcome.clock.step == 30 + LINES - 1  # it must stand for some lines
+    assert outcome.clock.step == 30 + LINES - 1  # in LINES consecutive lines
     assert checkpoint.load(tmp_path / "run/checkpoints/last.pt")["step"] == outcome.clock.step
     assert out.count("Collapse to one prototype: teacher entropy") == 1
     report = outcome.report.read_text()
-    assert "one output takes every picture" in report
+    assert "all images are assigned to one prototype" in report
     assert "Effective rank" in report
 
 
-def test_rollback_goes_on_from_the_last_healthy_checkpoint(
+def test_rollback_resumes_from_the_last_healthy_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the second epoch the teacher's temperature is 2, and everything uniform; then 1.5, which is still too much. A
-    checkpoint is trusted soon, so that few steps do."""
-    monkeypatch.setattr(policy, "MARGIN", 3)
-    monkeypatch.setattr(policy, "ROLLBACKS", 1)
+    """In the second epoch the teacher temperature is 2 and the targets are uniform; 1.5 is still too high.
+
+    A checkpoint counts as healthy early, so that the test needs few steps.
+    """
+    monkeypatch.setattr(policy, "HEALTHY_LINES", 3)
+    monkeypatch.setattr(policy, "MAX_ROLLBACKS", 1)
     hot = dict(teacher_temp=2.0, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=2)
     run = edit(HEALTHY, data=dict(count=160), method=hot, optim=dict(epochs=2, batch_size=4), save_minutes=0)
     outcome, out = session(edit(run, on_collapse="rollback", out=str(tmp_path / "run")), capsys)
-    assert "the last healthy checkpoint; it goes on with" in out
-    assert "--optim.lr 0.015 (was 0.03)" in out
-    assert "--method.teacher-temp 1.5 (was 2)" in out
-    assert "after 1 times it ends here" in out
+    assert "the last healthy checkpoint; training resumes with" in out
+    assert "`optim.lr` 0.015 (was 0.03)" in out
+    assert "`method.teacher_temp` 1.5 (was 2)" in out
+    assert "training ends after 1 rollbacks" in out
     assert not outcome.finished
-    collapsed = [int(text.split()[0]) for text in out.split("Back from step ")[1:]]
+    collapsed = [int(text.split()[0]) for text in out.split("Rollback from step ")[1:]]
     back = [int(text.split(",")[0]) for text in out.split(" to step ")[1:]]
     assert all(25 < good < 40 < bad < 60 for good, bad in zip(back, collapsed, strict=True))
     saved, kept = (checkpoint.load(tmp_path / f"run/checkpoints/{name}.pt") for name in ("last", "healthy"))
     assert saved["step"] == kept["step"] == outcome.clock.step == back[-1]
-    exported = load(tmp_path / "run").state_dict()  # the healthy one's, not the collapsed
-    own = {name.removeprefix("teacher.backbone."): value for name, value in saved["method"].items()}
-    assert all(torch.equal(value, own[name]) for name, value in exported.items())
+    exported = load(tmp_path / "run").state_dict()  # of the healthy checkpoint
+    healthy = {name.removeprefix("teacher.backbone."): value for name, value in saved["method"].items()}
+    assert all(torch.equal(value, healthy[name]) for name, value in exported.items())
     assert read_run(tmp_path / "run").method.teacher_temp == 1.5  # pyright: ignore[reportAttributeAccessIssue]
-    assert [row["step"] for row in read_said(tmp_path / "run") if "Back from" in row["said"]] == collapsed
+    assert [row["step"] for row in read_said(tmp_path / "run") if "Rollback from" in row["message"]] == collapsed
 
 
 class Line(NamedTuple):
-    """A healthy line, or one at ln K."""
+    """One line of metrics, healthy or at ln K."""
 
     loss: float
     teacher_entropy: float
@@ -223,55 +236,54 @@ class Line(NamedTuple):
 GOOD, BAD = Line(3.0, 2.0), Line(math.log(64), math.log(64), 0.0, math.log(64))
 
 
-def guarded_run(tmp_path: Path, **changes: Any) -> tuple[policy.CollapsePolicy, Started]:
+def start_policy(tmp_path: Path, **changes: Any) -> policy.CollapsePolicy:
     run = edit(HEALTHY, out=str(tmp_path / "run"), **changes)
     started = Started(Clock(0, 10, 100), build_method(run), run.data.open(), None, {}, {})
-    watching = policy.CollapsePolicy(run, Terminal(quiet=True), is_main=True)
-    watching.begin(started)
-    return watching, started
+    collapse_policy = policy.CollapsePolicy(run, is_main=True)
+    collapse_policy.start(started)
+    return collapse_policy
 
 
-def feed(watching: policy.CollapsePolicy, steps: range, line: Line, *, save_at: int = -1) -> list[int]:
-    """The steps at which training was to end; a checkpoint of that step is saved after the line of `save_at`."""
+def feed(collapse_policy: policy.CollapsePolicy, steps: range, line: Line, *, save_at: int = -1) -> list[int]:
+    """Return the steps at which training must end; a checkpoint is saved after step `save_at`."""
     ended = []
     for step in steps:
-        if watching.line(Logged(Clock(step, 10, 100), line._asdict())):
+        if collapse_policy.update(Logged(Clock(step, 10, 100), line._asdict()))[1]:
             ended.append(step)
         if step == save_at:
-            run = watching.run
+            run = collapse_policy.run
             saved = {"run": {}, "step": step, "method": {}, "optimizer": {}, "scaler": {}, "best": {}, "data": ""}
             checkpoint.save(Path(run.out) / "checkpoints/last.pt", saved)  # pyright: ignore[reportArgumentType]
     return ended
 
 
-def test_a_collapse_that_passes_stops_nothing(tmp_path: Path) -> None:
-    watching, _ = guarded_run(tmp_path, on_collapse="stop")
-    assert feed(watching, range(1, 60), GOOD) == []
-    assert feed(watching, range(60, 60 + 2 * LINES - 2), BAD) == []  # the mean of lines sees it at the last LINES - 1
-    assert feed(watching, range(80, 100), GOOD) == []
-    assert feed(watching, range(100, 120), BAD)
+def test_a_short_collapse_does_not_stop_the_run(tmp_path: Path) -> None:
+    collapse_policy = start_policy(tmp_path, on_collapse="stop")
+    assert feed(collapse_policy, range(1, 60), GOOD) == []
+    assert feed(collapse_policy, range(60, 60 + 2 * LINES - 2), BAD) == []  # shows in the mean of the last LINES - 1
+    assert feed(collapse_policy, range(80, 100), GOOD) == []
+    assert feed(collapse_policy, range(100, 120), BAD)
 
 
-def test_a_checkpoint_counts_once_healthy_lines_have_followed(tmp_path: Path) -> None:
-    """One saved shortly before the collapse shows is not trusted; the one before it is."""
-    watching, _ = guarded_run(tmp_path, on_collapse="rollback")
-    feed(watching, range(1, 50), GOOD, save_at=40)
+def test_a_checkpoint_is_healthy_after_enough_healthy_lines(tmp_path: Path) -> None:
+    """A checkpoint saved shortly before the collapse is detected is not used; the one before it is."""
+    collapse_policy = start_policy(tmp_path, on_collapse="rollback")
+    feed(collapse_policy, range(1, 50), GOOD, save_at=40)
     assert not (tmp_path / "run/checkpoints/healthy.pt").exists()
-    feed(watching, range(50, 60), GOOD, save_at=55)
-    feed(watching, range(60, 62), GOOD, save_at=60)
-    ended = feed(watching, range(62, 80), BAD, save_at=70)
+    feed(collapse_policy, range(50, 60), GOOD, save_at=55)
+    feed(collapse_policy, range(60, 62), GOOD, save_at=60)
+    ended = feed(collapse_policy, range(62, 80), BAD, save_at=70)
     assert ended
-    watching.step = ended[0]
-    verdict = watching.verdict(None)
-    assert verdict is not None
-    assert verdict.back_to == 40
-    assert verdict.run is not None
-    assert verdict.run.optim.lr == watching.run.optim.lr == HEALTHY.optim.lr / 2
+    decision = collapse_policy.decide(None)
+    assert decision is not None
+    assert decision.back_to == 40
+    assert decision.run is not None
+    assert decision.run.optim.lr == collapse_policy.run.optim.lr == HEALTHY.optim.lr / 2
 
 
-def test_without_a_healthy_checkpoint_it_ends(tmp_path: Path) -> None:
-    watching, _ = guarded_run(tmp_path, on_collapse="rollback")
-    assert feed(watching, range(1, 80), BAD)
-    verdict = watching.verdict(None)
-    assert verdict is not None
-    assert verdict.run is verdict.back_to is None
+def test_training_ends_without_a_healthy_checkpoint(tmp_path: Path) -> None:
+    collapse_policy = start_policy(tmp_path, on_collapse="rollback")
+    assert feed(collapse_policy, range(1, 80), BAD)
+    decision = collapse_policy.decide(None)
+    assert decision is not None
+    assert decision.run is decision.back_to is None

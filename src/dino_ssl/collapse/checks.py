@@ -146,8 +146,8 @@ METHOD_CHECKS = (
     Check(
         "Temperature too high",
         lambda s: s.is_centered and s.get("sharpening") and s.hot_epoch is not None,
-        "`method.teacher_temp` {0.run.method.teacher_temp:g} is too high in epoch {0.hot_epoch}, during the warm-up of the "
-        "learning rate (App. D: 0.06 works, 0.08 gives 0.1).",
+        "`method.teacher_temp` {0.run.method.teacher_temp:g} is too high in epoch {0.hot_epoch}, during the warm-up of "
+        "the learning rate (App. D: 0.06 works, 0.08 gives 0.1).",
         "Start at 0.04 (`method.warmup_teacher_temp`) and warm up over ten epochs or more, or keep 0.04.",
         fatal=False,
     ),

@@ -72,13 +72,13 @@ def health_section(run_dir: Path, described: Mapping[str, Any], history: History
         ),
     ]
     charts = "".join(drawn)
-    said = [(_where(row), str(row.get("name", "")), str(row.get("said", ""))) for row in read_said(run_dir)]
+    said = [(_where(row), str(row.get("name", "")), str(row.get("message", ""))) for row in read_said(run_dir)]
     shown = f'<div class="grid charts">{charts}</div>' if charts else ""
     return html.section("Health", "Of what the loss does not show.", shown, html.table(said))
 
 
 def read_said(run_dir: Path) -> list[dict[str, Any]]:
-    """What the monitor of a session said, in order: step, name, said."""
+    """What the monitor of a session said, in order: step, name, message."""
     return read_lines(run_dir / "health.jsonl")
 
 
