@@ -4,7 +4,7 @@
 
 `network` is the forward pass alone, over a batch that lies in memory: ours from the uint8 pictures that its loader
 gives (channels last), timm's from normalised float ones as its own gives (channel by channel). `files` is from JPEG
-files to features in memory: ours is `dino_ssl.evals.base.extract`, timm's a DataLoader of Pillow pictures through
+files to features in memory: ours is `dino_ssl.evals.features.extract`, timm's a DataLoader of Pillow pictures through
 timm's own evaluation transform. Weights are random and the same. The candidates take turns in one process; medians,
 and ratios to timm. `cosine` is the least cosine between a picture's two features; `off` the largest difference of
 them, over the largest feature. From files the two resize by code of their own, which may differ by a grey level.
@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.transforms.eval import normalize
-from dino_ssl.evals.base import evaluating, extract
+from dino_ssl.evals.base import EvalContext, evaluating
+from dino_ssl.evals.features import extract
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.runtime import Runtime, start
 from end_to_end import SIZES, drawn
@@ -100,10 +101,8 @@ def from_files(
             return torch.cat([theirs(images.to(rt.device, non_blocking=True)).float().cpu() for images in loader])
 
     def by_us() -> Tensor:
-        found = extract(
-            ours, dataset, size=size, device=rt.device, batch_size=batch, workers=workers, autocast=rt.autocast
-        )
-        return found.features
+        context = EvalContext(device=rt.device, size=size, batch_size=batch, workers=workers, autocast=rt.autocast)
+        return extract(ours, dataset, context).features
 
     return {"timm": by_timm, "dino": by_us}
 

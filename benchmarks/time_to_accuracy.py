@@ -102,7 +102,7 @@ def follow(run: Run, dataset, val, minutes: float, every: float, console: Consol
     """Trains for so many minutes and measures every few; the measuring is not on the clock."""
     curve, asked, next_at, loss, entropy = [], 0.0, 0.0, None, None
     with start(run.precision) as rt:
-        knn = KNN(k=(20,)).bind(
+        knn = KNN(k=(20,)).prepare(
             (dataset, val),
             EvalContext(size=run.online_eval.size or run.views.global_size, device=rt.device, autocast=rt.autocast),
         )

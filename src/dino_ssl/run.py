@@ -11,7 +11,7 @@ from dino_ssl.data.transforms.augment import Augment
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.online import OnlineEval
-from dino_ssl.evals.scheduled import ScheduledEval, must_differ
+from dino_ssl.evals.scheduled import ScheduledEval, check_labels_differ
 from dino_ssl.methods import DINOConfig  # likewise
 from dino_ssl.methods.method import MethodConfig
 from dino_ssl.models import BackboneConfig, ViT  # likewise
@@ -96,7 +96,7 @@ class Run:
                 f"{type(self.method).__name__} compares {needed} views of an image; {type(self.views).__name__} makes "
                 f"{views}. Use views=MultiCrop(...)."
             )
-        must_differ(self.evals)
+        check_labels_differ(self.evals)
         if self.optim.micro_batch and not self.method.supports_grad_accumulation:
             raise UserError(
                 f"The loss of {type(self.method).__name__} depends on the whole batch, so that gradient accumulation "

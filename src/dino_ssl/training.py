@@ -22,8 +22,8 @@ from dino_ssl.data.sources import relabelled
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import Diverged, UserError
 from dino_ssl.evals.base import EvalContext
-from dino_ssl.evals.online import BoundOnlineEval
-from dino_ssl.evals.scheduled import BoundEval, bind_all
+from dino_ssl.evals.online import PreparedOnlineEval
+from dino_ssl.evals.scheduled import PreparedScheduledEval, is_due, prepare_all
 from dino_ssl.events import Ended, EpochDone, EvalDone, EvalStarted, Evaluated, Event, Logged, Started
 from dino_ssl.feature_stats import FeatureStats
 from dino_ssl.files import remove_parts, write_json
@@ -144,7 +144,7 @@ def train(run: Run, rt: Runtime, dataset: ImageDataset, *, resume: bool = False)
                 if epoch_ends:
                     yield from _evaluate_online(job, done, log, saver)
                 stopping = stop.should_stop(rt, done.step) or stop_requested
-                due = [item for item in job.evals if epoch_ends and _is_due(item.every_epochs, done)]
+                due = [item for item in job.evals if epoch_ends and is_due(item.every_epochs, done)]
                 if stopping or finished:
                     _check_finite(meter.is_finite(all_ranks=True), done, job.folder)
                 saver.save_if_due(done, meter, force=bool(due) or stopping or finished, epoch_ends=epoch_ends)
@@ -176,8 +176,8 @@ class _Job:
     state: State
     model: nn.Module
     """The method, as a training step calls it."""
-    online_eval: BoundOnlineEval | None
-    evals: list[BoundEval]
+    online_eval: PreparedOnlineEval | None
+    evals: list[PreparedScheduledEval]
     reference_scores: Mapping[str, Mapping[str, float]]
 
 
@@ -192,8 +192,8 @@ def _prepare(run: Run, rt: Runtime, dataset: ImageDataset, resume: bool) -> _Job
     check_grad_accumulation(run, state.method)
     model = prepare_model(state.method, rt)
     context = eval_context(run, rt)
-    online = None if val_set is None else run.online_eval.on(state.method, train_set, val_set, context)
-    evals = bind_all(run.evals, context, state.method.backbone)
+    online = None if val_set is None else run.online_eval.prepare(state.method, train_set, val_set, context)
+    evals = prepare_all(run.evals, context, state.method.backbone)
     references = _reference_scores(run, rt, online, resume)
     return _Job(run, rt, folder, train_set, val_set, per_epoch, state, model, online, evals, references)
 
@@ -204,7 +204,7 @@ def validate_run(run: Run, rt: Runtime, dataset: ImageDataset) -> None:
     steps_per_epoch(len(train_set), run.optim.batch_size, rt.world_size)
     method = build_method(run, classes=len(train_set.classes))
     check_grad_accumulation(run, method)
-    bind_all(run.evals, eval_context(run, rt), method.backbone)
+    prepare_all(run.evals, eval_context(run, rt), method.backbone)
 
 
 def split_dataset(run: Run, dataset: ImageDataset) -> tuple[ImageDataset, ImageDataset | None]:
@@ -252,7 +252,7 @@ def _batches(job: _Job) -> Iterator[Step]:
 
 def _evaluate_online(job: _Job, clock: Clock, log: Log | None, saver: "_Saver") -> Iterator[Event]:
     """Measure the online accuracy if it is due, and keep the best checkpoint."""
-    if job.online_eval is None or not _is_due(job.run.online_eval.every_epochs, clock):
+    if job.online_eval is None or not is_due(job.run.online_eval.every_epochs, clock):
         return
     values = dict(job.online_eval.measure())
     name, value = next(iter(values.items()))
@@ -265,24 +265,24 @@ def _evaluate_online(job: _Job, clock: Clock, log: Log | None, saver: "_Saver") 
     yield Evaluated(clock, job.online_eval.name, values, is_best)
 
 
-def _evaluate(job: _Job, evals: list[BoundEval], clock: Clock, log: Log | None) -> Iterator[Event]:
+def _evaluate(job: _Job, evals: list[PreparedScheduledEval], clock: Clock, log: Log | None) -> Iterator[Event]:
     """Run these of the run's `evals` on the current network."""
     for item in evals:
         yield EvalStarted(clock, item.label)
-        values = dict(item.evaluator(job.state.method.backbone))
+        values = dict(item.evaluation(job.state.method.backbone))
         if log is not None:
             row = {"epoch": clock.step / clock.steps_per_epoch, "eval": item.label, **values}
             log.write(clock.step, row, item.label)
         yield EvalDone(clock, item.label, values)
 
 
-def _pending_evals(job: _Job, clock: Clock) -> list[BoundEval]:
+def _pending_evals(job: _Job, clock: Clock) -> list[PreparedScheduledEval]:
     """Return the evaluations due before the first step: at step 0 all scheduled ones; after a resume those that were
     due at this step and have no line in the metrics, because training stopped before they ran.
     """
     if clock.step == 0:
         return [item for item in job.evals if item.every_epochs]
-    due = [item for item in job.evals if clock.step % clock.steps_per_epoch == 0 and _is_due(item.every_epochs, clock)]
+    due = [item for item in job.evals if clock.step % clock.steps_per_epoch == 0 and is_due(item.every_epochs, clock)]
     if not due:
         return []
     logged = distributed.run_on_rank0(
@@ -291,18 +291,8 @@ def _pending_evals(job: _Job, clock: Clock) -> list[BoundEval]:
     return [item for item in due if item.label not in logged]
 
 
-def _is_due(every: float, clock: Clock) -> bool:
-    """Return whether a multiple of `every` epochs was passed in the epoch that just ended.
-
-    The last epoch always counts; 0 means the last epoch only.
-    """
-    if clock.step == clock.steps or not every:
-        return clock.step == clock.steps
-    return math.floor(clock.epoch / every) > math.floor((clock.epoch - 1) / every)
-
-
 def _reference_scores(
-    run: Run, rt: Runtime, online: BoundOnlineEval | None, resume: bool
+    run: Run, rt: Runtime, online: PreparedOnlineEval | None, resume: bool
 ) -> Mapping[str, Mapping[str, float]]:
     """Measure the reference scores at the start of a run; a resumed run reads them from run.json."""
     path = Path(run.out) / "run.json"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino_ssl.cli.eval_spec import parse_ask
-from dino_ssl.cli.evaluate import ScoreOptions, _options
+from dino_ssl.cli.eval_spec import parse_scheduled_eval
+from dino_ssl.cli.evaluate import ScoreOptions, options_of
 from dino_ssl.cli.options import parse
 from dino_ssl.data import sources
 from dino_ssl.data.synthetic.scenes import Scenes
@@ -50,7 +50,7 @@ def test_it_is_understood(line: str) -> None:
     if "--score" in words:
         assert parse(ScoreOptions, [word for word in words if word != "--score"], "dino", "").root
         return
-    options = parse(_options(find_evaluation(name)), words, "dino", "")
+    options = parse(options_of(find_evaluation(name)), words, "dino", "")
     assert options.checkpoint == words[0]
 
 
@@ -60,7 +60,7 @@ def test_every_evaluation_has_a_line_that_needs_no_files() -> None:
 
 @pytest.mark.parametrize("words", [words for words in ASKED if "NAME" not in words])
 def test_evaluations_on_the_way_are_understood(words: str) -> None:
-    assert str(parse_ask(words))
+    assert str(parse_scheduled_eval(words))
 
 
 # -- run, on fewer pictures than the word `scenes` draws --------------------------------------------------------
@@ -73,11 +73,11 @@ QUICK = {"linear": ("--epochs", "2", "--lr", "0.1"), "low-shot": ("--share", "1"
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """`scenes` draws a few small pictures; timm's weights are random instead of downloaded."""
     monkeypatch.setattr(sources, "DRAWN", {"train": 40, "val": 20, "test": 20})
-    for home in (retrieval, copy_detection):
-        monkeypatch.setattr(home, "DRAWN", 6)
-    monkeypatch.setattr(video_segmentation, "DRAWN_CLIPS", 1)
-    monkeypatch.setattr(video_segmentation, "DRAWN_FRAMES", 4)
-    monkeypatch.setattr(video_segmentation, "DRAWN_SIZE", 64)
+    monkeypatch.setattr(retrieval, "SYNTHETIC_QUERIES", 6)
+    monkeypatch.setattr(copy_detection, "SYNTHETIC_ORIGINALS", 6)
+    monkeypatch.setattr(video_segmentation, "SYNTHETIC_CLIPS", 1)
+    monkeypatch.setattr(video_segmentation, "SYNTHETIC_FRAMES", 4)
+    monkeypatch.setattr(video_segmentation, "SYNTHETIC_SIZE", 64)
     create = timm_models.create
     monkeypatch.setattr(
         timm_models, "create", lambda *args, **options: create(*args, **options | {"pretrained": False})
@@ -117,7 +117,7 @@ def test_it_runs(line: str, dino) -> None:
     ran = dino(*shlex.split(line)[1:], "-o", "out", "--json")
     assert ran.code == 0, ran.err
     assert ran.json["values"]
-    assert ran.json["floors"]["random_weights"].keys() == ran.json["values"].keys()
+    assert ran.json["references"]["random_weights"].keys() == ran.json["values"].keys()
     assert Path(ran.json["file"]).parent == Path("out")
 
 
@@ -147,7 +147,7 @@ def test_a_run_its_checkpoints_and_their_copies_are_one_network(dino, run: Path)
 @pytest.mark.usefixtures("small", "run")
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_a_network_of_timm_will_do(name: str, dino) -> None:
-    ran = dino("eval", name, "timm:test_vit", "scenes", "--no-floors", "-o", "out", "--json", *QUICK.get(name, ()))
+    ran = dino("eval", name, "timm:test_vit", "scenes", "--no-references", "-o", "out", "--json", *QUICK.get(name, ()))
     assert ran.code == 0, ran.err
     assert ran.json["checkpoint"]["source"] == "timm:test_vit"
-    assert not ran.json["floors"]
+    assert not ran.json["references"]

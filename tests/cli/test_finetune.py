@@ -43,7 +43,9 @@ def test_it_trains_the_checkpoints_network_and_measures_its_classifier(trained, 
     assert "trained with labels" in page
     assert "top-1" in page
     assert "majority class" in page
-    again = dino("eval", "knn", "tuned", photos, "--k", "1", "--no-floors", "--json")  # what comes out is a checkpoint
+    again = dino(
+        "eval", "knn", "tuned", photos, "--k", "1", "--no-references", "--json"
+    )  # what comes out is a checkpoint
     assert again.code == 0, again.err
 
 

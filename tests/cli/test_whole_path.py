@@ -68,13 +68,13 @@ def test_eval_says_value_protocol_data_and_checkpoint(trained, photos, dino):
     ran = dino("eval", "knn", run, photos, "--k", "1", "5", "--json")
     assert ran.code == 0, ran.err
     result = ran.json
-    assert set(result["floors"]) == {"raw_pixels", "random_weights"}
+    assert set(result["references"]) == {"raw_pixels", "random_weights"}
     assert result["checkpoint"]["size"] == 32
     assert result["data"]["val"]["images"] == 8
     assert json.loads(Path(result["file"]).read_text()) == {k: v for k, v in result.items() if k != "file"}
     assert result["file"].startswith(str(run))
     # the file in the run and the run are the same checkpoint, and one evaluation gives one value
-    again = dino("eval", "knn", run / "backbone.safetensors", photos, "--k", "1", "5", "--json", "--no-floors").json
+    again = dino("eval", "knn", run / "backbone.safetensors", photos, "--k", "1", "5", "--json", "--no-references").json
     assert again["checkpoint"]["hash"] == result["checkpoint"]["hash"]
     assert again["values"] == result["values"]
     assert package.evaluate(run, KNN(k=(1, 5)), photos, references=False)["values"] == result["values"]
@@ -82,7 +82,7 @@ def test_eval_says_value_protocol_data_and_checkpoint(trained, photos, dino):
 
 def test_pictures_that_vote_for_themselves_are_right_and_that_is_no_evaluation(trained, photos, dino, tmp_path):
     run, _ = trained
-    words = ("eval", "knn", run, photos, "--k", "1", "--no-floors", "--json")
+    words = ("eval", "knn", run, photos, "--k", "1", "--no-references", "--json")
     shutil.copytree(photos, tmp_path / "again", copy_function=shutil.copyfile)  # files of a later time
     assert dino(*words[:4], tmp_path / "again", *words[4:]).json["values"]["1-NN"] == 100
     refused = dino(*words[:4], photos, *words[4:])

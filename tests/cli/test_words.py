@@ -203,7 +203,7 @@ def test_the_plan_shows_another_network_in_its_row(dino, photos, tmp_path):
 def test_a_dry_run_refuses_what_training_would(dino, photos, tiny, tmp_path):
     for flags, said in (
         (("--optim.batch-size", "64"), "batch size 64 with 36 pictures"),
-        (("--evals", "knn nowhere"), '--evals "knn nowhere" cannot be asked'),
+        (("--evals", "knn nowhere"), '--evals "knn nowhere" is not possible'),
         (("--val", "nowhere"), "nowhere"),
         (("--method.head-norm", "batch", "--optim.micro-batch", "2"), "batch norm"),
     ):

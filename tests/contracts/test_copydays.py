@@ -12,7 +12,7 @@ from dino_ssl.data.folder import Folder
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext
-from dino_ssl.evals.copy_detection import CopyDetection, drawn_copies
+from dino_ssl.evals.copy_detection import CopyDetection, synthetic_copies
 
 OFFICIAL = [
     "original/200000.jpg",
@@ -136,7 +136,7 @@ def test_originals_pages_and_others_are_disjoint(count: int, originals: int, exp
 
 
 def test_synthetic_sets_are_disjoint() -> None:
-    copies, whitening = drawn_copies(Scenes(count=4, size=16, part="test"))
+    copies, whitening = synthetic_copies(Scenes(count=4, size=16, part="test"))
     assert isinstance(copies.copies, DistortedCopies)
     assert copies.others is not None
     names = [*copies.originals.names, *copies.copies.pages.names, *copies.others.names, *whitening.names]
@@ -147,15 +147,15 @@ def test_a_folder_with_distractors_and_whitening(tmp_path: Path) -> None:
     write(tmp_path / "copydays", OFFICIAL)
     Scenes(count=5, size=16).write(tmp_path / "others")
     Scenes(count=6, size=16, part="val").write(tmp_path / "more")
-    bound = CopyDetection().bind([tmp_path / n for n in ("copydays", "others", "more")], EvalContext())
-    assert {name: side["images"] for name, side in bound.data.items()} == {
+    prepared = CopyDetection().prepare([tmp_path / n for n in ("copydays", "others", "more")], EvalContext())
+    assert {name: side["images"] for name, side in prepared.data.items()} == {
         "copies": 5,
         "originals": 2,
         "distractors": 5,
         "whitening": 6,
     }
-    bound = CopyDetection(originals=2).bind([str(tmp_path / "others"), "none", str(tmp_path / "more")], EvalContext())
-    assert {name: side["images"] for name, side in bound.data.items()} == {
+    prepared = CopyDetection(originals=2).prepare([str(tmp_path / "others"), "none", str(tmp_path / "more")], EvalContext())
+    assert {name: side["images"] for name, side in prepared.data.items()} == {
         "copies": 30,
         "originals": 2,
         "distractors": 2,
@@ -164,12 +164,13 @@ def test_a_folder_with_distractors_and_whitening(tmp_path: Path) -> None:
 
 
 def test_unreadable_copies_are_skipped_and_listed(tmp_path: Path) -> None:
-    bound = CopyDetection().bind([write(tmp_path, OFFICIAL)], EvalContext())
+    prepared = CopyDetection().prepare([write(tmp_path, OFFICIAL)], EvalContext())
     (tmp_path / "strong/200002.jpg").write_bytes(b"gone")
     (tmp_path / "original/200000.jpg").write_bytes(b"gone")  # the first: the later rows keep their indices
-    scores = bound.pixel_reference()
+    assert prepared.pixel_reference is not None
+    scores = prepared.pixel_reference()
     assert sorted(skip["name"] for skip in scores.details["skipped"]) == ["original/200000.jpg", "strong/200002.jpg"]
-    places = scores.details["place of the original"]
-    assert "strong/200002.jpg" not in places
-    assert places["strong/200113.jpg"] == 0  # its original 200100 is the only one left
-    assert places["jpeg/3/200001.jpg"] == 1  # its original is broken: last of two
+    ranks = scores.details["rank of the original"]
+    assert "strong/200002.jpg" not in ranks
+    assert ranks["strong/200113.jpg"] == 0  # its original 200100 is the only one left
+    assert ranks["jpeg/3/200001.jpg"] == 1  # its original is broken: last of two

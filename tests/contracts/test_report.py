@@ -15,7 +15,7 @@ from dino_ssl.config import edit, to_dict
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.folder import Folder
 from dino_ssl.errors import UserError
-from dino_ssl.evals.base import Extracted
+from dino_ssl.evals.features import ImageFeatures
 from dino_ssl.models.vit import ViT
 from dino_ssl.report.curves import chart, read_history, ticks
 from dino_ssl.report.run_report import write_report
@@ -106,7 +106,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         snapshot(network, dataset, samples, folder / "snapshots", epoch, 64)
     features = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
     assert dataset.labels is not None
-    extracted = Extracted(features, torch.from_numpy(dataset.labels), torch.arange(24), [])
+    extracted = ImageFeatures(features, torch.from_numpy(dataset.labels), torch.arange(24), [])
     write_neighbours(extracted, dataset, samples, folder / "snapshots", k=3)
     return folder
 
@@ -200,7 +200,7 @@ def test_snapshots_are_kept_by_epoch_and_leave_bad_pictures_out(tmp_path: Path) 
 def test_neighbours_are_the_nearest_and_never_the_picture_itself(tmp_path: Path) -> None:
     angles = torch.tensor([0.0, 0.1, 0.3, 1.0, 2.0])  # cosine falls with the angle between two
     features = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[1.0], [50], [2], [3], [4]])
-    extracted = Extracted(features, None, torch.tensor([2, 4, 6, 8, 9]), [])
+    extracted = ImageFeatures(features, None, torch.tensor([2, 4, 6, 8, 9]), [])
     write_neighbours(extracted, Blobs(), [4, 5], tmp_path, k=2)  # 5 has no feature: left out
     (query,) = read_neighbours(tmp_path)["queries"]
     assert [near["index"] for near in query["neighbours"]] == [2, 6]

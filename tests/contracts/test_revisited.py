@@ -117,9 +117,9 @@ def test_invalid_ground_truth_is_rejected(tmp_path: Path, change: dict, message:
 
 
 def test_other_datasets_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="what is right"):
-        Retrieval().bind([open_revisited(benchmark(tmp_path)).database], EvalContext())
-    assert Retrieval().bind([benchmark(tmp_path)], EvalContext()).data["queries"]["benchmark"] == "towers"
+    with pytest.raises(UserError, match="needs ground truth"):
+        Retrieval().prepare([open_revisited(benchmark(tmp_path)).database], EvalContext())
+    assert Retrieval().prepare([benchmark(tmp_path)], EvalContext()).data["queries"]["benchmark"] == "towers"
 
 
 SCENES = Scenes(count=12, size=48, part="test")

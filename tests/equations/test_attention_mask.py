@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dino_ssl.errors import UserError
-from dino_ssl.evals.attention_masks import resize_to_patches, top_mass_mask
+from dino_ssl.evals.attention_maps import resize_to_patches, top_mass_mask
 from dino_ssl.models.backbone import Attentive, Backbone, Features
 from dino_ssl.models.vit import ViT
 from dino_ssl.viz import rendering

@@ -1,4 +1,4 @@
-"""J, F and their statistics against the definitions written out, and against the official scorer's numbers."""
+"""J, F and their statistics equal slow implementations of their definitions and the official scorer."""
 
 import csv
 import math
@@ -10,16 +10,15 @@ from dino_ssl.evals.davis_score import (
     contour,
     contour_accuracy,
     decay,
-    frame_scores,
     jaccard,
-    object_statistics,
     score_results,
+    sequence_statistics,
     summary,
 )
 
 
 def blobs(seed: int, height: int = 37, width: int = 53) -> np.ndarray:
-    """A bool mask of a few boxes, some at the border."""
+    """Return a bool mask of a few boxes, some at the border."""
     rng = np.random.default_rng(seed)
     mask = np.zeros((height, width), bool)
     for _ in range(rng.integers(1, 4)):
@@ -30,32 +29,32 @@ def blobs(seed: int, height: int = 37, width: int = 53) -> np.ndarray:
 
 def slow_contour(mask: np.ndarray) -> list[tuple[int, int]]:
     height, width = mask.shape
-    found = []
+    pixels = []
     for y in range(height):
         for x in range(width):
             down, right = min(y + 1, height - 1), min(x + 1, width - 1)
             across = mask[down, right]
             if mask[y, x] != mask[y, right] or mask[y, x] != mask[down, x] or mask[y, x] != across:
-                found.append((y, x))
-    return found
+                pixels.append((y, x))
+    return pixels
 
 
 def slow_f(mask: np.ndarray, truth: np.ndarray) -> float:
-    reach = math.ceil(0.008 * math.sqrt(mask.shape[0] ** 2 + mask.shape[1] ** 2))
-    mine, true = slow_contour(mask), slow_contour(truth)
-    if not mine or not true:
-        return float(not mine and not true)
+    radius = math.ceil(0.008 * math.sqrt(mask.shape[0] ** 2 + mask.shape[1] ** 2))
+    predicted, true = slow_contour(mask), slow_contour(truth)
+    if not predicted or not true:
+        return float(not predicted and not true)
 
-    def share(some: list, others: list) -> float:
-        near = [any((y - v) ** 2 + (x - u) ** 2 <= reach**2 for v, u in others) for y, x in some]
+    def matched(contour: list, other: list) -> float:
+        near = [any((y - v) ** 2 + (x - u) ** 2 <= radius**2 for v, u in other) for y, x in contour]
         return sum(near) / len(near)
 
-    precision, recall = share(mine, true), share(true, mine)
+    precision, recall = matched(predicted, true), matched(true, predicted)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_f_is_what_it_says(seed: int) -> None:
+def test_f_equals_its_definition(seed: int) -> None:
     mask, truth = blobs(seed), blobs(seed + 100)
     assert list(zip(*np.nonzero(contour(mask)), strict=True)) == slow_contour(mask)
     shifted = np.roll(mask, 1, axis=1)
@@ -64,9 +63,9 @@ def test_f_is_what_it_says(seed: int) -> None:
     assert contour_accuracy(mask, mask) == 1
 
 
-def test_a_contour_may_lie_a_little_aside_and_not_more() -> None:
+def test_contours_match_within_the_tolerance() -> None:
     truth = np.zeros((480, 854), bool)
-    truth[100:300, 100:300] = True  # 8 pixels are allowed at this size
+    truth[100:300, 100:300] = True  # the tolerance is 8 pixels at this size
     assert contour_accuracy(np.roll(truth, 8, axis=1), truth) == pytest.approx(1, abs=0.02)
     assert contour_accuracy(np.roll(truth, 9, axis=1), truth) < 0.6
 
@@ -79,7 +78,7 @@ def test_empty_and_full_masks() -> None:
     assert jaccard(full, some) == some.mean()
 
 
-def test_statistics_by_hand() -> None:
+def test_statistics_equal_a_manual_computation() -> None:
     values = np.arange(10) / 10
     assert decay(values) == pytest.approx((0 + 1 + 2) / 30 - (7 + 8 + 9) / 30)  # ends at 0, 2, 4, 7, 9
     assert decay(np.array([0.7])) == 0
@@ -87,8 +86,7 @@ def test_statistics_by_hand() -> None:
     truth[1:5, 1:5], truth[1:5, 7:11] = 1, 2
     half = truth.copy()
     half[3:5, 1:5] = 0
-    scores = [frame_scores(mask, truth, 2) for mask in (truth, truth, half, half)]
-    rows = object_statistics(scores)
+    rows = sequence_statistics([(mask, truth) for mask in (truth, truth, half, half)], 2)
     assert rows[0, :3].tolist() == [0.75, 0.5, 0.5]  # a J of one half is not above one half
     assert rows[1].tolist() == [1, 1, 0, 1, 1, 0]
     result = summary(["a_1", "a_2"], rows)
@@ -97,16 +95,16 @@ def test_statistics_by_hand() -> None:
     assert result["per_object"]["a_1"]["J-Recall"] == 0.5
 
 
-def test_long_videos_keep_their_quarters() -> None:
+def test_decay_of_a_long_video_compares_quarters() -> None:
     assert decay(np.arange(1000) / 1000) == pytest.approx(-0.75, abs=0.01)
 
 
-def test_the_official_scores_of_osvos(shared) -> None:
+def test_scores_of_osvos_equal_the_official_ones(shared) -> None:
     root = shared / "data/davis"
     result = score_results(root / "results/osvos", root)
     with (root / "expected_osvos_per_sequence.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["Sequence"] for row in rows} == set(result["per_object"])
     for row in rows:
-        own = result["per_object"][row.pop("Sequence")]
-        assert own == pytest.approx({name: float(value) for name, value in row.items()}, abs=1e-6)
+        scores = result["per_object"][row.pop("Sequence")]
+        assert scores == pytest.approx({name: float(value) for name, value in row.items()}, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Attention masks against annotations: the counting is a loop over pixels, void is nowhere, the best head counts."""
+"""Jaccard similarity of attention masks and annotations, compared with a loop over pixels."""
 
 import numpy as np
 import pytest
@@ -9,16 +9,14 @@ from torch import Tensor
 from dino_ssl import distributed
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.errors import UserError
+from dino_ssl.evals.attention_maps import attention_size, patch_attention, top_mass_mask
 from dino_ssl.evals.attention_masks import (
     AttentionMasks,
     ObjectScore,
-    cells_of,
-    jaccard,
+    count_per_patch,
+    mean_over_images,
     object_scores,
-    over_pictures,
-    patch_attention,
-    size_to_look_at,
-    top_mass_mask,
+    patch_jaccard,
 )
 from dino_ssl.evals.base import EvalContext
 from dino_ssl.models.backbone import Attentive, Backbone, Features
@@ -26,7 +24,7 @@ from dino_ssl.models.vit import ViT
 
 
 def jaccard_by_pixels(mask: np.ndarray, annotation: np.ndarray, value: int) -> float:
-    """Each pixel looks up the patch that its middle lies in."""
+    """Count pixel by pixel; a pixel belongs to the patch that contains its center."""
     (height, width), (h, w) = annotation.shape, mask.shape
     both = either = 0
     for y in range(height):
@@ -43,38 +41,38 @@ def jaccard_by_pixels(mask: np.ndarray, annotation: np.ndarray, value: int) -> f
 @pytest.mark.parametrize(
     ("shape", "grid"), [((40, 24), (5, 3)), ((37, 53), (4, 7)), ((3, 5), (4, 4)), ((9, 9), (1, 1))]
 )
-def test_jaccard_is_the_pixels_counted_one_by_one(shape, grid) -> None:
+def test_jaccard_equals_a_loop_over_pixels(shape, grid) -> None:
     rng = np.random.default_rng(0)
     annotation = rng.choice([0, 3, 15, 255], shape, p=[0.5, 0.2, 0.2, 0.1]).astype(np.uint8)
     masks = rng.random((4, *grid)) < 0.4
     masks[0], masks[1] = False, True
-    cells = cells_of(annotation, grid)
-    found = jaccard(masks, cells)
-    assert cells.objects == [3, 15]
+    counts = count_per_patch(annotation, grid)
+    scores = patch_jaccard(masks, counts)
+    assert counts.objects == [3, 15]
     expected = [[jaccard_by_pixels(mask, annotation, value) for mask in masks] for value in (3, 15)]
-    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_allclose(scores, expected, atol=1e-12)
 
 
-def test_void_is_neither_inside_nor_outside() -> None:
+def test_void_pixels_are_not_counted() -> None:
     annotation = np.zeros((8, 8), np.uint8)
     annotation[:, :4] = 7
     mask = np.zeros((1, 2, 2), bool)
     mask[0, :, 0] = True  # exactly the object
-    assert jaccard(mask, cells_of(annotation, (2, 2)))[0, 0] == 1
+    assert patch_jaccard(mask, count_per_patch(annotation, (2, 2)))[0, 0] == 1
     mask[:] = True
-    assert jaccard(mask, cells_of(annotation, (2, 2)))[0, 0] == 0.5
-    annotation[:, 4:] = 255  # what the mask covers too much is void now
-    assert jaccard(mask, cells_of(annotation, (2, 2)))[0, 0] == 1
+    assert patch_jaccard(mask, count_per_patch(annotation, (2, 2)))[0, 0] == 0.5
+    annotation[:, 4:] = 255  # the excess of the mask is void
+    assert patch_jaccard(mask, count_per_patch(annotation, (2, 2)))[0, 0] == 1
 
 
-def test_a_picture_without_objects_has_no_score() -> None:
+def test_an_image_without_objects_has_no_score() -> None:
     heads = np.random.default_rng(0).random((2, 4, 4))
     annotation = np.full((8, 8), 255, np.uint8)
     annotation[:4] = 0
     assert list(object_scores(0, heads, annotation, (0.6,))) == []
 
 
-def test_the_best_head_counts_for_each_object_by_itself() -> None:
+def test_the_best_head_is_selected_per_object() -> None:
     annotation = np.zeros((8, 8), np.uint8)
     annotation[:4, :4], annotation[4:, 4:] = 1, 2
     heads = np.zeros((3, 2, 2))
@@ -82,12 +80,12 @@ def test_the_best_head_counts_for_each_object_by_itself() -> None:
     first, second = object_scores(9, heads, annotation, (0.6,))
     assert (first.object, first.head, first.best, first.area) == (1, 2, 1.0, 0.25)
     assert (second.object, second.head, second.best) == (2, 0, 1.0)
-    assert first.picture == 9
-    kept = top_mass_mask(heads.mean(axis=0).ravel(), 0.6).reshape(1, 2, 2)  # two of three equal patches
-    assert first.mean == jaccard(kept, cells_of(annotation, (2, 2)))[0, 0]
+    assert first.image == 9
+    mask = top_mass_mask(heads.mean(axis=0).ravel(), 0.6).reshape(1, 2, 2)  # two of three equal patches
+    assert first.mean == patch_jaccard(mask, count_per_patch(annotation, (2, 2)))[0, 0]
 
 
-def test_the_mean_over_heads_is_no_head() -> None:
+def test_the_mean_map_is_scored_separately() -> None:
     annotation = np.zeros((8, 8), np.uint8)
     annotation[:4] = 1
     heads = np.zeros((2, 2, 2))
@@ -96,17 +94,17 @@ def test_the_mean_over_heads_is_no_head() -> None:
     assert (score.best, score.mean) == (0.5, 1.0)
 
 
-def test_objects_are_averaged_in_their_picture_first() -> None:
-    scores = [ObjectScore(picture, 1, 0.1, 0.6, best, 0, 0.0) for picture, best in ((0, 1.0), (0, 0.0), (3, 0.2))]
-    assert over_pictures(scores, "best") == pytest.approx(100 * (0.5 + 0.2) / 2)
+def test_objects_are_averaged_per_image_first() -> None:
+    scores = [ObjectScore(image, 1, 0.1, 0.6, best, 0, 0.0) for image, best in ((0, 1.0), (0, 0.0), (3, 0.2))]
+    assert mean_over_images(scores, "best") == pytest.approx(100 * (0.5 + 0.2) / 2)
 
 
-def test_the_size_is_the_papers_or_twice_what_a_small_network_knows() -> None:
-    assert [size_to_look_at(size) for size in (48, 96, 223, 224, 384)] == [96, 192, 446, 480, 480]
+def test_attention_size_is_480_or_twice_a_small_training_size() -> None:
+    assert [attention_size(size) for size in (48, 96, 223, 224, 384)] == [96, 192, 446, 480, 480]
 
 
 class Bright(Attentive):
-    """Head 0 looks at what is bright, head 1 at what is dark; [CLS] and every patch alike."""
+    """Head 0 attends to bright patches, head 1 to dark ones, for every query."""
 
     embed_dim, patch, num_blocks, registers = 2, 8, 2, 1
 
@@ -128,7 +126,7 @@ class Bright(Attentive):
 
 
 class Planted(ImageDataset):
-    """Bright squares on dark ground, as annotated; picture 2 cannot be read, picture 3 has no object."""
+    """Annotated bright squares on a dark background; image 2 cannot be read, image 3 has no object."""
 
     def __init__(self, count: int = 6) -> None:
         super().__init__(names=[f"{i}" for i in range(count)], sizes=[(32, 32)] * count)
@@ -145,65 +143,66 @@ class Planted(ImageDataset):
         return np.repeat(np.where(self.mask(index) > 0, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def test_an_evaluation_of_what_was_planted() -> None:
-    evaluator = AttentionMasks(size=32).bind([Planted()], EvalContext())
-    scores = evaluator(Bright())
+def test_a_complete_evaluation() -> None:
+    prepared = AttentionMasks(size=32).prepare([Planted()], EvalContext())
+    scores = prepared(Bright())
     assert scores["jaccard 60%"] == pytest.approx(75)  # 60 % of four equal patches are three
     assert scores["jaccard 80%"] == pytest.approx(100)
-    assert scores["jaccard 60% of the mean map"] == pytest.approx(
-        400 / 7
-    )  # half of its mass is dark: three patches too many
-    assert evaluator.data["voc"]["images"] == 6
+    # half of its mass is dark: three patches too many
+    assert scores["jaccard 60% of the mean map"] == pytest.approx(400 / 7)
+    assert prepared.data["voc"]["images"] == 6
     details = scores.details
     assert details["skipped"] == [{"name": "2", "reason": "is gone"}]
-    assert (details["objects"], details["pictures with objects"]) == (4, 4)
-    assert details["a mask of everything"] == pytest.approx(25)
+    assert (details["objects"], details["images with objects"]) == (4, 4)
+    assert details["mask of the whole image"] == pytest.approx(25)
     assert {row["head"] for row in details["per object"]} == {0}
     assert details["per object"][-1] == {
-        "picture": "5", "object": 6, "area": 0.25, "mass": 0.8, "best": 1.0, "head": 0,
+        "image": "5", "object": 6, "area": 0.25, "mass": 0.8, "best": 1.0, "head": 0,
         "mean": details["per object"][-1]["mean"],
     }  # fmt: skip
 
 
-def test_any_number_of_ranks_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = AttentionMasks(size=32).bind([Planted()], EvalContext())(Bright())
-    parts: list[Tensor] = []
+def test_the_number_of_ranks_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = AttentionMasks(size=32).prepare([Planted()], EvalContext())(Bright())
+    shards: list[Tensor] = []
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    monkeypatch.setattr(distributed, "gather", lambda rows: parts.append(rows) or torch.zeros(0, rows.shape[1]))
-    for rank in (3, 1, 0, 2):  # each tells what it found
+    monkeypatch.setattr(distributed, "all_gather", lambda rows: shards.append(rows) or torch.zeros(0, rows.shape[1]))
+    for rank in (3, 1, 0, 2):  # in any order
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         with pytest.raises(UserError, match="None of the"):
-            AttentionMasks(size=32).bind([Planted()], EvalContext())(Bright())
-    monkeypatch.setattr(distributed, "gather", lambda rows: torch.cat(parts))
-    together = AttentionMasks(size=32).bind([Planted()], EvalContext())(Bright())
-    assert together == alone
-    assert together.details == alone.details
-    assert sum(len(part) for part in parts) == 9  # four objects at two masses, and one that cannot be read
+            AttentionMasks(size=32).prepare([Planted()], EvalContext())(Bright())
+    monkeypatch.setattr(distributed, "all_gather", lambda rows: torch.cat(shards))
+    gathered = AttentionMasks(size=32).prepare([Planted()], EvalContext())(Bright())
+    assert gathered == expected
+    assert gathered.details == expected.details
+    assert sum(len(shard) for shard in shards) == 9  # four objects at two masses, and one unreadable image
 
 
-def test_drawn_pictures_have_masks() -> None:
+def test_synthetic_images_have_masks() -> None:
     from dino_ssl.data.synthetic.scenes import Scenes
 
     net = ViT(size="tiny", patch=8, image_size=32, width=24, depth=1, heads=2).build()
-    scores = AttentionMasks(mass=(0.5,)).bind([Scenes(count=3, size=32, part="val").open()], EvalContext(size=32))(net)
+    scores = AttentionMasks(mass=(0.5,)).prepare([Scenes(count=3, size=32, part="val").open()], EvalContext(size=32))(
+        net
+    )
     assert 0 < scores["jaccard 50%"] < 100
-    assert AttentionMasks().bind(["scenes"], EvalContext()).data["voc"]["images"] == 500
+    assert AttentionMasks().prepare(["scenes"], EvalContext()).data["voc"]["images"] == 500
 
 
-def test_settings_that_cannot_work_are_refused_before_any_picture() -> None:
+def test_invalid_settings_and_datasets_without_masks_are_refused() -> None:
     for mass in ((), (0.6, 1.5), (0.0,)):
-        with pytest.raises(UserError, match=r"mass|share"):
-            AttentionMasks(mass=mass).bind([Planted()], EvalContext())
+        with pytest.raises(UserError, match="`mass`"):
+            AttentionMasks(mass=mass)
 
     class Plain(ImageDataset):
         def read(self, index: int) -> np.ndarray:
             raise NotImplementedError
 
     with pytest.raises(UserError, match="Plain has none"):
-        AttentionMasks().bind([Plain(names=[], sizes=[])], EvalContext())
+        AttentionMasks().prepare([Plain(names=[], sizes=[])], EvalContext())
 
 
-def test_a_network_without_attention_is_told_what_would_do() -> None:
+def test_a_network_without_attention_is_refused() -> None:
     class Convolutions(Backbone):
         embed_dim, patch = 4, 8
 
@@ -213,11 +212,11 @@ def test_a_network_without_attention_is_told_what_would_do() -> None:
         def features(self, images: Tensor, layers: int = 1) -> list[Features]:
             raise NotImplementedError
 
-    with pytest.raises(UserError, match="Convolutions, which has no attention to read: expected a Vision Transformer"):
-        AttentionMasks(size=32).bind([Planted()], EvalContext())(Convolutions())
+    with pytest.raises(UserError, match="Convolutions has no attention: expected a Vision Transformer"):
+        AttentionMasks(size=32).prepare([Planted()], EvalContext())(Convolutions())
 
 
-def test_rows_of_attention_are_those_of_the_network() -> None:
+def test_patch_attention_equals_the_rows_of_the_network() -> None:
     torch.manual_seed(0)
     net = ViT(size="tiny", patch=8, image_size=32, width=24, depth=2, heads=3, registers=2).build().train()
     image = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
@@ -226,5 +225,7 @@ def test_rows_of_attention_are_those_of_the_network() -> None:
     from dino_ssl.data.transforms.eval import normalize
 
     with torch.no_grad():
-        whole = net.eval().attention(normalize(torch.from_numpy(image.transpose(2, 0, 1).copy())[None]), 0)[0]
-    np.testing.assert_allclose(rows, whole[:, [0, 3, 26], 3:].transpose(0, 1).reshape(3, 3, 4, 6).numpy(), atol=1e-6)
+        attention = net.eval().attention(normalize(torch.from_numpy(image.transpose(2, 0, 1).copy())[None]), 0)[0]
+    np.testing.assert_allclose(
+        rows, attention[:, [0, 3, 26], 3:].transpose(0, 1).reshape(3, 3, 4, 6).numpy(), atol=1e-6
+    )

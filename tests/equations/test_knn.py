@@ -1,7 +1,7 @@
-"""Weighted k-NN against a plain loop, and at its edges: few pictures, few classes, no labels, any chunks."""
+"""Weighted k-NN, compared with a loop, and edge cases: few images, few classes, missing labels, chunks."""
 
 import math
-from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,26 +11,26 @@ from torch import Tensor, nn
 from dino_ssl import distributed
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.errors import UserError
-from dino_ssl.evals import base
-from dino_ssl.evals.base import EvalContext, Extracted, evaluating, extract, reference_scores, untrained
-from dino_ssl.evals.knn import KNN, accuracy_of, knn_accuracy, nearest_neighbours
+from dino_ssl.evals.base import EvalContext, evaluating, reference_scores, untrained
+from dino_ssl.evals.features import ImageFeatures, extract, gather_shards
+from dino_ssl.evals.knn import KNN, knn_accuracy, nearest_neighbours
 from dino_ssl.evals.online import OnlineEval
 from dino_ssl.evals.pixels import pixel_feature, raw_pixels
 from dino_ssl.models.backbone import Backbone, Features
 
 
 def loop(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int, t: float) -> tuple:
-    """Appendix F.1, one picture and one vote at a time."""
+    """Appendix F.1, one image and one vote at a time."""
     top1 = top5 = 0
     for feature, label in zip(test, test_labels.tolist(), strict=True):
         near = [
-            (float(feature @ other / (feature.norm() * other.norm())), int(own))
-            for other, own in zip(train, train_labels, strict=True)
+            (float(feature @ other / (feature.norm() * other.norm())), int(other_label))
+            for other, other_label in zip(train, train_labels, strict=True)
         ]
         near.sort(reverse=True)
         votes = dict.fromkeys(sorted({*train_labels.tolist(), *test_labels.tolist()}), 0.0)
-        for similarity, own in near[:k]:
-            votes[own] += math.exp(similarity / t)
+        for similarity, other_label in near[:k]:
+            votes[other_label] += math.exp(similarity / t)
         ranked = sorted(votes, key=lambda name: -votes[name])
         top1 += ranked[0] == label
         top5 += label in ranked[: min(5, k)]
@@ -45,15 +45,15 @@ def clusters(count: int, classes: int, seed: int, spread: float = 1.4) -> tuple[
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 20, 60])
-def test_equals_the_loop(k: int) -> None:
+def test_knn_equals_a_loop(k: int) -> None:
     train, test = clusters(60, 9, 0), clusters(41, 9, 1)
     top1, top5 = loop(*train, *test, k, 0.07)
     assert knn_accuracy(*train, *test, k=(k,)) == pytest.approx({f"{k}-NN": top1, f"{k}-NN top-5": top5})
     assert 0 < top1 < 100
 
 
-def test_near_neighbours_weigh_more() -> None:
-    """One very near neighbour outvotes two far ones, which a plain majority would follow."""
+def test_closer_neighbors_have_larger_votes() -> None:
+    """One close neighbor outvotes two distant ones, which have the majority."""
     angles = torch.tensor([0.05, 1.2, 1.3])
     train = torch.stack([angles.cos(), angles.sin()], 1)
     test = torch.tensor([[1.0, 0.0]])
@@ -62,7 +62,7 @@ def test_near_neighbours_weigh_more() -> None:
     assert knn_accuracy(train, labels, test, truth, k=(3,), temperature=1e6)["3-NN"] == 0
 
 
-def test_any_labels_and_scales_of_features() -> None:
+def test_label_values_and_feature_scales_do_not_matter() -> None:
     (train, labels), (test, truth) = clusters(80, 6, 0), clusters(50, 6, 1)
     before = knn_accuracy(train, labels, test, truth, k=(5, 20))
     names = torch.tensor([3, 1000, 17, 2**40, 5, 6]).sort().values
@@ -70,7 +70,7 @@ def test_any_labels_and_scales_of_features() -> None:
     assert knn_accuracy(scaled, names[labels], 9 * test, names[truth], k=(5, 20)) == before
 
 
-def test_chunks_change_nothing() -> None:
+def test_chunk_sizes_do_not_matter() -> None:
     (train, labels), (test, truth) = clusters(70, 5, 0), clusters(33, 5, 1)
     whole = knn_accuracy(train, labels, test, truth)
     assert knn_accuracy(train, labels, test, truth, chunk=4) == whole
@@ -79,27 +79,27 @@ def test_chunks_change_nothing() -> None:
     assert torch.equal(one[1], many[1])
 
 
-def test_more_neighbours_asked_than_there_are() -> None:
+def test_k_above_the_number_of_images_uses_all() -> None:
     (train, labels), (test, truth) = clusters(12, 3, 0), clusters(9, 3, 1)
     result = knn_accuracy(train, labels, test, truth, k=(12, 200))
     assert result["200-NN"] == result["12-NN"]
     assert result["200-NN top-5"] == 100  # three classes: any of five guesses
 
 
-def test_a_class_that_nobody_knows_is_missed_and_unlabelled_pictures_do_not_count() -> None:
+def test_unknown_classes_are_errors_and_unlabelled_images_are_ignored() -> None:
     train, labels = torch.eye(4), torch.tensor([0, 1, -1, 1])
     test, truth = torch.eye(4)[[0, 1, 2, 0]], torch.tensor([0, 1, -1, 8])
     assert knn_accuracy(train, labels, test, truth, k=(1,))["1-NN"] == pytest.approx(100 * 2 / 3)
     assert knn_accuracy(train, labels.clone().fill_(1), test, truth, k=(1,))["1-NN"] == pytest.approx(100 / 3)
 
 
-def test_equal_votes_go_to_the_smaller_label() -> None:
+def test_equal_votes_are_ranked_by_label() -> None:
     train, labels = torch.eye(2).repeat(2, 1), torch.tensor([5, 2, 2, 5])
     test = torch.tensor([[1.0, 1.0]])
     assert knn_accuracy(train, labels, test, torch.tensor([2]), k=(4,))["4-NN"] == 100
 
 
-def test_features_of_zero_and_half_precision_are_no_trouble() -> None:
+def test_zero_and_bfloat16_features_are_accepted() -> None:
     (train, labels), (test, truth) = clusters(30, 3, 0), clusters(20, 3, 1)
     assert knn_accuracy(torch.zeros_like(train), labels, test, truth, k=(5,))["5-NN"] >= 0
     exact = knn_accuracy(train.bfloat16().float(), labels, test.bfloat16().float(), truth, k=(5,))
@@ -116,30 +116,27 @@ def test_votes_are_float32_under_autocast() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (dict(train_labels=torch.full((6,), -1)), "photos/cat/1.jpg"),
-        (dict(test_features=torch.zeros(4, 3)), "one width"),
-        (dict(test_labels=torch.zeros(3, dtype=torch.int64)), "one label per feature"),
-        (dict(k=(0,)), "at least 1"),
-        (dict(k=()), "at least 1"),
+        (dict(k=(0,)), "`k` must be at least 1"),
+        (dict(k=()), "`k` needs at least one"),
+        (dict(temperature=0.0), "`temperature` must be above 0"),
+        (dict(val_fraction=1.0), "`val_fraction` must be above 0 and below 1"),
     ],
 )
-def test_what_cannot_work_is_said(change: dict, said: str) -> None:
-    labels = torch.zeros(6, dtype=torch.int64)
-    good = dict(train_features=torch.rand(6, 2), train_labels=labels, test_features=torch.rand(4, 2))
-    with pytest.raises(UserError, match=said):
-        knn_accuracy(**{**good, "test_labels": labels[:4], **change})
+def test_invalid_settings_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        KNN(**change)
 
 
-def test_no_labels_at_all_is_said() -> None:
-    side = Extracted(torch.rand(4, 2), None, torch.arange(4), [])
-    with pytest.raises(UserError, match="training pictures have none"):
-        accuracy_of(side, side)
+def test_images_without_labels_are_refused() -> None:
+    labels = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"photos/cat/1\.jpg"):
+        knn_accuracy(torch.rand(4, 2), labels - 1, torch.rand(4, 2), labels)
 
 
 class Squares(ImageDataset):
-    """Plain squares, brighter with their number; the numbers in `bad` cannot be read."""
+    """Images whose brightness rises with their index; the images `bad` cannot be read."""
 
     def __init__(self, count: int = 11, bad: tuple[int, ...] = (3, 10)) -> None:
         self.bad = bad
@@ -155,7 +152,7 @@ class Squares(ImageDataset):
 
 
 class MeanColor(Backbone):
-    """The mean of every channel, and a batch norm that would remember having been trained."""
+    """The mean of every channel, and a batch norm whose statistics must not change."""
 
     embed_dim, patch = 3, 8
 
@@ -172,18 +169,13 @@ class MeanColor(Backbone):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_extraction_keeps_order_leaves_out_the_bad_and_disturbs_nothing(batch_size: int) -> None:
+def test_extract_keeps_the_order_and_skips_unreadable_images(batch_size: int) -> None:
     backbone = MeanColor().train()
     backbone.frozen.eval()
-    heard: list[tuple[int, int]] = []
-    out = extract(
-        backbone,
-        Squares(),
-        size=16,
-        device="cpu",
-        batch_size=batch_size,
-        progress=lambda done, total: heard.append((done, total)),
-    )
+    calls: list[tuple[int, int]] = []
+    progress = nullcontext(lambda done, total: calls.append((done, total)))
+    context = EvalContext(size=16, batch_size=batch_size, progress=lambda label: progress)
+    out = extract(backbone, Squares(), context)
     assert out.indices.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert [(skipped.name, skipped.reason) for skipped in out.skipped] == [
         ("3.png", "cut short"),
@@ -191,54 +183,51 @@ def test_extraction_keeps_order_leaves_out_the_bad_and_disturbs_nothing(batch_si
     ]
     assert out.labels is not None
     assert out.labels.tolist() == [0, 1, 0, 0, 1, 0, 1, 0, 1]
-    assert (out.features[1:, 0] > out.features[:-1, 0]).all()  # brighter and brighter: rows belong to their picture
-    assert heard[-1] == (9, 11)
+    assert (out.features[1:, 0] > out.features[:-1, 0]).all()  # rows belong to their image
+    assert calls[-1] == (9, 11)
     assert backbone.training
     assert backbone.norm.training
     assert not backbone.frozen.training
     assert backbone.norm.num_batches_tracked == 0
 
 
-def test_modes_come_back_after_an_error() -> None:
+def test_modes_are_restored_after_an_error() -> None:
     backbone = MeanColor().train()
     with pytest.raises(RuntimeError), evaluating(backbone):
         raise RuntimeError
     assert backbone.norm.training
 
 
-def test_two_ranks_together_extract_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank's share is extracted in turn, and gathering is played by hand."""
-    backbone, dataset = MeanColor(), Squares()
-    alone = extract(backbone, dataset, size=16, device="cpu")
-    shares: dict[int, list[Tensor]] = {0: [], 1: []}
-
-    def play(rank: int) -> Iterator[Extracted]:
-        monkeypatch.setattr(distributed, "world_size", lambda: 2)
-        monkeypatch.setattr(distributed, "rank", lambda: rank)
-        monkeypatch.setattr(distributed, "all_gather", lambda rows: shares[rank].append(rows) or rows)
-        yield extract(backbone, dataset, size=16, device="cpu")
+def test_two_ranks_extract_the_features_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shards are extracted one after the other, and gathered by hand."""
+    backbone, dataset, context = MeanColor(), Squares(), EvalContext(size=16)
+    expected = extract(backbone, dataset, context)
+    shards: dict[int, list[Tensor]] = {0: [], 1: []}
 
     for rank in (0, 1):
-        next(play(rank))
-    assert [len(rows) for rows in shares[0]] == [len(rows) for rows in shares[1]]  # collectives want equal shapes
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "all_gather", lambda rows, rank=rank: shards[rank].append(rows) or rows)
+        extract(backbone, dataset, context)
+    assert [len(rows) for rows in shards[0]] == [len(rows) for rows in shards[1]]  # collectives need equal shapes
     monkeypatch.setattr(distributed, "world_size", lambda: 1)
-    rows, features = (torch.cat(parts) for parts in zip(shares[0], shares[1], strict=True))
-    both = base.gathered(rows, features, dataset, "cpu")
-    assert torch.equal(both.indices, alone.indices)
-    torch.testing.assert_close(both.features, alone.features)
+    indices, features = (torch.cat(parts) for parts in zip(shards[0], shards[1], strict=True))
+    gathered = ImageFeatures.of(gather_shards(indices, features, context.device), dataset)
+    assert torch.equal(gathered.indices, expected.indices)
+    torch.testing.assert_close(gathered.features, expected.features)
 
 
-def test_raw_pixels_ignore_brightness_and_leave_out_the_bad() -> None:
-    out = raw_pixels(Squares())
+def test_raw_pixels_ignore_brightness_and_skip_unreadable_images() -> None:
+    out = raw_pixels(Squares(), EvalContext())
     assert out.features.shape == (9, 768)
     assert len(out.skipped) == 2
-    torch.testing.assert_close(out.features[0], out.features[-1], atol=1e-5, rtol=0)  # same shape, other brightness
+    torch.testing.assert_close(out.features[0], out.features[-1], atol=1e-5, rtol=0)  # same image, other brightness
     flat = pixel_feature(np.full((5, 9, 3), 7, np.uint8))
     assert np.isfinite(flat).all()  # nothing to normalise
 
 
-def test_raw_pixels_reach_their_known_figure(shared) -> None:
-    """imagenette128's own description states 35.6 % for this floor."""
+def test_raw_pixels_reach_their_published_accuracy(shared) -> None:
+    """The description of imagenette128 states 35.6 %."""
     from PIL import Image
 
     features, labels = {}, {}
@@ -252,26 +241,27 @@ def test_raw_pixels_reach_their_known_figure(shared) -> None:
     assert result["20-NN"] == pytest.approx(35.6, abs=0.05)
 
 
-def test_the_evaluator_states_its_floors_and_disturbs_no_randomness() -> None:
+def test_reference_scores_do_not_change_the_random_state() -> None:
     dataset = Squares(bad=())
-    bound = KNN(k=(1,)).bind((dataset, dataset), EvalContext(size=16, batch_size=4))
+    prepared = KNN(k=(1,)).prepare((dataset, dataset), EvalContext(size=16, batch_size=4))
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    references = reference_scores(bound, MeanColor)
+    references = reference_scores(prepared, MeanColor)
     assert torch.equal(torch.rand(3), expected)
     assert set(references) == {"raw_pixels", "random_weights"}
-    assert bound.name == "knn"
-    assert set(bound(MeanColor())) == set(references["random_weights"]) == {"1-NN", "1-NN top-5"}
+    assert prepared.name == "knn"
+    assert set(prepared(MeanColor())) == set(references["random_weights"]) == {"1-NN", "1-NN top-5"}
 
 
-def test_a_large_memory_is_thinned_evenly() -> None:
-    bound = OnlineEval(max_memory=4).bind(Squares(), Squares(), EvalContext(size=16))
-    assert bound.train.names == ["0.png", "3.png", "7.png", "10.png"]
-    assert len(bound.val) == 11
+def test_online_eval_limits_the_memory_evenly() -> None:
+    dataset = Squares()
+    prepared = OnlineEval(max_memory=4).prepare_knn(dataset, dataset, EvalContext(size=16))
+    assert prepared.data["train"]["fingerprint"] == dataset.subset([0, 3, 7, 10]).fingerprint
+    assert prepared.data["val"]["images"] == 11
 
 
-def test_untrained_weights_are_the_same_for_the_same_seed() -> None:
+def test_random_weights_depend_only_on_the_seed() -> None:
     class Random(MeanColor):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""The linear protocol against plain SGD, one classifier at a time; and that what is chosen is chosen without VAL."""
+"""Linear evaluation: equal to torch's SGD, one classifier at a time; the selection does not use VAL."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,15 +17,15 @@ from dino_ssl.data.transforms.pixel_ops import resize
 from dino_ssl.data.transforms.random_crop import RATIO, SCALE, random_crop
 from dino_ssl.errors import UserError
 from dino_ssl.evals import crop_features
-from dino_ssl.evals.base import EvalContext, evaluating
-from dino_ssl.evals.linear import BoundLinear, FeatureSpec, Linear, frozen_feature, paper_look
-from dino_ssl.evals.linear_heads import Heads, class_rank
+from dino_ssl.evals.base import EvalContext, PreparedEval, evaluating
+from dino_ssl.evals.linear import FeatureSpec, Linear, frozen_feature, paper_feature
+from dino_ssl.evals.linear_heads import LinearHeads, class_rank
 from dino_ssl.models.backbone import Backbone, Features
 from dino_ssl.models.vit import ViT
 
 
 class Tinted(ImageDataset):
-    """Grey noise with a tint that tells the class; `bad` numbers cannot be read."""
+    """Gray noise with a tint for each class; the images `bad` cannot be read."""
 
     def __init__(self, count: int, labels: list[int] | None = None, bad: tuple[int, ...] = (), seed: int = 0) -> None:
         self.bad, self.seed = bad, seed
@@ -70,47 +70,54 @@ def vit(width: int = 24, depth: int = 5, heads: int = 2) -> Backbone:
     return ViT(width=width, depth=depth, heads=heads, patch=8, image_size=16, drop_path=0.3).build()
 
 
-SITE = EvalContext(size=16, batch_size=16)
+CONTEXT = EvalContext(size=16, batch_size=16)
 QUICK = Linear(epochs=6, crops=2, batch=32, lr=(0.01, 1.0, 10.0))
 
 
-def bound(
+def prepare(
     settings: Linear = QUICK,
-    context: EvalContext = SITE,
+    context: EvalContext = CONTEXT,
     train: ImageDataset | None = None,
     val: ImageDataset | None = None,
-):
-    return settings.bind((train or Tinted(80), val or Tinted(40, seed=1)), context)
+) -> PreparedEval:
+    return settings.prepare((train or Tinted(80), val or Tinted(40, seed=1)), context)
 
 
-def fitted(evaluator: BoundLinear, backbone: Backbone, held: np.ndarray | None = None) -> Tensor:
-    """[D + 1, T, C]: what training leaves behind."""
-    look = evaluator.settings.look(backbone)
-    held = evaluator.held() if held is None else held
+def fit(
+    settings: Linear,
+    backbone: Backbone,
+    train: ImageDataset | None = None,
+    tune_mask: np.ndarray | None = None,
+    context: EvalContext = CONTEXT,
+) -> Tensor:
+    """Return the trained weights [D + 1, T, C]."""
+    train = train or Tinted(80)
+    spec = settings.feature_spec(backbone)
+    tune_mask = settings.tune_mask(train) if tune_mask is None else tune_mask
 
     def extract(images: Tensor) -> Tensor:
-        return frozen_feature(backbone, normalize(images), look)
+        return frozen_feature(backbone, normalize(images), spec)
 
     with evaluating(backbone):
         width = extract(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)).shape[1]
-        return evaluator.fit(extract, width, held).weights.clone()
+        return settings.fit(train, tune_mask, extract, width, context).weights.clone()
 
 
 # -- the classifiers -----------------------------------------------------------------------------------------------
 
 
-def test_heads_side_by_side_are_torchs_sgd_one_by_one() -> None:
+def test_parallel_heads_equal_sgd_of_each_head() -> None:
     rng = torch.Generator().manual_seed(0)
     batches = [(torch.randn(9, 5, generator=rng), torch.randint(3, (9,), generator=rng)) for _ in range(8)]
     rates, decays = [0.1, 2.0, 0.5], [0.0, 0.01, 0.3]
-    heads = Heads(5, 3, rates, decays, seed=4)
-    start = heads.weights.clone()
+    heads = LinearHeads(5, 3, rates, decays, seed=4)
+    initial = heads.weights.clone()
     for step, (x, y) in enumerate(batches):
         heads.step(x, y, torch.ones(9, 3, dtype=torch.bool), factor=1 - step / 8)
-    assert torch.equal(start[-1], torch.zeros(3, 3))  # biases
+    assert torch.equal(initial[-1], torch.zeros(3, 3))  # biases
     for which, (lr, decay) in enumerate(zip(rates, decays, strict=True)):
         alone = nn.Linear(5, 3)
-        alone.load_state_dict({"weight": start[:-1, which].T.clone(), "bias": torch.zeros(3)})
+        alone.load_state_dict({"weight": initial[:-1, which].T.clone(), "bias": torch.zeros(3)})
         solver = torch.optim.SGD(alone.parameters(), lr=lr, momentum=0.9, weight_decay=decay)
         for step, (x, y) in enumerate(batches):
             solver.param_groups[0]["lr"] = lr * (1 - step / 8)
@@ -124,60 +131,60 @@ def test_heads_side_by_side_are_torchs_sgd_one_by_one() -> None:
         )
 
 
-def test_a_head_learns_from_the_pictures_that_count_for_it_alone() -> None:
+def test_a_head_learns_only_from_its_masked_images() -> None:
     x, y = torch.randn(7, 4), torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    counted = torch.tensor([[True, True]] * 5 + [[False, True]] * 2)
-    both, part = Heads(4, 3, [0.5, 0.5], [0, 0]), Heads(4, 3, [0.5], [0])
-    both.step(x, y, counted)
-    part.step(x[:5], y[:5], counted[:5, :1])
+    mask = torch.tensor([[True, True]] * 5 + [[False, True]] * 2)
+    both, part = LinearHeads(4, 3, [0.5, 0.5], [0, 0]), LinearHeads(4, 3, [0.5], [0])
+    both.step(x, y, mask)
+    part.step(x[:5], y[:5], mask[:5, :1])
     torch.testing.assert_close(both.weights[:, 0], part.weights[:, 0])
     assert not torch.allclose(both.weights[:, 1], part.weights[:, 0])
-    nothing = Heads(4, 3, [0.5], [0])
-    before = nothing.weights.clone()
-    nothing.step(x[:0], y[:0], counted[:0, :1])  # a rank may own none of a small batch
-    assert torch.equal(nothing.weights, before)
+    empty = LinearHeads(4, 3, [0.5], [0])
+    before = empty.weights.clone()
+    empty.step(x[:0], y[:0], mask[:0, :1])  # a rank may have no image of a small batch
+    assert torch.equal(empty.weights, before)
 
 
-def test_places_are_those_of_a_stable_sort() -> None:
-    logits = torch.randn(50, 3, 7).mul(2).round()  # with many equal ones
+def test_class_rank_equals_a_stable_sort() -> None:
+    logits = torch.randn(50, 3, 7).mul(2).round()  # with many ties
     labels = torch.randint(7, (50,))
     order = logits.sort(dim=2, descending=True, stable=True).indices
     assert torch.equal(class_rank(logits, labels), (order == labels[:, None, None]).int().argmax(2))
 
 
-def test_a_classifier_out_of_bounds_is_never_right() -> None:
+def test_a_diverged_classifier_is_never_correct() -> None:
     logits = torch.tensor([[[0.0, 1.0, 2.0], [torch.nan, torch.nan, torch.nan], [torch.inf, 0.0, 0.0]]])
     assert class_rank(logits, torch.tensor([2])).tolist() == [[0, 3, 3]]
-    wild = bound(replace(QUICK, lr=(1e42, 1.0)))(Conv())
-    table = wild.details["sweep"]
-    assert table[0]["top-1 on training pictures held back"] == 0
-    assert wild.details["chosen"]["lr"] == 1.0
-    assert dict(bound(replace(QUICK, lr=(1e42,)))(Conv())) == {"top-1": 0, "top-5": 0}  # of four classes
+    scores = prepare(replace(QUICK, lr=(1e42, 1.0)))(Conv())
+    table = scores.details["sweep"]
+    assert table[0]["top-1 on held-out training images"] == 0
+    assert scores.details["selected"]["lr"] == 1.0
+    assert dict(prepare(replace(QUICK, lr=(1e42,)))(Conv())) == {"top-1": 0, "top-5": 0}
 
 
-# -- what they see -------------------------------------------------------------------------------------------------
+# -- features and crops --------------------------------------------------------------------------------------------
 
 
-def test_the_papers_features() -> None:
-    """F.2: 4 [CLS] of ViT-S; [CLS] and mean patch of ViT-B; a ConvNet's pooled feature."""
+def test_features_follow_the_paper() -> None:
+    """Appendix F.2: 4 [CLS] of ViT-S; [CLS] and mean patch of ViT-B; the pooled feature of a ConvNet."""
     images = torch.randn(2, 3, 16, 16)
     small, base, conv = vit(), vit(width=768, depth=1, heads=12), Conv()
     with evaluating(small), evaluating(base), evaluating(conv):
-        assert paper_look(small) == FeatureSpec(4, False)
+        assert paper_feature(small) == FeatureSpec(4, False)
         expected = torch.cat([block.cls for block in small.features(images, 4)], 1)
         assert torch.equal(frozen_feature(small, images, FeatureSpec(4, False)), expected)
         torch.testing.assert_close(expected[:, -24:], small(images))
-        assert paper_look(base) == FeatureSpec(1, True)
+        assert paper_feature(base) == FeatureSpec(1, True)
         last = base.features(images)[0]
         feature = frozen_feature(base, images, FeatureSpec(1, True))
         assert torch.equal(feature, torch.cat([last.cls, last.patches.flatten(1, 2).mean(1)], 1))
-        assert paper_look(conv) == FeatureSpec(1, False)
+        assert paper_feature(conv) == FeatureSpec(1, False)
         assert torch.equal(frozen_feature(conv, images, FeatureSpec(1, False)), conv(images))
-    assert paper_look(vit(depth=2)) == FeatureSpec(2, False)  # it has no more
+    assert paper_feature(vit(depth=2)) == FeatureSpec(2, False)  # it has only two blocks
 
 
 @pytest.mark.parametrize(
-    ("change", "look"),
+    ("change", "spec"),
     [
         (dict(), FeatureSpec(4, False)),
         (dict(blocks=2), FeatureSpec(2, False)),
@@ -185,13 +192,13 @@ def test_the_papers_features() -> None:
         (dict(blocks=1, patches=True), FeatureSpec(1, True)),
     ],
 )
-def test_settings_override_the_rule(change: dict, look: FeatureSpec) -> None:
-    assert Linear(**change).look(vit()) == look
-    assert Linear(blocks=1).look(vit(width=768, depth=1, heads=12)) == FeatureSpec(1, False)
+def test_settings_override_the_default_feature(change: dict, spec: FeatureSpec) -> None:
+    assert Linear(**change).feature_spec(vit()) == spec
+    assert Linear(blocks=1).feature_spec(vit(width=768, depth=1, heads=12)) == FeatureSpec(1, False)
 
 
-def test_random_crops_are_torchvisions() -> None:
-    """The same box, resized by Pillow as torchvision does it, is the same to one grey level."""
+def test_random_crops_equal_torchvision() -> None:
+    """The same box, resized by Pillow as in torchvision, differs by at most one gray level."""
     from PIL import Image
     from torchvision.transforms import functional as tv
 
@@ -210,133 +217,131 @@ def test_random_crops_are_torchvisions() -> None:
     assert resize(image, 24, 24, "bilinear").shape == (24, 24, 3)
 
 
-def test_a_crop_depends_on_seed_epoch_and_picture_alone() -> None:
+def test_a_crop_depends_only_on_seed_epoch_and_image() -> None:
     dataset = Tinted(9, bad=(4,))
     rows, images = next(crop_batches(dataset, 12, [(2, np.arange(9))], seed=5))
     assert rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
-    alone = random_crop(dataset.read(7), 12, sample_rng(5, 2, 7)).transpose(2, 0, 1)
-    assert np.array_equal(images[rows.tolist().index(7)].numpy(), alone)
-    others = [(5, 3), (6, 2)]
-    for seed, epoch in others:
+    expected = random_crop(dataset.read(7), 12, sample_rng(5, 2, 7)).transpose(2, 0, 1)
+    assert np.array_equal(images[rows.tolist().index(7)].numpy(), expected)
+    for seed, epoch in ((5, 3), (6, 2)):
         other = next(crop_batches(dataset, 12, [(epoch, np.array([7]))], seed=seed))[1][0]
-        assert not np.array_equal(other.numpy(), alone)
+        assert not np.array_equal(other.numpy(), expected)
 
 
 # -- the protocol --------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_trained_together_is_each_rate_trained_alone() -> None:
+def test_a_sweep_equals_training_each_rate_separately() -> None:
     backbone = vit()
-    together = fitted(bound(), backbone)
-    for which, lr in enumerate(QUICK.lr):
-        alone = fitted(bound(replace(QUICK, lr=(lr,))), backbone)  # nothing to choose: all pictures train
-        torch.testing.assert_close(together[:, 3 + which], alone[:, 0], atol=1e-5, rtol=1e-5)
-    scores = bound()(backbone)
-    alone = bound(replace(QUICK, lr=(scores.details["chosen"]["lr"],)))(backbone)
-    assert dict(alone) == dict(scores)
+    sweep = fit(QUICK, backbone)
+    for index, lr in enumerate(QUICK.lr):
+        single = fit(replace(QUICK, lr=(lr,)), backbone)  # without a selection, all images are used
+        torch.testing.assert_close(sweep[:, 3 + index], single[:, 0], atol=1e-5, rtol=1e-5)
+    scores = prepare()(backbone)
+    single = prepare(replace(QUICK, lr=(scores.details["selected"]["lr"],)))(backbone)
+    assert dict(single) == dict(scores)
     assert set(scores) == {"top-1", "top-5"}
 
 
-def test_the_choice_never_looks_at_val() -> None:
-    """Wrong labels in VAL change the figure, and nothing that was chosen or trained."""
-    honest = bound()(vit())
-    poisoned = bound(val=Tinted(40, labels=[(i + 1) % 4 for i in range(40)], seed=1))(vit())
+def test_the_selection_does_not_use_val() -> None:
+    """Wrong labels in VAL change the accuracy, but neither the selection nor the training."""
+    honest = prepare()(vit())
+    poisoned = prepare(val=Tinted(40, labels=[(i + 1) % 4 for i in range(40)], seed=1))(vit())
     assert poisoned.details == honest.details
     assert poisoned["top-1"] < 50 < honest["top-1"]
-    table = [row["top-1 on training pictures held back"] for row in honest.details["sweep"]]
+    table = [row["top-1 on held-out training images"] for row in honest.details["sweep"]]
     assert len(set(table)) > 1
-    assert honest.details["sweep"][table.index(max(table))]["lr"] == honest.details["chosen"]["lr"]
+    assert honest.details["sweep"][table.index(max(table))]["lr"] == honest.details["selected"]["lr"]
 
 
-def test_pictures_of_the_choice_train_the_second_twins_alone() -> None:
-    evaluator, backbone = bound(), Conv()
-    held = evaluator.held()
-    assert np.bincount(np.asarray(evaluator.train.labels)[held]).tolist() == [2, 2, 2, 2]  # 10 % of every class
-    wrong = [(i % 4 + held[i]) % 4 for i in range(80)]
-    honest = fitted(evaluator, backbone)
-    other = fitted(bound(train=Tinted(80, labels=wrong)), backbone, held)
+def test_held_out_training_images_train_only_the_final_classifiers() -> None:
+    train, backbone = Tinted(80), Conv()
+    mask = QUICK.tune_mask(train)
+    assert np.bincount(np.asarray(train.labels)[mask]).tolist() == [2, 2, 2, 2]  # 10 % of every class
+    wrong = [(i % 4 + mask[i]) % 4 for i in range(80)]
+    honest = fit(QUICK, backbone, train)
+    other = fit(QUICK, backbone, Tinted(80, labels=wrong), mask)
     assert torch.equal(other[:, :3], honest[:, :3])
     assert not torch.allclose(other[:, 3:], honest[:, 3:])
 
 
-def test_what_can_be_told_is_told_and_what_cannot_is_chance() -> None:
+def test_separable_classes_reach_100_percent_and_random_labels_chance() -> None:
     for backbone in (vit(), Conv()):
-        assert bound(replace(QUICK, epochs=30))(backbone)["top-1"] == 100
+        assert prepare(replace(QUICK, epochs=30))(backbone)["top-1"] == 100
     rng = np.random.default_rng(0)
     random = [Tinted(n, labels=rng.integers(0, 4, n).tolist(), seed=n) for n in (80, 120)]
-    scores = bound(train=random[0], val=random[1])(Conv())
+    scores = prepare(train=random[0], val=random[1])(Conv())
     assert scores["top-1"] == pytest.approx(25, abs=10)
     assert scores["top-5"] == 100  # four classes: any of five guesses
 
 
-def test_as_many_stored_crops_as_epochs_are_fresh_crops() -> None:
+def test_one_stored_crop_per_epoch_equals_fresh_crops() -> None:
     backbone, train = vit(depth=2), Tinted(50, bad=(7, 20))
-    stored = fitted(bound(replace(QUICK, crops=6), train=train), backbone)
-    fresh = fitted(bound(replace(QUICK, crops=0), train=train), backbone)
+    stored = fit(replace(QUICK, crops=6), backbone, train)
+    fresh = fit(replace(QUICK, crops=0), backbone, train)
     torch.testing.assert_close(stored, fresh, atol=1e-5, rtol=1e-5)
-    fewer = fitted(bound(replace(QUICK, crops=1), train=train), backbone)
+    fewer = fit(replace(QUICK, crops=1), backbone, train)
     assert not torch.allclose(fewer, fresh, atol=1e-3)
 
 
 @pytest.mark.parametrize("crops", [0, 2])
-def test_forward_batches_and_where_features_lie_change_nothing(crops: int, monkeypatch, tmp_path) -> None:
+def test_batch_size_and_feature_storage_do_not_matter(crops: int, monkeypatch, tmp_path) -> None:
     settings, backbone = replace(QUICK, crops=crops, epochs=3), vit(depth=2)
-    whole = fitted(bound(settings), backbone)
+    expected = fit(settings, backbone)
     monkeypatch.setattr(crop_features, "IN_MEMORY", 0)
-    context = replace(SITE, batch_size=5, cache=tmp_path / "cache")
-    torch.testing.assert_close(fitted(bound(settings, context), backbone), whole, atol=1e-5, rtol=1e-5)
-    assert not list(tmp_path.glob("cache/*"))  # what was stored is gone
+    context = replace(CONTEXT, batch_size=5, cache=tmp_path / "cache")
+    torch.testing.assert_close(fit(settings, backbone, context=context), expected, atol=1e-5, rtol=1e-5)
+    assert not list(tmp_path.glob("cache/*"))  # the stored features are deleted
 
 
-def test_progress_is_heard_and_the_networks_mode_comes_back() -> None:
-    heard: dict[str, tuple[int, int]] = {}
+def test_progress_is_reported_and_the_mode_is_restored() -> None:
+    last: dict[str, tuple[int, int]] = {}
 
     def progress(label: str):
-        return nullcontext(lambda done, total: heard.__setitem__(label, (done, total)))
+        return nullcontext(lambda done, total: last.__setitem__(label, (done, total)))
 
     backbone = Conv().train()
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
-    bound(context=replace(SITE, progress=progress))(backbone)
+    prepare(context=replace(CONTEXT, progress=progress))(backbone)
     assert torch.equal(torch.rand(2), expected)
     assert backbone.training
-    assert all(done == total for done, total in heard.values())
-    assert heard["training the classifiers"] == (480, 480)
-    assert "features of random crops, 2 of 2" in heard
+    assert all(done == total for done, total in last.values())
+    assert last["training the classifiers"] == (480, 480)
+    assert "features of random crops, 2 of 2" in last
 
 
-def test_a_rate_at_the_edge_is_reported() -> None:
-    scores = bound(replace(QUICK, lr=(1e-6, 1e-5)))(Conv())
-    assert scores.details["at_the_edge"]
-    assert not bound(replace(QUICK, lr=(1e-6, 10.0, 1e38)))(Conv()).details["at_the_edge"]
+def test_a_rate_at_the_edge_of_the_sweep_is_reported() -> None:
+    assert prepare(replace(QUICK, lr=(1e-6, 1e-5)))(Conv()).details["lr_at_sweep_edge"]
+    assert not prepare(replace(QUICK, lr=(1e-6, 10.0, 1e38)))(Conv()).details["lr_at_sweep_edge"]
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (dict(lr=()), "--lr needs"),
-        (dict(lr=(0.1, 0.0)), "--lr needs"),
-        (dict(weight_decay=(-1.0,)), "--weight-decay"),
-        (dict(choosing=1.0), "--choosing"),
-        (dict(epochs=0), "--epochs must be at least 1"),
-        (dict(crops=-1), "--crops must be at least 0"),
-        (dict(momentum=1.0), "--momentum"),
+        (dict(lr=()), "`lr` and `weight_decay` need"),
+        (dict(lr=(0.1, 0.0)), "`lr` must be above 0"),
+        (dict(weight_decay=(-1.0,)), "`weight_decay` must be at least 0"),
+        (dict(tune_fraction=1.0), "`tune_fraction` must be"),
+        (dict(epochs=0), "`epochs` must be at least 1"),
+        (dict(crops=-1), "`crops` must be at least 0"),
+        (dict(momentum=1.0), "`momentum` must be"),
     ],
 )
-def test_settings_that_cannot_work_are_said(change: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_settings_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Linear(**change)
 
 
-def test_data_that_cannot_work_is_said() -> None:
+def test_unsuitable_data_and_networks_are_refused() -> None:
     with pytest.raises(UserError, match="labeled validation images"):
-        bound(val=Tinted(4, labels=[-1] * 4))
-    single = bound(train=Tinted(4))
+        prepare(val=Tinted(4, labels=[-1] * 4))
+    single = prepare(train=Tinted(4))
     with pytest.raises(UserError, match="no class has two"):
         single(Conv())
-    with pytest.raises(UserError, match="Expected 1 to 5 layers"):
-        bound(Linear(blocks=9))(vit())
+    with pytest.raises(UserError, match=r"[Ee]xpected 1 to 5 layers"):
+        prepare(Linear(blocks=9))(vit())

@@ -1,4 +1,4 @@
-"""Logistic regression against Newton's method on the dense Hessian; and which labels are known."""
+"""Low-shot evaluation: logistic regression equals Newton's method on the dense Hessian; sampling of labels."""
 
 import statistics
 from contextlib import nullcontext
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.errors import UserError
-from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.base import EvalContext, PreparedEval
+from dino_ssl.evals.features import extract
 from dino_ssl.evals.logistic import fit_logistic, logistic_loss
-from dino_ssl.evals.low_shot import BoundLowShot, LowShot, read_subset, sample_subset
+from dino_ssl.evals.low_shot import LowShot, read_subset, sample_subset
 from dino_ssl.models.backbone import Backbone, Features
 
 
@@ -27,7 +28,7 @@ def problem(n: int = 40, width: int = 4, classes: int = 3, seed: int = 0) -> tup
 
 
 def newton(features: Tensor, labels: Tensor, classes: int, decay: float) -> Tensor:
-    """Full Newton steps, the Hessian by automatic differentiation; at most a few dozen numbers."""
+    """Newton's method with the Hessian by automatic differentiation, for small problems."""
     x = features.double()
 
     def objective(w: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def newton(features: Tensor, labels: Tensor, classes: int, decay: float) -> Tens
 
 
 @pytest.mark.parametrize("rows", [7, 8192])
-def test_loss_and_gradient_are_autograds(rows: int) -> None:
+def test_loss_and_gradient_equal_autograd(rows: int) -> None:
     x, y = problem()
     w = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     expected = F.cross_entropy(x.double() @ w, y) + 0.05 * w.square().sum()
@@ -62,7 +63,7 @@ def test_loss_and_gradient_are_autograds(rows: int) -> None:
 
 
 @pytest.mark.parametrize("decay", [1e-1, 0.1 / 40, 1e-5])
-def test_the_optimum_is_newtons(decay: float) -> None:
+def test_the_optimum_equals_newtons_method(decay: float) -> None:
     x, y = problem()
     fit, exact = fit_logistic(x, y, 3, decay, tolerance=1e-12), newton(x, y, 3, decay)
     _, gradient = logistic_loss(fit.weights, x, y, decay)
@@ -73,7 +74,7 @@ def test_the_optimum_is_newtons(decay: float) -> None:
     assert fit.weights.dtype == torch.float64
 
 
-def test_the_gap_that_is_stated_holds_where_it_stops_early() -> None:
+def test_the_stated_gap_is_a_bound_if_the_solver_stops_early() -> None:
     x, y = problem(200, 6)
     least = fit_logistic(x, y, 3, 1e-4, tolerance=1e-12).loss
     rough = fit_logistic(x, y, 3, 1e-4, tolerance=0.5)
@@ -84,19 +85,19 @@ def test_the_gap_that_is_stated_holds_where_it_stops_early() -> None:
     assert rough.evaluations < fit_logistic(x, y, 3, 1e-4, tolerance=1e-12).evaluations
 
 
-def test_no_more_evaluations_than_asked_and_progress_ends_whole() -> None:
+def test_evaluations_are_limited_and_progress_ends_at_100_percent() -> None:
     x, y = problem(200, 6)
-    assert fit_logistic(x, y, 3, 1e-9, tolerance=1e-15, most=5).evaluations <= 20
-    heard: list[tuple[int, int]] = []
-    fit_logistic(x, y, 3, 1e-3, progress=lambda done, total: heard.append((done, total)))
-    assert heard == sorted(heard)
-    assert heard[-1] == (100, 100)
+    assert fit_logistic(x, y, 3, 1e-9, tolerance=1e-15, max_evaluations=5).evaluations <= 20
+    calls: list[tuple[int, int]] = []
+    fit_logistic(x, y, 3, 1e-3, progress=lambda done, total: calls.append((done, total)))
+    assert calls == sorted(calls)
+    assert calls[-1] == (100, 100)
 
 
-# -- which labels --------------------------------------------------------------------------------------------------
+# -- sampling of labels ---------------------------------------------------------------------------------------------
 
 
-def test_a_share_is_of_every_class_and_a_smaller_one_lies_in_a_larger() -> None:
+def test_a_share_is_taken_of_every_class_and_contains_smaller_shares() -> None:
     labels = np.array([0] * 300 + [1] * 100 + [2] * 4 + [-1] * 50)
     part = sample_subset(labels, share=0.1, seed=3)
     assert np.bincount(labels[part]).tolist() == [30, 10, 1]
@@ -107,12 +108,12 @@ def test_a_share_is_of_every_class_and_a_smaller_one_lies_in_a_larger() -> None:
     assert sample_subset(labels, share=1.0).tolist() == list(range(404))
 
 
-def test_a_list_names_files_with_or_without_their_folders(tmp_path: Path) -> None:
+def test_a_list_names_files_with_or_without_folders(tmp_path: Path) -> None:
     names, file = ["cat/1.jpg", "cat/2.jpg", "dog/3.jpg"], tmp_path / "1percent.txt"
     file.write_text("3.jpg\n\ncat/1.jpg\n")
     assert read_subset(names, file).tolist() == [0, 2]
     file.write_text("3.jpg\nmug.jpg\n")
-    with pytest.raises(UserError, match=r"names 2 pictures, of which 1 are not in TRAIN \(mug.jpg"):
+    with pytest.raises(UserError, match=r"lists 2 images; 1 of them are not in TRAIN \(mug.jpg"):
         read_subset(names, file)
     with pytest.raises(UserError, match="cannot be read as a list"):
         read_subset(names, tmp_path)
@@ -122,10 +123,10 @@ def test_a_list_names_files_with_or_without_their_folders(tmp_path: Path) -> Non
 
 
 class Tinted(ImageDataset):
-    """Grey noise with a tint that tells the class."""
+    """Gray noise with a tint for each class."""
 
     def __init__(self, count: int, labels: list[int] | None = None, bad: tuple[int, ...] = (), seed: int = 0) -> None:
-        self.bad, self.seed, self.asked = bad, seed, set()
+        self.bad, self.seed, self.reads = bad, seed, set()
         super().__init__(
             names=[f"{seed}/{i}.png" for i in range(count)],
             sizes=[(16, 16)] * count,
@@ -134,7 +135,7 @@ class Tinted(ImageDataset):
         )
 
     def read(self, index: int) -> np.ndarray:
-        self.asked.add(index)
+        self.reads.add(index)
         if index in self.bad:
             raise BadImage(self.names[index], "cut short")
         image = np.random.default_rng([self.seed, index]).integers(60, 120, (16, 16, 3), dtype=np.uint8)
@@ -142,31 +143,31 @@ class Tinted(ImageDataset):
         return image
 
 
-class Colours(Backbone):
-    """The mean colour, ten times as long where the picture is bright."""
+class Colors(Backbone):
+    """The mean color, ten times as long for a bright image."""
 
     embed_dim, patch = 3, 16
 
     def forward(self, images: Tensor) -> Tensor:
-        colour = images.mean((2, 3))
-        return colour * (1 + 9 * (colour.sum(1, keepdim=True) > 0))
+        color = images.mean((2, 3))
+        return color * (1 + 9 * (color.sum(1, keepdim=True) > 0))
 
     def features(self, images: Tensor, layers: int = 1) -> list[Features]:
         raise NotImplementedError
 
 
-SITE = EvalContext(size=16)
+CONTEXT = EvalContext(size=16)
 
 
-def bound(
-    train: ImageDataset | None = None, val: ImageDataset | None = None, context: EvalContext = SITE, **change
-) -> BoundLowShot:
+def prepare(
+    train: ImageDataset | None = None, val: ImageDataset | None = None, context: EvalContext = CONTEXT, **change
+) -> PreparedEval:
     settings = LowShot(**{"share": (0.1,), "subsets": 3, "k": 1, **change})
-    return settings.bind((train or Tinted(90), val or Tinted(60, seed=1)), context)
+    return settings.prepare((train or Tinted(90), val or Tinted(60, seed=1)), context)
 
 
-def test_what_can_be_told_is_told_and_what_cannot_is_chance() -> None:
-    scores = bound(share=(0.1, 1.0), per_class=(2,))(Colours())
+def test_separable_classes_reach_100_percent_and_random_labels_chance() -> None:
+    scores = prepare(share=(0.1, 1.0), per_class=(2,))(Colors())
     assert list(scores) == [
         "10 %", "10 % spread", "10 % 1-NN", "10 % 1-NN spread", "100 %", "100 % 1-NN",
         "2 per class", "2 per class spread", "2 per class 1-NN", "2 per class 1-NN spread",
@@ -174,86 +175,88 @@ def test_what_can_be_told_is_told_and_what_cannot_is_chance() -> None:
     assert scores["10 %"] == scores["100 %"] == 100
     assert scores["10 % spread"] == 0
     labels = np.random.default_rng(0).integers(0, 3, 150).tolist()
-    chance = bound(Tinted(90, labels[:90]), Tinted(60, labels[90:], seed=1))(Colours())
+    chance = prepare(Tinted(90, labels[:90]), Tinted(60, labels[90:], seed=1))(Colors())
     assert chance["10 %"] == pytest.approx(100 / 3, abs=16)
 
 
-def test_mean_and_spread_are_those_of_the_subsets() -> None:
+def test_mean_and_spread_are_taken_over_subsets() -> None:
     labels = np.random.default_rng(0).integers(0, 3, 150).tolist()
-    scores = bound(Tinted(90, labels[:90]), Tinted(60, labels[90:], seed=1), subsets=4)(Colours())
+    scores = prepare(Tinted(90, labels[:90]), Tinted(60, labels[90:], seed=1), subsets=4)(Colors())
     runs = scores.details["subsets"]["10 %"]
     assert len(runs) == 4
-    assert len({run["loss"] for run in runs}) == 4  # other seeds, other pictures
-    found = [run["top-1"] for run in runs]
-    assert scores["10 %"] == pytest.approx(statistics.mean(found))
-    assert scores["10 % spread"] == pytest.approx(statistics.stdev(found))
+    assert len({run["loss"] for run in runs}) == 4  # other seeds, other images
+    accuracies = [run["top-1"] for run in runs]
+    assert scores["10 %"] == pytest.approx(statistics.mean(accuracies))
+    assert scores["10 % spread"] == pytest.approx(statistics.stdev(accuracies))
     assert scores["10 % spread"] > 0
     assert all(run["gap"] <= 1e-4 * run["loss"] for run in runs)
 
 
-def test_each_subset_is_solved_on_its_own_pictures() -> None:
-    """The figure of one seed is that of the regression by hand on the pictures that `sample_subset` names."""
-    evaluator = bound(Tinted(90, bad=(8, 17)), per_class=(10,), share=(), seed=5)
-    run = evaluator(Colours()).details["subsets"]["10 per class"][1]
+def test_each_subset_is_solved_on_its_own_images() -> None:
+    """The loss of one seed equals the regression on the images of `sample_subset`."""
+    prepared = prepare(Tinted(90, bad=(8, 17)), per_class=(10,), share=(), seed=5)
+    run = prepared(Colors()).details["subsets"]["10 per class"][1]
     rows = [i for i in sample_subset(np.arange(90) % 3, per_class=10, seed=6) if i not in (8, 17)]
-    known = SITE.extract(Colours(), Tinted(90).subset(rows))
+    known = extract(Colors(), Tinted(90).subset(rows), CONTEXT)
     exact = newton(F.normalize(known.features, dim=1), known.labels, 3, 0.1 / len(rows))
     expected = logistic_loss(exact, F.normalize(known.features, dim=1), known.labels, 0.1 / len(rows))[0]
     assert run["images"] == len(rows)
     assert run["loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_pictures_outside_every_subset_are_not_looked_at() -> None:
+def test_only_images_of_a_subset_are_read() -> None:
     train = Tinted(90)
-    evaluator = bound(train)
-    evaluator(Colours())
-    assert train.asked == set(evaluator.used.tolist())
-    assert 9 < len(train.asked) <= 27
-    assert evaluator.data["train"]["images"] == 90
+    prepared = prepare(train)
+    prepared(Colors())
+    subsets = LowShot(share=(0.1,), subsets=3).sample_subsets(train)["10 %"]
+    assert train.reads == set(np.concatenate(subsets).tolist())
+    assert 9 < len(train.reads) <= 27
+    assert prepared.data["train"]["images"] == 90
 
 
-def test_lengths_of_features_matter_where_they_are_kept_alone() -> None:
-    unit, kept = (bound(normalize=normal)(Colours()).details["subsets"]["10 %"][0]["loss"] for normal in (True, False))
-    assert unit != pytest.approx(kept, rel=0.01)
+def test_feature_lengths_matter_only_without_normalization() -> None:
+    unit, raw = (prepare(normalize=on)(Colors()).details["subsets"]["10 %"][0]["loss"] for on in (True, False))
+    assert unit != pytest.approx(raw, rel=0.01)
 
-    class Longer(Colours):
+    class Longer(Colors):
         def forward(self, images: Tensor) -> Tensor:
             return 7 * super().forward(images)
 
-    assert bound()(Longer()).details["subsets"]["10 %"][0]["loss"] == pytest.approx(unit, rel=1e-3)
+    assert prepare()(Longer()).details["subsets"]["10 %"][0]["loss"] == pytest.approx(unit, rel=1e-3)
 
 
-def test_without_val_a_part_is_asked_about_and_pixels_have_a_figure() -> None:
-    evaluator = LowShot(share=(0.5,), subsets=1).bind((Tinted(90),), SITE)
-    assert not set(evaluator.train.names) & set(evaluator.val.names)
-    assert set(evaluator.pixel_reference()) == set(evaluator(Colours())) == {"50 %", "50 % 20-NN"}
+def test_a_part_of_train_is_held_out_without_val() -> None:
+    prepared = LowShot(share=(0.5,), subsets=1).prepare((Tinted(90),), CONTEXT)
+    assert (prepared.data["train"]["images"], prepared.data["val"]["images"]) == (72, 18)
+    assert prepared.pixel_reference is not None
+    assert set(prepared.pixel_reference()) == set(prepared(Colors())) == {"50 %", "50 % 20-NN"}
 
 
-def test_progress_is_heard() -> None:
-    heard: set[str] = set()
-    context = replace(SITE, progress=lambda label: heard.add(label) or nullcontext(lambda done, total: None))
-    bound(context=context)(Colours())
-    assert "logistic regression, 10 %, subset 3 of 3" in heard
+def test_progress_is_reported() -> None:
+    labels: set[str] = set()
+    context = replace(CONTEXT, progress=lambda label: labels.add(label) or nullcontext(lambda done, total: None))
+    prepare(context=context)(Colors())
+    assert "logistic regression, 10 %, subset 3 of 3" in labels
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (dict(share=()), "--share, --per-class or --lists"),
-        (dict(share=(1.5,)), "--share needs"),
-        (dict(per_class=(0,)), "--per-class needs"),
-        (dict(subsets=0), "--subsets must be at least 1"),
-        (dict(regularization=0.0), "--regularization must be above 0"),
-        (dict(per_class=(31,)), "smallest class of TRAIN has 30"),
+        (dict(share=()), "`share`, `per_class` or `lists`"),
+        (dict(share=(1.5,)), "`share` must be above 0 and at most 1"),
+        (dict(per_class=(0,)), "`per_class` must be at least 1"),
+        (dict(subsets=0), "`subsets` must be at least 1"),
+        (dict(regularization=0.0), "`regularization` must be above 0"),
+        (dict(per_class=(31,)), "`per_class` must be at most 30"),
     ],
 )
-def test_what_cannot_work_is_said(change: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        bound(**change)
+def test_invalid_settings_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(**change)
 
 
-def test_a_list_is_a_subset_of_its_own(tmp_path: Path) -> None:
+def test_a_list_is_one_subset(tmp_path: Path) -> None:
     (tmp_path / "1percent.txt").write_text("\n".join(f"{i}.png" for i in range(9)))
-    evaluator = bound(share=(), lists=(str(tmp_path / "1percent.txt"),))
-    assert evaluator.used.tolist() == list(range(9))
-    assert set(evaluator(Colours())) == {"1percent", "1percent 1-NN"}
+    scores = prepare(share=(), lists=(str(tmp_path / "1percent.txt"),))(Colors())
+    assert [run["images"] for run in scores.details["subsets"]["1percent"]] == [9]
+    assert set(scores) == {"1percent", "1percent 1-NN"}

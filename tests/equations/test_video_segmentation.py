@@ -1,4 +1,4 @@
-"""Label propagation against plain loops, in any tiles and on any ranks; and a square that is followed exactly."""
+"""Label propagation equals loops, for any tiles and ranks; complete evaluations of video segmentation."""
 
 import math
 from collections.abc import Iterator
@@ -20,14 +20,21 @@ from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext, Scores, reference_scores
 from dino_ssl.evals.davis_score import score_results
-from dino_ssl.evals.label_propagation import input_size, label_map, label_propagation, nearest, one_hot, propagate
+from dino_ssl.evals.label_propagation import (
+    input_size,
+    label_map,
+    label_propagation,
+    one_hot,
+    propagate,
+    resize_nearest,
+)
 from dino_ssl.evals.video_segmentation import RawPatches, VideoSegmentation, segment
 from dino_ssl.models import Timm, ViT
 from dino_ssl.models.backbone import Backbone
 
 
 def oracle(query: Tensor, keys: Tensor, labels: Tensor, radius: int, top_k: int, temperature: float) -> Tensor:
-    """Section 3 of the protocol, one place and one neighbour at a time."""
+    """Propagate one position and one neighbor at a time."""
     h, w, _ = query.shape
     out = torch.zeros(h, w, labels.shape[-1])
     for y in range(h):
@@ -56,7 +63,7 @@ def problem(h: int = 5, w: int = 7, frames: int = 3, classes: int = 3) -> tuple[
 @pytest.mark.parametrize(
     ("radius", "top_k", "temperature"), [(2, 5, 0.1), (1, 1, 0.1), (0, 7, 0.5), (9, 4, 0.1), (1, 99, 1)]
 )
-def test_equals_the_loops_in_any_tiles(radius: int, top_k: int, temperature: float, tile: int) -> None:
+def test_label_propagation_equals_loops_for_any_tiles(radius: int, top_k: int, temperature: float, tile: int) -> None:
     query, keys, labels = problem()
     expected = oracle(query, keys, labels, radius, top_k, temperature)
     options = dict(radius=radius, top_k=top_k)
@@ -65,8 +72,8 @@ def test_equals_the_loops_in_any_tiles(radius: int, top_k: int, temperature: flo
     assert (actual - labels.mean(0)).abs().max() > 0.05
 
 
-def test_a_repeated_frame_counts_as_often_as_it_comes() -> None:
-    """Four equal frames, the two nearest places asked for: all that are as near as the second are taken."""
+def test_ties_of_repeated_frames_are_all_counted() -> None:
+    """Four equal frames, top_k = 2: all positions that tie with the second are included."""
     query, keys, labels = problem(frames=4)
     keys = keys[:1].expand(4, -1, -1, -1).contiguous()
     actual = label_propagation(query, keys, labels, radius=2, top_k=2, tile=3)
@@ -76,7 +83,7 @@ def test_a_repeated_frame_counts_as_often_as_it_comes() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that an operation gives."""
+    """Records the size of the largest result of an operation."""
 
     numel = 0
 
@@ -88,15 +95,15 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_the_whole_affinity_is_never_there() -> None:
+def test_the_full_affinity_is_never_stored() -> None:
     query, keys, labels = problem(h=32, w=32, frames=2)
     with Largest() as largest:
         label_propagation(query, keys, labels, radius=4, tile=8)
-    whole = keys[..., 0].numel() * query[..., 0].numel()
-    assert 0 < largest.numel <= 8 * 8 * 2 * (8 + 2 * 4) ** 2 < whole / 60
+    full = keys[..., 0].numel() * query[..., 0].numel()
+    assert 0 < largest.numel <= 8 * 8 * 2 * (8 + 2 * 4) ** 2 < full / 60
 
 
-def test_autocast_does_not_blur_the_weights() -> None:
+def test_label_propagation_is_float32_under_autocast() -> None:
     query, keys, labels = problem()
     exact = label_propagation(query, keys, labels, radius=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -104,23 +111,21 @@ def test_autocast_does_not_blur_the_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("context", "asked"),
+    ("context", "expected"),
     [
         (2, [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4]]),
         (9, [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]),
         (0, [[0]] * 5),
     ],
 )
-def test_a_frame_label_propagation_spy_the_first_and_the_last_few_before_it(
-    monkeypatch, context: int, asked: list
-) -> None:
-    """Frame i is the unit vector i, of any length, and its labels say i as well."""
-    seen, read = [], []
+def test_keys_are_the_first_frame_and_the_preceding_frames(monkeypatch, context: int, expected: list) -> None:
+    """The feature of frame i is a multiple of unit vector i, and its label is i."""
+    keys_used, read = [], []
 
-    def label_propagation_spy(query: Tensor, keys: Tensor, labels: Tensor, **_) -> Tensor:
+    def spy(query: Tensor, keys: Tensor, labels: Tensor, **_) -> Tensor:
         assert labels.flatten().tolist() == keys.argmax(-1).flatten().tolist()
         assert keys.norm(dim=-1).flatten().tolist() == [1] * len(keys)
-        seen.append(labels.flatten().tolist())
+        keys_used.append(labels.flatten().tolist())
         return query.argmax(-1, keepdim=True).float()
 
     def features() -> Iterator[Tensor]:
@@ -128,21 +133,21 @@ def test_a_frame_label_propagation_spy_the_first_and_the_last_few_before_it(
             read.append(i)
             yield 3 * torch.eye(6)[i].reshape(1, 1, 6)
 
-    monkeypatch.setattr("dino_ssl.evals.label_propagation.label_propagation", label_propagation_spy)
-    mlabel_propagation_spy = propagate(features(), torch.zeros(1, 1, 1), context=context)
-    next(mlabel_propagation_spy)
-    assert read == [0, 1], "frames are read as they are needed"
-    assert len(list(mlabel_propagation_spy)) == 4
-    assert seen == asked
+    monkeypatch.setattr("dino_ssl.evals.label_propagation.label_propagation", spy)
+    soft_labels = propagate(features(), torch.zeros(1, 1, 1), context=context)
+    next(soft_labels)
+    assert read == [0, 1], "frames are read lazily"
+    assert len(list(soft_labels)) == 4
+    assert keys_used == expected
 
 
-def test_no_frames_no_mlabel_propagation_spy() -> None:
+def test_no_frames_give_no_masks() -> None:
     assert not list(propagate([], torch.zeros(1, 1, 2)))
     assert not list(segment(RawPatches(), [], np.ones((8, 8), np.uint8), VideoSegmentation(), EvalContext()))
 
 
-def test_label_maps_stretch_every_class_and_leave_flat_ones_alone() -> None:
-    soft = torch.tensor([[[0.9, 0.1, 0.0], [0.7, 0.3, 0.0]]])  # the object nowhere leads, but where it is strongest
+def test_label_map_scales_every_class_that_is_not_constant() -> None:
+    soft = torch.tensor([[[0.9, 0.1, 0.0], [0.7, 0.3, 0.0]]])  # the object is scaled to 1 at its maximum
     assert label_map(soft, 2, 4).tolist() == [[0, 0, 1, 1]] * 2
     everywhere = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
     assert label_map(everywhere, 1, 2).tolist() == [[1, 1]]
@@ -150,7 +155,7 @@ def test_label_maps_stretch_every_class_and_leave_flat_ones_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("frame", "patch", "seen"),
+    ("frame", "patch", "expected"),
     [
         ((480, 854), 8, (480, 832)),  # DAVIS
         ((480, 910), 16, (480, 896)),
@@ -162,20 +167,20 @@ def test_label_maps_stretch_every_class_and_leave_flat_ones_alone() -> None:
         ((100, 5000), 8, (480, 24000 // 64 * 64)),
     ],
 )
-def test_the_networks_input_is_whole_patches(frame, patch: int, seen) -> None:
-    assert input_size(*frame, size=480, patch=patch) == seen
+def test_input_size_is_a_multiple_of_the_patch(frame, patch: int, expected) -> None:
+    assert input_size(*frame, size=480, patch=patch) == expected
     assert all(side % patch == 0 for side in input_size(*frame, size=100, patch=patch, multiple=1))
 
 
-def test_nearest_takes_the_pixel_under_the_center() -> None:
-    assert nearest(np.arange(6).reshape(1, 6), 1, 3).tolist() == [[1, 3, 5]]
-    assert nearest(np.array([[1, 2]]), 2, 4).tolist() == [[1, 1, 2, 2]] * 2
-    picture = np.random.default_rng(0).integers(0, 9, (7, 11))
-    expected = np.asarray(Image.fromarray(picture.astype(np.uint8)).resize((5, 3), Image.Resampling.NEAREST))
-    assert (nearest(picture, 3, 5) == expected).all()
+def test_resize_nearest_takes_the_pixel_under_the_center() -> None:
+    assert resize_nearest(np.arange(6).reshape(1, 6), 1, 3).tolist() == [[1, 3, 5]]
+    assert resize_nearest(np.array([[1, 2]]), 2, 4).tolist() == [[1, 1, 2, 2]] * 2
+    image = np.random.default_rng(0).integers(0, 9, (7, 11))
+    expected = np.asarray(Image.fromarray(image.astype(np.uint8)).resize((5, 3), Image.Resampling.NEAREST))
+    assert (resize_nearest(image, 3, 5) == expected).all()
 
 
-def test_numbers_of_objects_may_have_gaps_and_void_is_ground() -> None:
+def test_labels_may_have_gaps_and_void_is_background() -> None:
     mask = np.array([[7, 7, 255, 2]], np.uint8)
     numbers, labels = one_hot(mask, 1, 4)
     assert numbers.tolist() == [0, 2, 7]
@@ -183,25 +188,25 @@ def test_numbers_of_objects_may_have_gaps_and_void_is_ground() -> None:
 
 
 def square(frames: int = 6, height: int = 64, width: int = 96) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """A bright square that steps over noise, and its mlabel_propagation_spy: it lies on whole patches of 8 pixels."""
-    ground = np.random.default_rng(0).integers(0, 60, (height, width, 3)).astype(np.uint8)
-    dataset, mlabel_propagation_spy = [], []
+    """Return frames and masks of a bright square that moves over noise, aligned to patches of 8 pixels."""
+    background = np.random.default_rng(0).integers(0, 60, (height, width, 3)).astype(np.uint8)
+    images, masks = [], []
     for i in range(frames):
-        picture, mask = ground.copy(), np.zeros((height, width), np.uint8)
-        picture[16:40, 8 * i : 8 * i + 24], mask[16:40, 8 * i : 8 * i + 24] = 255, 7
-        dataset.append(picture)
-        mlabel_propagation_spy.append(mask)
-    return dataset, mlabel_propagation_spy
+        image, mask = background.copy(), np.zeros((height, width), np.uint8)
+        image[16:40, 8 * i : 8 * i + 24], mask[16:40, 8 * i : 8 * i + 24] = 255, 7
+        images.append(image)
+        masks.append(mask)
+    return images, masks
 
 
-def test_a_square_is_followed_exactly() -> None:
-    dataset, mlabel_propagation_spy = square()
+def test_a_moving_square_is_tracked() -> None:
+    images, masks = square()
     settings = VideoSegmentation(size=64, radius=3, multiple=8)
-    found = list(segment(RawPatches(), dataset, mlabel_propagation_spy[0], settings, EvalContext()))
-    assert len(found) == 5
-    for mine, true in zip(found, mlabel_propagation_spy[1:], strict=True):
-        assert ((mine == 7) & (true == 7)).sum() / ((mine == 7) | (true == 7)).sum() > 0.95
-        assert set(np.unique(mine)) == {0, 7}
+    predicted = list(segment(RawPatches(), images, masks[0], settings, EvalContext()))
+    assert len(predicted) == 5
+    for mask, true in zip(predicted, masks[1:], strict=True):
+        assert ((mask == 7) & (true == 7)).sum() / ((mask == 7) | (true == 7)).sum() > 0.95
+        assert set(np.unique(mask)) == {0, 7}
 
 
 NETWORKS = {
@@ -213,27 +218,27 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
-def test_any_network_and_frames_that_hold_no_whole_patches(network) -> None:
+def test_any_network_and_any_frame_size_work(network) -> None:
     torch.manual_seed(0)
     backbone = network.build(drop_path=0.0).eval()
-    dataset, mlabel_propagation_spy = square(3, height=131, width=197)
+    images, masks = square(3, height=131, width=197)
     with torch.no_grad():
-        found = list(segment(backbone, dataset, mlabel_propagation_spy[0], VideoSegmentation(size=131), EvalContext()))
-    assert [each.shape for each in found] == [(131, 197)] * 2
-    assert all(each.dtype == np.uint8 and set(np.unique(each)) <= {0, 7} for each in found)
-    assert any((each == 7).any() for each in found)
+        predicted = list(segment(backbone, images, masks[0], VideoSegmentation(size=131), EvalContext()))
+    assert [each.shape for each in predicted] == [(131, 197)] * 2
+    assert all(each.dtype == np.uint8 and set(np.unique(each)) <= {0, 7} for each in predicted)
+    assert any((each == 7).any() for each in predicted)
 
 
-def test_frames_of_two_sizes_are_refused() -> None:
-    dataset, mlabel_propagation_spy = square(3)
-    dataset[2] = dataset[2][:-8]
+def test_frames_of_different_sizes_are_refused() -> None:
+    images, masks = square(3)
+    images[2] = images[2][:-8]
     with pytest.raises(UserError, match=r"96 x 56 pixels, and the first mask 96 x 64"):
-        list(segment(RawPatches(), dataset, mlabel_propagation_spy[0], VideoSegmentation(size=64), EvalContext()))
+        list(segment(RawPatches(), images, masks[0], VideoSegmentation(size=64), EvalContext()))
 
 
 @pytest.fixture(scope="module")
 def davis(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three drawn videos in DAVIS' layout, 5 and 4 frames long."""
+    """Three synthetic videos of 5 and 4 frames in the layout of DAVIS."""
     root = tmp_path_factory.mktemp("videos") / "DAVIS"
     for index, name in enumerate(("star", "flower", "gear")):
         video = Scenes(size=48, part="val").video(index, 5 - index % 2)
@@ -250,69 +255,68 @@ def davis(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SMALL = VideoSegmentation(size=48, multiple=8)
 
 
-def test_the_evaluation_scores_what_it_writes(davis: Path, tmp_path: Path) -> None:
-    heard = []
+def test_scores_equal_those_of_the_written_masks(davis: Path, tmp_path: Path) -> None:
+    calls = []
 
     def progress(label: str):
-        return nullcontext(lambda done, total: heard.append((label, done, total)))
+        return nullcontext(lambda done, total: calls.append((label, done, total)))
 
-    bound = SMALL.bind([davis], EvalContext(out=tmp_path, progress=progress))
-    scores = bound(RawPatches())
-    again = score_results(tmp_path / "video-segmentation", davis)
-    assert scores.details["official"] == again
-    assert scores["J&F"] == pytest.approx(100 * again["J&F-Mean"])
+    prepared = SMALL.prepare([davis], EvalContext(out=tmp_path, progress=progress))
+    scores = prepared(RawPatches())
+    official = score_results(tmp_path / "video-segmentation", davis)
+    assert scores.details["official"] == official
+    assert scores["J&F"] == pytest.approx(100 * official["J&F-Mean"])
     assert list(scores) == ["J&F", "J", "J recall", "J decay", "F", "F recall", "F decay"]
-    assert list(again["per_object"]) == ["gear_1", "star_1", "flower_1", "flower_2"]
+    assert list(official["per_object"]) == ["gear_1", "star_1", "flower_1", "flower_2"]
     assert len(list(tmp_path.rglob("*.png"))) == 14
-    assert ("frames", 11, 11) in heard
-    assert bound.data["davis"]["frames"] == 14
+    assert ("frames", 11, 11) in calls
+    assert prepared.data["davis"]["frames"] == 14
     assert scores["J"] > scores.details["first_mask_kept"]["J"] + 10
-    assert bound.pixel_reference() == Scores(scores)
-    references = reference_scores(bound, lambda: NETWORKS["vit"].build(drop_path=0.0))
+    references = reference_scores(prepared, lambda: NETWORKS["vit"].build(drop_path=0.0))
+    assert references["raw_pixels"] == Scores(scores)
     assert references["random_weights"] != scores
-    assert score_results(tmp_path / "video-segmentation", davis) == again, (
-        "a floor leaves the mlabel_propagation_spy alone"
-    )
+    assert score_results(tmp_path / "video-segmentation", davis) == official, "references write no masks"
 
 
-def test_two_ranks_together_say_what_one_does(davis: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank's share is scored in turn, and gathering is played by hand."""
-    bound, alone = SMALL.bind([davis], EvalContext()), SMALL.bind([davis], EvalContext())(RawPatches())
-    shares: list[Tensor] = []
+def test_two_ranks_give_the_scores_of_one(davis: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shards are scored one after the other, and gathered by hand."""
+    prepared = SMALL.prepare([davis], EvalContext())
+    expected = prepared(RawPatches()).details["official"]
+    shards: list[Tensor] = []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "gather", lambda rows: shares.append(rows) or rows)
+    monkeypatch.setattr(distributed, "all_gather", lambda rows: shards.append(rows) or rows)
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        bound(RawPatches())
-    assert [len(share) for share in shares[::2]] == [3, 1]
-    monkeypatch.setattr(distributed, "gather", lambda rows: torch.cat(shares[2::-2]))  # ranks in any order
-    together, expected = bound._summary(shares[0]), alone.details["official"]
-    assert together == expected
-    assert list(together["per_object"]) == list(expected["per_object"])
+        prepared(RawPatches())
+    assert [len(shard) for shard in shards[::2]] == [3, 1]
+    gathered = iter([torch.cat(shards[2::-2]), torch.cat(shards[3::-2])])  # ranks in any order
+    monkeypatch.setattr(distributed, "all_gather", lambda rows: next(gathered))
+    official = prepared(RawPatches()).details["official"]
+    assert official == expected
+    assert list(official["per_object"]) == list(expected["per_object"])
 
 
-def test_the_drawn_videos_need_no_files() -> None:
-    bound = VideoSegmentation().bind(["scenes"], EvalContext(size=16))
-    assert bound.data["davis"]["sequences"] == 8
-    assert bound.settings.size == 192
-    assert bound.data == VideoSegmentation().bind(["scenes"], EvalContext(size=96)).data
-    assert bound.data != VideoSegmentation().bind(["scenes"], EvalContext(size=128)).data
-    small = VideoSegmentation(size=32).bind(["scenes"], EvalContext(size=128))
-    assert next(small.clips[0].frames()).shape == (32, 32, 3)
-    assert next(small.clips[0].mlabel_propagation_spy()).max() == 1
+def test_synthetic_videos_depend_on_the_training_size() -> None:
+    """They have 192 pixels, or twice the training size if that is larger."""
+    data = {size: VideoSegmentation().prepare(["scenes"], EvalContext(size=size)).data for size in (16, 96, 128)}
+    assert data[16]["davis"]["sequences"] == 8
+    assert data[16] == data[96]
+    assert data[16] != data[128]
+    small = VideoSegmentation(size=32)
+    assert small.prepare(["scenes"], EvalContext(size=128)).data == small.prepare(["scenes"], EvalContext(size=16)).data
 
 
 @pytest.mark.parametrize(
     "change", [dict(top_k=0), dict(radius=-1), dict(temperature=0.0), dict(size=-5), dict(context=-1)]
 )
-def test_settings_that_cannot_work_are_said(change: dict) -> None:
-    with pytest.raises(UserError, match=f"--{next(iter(change)).replace('_', '-')}"):
+def test_invalid_settings_are_refused(change: dict) -> None:
+    with pytest.raises(UserError, match=f"`{next(iter(change))}` must be"):
         VideoSegmentation(**change)
 
 
-def test_nothing_of_the_backbone_is_changed(davis: Path) -> None:
+def test_the_backbone_is_not_changed(davis: Path) -> None:
     backbone: Backbone = NETWORKS["resnet"].build().train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    SMALL.bind([davis], EvalContext())(backbone)
+    SMALL.prepare([davis], EvalContext())(backbone)
     assert backbone.training
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())

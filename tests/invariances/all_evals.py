@@ -1,4 +1,4 @@
-"""Every evaluation of a small network, as `dino_ssl.evaluate` gives it: in this process, or on one rank of several.
+"""Every evaluation of a small network by `dino_ssl.evaluate`, in this process or on several ranks.
 
 As a script: `all_evals.py FOLDER` evaluates the network in FOLDER/network.safetensors and writes FOLDER/rank0.json, ...
 """
@@ -26,43 +26,43 @@ from dino_ssl.models.weights import save_backbone
 from dino_ssl.runtime import start
 
 NETWORK = ViT(width=48, depth=2, heads=3, patch=8, image_size=32)
-DRAWN = Scenes(count=7, size=32, part="test")
+SCENES = Scenes(count=7, size=32, part="test")
 LINEAR = Linear(epochs=3, batch=16, lr=(0.01, 0.3), crops=2)
 
 
 def make(folder: Path) -> Path:
-    """A network, and pictures of four classes with one that is cut short: found out only when it is read."""
-    torch.manual_seed(1)  # not that of the random weights that it stands beside
+    """Write a network, and images of four classes, one of which is truncated."""
+    torch.manual_seed(1)  # differs from the seed of the random weights it is compared with
     save_backbone(NETWORK, NETWORK.build(drop_path=0.0).state_dict(), folder / "network.safetensors")
     for part, count in (("train", 41), ("val", 23)):
         Scenes(count=count, size=32, classes=4, part=part).write(folder / part)  # pyright: ignore[reportArgumentType]
-    torn = sorted((folder / "train").rglob("*.*"))[3]
-    torn.write_bytes(torn.read_bytes()[:400])
+    truncated = sorted((folder / "train").rglob("*.*"))[3]
+    truncated.write_bytes(truncated.read_bytes()[:400])
     return folder
 
 
-def answers(folder: Path) -> dict[str, Any]:
-    """What is asked is small, and none of it can be divided by two: a share is larger than the other."""
+def evaluate_all(folder: Path) -> dict[str, Any]:
+    """Return the result of every evaluation; numbers of images are odd, so two ranks have unequal shards."""
     train, val = (Folder(path=str(folder / part)) for part in ("train", "val"))
-    asked: dict[str, tuple[Any, ...]] = {
+    evaluations: dict[str, tuple[Any, ...]] = {
         "knn": (KNN(k=(1, 5)), train, val),
         "linear": (LINEAR, train, val),
         "linear, fresh crops": (Linear(epochs=2, batch=16, lr=(0.3,), crops=0), train, val),
         "low-shot": (LowShot(share=(0.5,), subsets=2, k=3, tolerance=1e-2), train, val),
-        "retrieval": (Retrieval(multiscale=True), DRAWN),
-        "copy-detection": (CopyDetection(dimensions=8), DRAWN),
+        "retrieval": (Retrieval(multiscale=True), SCENES),
+        "copy-detection": (CopyDetection(dimensions=8), SCENES),
         "video-segmentation": (VideoSegmentation(), Scenes(count=3, size=32, part="val")),
         "attention-masks": (AttentionMasks(), Scenes(count=5, size=32, part="val")),
     }
     network, out = folder / "network.safetensors", folder / "out"
-    return {name: evaluate(network, *question, batch_size=5, out=out) for name, question in asked.items()}
+    return {name: evaluate(network, *args, batch_size=5, out=out) for name, args in evaluations.items()}
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with start("float32"):
-        found = answers(folder)
-        (folder / f"rank{distributed.rank()}.json").write_text(json.dumps(found))
+        results = evaluate_all(folder)
+        (folder / f"rank{distributed.rank()}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

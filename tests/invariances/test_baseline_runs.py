@@ -73,7 +73,7 @@ def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
     twos = [edit(one, out=f"{one.out}-two") for one in ones]
     for two in twos:
         Path(f"{two.out}.json").write_text(json.dumps(to_dict(two)))
-    run_on_ranks([str(HERE / "several_runs.py"), *(f"{two.out}.json" for two in twos)], 2)
+    run_on_ranks([str(HERE / "train_runs.py"), *(f"{two.out}.json" for two in twos)], 2)
     for one, two in zip(ones, twos, strict=True):
         fit(one)
         assert not differences(last(two)["method"], last(one)["method"], one.out, same=close)

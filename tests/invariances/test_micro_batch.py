@@ -86,7 +86,7 @@ def test_parts_on_two_ranks_are_the_whole_batch_on_one(tmp_path: Path) -> None:
     one = edit(STILL, out=f"{tmp_path}/one", method=dict(targets="sinkhorn"), optim=dict(lr=0.1))
     two = edit(one, out=f"{tmp_path}/two", optim=dict(micro_batch=3))
     (tmp_path / "two.json").write_text(json.dumps(to_dict(two)))
-    run_on_ranks([str(HERE / "several_runs.py"), str(tmp_path / "two.json")], 2)
+    run_on_ranks([str(HERE / "train_runs.py"), str(tmp_path / "two.json")], 2)
     for _ in train(one, CPU, one.data.open()):
         pass
     assert not differences(last(two)["method"], last(one)["method"], same=close)

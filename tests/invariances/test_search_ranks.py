@@ -1,4 +1,4 @@
-"""Search over two ranks gives what one gives: the ranks are threads that meet where processes would."""
+"""Retrieval on two ranks equals one rank; the ranks are threads."""
 
 import copy
 import threading
@@ -19,29 +19,29 @@ SCENES = Scenes(count=5, size=32, part="test")
 
 
 def on_ranks(world: int, work: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What `work` gives on each rank."""
-    here, meet = threading.local(), threading.Barrier(world, timeout=60)
+    """Return the result of `work` on each rank."""
+    local, barrier = threading.local(), threading.Barrier(world, timeout=60)
     box: list[Any] = [None] * world
     results: list[Any] = [None] * world
 
-    def gather(tensor: torch.Tensor) -> torch.Tensor:
-        box[here.rank] = tensor
-        meet.wait()
-        whole = torch.cat(box)
-        meet.wait()
-        return whole
+    def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+        box[local.rank] = tensor
+        barrier.wait()
+        gathered = torch.cat(box)
+        barrier.wait()
+        return gathered
 
     def run(rank: int) -> None:
-        here.rank = rank
+        local.rank = rank
         try:
             results[rank] = work()
         except BaseException as error:
             results[rank] = error
-            meet.abort()
+            barrier.abort()
 
     monkeypatch.setattr(distributed, "world_size", lambda: world)
-    monkeypatch.setattr(distributed, "rank", lambda: here.rank)
-    monkeypatch.setattr(distributed, "gather", gather)
+    monkeypatch.setattr(distributed, "rank", lambda: local.rank)
+    monkeypatch.setattr(distributed, "all_gather", all_gather)
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:
         thread.start()
@@ -51,15 +51,15 @@ def on_ranks(world: int, work: Callable[[], Any], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("settings", [Retrieval(multiscale=True), CopyDetection(dimensions=8)])
-def test_two_ranks_give_what_one_gives(settings: Retrieval | CopyDetection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_give_the_scores_of_one(settings: Retrieval | CopyDetection, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     network = ViT(width=48, depth=1, heads=3, patch=8, image_size=32).build().eval()
 
     def work() -> Any:
-        return settings.bind([SCENES.open()], EvalContext(size=32, batch_size=3))(copy.deepcopy(network))
+        return settings.prepare([SCENES.open()], EvalContext(size=32, batch_size=3))(copy.deepcopy(network))
 
-    alone = work()
+    expected = work()
     for scores in on_ranks(2, work, monkeypatch):
         assert not isinstance(scores, BaseException), scores
-        assert scores == pytest.approx(alone)
-        assert list(scores.details) == list(alone.details)
+        assert scores == pytest.approx(expected)
+        assert list(scores.details) == list(expected.details)

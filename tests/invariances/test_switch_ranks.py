@@ -43,7 +43,7 @@ def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
     for name, run in shared.items():
         files.append(tmp_path / f"{name}.json")
         files[-1].write_text(json.dumps(to_dict(run)))
-    run_on_ranks([str(Path(__file__).with_name("several_runs.py")), *map(str, files)], 2)
+    run_on_ranks([str(Path(__file__).with_name("train_runs.py")), *map(str, files)], 2)
     for name, run in alone.items():
         fit(run)
         assert not differences(last(shared[name])["method"], last(run)["method"], same=close), name

@@ -27,9 +27,8 @@ from dino_ssl.api.training import run_session
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.errors import UserError
-from dino_ssl.evals.base import EvalContext, evaluating
-from dino_ssl.evals.knn import BoundKNN
-from dino_ssl.evals.linear import BoundLinear, Linear
+from dino_ssl.evals.base import PreparedEval, evaluating
+from dino_ssl.evals.linear import Linear
 from dino_ssl.events import Evaluated, Event, Logged, Started
 from dino_ssl.files import append_jsonl, atomic_write, read_json, read_lines, write_json
 from dino_ssl.methods.method import Method
@@ -38,7 +37,7 @@ from dino_ssl.report.curves import read_history
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, machine, peak_memory, start
 from dino_ssl.terminal import Terminal, command_output
-from dino_ssl.training import train
+from dino_ssl.training import eval_context, train
 
 FINAL_FRACTION = 0.05
 """Final fraction of the logged lines over which entropy and KL are averaged."""
@@ -116,7 +115,7 @@ class _Observer:
         self.job, self.rt, self.report = job, rt, report
         self.reported_at, self.parent = 0.0, os.getppid()
         self.student: Backbone | None = None
-        self.knn: BoundKNN | None = None
+        self.knn: PreparedEval | None = None
 
     def on_event(self, event: Event) -> None:
         match event:
@@ -143,7 +142,7 @@ class _Observer:
         self.student, run = student_of(event.method), self.job.run
         if self.student is None:
             return
-        self.knn = run.online_eval.bind(event.train_set, event.val_set, _eval_context(run, self.rt))
+        self.knn = run.online_eval.prepare_knn(event.train_set, event.val_set, eval_context(run, self.rt))
         path, step = Path(run.out) / STUDENT, event.clock.step
         lines = [json.dumps(score) + "\n" for score in read_student_scores(path.parent) if 0 < score["step"] <= step]
         if path.is_file():
@@ -154,16 +153,6 @@ def student_of(method: Method) -> Backbone | None:
     """Return the student's backbone; None if the method evaluates the student itself."""
     student = getattr(method.trainable, "backbone", None)
     return student if isinstance(student, Backbone) and student is not method.backbone else None
-
-
-def _eval_context(run: Run, rt: Runtime) -> EvalContext:
-    return EvalContext(
-        device=rt.device,
-        workers=run.workers,
-        batch_size=run.online_eval.batch_size,
-        size=run.online_eval.size or run.views.size,
-        autocast=rt.autocast,
-    )
 
 
 # -- results -----------------------------------------------------------------------------------------------
@@ -232,7 +221,8 @@ def _is_score(name: str) -> bool:
 def _linear(run: Run, rt: Runtime, started: Started) -> Mapping[str, float]:
     if started.val_set is None:
         return {}
-    evaluate = BoundLinear(Linear(), started.train_set, started.val_set, _eval_context(run, rt))
+    linear = Linear(size=run.online_eval.size)
+    evaluate = linear.prepare((started.train_set, started.val_set), eval_context(run, rt))
     return {"linear": evaluate(started.method.backbone)["top-1"]}
 
 

@@ -10,10 +10,11 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -28,8 +29,9 @@ from dino_ssl.data.sources import WORDS, DatasetSource, open_dataset
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals import find_evaluation
-from dino_ssl.evals.attention_masks import size_to_look_at
-from dino_ssl.evals.base import EvalContext, Evaluation, extract, reference_scores
+from dino_ssl.evals.attention_maps import attention_size
+from dino_ssl.evals.base import EvalContext, Evaluation, reference_scores
+from dino_ssl.evals.features import extract
 from dino_ssl.files import write_json
 from dino_ssl.methods import method_named
 from dino_ssl.methods.dino import DINOConfig
@@ -124,14 +126,25 @@ def evaluate(
     out: str | Path | None = None,
     progress: StartProgress = no_progress,
 ) -> dict[str, Any]:
-    """Any evaluation of the paper: `evaluate("runs/x", KNN(k=(5,)), "train", "val")`, or by name: `"knn"`.
+    """Run an evaluation: `evaluate("runs/x", KNN(k=(5,)), "train", "val")`, or by name: `"knn"`, `"module:Class"`.
 
-    Gives {"evaluation": name, "values": {"20-NN": percent, ...}, "floors": {"raw_pixels": ..., "random_weights": ...},
-    "details", "protocol", "data", "checkpoint", "versions"}. floors: ask the same of random weights (and of raw pixels
-    where that has a meaning). cache: keep features beside the checkpoint. out: a folder for files it writes (masks).
+    Args:
+        checkpoint: A run's folder, a file, a released network, timm:NAME, or a backbone.
+        evaluation: Settings, or the name of an evaluation with its default settings.
+        sources: Data of the evaluation, in the order of its `sources`.
+        references: Evaluate random weights, and raw pixels if the evaluation is defined for them.
+        batch_size: Images per forward pass.
+        workers: Worker processes that decode images.
+        cache: Cache features next to the checkpoint.
+        out: Folder for files that the evaluation writes (masks).
+        progress: Shows progress.
+
+    Returns:
+        {"evaluation": name, "values": {"20-NN": percent, ...}, "references": {"raw_pixels": {...}, "random_weights":
+        {...}}, "details", "protocol", "data", "checkpoint", "versions"}.
     """
     if isinstance(evaluation, str):
-        evaluation = cast(Evaluation, find_evaluation(evaluation)())
+        evaluation = find_evaluation(evaluation)()
     with start("float32") as rt:
         found = open_checkpoint(checkpoint, rt.device)
         context = EvalContext(
@@ -143,16 +156,16 @@ def evaluate(
             cache=found.folder / "evals/features" if cache and found.folder is not None else None,
             out=None if out is None else Path(out),
         )
-        evaluator = evaluation.bind(sources, context)
-        scores = evaluator(found.backbone)
-        beside = reference_scores(evaluator, found.fresh) if references else {}
+        prepared = evaluation.prepare(sources, context)
+        scores = prepared(found.backbone)
+        compared = reference_scores(prepared, found.fresh) if references else {}
         return {
-            "evaluation": evaluator.name,
+            "evaluation": prepared.name,
             "values": dict(scores),
-            "floors": {name: dict(values) for name, values in beside.items()},
+            "references": {name: dict(values) for name, values in compared.items()},
             "details": scores.details,
             "protocol": to_dict(evaluation),
-            "data": {name: dict(part) for name, part in evaluator.data.items()},
+            "data": {name: dict(part) for name, part in prepared.data.items()},
             "checkpoint": {"source": found.source, "hash": found.hash, "size": found.size},
             "versions": versions(),
         }
@@ -203,15 +216,14 @@ def embed(
     with start("float32") as rt:
         found = open_checkpoint(checkpoint, rt.device)
         opened = open_dataset(dataset, progress)
-        extracted = extract(
-            found.backbone,
-            opened,
-            size=size or found.size,
+        context = EvalContext(
             device=rt.device,
-            batch_size=batch_size,
             workers=workers,
-            progress=progress,
+            batch_size=batch_size,
+            size=size or found.size,
+            progress=no_progress if progress is None else lambda label: nullcontext(progress),
         )
+        extracted = extract(found.backbone, opened, context)
         rows = extracted.indices.tolist()
         labels = np.full(len(opened), -1) if opened.labels is None else opened.labels
         return Embedding(
@@ -266,7 +278,7 @@ def attention(
     """
     found = open_checkpoint(checkpoint)
     image = picture if isinstance(picture, np.ndarray) else read_image(picture)
-    size = size or size_to_look_at(found.size)
+    size = size or attention_size(found.size)
     if isinstance(found.backbone, Attentive):
         queries = point if isinstance(point, list) else [point]
         maps = attention_maps(found.backbone, image, queries, layer=layer, heads=heads, mass=mass, size=size)

@@ -6,7 +6,8 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dino_ssl.collapse.checks import Finding
 from dino_ssl.collapse.policy import CollapsePolicy, Decision, monitored
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.errors import Diverged, UserError
-from dino_ssl.evals.base import extract
+from dino_ssl.evals.features import extract
 from dino_ssl.events import Ended, EpochDone, EvalDone, EvalStarted, Evaluated, Event, Logged, Started
 from dino_ssl.report.run_report import write_report
 from dino_ssl.report.snapshots import choose_samples, snapshot, write_neighbours
@@ -26,7 +27,7 @@ from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime
 from dino_ssl.schedules import Clock
 from dino_ssl.terminal import Terminal
-from dino_ssl.training import train
+from dino_ssl.training import eval_context, train
 
 SNAPSHOTS = 5
 """Checkpoints at which the attention of the sample pictures is kept."""
@@ -275,15 +276,8 @@ class _Session:
         step = max(1, -(-len(self.shown) // MAX_NEIGHBOUR_IMAGES))
         kept = sorted({*range(0, len(self.shown), step), *self.samples})
         dataset = self.shown.subset(kept)
-        extracted = extract(
-            backbone,
-            dataset,
-            size=self.run.views.size,
-            device=self.rt.device,
-            workers=self.run.workers,
-            autocast=self.rt.autocast,
-            progress=done,
-        )
+        context = replace(eval_context(self.run, self.rt), progress=lambda label: nullcontext(done))
+        extracted = extract(backbone, dataset, context)
         if self.rt.is_main:
             read = set(extracted.indices.tolist())  # the others went bad since
             queries = [place for place in map(kept.index, self.samples) if place in read]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from dino_ssl.api.resolve import find_run, flag, runs_nearby
-from dino_ssl.cli.eval_spec import ASKS
+from dino_ssl.cli.eval_spec import EVAL_SPECS
 from dino_ssl.cli.options import parse
 from dino_ssl.config import edit, flatten, to_dict
 from dino_ssl.data.folder import Folder
@@ -123,7 +123,7 @@ class CommandLine:
 
     def parse(self, over: Run) -> Options:
         kind, default = cast(type[Any], self.kind), self.kind(run=over)
-        options = parse(kind, self.argv, self.prog, self.examples, default, ASKS)
+        options = parse(kind, self.argv, self.prog, self.examples, default, EVAL_SPECS)
         data = options.run.data
         if options.folder and self.drawn() is None:
             data = edit(data, path=options.folder) if isinstance(data, Folder) else Folder(path=options.folder)

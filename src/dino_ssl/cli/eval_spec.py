@@ -1,4 +1,4 @@
-"""`--evals "retrieval roxford5k/ --every-epochs 10"`: an evaluation while training, with the words of `dino eval`."""
+"""Evaluations on the command line: their options, and `--evals "retrieval roxford5k/ --every-epochs 10"`."""
 
 import shlex
 from dataclasses import field, make_dataclass
@@ -12,73 +12,66 @@ from dino_ssl.errors import UserError
 from dino_ssl.evals import EVALUATIONS, find_evaluation
 from dino_ssl.evals.scheduled import ScheduledEval
 
-ASKS = ConstructorRegistry()
-"""How tyro reads an `ScheduledEval`: one word of the command line, which holds several."""
+EVAL_SPECS = ConstructorRegistry()
+"""Lets tyro parse a `ScheduledEval` from one argument."""
 
 
-@ASKS.primitive_rule
-def ask_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[ScheduledEval] | None:
+@EVAL_SPECS.primitive_rule
+def _scheduled_eval_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[ScheduledEval] | None:
     if info.type is not ScheduledEval:
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar='"NAME DATA..."',
-        instance_from_str=lambda words: parse_ask(words[0]),
+        instance_from_str=lambda arguments: parse_scheduled_eval(arguments[0]),
         is_instance=lambda value: isinstance(value, ScheduledEval),
-        str_from_instance=lambda ask: [str(ask)],
+        str_from_instance=lambda value: [str(value)],
     )
 
 
-def parse_ask(text: str) -> ScheduledEval:
-    """`knn train/ val/ --k 5 --every-epochs 10` as settings, by the options of `dino eval knn`."""
+def parse_scheduled_eval(text: str) -> ScheduledEval:
+    """Parse `knn train/ val/ --k 5 --every-epochs 10`, with the options of `dino eval knn`."""
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise UserError(f"--evals cannot read {text!r}: {error}.") from error
+        raise UserError(f"`evals`: {text!r} cannot be parsed: {error}.") from error
     if not words or (words[0] not in EVALUATIONS and len(words) == 1):
         raise UserError(
-            f"--evals expected an evaluation and its data together in quotes; got {text!r}. What is trained on comes "
-            "before it.\n"
+            f"`evals` expected the name of an evaluation and its data in quotes; got {text!r}. The training data comes "
+            "before this option.\n"
             f'For example: dino train photos/ --evals "knn train/ val/" "retrieval roxford5k/ --every-epochs 10"\n'
             f"Evaluations: {', '.join(EVALUATIONS)}."
         )
     evaluation = find_evaluation(words[0])
+    help = "Epochs between two evaluations, the first before the first step; 0: only at the end."
+    every = ("every_epochs", Annotated[float, tyro.conf.arg(help=help)], field(default=0.0))
+    kind = eval_options(evaluation, [], [every], f"During training: {evaluation.__doc__}")
     prog = f"dino train DATA --evals {words[0]}"
-    options = parse(_options(evaluation), words[1:], prog, f"  {prog.replace(words[0], chr(34) + text + chr(34))}")
+    options = parse(kind, words[1:], prog, f'  dino train DATA --evals "{text}"')
     return ScheduledEval(
-        evaluation=options.protocol,
-        sources=sources_of(options, evaluation),
-        every_epochs=options.every_epochs,
+        evaluation=options.protocol, sources=sources_of(options, evaluation), every_epochs=options.every_epochs
     )
 
 
-def source_fields(evaluation: Any) -> list[Any]:
-    """The fields of an evaluation's sources, in order, for `make_dataclass`."""
-    fields: list[Any] = []
+def eval_options(evaluation: Any, before: list[Any], after: list[Any], doc: str) -> type:
+    """Return a dataclass of an evaluation's sources, its settings as `protocol`, and more fields before and after."""
+    sources: list[Any] = []
     for source in evaluation.sources:
-        here = (source.name.lower(), positional(source.help))
-        fields.append(here if source.required else (*here, field(default="")))
-    return fields
+        argument = (source.name.lower(), positional(source.help))
+        sources.append(argument if source.required else (*argument, field(default="")))
+    protocol = Annotated[evaluation, tyro.conf.OmitArgPrefixes]
+    fields = [*before, *sources, ("protocol", protocol, field(default_factory=evaluation)), *after]
+    options = make_dataclass("Options", fields, frozen=True)
+    options.__doc__ = f"{doc}\n\nIn the paper: {evaluation.paper}." if evaluation.paper else doc
+    return options
 
 
 def sources_of(options: Any, evaluation: Any) -> tuple[str, ...]:
-    """What was given for them."""
-    given = (getattr(options, source.name.lower()) for source in evaluation.sources)
-    return tuple(source for source in given if source)
+    """Return the sources that were given."""
+    values = (getattr(options, source.name.lower()) for source in evaluation.sources)
+    return tuple(value for value in values if value)
 
 
 def positional(help: str) -> Any:
+    """Return the type of a positional string argument."""
     return Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=help)]
-
-
-def _options(evaluation: Any) -> type:
-    """Sources, protocol, and how often."""
-    often = "Epochs between two times, the first before the first step; 0: at the end alone."
-    fields = [
-        *source_fields(evaluation),
-        ("protocol", Annotated[evaluation, tyro.conf.OmitArgPrefixes], field(default_factory=evaluation)),
-        ("every_epochs", Annotated[float, tyro.conf.arg(help=often)], field(default=0.0)),
-    ]
-    options = make_dataclass("Options", fields, frozen=True)
-    options.__doc__ = f"While training: {evaluation.__doc__}\n\nThe paper: {evaluation.paper}."
-    return options

@@ -46,7 +46,7 @@ def pca(argv: Sequence[str]) -> int:
         raise UserError("No images: expected files or folders: dino pca CHECKPOINT IMAGE ...")
     with command_output(options.json) as (terminal, write_result):
         from dino_ssl.api.calls import open_checkpoint
-        from dino_ssl.evals.attention_masks import size_to_look_at
+        from dino_ssl.evals.attention_maps import attention_size
         from dino_ssl.viz.pca import patch_colors
         from dino_ssl.viz.rendering import patch_color_image, sheet
         from dino_ssl.viz.saving import save_image
@@ -58,7 +58,7 @@ def pca(argv: Sequence[str]) -> int:
         pixels = (
             (readable.append(image), array)[1] for image, array in read_images(images, terminal, "features", skipped)
         )
-        size = options.size or size_to_look_at(checkpoint.size)
+        size = options.size or attention_size(checkpoint.size)
         colors, variance = patch_colors(checkpoint.backbone, pixels, size=size, foreground=options.foreground)
         out, results, blocks = Path(options.out), [], []
         for image, each in zip(readable, colors, strict=True):

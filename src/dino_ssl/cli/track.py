@@ -63,7 +63,7 @@ def track(argv: Sequence[str]) -> int:
 
         from dino_ssl.api.calls import open_checkpoint
         from dino_ssl.data.masks import write_mask
-        from dino_ssl.evals.attention_masks import size_to_look_at
+        from dino_ssl.evals.attention_maps import attention_size
         from dino_ssl.evals.base import EvalContext
         from dino_ssl.evals.video_segmentation import VideoSegmentation
         from dino_ssl.viz import tracking
@@ -78,7 +78,7 @@ def track(argv: Sequence[str]) -> int:
         mask = tracking.read_first_mask(options.mask, *first.shape[:2])
         checkpoint = open_checkpoint(options.checkpoint)
         settings = VideoSegmentation(
-            size=options.size or size_to_look_at(checkpoint.size), multiple=1, context=options.context,
+            size=options.size or attention_size(checkpoint.size), multiple=1, context=options.context,
             radius=options.radius, top_k=options.top_k, temperature=options.temperature,
         )  # fmt: skip
         too_small = tracking.too_small_objects(mask, checkpoint.backbone.patch, settings)

@@ -1,62 +1,67 @@
-"""Every evaluation by its name on the command line. Each module is imported when it is asked for."""
+"""Registry of the evaluations by name; a module is imported when its evaluation is used."""
 
-import importlib
 from typing import Any, NamedTuple
 
+from dino_ssl.config import import_object, import_type
 from dino_ssl.errors import UserError, did_you_mean
 
 
 class Entry(NamedTuple):
+    """A registered evaluation."""
+
     home: str
-    """module:class of its settings."""
-    what: str
+    """module:class."""
+    summary: str
     score: str = ""
-    """module:function that scores results that exist already, given their folder and the benchmark's, if any can."""
+    """module:function (results, root, *, split, progress) -> dict that scores existing results, if there is one."""
 
 
 EVALUATIONS = {
     "knn": Entry("dino_ssl.evals.knn:KNN", "weighted k-NN accuracy of frozen features"),
     "linear": Entry("dino_ssl.evals.linear:Linear", "accuracy of a linear classifier on frozen features"),
-    "low-shot": Entry("dino_ssl.evals.low_shot:LowShot", "accuracy with the labels of 1 %, 10 % or a few pictures"),
-    "retrieval": Entry("dino_ssl.evals.retrieval:Retrieval", "landmark search: revisited Oxford and Paris"),
-    "copy-detection": Entry("dino_ssl.evals.copy_detection:CopyDetection", "finding the originals of edited pictures"),
+    "low-shot": Entry("dino_ssl.evals.low_shot:LowShot", "accuracy with the labels of 1 %, 10 % or a few images"),
+    "retrieval": Entry("dino_ssl.evals.retrieval:Retrieval", "landmark retrieval: revisited Oxford and Paris"),
+    "copy-detection": Entry("dino_ssl.evals.copy_detection:CopyDetection", "finding the originals of edited images"),
     "video-segmentation": Entry(
         "dino_ssl.evals.video_segmentation:VideoSegmentation",
-        "following objects through videos from their first mask: DAVIS 2017",
+        "video object segmentation from the first mask: DAVIS 2017",
         score="dino_ssl.evals.davis_score:score_results",
     ),
     "attention-masks": Entry(
-        "dino_ssl.evals.attention_masks:AttentionMasks", "how well masks of the attention cover objects"
+        "dino_ssl.evals.attention_masks:AttentionMasks", "overlap of attention masks and annotated objects"
     ),
 }
 
 FINETUNE = "finetune"
-"""Asked for like an evaluation, and a training run of its own: accuracy of the whole network, trained with labels."""
-
-
-def entry(name: str) -> Entry:
-    """The entry of that name. Raises UserError with the nearest names."""
-    if name not in EVALUATIONS:
-        raise UserError(
-            f"There is no evaluation {name!r}{did_you_mean(name, (*EVALUATIONS, FINETUNE))}\n"
-            f"Expected one of {', '.join((*EVALUATIONS, FINETUNE))}, as in: dino eval knn CHECKPOINT TRAIN VAL"
-        )
-    return EVALUATIONS[name]
+"""Name of fine-tuning in `dino eval`; it is a training run, not an `Evaluation`."""
 
 
 def find_evaluation(name: str) -> Any:
-    """The class of an evaluation's settings, an `Evaluation`."""
-    return _imported(entry(name).home)
+    """Return the `Evaluation` class of a registered name or of `module:Class`; raise UserError if there is none."""
+    from dino_ssl.evals.base import Evaluation
+
+    return import_type(name if ":" in name else _entry(name).home, Evaluation)
 
 
-def scorer(name: str) -> Any:
-    """What scores results that exist, (results, root, *, split, progress) -> dict. Raises UserError where none can."""
-    if not entry(name).score:
-        able = ", ".join(name for name, one in EVALUATIONS.items() if one.score)
-        raise UserError(f"dino eval {name} has no --score: results that exist are scored by {able} alone.")
-    return _imported(entry(name).score)
+def import_all() -> None:
+    """Import every registered evaluation, so that `config.from_dict` finds its settings by class name."""
+    for name in EVALUATIONS:
+        find_evaluation(name)
 
 
-def _imported(home: str) -> Any:
-    module, thing = home.split(":")
-    return getattr(importlib.import_module(module), thing)
+def find_scorer(name: str) -> Any:
+    """Return the function that scores existing results; raise UserError if the evaluation has none."""
+    if ":" in name or not _entry(name).score:
+        names = ", ".join(name for name, entry in EVALUATIONS.items() if entry.score)
+        raise UserError(f"{name} cannot score existing results; expected {names}.")
+    return import_object(_entry(name).score)
+
+
+def _entry(name: str) -> Entry:
+    if name not in EVALUATIONS:
+        names = (*EVALUATIONS, FINETUNE)
+        raise UserError(
+            f"There is no evaluation {name!r}{did_you_mean(name, names)}\n"
+            f"Expected {', '.join(names)}, or module:Class; for example: dino eval knn CHECKPOINT TRAIN VAL"
+        )
+    return EVALUATIONS[name]

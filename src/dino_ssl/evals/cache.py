@@ -1,4 +1,4 @@
-"""What was computed before, on disk: by the weights, the pictures and what was asked of them."""
+"""Cache of computed tensors on disk, keyed by the weights, the images and the computation."""
 
 import hashlib
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from dino_ssl.files import atomic_write
 
 
 def weights_hash(network: nn.Module) -> str:
-    """16 hex digits over the weights: the same wherever they lie, and on any device."""
+    """Return 16 hex digits of the SHA-256 of the weights; the same on any device."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode())
@@ -24,26 +24,25 @@ def weights_hash(network: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def key_of(*parts: str) -> str:
-    """24 hex digits that stand for these words: the name of a file."""
+def cache_key(*parts: str) -> str:
+    """Return 24 hex digits for these strings, to name a cache file."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def cached(file: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What `file` holds, or compute(), which all ranks call together; then `file` holds it.
+    """Return the tensors in `file`, or call `compute` on all ranks and save its result there.
 
-    A damaged file is computed anew. Where it cannot be written (a full disk, a folder for reading only) the
-    result is given all the same: what is lost is time.
+    A damaged file is computed again. A file that cannot be written (full disk, read-only folder) is not an error.
     """
-    before = distributed.run_on_rank0(lambda: _read(file))
-    if before is not None:
-        return before
-    fresh = compute()
+    stored = distributed.run_on_rank0(lambda: _read(file))
+    if stored is not None:
+        return stored
+    tensors = compute()
     if distributed.is_rank0():
-        whole = {name: value.contiguous() for name, value in fresh.items()}
+        contiguous = {name: value.contiguous() for name, value in tensors.items()}
         with suppress(UserError):
-            atomic_write(file, lambda aside: save_file(whole, aside))
-    return fresh
+            atomic_write(file, lambda temporary: save_file(contiguous, temporary))
+    return tensors
 
 
 def _read(file: Path) -> dict[str, Tensor] | None:

@@ -1,15 +1,15 @@
-"""Copy detection (Table 4): the original of an edited picture first, among many pictures that it is not; Copydays.
+"""Copy detection (Table 4): rank the original of an edited image first among many other images; Copydays.
 
-The descriptor is [CLS || GeM of the patches], whitened on pictures of another set. Legend of the shapes: B pictures,
-h x w places, D width of the network's vector, P of its patches, N descriptors, W = D + P.
+The descriptor is [CLS || GeM of the patches], whitened on a separate set of images. Shapes: B images, h x w patches,
+D dimensions of the network's output, P of its patches, N descriptors, W = D + P.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -21,37 +21,37 @@ from dino_ssl.data.sources import WORDS, DatasetSource, described, open_dataset
 from dino_ssl.data.synthetic.dataset import SyntheticDataset
 from dino_ssl.data.synthetic.scenes import PARTS, Scenes
 from dino_ssl.errors import UserError, check_range
-from dino_ssl.evals.base import EvalContext, Extracted, Scores, Source, evaluating
-from dino_ssl.evals.descriptors import describe, every_row, skipped_of
-from dino_ssl.evals.pixels import raw_pixels_of
-from dino_ssl.evals.ranking import average_precision, mean, places_of
+from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval, Scores, Source, evaluating
+from dino_ssl.evals.features import ImageFeatures, extract_resized, skipped_details
+from dino_ssl.evals.pixels import raw_pixels
+from dino_ssl.evals.ranking import average_precision, sequential_mean, target_ranks
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.progress import Progress
 
-DRAWN = 100
-"""Originals that the word `scenes` draws; four times as many others, and five times as many to whiten on."""
-FIT_ROWS = 4096  # descriptors that are float64 at once while a whitening is fitted: 50 MB at 1536 wide
+SYNTHETIC_ORIGINALS = 100
+"""Originals of the word `scenes`; it has four times as many distractors and five times as many whitening images."""
+FIT_ROWS = 4096  # descriptors in float64 at once: 50 MB at 1536 dimensions
 
 
 def gem(patches: Tensor, p: float = 4.0, floor: float = 1e-6) -> Tensor:
-    """Generalised mean over the places (Radenovic et al., 2018): (mean of x^p)^(1/p), [B, h, w, P] -> [B, P].
+    """Generalized mean pooling (Radenovic et al., 2018): (mean of x^p)^(1/p), [B, h, w, P] -> [B, P].
 
-    What lies below `floor` counts as that. p = 1 is the average of what is positive, p towards infinity the maximum.
+    Values are clamped to at least `floor`. p = 1 is average pooling, p -> infinity max pooling.
     """
     return patches.float().clamp(min=floor).pow(p).mean((1, 2)).pow(1 / p)
 
 
 def copy_descriptor(backbone: Backbone, images: Tensor, p: float = 4.0) -> Tensor:
-    """[B, 3, H, W] -> [B, D + P]: [CLS || GeM of the patches] of the last layer (Sec. 4.2.2)."""
+    """Sec. 4.2.2: [CLS || GeM of the patches] of the last layer, [B, 3, H, W] -> [B, W]."""
     last = backbone.features(images)[-1]
     return torch.cat([last.cls.float(), gem(last.patches, p)], dim=1)
 
 
 class Whitening(NamedTuple):
-    """x -> (x - mean) basis: decorrelated, of equal spread in every direction kept."""
+    """The map x -> (x - mean) basis, whose outputs are uncorrelated with unit variance."""
 
     mean: Tensor  # [W]
-    basis: Tensor  # [W, d], the columns by falling eigenvalue
+    basis: Tensor  # [W, d], columns by descending eigenvalue
 
 
 def fit_whitening(
@@ -62,181 +62,209 @@ def fit_whitening(
     floor: float = 1e-5,
     center: bool = True,
 ) -> Whitening:
-    """PCA whitening: eigenvectors of the covariance, each over its eigenvalue^power; eigenvalues of at least
-    floor times the largest. `dimensions`: how many are kept; None keeps all that N pictures can tell.
+    """Return the PCA whitening of x: eigenvectors of the covariance, divided by eigenvalue^power.
 
-    center=False takes second moments about zero instead of the covariance. The authors' code mixes the two (it moves
-    by the mean and decorrelates about zero), which whitens neither; this project moves and decorrelates alike.
+    The authors' code subtracts the mean but decorrelates about zero, which whitens neither; here both use the mean.
+
+    Args:
+        x: Descriptors.
+        dimensions: Number of components; None: as many as N descriptors determine.
+        power: Exponent of the eigenvalues.
+        floor: Eigenvalues are at least this fraction of the largest.
+        center: Use the covariance; False: second moments about zero.
     """
     if len(x) < 2:
-        raise UserError(f"A whitening is learnt on many pictures; got {len(x)}.")
-    center_of = x.double().mean(0) if center else x.new_zeros(x.shape[1], dtype=torch.float64)
+        raise UserError(f"A whitening needs at least 2 images; got {len(x)}.")
+    mean = x.double().mean(0) if center else x.new_zeros(x.shape[1], dtype=torch.float64)
     moments = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for rows in x.split(FIT_ROWS):
-        rows = rows.double() - center_of
+        rows = rows.double() - mean
         moments += rows.T @ rows
     values, vectors = torch.linalg.eigh(moments / len(x))  # ascending
-    kept = min(dimensions or x.shape[1], x.shape[1], len(x) - center)
-    values, vectors = values.flip(0)[:kept], vectors.flip(1)[:, :kept]
-    smallest = max(floor * values[0].item(), 1e-12)  # of a network that gives one vector to everything, all are 0
-    return Whitening(center_of, vectors * values.clamp(min=smallest).pow(-power))
+    count = min(dimensions or x.shape[1], x.shape[1], len(x) - center)
+    values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
+    smallest = max(floor * values[0].item(), 1e-12)  # all eigenvalues of constant descriptors are 0
+    return Whitening(mean, vectors * values.clamp(min=smallest).pow(-power))
 
 
 def whiten(x: Tensor, whitening: Whitening) -> Tensor:
-    """[N, W] -> [N, d], of the type of x."""
+    """Apply a whitening: [N, W] -> [N, d], in the dtype of x."""
     parts = [(rows.double() - whitening.mean) @ whitening.basis for rows in x.split(FIT_ROWS)]
     return torch.cat(parts).to(x.dtype) if parts else x.new_zeros(0, whitening.basis.shape[1])
 
 
-def copy_scores(places: Sequence[int], blocks: Sequence[tuple[str, str]]) -> tuple[dict[str, float], dict[str, float]]:
-    """(mAP of each block, mAP of each strength within it), from 0 to 1, from the places of the copies' originals.
+def copy_scores(ranks: Sequence[int], blocks: Sequence[tuple[str, str]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return mAP by block and mAP by strength, from 0 to 1.
 
-    A copy has one original, so its AP is 1 at place 0, and 1 / (2 (r + 1)) at place r.
+    A copy has one original, so its AP is 1 at rank 0 and 1 / (2 (r + 1)) at rank r.
+
+    Args:
+        ranks: Rank of each copy's original.
+        blocks: (block, strength) of each copy.
     """
-    whole, parts = defaultdict(list), defaultdict(list)
-    for place, (block, strength) in zip(places, blocks, strict=True):
-        ap = average_precision([place], 1)
-        whole[block].append(ap)
-        parts["/".join(filter(None, (block, strength)))].append(ap)
-    order = [*(b for b in BLOCKS if b in whole), *sorted(b for b in whole if b not in BLOCKS)]
-    return {block: mean(whole[block]) for block in order}, {part: mean(parts[part]) for part in sorted(parts)}
+    by_block, by_strength = defaultdict(list), defaultdict(list)
+    for rank, (block, strength) in zip(ranks, blocks, strict=True):
+        ap = average_precision([rank], 1)
+        by_block[block].append(ap)
+        by_strength["/".join(filter(None, (block, strength)))].append(ap)
+    order = [*(b for b in BLOCKS if b in by_block), *sorted(b for b in by_block if b not in BLOCKS)]
+    return (
+        {block: sequential_mean(by_block[block]) for block in order},
+        {strength: sequential_mean(by_strength[strength]) for strength in sorted(by_strength)},
+    )
+
+
+class CopyData(NamedTuple):
+    """Datasets of a copy detection benchmark."""
+
+    copies: Copies
+    database: list[ImageDataset]
+    """The originals, then the distractors."""
+    whitening: ImageDataset | None
+
+    def described(self) -> dict[str, dict[str, int | str]]:
+        """Return the JSON description of every dataset."""
+        names = ("originals", *(f"distractors{n}" for n in ["", *range(2, len(self.database))]))
+        datasets = {"copies": self.copies.copies} | dict(zip(names, self.database, strict=False))
+        if self.whitening is not None:
+            datasets["whitening"] = self.whitening
+        return {name: described(dataset) for name, dataset in datasets.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CopyDetection:
-    """Finding the original of an edited picture: mAP of each block of Copydays; the paper reports strong."""
+class CopyDetection(Evaluation):
+    """Finding the original of an edited image: mAP of each block of Copydays; the paper reports strong."""
 
     name: ClassVar[str] = "copy-detection"
     paper: ClassVar[str] = "Table 4, Sec. 4.2.2"
     sources: ClassVar[tuple[Source, ...]] = (
         Source(
-            "PICTURES",
-            "Copydays (original/, crops/*, jpeg/*, strong/), or any folder: copies of some of its pictures are made, "
-            "and the others are what they must be told from; `scenes` draws pictures.",
+            "IMAGES",
+            "Copydays (original/, crops/*, jpeg/*, strong/), or any folder: some of its images are edited, "
+            "and the others are distractors; `scenes` generates images.",
         ),
-        Source("DISTRACTORS", "Folder of pictures that nobody looks for; `none` without.", required=False),
-        Source("WHITENING", "Folder of yet other pictures that a whitening is learnt on.", required=False),
+        Source("DISTRACTORS", "Folder of further distractors; `none`: no further ones.", required=False),
+        Source("WHITENING", "Folder of other images that the whitening is fitted on.", required=False),
     )
     examples: ClassVar[str] = """\
   dino eval copy-detection dino_vitb16 copydays/ yfcc10k/ yfcc20k/                Table 4: 224 pixels
   dino eval copy-detection dino_vitb8 copydays/ yfcc10k/ yfcc20k/ --size 320
-  dino eval copy-detection runs/photos photos/ none more_photos/                  edited copies of your own pictures
-  dino eval copy-detection runs/photos scenes                                     nothing to download"""
+  dino eval copy-detection runs/photos photos/ none more_photos/                  edited copies of your own images
+  dino eval copy-detection runs/photos scenes                                     no download"""
 
     size: int | None = None
-    """Side in pixels of the square that a picture is resized to. None: the side the network was trained at."""
+    """Side in pixels of the square that an image is resized to; default: the training size."""
     gem: float = 4.0
-    """Exponent of the generalised mean over the patches."""
+    """Exponent of the generalized mean over the patches."""
     dimensions: int | None = None
-    """Directions that the whitening keeps; None: all, or one fewer than there are pictures to learn it on."""
+    """Components of the whitening; default: all, or one fewer than it has images."""
     whiten: bool = True
-    """Whiten, where there are pictures to learn it on; `scenes` draws them."""
+    """Whiten the descriptors if there are whitening images; `scenes` generates some."""
     originals: int = 100
-    """Pictures of a plain folder that are edited; at most half of them."""
+    """Images of a plain folder that are edited, at most half of them."""
     seed: int = 0
-    """Of the choice of these pictures, and of their edits."""
+    """Seed of the selection of these images and of their edits."""
 
     def __post_init__(self) -> None:
         check_range(self, "size", "dimensions", "originals", least=1)
         check_range(self, "seed", least=0)
         check_range(self, "gem", above=0)
 
-    def bind(self, sources: Sequence[DatasetSource], context: EvalContext) -> "BoundCopyDetection":
-        given: list[DatasetSource | None] = [None if str(s) == "none" else s for s in sources]
-        dataset, others, extra = [*given, None, None][:3]
-        folders = [Path(s).expanduser().resolve() for s in given if isinstance(s, str | Path) and str(s) not in WORDS]
-        if len(set(folders)) < len(folders):
-            raise UserError("Copies, distractors and whitening must be different pictures; a folder is named twice.")
-        with context.progress("looking at the pictures") as done:
-            copies, whitening = self._copies(dataset, done)
-            more = None if others is None else open_dataset(others, done, part="val")
-            whitening = whitening if extra is None else open_dataset(extra, done)
-        database = [copies.originals, *(p for p in (copies.others, more) if p is not None)]
-        return BoundCopyDetection(self, copies, database, whitening if self.whiten else None, context)
+    def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
+        """Open the datasets, and edit images if the folder is not a benchmark."""
+        with context.progress("reading the datasets") as progress:
+            data = self.open(sources, progress)
 
-    def _copies(self, source: DatasetSource | None, progress: Progress) -> tuple[Copies, ImageDataset | None]:
-        """The copies, and pictures to whiten on where they are drawn."""
-        if source is None:
-            raise UserError("Copy detection needs pictures: Copydays, any folder, or `scenes`.")
+        def pixel_reference() -> Scores:
+            copies, *database = (raw_pixels(part, context) for part in (data.copies.copies, *data.database))
+            return _score(data, copies, database, None, context)
+
+        return PreparedEval(
+            name=self.name,
+            data=data.described(),
+            score=lambda backbone: self._score(backbone, data, context),
+            pixel_reference=pixel_reference,
+        )
+
+    def open(self, sources: Sequence[DatasetSource], progress: Progress) -> CopyData:
+        """Open the datasets of the sources."""
+        optional: list[DatasetSource | None] = [None if str(source) == "none" else source for source in sources]
+        images, distractors, extra = [*optional, None, None][:3]
+        folders = [
+            Path(s).expanduser().resolve() for s in optional if isinstance(s, str | Path) and str(s) not in WORDS
+        ]
+        if len(set(folders)) < len(folders):
+            raise UserError("Images, distractors and whitening images must differ; a folder is given twice.")
+        if images is None:
+            raise UserError("Copy detection needs images: Copydays, any folder, or `scenes`.")
+        copies, whitening = self._open_copies(images, progress)
+        more = None if distractors is None else open_dataset(distractors, progress, part="val")
+        whitening = whitening if extra is None else open_dataset(extra, progress)
+        database = [part for part in (copies.originals, copies.others, more) if part is not None]
+        return CopyData(copies, database, whitening if self.whiten else None)
+
+    def _open_copies(self, source: DatasetSource, progress: Progress) -> tuple[Copies, ImageDataset | None]:
+        """Return the copies, and whitening images if they are synthetic."""
         if str(source) in WORDS:
-            source = replace(WORDS[str(source)], count=DRAWN, part="test")
+            source = replace(WORDS[str(source)], count=SYNTHETIC_ORIGINALS, part="test")
         if isinstance(source, SyntheticDataset):
             source = source.scenes
         if isinstance(source, Scenes):
-            return drawn_copies(source, self.seed)
-        found = open_dataset(source, progress)
-        return find_copies(found) or make_copies(found, self.originals, self.seed), None
+            return synthetic_copies(source, self.seed)
+        dataset = open_dataset(source, progress)
+        return find_copies(dataset) or make_copies(dataset, self.originals, self.seed), None
+
+    def _score(self, backbone: Backbone, data: CopyData, context: EvalContext) -> Scores:
+        side = self.size or context.size
+        describe = partial(copy_descriptor, backbone, p=self.gem)
+        with evaluating(backbone):  # some ConvNets have another width in their patches
+            width = describe(torch.zeros(1, 3, side, side, device=context.device)).shape[1]
+
+        def features(dataset: ImageDataset) -> ImageFeatures:
+            shapes, key = np.full((len(dataset), 2), side), f"cls and gem {self.gem}"
+            return extract_resized(backbone, dataset, shapes, describe, width=width, key=key, context=context)
+
+        whitening = None
+        if data.whitening is not None:
+            whitening = fit_whitening(features(data.whitening).features, self.dimensions)
+        copies, database = features(data.copies.copies), [features(part) for part in data.database]
+        return _score(data, copies, database, whitening, context)
 
 
-def drawn_copies(scenes: Scenes, seed: int = 0) -> tuple[Copies, ImageDataset]:
-    """Copies of drawn pictures among others, and yet others to whiten on; no two of these show the same scene."""
+def synthetic_copies(scenes: Scenes, seed: int = 0) -> tuple[Copies, ImageDataset]:
+    """Return copies of synthetic images among distractors, and whitening images; no two sets share a scene."""
     part = PARTS.index(scenes.part)
-    other, third = (PARTS[(part + step) % len(PARTS)] for step in (1, 2))
-    pages = replace(scenes, part=other).open()
+    second, third = (PARTS[(part + step) % len(PARTS)] for step in (1, 2))
+    pages = replace(scenes, part=second).open()
     others = replace(scenes, part=third, count=4 * scenes.count).open()
-    whitening = replace(scenes, part=other, count=6 * scenes.count).open()
+    whitening = replace(scenes, part=second, count=6 * scenes.count).open()
     return distort(scenes.open(), pages, others, seed), whitening.subset(np.arange(scenes.count, 6 * scenes.count))
 
 
-@dataclass(frozen=True)
-class BoundCopyDetection:
-    """The evaluator: the settings with copies, what to find them among, and where it works."""
+def _score(
+    data: CopyData,
+    copies: ImageFeatures,
+    database: Sequence[ImageFeatures],
+    whitening: Whitening | None,
+    context: EvalContext,
+) -> Scores:
+    """Rank and score. Unreadable copies are skipped; an unreadable original ranks last."""
 
-    settings: CopyDetection
-    copies: Copies
-    database: list[ImageDataset]
-    """The originals, then sets of pictures that nobody looks for."""
-    whitening: ImageDataset | None
-    context: EvalContext
-    name: str = "copy-detection"
+    def whitened(features: ImageFeatures) -> ImageFeatures:
+        return features if whitening is None else features._replace(features=whiten(features.features, whitening))
 
-    @property
-    def data(self) -> Mapping[str, Mapping[str, Any]]:
-        names = ("originals", *(f"distractors{n}" for n in ["", *range(2, len(self.database))]))
-        sides = {"copies": self.copies.copies} | dict(zip(names, self.database, strict=False))
-        if self.whitening is not None:
-            sides["whitening"] = self.whitening
-        return {name: described(dataset) for name, dataset in sides.items()}
-
-    def __call__(self, backbone: Backbone) -> Scores:
-        side = self.settings.size or self.context.size
-        of = partial(copy_descriptor, backbone, p=self.settings.gem)
-        with evaluating(backbone):  # the patches of some ConvNets have a width of their own
-            width = of(torch.zeros(1, 3, side, side, device=self.context.device)).shape[1]
-
-        def descriptors(dataset: ImageDataset) -> Extracted:
-            shapes, what = np.full((len(dataset), 2), side), f"cls and gem {self.settings.gem}"
-            return describe(backbone, dataset, shapes, of, width=width, what=what, context=self.context)
-
-        whitening = None
-        if self.whitening is not None:
-            whitening = fit_whitening(descriptors(self.whitening).features, self.settings.dimensions)
-        return self._score(descriptors(self.copies.copies), [descriptors(p) for p in self.database], whitening)
-
-    def pixel_reference(self) -> Scores:
-        """The same search by raw pixels, not whitened."""
-        copies, *database = raw_pixels_of(self.copies.copies, *self.database, context=self.context)
-        return self._score(copies, database, None)
-
-    def _score(self, copies: Extracted, database: Sequence[Extracted], whitening: Whitening | None) -> Scores:
-        """A copy that cannot be read is left out and named; an original that cannot be read is never found."""
-        rows = []
-        for one, dataset in zip(database, self.database, strict=True):
-            if whitening is not None:
-                one = one._replace(features=whiten(one.features, whitening))
-            rows.append(every_row(one, len(dataset)))
-        queries = copies.features if whitening is None else whiten(copies.features, whitening)
-        asked = copies.indices.tolist()
-        sought = [self.copies.original_of[[q]] for q in asked]
-        with self.context.progress("search") as done:
-            places = [int(place[0]) for place in places_of(queries, torch.cat(rows), sought, progress=done)]
-        blocks, strengths = copy_scores(places, [self.copies.blocks[q] for q in asked])
-        return Scores(
-            {f"mAP {block}": 100 * value for block, value in blocks.items()},
-            {
-                "mAP by strength": {name: 100 * value for name, value in strengths.items()},
-                "place of the original": dict(zip([self.copies.copies.names[q] for q in asked], places, strict=True)),
-                "whitened to": None if whitening is None else whitening.basis.shape[1],
-                "skipped": skipped_of(copies, *database),
-            },
-        )
+    rows = [whitened(part).every_row(len(images)) for part, images in zip(database, data.database, strict=True)]
+    indices = copies.indices.tolist()
+    originals = [data.copies.original_of[[q]] for q in indices]
+    with context.progress("ranking") as progress:
+        ranks = target_ranks(whitened(copies).features, torch.cat(rows), originals, progress=progress)
+    rank_of_original = [int(rank[0]) for rank in ranks]
+    blocks, strengths = copy_scores(rank_of_original, [data.copies.blocks[q] for q in indices])
+    names = [data.copies.copies.names[q] for q in indices]
+    details = {
+        "mAP by strength": {name: 100 * value for name, value in strengths.items()},
+        "rank of the original": dict(zip(names, rank_of_original, strict=True)),
+        "whitened dimensions": None if whitening is None else whitening.basis.shape[1],
+        "skipped": skipped_details(copies, *database),
+    }
+    return Scores({f"mAP {block}": 100 * value for block, value in blocks.items()}, details)

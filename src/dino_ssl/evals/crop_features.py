@@ -1,6 +1,6 @@
-"""Features of random crops for a classifier to train on: fresh ones in every epoch, or a few, made once and stored.
+"""Features of random crops to train a linear classifier on: new crops in every epoch, or a few that are stored.
 
-Picture i is always rank i % world's: features never cross between ranks.
+Image i belongs to rank i mod world size, so features never move between ranks.
 """
 
 import math
@@ -19,83 +19,86 @@ from dino_ssl.data.loader import crop_batches, epoch_order
 from dino_ssl.evals.base import EvalContext
 
 Extract = Callable[[Tensor], Tensor]
-"""uint8 [B, 3, H, W] -> [B, D] float32 on the device."""
-IN_MEMORY = 2 * 2**30  # bytes of stored features on a rank; what is more lies in a file
+"""uint8 images [B, 3, H, W] -> features [B, D] float32 on the device."""
+IN_MEMORY = 2 * 2**30  # bytes of stored features per rank; a larger store is a file
 
 
-class Step(NamedTuple):
-    """What one rank sees of one step: a training batch less what is other ranks' and what cannot be read."""
+class FeatureBatch(NamedTuple):
+    """This rank's readable images of one training step."""
 
     epoch: int
-    indices: Tensor  # [b] int64: pictures
+    indices: Tensor  # [b] int64
     features: Tensor  # [b, D] on the CPU or the device
 
 
-class Course(NamedTuple):
-    """What a classifier's training sees, and in which order."""
+class CropPlan(NamedTuple):
+    """Order and batches of the crops that a classifier is trained on."""
 
     dataset: ImageDataset
     size: int
-    """Side of the crops in pixels."""
-    batch: int
-    """Pictures in a step, over all ranks."""
+    """Side of a crop in pixels."""
+    batch_size: int
+    """Images per training step, over all ranks."""
     epochs: int
     seed: int
     context: EvalContext
 
     def steps(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, this rank's pictures) for every step; an epoch's last step takes what is left."""
+        """Yield (epoch, this rank's indices) of every step; the last step of an epoch may be smaller."""
         for epoch in range(self.epochs):
             order = epoch_order(self.seed, epoch, len(self.dataset))
-            for step in _pieces(order, self.batch):
+            for step in _chunks(order, self.batch_size):
                 yield epoch, step[step % distributed.world_size() == distributed.rank()]
 
-    def mine(self) -> np.ndarray:
+    def shard(self) -> np.ndarray:
+        """Return the indices of this rank's images."""
         return np.arange(distributed.rank(), len(self.dataset), distributed.world_size())
 
+    def crops(self, jobs: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (readable indices, uint8 crops) for every (epoch, indices)."""
+        return crop_batches(self.dataset, self.size, jobs, seed=self.seed, workers=self.context.workers)
 
-def fresh_crops(course: Course, extract: Extract, width: int) -> Iterator[Step]:
-    """A new crop of every picture in every epoch, as in the paper: a forward pass per picture and epoch."""
-    jobs = ((epoch, part) for epoch, indices in course.steps() for part in _pieces(indices, course.context.batch_size))
-    made = crop_batches(course.dataset, course.size, jobs, seed=course.seed, workers=course.context.workers)
-    for epoch, indices in course.steps():
-        rows, features = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, width, device=course.context.device)]
-        for _ in _pieces(indices, course.context.batch_size):
-            read, images = next(made)
-            if len(read):
-                rows.append(read)
+
+def fresh_crops(plan: CropPlan, extract: Extract, width: int) -> Iterator[FeatureBatch]:
+    """Yield features of new crops in every epoch, as in the paper: one forward pass per image and epoch."""
+    batch_size = plan.context.batch_size
+    crops = plan.crops((epoch, part) for epoch, indices in plan.steps() for part in _chunks(indices, batch_size))
+    for epoch, indices in plan.steps():
+        rows, features = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, width, device=plan.context.device)]
+        for _ in _chunks(indices, batch_size):
+            readable, images = next(crops)
+            if len(readable):
+                rows.append(readable)
                 features.append(extract(images))
-        yield Step(epoch, torch.cat(rows), torch.cat(features))
+        yield FeatureBatch(epoch, torch.cat(rows), torch.cat(features))
 
 
-def stored_crops(course: Course, extract: Extract, width: int, crops: int) -> Iterator[Step]:
-    """`crops` random crops of every picture, whose features are made now and then seen in turn, a set per epoch."""
-    store = _empty((crops, len(course.mine()), width), course.context.cache)  # row i // world is picture i's
-    readable = torch.zeros(crops, len(course.mine()), dtype=torch.bool)
-    for which in range(crops):
-        jobs = ((which, part) for part in _pieces(course.mine(), course.context.batch_size))
-        with course.context.progress(f"features of random crops, {which + 1} of {crops}") as progress:
+def stored_crops(plan: CropPlan, extract: Extract, width: int, crops: int) -> Iterator[FeatureBatch]:
+    """Extract the features of `crops` random crops per image, then yield one set of them per epoch, in turn."""
+    shard, world_size = plan.shard(), distributed.world_size()
+    store = _allocate((crops, len(shard), width), plan.context.cache)  # row i // world_size belongs to image i
+    is_readable = torch.zeros(crops, len(shard), dtype=torch.bool)
+    for crop in range(crops):
+        with plan.context.progress(f"features of random crops, {crop + 1} of {crops}") as progress:
             done = 0
-            for indices, images in crop_batches(
-                course.dataset, course.size, jobs, seed=course.seed, workers=course.context.workers
-            ):
+            for indices, images in plan.crops((crop, part) for part in _chunks(shard, plan.context.batch_size)):
                 if len(indices):
-                    store[which, indices // distributed.world_size()] = extract(images).cpu()
-                readable[which, indices // distributed.world_size()] = True
+                    store[crop, indices // world_size] = extract(images).cpu()
+                is_readable[crop, indices // world_size] = True
                 done += len(indices)
-                progress(done, len(course.mine()))
+                progress(done, len(shard))
 
-    def replay() -> Iterator[Step]:
-        for epoch, indices in course.steps():
-            which, rows = epoch % crops, torch.from_numpy(indices // distributed.world_size())
-            read = readable[which, rows]
-            yield Step(epoch, torch.from_numpy(indices)[read], store[which, rows[read]])
+    def replay() -> Iterator[FeatureBatch]:
+        for epoch, indices in plan.steps():
+            crop, rows = epoch % crops, torch.from_numpy(indices // world_size)
+            readable = is_readable[crop, rows]
+            yield FeatureBatch(epoch, torch.from_numpy(indices)[readable], store[crop, rows[readable]])
 
     return replay()
 
 
-def _empty(shape: tuple[int, ...], folder: Path | None) -> Tensor:
-    """Memory, or a file without a name, which goes when nobody looks at it any more."""
+def _allocate(shape: tuple[int, ...], folder: Path | None) -> Tensor:
+    """Return an empty float32 tensor in memory or in an unnamed file, which is deleted with the tensor."""
     if 4 * math.prod(shape) <= IN_MEMORY:
         return torch.empty(shape)
     if folder is not None:
@@ -104,5 +107,5 @@ def _empty(shape: tuple[int, ...], folder: Path | None) -> Tensor:
         return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
 
 
-def _pieces(indices: np.ndarray, size: int) -> list[np.ndarray]:
-    return [indices[at : at + size] for at in range(0, len(indices), size)]
+def _chunks(indices: np.ndarray, size: int) -> list[np.ndarray]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]

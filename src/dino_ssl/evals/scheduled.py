@@ -1,4 +1,4 @@
-"""Evaluations that a training run asks of its network on the way: a Run's `evals`, and what they are bound to."""
+"""Evaluations that a training run repeats on a schedule: the `evals` of a Run."""
 
 import dataclasses
 import math
@@ -7,91 +7,99 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dino_ssl.config import type_name
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.synthetic.scenes import Scenes
-from dino_ssl.errors import UserError
-from dino_ssl.evals.attention_masks import AttentionMasks
-from dino_ssl.evals.base import EvalContext, Evaluator, RequiresBackbone
-from dino_ssl.evals.copy_detection import CopyDetection
-from dino_ssl.evals.knn import KNN
-from dino_ssl.evals.linear import Linear
-from dino_ssl.evals.low_shot import LowShot
-from dino_ssl.evals.retrieval import Retrieval
-from dino_ssl.evals.video_segmentation import VideoSegmentation
+from dino_ssl.errors import UserError, check_range
+from dino_ssl.evals import import_all
+from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval
 from dino_ssl.models.backbone import Backbone
+from dino_ssl.schedules import Clock
 
-Settings = KNN | Linear | LowShot | Retrieval | CopyDetection | VideoSegmentation | AttentionMasks
-"""Of every evaluation in `EVALUATIONS`, by type: what a run.json may name."""
+import_all()  # a Run in JSON names evaluations by class
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduledEval:
-    """An evaluation of the network while it trains: what is typed behind `dino eval`, without the checkpoint."""
+    """An evaluation of the network during training: the arguments of `dino eval` without the checkpoint."""
 
-    evaluation: Settings
-    """Which, and its protocol."""
+    evaluation: Evaluation
+    """The evaluation and its protocol."""
     sources: tuple[str | Folder | Scenes, ...]
-    """What it is asked on, in the order of the command line: folders, or the word `scenes`."""
+    """Its data, in the order of the command line: folders, or the word `scenes`."""
     every_epochs: float = 0
-    """Ask before the first step, then each time this many epochs have passed; 0: at the end alone."""
+    """Evaluate before the first step, then every so many epochs; 0: only at the end."""
 
     def __post_init__(self) -> None:
         known = self.evaluation.sources
-        least = sum(source.required for source in known)
-        if not least <= len(self.sources) <= len(known):
+        required = sum(source.required for source in known)
+        if not required <= len(self.sources) <= len(known):
             expected = " ".join(source.name if source.required else f"[{source.name}]" for source in known)
-            raise UserError(
-                f"{self.evaluation.name} expected {expected}; got {' '.join(map(_word, self.sources)) or 'nothing'}."
-            )
-        if not 0 <= self.every_epochs < math.inf:
-            raise UserError(f"--every-epochs must be 0 (at the end alone) or more; got {self.every_epochs:g}.")
+            sources = " ".join(map(_source_text, self.sources)) or "nothing"
+            raise UserError(f"{self.evaluation.name} expected {expected}; got {sources}.")
+        check_range(self, "every_epochs", least=0, below=math.inf)
 
     @property
     def label(self) -> str:
-        """What its figures are called: `retrieval roxford5k --multiscale`."""
-        words = [self.evaluation.name, *map(_word, self.sources), *_flags(self.evaluation)]
-        return shlex.join(words)
+        """Name of its scores in metrics and reports: `retrieval roxford5k --multiscale`."""
+        return shlex.join([_name(self.evaluation), *map(_source_text, self.sources), *_flags(self.evaluation)])
 
     def __str__(self) -> str:
-        """As it is typed."""
         return f"{self.label} --every-epochs {self.every_epochs:g}" if self.every_epochs else self.label
 
 
-class BoundEval(NamedTuple):
-    """An evaluation that is bound to its data, ready to be called as often as one likes."""
+class PreparedScheduledEval(NamedTuple):
+    """A scheduled evaluation whose data is open."""
 
     label: str
     every_epochs: float
-    evaluator: Evaluator
+    evaluation: PreparedEval
 
 
-def must_differ(asks: Sequence[ScheduledEval]) -> None:
-    """Raises UserError where two would have the same name in the curves."""
-    labels = [ask.label for ask in asks]
-    if twice := next((label for label in labels if labels.count(label) > 1), None):
-        raise UserError(f"An evaluation is asked for twice: {twice}. Give each of --evals once.")
+def check_labels_differ(evals: Sequence[ScheduledEval]) -> None:
+    """Raise UserError if two evaluations have the same name in the metrics."""
+    labels = [scheduled.label for scheduled in evals]
+    if duplicate := next((label for label in labels if labels.count(label) > 1), None):
+        raise UserError(f"`evals` contains an evaluation twice: {duplicate}. Remove one of them.")
 
 
-def bind_all(asks: Sequence[ScheduledEval], context: EvalContext, backbone: Backbone) -> list[BoundEval]:
-    """Opens the data of every one, before anything is trained. Raises UserError, which names the one that cannot be."""
-    bound = []
-    for ask in asks:
+def prepare_all(
+    evals: Sequence[ScheduledEval], context: EvalContext, backbone: Backbone
+) -> list[PreparedScheduledEval]:
+    """Open the data of every evaluation before training. Raise UserError if one does not fit its data or backbone."""
+    prepared = []
+    for scheduled in evals:
         try:
-            evaluator = ask.evaluation.bind(ask.sources, context)
-            if isinstance(evaluator, RequiresBackbone):
-                evaluator.validate(backbone)
+            evaluation = scheduled.evaluation.prepare(scheduled.sources, context)
+            evaluation.validate(backbone)
         except UserError as error:
-            raise UserError(f'--evals "{ask.label}" cannot be asked: {error}') from error
-        bound.append(BoundEval(ask.label, ask.every_epochs, evaluator))
-    return bound
+            raise UserError(f'`evals` "{scheduled.label}" is not possible: {error}') from error
+        prepared.append(PreparedScheduledEval(scheduled.label, scheduled.every_epochs, evaluation))
+    return prepared
 
 
-def _word(source: str | Folder | Scenes) -> str:
+def is_due(every_epochs: float, clock: Clock) -> bool:
+    """Return True if the epoch that just ended passed a multiple of `every_epochs`, or was the last.
+
+    0 means the last epoch only.
+    """
+    if clock.step == clock.steps or not every_epochs:
+        return clock.step == clock.steps
+    return math.floor(clock.epoch / every_epochs) > math.floor((clock.epoch - 1) / every_epochs)
+
+
+def _name(evaluation: Evaluation) -> str:
+    """Return the name in `dino eval NAME`."""
+    kind = type_name(type(evaluation))
+    return kind if ":" in kind else evaluation.name
+
+
+def _source_text(source: str | Folder | Scenes) -> str:
     return "scenes" if isinstance(source, Scenes) else source.path if isinstance(source, Folder) else source
 
 
 def _flags(settings: Any) -> Iterator[str]:
-    """The settings that are not the default ones, as they are typed."""
+    """Yield the settings that differ from their defaults, as command line flags."""
     for field in dataclasses.fields(settings):
         value, flag = getattr(settings, field.name), field.name.replace("_", "-")
         if value == field.default:

@@ -1,11 +1,12 @@
-"""Video object segmentation with nothing trained (Table 5): the first mask is handed on from frame to frame, by
-likeness of the last spatial map of a frozen network, and nothing else.
+"""Video object segmentation without training (Table 5).
+
+The first mask is propagated from frame to frame by the similarity of a frozen network's last feature map.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,24 +20,28 @@ from dino_ssl import distributed
 from dino_ssl.data.benchmarks.davis import open_davis
 from dino_ssl.data.clips import Clip, SyntheticClip
 from dino_ssl.data.masks import write_mask
-from dino_ssl.data.sources import WORDS
+from dino_ssl.data.sources import WORDS, DatasetSource
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError, check_range
-from dino_ssl.evals.base import EvalContext, Scores, Source, evaluating
-from dino_ssl.evals.davis_score import STATISTICS, object_name, objects_of, sequence_statistics, summary
-from dino_ssl.evals.label_propagation import input_size, label_map, nearest, one_hot, propagate
+from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval, Scores, Source, evaluating
+from dino_ssl.evals.davis_score import STATISTICS, count_objects, object_name, sequence_statistics, summary
+from dino_ssl.evals.features import gather_rows
+from dino_ssl.evals.label_propagation import input_size, label_map, one_hot, propagate, resize_nearest
 from dino_ssl.models.backbone import Backbone, Features
 
 SIZE = 480  # short side in pixels: DAVIS-2017 "480p"
-DRAWN_CLIPS, DRAWN_FRAMES = 8, 24
-DRAWN_SIZE = 192  # at least: on smaller ones, J tells how coarse the grid of patches is, and little else
+SYNTHETIC_CLIPS, SYNTHETIC_FRAMES = 8, 24
+SYNTHETIC_SIZE = 192  # minimum; at smaller sizes, J mostly measures the coarseness of the patch grid
+
+Follow = Callable[[Clip, np.ndarray], Iterable[np.ndarray]]
+"""Returns the masks of the second frame, the third, ... of a video, given its first mask."""
 
 
-def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear, as the published code; strong reductions by area, which it does not meet."""
-    how = cv2.INTER_AREA if 2 * height < image.shape[0] else cv2.INTER_LINEAR
-    return cv2.resize(image, (width, height), interpolation=how)
+def resize_frame(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize bilinearly, as the published code does; by area if the image is reduced to less than half."""
+    interpolation = cv2.INTER_AREA if 2 * height < image.shape[0] else cv2.INTER_LINEAR
+    return cv2.resize(image, (width, height), interpolation=interpolation)
 
 
 def segment(
@@ -46,178 +51,195 @@ def segment(
     settings: "VideoSegmentation",
     context: EvalContext,
 ) -> Iterator[np.ndarray]:
-    """Label maps, uint8 [H, W], of the second frame, the third, ...: from all frames [H, W, 3], and the first's mask.
+    """Yield label maps, uint8 [H, W], of the second frame, the third, ...
 
-    One frame at a time: what is kept is the features of the first and of the last `context` frames. The caller holds
-    the backbone still: `with evaluating(backbone)`.
+    Frames are read one at a time. The caller sets eval mode: `with evaluating(backbone)`.
+
+    Args:
+        backbone: Frozen network.
+        frames: All frames, uint8 [H, W, 3].
+        mask: Label map of the first frame.
+        settings: Protocol.
+        context: Device and precision.
     """
     height, width = mask.shape
-    seen = input_size(height, width, size=settings.size or SIZE, patch=backbone.patch, multiple=settings.multiple)
+    size = input_size(height, width, size=settings.size or SIZE, patch=backbone.patch, multiple=settings.multiple)
 
     def features() -> Iterator[Tensor]:
         for image in frames:
             if image.shape[:2] != (height, width):
                 raise UserError(
-                    f"A frame is {image.shape[1]} x {image.shape[0]} pixels, and the first mask {width} x {height}: "
-                    "expected one size for all frames of a video and its masks."
+                    f"expected one size for all frames and masks of a video; a frame is {image.shape[1]} x "
+                    f"{image.shape[0]} pixels, and the first mask {width} x {height}."
                 )
-            pixels = torch.from_numpy(resized(image, *seen)).permute(2, 0, 1)[None]
+            pixels = torch.from_numpy(resize_frame(image, *size)).permute(2, 0, 1)[None]
             with context.autocast():
                 yield backbone.features(normalize(pixels.to(context.device)))[0].patches[0]
 
     maps = features()
-    begin = next(maps, None)
-    if begin is None:
+    first = next(maps, None)
+    if first is None:
         return
-    numbers, first = one_hot(mask, *begin.shape[:2])
-    known = dict(context=settings.context, radius=settings.radius, top_k=settings.top_k)
-    for soft in propagate(chain([begin], maps), first.to(begin.device), temperature=settings.temperature, **known):
-        yield nearest(numbers[label_map(soft, *seen)], height, width)
+    numbers, first_labels = one_hot(mask, *first.shape[:2])
+    soft_labels = propagate(
+        chain([first], maps),
+        first_labels.to(first.device),
+        context=settings.context,
+        radius=settings.radius,
+        top_k=settings.top_k,
+        temperature=settings.temperature,
+    )
+    for soft in soft_labels:
+        yield resize_nearest(numbers[label_map(soft, *size)], height, width)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoSegmentation:
-    """Objects of DAVIS-2017 followed through a video from their first mask: J&F of frozen features, nothing trained.
+class VideoSegmentation(Evaluation):
+    """Segmentation of the objects of DAVIS-2017 from their first mask: J&F of frozen features, without training.
 
-    Also the share of frames found (recall) and what is lost over time (decay), of J and of F.
+    Recall is the fraction of frames above 0.5, decay the loss from the first to the last quarter of the frames.
     """
 
     name: ClassVar[str] = "video-segmentation"
     sources: ClassVar[tuple[Source, ...]] = (
         Source(
-            "DAVIS", "Folder of DAVIS-2017 at 480p, with ImageSets, JPEGImages, Annotations; `scenes` draws videos."
+            "DAVIS",
+            "Folder of DAVIS-2017 at 480p, with ImageSets, JPEGImages, Annotations; `scenes` generates videos.",
         ),
     )
     paper: ClassVar[str] = "Table 5; protocol of Jabri et al., 2020"
     examples: ClassVar[str] = """\
   dino eval video-segmentation dino_vits8 DAVIS/                  Table 5: 69.9 on all of val
   dino eval video-segmentation runs/photos DAVIS/ -o out          masks in out/video-segmentation/
-  dino eval video-segmentation runs/photos scenes                 videos that dino draws itself
+  dino eval video-segmentation runs/photos scenes                 synthetic videos
   dino eval video-segmentation --score out/video-segmentation DAVIS/ --json"""
 
     split: str = "val"
-    """Which list of ImageSets/2017."""
+    """List in ImageSets/2017."""
     size: int | None = None
-    """Short side in pixels of what the network sees; without it 480, for drawn ones 192 or twice its training size."""
+    """Short side of the input in pixels; default: 480; for synthetic videos 192, or twice the training size."""
     multiple: int = 64
-    """The long side is rounded down to a multiple of this, where that holds whole patches."""
+    """The long side is rounded down to a multiple of this, if that is a multiple of the patch."""
     context: int = 7
-    """Frames before that labels are taken from, beside the first."""
+    """Preceding frames that labels are propagated from, in addition to the first."""
     radius: int = 12
-    """Places this far away, up, down and sideways, may give their label; 0: all."""
+    """Labels are propagated from positions at most this far away, horizontally and vertically; 0: from all."""
     top_k: int = 5
-    """How many of the most alike do give it."""
+    """Number of most similar positions whose labels are averaged."""
     temperature: float = 0.1
-    """Of their weights exp(cosine / temperature)."""
+    """Temperature of their weights exp(cosine / temperature)."""
 
     def __post_init__(self) -> None:
         check_range(self, "size", "context", "radius", least=0)
         check_range(self, "multiple", "top_k", least=1)
         check_range(self, "temperature", above=0)
 
-    def bind(self, sources: Sequence[Any], context: EvalContext) -> "BoundVideoSegmentation":
+    def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
+        """Open the videos."""
         (source,) = sources
         if isinstance(source, str | Path) and str(source) not in WORDS:
-            return BoundVideoSegmentation(self, open_davis(source, self.split), context)
-        size = self.size or min(SIZE, max(DRAWN_SIZE, 2 * context.size))
-        drawn = WORDS.get(str(source))
-        drawn = source if drawn is None else replace(drawn, count=DRAWN_CLIPS, size=size, part="val")
-        if not isinstance(drawn, Scenes):
+            clips, settings = open_davis(source, self.split), self
+        else:
+            clips, settings = self._synthetic(source, context.size)
+        fingerprint = hashlib.sha256("".join(clip.fingerprint for clip in clips).encode()).hexdigest()[:16]
+        return PreparedEval(
+            name=self.name,
+            data={"davis": {"sequences": len(clips), "frames": sum(map(len, clips)), "fingerprint": fingerprint}},
+            score=lambda backbone: settings._score(backbone, clips, context),
+            pixel_reference=lambda: settings._score_pixels(clips, context),
+            score_reference=lambda backbone: settings._score(backbone, clips, replace(context, out=None)),
+        )
+
+    def _synthetic(self, source: DatasetSource, training_size: int) -> tuple[list[SyntheticClip], "VideoSegmentation"]:
+        size = self.size or min(SIZE, max(SYNTHETIC_SIZE, 2 * training_size))
+        if str(source) in WORDS:
+            source = replace(WORDS[str(source)], count=SYNTHETIC_CLIPS, size=size, part="val")
+        if not isinstance(source, Scenes):
             raise UserError(
-                "video-segmentation needs videos with masks, "
-                f"and a {type(drawn).__name__} has none: give the folder of DAVIS 2017, or `scenes`."
+                f"video-segmentation expected videos with masks, the folder of DAVIS-2017 or `scenes`; "
+                f"got a {type(source).__name__}."
             )
-        clips = [SyntheticClip(drawn, index, DRAWN_FRAMES) for index in range(drawn.count)]
-        return BoundVideoSegmentation(replace(self, size=self.size or drawn.size, multiple=1), clips, context)
+        clips = [SyntheticClip(source, index, SYNTHETIC_FRAMES) for index in range(source.count)]
+        return clips, replace(self, size=self.size or source.size, multiple=1)
 
+    def _score(self, backbone: Backbone, clips: Sequence[Clip], context: EvalContext) -> Scores:
+        """Return {"J&F": percent, "J": ..., ...}, equal on every rank."""
 
-@dataclass(frozen=True)
-class BoundVideoSegmentation:
-    """The evaluator: the settings with the videos, and where it works."""
+        def follow(clip: Clip, first: np.ndarray) -> Iterator[np.ndarray]:
+            return segment(backbone, clip.frames(), first, self, context)
 
-    settings: VideoSegmentation
-    clips: Sequence[Clip]
-    context: EvalContext
-    name: str = VideoSegmentation.name
-
-    @property
-    def data(self) -> Mapping[str, Mapping[str, Any]]:
-        fingerprint = hashlib.sha256("".join(clip.fingerprint for clip in self.clips).encode()).hexdigest()[:16]
-        frames = sum(map(len, self.clips))
-        return {"davis": {"sequences": len(self.clips), "frames": frames, "fingerprint": fingerprint}}
-
-    def __call__(self, backbone: Backbone) -> Scores:
-        """{"J&F": percent, "J": ..., ...}, the same on every rank."""
         with evaluating(backbone):
-            found = self._score(lambda clip, first: self._segment(backbone, clip, first), "frames", self.context.out)
-        kept = self._score(lambda clip, first: (first for _ in clip.frame_names[1:]), "first mask, kept")
-        return Scores(percent(found), {"official": found, "first_mask_kept": percent(kept)})
+            official = _score_clips(clips, follow, "frames", context, context.out and context.out / self.name)
+        kept = _score_clips(clips, lambda clip, first: repeat(first, len(clip) - 1), "first mask", context)
+        return Scores(percent(official), {"official": official, "first_mask_kept": percent(kept)})
 
-    def pixel_reference(self) -> Scores:
-        """The same of raw pixels: a place is the 8 x 8 pixels that it shows."""
-        floor = self._score(lambda clip, first: self._segment(RawPatches(), clip, first), "raw pixels")
-        return Scores(percent(floor), {"official": floor})
+    def _score_pixels(self, clips: Sequence[Clip], context: EvalContext) -> Scores:
+        """Return the scores with the 8 x 8 pixels of a position as its feature."""
 
-    def _segment(self, backbone: Backbone, clip: Clip, first: np.ndarray) -> Iterator[np.ndarray]:
-        return segment(backbone, clip.frames(), first, self.settings, self.context)
+        def follow(clip: Clip, first: np.ndarray) -> Iterator[np.ndarray]:
+            return segment(RawPatches(), clip.frames(), first, self, context)
 
-    def _score(
-        self, follow: Callable[[Clip, np.ndarray], Iterable[np.ndarray]], label: str, out: Path | None = None
-    ) -> dict[str, Any]:
-        """`summary` of the masks that `follow` gives for the second frame on; rank r takes videos r, r + world, ..."""
-        mine, rows, done = range(distributed.rank(), len(self.clips), distributed.world_size()), [], 0
-        total = sum(len(self.clips[index]) - 1 for index in mine)
+        official = _score_clips(clips, follow, "raw pixels", context)
+        return Scores(percent(official), {"official": official})
 
-        def pairs(
-            clip: Clip, first: np.ndarray, truths: Iterator[np.ndarray]
-        ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            nonlocal done
-            masks = zip(clip.frame_names[1:], follow(clip, first), truths, strict=True)
-            for place, (name, mask, truth) in enumerate(masks, 2):
-                if out is not None:
-                    write_mask(out / self.name / clip.name / f"{name}.png", mask)
-                done += 1
-                progress(done, total)
-                if place < len(clip):  # the last frame does not count
-                    yield mask, truth
 
-        with self.context.progress(label) as progress:
-            for index in mine:
-                clip = self.clips[index]
-                truths = clip.masks()
-                first = next(truths)
-                if out is not None:
-                    write_mask(out / self.name / clip.name / f"{clip.frame_names[0]}.png", first)
-                statistics = sequence_statistics(pairs(clip, first, truths), objects_of(first))
-                rows += [[index, place, *row] for place, row in enumerate(statistics.tolist(), 1)]
-        return self._summary(torch.tensor(rows, dtype=torch.float64).reshape(-1, 2 + len(STATISTICS)))
+def _score_clips(
+    clips: Sequence[Clip], follow: Follow, label: str, context: EvalContext, out: Path | None = None
+) -> dict[str, Any]:
+    """Return the `summary` of the masks that `follow` returns; rank r scores videos r, r + world size, ...
 
-    def _summary(self, rows: Tensor) -> dict[str, Any]:
-        """Of all ranks' objects; a row: the video's place, the object's number, its statistics."""
-        if distributed.world_size() > 1:
-            rows = distributed.all_gather(rows.to(self.context.device)).cpu()
-        ordered = sorted(rows.tolist())
-        names = [object_name(self.clips[int(index)].name, int(label)) for index, label, *_ in ordered]
-        return summary(names, np.array([row[2:] for row in ordered]))
+    The masks are written to OUT/VIDEO/FRAME.png.
+    """
+    shard, rows, done = range(distributed.rank(), len(clips), distributed.world_size()), [], 0
+    total = sum(len(clips[index]) - 1 for index in shard)
+
+    def write(clip: Clip, frame: str, mask: np.ndarray) -> None:
+        if out is not None:
+            write_mask(out / clip.name / f"{frame}.png", mask)
+
+    def pairs(clip: Clip, first: np.ndarray, truths: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        nonlocal done
+        masks = zip(clip.frame_names[1:], follow(clip, first), truths, strict=True)
+        for number, (frame, mask, truth) in enumerate(masks, 2):
+            write(clip, frame, mask)
+            done += 1
+            progress(done, total)
+            if number < len(clip):  # the last frame is not scored
+                yield mask, truth
+
+    with context.progress(label) as progress:
+        for index in shard:
+            clip = clips[index]
+            truths = clip.masks()
+            first = next(truths)
+            write(clip, clip.frame_names[0], first)
+            statistics = sequence_statistics(pairs(clip, first, truths), count_objects(first))
+            rows += [[index, number, *row] for number, row in enumerate(statistics.tolist(), 1)]
+    tensor = torch.tensor(rows, dtype=torch.float64).reshape(-1, 2 + len(STATISTICS))
+    ordered = sorted(gather_rows(tensor, context.device).tolist())
+    names = [object_name(clips[int(index)].name, int(number)) for index, number, *_ in ordered]
+    return summary(names, np.array([row[2:] for row in ordered]))
 
 
 class RawPatches(Backbone):
-    """No network: the feature of a place is its pixels."""
+    """A backbone without weights: the feature of a position is its 8 x 8 pixels."""
 
     embed_dim, patch = 3 * 8 * 8, 8
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the mean patch: [B, 3, H, W] -> [B, D]."""
         return self.features(images)[0].cls
 
     def features(self, images: Tensor, layers: int = 1) -> list[Features]:
-        places = F.pixel_unshuffle(images, self.patch).permute(0, 2, 3, 1)
-        return [Features(places.mean((1, 2)), places)]
+        """Return the mean patch and all patches."""
+        patches = F.pixel_unshuffle(images, self.patch).permute(0, 2, 3, 1)
+        return [Features(patches.mean((1, 2)), patches)]
 
 
 def percent(official: Mapping[str, Any]) -> dict[str, float]:
-    """The official numbers in percent, as the paper gives them: J&F, J, J recall, J decay, F, ..."""
-    fractions = {name: value for name, value in official.items() if name != "per_object"}
+    """Return the official scores in percent under the paper's names: J&F, J, J recall, J decay, F, ..."""
     return {
         name.removesuffix("-Mean").replace("-R", " r").replace("-D", " d"): 100 * value
-        for name, value in fractions.items()
+        for name, value in official.items()
+        if name != "per_object"
     }

@@ -21,7 +21,7 @@ import numpy as np
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.transforms.eval import eval_transform
 from dino_ssl.errors import UserError
-from dino_ssl.evals.base import Extracted
+from dino_ssl.evals.features import ImageFeatures
 from dino_ssl.evals.knn import nearest_neighbours
 from dino_ssl.files import read_json, write_json
 from dino_ssl.models.backbone import Backbone
@@ -83,7 +83,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def write_neighbours(
-    extracted: Extracted,
+    extracted: ImageFeatures,
     dataset: ImageDataset,
     queries: Sequence[int],
     folder: Path,

@@ -13,7 +13,7 @@ import torch
 
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError
-from dino_ssl.evals.attention_masks import attentive, patch_attention, resize_to_patches, top_mass_mask
+from dino_ssl.evals.attention_maps import patch_attention, require_attention, resize_to_patches, top_mass_mask
 from dino_ssl.evals.base import evaluating
 from dino_ssl.models.backbone import Attentive, Backbone, Features
 
@@ -76,7 +76,7 @@ def attention_maps(
     Raises:
         UserError: If the backbone has no attention, or a point, head or layer does not exist.
     """
-    backbone = attentive(backbone)
+    backbone = require_attention(backbone)
     resized = resize_to_patches(image, size, backbone.patch)
     points = [None if query == "cls" else _to_resized(query, image, resized) for query in queries]
     columns = resized.shape[1] // backbone.patch

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dino_ssl.errors import UserError
-from dino_ssl.evals.attention_masks import resize_to_patches
+from dino_ssl.evals.attention_maps import resize_to_patches
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.viz.attention import display_image, last_features
 

@@ -14,7 +14,7 @@ from dino_ssl.data.dataset import BadImage
 from dino_ssl.data.masks import PALETTE, VOID, read_mask
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext, evaluating
-from dino_ssl.evals.label_propagation import input_size, nearest
+from dino_ssl.evals.label_propagation import input_size, resize_nearest
 from dino_ssl.evals.video_segmentation import VideoSegmentation, segment
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.progress import Progress
@@ -49,7 +49,7 @@ def read_first_mask(path: str | Path, height: int, width: int) -> np.ndarray:
         )
     if not (mask > 0).any():
         raise UserError(f"The mask {path} has no object: every pixel is background (0, black or transparent).")
-    return nearest(mask, height, width)
+    return resize_nearest(mask, height, width)
 
 
 def _read_labels(path: Path) -> np.ndarray:
@@ -101,7 +101,7 @@ def track(
 def too_small_objects(mask: np.ndarray, patch: int, settings: VideoSegmentation) -> list[int]:
     """Return the labels that no patch of the first frame gets: these objects cannot be tracked."""
     size = input_size(*mask.shape, size=settings.size or 480, patch=patch, multiple=settings.multiple)
-    patch_labels = nearest(mask, *(max(1, side // patch) for side in size))
+    patch_labels = resize_nearest(mask, *(max(1, side // patch) for side in size))
     return np.setdiff1d(mask, patch_labels).tolist()
 
 

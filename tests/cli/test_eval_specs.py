@@ -1,17 +1,17 @@
-"""`--evals`: what is typed becomes settings, is shown as it is typed, and slips are said before training."""
+"""`--evals`: parsing, formatting, and errors before training."""
 
 import pytest
 
-from dino_ssl.cli.eval_spec import parse_ask
+from dino_ssl.cli.eval_spec import parse_scheduled_eval
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.errors import UserError
 from dino_ssl.evals import EVALUATIONS, find_evaluation
 from dino_ssl.evals.knn import KNN
 from dino_ssl.evals.low_shot import LowShot
-from dino_ssl.evals.scheduled import ScheduledEval, Settings
+from dino_ssl.evals.scheduled import ScheduledEval
 from dino_ssl.run import Run
 
-TYPED = {
+SPECS = {
     "knn train/ val/": ScheduledEval(evaluation=KNN(), sources=("train/", "val/")),
     "knn 'my photos/' --k 5 20 --every-epochs 0.5": ScheduledEval(
         evaluation=KNN(k=(5, 20)), sources=("my photos/",), every_epochs=0.5
@@ -27,60 +27,59 @@ TYPED = {
 }
 
 
-@pytest.mark.parametrize("words", TYPED)
-def test_what_is_typed_is_what_is_asked_and_shown_and_saved(words):
-    ask = parse_ask(words)
-    assert TYPED[words] in (None, ask)
-    assert parse_ask(str(ask)) == ask
-    assert ask.evaluation.name == words.split()[0]
-    assert ask.evaluation != type(ask.evaluation)() or words == "knn train/ val/"
-    run = Run(evals=(ask,))
+@pytest.mark.parametrize("words", SPECS)
+def test_a_spec_is_parsed_printed_and_saved_without_change(words):
+    scheduled = parse_scheduled_eval(words)
+    assert SPECS[words] in (None, scheduled)
+    assert parse_scheduled_eval(str(scheduled)) == scheduled
+    assert scheduled.evaluation.name == words.split()[0]
+    assert scheduled.evaluation != type(scheduled.evaluation)() or words == "knn train/ val/"
+    run = Run(evals=(scheduled,))
     assert from_dict(Run, to_dict(run)) == run
 
 
-def test_every_evaluation_can_be_asked_while_training():
-    assert {kind.name for kind in Settings.__args__} == set(EVALUATIONS)  # what a run.json may name
+def test_every_evaluation_can_be_scheduled():
     for name in EVALUATIONS:
         (first, *_) = find_evaluation(name).sources
-        assert parse_ask(f"{name} {first.name}").label == f"{name} {first.name}"
+        assert parse_scheduled_eval(f"{name} {first.name}").label == f"{name} {first.name}"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        ("", "together in quotes"),
-        ("photos/", "comes before it"),
+        ("", "in quotes"),
+        ("photos/", "comes before this option"),
         ("knm train val", "did you mean 'knn'"),
         ("knn 'a", "No closing quotation"),
-        ("knn a --every-epochs -1", "--every-epochs must be 0"),
-        ("knn a --temperature 0", "--temperature must be above 0"),
+        ("knn a --every-epochs -1", "`every_epochs` must be at least 0"),
+        ("knn a --temperature 0", "`temperature` must be above 0"),
     ],
 )
-def test_slips_are_said(words, said):
-    with pytest.raises(UserError, match=said):
-        parse_ask(words)
+def test_invalid_specs_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_scheduled_eval(words)
 
 
-def test_a_missing_source_and_a_wrong_flag_are_said_as_dino_eval_says_them(dino):
-    for words, said in (("knn", "TRAIN"), ("knn a --kk 5", "--kk"), ("knn a --k five", "five")):
+def test_missing_sources_and_unknown_flags_are_reported_as_by_dino_eval(dino):
+    for words, message in (("knn", "TRAIN"), ("knn a --kk 5", "--kk"), ("knn a --k five", "five")):
         ran = dino("train", "scenes", "--evals", words)
         assert ran.code == 2
-        assert said in ran.err + ran.out
+        assert message in ran.err + ran.out
 
 
-def test_from_python_too_a_source_must_be_there_and_nothing_is_asked_twice():
+def test_missing_sources_and_duplicates_are_refused_from_python():
     with pytest.raises(UserError, match=r"knn expected TRAIN \[VAL\]; got nothing"):
         ScheduledEval(evaluation=KNN(), sources=())
     with pytest.raises(UserError, match="twice: knn a"):
-        Run(evals=(parse_ask("knn a"), parse_ask("knn a --every-epochs 3")))
+        Run(evals=(parse_scheduled_eval("knn a"), parse_scheduled_eval("knn a --every-epochs 3")))
 
 
-def test_a_run_shows_its_evaluations_as_they_are_typed(dino, photos, tiny):
+def test_the_plan_shows_evals_as_typed(dino, photos, tiny):
     words = f"knn '{photos}' --k 3 --every-epochs 2"
     ran = dino("train", photos, *tiny, "--evals", words, "retrieval scenes", "--dry-run", "--json")
     assert ran.code == 0, ran.err
     run = from_dict(Run, ran.json["run"])
-    assert [str(ask) for ask in run.evals] == [words, "retrieval scenes"]
+    assert [str(scheduled) for scheduled in run.evals] == [words, "retrieval scenes"]
     assert {row["name"] for row in ran.json["plan"]} >= {"--evals"}
     assert "knn" in next(row["value"] for row in ran.json["plan"] if row["name"] == "--evals")
     assert '"NAME DATA..."' in dino("train", "--help").out

@@ -1,4 +1,4 @@
-"""`several_runs.py RUN.json ...`: trains the Runs in the files one after the other, in one start of the ranks."""
+"""`train_runs.py RUN.json ...`: train the Runs in the files one after the other, in one process group."""
 
 import json
 import sys

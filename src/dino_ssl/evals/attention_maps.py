@@ -1,0 +1,100 @@
+"""Attention maps of a Vision Transformer, and masks of the patches that hold most of the attention (Fig. 4)."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import cv2
+import numpy as np
+import torch
+
+from dino_ssl.data.transforms.eval import normalize
+from dino_ssl.errors import UserError
+from dino_ssl.evals.base import Autocast, evaluating
+from dino_ssl.models.backbone import Attentive, Backbone
+
+MAX_PATCHES = 10_000
+"""Attention between this many patches takes 2.4 GB with six heads."""
+
+
+def attention_size(training_size: int) -> int:
+    """Return the short side for attention maps: 480 as the authors, or twice a training size below 224."""
+    return 480 if training_size >= 224 else min(480, 2 * training_size)
+
+
+def resize_to_patches(image: np.ndarray, size: int, patch: int) -> np.ndarray:
+    """Resize the whole image to a short side of about `size`, with both sides multiples of `patch`.
+
+    The authors crop the remainder; here each side is rounded to the nearest multiple, so that the maps cover the whole
+    image.
+    """
+    height, width = image.shape[:2]
+    scale = size / min(height, width)
+    rows, columns = (max(1, round(side * scale / patch)) for side in (height, width))
+    if rows * columns > MAX_PATCHES:
+        raise UserError(
+            f"expected an input of at most {MAX_PATCHES} patches; a {width} x {height} image at short side {size} has "
+            f"{columns} x {rows} patches of {patch}. Use a smaller size, or crop the image."
+        )
+    interpolation = cv2.INTER_AREA if rows * patch < height else cv2.INTER_CUBIC
+    return cv2.resize(image, (columns * patch, rows * patch), interpolation=interpolation)
+
+
+def require_attention(backbone: Backbone) -> Attentive:
+    """Return the network, or raise UserError if it has no attention."""
+    if not isinstance(backbone, Attentive):
+        raise UserError(
+            f"{type(backbone).__name__} has no attention: expected a Vision Transformer, for example dino_vits16."
+        )
+    return backbone
+
+
+def patch_attention(
+    backbone: Backbone,
+    image: np.ndarray,
+    queries: Sequence[int | None] = (None,),
+    *,
+    layer: int = -1,
+    autocast: Autocast = nullcontext,
+) -> np.ndarray:
+    """Return the attention of each query to all patches: [queries, heads, h, w] float32.
+
+    Attention to the class token and the registers is omitted, so the values sum to less than 1.
+
+    Args:
+        backbone: Vision Transformer.
+        image: uint8 [h patch, w patch, 3] RGB.
+        queries: None for [CLS], or the index of a patch, row by row.
+        layer: 0 is the first block, -1 the last.
+        autocast: Context of the forward pass.
+    """
+    backbone = require_attention(backbone)
+    blocks = backbone.num_blocks
+    if not -blocks <= layer < blocks:
+        raise UserError(f"`layer` must be in {-blocks} .. {blocks - 1} for a network of {blocks} blocks; got {layer}.")
+    first_patch = 1 + backbone.registers
+    tokens = [0 if query is None else first_patch + query for query in queries]
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))[None]
+    with evaluating(backbone):
+        device = next(backbone.parameters()).device
+        with autocast():
+            attention = backbone.attention(normalize(torch.from_numpy(planes).to(device)), layer)
+        rows = attention[0][:, tokens, first_patch:].float().transpose(0, 1).cpu().numpy()
+    return rows.reshape(*rows.shape[:2], image.shape[0] // backbone.patch, image.shape[1] // backbone.patch)
+
+
+def top_mass_mask(attention: np.ndarray, mass: float = 0.6) -> np.ndarray:
+    """Fig. 4: the smallest set of patches that holds `mass` of the attention, [..., N] -> bool [..., N].
+
+    At least one patch is kept. Among equal patches, later ones are kept first.
+    """
+    if not 0 < mass <= 1:
+        raise UserError(f"`mass` must be above 0 and at most 1; got {mass}.")
+    order = np.argsort(attention, axis=-1, kind="stable")
+    ascending = np.take_along_axis(attention, order, axis=-1)
+    total = ascending.sum(axis=-1, keepdims=True)
+    fraction = ascending / np.where(total > 0, total, 1)
+    keep = np.cumsum(fraction, axis=-1) > 1 - mass
+    keep[..., -1] = True  # rounding must not empty a mask
+    mask = np.empty_like(keep)
+    np.put_along_axis(mask, order, keep, axis=-1)
+    return mask
