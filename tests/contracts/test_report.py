@@ -1,4 +1,4 @@
-"""What the report promises: it tells its run, in one file, whole or partial, whatever the names."""
+"""The report is one self-contained page, for complete and partial runs and any file names."""
 
 import json
 import math
@@ -19,14 +19,14 @@ from dino_ssl.evals.features import ImageFeatures
 from dino_ssl.models.vit import ViT
 from dino_ssl.report.curves import chart, read_history, ticks
 from dino_ssl.report.run_report import write_report
-from dino_ssl.report.snapshots import choose_samples, read_index, read_neighbours, snapshot, write_neighbours
+from dino_ssl.report.snapshots import choose_samples, read_index, read_neighbors, save_snapshot, write_neighbors
 from dino_ssl.run import Run
 
 K = 1024
 
 
 class Blobs(ImageDataset):
-    """Bright disks (class 0) and bars (class 1) on noise, in memory; number 5 cannot be read."""
+    """Bright disks (class 0) and bars (class 1) on noise; image 5 cannot be read."""
 
     def __init__(self, count: int = 24, side: int = 64) -> None:
         self.side = side
@@ -47,7 +47,7 @@ class Blobs(ImageDataset):
 
 
 def rows(steps: int = 120, *, best: float = 61.25) -> list[dict]:
-    """Metrics like those of a run that learns."""
+    """Return metrics like those of a run that learns."""
     found = []
     for step in range(10, steps + 1, 10):
         t = step / steps
@@ -61,7 +61,7 @@ def rows(steps: int = 120, *, best: float = 61.25) -> list[dict]:
         speed = {"images_per_s": 100 + 5 * t, "wait": 0.03, "time": 60 * t, "weight_decay": 0.04}
         found.append({"step": step, "epoch": step / 10, "loss": loss, "teacher_entropy": entropy, **more, **speed})
         if step % 40 == 0:
-            accuracy = best - 0.5 * abs(step - 80)  # the best one is not the last
+            accuracy = best - 0.5 * abs(step - 80)  # the best is not the last
             found.append({"step": step, "epoch": step / 10, "eval": "knn", "20-NN": accuracy, "20-NN top-5": 99.0})
     return found
 
@@ -77,17 +77,18 @@ def backbone() -> torch.nn.Module:
 
 @pytest.fixture
 def run_dir(finished: Path, tmp_path: Path) -> Path:
-    """A copy of `finished` to write to, and to break."""
+    """Return a copy of `finished` that a test may change."""
     return Path(shutil.copytree(finished, tmp_path / finished.name))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder as training leaves it."""
+    """Return the folder of a finished run."""
     folder = tmp_path_factory.mktemp("runs") / "flowers & <weeds>"
     (folder / "snapshots").mkdir(parents=True)
     run = edit(Run(data=Folder(path="photos")), method=dict(out_dim=K), optim=dict(epochs=12), out=str(folder))
-    described = {
+    info = {
+        "format": 1,
         "run": to_dict(run),
         "prototypes": K,
         "backbone": to_dict(run.backbone),
@@ -95,52 +96,52 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "reference_scores": {"raw_pixels": {"20-NN": 33.75}, "random_weights": {"20-NN": 28.5}},
         "versions": {"dino": "0.1.0", "torch": "2.11.0"},
     }
-    (folder / "run.json").write_text(json.dumps(described))
-    (folder / "plan.json").write_text(json.dumps([{"name": "K", "value": "1024", "why": "24 pictures are few"}]))
+    (folder / "run.json").write_text(json.dumps(info))
+    (folder / "plan.json").write_text(json.dumps([{"name": "K", "value": "1024", "why": "24 images are few"}]))
     write_rows(folder, rows())
     skipped = [{"name": "a <b>.jpg", "reason": "cut short"}, {"name": "notes.txt", "reason": "not an image"}]
     (folder / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in skipped) + '{"name": "to')
     network, dataset = backbone(), Blobs()
     samples = choose_samples(dataset, 4)
     for epoch in (0, 4, 12):
-        snapshot(network, dataset, samples, folder / "snapshots", epoch, 64)
+        save_snapshot(network, dataset, samples, folder / "snapshots", epoch, 64)
     features = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
     assert dataset.labels is not None
     extracted = ImageFeatures(features, torch.from_numpy(dataset.labels), torch.arange(24), [])
-    write_neighbours(extracted, dataset, samples, folder / "snapshots", k=3)
+    write_neighbors(extracted, dataset, samples, folder / "snapshots", k=3)
     return folder
 
 
-def test_the_page_tells_the_run(run_dir: Path) -> None:
+def test_the_page_has_results_settings_and_images(run_dir: Path) -> None:
     html = write_report(run_dir).read_text()
-    for told in (
+    for text in (
         "61.2 %",
         "33.8 %",
         "28.5 %",
         "epoch 8",
         f"ln K = {math.log(K):.2f}",
     ):  # the best, not the last
-        assert told in html, told
-    assert "24 pictures are few" in html
+        assert text in html, text
+    assert "24 images are few" in html
     assert "cut short" in html
-    assert "2 files could not be used" in html
-    for title in ("Curves", "What it sees", "Nearest neighbours", "Settings", "Environment", "Learning rate"):
+    assert "2 files could not be read" in html
+    for title in ("Curves", "Attention maps", "Nearest neighbors", "Plan", "Settings", "Environment", "Learning rate"):
         assert title in html, title
     assert not diagnose(read_history(run_dir).training, K)
 
 
-def test_nothing_is_fetched_and_nothing_breaks_out(run_dir: Path) -> None:
+def test_the_page_loads_nothing_and_escapes_names(run_dir: Path) -> None:
     html = write_report(run_dir).read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
     assert "http" not in html.replace("http-equiv", "")
     assert "<script" not in html
     assert "<weeds>" not in html
     assert "&lt;weeds&gt;" in html
-    assert html.count("data:image/jpeg;base64,") >= 4 * (1 + 3) + 4 * (1 + 2 + 3)  # over epochs, then the heads
+    assert html.count("data:image/jpeg;base64,") >= 4 * (1 + 3) + 4 * (1 + 2 + 3)  # over epochs, then the panels
     assert len(html) < 3_000_000
 
 
-def test_changed_settings_stand_out_and_defaults_are_pale(run_dir: Path) -> None:
+def test_defaults_are_pale_and_changed_settings_are_not(run_dir: Path) -> None:
     html = write_report(run_dir).read_text()
     assert "<dt>out dim</dt><dd>1024</dd>" in html
     assert '<dt class="default">student temp</dt><dd class="default">0.1</dd>' in html
@@ -154,62 +155,64 @@ def test_a_partial_run_gets_its_report(run_dir: Path, missing: str) -> None:
     html = write_report(run_dir).read_text()
     assert "Settings" in html
     assert ("Learning rate" in html) == ("metrics.jsonl" not in names)
-    assert ("What it sees" in html) == ("snapshots" not in names)
+    assert ("Attention maps" in html) == ("snapshots" not in names)
 
 
-def test_an_older_run_with_unknown_settings_is_still_shown(run_dir: Path) -> None:
-    described = json.loads((run_dir / "run.json").read_text())
-    described["run"]["method"]["gone_since"] = 17
-    (run_dir / "run.json").write_text(json.dumps(described))
-    assert "gone since" in write_report(run_dir).read_text()
+def test_another_format_is_refused(run_dir: Path) -> None:
+    for name in ("index", "neighbors"):
+        path = run_dir / f"snapshots/{name}.json"
+        text = path.read_text()
+        path.write_text(json.dumps({**json.loads(text), "format": 99}))
+        with pytest.raises(UserError, match=f"{name}.json has format 99; this version of dino reads format 1"):
+            write_report(run_dir)
+        path.write_text(text)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run\.json"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_pictures_leave_a_gap_not_a_crash(run_dir: Path) -> None:
-    victim = next((run_dir / "snapshots").glob("epoch_0012/*.png"))
-    victim.write_bytes(victim.read_bytes()[:40])
-    next((run_dir / "snapshots/thumbs").iterdir()).unlink()
-    assert "Nearest neighbours" in write_report(run_dir).read_text()
+def test_a_missing_image_is_a_dash(run_dir: Path) -> None:
+    assert "<td>–</td>" not in write_report(run_dir).read_text()
+    next((run_dir / "snapshots").glob("epoch_0012/*.jpg")).unlink()
+    assert "<td>–</td>" in write_report(run_dir).read_text()
 
 
-def test_history_survives_a_torn_line_and_a_resume(run_dir: Path) -> None:
+def test_history_ignores_a_torn_line_and_prefers_resumed_steps(run_dir: Path) -> None:
     again = [{"step": 90, "epoch": 9, "loss": 1.5}, {"step": 100, "epoch": 10, "loss": None}]
     write_rows(run_dir, [*rows(), *again], tail='{"step": 110, "lo')
     history = read_history(run_dir)
     assert [row["step"] for row in history.training] == [*range(10, 81, 10), 90, 100]
-    assert history.line("loss")[1][-1] == 1.5  # and None is no point of a curve
+    assert history.line("loss")[1][-1] == 1.5  # None is not a point of a curve
     assert [row["step"] for row in history.evaluations["knn"]] == [40, 80, 120]
 
 
-def test_snapshots_are_kept_by_epoch_and_leave_bad_pictures_out(tmp_path: Path) -> None:
+def test_snapshots_are_kept_by_epoch_without_bad_images(tmp_path: Path) -> None:
     network, dataset = backbone().train(), Blobs()
     for epoch in (3, 0, 3):
-        snapshot(network, dataset, [0, 5, 7], tmp_path, epoch, 64)
+        save_snapshot(network, dataset, [0, 5, 7], tmp_path, epoch, 64)
     index = read_index(tmp_path)
-    assert [entry["epoch"] for entry in index["epochs"]] == [0, 3]
+    assert index["epochs"] == [0, 3]
     assert set(index["images"]) == {"0", "7"}
-    assert index["epochs"][0]["heads"] == 3
-    assert network.training  # what is looked at is left as it was
+    assert index["panels"] == ["mask, 60 %", "mean", "head 0", "head 1", "head 2"]
+    assert network.training  # the mode is restored
 
 
-def test_neighbours_are_the_nearest_and_never_the_picture_itself(tmp_path: Path) -> None:
+def test_neighbors_are_the_nearest_other_images(tmp_path: Path) -> None:
     angles = torch.tensor([0.0, 0.1, 0.3, 1.0, 2.0])  # cosine falls with the angle between two
     features = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[1.0], [50], [2], [3], [4]])
     extracted = ImageFeatures(features, None, torch.tensor([2, 4, 6, 8, 9]), [])
-    write_neighbours(extracted, Blobs(), [4, 5], tmp_path, k=2)  # 5 has no feature: left out
-    (query,) = read_neighbours(tmp_path)["queries"]
-    assert [near["index"] for near in query["neighbours"]] == [2, 6]
-    assert query["neighbours"][0]["similarity"] == pytest.approx(math.cos(0.1), abs=1e-4)
-    with pytest.raises(UserError, match="no feature"):
-        write_neighbours(extracted, Blobs(), [5], tmp_path)
+    write_neighbors(extracted, Blobs(), [4, 5], tmp_path, k=2)  # 5 has no feature
+    (query,) = read_neighbors(tmp_path)["queries"]
+    assert [near["index"] for near in query["neighbors"]] == [2, 6]
+    assert query["neighbors"][0]["similarity"] == pytest.approx(math.cos(0.1), abs=1e-4)
+    with pytest.raises(UserError, match="has a feature"):
+        write_neighbors(extracted, Blobs(), [5], tmp_path)
 
 
-def test_samples_show_every_class() -> None:
+def test_samples_cover_every_class() -> None:
     dataset = Blobs()
     assert dataset.labels is not None
     chosen = choose_samples(dataset, 4)
@@ -224,7 +227,7 @@ def history(loss: float, entropy: float, kl: float, marginal: float, *, first: f
 
 
 @pytest.mark.parametrize(
-    ("rows", "named"),
+    ("rows", "name"),
     [
         (history(8.3178, 8.3177, 1e-4, 8.3178), "Uniform collapse"),
         (history(0.02, 0.01, 0.01, 0.05, first=8.3), "one prototype"),
@@ -233,16 +236,19 @@ def history(loss: float, entropy: float, kl: float, marginal: float, *, first: f
         ([*history(6.0, 4.0, 2.0, 8.0), {"step": 40, "loss": math.nan}], "not finite at step 40"),
     ],
 )
-def test_failures_are_named(rows: list[dict], named: str) -> None:
-    (said,) = diagnose(rows, 4096)
-    assert named in str(said)
+def test_failures_are_named(rows: list[dict], name: str) -> None:
+    (finding,) = diagnose(rows, 4096)
+    assert name in str(finding)
 
 
-def test_health_is_silent_where_all_is_well() -> None:
+def test_a_healthy_run_has_no_findings() -> None:
     assert diagnose(history(4.8, 3.1, 1.7, 8.0, first=8.3), 4096) == []
-    assert diagnose(history(7.9, 6.0, 1.9, 8.0)[:3], 4096) == []  # too early to tell
+    assert diagnose(history(7.9, 6.0, 1.9, 8.0)[:3], 4096) == []  # too early to judge
 
 
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0, 0), (5, 5), (-3, 7), (-2, -2), (1e-9, 2e-9), (-1e6, 1e6), (0.1, 0.1000001), (0, 8.3178)]
+)
 def test_ticks_cover_the_values(low: float, high: float) -> None:
     found = ticks(low, high)
     assert found[0] <= low
@@ -250,7 +256,7 @@ def test_ticks_cover_the_values(low: float, high: float) -> None:
     assert 2 <= len(found) <= 8
 
 
-def test_a_long_curve_is_thinned_but_ends_where_it_ends() -> None:
+def test_a_long_curve_is_thinned_and_keeps_its_last_value() -> None:
     xs = list(range(10_000))
     svg = chart({"loss": (xs, [1.0] * 9_999 + [7.0])}, title="Loss")
     (points,) = re.findall(r'<polyline class="c0" points="([^"]*)"', svg)

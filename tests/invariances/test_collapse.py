@@ -25,7 +25,7 @@ from dino_ssl.methods.moco import MoCoConfig
 from dino_ssl.methods.supervised import SupervisedConfig
 from dino_ssl.presets import paper
 from dino_ssl.presets.small import demo, narrow_vit, small, small_vit, vit_tiny
-from dino_ssl.report.health_section import read_said
+from dino_ssl.report.health_section import read_health_log
 from dino_ssl.run import read_run
 from dino_ssl.schedules import Clock
 from dino_ssl.state import build_method
@@ -221,7 +221,7 @@ def test_rollback_resumes_from_the_last_healthy_checkpoint(
     healthy = {name.removeprefix("teacher.backbone."): value for name, value in saved["method"].items()}
     assert all(torch.equal(value, healthy[name]) for name, value in exported.items())
     assert read_run(tmp_path / "run").method.teacher_temp == 1.5  # pyright: ignore[reportAttributeAccessIssue]
-    assert [row["step"] for row in read_said(tmp_path / "run") if "Rollback from" in row["message"]] == collapsed
+    assert [row["step"] for row in read_health_log(tmp_path / "run") if "Rollback from" in row["message"]] == collapsed
 
 
 class Line(NamedTuple):

@@ -22,7 +22,7 @@ from dino_ssl.errors import Diverged, UserError
 from dino_ssl.evals.features import extract
 from dino_ssl.events import Ended, EpochDone, EvalDone, EvalStarted, Evaluated, Event, Logged, Started
 from dino_ssl.report.run_report import write_report
-from dino_ssl.report.snapshots import choose_samples, snapshot, write_neighbours
+from dino_ssl.report.snapshots import choose_samples, save_snapshot, write_neighbors
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime
 from dino_ssl.schedules import Clock
@@ -233,10 +233,10 @@ class _Session:
             return
         self.due = [due for due in self.due if due > epoch]
         self.snapshot(method, epoch)
-        write_report(self.folder)
+        write_report(self.folder, self.run)
 
     def snapshot(self, method: Any, epoch: float) -> None:
-        snapshot(
+        save_snapshot(
             method.backbone,
             self.shown,
             self.samples,
@@ -282,12 +282,12 @@ class _Session:
             read = set(extracted.indices.tolist())  # the others went bad since
             queries = [place for place in map(kept.index, self.samples) if place in read]
             if queries:
-                write_neighbours(extracted, dataset, queries, self.folder / "snapshots")
+                write_neighbors(extracted, dataset, queries, self.folder / "snapshots")
 
     def finish(self, outcome: Outcome) -> None:
         """The last words: what came out, and where it lies."""
         self.write_skipped(outcome.skipped)
-        write_report(self.folder)
+        write_report(self.folder, self.run)
         say = self.terminal.print
         if outcome.skipped:
             say(

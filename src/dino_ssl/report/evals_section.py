@@ -1,34 +1,33 @@
-"""The report's section on the evaluations that a run asked of its network on the way."""
+"""Report section: results of the evaluations that ran during training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from dino_ssl.report import html
-from dino_ssl.report.curves import chart, line
+from dino_ssl.report.curves import Rows, chart, charts, line
 
-CURVES = 3
-"""Figures of one evaluation that are drawn; the table below them has all."""
-OTHERS = {"knn", "accuracy", "raw_pixels", "random_weights", "majority_class"}
-"""What else has lines of its own in metrics.jsonl: the accuracy that every run with labels measures, and its floors."""
+MAX_CURVES = 3
+"""Metrics of one evaluation in its chart; the table has all."""
+REFERENCES = {"raw_pixels": "raw pixels", "random_weights": "random weights", "majority_class": "majority class"}
+"""Reference scores of the online evaluation, by their name in metrics.jsonl and run.json."""
+ONLINE = ("knn", "accuracy")
+"""Names of the online evaluation in metrics.jsonl; its result is at the top of the page."""
 
 
-def asked_section(evaluations: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Each evaluation by its name: curves where it was asked more than once, and the first and the last answer."""
+def evals_section(evaluations: Mapping[str, Rows]) -> str:
+    """Return the curves, first and last values of every evaluation of `Run.evals`."""
     parts = []
     for name, rows in evaluations.items():
-        if name in OTHERS or not rows:
+        if name in ONLINE or name in REFERENCES:
             continue
-        figures = [key for key in rows[-1] if key not in ("step", "epoch", "eval")]
-        drawn = ""
-        if len(rows) > 1:
-            drawn = chart({key: line(rows, key) for key in figures[:CURVES]}, title=name, from_zero=True)
-            drawn = f'<div class="grid charts">{drawn}</div>' if drawn else ""
-        shown = [rows[0], rows[-1]] if len(rows) > 1 else [rows[-1]]
-        head = ["", *(f"epoch {row.get('epoch', 0):.4g}" for row in shown)]
-        table = html.table([head, *([key, *(_number(row.get(key)) for row in shown)] for key in figures)], first="name")
-        parts.append(f"<h3>{escape(name)}</h3>{drawn}{table}")
-    return html.section("Evaluations", "Asked while training; in percent, unless a name says otherwise.", *parts)
+        metrics = [key for key in rows[-1] if key not in ("step", "epoch", "eval")]
+        ends = [rows[0], rows[-1]] if len(rows) > 1 else rows
+        curves = {key: line(rows, key) for key in metrics[:MAX_CURVES]} if len(rows) > 1 else {}
+        head = ["", *(f"epoch {row.get('epoch', 0):.4g}" for row in ends)]
+        table = html.table([head, *([key, *(_number(row.get(key)) for row in ends)] for key in metrics)], first="name")
+        parts += [f"<h3>{escape(name)}</h3>", charts(chart(curves, title=name, from_zero=True)), table]
+    return html.section("Evaluations", "Run during training. In percent unless the name states a unit.", *parts)
 
 
 def _number(value: Any) -> str:

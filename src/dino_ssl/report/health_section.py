@@ -1,93 +1,79 @@
-"""The report's part on health: what is wrong, how the vitals went, and what the monitor said on the way."""
+"""Report section: metrics that show a collapse, and the findings of the monitor."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dino_ssl.collapse.checks import Finding
 from dino_ssl.collapse.monitor import diagnose
-from dino_ssl.errors import UserError
 from dino_ssl.files import read_lines
 from dino_ssl.report import html
-from dino_ssl.report.curves import History, Line, chart
-from dino_ssl.run import read_run
+from dino_ssl.report.curves import History, Line, chart, charts
+from dino_ssl.run import Run
 
 
-def findings(run_dir: Path, described: Mapping[str, Any], history: History) -> list[Finding]:
-    """What is wrong with a run as its curves end."""
-    prototypes = described.get("prototypes")
-    try:
-        run = read_run(run_dir)
-    except (UserError, TypeError, ValueError):  # of another version: the advice then names no settings
-        return diagnose(history.training, prototypes)
-    trained_on = (described.get("data") or {}).get("trained_on")
-    steps = None if not trained_on else max(1, trained_on // run.optim.batch_size)
-    return diagnose(history.training, prototypes, run, steps)
+def current_findings(run: Run, num_images: int | None, prototypes: int | None, history: History) -> list[Finding]:
+    """Return what is wrong at the end of the metrics. num_images: of the training set."""
+    steps_per_epoch = max(1, num_images // run.optim.batch_size) if num_images else None
+    return diagnose(history.training, prototypes, run, steps_per_epoch)
 
 
-def health_section(run_dir: Path, described: Mapping[str, Any], history: History) -> str:
-    """Curves of the vitals, and what was said while it trained."""
-    prototypes = described.get("prototypes")
-    message = _less(history.line("marginal_entropy"), history.line("teacher_entropy"))
-    grasped = _less(history.line("marginal_entropy"), history.line("loss")) if history.line("kl")[0] else ([], [])
-    drawn = [
+def health_section(run_dir: Path, prototypes: int | None, history: History) -> str:
+    """Return charts of the collapse metrics, and the findings logged during training."""
+    line = history.line
+    information = _difference(line("marginal_entropy"), line("teacher_entropy"))
+    predicted = _difference(line("marginal_entropy"), line("loss")) if line("kl")[0] else ([], [])
+    figures = charts(
         chart(
-            {"in the targets": message, "of it predicted": grasped},
-            title="Message, nats",
-            note="How much a target tells of its picture within a batch, and how much of that the student predicts. "
-            "Below 0 it does worse than one answer for all.",
+            {"of the targets": information, "predicted by the student": predicted},
+            title="Mutual information, nats",
+            note="Information of a target about its image within a batch, and the part that the student predicts. "
+            "Below 0 the student is worse than a constant prediction.",
         ),
         chart(
-            {"used": history.line("prototypes_used")},
+            {"used": line("prototypes_used")},
             title="Prototypes in use",
             references={"K": prototypes} if prototypes else {},
             from_zero=True,
-            note="Exp of the entropy of the mean target. 1: one takes every picture.",
+            note="Exponential of the entropy of the mean target. 1: all images get one prototype.",
         ),
         chart(
-            {"rank": history.line("feature_rank")},
+            {"rank": line("feature_rank")},
             title="Effective rank of the features",
             from_zero=True,
-            note="Directions that a batch's features fill, (trace C)^2 / |C|^2; at most twice the batch less 1.",
+            note="(trace C)^2 / |C|^2 of a batch's covariance C; at most twice the batch size minus 1.",
         ),
         chart(
-            {"spread": history.line("feature_spread")},
+            {"spread": line("feature_spread")},
             title="Spread of the features",
             references={"all different": 1.0},
             from_zero=True,
-            note="0: every picture has the same feature.",
+            note="0: all images have the same feature.",
         ),
+        chart({"features": line("feature_norm"), "center": line("center_norm")}, title="Norms", from_zero=True),
+        chart({"gradient": line("grad_norm")}, title="Gradient norm before clipping", from_zero=True),
         chart(
-            {"features": history.line("feature_norm"), "center": history.line("center_norm")},
-            title="Norms",
+            {"distance": line("teacher_distance")},
+            title="Distance of teacher and student weights",
             from_zero=True,
+            note="Relative to the norm of the student's weights.",
         ),
-        chart({"gradient": history.line("grad_norm")}, title="Norm of the gradient, before clipping", from_zero=True),
-        chart(
-            {"distance": history.line("teacher_distance")},
-            title="Teacher to student",
-            from_zero=True,
-            note="Distance of their weights, as a share of the student's length.",
-        ),
-    ]
-    charts = "".join(drawn)
-    said = [(_where(row), str(row.get("name", "")), str(row.get("message", ""))) for row in read_said(run_dir)]
-    shown = f'<div class="grid charts">{charts}</div>' if charts else ""
-    return html.section("Health", "Of what the loss does not show.", shown, html.table(said))
+    )
+    log = [(_step(row), str(row.get("name", "")), str(row.get("message", ""))) for row in read_health_log(run_dir)]
+    return html.section("Health", "Metrics and findings that reveal a collapse.", figures, html.table(log))
 
 
-def read_said(run_dir: Path) -> list[dict[str, Any]]:
-    """What the monitor of a session said, in order: step, name, message."""
+def read_health_log(run_dir: Path) -> list[dict[str, Any]]:
+    """Read the findings logged during training, in order."""
     return read_lines(run_dir / "health.jsonl")
 
 
-def _where(row: Mapping[str, Any]) -> str:
-    return f"step {row['step']:,}" if row.get("step") else "before the first step"
+def _step(row: dict[str, Any]) -> str:
+    return f"step {row['step']:,}" if row.get("step") else "before training"
 
 
-def _less(one: Line, other: Line) -> Line:
-    """The difference of two curves where both have a point."""
-    there = dict(zip(*other, strict=True))
-    pairs = [(x, y - there[x]) for x, y in zip(*one, strict=True) if x in there and math.isfinite(y)]
+def _difference(minuend: Line, subtrahend: Line) -> Line:
+    """Return the difference of two curves at their common points."""
+    values = dict(zip(*subtrahend, strict=True))
+    pairs = [(x, y - values[x]) for x, y in zip(*minuend, strict=True) if x in values and math.isfinite(y)]
     return [x for x, _ in pairs], [y for _, y in pairs]

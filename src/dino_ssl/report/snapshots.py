@@ -1,17 +1,16 @@
-"""What a run keeps to be looked at: attention of a few sample pictures at several epochs, and their
-neighbours.
+"""Attention maps of sample images at several epochs, and their nearest neighbors, saved during training.
 
-Everything lies in RUN/snapshots, small, with a JSON index beside it:
+RUN/snapshots holds small JPEG files and two indices:
 
-    index.json            the sample pictures, and for each epoch the maps' files
-    pictures/0.jpg        a sample as the network sees it (resized, center crop)
-    epoch_0010/0.png      its maps, one grey pixel per patch, side by side: every head, the mean
-                          (each stretched to 0 .. 255), and the mean's mask
-    epoch_0010/0.jpg      the mean over heads, laid over the picture
-    neighbours.json       for each query its nearest pictures; thumbs/ holds them
+    index.json            the sample images, the epochs, and the panels of the latest snapshot
+    images/0.jpg          a sample as the network gets it (resized, center crop)
+    epoch_0010/0.jpg      the mean attention over heads, on the sample
+    latest/0-1.jpg        panel 1 of the latest snapshot: mask, mean, then each head
+    neighbors.json        the nearest images of each sample; thumbs/ holds them
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,119 +25,120 @@ from dino_ssl.evals.knn import nearest_neighbours
 from dino_ssl.files import read_json, write_json
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.viz.attention import cls_attention_or_similarity
-from dino_ssl.viz.rendering import overlay, rescale
+from dino_ssl.viz.rendering import center_square, cutout, heat_map, overlay
 from dino_ssl.viz.saving import save_image
 
-JPEG = {"quality": 82, "optimize": True}
+FORMAT = 1
+"""Version of index.json and neighbors.json."""
+MAX_WIDTH = 192
+"""Width in pixels of saved images."""
+MAX_HEADS = 6
+"""Heads of the latest snapshot that are saved."""
 
 
 def choose_samples(dataset: ImageDataset, count: int = 6) -> list[int]:
-    """Pictures to look at: evenly spaced, and of as many classes as possible where there are classes."""
+    """Return the indices of evenly spaced images, from as many classes as possible if there are labels."""
     total = len(dataset)
     if dataset.labels is None or not len(dataset.labels):
         return np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).astype(int)).tolist()
-    members = [np.flatnonzero(dataset.labels == kind) for kind in np.unique(dataset.labels)]
+    members = [np.flatnonzero(dataset.labels == label) for label in np.unique(dataset.labels)]
     if len(members) > count:
         members = [members[i] for i in np.linspace(0, len(members) - 1, count).astype(int)]
-    turns = max(len(group) for group in members)
-    ordered = [int(group[turn]) for turn in range(turns) for group in members if turn < len(group)]
+    rounds = max(len(indices) for indices in members)
+    ordered = [int(indices[turn]) for turn in range(rounds) for indices in members if turn < len(indices)]
     return sorted(ordered[:count])
 
 
-def snapshot(
+def save_snapshot(
     backbone: Backbone, dataset: ImageDataset, indices: Sequence[int], folder: Path, epoch: float, size: int
-) -> Path:
-    """Adds the maps of these pictures at this epoch to `folder` (RUN/snapshots); returns the index.
+) -> None:
+    """Save the attention maps of these images at this epoch to RUN/snapshots. Call it on rank 0.
 
-    Call it on the main rank alone. A picture that cannot be read is left out; the same epoch again is written
-    over.
+    Unreadable images are skipped. size: side of the network input in pixels.
     """
     index = read_index(folder)
-    entry: dict[str, Any] = {"epoch": epoch, "maps": {}}
-    here = f"epoch_{epoch:08.3f}".rstrip("0").rstrip(".") if epoch % 1 else f"epoch_{int(epoch):04d}"
-    for place in map(int, indices):
+    for i in map(int, indices):
         try:
-            picture = eval_transform(dataset.read(place), size)
+            image = eval_transform(dataset.read(i), size)
         except BadImage:
             continue
-        seen = cls_attention_or_similarity(backbone, picture, size=size)
-        entry |= {"kind": seen.kind, "heads": len(seen.heads), "grid": list(seen.mean.shape)}
-        maps = [*(rescale(values) for values in (*seen.heads, seen.mean)), seen.mask.astype(np.float32)]
-        strip = np.concatenate(maps, axis=1)
-        save_image(folder / here / f"{place}.png", (strip * 255).round().astype(np.uint8), optimize=True)
-        save_image(folder / here / f"{place}.jpg", overlay(seen.image, seen.mean), **JPEG)
-        if str(place) not in index["images"]:
-            save_image(folder / f"pictures/{place}.jpg", seen.image, **JPEG)
-            index["images"][str(place)] = {"name": dataset.names[place], "label": _label(dataset, place)}
-        entry["maps"][str(place)] = f"{here}/{place}"
-    kept = [other for other in index["epochs"] if other["epoch"] != epoch]
-    index["epochs"] = sorted([*kept, entry], key=lambda item: item["epoch"])
-    return write_json(folder / "index.json", index)
+        maps = cls_attention_or_similarity(backbone, image, size=size)
+        shape = (maps.image.shape[0], maps.image.shape[1])
+        panels = {"mask, 60 %": cutout(maps.image, maps.mask), "mean": heat_map(maps.mean, shape)}
+        if len(maps.heads) > 1:
+            panels |= {f"head {head}": heat_map(maps.heads[head], shape) for head in maps.head_ids[:MAX_HEADS]}
+        _save(folder / f"images/{i}.jpg", maps.image)
+        _save(folder / epoch_dir(epoch) / f"{i}.jpg", overlay(maps.image, maps.mean))
+        for number, panel in enumerate(panels.values()):
+            _save(folder / f"latest/{i}-{number}.jpg", panel)
+        index["images"][str(i)] = _describe(dataset, i)
+        index |= {"kind": maps.kind, "panels": list(panels), "latest": epoch}
+    index["epochs"] = sorted({*index["epochs"], epoch})
+    write_json(folder / "index.json", index)
+
+
+def epoch_dir(epoch: float) -> str:
+    """Return the folder name of an epoch."""
+    return f"epoch_{epoch:08.3f}".rstrip("0").rstrip(".") if epoch % 1 else f"epoch_{int(epoch):04d}"
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of the maps; an empty one where there is none, or none that can be read."""
-    index = read_json(folder / "index.json")
-    return index if isinstance(index, dict) and {"images", "epochs"} <= set(index) else {"images": {}, "epochs": []}
+    """Read the index of the snapshots, or return an empty one."""
+    return _read(folder / "index.json") or {"format": FORMAT, "images": {}, "epochs": []}
 
 
-def write_neighbours(
-    extracted: ImageFeatures,
-    dataset: ImageDataset,
-    queries: Sequence[int],
-    folder: Path,
-    *,
-    k: int = 6,
-    size: int = 112,
+def write_neighbors(
+    extracted: ImageFeatures, dataset: ImageDataset, queries: Sequence[int], folder: Path, *, k: int = 6, size: int = 112
 ) -> Path:
-    """The k nearest pictures of each query by cosine, itself left out, with thumbnails; returns
-    neighbours.json.
+    """Write the k nearest images of each query by cosine similarity, with thumbnails, and return neighbors.json.
 
-    extracted: features of `dataset`; queries: numbers of pictures among them.
+    extracted: features of `dataset`. queries: indices into `dataset`; those without a feature are skipped.
     """
     rows = {int(index): row for row, index in enumerate(extracted.indices.tolist())}
-    asked = [int(query) for query in queries if int(query) in rows]
-    if not asked:
-        raise UserError(f"no feature was extracted for any of the query pictures {list(queries)}.")
+    queries = [int(query) for query in queries if int(query) in rows]
+    if not queries:
+        raise UserError("None of the query images has a feature.")
     features = extracted.features
-    similarity, found = nearest_neighbours(features, features[[rows[query] for query in asked]], k + 1)
-    listed = []
-    for query, values, places in zip(asked, similarity.tolist(), found.tolist(), strict=True):
-        others = [
-            (int(extracted.indices[place]), value)
-            for value, place in zip(values, places, strict=True)
-            if place != rows[query]
+    similarity, nearest = nearest_neighbours(features, features[[rows[query] for query in queries]], k + 1)
+    results = []
+    for query, values, found in zip(queries, similarity.tolist(), nearest.tolist(), strict=True):
+        pairs = [(row, value) for row, value in zip(found, values, strict=True) if row != rows[query]]
+        neighbors = [
+            {**_describe(dataset, int(extracted.indices[row])), "similarity": round(value, 4)}
+            for row, value in pairs[:k]
         ]
-        near = [_thumb(dataset, index, folder, size) | {"similarity": round(v, 4)} for index, v in others[:k]]
-        listed.append({**_thumb(dataset, query, folder, size), "neighbours": near})
-    return write_json(folder / "neighbours.json", {"images": len(features), "queries": listed})
+        results.append({**_describe(dataset, query), "neighbors": neighbors})
+        for index in (query, *(neighbor["index"] for neighbor in neighbors)):
+            _save_thumbnail(dataset, index, folder / f"thumbs/{index}.jpg", size)
+    return write_json(folder / "neighbors.json", {"format": FORMAT, "images": len(features), "queries": results})
 
 
-def read_neighbours(folder: Path) -> dict[str, Any]:
-    """What `write_neighbours` wrote; empty where there is nothing."""
-    found = read_json(folder / "neighbours.json")
-    return found if isinstance(found, dict) else {}
+def read_neighbors(folder: Path) -> dict[str, Any]:
+    """Read the result of `write_neighbors`, or return an empty dict."""
+    return _read(folder / "neighbors.json") or {}
 
 
-def _thumb(dataset: ImageDataset, index: int, folder: Path, size: int) -> dict[str, Any]:
-    """Saves a square thumbnail once, and describes the picture; a picture gone bad since has no file."""
-    described = {"index": index, "name": dataset.names[index], "label": _label(dataset, index)}
-    path = folder / f"thumbs/{index}.jpg"
-    if not path.exists():
-        try:
-            image = dataset.read(index)
-        except BadImage:
-            return described
-        side = min(image.shape[:2])
-        top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-        square = np.ascontiguousarray(image[top : top + side, left : left + side])
-        how = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
-        save_image(path, cv2.resize(square, (size, size), interpolation=how), **JPEG)
-    return described | {"file": f"thumbs/{index}.jpg"}
+def _read(path: Path) -> dict[str, Any] | None:
+    content = read_json(path)
+    if content is not None and content.get("format") != FORMAT:
+        raise UserError(f"{path} has format {content.get('format')}; this version of dino reads format {FORMAT}.")
+    return content
 
 
-def _label(dataset: ImageDataset, index: int) -> str | None:
-    if dataset.labels is None or dataset.labels[index] < 0:
-        return None
-    label = int(dataset.labels[index])
-    return dataset.classes[label] if label < len(dataset.classes) else str(label)
+def _save(path: Path, image: np.ndarray) -> None:
+    if image.shape[1] > MAX_WIDTH:
+        height = max(1, round(image.shape[0] * MAX_WIDTH / image.shape[1]))
+        image = cv2.resize(image, (MAX_WIDTH, height), interpolation=cv2.INTER_AREA)
+    save_image(path, image, quality=82, optimize=True)
+
+
+def _save_thumbnail(dataset: ImageDataset, index: int, path: Path, size: int) -> None:
+    with suppress(BadImage):
+        if not path.exists():
+            _save(path, center_square(dataset.read(index), size))
+
+
+def _describe(dataset: ImageDataset, index: int) -> dict[str, Any]:
+    label = -1 if dataset.labels is None else int(dataset.labels[index])
+    name = dataset.classes[label] if 0 <= label < len(dataset.classes) else None if label < 0 else str(label)
+    return {"index": index, "name": dataset.names[index], "label": name}
