@@ -46,7 +46,7 @@ def test_attention_of_a_folder_skips_broken_files(network, images, dino):
     ]  # fmt: skip
     assert len({file for result in ran.json["images"] for file in result["files"]}) == 64
     assert min(shape(files[1])) >= 384  # maps of a small network are enlarged
-    assert shape(ran.json["figures"][0])[1] > 8 * 2 * 224
+    assert shape("maps/all.png")[1] > 8 * 2 * 224
 
 
 def test_attention_of_points_has_one_color_per_point(network, images, dino):
@@ -70,7 +70,7 @@ def test_attention_of_a_video_is_a_video(network, tmp_path, dino):
     ran = dino("attention", network, tmp_path / "walk.mp4", "--size", "32", "--json", "-o", "out")
     assert ran.code == 0, ran.err
     (video,) = ran.json["videos"]
-    assert (video["frames"], video["fps"], ran.json["figures"]) == (3, 5.0, [])
+    assert (video["frames"], video["fps"], ran.json["images"]) == (3, 5.0, [])
     frames = list(open_video(video["file"]))
     assert len(frames) == 3
     assert frames[0].shape == (384, 3 * 384, 3)  # frame, mean, colored heads

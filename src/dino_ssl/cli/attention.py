@@ -28,16 +28,14 @@ EXAMPLES = """\
   dino attention runs/photos frames/ --video --fps 10"""
 
 SHEET_IMAGES = 24
-"""Images per overview file."""
-MAX_LINES = 20
-"""With more images, only the progress is printed."""
+"""Images in the overview."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
     """Draw attention maps: each head, their mean, an overlay, and the mask of 60 % of the attention.
 
-    Each image gets a folder with one file per panel; all.png has all panels. A video becomes an MP4 of frame, mean and
+    Each image gets a folder with one file per panel; all.png shows all panels. A video becomes an MP4 of frame, mean and
     heads side by side. For a network without attention (a ResNet), the similarity of each patch to the pooled feature
     is drawn instead.
     """
@@ -80,17 +78,18 @@ def attention(argv: Sequence[str]) -> int:
             path for path in map(Path, options.images)
             if path.suffix.lower() in VIDEO_SUFFIXES or (options.video and path.is_dir())
         ]  # fmt: skip
-        result: dict[str, Any] = {"checkpoint": options.checkpoint, "figures": [], "images": [], "skipped": []}
-        names = [name for name in options.images if Path(name) not in videos]
-        images = named_images(names, terminal, result["skipped"])
+        skipped: list[dict[str, str]] = []
+        images = named_images([name for name in options.images if Path(name) not in videos], terminal, skipped)
         checkpoint = open_checkpoint(options.checkpoint)
-        if images:
-            result["figures"], result["images"] = _draw_images(checkpoint, images, options, terminal, result["skipped"])
+        results = _draw_images(checkpoint, images, options, terminal, skipped) if images else []
         stems: set[str] = set()
-        result["videos"] = [
+        video_results = [
             _draw_video(checkpoint, path, f"{unique_name(path.stem, stems)}.mp4", options, terminal) for path in videos
         ]
-        write_result(result)
+        write_result({
+            "checkpoint": options.checkpoint, "out": options.out, "images": results, "videos": video_results,
+            "skipped": skipped,
+        })  # fmt: skip
     return 0
 
 
@@ -100,30 +99,32 @@ def _draw_images(
     options: AttentionOptions,
     terminal: Terminal,
     skipped: list[dict[str, str]],
-) -> tuple[list[str], list[dict[str, Any]]]:
-    """Write the panels of each image, and the overview sheets; return the sheets' paths and the results."""
+) -> list[dict[str, Any]]:
+    """Write the panels of each image, and the overview of the first ones."""
     from dino_ssl.viz.rendering import attention_panels, sheet
     from dino_ssl.viz.saving import save_image
 
-    out, pages = Path(options.out), [[]]
-    results: list[dict[str, Any]] = []
-    figures: list[str] = []
+    out, results, overview = Path(options.out), [], []
     for image, pixels in read_images(images, terminal, "attention", skipped):
         maps = _maps(checkpoint, pixels, options)
-        results.append(_save_panels(image, maps, out / image.stem, options))
-        if len(images) <= MAX_LINES:
-            terminal.print(_summary(results[-1], options, out / image.stem))
-        if len(pages[-1]) == SHEET_IMAGES:
-            pages.append([])
-        pages[-1].append((Path(image.name).name, maps))
+        panels = attention_panels(maps)
+        names = (name.replace("%", "").replace(" ", "-") for name, _ in panels)
+        files = [
+            save_image(out / image.stem / f"{name}.png", panel) for name, (_, panel) in zip(names, panels, strict=True)
+        ]
+        results.append({
+            "image": image.name, "heads": len(maps[0].heads), "grid": list(maps[0].mean.shape), "layer": maps[0].layer,
+            "kind": maps[0].kind, "points": list(options.point), "files": list(map(str, files)),
+            "mask_share": [float(each.mask.mean()) for each in maps],
+        })  # fmt: skip
+        if len(overview) < SHEET_IMAGES:
+            overview.append((Path(image.name).name, maps))
     if not results:
         raise UserError(f"None of the {len(images)} images could be read; the last: {skipped[-1]['reason']}.")
-    for number, page in enumerate(pages, 1):
-        blocks = [attention_panels(maps) for _, maps in page]
-        path = out / ("all.png" if number == 1 else f"all-{number}.png")
-        figures.append(str(save_image(path, sheet(blocks, names=[name for name, _ in page]))))
-    terminal.print(f"{len(results)} images in {out}/, overview in {', '.join(figures)}")
-    return figures, results
+    blocks = [attention_panels(maps) for _, maps in overview]
+    file = save_image(out / "all.png", sheet(blocks, names=[name for name, _ in overview]))
+    terminal.print(f"{len(results)} images in {out}/, overview in {file}")
+    return results
 
 
 def _maps(checkpoint: Any, image: "np.ndarray", options: AttentionOptions) -> "list[AttentionMaps]":
@@ -135,39 +136,6 @@ def _maps(checkpoint: Any, image: "np.ndarray", options: AttentionOptions) -> "l
         mass=options.mass, size=options.size,
     )  # fmt: skip
     return maps if isinstance(maps, list) else [maps]
-
-
-def _save_panels(
-    image: NamedImage, maps: "list[AttentionMaps]", folder: Path, options: AttentionOptions
-) -> dict[str, Any]:
-    from dino_ssl.viz.rendering import attention_panels
-    from dino_ssl.viz.saving import save_image
-
-    files = [
-        save_image(folder / f"{name.replace('%', '').replace(' ', '-')}.png", panel)
-        for name, panel in attention_panels(maps)
-    ]
-    return {
-        "image": image.name,
-        "heads": len(maps[0].heads),
-        "grid": list(maps[0].mean.shape),
-        "layer": maps[0].layer,
-        "kind": maps[0].kind,
-        "points": [list(point) for point in options.point],
-        "mask_share": [float(each.mask.mean()) for each in maps],
-        "files": list(map(str, files)),
-    }
-
-
-def _summary(result: dict[str, Any], options: AttentionOptions, folder: Path) -> str:
-    rows, columns = result["grid"]
-    kind = f"{result['heads']} heads" if result["kind"] == "attention" else "similarity to the pooled feature"
-    points = f", {len(options.point)} points" if len(options.point) > 1 else ""
-    shares = ", ".join(f"{share:.0%}" for share in result["mask_share"])
-    return (
-        f"{result['image']}: {kind}{points}, {columns}x{rows} patches, {options.mass:.0%} of the attention on {shares} "
-        f"of the patches; {folder}/"
-    )
 
 
 def _draw_video(

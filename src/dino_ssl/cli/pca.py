@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -64,7 +64,10 @@ def pca(argv: Sequence[str]) -> int:
         for image, each in zip(readable, colors, strict=True):
             drawn = patch_color_image(each.colors, each.foreground, each.display.shape[:2])
             file = save_image(out / f"{image.stem}.png", drawn)
-            results.append(_result(image, each, file))
+            results.append({
+                "image": image.name, "grid": list(each.foreground.shape), "file": str(file),
+                "foreground": float(each.foreground.mean()),
+            })  # fmt: skip
             blocks.append([("image", each.display), ("components", drawn)])
         names = [Path(image.name).name for image in readable]
         overview = save_image(out / "all.png", sheet(blocks[:SHEET_IMAGES], names=names))
@@ -72,16 +75,7 @@ def pca(argv: Sequence[str]) -> int:
         terminal.print(f"{len(results)} images in {out}/, overview in {overview}")
         terminal.print(f"  red, green and blue have {shares} of the variance of the patches", style="dim")
         write_result({
-            "checkpoint": options.checkpoint, "figures": [str(overview)], "variance": variance, "images": results,
+            "checkpoint": options.checkpoint, "out": options.out, "variance": variance, "images": results,
             "skipped": skipped,
         })  # fmt: skip
     return 0
-
-
-def _result(image: NamedImage, colors: Any, file: Path) -> dict[str, Any]:
-    return {
-        "image": image.name,
-        "grid": list(colors.foreground.shape),
-        "foreground": float(colors.foreground.mean()),
-        "file": str(file),
-    }

@@ -1,4 +1,4 @@
-"""dino presets, dino show, dino report: what there is to start from, and what a run was."""
+"""dino presets, dino show, dino report: lists of presets, settings of a run, and report pages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,102 +7,97 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dino_ssl.cli.options import Flag, parse
+from dino_ssl.cli.images import Json
+from dino_ssl.cli.options import parse
 from dino_ssl.config import to_dict
 from dino_ssl.terminal import Terminal, command_output
 
 
 @dataclass(frozen=True, kw_only=True)
 class PresetsOptions:
-    """List the recipes, each with what was reported for it."""
+    """List the presets, each with its published result."""
 
-    json: Flag = False
-    """One JSON object on standard output."""
+    json: Json = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowOptions:
-    """Print every setting of a recipe, or of a run, as the flag that changes it."""
+    """Print every setting of a preset or a run, with the flag that changes it."""
 
     preset: tyro.conf.Positional[str]
-    """A recipe's name (`dino presets`), MODULE:FUNCTION, or a run's folder."""
-    json: Flag = False
-    """The complete Run as one JSON object."""
+    """Name of a preset (`dino presets`), MODULE:FUNCTION, or a run folder."""
+    json: Json = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Write the page of a run, or of a table that `dino ablate` ran, from what lies in its folder."""
+    """Write the report page of a run, or of a table of the paper that `dino ablate` ran."""
 
     run: tyro.conf.Positional[str]
-    """A run's folder, or a table's name (table7) or folder."""
+    """A run folder, or the name (table7) or folder of a table."""
     scale: Literal["small", "paper"] | None = None
-    """Which scale of a table, where it was run at both."""
+    """Scale of the table, if it was run at both."""
     markdown: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Write a table as Markdown with a picture of its curves into this folder too, as docs/ablations/ has them."""
+    """Also write a table as Markdown with a figure of its curves to this folder, as in docs/ablations/."""
     tables: str = "runs/ablate"
-    """Folder of all tables: what `dino ablate` was given as --out."""
-    json: Flag = False
-    """One JSON object on standard output, messages on standard error."""
+    """Folder of all tables: --out of `dino ablate`."""
+    json: Json = False
 
 
 def presets(argv: Sequence[str]) -> int:
+    """Run `dino presets`."""
     options = parse(PresetsOptions, argv, "dino presets", "  dino presets\n  dino show vits16")
-    with command_output(options.json) as (terminal, give):
+    with command_output(options.json) as (terminal, write_result):
         from dino_ssl.presets import PRESETS
 
-        about = {name: " ".join((make.__doc__ or "").split()) for name, make in PRESETS.items()}
-        terminal.table("Recipes", ("name", "what it is, and what was reported for it"), list(about.items()))
-        terminal.print("\ndino show NAME prints its settings; dino train photos/ --preset NAME trains with it.")
-        give({"presets": about})
+        texts = {name: " ".join((preset.__doc__ or "").split()) for name, preset in PRESETS.items()}
+        terminal.table("Presets", ("name", "description and published result"), list(texts.items()))
+        terminal.print("\ndino show NAME prints the settings; dino train photos/ --preset NAME trains with them.")
+        write_result({"presets": texts})
     return 0
 
 
 def show(argv: Sequence[str]) -> int:
+    """Run `dino show`."""
     examples = "  dino show vits16\n  dino show runs/photos\n  dino show vits16 --json > run.json"
     options = parse(ShowOptions, argv, "dino show", examples)
-    with command_output(options.json) as (terminal, give):
+    with command_output(options.json) as (terminal, write_result):
         from dino_ssl.api.resolve import settings_of, typed
         from dino_ssl.presets import resolve
         from dino_ssl.run import read_run
 
         folder = Path(options.preset)
         run = read_run(folder) if folder.is_dir() else resolve(options.preset)
-        described: dict[str, Any] = to_dict(run)
+        settings: dict[str, Any] = to_dict(run)
         rows = [
-            (name, str(value)) if isinstance(described.get(name), dict) else typed(name, value)
+            (name, str(value)) if isinstance(settings.get(name), dict) else typed(name, value)
             for name, value in settings_of(run).items()
             if name != "type"
         ]
         terminal.table(options.preset, ("setting", "value"), rows)
-        give(described)
+        write_result(settings)
     return 0
 
 
 def report(argv: Sequence[str]) -> int:
+    """Run `dino report`."""
     examples = "  dino report runs/photos\n  dino report table7\n  dino report fig6 --markdown docs/ablations"
     options = parse(ReportOptions, argv, "dino report", examples)
-    with command_output(options.json) as (terminal, give):
-        if (Path(options.run) / "run.json").is_file() or (_is_path(options.run) and not _is_study(options.run)):
+    with command_output(options.json) as (terminal, write_result):
+        folder = Path(options.run)
+        is_path = "/" in options.run or folder.exists()
+        if (folder / "run.json").is_file() or (is_path and not (folder / "study.json").is_file()):
             from dino_ssl.report.run_report import write_report
 
-            path = write_report(Path(options.run))
+            path = write_report(folder)
             terminal.print(f"Report     {path}")
-            give({"report": str(path)})
+            write_result({"report": str(path)})
         else:
-            give(_table_report(options, terminal))
+            write_result(_report_table(options, terminal))
     return 0
 
 
-def _is_path(name: str) -> bool:
-    return Path(name).exists() or "/" in name
-
-
-def _is_study(folder: str) -> bool:
-    return (Path(folder) / "study.json").is_file()
-
-
-def _table_report(options: ReportOptions, terminal: Terminal) -> dict[str, Any]:
+def _report_table(options: ReportOptions, terminal: Terminal) -> dict[str, Any]:
     from dino_ssl.ablations.markdown import write_study_markdown
     from dino_ssl.ablations.page import write_study_page
     from dino_ssl.ablations.results import find_study
@@ -114,7 +109,7 @@ def _table_report(options: ReportOptions, terminal: Terminal) -> dict[str, Any]:
     terminal.print(f"Report     {page}")
     result = {**study_json(study), "report": str(page)}
     if options.markdown is not None:
-        written = write_study_markdown(study, Path(options.markdown))
-        terminal.print(f"Markdown   {', '.join(map(str, written))}")
-        result["markdown"] = [str(path) for path in written]
+        files = write_study_markdown(study, Path(options.markdown))
+        terminal.print(f"Markdown   {', '.join(map(str, files))}")
+        result["markdown"] = [str(path) for path in files]
     return result

@@ -60,21 +60,12 @@ def attention_maps(
     mass: float = 0.6,
     size: int = 480,
 ) -> list[AttentionMaps]:
-    """Return the attention of each query in one image [H, W, 3] uint8 of any shape, in one forward pass.
+    """Return the attention of each query in an image [H, W, 3] uint8 of any shape, in one forward pass.
 
-    Args:
-        backbone: A network with attention.
-        image: uint8 [H, W, 3] RGB.
-        queries: "cls", or points of the image.
-        layer: 0 is the first block, -1 the last (the paper's figures).
-        heads: Heads to return and to average, counted from 0. None: all.
-        mass: Share of the attention that each mask holds, in (0, 1].
-        size: Short side of the network input in pixels. The paper uses 480.
-
-    The maps cover the patches only, without the class token and the registers.
-
-    Raises:
-        UserError: If the backbone has no attention, or a point, head or layer does not exist.
+    queries: "cls", or points of the image. layer: 0 is the first block, -1 the last (the paper's figures). heads: those to
+    return and to average, counted from 0; None: all. mass: share of the attention that masks hold, in (0, 1]. size:
+    short side of the network input in pixels; 480 in the paper. Maps cover the patches only, without class token and
+    registers. Raises UserError if the backbone has no attention, or a point, head or layer does not exist.
     """
     backbone = require_attention(backbone)
     resized = resize_to_patches(image, size, backbone.patch)

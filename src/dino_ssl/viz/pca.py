@@ -70,19 +70,11 @@ def patch_colors(
 ) -> tuple[list[PatchColors], list[float]]:
     """Color the patches of all images by the first three principal components of their last-layer features.
 
-    Args:
-        backbone: Any network.
-        images: uint8 [H, W, 3] RGB, read one at a time.
-        size: Short side of the network input in pixels.
-        foreground: Threshold in (0, 1) on the first component, scaled to 0 .. 1. Patches below it are background,
-            and the components are those of the remaining patches. The sign of a component is arbitrary: the side
-            with fewer border patches is the foreground.
+    Returns the colors of each image, and each component's share of the variance.
 
-    Returns:
-        The colors of each image, and the share of the variance of each component.
-
-    Raises:
-        UserError: If there is no image, no foreground patch, or more than MAX_VALUES feature values.
+    images: uint8 [H, W, 3] RGB, read one at a time. size: short side of the network input in pixels. foreground:
+    threshold in (0, 1) on the first component, scaled to 0 .. 1. Patches below it are background, and the components
+    are those of the others. The sign of a component is arbitrary: the side with fewer border patches is kept.
     """
     if foreground is not None and not 0 < foreground < 1:
         raise UserError(f"`foreground` must be between 0 and 1, e.g. 0.5; got {foreground:g}.")

@@ -42,18 +42,10 @@ def tsne(
 ) -> TSNEResult:
     """Embed features [N, D] as points [N, 2], deterministically: the start is the first two principal components.
 
-    Args:
-        features: [N, D], 4 <= N <= MAX_POINTS.
-        perplexity: Effective number of neighbors, limited to (N - 1) / 3.
-        learning_rate: None: N / 5, at most 200 (the paper's, for its 1000 classes). 60 points reach a divergence of
-            0.97 with 200, and 0.57 with 12.
-        iterations: Gradient steps.
-        exaggeration: Factor of P during early exaggeration.
-        early_iterations: Steps of early exaggeration, at most a quarter of `iterations`.
-        progress: Called every LOG_EVERY iterations.
-
-    Raises:
-        UserError: If an argument is out of range, or the embedding diverges.
+    perplexity: effective number of neighbors, limited to (N - 1) / 3. learning_rate: None is N / 5, at most 200 (the
+    paper's, for its 1000 classes); 60 points reach a divergence of 0.97 with 200, and 0.57 with 12. exaggeration:
+    factor of P in the first `early_iterations`, at most a quarter of all. Raises UserError if an argument is out of
+    range, or the embedding diverges.
     """
     count = len(features)
     if not 4 <= count <= MAX_POINTS:
