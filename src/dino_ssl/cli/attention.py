@@ -35,9 +35,9 @@ SHEET_IMAGES = 24
 class AttentionOptions:
     """Draw attention maps: each head, their mean, an overlay, and the mask of 60 % of the attention.
 
-    Each image gets a folder with one file per panel; all.png shows all panels. A video becomes an MP4 of frame, mean and
-    heads side by side. For a network without attention (a ResNet), the similarity of each patch to the pooled feature
-    is drawn instead.
+    Each image gets a folder with one file per panel; all.png shows all panels. A video becomes an MP4 of frame, mean
+    and heads side by side. For a network without attention (a ResNet), the similarity of each patch to the pooled
+    feature is drawn instead.
     """
 
     checkpoint: Checkpoint

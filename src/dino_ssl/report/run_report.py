@@ -26,15 +26,16 @@ MAX_SKIPPED = 300
 """Skipped files that are listed by name."""
 
 
-def write_report(run_dir: Path | str, run: Run | None = None) -> Path:
+def write_report(run_dir: Path | str, run: Run | None = None, *, trust: bool = False) -> Path:
     """Write RUN/report.html from the files of the run folder and return its path. Missing files omit their section.
 
     Args:
         run_dir: The run folder, of a finished, stopped or active run.
         run: Its settings. Default: those of run.json.
+        trust: Import types from outside the package that run.json names, which runs their code.
     """
     run_dir = Path(run_dir)
-    run = run or read_run(run_dir)
+    run = run or read_run(run_dir, trust=trust)
     info, history, snapshots = read_json(run_dir / "run.json"), read_history(run_dir), run_dir / "snapshots"
     prototypes, data = info.get("prototypes"), info.get("data") or {}
     findings = current_findings(run, data.get("trained_on"), prototypes, history)

@@ -62,8 +62,8 @@ def attention_maps(
 ) -> list[AttentionMaps]:
     """Return the attention of each query in an image [H, W, 3] uint8 of any shape, in one forward pass.
 
-    queries: "cls", or points of the image. layer: 0 is the first block, -1 the last (the paper's figures). heads: those to
-    return and to average, counted from 0; None: all. mass: share of the attention that masks hold, in (0, 1]. size:
+    queries: "cls", or points of the image. layer: 0 is the first block, -1 the last (the paper's figures). heads: those
+    to return and to average, counted from 0; None: all. mass: share of the attention that masks hold, in (0, 1]. size:
     short side of the network input in pixels; 480 in the paper. Maps cover the patches only, without class token and
     registers. Raises UserError if the backbone has no attention, or a point, head or layer does not exist.
     """
