@@ -22,7 +22,7 @@ help:
 demo: .venv/ready
 	rm -rf runs/demo
 	$(BIN)/dino train --preset demo --out runs/demo
-	$(BIN)/dino eval knn runs/demo herds herds
+	$(BIN)/dino eval knn runs/demo simple-scenes simple-scenes
 	@echo "The report: $(CURDIR)/runs/demo/report.html"
 
 test: .venv/ready

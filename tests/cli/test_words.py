@@ -90,7 +90,7 @@ def test_the_package_has_its_names():
 def test_a_switch_of_the_run_before_the_word_for_drawn_pictures(dino):
     line = dict(kind=TrainOptions, prog="dino train", examples="")
     assert CommandLine(["--recompute", "scenes"], **line).drawn() == "scenes"
-    assert CommandLine(["--no-recompute", "herds"], **line).drawn() == "herds"
+    assert CommandLine(["--no-recompute", "simple-scenes"], **line).drawn() == "simple-scenes"
     assert CommandLine(["--out", "scenes", "photos"], **line).drawn() is None
 
 

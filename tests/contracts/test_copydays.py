@@ -10,6 +10,7 @@ import pytest
 from dino_ssl.data.benchmarks.copydays import DistortedCopies, distort, find_copies, make_copies
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.data.transforms import distortions
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext
 from dino_ssl.evals.copy_detection import CopyDetection, synthetic_copies
@@ -174,3 +175,18 @@ def test_unreadable_copies_are_skipped_and_listed(tmp_path: Path) -> None:
     assert "strong/200002.jpg" not in ranks
     assert ranks["strong/200113.jpg"] == 0  # its original 200100 is the only one left
     assert ranks["jpeg/3/200001.jpg"] == 1  # its original is broken: last of two
+
+
+def test_distortions_are_as_strong_as_their_names() -> None:
+    rng, image = np.random.default_rng(0), Scenes(size=128).read(3)
+    copies = distortions.copies(image, rng, into=Scenes(size=128).read(4))
+    assert {name.split("_")[0] for name in copies} == {"crop", "jpeg", "strong"}
+    for lost in (10, 50, 80):
+        h, w, _ = copies[f"crop_{lost}"].shape
+        assert 1 - h * w / 128**2 == pytest.approx(lost / 100, abs=0.02)
+    errors = [np.abs(copies[f"jpeg_{q}"].astype(float) - image).mean() for q in (75, 30, 15, 8, 3)]
+    assert errors == sorted(errors)
+    assert errors[-1] > 2 * errors[0]
+    np.testing.assert_array_equal(copies["strong_mirror"][:, ::-1], image)
+    pasted = distortions.paste(image, np.zeros((128, 128, 3), np.uint8), rng, share=0.25)
+    assert (pasted.max(axis=-1) > 0).mean() == pytest.approx(0.25, abs=0.01)

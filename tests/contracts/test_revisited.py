@@ -133,7 +133,7 @@ def test_synthetic_positives_show_the_object_of_the_query() -> None:
         numbers = np.sort(np.concatenate(lists))
         assert numbers.tolist() == list(range(i * VIEWS, (i + 1) * VIEWS))
         for number in lists.easy:
-            np.testing.assert_array_equal(database.read(number), SCENES.instance(i, 1 + number % VIEWS))
+            np.testing.assert_array_equal(database.read(number), SCENES.draw(i, 1 + number % VIEWS)[0])
     query_names = {SCENES.name(i) for i in range(12)}
     distractors = database.names[12 * VIEWS :]
     assert len(distractors) == 12
@@ -145,7 +145,7 @@ def test_synthetic_difficulty_is_the_rotation() -> None:
     for i, lists in enumerate(synthetic_landmarks(SCENES).ground_truth.truth):
         for kind, numbers in lists._asdict().items():
             for number in numbers:
-                before, now = (SCENES.scene(i, view).things[0][1] for view in (0, 1 + number % VIEWS))
+                before, now = (SCENES.scene(i, view).objects[0][1] for view in (0, 1 + number % VIEWS))
                 visible = (SCENES.draw(i, 1 + number % VIEWS)[1] == 1).mean() / now.size**2
                 turned = abs(now.turn - before.turn)
                 assert (kind == "junk") == (visible < MIN_VISIBLE)

@@ -58,7 +58,7 @@ def resolve_study(table: Table, scale: Scale, options: StudyOptions, root: Path 
     elif existing is None and options.preset is None:
         raise UserError(
             f"{table.name} was not run yet and needs a dataset: set `data` to a folder with one folder per class, or "
-            "to scenes or herds (synthetic images). `val` sets the validation set."
+            "to scenes or simple-scenes (synthetic images). `val` sets the validation set."
         )
     if options.val is not None:
         base = edit(base, val=options.val)

@@ -43,7 +43,7 @@ class AblateOptions:
     scale: Literal["small", "paper"] = "small"
     """small: minutes per run on one CPU core. paper: ViT-S/16 with ImageNet's settings, for many GPUs."""
     data: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder with one folder per class; or `scenes` or `herds`: synthetic images."""
+    """Folder with one folder per class; or `scenes` or `simple-scenes`: synthetic images."""
     val: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Validation set with one folder per class; without it a part of every class is held out."""
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()

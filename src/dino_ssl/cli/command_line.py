@@ -110,7 +110,7 @@ class CommandLine:
         return self.learning(run)
 
     def drawn(self) -> str | None:
-        """The word for drawn pictures that stands in the folder's place (`scenes`, `herds`): not a flag's value."""
+        """The word for drawn pictures that stands in the folder's place (`scenes`, `simple-scenes`): not a flag's value."""
         if self.known != UNKNOWN:
             return self.known
         settings = flatten(to_dict(self.recipe)).items()

@@ -6,7 +6,7 @@ norm in the head prevent it (LOG.md has the experiments).
 """
 
 from dino_ssl.config import edit
-from dino_ssl.data.synthetic.scenes import HERDS
+from dino_ssl.data.synthetic.scenes import SIMPLE_SCENES
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.evals.online import OnlineEval
 from dino_ssl.methods.dino import DINOConfig
@@ -85,14 +85,14 @@ def narrow_vit() -> Run:
 
 
 def demo() -> Run:
-    """Synthetic images of herds, four minutes on two cores: 35 to 54 % 20-NN (raw pixels 26 %); for `make demo`.
+    """Simple synthetic scenes, four minutes on two cores: 35 to 54 % 20-NN (raw pixels 26 %); for `make demo`.
 
     The result varies between machines. Hue is augmented over its whole range, so that the crops of an image share only
     the texture. Final learning rate and momentum are for a few hundred steps.
     """
     return edit(
         narrow_vit(),
-        data=edit(HERDS, count=3000),
+        data=edit(SIMPLE_SCENES, count=3000),
         backbone=ViT(size="tiny", patch=4, image_size=32, drop_path=0.0, width=96, heads=3, depth=3),
         method=dict(out_dim=256, head_hidden=256, head_bottleneck=64, momentum_end=0.99),
         views=MultiCrop(

@@ -33,7 +33,7 @@ class SyntheticInstances(ImageDataset):
         return hashlib.sha256((super().fingerprint + self.scenes.open().fingerprint).encode()).hexdigest()[:16]
 
     def read(self, index: int) -> Image:
-        return self.scenes.instance(*self.items[index])
+        return self.scenes.draw(*self.items[index])[0]
 
 
 def synthetic_landmarks(scenes: Scenes, progress: Progress | None = None) -> Landmarks:
@@ -68,7 +68,7 @@ def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 def _difficulty(scenes: Scenes, i: int, view: int) -> str:
     """Return easy, hard or junk by the object's rotation relative to view 0 and its visible share."""
-    before, now = (scenes.scene(i, v).things[0][1] for v in (0, view))
+    before, now = (scenes.scene(i, v).objects[0][1] for v in (0, view))
     if (scenes.draw(i, view)[1] == 1).mean() < MIN_VISIBLE * now.size**2:
         return "junk"
     turn = abs((now.turn - before.turn + math.pi) % (2 * math.pi) - math.pi)

@@ -1,10 +1,10 @@
-"""The kinds of things that `scenes` draws: each a silhouette and the lines inside it.
+"""Shapes of the synthetic classes: a silhouette and the lines inside it.
 
-A shape is kept as a signed distance to its border (positive inside) and a map of its inner lines. A distance
-turns, scales and shades smoothly, so that one small stencil serves every pose and every picture size.
+A shape is stored as a signed distance to its border (positive inside) and a map of its inner lines. A distance can be
+rotated, scaled and shaded smoothly, so that one small stencil serves every pose and image size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 
 import cv2
@@ -13,20 +13,20 @@ import numpy as np
 Array = np.ndarray
 Rng = np.random.Generator
 
-SIDE = 256  # pixels of a stencil at its finest level
-VARIANTS = 6  # stencils per kind: other numbers of petals, teeth, rungs
-_SUPER = 2  # shapes are rasterised this many times finer, then averaged
+SIDE = 256  # side of a stencil in pixels, at the finest level
+VARIANTS = 6  # stencils per kind, with other numbers of petals, teeth, rungs
+_SUPER = 2  # supersampling factor of the rasterization
 
 
 class _Sheet:
-    """A square [-1, 1] x [-1, 1] with y up, on which a shape is cut out (`body`) and drawn into (`lines`)."""
+    """Canvas [-1, 1] x [-1, 1] with y up; `body` is the silhouette, `lines` the inner lines."""
 
     def __init__(self) -> None:
         side = SIDE * _SUPER
         self.body = np.zeros((side, side), np.uint8)
         self.lines = np.zeros((side, side), np.uint8)
 
-    def _pixels(self, points: Array | Sequence[Sequence[float]]) -> Array:
+    def _pixels(self, points) -> Array:
         half = SIDE * _SUPER / 2
         xy = np.asarray(points, np.float64) * [0.9 * half, -0.9 * half] + half
         return np.rint(xy).astype(np.int32)
@@ -174,27 +174,17 @@ def _bolt(sheet: _Sheet, rng: Rng) -> None:
         sheet.line(np.stack([x + shift, y], -1), 0.045)
 
 
-_DRAW: dict[str, Callable[[_Sheet, Rng], None]] = {
-    "star": _star,
-    "flower": _flower,
-    "gear": _gear,
-    "rings": _rings,
-    "spiral": _spiral,
-    "ladder": _ladder,
-    "tree": _tree,
-    "fish": _fish,
-    "mug": _mug,
-    "bolt": _bolt,
-}
+_SHAPES = (_star, _flower, _gear, _rings, _spiral, _ladder, _tree, _fish, _mug, _bolt)
+_DRAW: dict[str, Callable[[_Sheet, Rng], None]] = {shape.__name__[1:]: shape for shape in _SHAPES}
 KINDS = tuple(_DRAW)
 
 
 @lru_cache(maxsize=len(KINDS) * VARIANTS * 4)
 def stencil(kind: str, variant: int, level: int = 0) -> tuple[Array, float]:
-    """([s, s, 2], area), s = SIDE / 2^level: the distance to the border in stencil pixels, the lines (0..1).
+    """Return ([s, s, 2], size), s = SIDE / 2^level: distance to the border in stencil pixels, and lines (0 to 1).
 
-    `area` is the square root of the silhouette's area in stencil pixels: a pose that divides by it makes
-    every kind cover the same number of pixels, so that the amount of object colour does not tell the kind.
+    `size` is the square root of the silhouette's area in stencil pixels. Poses divide by it, so that every kind covers
+    the same number of pixels and the amount of object color does not reveal the class.
     """
     if level:
         fine, area = stencil(kind, variant, level - 1)

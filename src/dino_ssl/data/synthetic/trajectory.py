@@ -1,4 +1,4 @@
-"""How a thing of a drawn film goes through the picture."""
+"""Motion of an object in a synthetic video."""
 
 import math
 from typing import NamedTuple
@@ -9,27 +9,23 @@ from dino_ssl.data.synthetic.painting import Pose
 
 
 class Trajectory(NamedTuple):
-    """A smooth way through the picture: a slow ellipse, a swing, a breath."""
+    """Smooth path: sinusoidal change of position, rotation and size around a central pose."""
 
-    middle: Pose
-    swing: tuple[float, float, float, float]  # how far x, y, the turn and the size go
+    center: Pose
+    amplitude: tuple[float, float, float, float]
     phase: tuple[float, float, float, float]
 
     @staticmethod
-    def drawn(rng: np.random.Generator, size: float, turn: float) -> "Trajectory":
+    def sample(rng: np.random.Generator, size: float, rotation: float) -> "Trajectory":
+        """Return a random path of an object of this mean size, rotated by at most `rotation` / 2 degrees."""
         x, y = rng.uniform(-0.1, 0.1, 2)
-        half = math.radians(turn) / 2
-        middle = Pose(float(x), float(y), float(rng.uniform(-half, half)), size)
-        swing = (
-            *rng.uniform(0.12, 0.22, 2).tolist(),
-            float(rng.uniform(0.3, 1) * half),
-            float(rng.uniform(0.05, 0.15) * size),
-        )
-        return Trajectory(middle, swing, tuple(rng.uniform(0, 2 * np.pi, 4).tolist()))
+        half = math.radians(rotation) / 2
+        center = Pose(float(x), float(y), float(rng.uniform(-half, half)), size)
+        swing = rng.uniform(0.12, 0.22, 2).tolist()
+        amplitude = (*swing, float(rng.uniform(0.3, 1) * half), float(rng.uniform(0.05, 0.15) * size))
+        return Trajectory(center, amplitude, tuple(rng.uniform(0, 2 * np.pi, 4).tolist()))
 
     def at(self, time: float) -> Pose:
-        """The pose at a time from -0.5 to 0.5: two thirds of a round."""
-        return Pose(*(
-            m + s * math.sin(p + time * 4 * math.pi / 3)
-            for m, s, p in zip(self.middle, self.swing, self.phase, strict=True)
-        ))  # fmt: skip
+        """Return the pose at a time from -0.5 to 0.5, which covers two thirds of a period."""
+        terms = zip(self.center, self.amplitude, self.phase, strict=True)
+        return Pose(*(c + a * math.sin(p + time * 4 * math.pi / 3) for c, a, p in terms))
