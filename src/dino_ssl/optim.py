@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.models.backbone import Backbone
-from dino_ssl.schedules import Constant, Cosine, Schedule, Warmup, scale_schedule
+from dino_ssl.schedules import Constant, Cosine, Schedule, Warmup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,7 @@ class Optim:
 
     def lr_schedule(self) -> Schedule:
         """Sec. 3.2: linear warm-up to lr * batch / 256, then a cosine to min_lr, per step."""
-        peak = Cosine(self.lr, self.min_lr)
-        return scale_schedule(Warmup(self.warmup_epochs, peak, self.warmup_lr), self.batch_size / 256)
+        return Warmup(self.warmup_epochs, Cosine(self.lr * (self.batch_size / 256), self.min_lr), self.warmup_lr)
 
     def weight_decay_schedule(self) -> Schedule:
         """Sec. 3.2: a cosine from 0.04 to 0.4, per step."""

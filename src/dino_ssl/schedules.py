@@ -60,17 +60,14 @@ class Warmup:
 
     epochs: float
     """Length of the warm-up in epochs, possibly fractional; at most the whole run."""
-    then: Cosine | Constant
+    then: Cosine
     start: float = 0.0
 
     def __call__(self, clock: Clock) -> float:
         """Return the value at this step."""
         warm = min(round(self.epochs * clock.steps_per_epoch), clock.steps)
-        peak = self.then.value if isinstance(self.then, Constant) else self.then.start
         if clock.step < warm:
-            return self.start + (peak - self.start) * clock.step / max(1, warm - 1)
-        if isinstance(self.then, Constant):
-            return peak
+            return self.start + (self.then.start - self.start) * clock.step / max(1, warm - 1)
         return _cosine(self.then, clock.step - warm, clock.steps - warm)
 
 
@@ -91,25 +88,6 @@ class EpochRamp:
 
 
 Schedule = Constant | Cosine | Warmup | EpochRamp
-
-
-def scale_schedule(schedule: Schedule, factor: float) -> Schedule:
-    """Return the schedule with every value but the final one of a cosine multiplied by `factor`.
-
-    The linear scaling rule scales the peak of the learning rate and not its minimum (Sec. 3.2).
-    """
-    match schedule:
-        case Constant(value):
-            return Constant(value * factor)
-        case Cosine(start, stop):
-            return Cosine(start * factor, stop)
-        case Warmup(epochs, Constant(value), start):
-            return Warmup(epochs, Constant(value * factor), start)
-        case Warmup(epochs, Cosine(peak, stop), start):
-            return Warmup(epochs, Cosine(peak * factor, stop), start)
-        case EpochRamp(start, stop, epochs):
-            return EpochRamp(start * factor, stop * factor, epochs)
-    raise TypeError(f"expected a schedule, got {schedule!r}")
 
 
 def _cosine(curve: Cosine, step: int, steps: int) -> float:

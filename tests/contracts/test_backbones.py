@@ -1,4 +1,4 @@
-"""What every backbone must do, whatever its network; and what is true of the Vision Transformer alone."""
+"""The contract of every backbone, and properties of the Vision Transformer."""
 
 import pytest
 import timm
@@ -34,7 +34,7 @@ def images(height: int, width: int, count: int = 2) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (67, 101)], ids=str)
-def test_the_vector_is_the_features_cls_at_any_size(backbone: Backbone, size):
+def test_feature_vector_is_cls_at_any_size(backbone: Backbone, size):
     x = images(*size)
     with torch.no_grad():
         vector, [features] = backbone(x), backbone.features(x)
@@ -46,15 +46,15 @@ def test_the_vector_is_the_features_cls_at_any_size(backbone: Backbone, size):
     assert vector.std(0).max() > 0, "two images, one vector"
 
 
-def test_images_of_a_batch_do_not_see_each_other(backbone: Backbone):
+def test_images_of_a_batch_are_independent(backbone: Backbone):
     x = images(64, 64, count=3)
     with torch.no_grad():
         together, alone = backbone(x), torch.cat([backbone(x[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
-def test_the_spatial_map_lies_as_the_image_does(backbone: Backbone):
-    """What changes in the upper right corner of a wide image changes most in the upper right of the map."""
+def test_spatial_map_has_the_orientation_of_the_image(backbone: Backbone):
+    """A change in the upper right corner of a wide image changes the upper right of the map most."""
     x = images(64, 128, count=1)
     y = x.clone()
     y[..., : backbone.patch, -backbone.patch :] += 3.0
@@ -65,7 +65,7 @@ def test_the_spatial_map_lies_as_the_image_does(backbone: Backbone):
     assert column >= change.shape[1] // 2
 
 
-def test_more_layers_end_with_the_same_one(backbone: Backbone):
+def test_last_of_several_layers_equals_the_single_one(backbone: Backbone):
     x = images(64, 128)
     with torch.no_grad():
         [last], two = backbone.features(x), backbone.features(x, layers=2)
@@ -78,7 +78,7 @@ def test_more_layers_end_with_the_same_one(backbone: Backbone):
         backbone.features(x, layers=99)
 
 
-def test_every_parameter_learns(backbone: Backbone):
+def test_every_parameter_gets_a_gradient(backbone: Backbone):
     x = images(64, 64)
     backbone.zero_grad()
     backbone(x).pow(2).sum().backward()
@@ -86,7 +86,7 @@ def test_every_parameter_learns(backbone: Backbone):
     assert not idle
 
 
-def test_attention_is_what_the_network_weighs_its_values_with(backbone: Backbone):
+def test_attention_is_the_weighting_of_the_values(backbone: Backbone):
     if not isinstance(backbone, Attentive):
         pytest.skip("no self-attention over tokens")
     x = images(48, 64)
@@ -116,7 +116,7 @@ def test_attention_is_what_the_network_weighs_its_values_with(backbone: Backbone
 # ---------------------------------------------------------------- the Vision Transformer
 
 
-def test_sizes_are_those_of_table_1():
+def test_parameter_counts_are_those_of_table_1():
     with torch.device("meta"):
         millions = {
             (size, patch): sum(p.numel() for p in ViT(size=size, patch=patch).build().parameters()) / 1e6
@@ -126,8 +126,8 @@ def test_sizes_are_those_of_table_1():
     assert {key: int(value) for key, value in millions.items()} == table
 
 
-def test_our_vit_is_timms_vit():
-    """The same names and, with the same weights, the same vector: two implementations, one definition."""
+def test_vit_equals_timms():
+    """Equal names and, with equal weights, equal features, also by timm's `forward_features`."""
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=3).eval()
     ours = ViT(size="tiny", depth=3).build().eval()
     ours.load_state_dict(theirs.state_dict())
@@ -136,7 +136,7 @@ def test_our_vit_is_timms_vit():
         torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
 
 
-def test_pixels_that_fill_no_patch_are_not_seen():
+def test_incomplete_patches_are_ignored():
     vit = BACKBONES["vit-patch5"].build().eval()
     x = images(33, 37)
     with torch.no_grad():
@@ -146,8 +146,8 @@ def test_pixels_that_fill_no_patch_are_not_seen():
 
 
 @pytest.mark.parametrize("hw", [(2, 2), (3, 7), (16, 16), (13, 1)], ids=str)
-def test_positions_are_sampled_with_a_tenth_more(hw):
-    """The authors' scale is (grid + 0.1) / side: not that of a plain resize, which would be seen here."""
+def test_position_interpolation_adds_a_tenth(hw):
+    """The authors' scale is (grid + 0.1) / side; grid / side would fail here."""
     vit = BACKBONES["vit"].build()
     torch.nn.init.normal_(vit.pos_embed)
     grid = vit.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
@@ -160,7 +160,7 @@ def test_positions_are_sampled_with_a_tenth_more(hw):
     assert vit.positions(4, 4) is vit.pos_embed
 
 
-def test_drop_path_grows_with_depth_keeps_the_mean_and_is_off_in_evaluation():
+def test_drop_path_grows_with_depth_and_keeps_the_mean():
     vit = ViT(patch=8, drop_path=0.4, **TINY).build()
     assert [block.drop_path for block in vit.blocks] == pytest.approx([0, 0.2, 0.4])
     from dino_ssl.models.blocks import drop_path
@@ -177,8 +177,8 @@ def test_drop_path_grows_with_depth_keeps_the_mean_and_is_off_in_evaluation():
     assert torch.equal(teacher(x), teacher(x)), "in training mode, as the authors' teacher is"
 
 
-def test_registers_change_nothing_but_what_attention_reads():
-    """A register is one more token for every query, without a position and without a place in the map."""
+def test_registers_only_add_keys_and_values():
+    """A register is one more token for every query, without a position and not in the spatial map."""
     vit = BACKBONES["vit-registers"].build().eval()
     x = images(32, 48)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_initial_weights_are_the_authors():
 
 
 @pytest.mark.parametrize("wrong", [{"patch": 0}, {"patch": 64, "image_size": 32}, {"width": 30, "heads": 4}])
-def test_settings_that_make_no_network_are_refused(wrong):
+def test_invalid_settings_raise(wrong):
     with pytest.raises(UserError):
         ViT(**wrong)
 
@@ -210,19 +210,19 @@ def test_settings_that_make_no_network_are_refused(wrong):
 # ---------------------------------------------------------------- timm
 
 
-def test_an_unknown_name_gets_the_nearest():
+def test_error_suggests_the_nearest_name():
     with pytest.raises(UserError, match="resnet50"):
         Timm(name="resnet_50").build()
 
 
-def test_what_a_network_does_not_take_is_said():
+def test_error_names_unsupported_arguments():
     with pytest.raises(UserError, match="no_such_setting"):
         Timm(name="resnet10t", args=(("no_such_setting", "1"),)).build()
     with pytest.raises(UserError, match="stochastic depth"):
         Timm(name="hrnet_w18_small", drop_path=0.1).build()
 
 
-def test_drop_path_is_the_students_alone():
+def test_teacher_has_no_drop_path():
     config = Timm(name="test_vit", drop_path=0.5)
     x = images(64, 64)
     torch.manual_seed(0)
@@ -231,7 +231,7 @@ def test_drop_path_is_the_students_alone():
     assert torch.equal(teacher(x), teacher(x))
 
 
-def test_weights_that_cannot_be_downloaded_are_said(monkeypatch: pytest.MonkeyPatch):
+def test_error_of_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
     def offline(*_, **__):
         raise OSError("Network is unreachable")
 

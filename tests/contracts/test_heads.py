@@ -1,4 +1,4 @@
-"""Heads: the equations of Fig. 9 as oracles, the variants of App. C, and g = h after f over views."""
+"""Heads equal Fig. 9 and the variants of App. C; a network is the head after the backbone, for all views."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_outputs_are_cosines_to_the_prototypes():
     torch.testing.assert_close(head(x), cosines)
 
 
-def test_weight_norm_is_torchs():
+def test_weight_norm_equals_torchs():
     ours = WeightNormLinear(6, 9, learn_scale=True)
     theirs = nn.utils.parametrizations.weight_norm(nn.Linear(6, 9, bias=False), dim=0)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def test_weight_norm_is_torchs():
     torch.testing.assert_close(ours.weight_v.grad, theirs.parametrizations.weight.original1.grad)
 
 
-def test_norm_last_keeps_the_lengths_at_one():
+def test_norm_last_keeps_unit_length():
     fixed, free = DINOHead(12, 40), DINOHead(12, 40, norm_last=False)
     assert not fixed.last_layer.weight_g.requires_grad
     assert free.last_layer.weight_g.requires_grad
@@ -48,7 +48,7 @@ def test_norm_last_keeps_the_lengths_at_one():
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
 @pytest.mark.parametrize("bottleneck", [8, None])
-def test_layers_counts_the_linear_layers(layers: int, bottleneck: int | None):
+def test_layers_is_the_number_of_linear_layers(layers: int, bottleneck: int | None):
     """App. C counts `layers` in all without the bottleneck, and with it one more, weight-normalised."""
     head = DINOHead(12, 40, layers=layers, hidden=16, bottleneck=bottleneck)
     linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
@@ -61,14 +61,14 @@ def test_layers_counts_the_linear_layers(layers: int, bottleneck: int | None):
     torch.testing.assert_close(head(x), head.last_layer(F.normalize(y, dim=-1)) if bottleneck else y)
 
 
-def test_relu_and_batch_norm_are_between_the_layers_and_not_after_the_last():
+def test_activation_and_norm_are_between_layers_only():
     head = DINOHead(12, 40, hidden=16, bottleneck=8, norm="batch", act="relu")
     kinds = [type(module) for module in head.mlp]
     inner = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
     assert kinds == [*inner, *inner, nn.Linear]
 
 
-def test_linear_layers_start_small_without_bias():
+def test_initial_weights_are_small_and_biases_zero():
     head = DINOHead(64, 40, hidden=128, bottleneck=32)
     for module in head.mlp:
         if isinstance(module, nn.Linear):
@@ -77,8 +77,8 @@ def test_linear_layers_start_small_without_bias():
     assert head.last_layer.weight_v.std().item() == pytest.approx((1 / 3 / 32) ** 0.5, rel=0.1)
 
 
-def test_the_norm_is_taken_in_float32_under_autocast():
-    """Half floats would lose what the bottleneck's small values say, and overflow at its large ones."""
+def test_l2_norm_is_computed_in_float32_under_autocast():
+    """float16 would underflow at small bottleneck values and overflow at large ones."""
     head = DINOHead(12, 40, layers=1, bottleneck=8)
     x = torch.randn(5, 12)
     seen = []
@@ -89,13 +89,13 @@ def test_the_norm_is_taken_in_float32_under_autocast():
     torch.testing.assert_close(seen[0].norm(dim=-1), torch.ones(5))
 
 
-def test_no_layer_is_refused():
+def test_zero_layers_raise():
     with pytest.raises(UserError, match="at least 1"):
         DINOHead(12, 40, layers=0)
 
 
-class MeanColour(Backbone):
-    """A backbone whose vector can be written down: an image's mean colour; it counts its calls."""
+class MeanColor(Backbone):
+    """A backbone whose feature vector is the mean color; counts its calls."""
 
     embed_dim = 3
     calls = 0
@@ -109,15 +109,15 @@ class MeanColour(Backbone):
 
 
 def test_network_keeps_the_order_of_views_and_images():
-    network = Network(MeanColour(), nn.Identity())  # pyright: ignore[reportArgumentType]
+    network = Network(MeanColor(), nn.Identity())  # pyright: ignore[reportArgumentType]
     views = [torch.randn(2, 4, 3, 8, 8), torch.randn(5, 4, 3, 6, 6)]
     expected = torch.cat([stack.mean((3, 4)) for stack in views])
     torch.testing.assert_close(network(views), expected)
     assert network.backbone.calls == 2, "one pass per resolution"
 
 
-def test_the_head_sees_all_views_at_once():
-    """A batch norm in the head normalises over every crop, as in the authors' code."""
-    network = Network(MeanColour(), nn.BatchNorm1d(3, affine=False))  # pyright: ignore[reportArgumentType]
+def test_head_runs_once_on_all_views():
+    """Batch norm in the head normalises over all crops, as in the authors' code."""
+    network = Network(MeanColor(), nn.BatchNorm1d(3, affine=False))  # pyright: ignore[reportArgumentType]
     out = network([torch.randn(2, 4, 3, 8, 8) + 5, torch.randn(6, 4, 3, 4, 4)])
     torch.testing.assert_close(out.flatten(0, 1).mean(0), torch.zeros(3), atol=1e-5, rtol=0)

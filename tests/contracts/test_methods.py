@@ -1,4 +1,4 @@
-"""Every method under one contract: found by its name, planned for pictures, a recipe of the paper where it has one."""
+"""The contract of every method: found by name, planned for a dataset, with the settings of its paper."""
 
 import pytest
 
@@ -19,13 +19,13 @@ from dino_ssl.schedules import Clock
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """A machine whose speed is known, so that a plan takes no time."""
+    """A machine of known speed, so that a plan measures nothing."""
     monkeypatch.setattr(planning, "measure", lambda *_: Speed(0.01, 0.01))
     return machine()
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_planned_for_the_pictures(name: str, here: Machine) -> None:
+def test_plan_supports_every_method(name: str, here: Machine) -> None:
     dataset = Scenes(count=300, size=32, classes=3).open()
     planned = plan(dataset, here, method=METHODS[name], minutes=1)
     run = planned.run
@@ -41,8 +41,8 @@ def test_a_method_is_planned_for_the_pictures(name: str, here: Machine) -> None:
     assert all(0 <= schedule(Clock(0, 5, 2)) <= 1 for schedule in run.method.schedules().values())
 
 
-def test_mocos_queue_is_planned_within_an_epoch(here: Machine) -> None:
-    """Keys older than an epoch do not count: more places than keys of an epoch (two of a picture) are never used."""
+def test_planned_queue_of_moco_is_at_most_an_epoch(here: Machine) -> None:
+    """Keys older than an epoch are masked, and an epoch has two keys per image."""
     sizes = []
     for count in (100, 300, 5000):
         method = plan(Scenes(count=count, size=16).open(), here, method=MoCoConfig, minutes=1).run.method
@@ -52,7 +52,7 @@ def test_mocos_queue_is_planned_within_an_epoch(here: Machine) -> None:
     assert sizes == sorted(set(sizes))
 
 
-def test_a_mistyped_method_names_the_nearest() -> None:
+def test_error_suggests_the_nearest_method() -> None:
     assert method_named("swav") is SwAVConfig
     with pytest.raises(UserError, match=r"'mocov2'.*moco"):
         method_named("mocov2")
@@ -61,12 +61,12 @@ def test_a_mistyped_method_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("kind", [BYOLConfig, MoCoConfig, SwAVConfig])
-def test_two_views_are_needed(kind: type[MethodConfig]) -> None:
+def test_methods_of_two_views_reject_one(kind: type[MethodConfig]) -> None:
     with pytest.raises(UserError, match="2 views"):
         edit(presets.resolve("finetune"), method=kind())
 
 
-def test_the_baselines_are_the_papers() -> None:
+def test_baseline_presets_are_the_papers() -> None:
     """Table 13: ViT-S/16, 300 epochs. App. B and the authors' answers: MoCo's head, queue, temperature and decay."""
     runs = {name: presets.resolve(name) for name in ("byol", "moco", "swav")}
     assert {name: run.views.view_shapes for name, run in runs.items()} == {

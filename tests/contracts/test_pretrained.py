@@ -1,4 +1,4 @@
-"""Loading what somebody has trained: every layout, never a partial load, never any code."""
+"""Loading trained weights: every layout, no partial load, no code execution."""
 
 import argparse
 import json
@@ -19,6 +19,9 @@ from dino_ssl.models.weights import load_strict, save_backbone
 
 VIT = ViT(width=64, depth=2, heads=1, patch=8, image_size=32, drop_path=0.0)
 X = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+
+
+KEYS = Path(__file__).parents[1] / "golden/data/official_state_dict_keys.json"
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def test_this_projects_checkpoint(networks, tmp_path: Path, which):
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
 @pytest.mark.parametrize("registers", [0, 3])
-def test_a_backbone_alone_tells_its_geometry(tmp_path: Path, prefix, registers):
+def test_vit_is_inferred_from_weights(tmp_path: Path, prefix, registers):
     config = ViT(width=128, depth=3, patch=4, image_size=20, registers=registers, mlp_ratio=2, heads=2)
     network = config.build(drop_path=0.0)
     state = {prefix + name: value for name, value in network.state_dict().items()}
@@ -79,14 +82,14 @@ def test_a_backbone_alone_tells_its_geometry(tmp_path: Path, prefix, registers):
     assert same(load(tmp_path / "weights.pth"), network)
 
 
-def test_a_run_gives_its_exported_teacher(networks, tmp_path: Path):
+def test_run_folder_loads_its_exported_teacher(networks, tmp_path: Path):
     save_backbone(VIT, networks["teacher"].backbone.state_dict(), tmp_path / "backbone.safetensors")
     assert same(load(str(tmp_path)), networks["teacher"].backbone)
     with pytest.raises(UserError, match=r"checkpoints/last\.pt"):
         load(tmp_path, which="student")
 
 
-def test_what_is_saved_loads_in_timm_by_timms_names(tmp_path: Path):
+def test_saved_timm_weights_load_in_timm(tmp_path: Path):
     config = Timm(name="test_resnet", pretrained=True)  # pretrained must not download again
     ours = Timm(name="test_resnet").build()
     save_backbone(config, ours.state_dict(), tmp_path / "r.safetensors")
@@ -97,22 +100,22 @@ def test_what_is_saved_loads_in_timm_by_timms_names(tmp_path: Path):
     assert same(load(tmp_path / "r.safetensors"), ours)
 
 
-def test_a_vit_is_saved_in_timms_names_too(tmp_path: Path):
+def test_saved_vit_loads_in_timm(tmp_path: Path):
     ours = ViT(size="tiny", depth=2).build()
     save_backbone(ViT(size="tiny", depth=2), ours.state_dict(), tmp_path / "v.safetensors")
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2)
     theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "v.safetensors"))
 
 
-def test_a_classifier_on_top_is_left_and_the_network_named_from_the_weights(tmp_path: Path):
+def test_classifier_is_dropped_and_resnet_inferred(tmp_path: Path):
     theirs = timm.create_model("resnet18", num_classes=10)
     torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "r.pth")
     theirs.reset_classifier(0)
     assert same(load(tmp_path / "r.pth"), theirs)
 
 
-def test_xcits_official_names(tmp_path: Path):
-    """Released XCiT files say pos_embeder, and keep q, k and v of the class attention in one."""
+def test_official_xcit_names_are_converted(tmp_path: Path):
+    """Released XCiT files name pos_embeder, and fuse q, k and v of class attention."""
     torch.manual_seed(0)
     theirs = timm.create_model("xcit_nano_12_p8_224", num_classes=0)
     official = {}
@@ -129,7 +132,7 @@ def test_xcits_official_names(tmp_path: Path):
 # ---------------------------------------------------------------- what must not pass
 
 
-def test_a_file_that_does_not_fit_is_shown_and_nothing_is_loaded():
+def test_mismatched_weights_raise_and_load_nothing():
     network = VIT.build()
     state = dict(network.state_dict())
     state["norm.extra"] = torch.zeros(3)
@@ -148,7 +151,7 @@ def test_a_file_that_does_not_fit_is_shown_and_nothing_is_loaded():
 
 
 @pytest.mark.parametrize("wrong", ["missing", "unexpected", "shape"])
-def test_one_name_is_enough_to_refuse(wrong):
+def test_one_wrong_name_raises(wrong):
     network = VIT.build()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     state = {name: value + 1 for name, value in before.items()}
@@ -198,12 +201,12 @@ def bad_files(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_file_of_weights_is_said_by_name(tmp_path: Path, name):
+def test_error_names_a_file_without_weights(tmp_path: Path, name):
     with pytest.raises(UserError, match=name):
         load(bad_files(tmp_path)[name])
 
 
-def test_a_network_that_cannot_be_told_is_asked_for(tmp_path: Path):
+def test_unknown_architecture_raises(tmp_path: Path):
     torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "unknown.pth")
     with pytest.raises(UserError, match="backbone="):
         load(tmp_path / "unknown.pth")
@@ -215,20 +218,20 @@ def test_a_network_that_cannot_be_told_is_asked_for(tmp_path: Path):
     assert same(load(tmp_path / "narrow.pth", backbone=narrow), network)
 
 
-def test_a_student_that_is_not_there(networks, tmp_path: Path):
+def test_missing_student_raises(networks, tmp_path: Path):
     torch.save({"teacher": networks["teacher"].state_dict()}, tmp_path / "t.pth")
     with pytest.raises(UserError, match="no student"):
         load(tmp_path / "t.pth", which="student")
 
 
-def test_names_that_are_nearly_right(tmp_path: Path):
+def test_error_suggests_the_nearest_name(tmp_path: Path):
     with pytest.raises(UserError, match="did you mean 'dino_vits16'"):
         load("dino_vit16")
     with pytest.raises(UserError, match="not the directory of a run"):
         load(tmp_path)
 
 
-def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_old_file_is_kept_if_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = save_backbone(VIT, VIT.build().state_dict(), tmp_path / "b.safetensors")
     before = path.read_bytes()
 
@@ -263,7 +266,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def test_a_released_name_is_downloaded_once_and_its_sum_kept(hub: list[str], tmp_path: Path):
+def test_released_weights_are_downloaded_once_and_hashed(hub: list[str], tmp_path: Path):
     load("dino_vits16")
     load("dino_vits16")
     assert hub == ["https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"]
@@ -271,7 +274,7 @@ def test_a_released_name_is_downloaded_once_and_its_sum_kept(hub: list[str], tmp
     assert len(note.read_text().split()[0]) == 64
 
 
-def test_a_cached_file_that_changed_is_refused(hub: list[str], tmp_path: Path):
+def test_changed_cached_file_raises(hub: list[str], tmp_path: Path):
     load("dino_vits16")
     cached = tmp_path / "hub/checkpoints/dino_deitsmall16_pretrain.pth"
     torch.save({name: value + 1 for name, value in VIT.build().state_dict().items()}, cached)
@@ -279,7 +282,7 @@ def test_a_cached_file_that_changed_is_refused(hub: list[str], tmp_path: Path):
         load("dino_vits16")
 
 
-def test_without_a_network_the_address_and_the_place_are_said(hub: list[str], tmp_path: Path, monkeypatch):
+def test_error_of_a_failed_download_has_url_and_path(hub: list[str], tmp_path: Path, monkeypatch):
     def offline(*_, **__):
         raise OSError("Name or service not known")
 
@@ -290,14 +293,9 @@ def test_without_a_network_the_address_and_the_place_are_said(hub: list[str], tm
     assert str(tmp_path / "hub/checkpoints/dino_vitbase8_pretrain.pth") in str(raised.value)
 
 
-def test_every_released_network_is_the_one_its_file_is_for(shared: Path):
-    keys = json.loads((shared / "reference/golden/official_state_dict_keys.json").read_text())
-    entries = {
-        "dino_vits16": "vit_small_patch16",
-        "dino_vits8": "vit_small_patch8",
-        "dino_vitb16": "vit_base_patch16",
-    }
-    entries |= {"dino_vitb8": "vit_base_patch8", "dino_resnet50": "resnet50"}
+def test_released_architectures_have_the_names_of_their_files():
+    keys = json.loads(KEYS.read_text())
+    entries = {"dino_vits16": "vit_small_patch16", "dino_vitb8": "vit_base_patch8", "dino_resnet50": "resnet50"}
     for name, entry in entries.items():
         with torch.device("meta"):
             state = RELEASED[name].backbone.build().state_dict()

@@ -1,4 +1,4 @@
-"""BYOL, MoCo-v2 and SwAV against loops written from their papers; the queue against a plain list."""
+"""BYOL, MoCo-v2 and SwAV equal loops written from their papers; the queue equals a list."""
 
 import math
 
@@ -46,8 +46,8 @@ SIZES = [(2, 2, 3, 4), (5, 2, 2, 6), (3, 1, 4, 3), (2, 2, 1, 5)]
 
 
 @pytest.mark.parametrize(("V", "G", "B", "D"), SIZES)
-def test_byols_loss_is_the_distance_of_unit_vectors_between_views(V: int, G: int, B: int, D: int) -> None:
-    """Grill et al., Eq. 2, one pair after the other; their two pairs of a picture are averaged."""
+def test_byol_loss_is_the_distance_of_unit_vectors(V: int, G: int, B: int, D: int) -> None:
+    """Grill et al., Eq. 2, for one pair at a time; the two pairs of an image are averaged."""
     predictions, projections = vectors(V, B, D), vectors(G, B, D, seed=1)
     distances = []
     for x in range(G):
@@ -62,8 +62,8 @@ def test_byols_loss_is_the_distance_of_unit_vectors_between_views(V: int, G: int
 
 @pytest.mark.parametrize(("V", "G", "B", "D"), SIZES)
 @pytest.mark.parametrize("kept", [7, 4, 1])
-def test_info_nce_is_a_cross_entropy_whose_class_is_the_key(V: int, G: int, B: int, D: int, kept: int) -> None:
-    """He et al., Eq. 1, one query after the other; only the usable negatives are in the sum."""
+def test_info_nce_is_a_cross_entropy_with_the_key_as_class(V: int, G: int, B: int, D: int, kept: int) -> None:
+    """He et al., Eq. 1, for one query at a time, with the valid negatives only."""
     queries, keys, negatives = vectors(V, B, D), vectors(G, B, D, seed=1), vectors(7, D, seed=2)
     usable = torch.arange(7) < kept
     losses = []
@@ -79,7 +79,7 @@ def test_info_nce_is_a_cross_entropy_whose_class_is_the_key(V: int, G: int, B: i
     assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-def test_info_nce_without_negatives_is_zero_and_moves_nothing() -> None:
+def test_info_nce_without_negatives_has_zero_loss_and_gradient() -> None:
     queries = vectors(3, 2, 4).requires_grad_()
     loss = info_nce(queries, vectors(2, 2, 4, seed=1), torch.zeros(5, 4), 0.1, torch.zeros(5, dtype=torch.bool))
     loss.backward()
@@ -88,8 +88,8 @@ def test_info_nce_without_negatives_is_zero_and_moves_nothing() -> None:
     assert torch.equal(queries.grad, torch.zeros_like(queries))
 
 
-def test_what_no_key_has_taken_yet_gives_no_gradient_of_its_own() -> None:
-    """A place of the queue that is still zero has no direction: the gradient is that of a shorter queue."""
+def test_empty_queue_entries_have_no_gradient() -> None:
+    """The gradient is that of a shorter queue without the empty entries."""
     gradients = []
     for rows in (3, 8):
         queries, usable = vectors(2, 4, 5).requires_grad_(), torch.arange(rows) < 3
@@ -114,8 +114,8 @@ def test_the_losses_are_computed_in_float32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 4, 10, 12])
 @pytest.mark.parametrize("batch", [1, 3, 4, 5])
-def test_the_queue_keeps_the_newest_rows_whatever_the_batch(size: int, batch: int) -> None:
-    """Batches that do not divide it, and ones larger than it; each row knows the step in which it came."""
+def test_queue_keeps_the_newest_rows_for_any_batch_size(size: int, batch: int) -> None:
+    """Also for batches that do not divide its size or exceed it; each row has the step of its push."""
     queue, ever = Queue(size, 2), []
     for step in range(7):
         new = vectors(batch, 2, seed=step)
@@ -128,7 +128,7 @@ def test_the_queue_keeps_the_newest_rows_whatever_the_batch(size: int, batch: in
         assert {tuple(row.tolist()) for row in queue.rows[queue.pushed_since(step - 1)]} == newest
 
 
-def test_a_queue_goes_on_from_its_state() -> None:
+def test_queue_resumes_from_its_state_dict() -> None:
     one, other = Queue(5, 3), Queue(5, 3)
     for step in range(4):
         one.push(vectors(2, 3, seed=step), step)
@@ -160,7 +160,7 @@ def swav(network: ViT | Timm = VIT, **changes: object) -> SwAV:
 @pytest.mark.parametrize("make", [byol, moco, swav])
 @pytest.mark.parametrize("network", [VIT, CONVNET], ids=["ViT", "ConvNet"])
 @pytest.mark.parametrize("locals_", [0, 3])
-def test_every_trained_weight_gets_a_gradient_and_nothing_else(make, network: ViT | Timm, locals_: int) -> None:
+def test_only_trainable_parameters_get_a_gradient(make, network: ViT | Timm, locals_: int) -> None:
     method = make(network)
     first = method(images(locals_, seed=3), CLOCK)
     method.after_step(first.carry, CLOCK)  # MoCo has negatives from now on
@@ -173,7 +173,7 @@ def test_every_trained_weight_gets_a_gradient_and_nothing_else(make, network: Vi
 
 
 @pytest.mark.parametrize("make", [byol, moco, swav])
-def test_a_forward_pass_changes_no_state_of_the_methods_own(make) -> None:
+def test_forward_does_not_change_the_methods_state(make) -> None:
     method = make(head_norm="none")
     before = {name: value.clone() for name, value in method.state_dict().items()}
     method(images(2), CLOCK)
@@ -181,8 +181,8 @@ def test_a_forward_pass_changes_no_state_of_the_methods_own(make) -> None:
 
 
 @pytest.mark.parametrize("make", [byol, moco])
-def test_the_teacher_sees_the_global_views_alone(make) -> None:
-    """App. E: local views go to the student only."""
+def test_teacher_encodes_global_views_only(make) -> None:
+    """App. E: only the student encodes local views."""
     method, seen = make(), []
     method.teacher.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
     method(images(3), CLOCK)
@@ -190,7 +190,7 @@ def test_the_teacher_sees_the_global_views_alone(make) -> None:
 
 
 @pytest.mark.parametrize("make", [byol, moco])
-def test_the_teacher_starts_as_the_student_and_follows_it(make) -> None:
+def test_teacher_starts_as_a_copy_and_is_an_ema(make) -> None:
     method = make(momentum=0.9, momentum_end=0.9)
     student = dict(method.student.named_parameters())
     pairs = [(teacher, student[name]) for name, teacher in method.teacher.named_parameters()]
@@ -215,7 +215,7 @@ def test_byol_compares_predictions_with_projections() -> None:
     assert byol(predictor=False).student.predictor is None
 
 
-def test_moco_compares_with_earlier_keys_and_queues_its_own() -> None:
+def test_moco_contrasts_with_earlier_keys_and_pushes_its_own() -> None:
     method = moco(head_norm="none")
     first, second = (method(images(1, seed=seed), CLOCK) for seed in (0, 7))
     assert first.loss == 0  # nothing to compare with yet
@@ -233,14 +233,14 @@ def test_moco_compares_with_earlier_keys_and_queues_its_own() -> None:
 
 
 @pytest.mark.parametrize(("age", "counts"), [(1, True), (3, True), (4, False), (9, False)])
-def test_a_key_older_than_an_epoch_does_not_count(age: int, counts: bool) -> None:
-    """In a queue larger than the data it is a key of the query's own picture."""
+def test_keys_older_than_an_epoch_are_masked(age: int, counts: bool) -> None:
+    """In a queue larger than the dataset they belong to the query's own image."""
     method = moco(queue=100)
     method.after_step(method(images(), CLOCK).carry, CLOCK)
     assert (method(images(seed=7), CLOCK._replace(step=CLOCK.step + age)).loss > 0) == counts
 
 
-def test_where_an_epoch_is_one_step_the_last_keys_count() -> None:
+def test_keys_of_the_last_step_are_valid_if_an_epoch_is_one_step() -> None:
     method, clock = moco(), Clock(3, 1, 9)
     method.after_step(method(images(), clock).carry, clock)
     assert method(images(), clock._replace(step=4)).loss > 0
@@ -248,7 +248,7 @@ def test_where_an_epoch_is_one_step_the_last_keys_count() -> None:
 
 
 def slow_assignments(scores: Tensor, epsilon: float, iterations: int) -> list[list[float]]:
-    """SwAV's Alg. 1, `sinkhorn`, over B pictures and K prototypes: rows of prototypes to 1 / K, pictures to 1 / B."""
+    """SwAV's Alg. 1, `sinkhorn`, of B images and K prototypes: rows sum to 1 / K, columns to 1 / B."""
     q = [[math.exp(float(s) / epsilon) for s in picture] for picture in scores]
     B, K = len(q), len(q[0])
     for _ in range(iterations):
@@ -263,8 +263,8 @@ def slow_assignments(scores: Tensor, epsilon: float, iterations: int) -> list[li
 
 
 @pytest.mark.parametrize("locals_", [0, 2])
-def test_swav_predicts_the_other_views_places(locals_: int) -> None:
-    """Caron et al. 2020, Eq. 1 and 2 and Algorithm 1, one pair after the other."""
+def test_swav_predicts_assignments_of_the_other_views(locals_: int) -> None:
+    """Caron et al. 2020, Eq. 1 and 2 and Algorithm 1, for one pair at a time."""
     method, batch = swav(head_norm="none"), images(locals_)
     features = torch.cat([method.backbone(stack.flatten(0, 1)) for stack in batch.views])
     z = torch.nn.functional.normalize(method.head.projection(features), dim=-1)
@@ -282,7 +282,7 @@ def test_swav_predicts_the_other_views_places(locals_: int) -> None:
     assert out.metrics["kl"] == out.metrics["loss"] - out.metrics["teacher_entropy"]
 
 
-def test_swavs_queue_is_shared_out_with_the_batch_once_it_is_full() -> None:
+def test_swav_assigns_queue_and_batch_together_once_the_queue_is_full() -> None:
     method = swav(head_norm="none", queue=10, queue_from=3)
     alone = method(images(), CLOCK).loss
     for step, same in ((11, True), (12, True), (13, False)):  # kept from epoch 3 on: step 12
@@ -300,7 +300,7 @@ def test_swavs_queue_is_shared_out_with_the_batch_once_it_is_full() -> None:
     )
 
 
-def test_swavs_prototypes_have_unit_length_and_stand_still_at_first() -> None:
+def test_swav_prototypes_are_normalised_and_frozen_at_first() -> None:
     method = swav(freeze_prototypes=2)
     weight = method.head.prototypes.weight
     lengths = weight.norm(dim=1)
@@ -326,6 +326,6 @@ def test_swavs_prototypes_have_unit_length_and_stand_still_at_first() -> None:
         (SwAVConfig, "queue", -1),
     ],
 )
-def test_a_setting_out_of_bounds_is_named(config, field: str, value: float) -> None:
+def test_error_names_a_setting_out_of_range(config, field: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"method\.{field} must be .*; got {value}"):
         config(**{field: value})

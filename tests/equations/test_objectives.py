@@ -1,4 +1,4 @@
-"""The paper's equations against the slowest reading of them: loops over pairs, pictures, prototypes."""
+"""The paper's equations equal loops over pairs, images and prototypes."""
 
 import math
 from functools import partial
@@ -21,7 +21,7 @@ def slow_softmax(row: list[float], temperature: float) -> list[float]:
 
 
 def slow_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float) -> float:
-    """Eq. 1, 2, 3 as they are printed, averaged over the pairs: x over the teacher's views, x' != x in V."""
+    """Eq. 1, 2, 3 as printed, averaged over the pairs: x over the teacher's views, x' != x in V."""
     pairs = []
     for x in range(teacher.shape[0]):
         for other in range(student.shape[0]):
@@ -51,7 +51,7 @@ def test_eq3_is_the_mean_over_pairs_of_different_views(V: int, G: int, B: int, K
     assert loss.item() == pytest.approx(slow_loss(student, teacher, center, 0.3, 0.2), rel=1e-5)
 
 
-def test_eq3_gradient_is_guess_minus_target_over_the_temperature() -> None:
+def test_eq3_gradient_is_prediction_minus_target_over_temperature() -> None:
     """d H(p, softmax(s / tau)) / d s = (softmax(s / tau) - p) / tau, summed over each view's pairs."""
     V, G, B, K = 4, 2, 3, 6
     student, teacher, center = logits(V, B, K).requires_grad_(), logits(G, B, K, seed=1), logits(K, seed=2)
@@ -78,8 +78,8 @@ def test_eq3_does_not_depend_on_the_order_of_the_views() -> None:
     assert not torch.allclose(loss(student, teacher[[1, 0]]), before)  # which view is whose does matter
 
 
-def test_eq3_leaves_out_a_view_with_itself() -> None:
-    """A student that repeats the teacher's own view word for word is not paid for it."""
+def test_eq3_excludes_pairs_of_a_view_with_itself() -> None:
+    """The loss does not reward a student that equals the teacher on the same view."""
     teacher = logits(2, 3, 8, seed=1, scale=3)
     student = logits(2, 3, 8)
     settings = dict(center=0.0, student_temp=0.1, teacher_temp=0.04)
@@ -92,7 +92,7 @@ def test_eq3_leaves_out_a_view_with_itself() -> None:
     torch.testing.assert_close(dino_loss(changed, teacher, **settings), dino_loss(student, teacher, **settings))
 
 
-def test_eq1_center_is_subtracted_and_lowers_what_is_common() -> None:
+def test_eq1_subtracts_the_center() -> None:
     raw = torch.tensor([2.0, 1.0, 0.0])
     center = torch.tensor([2.0, 0.0, 0.0])
     assert P(raw, 0.5).argmax() == 0
@@ -101,7 +101,7 @@ def test_eq1_center_is_subtracted_and_lowers_what_is_common() -> None:
     torch.testing.assert_close(log_P(raw, 0.5, center), P(raw, 0.5, center).log())
 
 
-def test_eq1_is_sharper_when_colder_down_to_the_argmax_at_zero() -> None:
+def test_eq1_is_sharper_at_lower_temperature_and_argmax_at_zero() -> None:
     raw, center = logits(4, 9), logits(9, seed=1)
     entropies = [h(P(raw, t, center)).mean().item() for t in (1.0, 0.1, 0.04, 1e-4, 0.0)]
     assert entropies == sorted(entropies, reverse=True)
@@ -127,7 +127,7 @@ def test_eq3_at_temperature_zero_is_the_log_likelihood_of_the_argmax() -> None:
     assert torch.isfinite(student.grad).all()
 
 
-def test_far_apart_logits_neither_overflow_nor_underflow() -> None:
+def test_large_logits_do_not_overflow_or_underflow() -> None:
     student = torch.tensor([[[0.0, 500.0]], [[500.0, 0.0]]]).requires_grad_()
     teacher = torch.tensor([[[0.0, 500.0]], [[500.0, 0.0]]])
     loss = dino_loss(student, teacher, center=0.0, student_temp=0.1, teacher_temp=0.04)
@@ -174,7 +174,7 @@ def test_eq5_divergence_from_itself_is_zero_and_entropy_has_its_bounds() -> None
     assert h(torch.eye(20)).tolist() == [0.0] * 20
 
 
-def test_eq4_center_is_a_moving_average_of_the_batch() -> None:
+def test_eq4_center_is_an_ema_of_the_batch_mean() -> None:
     teacher = [logits(2, 3, 4, seed=s) for s in range(5)]
     center = torch.zeros(4)
     by_hand = [0.0] * 4
@@ -187,7 +187,7 @@ def test_eq4_center_is_a_moving_average_of_the_batch() -> None:
     assert torch.equal(update_center(center, teacher[0][0, 0], 0.0), teacher[0][0, 0])  # m = 0: this batch alone
 
 
-def test_the_teacher_is_a_moving_average_of_the_student() -> None:
+def test_momentum_update_is_an_ema_of_the_student() -> None:
     teacher = [logits(3, 2), logits(4, seed=1)]
     student = [logits(3, 2, seed=2), logits(4, seed=3)]
     expected = [

@@ -1,4 +1,4 @@
-"""Optimizers, groups and clipping against loops over single numbers."""
+"""Optimizers, parameter groups and clipping equal loops over single numbers."""
 
 import math
 
@@ -23,7 +23,7 @@ from dino_ssl.schedules import Clock
 
 
 class Odd(nn.Module):
-    """One of each kind of parameter that the rule for groups tells apart."""
+    """A module with each kind of parameter that the rule for groups distinguishes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,21 +72,21 @@ def test_groups_follow_the_published_rule() -> None:
     }
 
 
-def test_a_free_weight_g_is_decayed() -> None:
+def test_trainable_weight_g_is_decayed() -> None:
     module = Odd()
     module.weight_g.requires_grad_(True)
     assert group_name("weight_g", module.weight_g) == "decayed"
 
 
-def test_the_groups_hold_every_moving_parameter_once() -> None:
+def test_groups_have_every_trainable_parameter_once() -> None:
     module = Odd()
     groups = parameter_groups(module)
     held = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(p) for p in module.parameters() if p.requires_grad)
 
 
-def test_weight_decay_reaches_the_decayed_group_alone() -> None:
-    """Gradients of zero: AdamW then moves a parameter by its decay and nothing else, p (1 - lr * decay)."""
+def test_only_the_decayed_group_has_weight_decay() -> None:
+    """With zero gradients, AdamW changes a parameter by its decay only: p (1 - lr * decay)."""
     module = Odd()
     optimizer = Optim(algorithm="adamw").build(module)
     before = copies(module)
@@ -108,7 +108,7 @@ def test_no_step_is_taken_before_rates_are_set() -> None:
         assert all(torch.equal(p, before[name]) for name, p in module.named_parameters()), algorithm
 
 
-def adamw_by_hand(p: float, grads: list[float], lrs: list[float], decays: list[float]) -> float:
+def adamw_loop(p: float, grads: list[float], lrs: list[float], decays: list[float]) -> float:
     first = second = 0.0
     for t, (g, lr, decay) in enumerate(zip(grads, lrs, decays, strict=True), start=1):
         p *= 1 - lr * decay
@@ -117,7 +117,7 @@ def adamw_by_hand(p: float, grads: list[float], lrs: list[float], decays: list[f
     return p
 
 
-def sgd_by_hand(p: float, grads: list[float], lrs: list[float], decays: list[float]) -> float:
+def sgd_loop(p: float, grads: list[float], lrs: list[float], decays: list[float]) -> float:
     mu = 0.0
     for g, lr, decay in zip(grads, lrs, decays, strict=True):
         mu = 0.9 * mu + g + decay * p
@@ -125,8 +125,8 @@ def sgd_by_hand(p: float, grads: list[float], lrs: list[float], decays: list[flo
     return p
 
 
-@pytest.mark.parametrize(("algorithm", "by_hand"), [("adamw", adamw_by_hand), ("sgd", sgd_by_hand)])
-def test_adamw_and_sgd_against_a_loop_over_numbers(algorithm, by_hand) -> None:
+@pytest.mark.parametrize(("algorithm", "loop"), [("adamw", adamw_loop), ("sgd", sgd_loop)])
+def test_adamw_and_sgd_equal_a_loop(algorithm, loop) -> None:
     module, lrs, decays = Odd(), [0.1, 0.05, 0.2], [0.04, 0.3, 0.1]
     optimizer = Optim(algorithm=algorithm).build(module)
     before, gradients = copies(module), []
@@ -142,13 +142,13 @@ def test_adamw_and_sgd_against_a_loop_over_numbers(algorithm, by_hand) -> None:
             continue
         used = decays if group == "decayed" else [0.0] * 3
         expected = [
-            by_hand(value, [float(g[name].flatten()[i]) for g in gradients], lrs, used)
+            loop(value, [float(g[name].flatten()[i]) for g in gradients], lrs, used)
             for i, value in enumerate(before[name].flatten().tolist())
         ]
         torch.testing.assert_close(parameter.detach().flatten(), torch.tensor(expected), atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_lars_against_a_loop_over_tensors() -> None:
+def test_lars_equals_a_loop() -> None:
     module, lrs, decays = Odd(), [0.3, 0.1, 0.2], [0.0, 0.05, 0.1]
     optimizer = Optim(algorithm="lars").build(module)
     expected = copies(module)
@@ -171,7 +171,7 @@ def test_lars_against_a_loop_over_tensors() -> None:
         torch.testing.assert_close(parameter.detach(), expected[name], msg=name)
 
 
-def test_lars_moves_a_tensor_of_zeros_by_the_plain_gradient() -> None:
+def test_lars_does_not_scale_the_update_of_a_zero_tensor() -> None:
     weight = nn.Parameter(torch.zeros(2, 2))
     still = nn.Parameter(torch.ones(2, 2))
     optimizer = LARS([{"params": [weight, still]}], lr=0.5)
@@ -182,8 +182,8 @@ def test_lars_moves_a_tensor_of_zeros_by_the_plain_gradient() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "sgd", "lars"])
-def test_a_parameter_without_a_gradient_stands_still(algorithm) -> None:
-    """The frozen last layer: not even its weight decay or old momentum may move it."""
+def test_parameter_without_gradient_is_not_updated(algorithm) -> None:
+    """The frozen last layer: neither weight decay nor momentum may change it."""
     module = Odd()
     optimizer = Optim(algorithm=algorithm).build(module)
     for step in range(3):
@@ -199,7 +199,7 @@ def test_a_parameter_without_a_gradient_stands_still(algorithm) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "sgd", "lars"])
-def test_an_optimizer_goes_on_from_its_saved_state_bit_for_bit(algorithm) -> None:
+def test_optimizer_resume_is_bit_equal(algorithm) -> None:
     def steps(module: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
         for step in numbers:
             put_gradients(module, step)
@@ -217,7 +217,7 @@ def test_an_optimizer_goes_on_from_its_saved_state_bit_for_bit(algorithm) -> Non
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), half.parameters(), strict=True))
 
 
-def test_each_tensor_is_clipped_by_its_own_norm() -> None:
+def test_clipping_is_per_tensor() -> None:
     module = Odd()
     put_gradients(module, 0)
     module.norm.weight.grad = 1e-3 * torch.ones(4)  # small: stays as it is
@@ -237,7 +237,7 @@ def test_each_tensor_is_clipped_by_its_own_norm() -> None:
     assert torch.equal(module.norm.weight.grad, before["norm.weight"])
 
 
-def test_clip_zero_does_not_clip() -> None:
+def test_clip_grad_zero_disables_clipping() -> None:
     module = Odd()
     put_gradients(module, 0, scale=100.0)
     before = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
@@ -246,7 +246,7 @@ def test_clip_zero_does_not_clip() -> None:
     clip_grad_norm_per_tensor_([nn.Parameter(torch.ones(2))], 1.0)  # nobody has a gradient: nothing to do
 
 
-def test_schedules_scale_with_the_batch_and_end_where_they_should() -> None:
+def test_schedules_scale_with_the_batch_and_have_their_final_values() -> None:
     settings = Optim(epochs=10, batch_size=1024, lr=5e-4, min_lr=1e-6, warmup_epochs=2)
     lr, decay = settings.lr_schedule(), settings.weight_decay_schedule()
     values = [lr(Clock(step, 5, 10)) for step in range(51)]
@@ -275,7 +275,7 @@ def test_schedules_scale_with_the_batch_and_end_where_they_should() -> None:
         dict(layer_decay=1.5),
     ],
 )
-def test_impossible_settings_are_refused_by_name(wrong) -> None:
+def test_error_names_a_setting_out_of_range(wrong) -> None:
     with pytest.raises(UserError, match=f"optim.{next(iter(wrong))}"):
         Optim(**wrong)
 
@@ -288,7 +288,7 @@ def classifier(vit: ViT) -> Network:
     return Network(backbone, nn.Linear(backbone.embed_dim, 3))
 
 
-def test_the_deeper_a_layer_the_faster_it_learns() -> None:
+def test_layer_decay_gives_later_layers_larger_rates() -> None:
     """Stem 0.5^4, blocks 0.5^3, 0.5^2 and, with the last norm, 0.5^1; the head at the full rate."""
     network = classifier(ViT(width=8, depth=3, heads=2, patch=8, image_size=16, registers=1))
     scales = lr_scales(network, 0.5)
@@ -303,8 +303,8 @@ def test_the_deeper_a_layer_the_faster_it_learns() -> None:
             assert scales[name] == (0.5 if part[1] == "norm" else 0.0625), name
 
 
-def test_each_parameter_moves_at_the_rate_of_its_layer() -> None:
-    """One step of SGD on gradients of one: p - lr scale (1 + decay p), by hand for every parameter."""
+def test_each_parameter_has_the_rate_of_its_layer() -> None:
+    """One step of SGD with gradients of one: p - lr scale (1 + decay p)."""
     network = classifier(ViT(width=8, depth=2, heads=2, patch=8, image_size=16))
     optimizer = Optim(algorithm="sgd", layer_decay=0.5).build(network)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -321,7 +321,7 @@ def test_each_parameter_moves_at_the_rate_of_its_layer() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "lars"])
-def test_other_optimizers_take_steps_with_layers_too(algorithm) -> None:
+def test_layer_decay_works_with_adamw_and_lars(algorithm) -> None:
     network = classifier(ViT(width=8, depth=1, heads=2, patch=8, image_size=16))
     optimizer = Optim(algorithm=algorithm, layer_decay=0.5).build(network)
     before = copies(network)
@@ -331,19 +331,13 @@ def test_other_optimizers_take_steps_with_layers_too(algorithm) -> None:
     assert not [name for name, p in network.named_parameters() if torch.equal(p, before[name])]
 
 
-def test_without_layer_decay_there_are_the_two_groups_of_always() -> None:
-    """Checkpoints of before have two groups, and theirs have no scale."""
+def test_without_layer_decay_there_are_two_groups() -> None:
     groups = parameter_groups(Odd())
-    assert [group["decayed"] for group in groups] == [True, False]
-    optimizer = Optim().build(Odd())
-    for group in optimizer.param_groups:
-        del group["scale"]
-    set_lr_and_weight_decay(optimizer, lr=0.1, weight_decay=0.2)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+    assert [(group["decayed"], group["lr_scale"]) for group in groups] == [(True, 1.0), (False, 1.0)]
 
 
-def test_layers_are_numbered_as_timm_numbers_them() -> None:
-    """Its ViT and ours are the same network: so are the numbers; a ResNet has them, too."""
+def test_layer_ids_equal_timms() -> None:
+    """Its ViT and ours have equal layer numbers; a ResNet has them too."""
     ours = ViT(size="tiny", depth=2, patch=16, image_size=32).build().layer_ids()
     theirs = Timm(name="vit_tiny_patch16_224", args=(("depth", "2"), ("img_size", "32"))).build()
     assert {f"net.{name}": depth for name, depth in ours.items()} == theirs.layer_ids()
@@ -352,6 +346,6 @@ def test_layers_are_numbered_as_timm_numbers_them() -> None:
     assert resnet.layer_ids()["net.layer4.1.conv2.weight"] == max(resnet.layer_ids().values()) == 8
 
 
-def test_layers_without_a_backbone_are_refused() -> None:
+def test_layer_decay_without_a_backbone_raises() -> None:
     with pytest.raises(UserError, match="layer_decay"):
         lr_scales(Odd(), 0.5)

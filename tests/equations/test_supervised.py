@@ -1,4 +1,4 @@
-"""Fine-tuning's loss against loops over single pictures and numbers; its draws against their definitions."""
+"""The supervised loss equals loops over single images; mixup and CutMix follow their definitions."""
 
 import math
 
@@ -38,8 +38,8 @@ def batch(count: int) -> Batch:
     return Batch((torch.randn(1, count, 3, 8, 8, generator=generator),), labels[:count])
 
 
-def loss_by_hand(of: Supervised, images: Tensor, labels: list[int], mix: Mix) -> float:
-    """Picture by picture, class by class: what the pictures and their targets are, and the mean cross-entropy."""
+def slow_loss(of: Supervised, images: Tensor, labels: list[int], mix: Mix) -> float:
+    """The mean cross-entropy of the mixed images and targets, image by image and class by class."""
     count, smoothing, losses = len(images), of.config.smoothing, []
     for i in range(count):
         other = (i - count // 2) % count
@@ -69,32 +69,32 @@ def loss_by_hand(of: Supervised, images: Tensor, labels: list[int], mix: Mix) ->
         (dict(mixup=0.0, smoothing=0.2), "cutmix"),
     ],
 )
-def test_the_loss_against_a_loop(settings, kind) -> None:
+def test_loss_equals_a_loop(settings, kind) -> None:
     of, given = method(**settings), batch(6)
     for step in range(4):
         mix = draw_mix(of.config, 8, 8, mix_rng(0, step))
         assert {"none": mix == Mix(), "mixup": mix.weight < 1 and mix.box is None, "cutmix": mix.box is not None}[kind]
         out = of(given, Clock(step, 10, 1))
-        expected = loss_by_hand(of, given.views[0][0], [0, 1, 2, 1, 0, 0], mix)
+        expected = slow_loss(of, given.views[0][0], [0, 1, 2, 1, 0, 0], mix)
         assert out.loss.item() == pytest.approx(expected, abs=1e-5)
         assert out.metrics["loss"] == out.loss.detach()
 
 
-def test_without_mixing_it_is_torchs_cross_entropy() -> None:
+def test_loss_without_mixing_is_cross_entropy() -> None:
     of, given = method(mixup=0.0, cutmix=0.0), batch(5)
     logits = of.network([given.views[0]])[0]
     expected = torch.nn.functional.cross_entropy(logits, given.labels, label_smoothing=0.1)
     torch.testing.assert_close(of(given, Clock(0, 10, 1)).loss, expected)
 
 
-def test_several_views_of_a_picture_have_its_label_each() -> None:
+def test_all_views_of_an_image_have_its_label() -> None:
     of, one = method(mixup=0.0, cutmix=0.0), batch(4)
     two = Batch((torch.cat([one.views[0], one.views[0].flip(-1)]),), one.labels)
     apart = [of(Batch((two.views[0][i : i + 1],), one.labels), Clock(0, 10, 1)).loss for i in (0, 1)]
     torch.testing.assert_close(of(two, Clock(0, 10, 1)).loss, sum(apart) / 2)
 
 
-def test_the_batch_that_is_given_is_not_changed() -> None:
+def test_batch_is_not_modified() -> None:
     given = batch(4)
     before = given.views[0].clone()
     for step in range(4):
@@ -102,7 +102,7 @@ def test_the_batch_that_is_given_is_not_changed() -> None:
     assert torch.equal(given.views[0], before)
 
 
-def test_draws_depend_on_seed_and_step_alone() -> None:
+def test_mix_depends_on_seed_and_step_only() -> None:
     config = SupervisedConfig()
     assert draw_mix(config, 32, 32, mix_rng(1, 5)) == draw_mix(config, 32, 32, mix_rng(1, 5))
     draws = [draw_mix(config, 32, 32, mix_rng(seed, step)) for seed in (0, 1) for step in range(5)]
@@ -116,8 +116,8 @@ def test_draws_depend_on_seed_and_step_alone() -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_lambda_is_drawn_from_a_beta_distribution() -> None:
-    """Mixup: Beta(0.8, 0.8) has mean 1/2 and variance 1 / (4 (2 * 0.8 + 1)). CutMix is every other step."""
+def test_lambda_has_a_beta_distribution() -> None:
+    """Mixup: Beta(0.8, 0.8) has mean 1/2 and variance 1 / (4 (2 * 0.8 + 1)). Half of the steps use CutMix."""
     config, rng = SupervisedConfig(), np.random.default_rng(0)
     draws = [draw_mix(config, 64, 64, rng) for _ in range(2000)]
     mixup = np.array([mix.weight for mix in draws if mix.box is None])
@@ -128,8 +128,8 @@ def test_lambda_is_drawn_from_a_beta_distribution() -> None:
     assert all(mix.box is not None for mix in only)
 
 
-def test_a_box_has_the_area_that_is_cut() -> None:
-    """1 - lambda of the picture, less where it stands out; its middle lies anywhere; lambda says what is left."""
+def test_cutmix_box_has_the_area_of_lambda() -> None:
+    """1 - lambda of the image, less at the border; its center is uniform; lambda is adjusted."""
     config, rng, middles = SupervisedConfig(mixup=0.0), np.random.default_rng(0), []
     for _ in range(500):
         mix = draw_mix(config, 40, 60, rng)
@@ -153,15 +153,15 @@ def test_targets_are_distributions() -> None:
     torch.testing.assert_close(mix_targets(targets, Mix(1.0)), targets)
 
 
-def test_half_a_batch_on_each_of_two_ranks_is_mixed_as_the_whole_is() -> None:
-    """Rank r has positions r, r + 2, ...: partners must lie on the same rank."""
+def test_mixing_does_not_depend_on_the_number_of_ranks() -> None:
+    """Rank r has positions r, r + 2, ...: partners must be on the same rank."""
     views, mix = torch.randn(1, 8, 3, 4, 4), Mix(0.25, (0, 2, 1, 4))
     whole = mix_images(views, mix)
     for rank in (0, 1):
         assert torch.equal(mix_images(views[:, rank::2], mix), whole[:, rank::2])
 
 
-def test_the_classifier_starts_small_and_the_backbone_as_it_was() -> None:
+def test_initial_classifier_is_small_and_backbone_is_pretrained() -> None:
     torch.manual_seed(3)
     trained = VIT.build()
     start = BuildContext(VIT, 0, classes=4, weights=trained.state_dict(), source="somewhere")
@@ -186,19 +186,19 @@ class Labelled(ImageDataset):
         return np.zeros((4, 4, 3), np.uint8)
 
 
-def test_what_has_no_label_is_not_learned_from() -> None:
+def test_unlabelled_images_are_filtered() -> None:
     config = SupervisedConfig()
     assert config.filter_dataset(Labelled([0, -1, 2, -1])).names == ["0", "2"]
     whole = Labelled([0, 1])
     assert config.filter_dataset(whole) is whole
     for nothing in (Labelled(None), Labelled([-1, -1])):
-        with pytest.raises(UserError, match="a folder of its own"):
+        with pytest.raises(UserError, match="needs labels"):
             config.filter_dataset(nothing)
-    with pytest.raises(UserError, match="two classes"):
+    with pytest.raises(UserError, match="2 classes"):
         config.build(BuildContext(VIT, 0, classes=1))
 
 
 @pytest.mark.parametrize("wrong", [dict(smoothing=1.5), dict(mixup=-1.0), dict(cutmix_share=2.0), dict(head_scale=0.0)])
-def test_impossible_settings_are_refused_by_name(wrong) -> None:
+def test_error_names_a_setting_out_of_range(wrong) -> None:
     with pytest.raises(UserError, match=rf"method\.{next(iter(wrong))}"):
         SupervisedConfig(**wrong)

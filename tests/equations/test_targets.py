@@ -1,4 +1,4 @@
-"""DINO's switches against loops written from the paper: what the targets are, and what loss a step takes."""
+"""Targets and losses of DINO's switches equal loops written from the paper."""
 
 import math
 from functools import partial
@@ -22,7 +22,7 @@ def logits(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def slow_sinkhorn(rows: list[list[float]], temperature: float, iterations: int) -> list[list[float]]:
-    """Table 15: x = exp(x / tau), then so many times: columns divided by their sums, rows divided by theirs."""
+    """Table 15: x = exp(x / tau), then repeatedly: divide columns by their sums, then rows by theirs."""
     x = [[math.exp(value / temperature) for value in row] for row in rows]
     for _ in range(iterations):
         columns = [sum(row[k] for row in x) for k in range(len(x[0]))]
@@ -56,7 +56,7 @@ def test_softmax_over_batch_is_the_papers_loop() -> None:
 
 
 def test_sinkhorn_knopp_tends_to_uniform_marginals() -> None:
-    """Each picture has one unit of mass, and in the limit each prototype B / K of them, however uneven the logits."""
+    """Rows sum to 1, and columns to B / K in the limit, for uneven logits too."""
     B, K = 12, 5
     x = logits(B, K) + torch.arange(K)
     assert sinkhorn_knopp(x, 0.5, iterations=1).sum(0).std() > 0.1
@@ -68,8 +68,8 @@ def test_sinkhorn_knopp_tends_to_uniform_marginals() -> None:
 
 
 @pytest.mark.parametrize("of", [sinkhorn_knopp, partial(sinkhorn_knopp, iterations=1)])
-def test_spread_targets_neither_overflow_nor_underflow(of: Any) -> None:
-    """exp(500 / 0.04) is no number; and a picture far below all others still gets a distribution."""
+def test_sinkhorn_targets_do_not_overflow_or_underflow(of: Any) -> None:
+    """exp(500 / 0.04) overflows; an image with logits far below all others still gets a distribution."""
     x = torch.tensor([[500.0, 0.0, 1.0], [0.0, 500.0, 1.0], [-900.0, -900.5, -901.0]])
     targets = of(x, 0.04)
     assert torch.isfinite(targets).all()
@@ -80,7 +80,7 @@ def test_spread_targets_neither_overflow_nor_underflow(of: Any) -> None:
 
 
 class Pixels(Backbone):
-    """A backbone whose features are the picture's pixels."""
+    """A backbone whose features are the image's pixels."""
 
     embed_dim = 3 * 2 * 2
 
@@ -96,7 +96,7 @@ VIEWS = logits(V, B, 3, 2, 2, seed=3)
 
 
 def method(**settings: Any) -> DINO:
-    """A method whose teacher has moved away from its student, and whose center is not 0."""
+    """A method whose teacher differs from its student, and whose center is not 0."""
     torch.manual_seed(1)
     config = DINOConfig(out_dim=K, head_layers=2, head_hidden=8, head_bottleneck=5, **settings)
     student, teacher = (Network(Pixels(), config.head(12)) for _ in range(2))  # pyright: ignore[reportArgumentType]
@@ -110,7 +110,7 @@ def method(**settings: Any) -> DINO:
 
 @torch.no_grad()
 def slow_loss(dino: DINO, targets: Any) -> float:
-    """Eq. 3, averaged over pairs, with targets [G][B][K] however they were made."""
+    """Eq. 3, averaged over pairs, for given targets [G][B][K]."""
     student, total, pairs = dino.student([VIEWS]), 0.0, 0
     for x in range(G):
         for other in range(V):
@@ -130,7 +130,7 @@ SPREAD = {
 
 
 @pytest.mark.parametrize("targets", SPREAD)
-def test_each_kind_of_targets_gives_its_loss(targets: Any) -> None:
+def test_loss_of_each_kind_of_targets_equals_a_loop(targets: Any) -> None:
     dino = method(targets=targets, teacher_temp=0.05)
     out = dino(Batch((VIEWS[:G], VIEWS[G:])), Clock(0, 4, 2))
     expected = [SPREAD[targets](view, dino.center) for view in dino.teacher([VIEWS[:G]])]
@@ -163,7 +163,7 @@ def test_temperature_zero_targets_are_the_argmax() -> None:
 
 
 @torch.no_grad()
-def test_mse_is_of_centered_outputs_at_unit_length_whatever_the_temperatures() -> None:
+def test_mse_compares_centered_normalised_outputs_without_temperatures() -> None:
     dino = method(loss="mse", teacher_temp=0.04)
     student, teacher = dino.student([VIEWS]), dino.teacher([VIEWS[:G]])
     squares = []
@@ -185,23 +185,14 @@ def test_mse_is_of_centered_outputs_at_unit_length_whatever_the_temperatures() -
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        (dict(targets="sinkhorn", loss="mse"), "mse needs targets centering or none"),
+        (dict(targets="sinkhorn", loss="mse"), "mse needs `method.targets` centering or none"),
         (dict(targets="batch-softmax", teacher_temp=0.0), "above 0"),
         (dict(targets="sinkhorn", warmup_teacher_temp=0.0, warmup_teacher_temp_epochs=2), "above 0"),
     ],
 )
-def test_switches_that_mean_nothing_together_are_refused(settings: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_incompatible_switches_raise(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         DINOConfig(**settings)
     DINOConfig(targets="sinkhorn", teacher_temp=0.0, sharpening=False)  # its temperature is the student's
-
-
-def test_files_of_before_there_were_other_targets_read() -> None:
-    from dino_ssl.config import from_dict, to_dict
-
-    old = to_dict(DINOConfig()) | {"centering": False}
-    del old["targets"], old["teacher"], old["loss"], old["predictor"]
-    assert from_dict(DINOConfig, old) == DINOConfig(targets="none")
-    assert from_dict(DINOConfig, old | {"centering": True}) == DINOConfig()

@@ -1,4 +1,4 @@
-"""BYOL, MoCo-v2 and SwAV as runs: the same whole or resumed, on one rank or two."""
+"""Runs of BYOL, MoCo-v2 and SwAV are equal after a resume and on two ranks."""
 
 import json
 from pathlib import Path
@@ -31,8 +31,8 @@ def baseline(name: str, out: Path, **changes: object) -> Run:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_run_left_in_the_middle_ends_where_it_would_have(tmp_path: Path, name: str) -> None:
-    """Bit for bit: weights, batch norm, teacher, queue, prototypes, optimizer; on a ConvNet with local views."""
+def test_resume_is_bit_equal(tmp_path: Path, name: str) -> None:
+    """Weights, batch norm, teacher, queue, prototypes and optimizer; on a ConvNet with local views."""
     whole = baseline(name, tmp_path / "whole", backbone=CONVNET, views=dict(local=1), online_eval=dict(every_epochs=2))
     fit(whole)
     part = edit(whole, out=str(tmp_path / "part"), save_minutes=0)
@@ -47,7 +47,7 @@ def test_a_run_left_in_the_middle_ends_where_it_would_have(tmp_path: Path, name:
     assert same_training(other, whole)  # or the comparison would prove nothing
 
 
-def test_a_queue_is_a_part_of_what_is_saved(tmp_path: Path) -> None:
+def test_queue_is_in_the_checkpoint(tmp_path: Path) -> None:
     run = baseline("moco", tmp_path / "run", optim=dict(epochs=1))
     fit(run)
     state = last(run)["method"]
@@ -57,7 +57,7 @@ def test_a_queue_is_a_part_of_what_is_saved(tmp_path: Path) -> None:
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Up to rounding, of which batch norms over 16 small pictures make 1.4e-4; one that stood still differs by more."""
+    """Up to rounding: 1.4e-4 with batch norm over 16 small images, less than the effect of training."""
     return torch.allclose(one, other, rtol=1e-4, atol=5e-4)
 
 
@@ -85,6 +85,6 @@ def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", METHODS.values())
-def test_a_runs_file_names_its_method(kind: type[MethodConfig]) -> None:
+def test_run_json_names_its_method(kind: type[MethodConfig]) -> None:
     run = edit(RUN, method=kind())
     assert from_dict(Run, to_dict(run)) == run

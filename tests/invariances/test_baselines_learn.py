@@ -1,4 +1,4 @@
-"""BYOL, MoCo-v2 and SwAV learn: on pictures whose kind is neither in the brightness nor in any single pixel."""
+"""BYOL, MoCo-v2 and SwAV learn classes that are neither in the brightness nor in single pixels."""
 
 from pathlib import Path
 
@@ -20,8 +20,8 @@ PACE = {"byol": dict(epochs=12, lr=0.006), "moco": dict(epochs=8, lr=0.016), "sw
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_it_learns(tmp_path: Path, name: str) -> None:
-    """20-NN on val-fraction pictures: clearly above the untrained network and raw pixels."""
+def test_baseline_learns(tmp_path: Path, name: str) -> None:
+    """20-NN accuracy on the validation set is clearly above the untrained network and raw pixels."""
     run = edit(
         LONGER,
         out=str(tmp_path / "run"),

@@ -1,4 +1,4 @@
-"""A batch taken in parts is the same batch: weights, teacher, center and metrics; and recomputing changes nothing."""
+"""Gradient accumulation and activation checkpointing do not change weights, teacher, center or metrics."""
 
 import json
 from pathlib import Path
@@ -43,8 +43,8 @@ def batch(count: int = 7) -> Batch:
     return Batch(tuple(views), torch.arange(count))
 
 
-def trainable(run: Run, rt: Runtime = CPU) -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
-    """(the method's state after three steps, what each step measured)"""
+def train_three_steps(run: Run, rt: Runtime = CPU) -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
+    """(the method's state after three steps, the metrics of each step)"""
     method = build_method(run, classes=7)
     prepare_model(method, rt)
     state = State(method, run.optim.build(method.trainable), rt.scaler())
@@ -56,21 +56,21 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("optimized", [True, False])
 @pytest.mark.parametrize("name", METHODS)
-def test_parts_are_the_whole_batch(name: str, fast: bool) -> None:
-    rt = Runtime(CPU.device, "float32", fast=fast)
+def test_micro_batches_equal_the_whole_batch(name: str, optimized: bool) -> None:
+    rt = Runtime(CPU.device, "float32", optimized=optimized)
     run = edit(STILL, method=METHODS[name])
-    whole, expected = trainable(run, rt)
+    whole, expected = train_three_steps(run, rt)
     begun = build_method(run).state_dict()
-    for size in (1, 3):  # 7 pictures: 3 + 2 + 2
-        state, measured = trainable(edit(run, optim=dict(micro_batch=size)), rt)
+    for size in (1, 3):  # 7 images: 3 + 2 + 2
+        state, measured = train_three_steps(edit(run, optim=dict(micro_batch=size)), rt)
         assert not differences(state, whole, same=close)
         assert not differences(measured, expected, same=close)
     assert len(differences(whole, begun, same=close)) > 10, "nothing was trained"
 
 
-def test_no_more_pictures_than_asked_for_pass_at_once() -> None:
+def test_forward_passes_have_at_most_micro_batch_images() -> None:
     run = edit(STILL, optim=dict(micro_batch=3))
     method, seen = build_method(run), []
     for network in (method.student, method.teacher):
@@ -78,11 +78,11 @@ def test_no_more_pictures_than_asked_for_pass_at_once() -> None:
     state = State(method, run.optim.build(method.trainable), CPU.scaler())
     train_step(state, method, batch(), Clock(0, 2, 3), run, CPU)
     assert max(seen) == 2 * 3
-    assert sum(seen) == 7 * (2 + 2 + 2), "each view of each picture once"
+    assert sum(seen) == 7 * (2 + 2 + 2), "each view of each image once"
 
 
-def test_parts_on_two_ranks_are_the_whole_batch_on_one(tmp_path: Path) -> None:
-    """Sinkhorn-Knopp spreads all parts of all ranks together; the ranks add their gradients up once a step."""
+def test_micro_batches_on_two_ranks_equal_one_rank(tmp_path: Path) -> None:
+    """Sinkhorn-Knopp uses all micro-batches of all ranks; gradients are reduced once per step."""
     one = edit(STILL, out=f"{tmp_path}/one", method=dict(targets="sinkhorn"), optim=dict(lr=0.1))
     two = edit(one, out=f"{tmp_path}/two", optim=dict(micro_batch=3))
     (tmp_path / "two.json").write_text(json.dumps(to_dict(two)))
@@ -103,30 +103,30 @@ def test_parts_on_two_ranks_are_the_whole_batch_on_one(tmp_path: Path) -> None:
         dict(backbone=Timm(name="resnet18", args=(("channels", "(8, 8, 8, 16)"), ("layers", "(1, 1, 1, 1)")))),
         dict(method=dict(head_norm="batch")),
     ],
-    ids=["swav", "mixup", "byol's norms", "a ConvNet", "a norm in the head"],
+    ids=["swav", "mixup", "byol-batch-norm", "convnet", "head-batch-norm"],
 )
-def test_what_brings_the_pictures_together_refuses_parts(changes: dict[str, Any], tmp_path: Path) -> None:
-    def begin() -> None:
+def test_micro_batches_raise_if_images_of_a_batch_interact(changes: dict[str, Any], tmp_path: Path) -> None:
+    def start() -> None:
         run = edit(edit(RUN, out=str(tmp_path), optim=dict(micro_batch=4)), **changes)
         next(train(run, CPU, run.data.open()))
 
-    with pytest.raises(UserError, match="micro-batch"):
-        begin()
+    with pytest.raises(UserError, match="micro_batch"):
+        start()
 
 
-def test_a_part_has_pictures() -> None:
-    with pytest.raises(UserError, match=r"whole batch.* or more; got -1"):
+def test_negative_micro_batch_raises() -> None:
+    with pytest.raises(UserError, match=r"`optim.micro_batch` must be at least 0; got -1"):
         edit(RUN, optim=dict(micro_batch=-1))
 
 
-def test_auto_writes_a_number_into_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many as the counted bytes of a picture leave room for, in even parts; the whole batch where there is room."""
+def test_auto_micro_batch_is_resolved_by_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many images as fit by the counted bytes, in equal micro-batches; the whole batch if it fits."""
     monkeypatch.setattr(memory, "step_memory", lambda run, here, count, classes: 100e6 + count * 50e6)
     here = machine()
     run = edit(STILL, optim=dict(micro_batch="auto", batch_size=20))
     dataset = run.data.open()
     for gigabytes, size in ((100, 0), (0.8, 7), (0.2, 1)):
-        # 0.7 * 800 MB less 100 MB is room for 9 of 50 MB: 20 pictures go in three parts of at most 7
+        # 0.7 * 800 MB - 100 MB fit 9 images of 50 MB: 20 images need three micro-batches of at most 7
         small = here.__class__(**{**vars(here), "memory": int(gigabytes * 1e9)})
         planned = plan(dataset, small, preset=run)
         assert planned.run.optim.micro_batch == size
@@ -136,7 +136,7 @@ def test_auto_writes_a_number_into_the_run(monkeypatch: pytest.MonkeyPatch) -> N
     assert together.run.optim.micro_batch == 0
 
 
-def test_a_counted_step_grows_with_its_pictures_and_not_with_what_is_recomputed() -> None:
+def test_step_memory_grows_with_images_and_less_with_checkpointing() -> None:
     two, four, eight = (memory.step_memory(STILL, machine(), count, 1) for count in (2, 4, 8))
     assert (eight - four) == pytest.approx(2 * (four - two), rel=0.05)
     again = edit(STILL, grad_checkpointing=True)
@@ -146,8 +146,8 @@ def test_a_counted_step_grows_with_its_pictures_and_not_with_what_is_recomputed(
 
 
 @pytest.mark.parametrize("timm", [False, True])
-def test_recomputing_changes_nothing(timm: bool) -> None:
-    """Also what drop-path draws is drawn again."""
+def test_grad_checkpointing_does_not_change_results(timm: bool) -> None:
+    """Including the random draws of drop-path."""
     args = tuple(dict(img_size="32", patch_size="8", embed_dim="48", depth="2", num_heads="3").items())
     run = (
         edit(STILL, backbone=Timm(name="vit_tiny_patch16_224", args=(*args, ("dynamic_img_size", "True"))))
@@ -169,4 +169,4 @@ def test_recomputing_changes_nothing(timm: bool) -> None:
         return method.state_dict()
 
     assert not differences(state(edit(run, grad_checkpointing=True)), state(run), same=close)
-    assert calls == [4, 2], "each resolution's blocks once more"
+    assert calls == [4, 2], "each resolution's blocks are recomputed once"

@@ -1,4 +1,4 @@
-"""Supervised runs: the same whole or resumed, on one rank or two; they learn, begin with weights, read old files."""
+"""Supervised runs are equal after a resume and on two ranks; they learn, and start from pretrained weights."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,6 @@ import torch
 from tiny import RUN, differences, edit, fit, last, same_training, spawn_ranks
 from torch import nn
 
-from dino_ssl.config import from_dict, to_dict
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.augment import Augment
@@ -23,7 +22,6 @@ from dino_ssl.metrics import read_metrics
 from dino_ssl.models.backbone import Backbone, Features
 from dino_ssl.models.heads import Network
 from dino_ssl.models.pretrained import load
-from dino_ssl.run import Run, read_run
 
 LABELS = edit(
     RUN,
@@ -35,7 +33,7 @@ LABELS = edit(
 """5 steps an epoch, 10 in all; mixing, repeats, erasing, drop-path and a rate for each layer are at work."""
 
 
-def test_a_run_left_in_the_middle_ends_where_it_would_have(tmp_path: Path) -> None:
+def test_resume_is_bit_equal(tmp_path: Path) -> None:
     whole = edit(LABELS, out=str(tmp_path / "whole"), online_eval=dict(every_epochs=1))
     evaluated = [event for event in fit(whole) if isinstance(event, Evaluated)]
     assert [event.name for event in evaluated] == ["accuracy"] * 2
@@ -63,8 +61,8 @@ def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
             assert line[name] == pytest.approx(expected[name], abs=1e-5), (line["step"], name)
 
 
-class Paints(ImageDataset):
-    """Two paints in any light."""
+class Colors(ImageDataset):
+    """Images of two colors at random brightness."""
 
     def __init__(self, count: int) -> None:
         super().__init__(
@@ -76,13 +74,13 @@ class Paints(ImageDataset):
 
     def read(self, index: int) -> np.ndarray:
         rng = np.random.default_rng(index)
-        picture = np.full((32, 32, 3), 90.0)
-        picture[..., 2 * (index % 2)] += 60
-        return (picture * rng.uniform(0.5, 1.5) + rng.normal(0, 10, picture.shape)).clip(0, 255).astype(np.uint8)
+        image = np.full((32, 32, 3), 90.0)
+        image[..., 2 * (index % 2)] += 60
+        return (image * rng.uniform(0.5, 1.5) + rng.normal(0, 10, image.shape)).clip(0, 255).astype(np.uint8)
 
 
-def test_it_learns_and_the_classifier_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Scenes, "open", lambda self, progress=None: Paints(self.count))
+def test_classifier_learns_and_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scenes, "open", lambda self, progress=None: Colors(self.count))
     run = edit(
         LABELS,
         out=str(tmp_path / "run"),
@@ -95,16 +93,16 @@ def test_it_learns_and_the_classifier_is_asked(tmp_path: Path, monkeypatch: pyte
     )
     events = fit(run)
     started = next(event for event in events if isinstance(event, Started))
-    assert started.val_fraction is not None
-    assert (len(started.train_set), len(started.val_fraction)) == (32, 20)  # all are trained on where others are asked
+    assert started.val_set is not None
+    assert (len(started.train_set), len(started.val_set)) == (32, 20)  # none is held out if there is a validation set
     assert started.reference_scores == {"majority_class": {"top-1": 50.0, "top-5": 100.0}}
     (evaluated,) = [event for event in events if isinstance(event, Evaluated)]
     assert evaluated.values["top-1"] >= 95
     assert json.loads((tmp_path / "run/run.json").read_text())["run"]["val"]["count"] == 20
 
 
-def test_it_starts_from_a_run_and_gives_a_backbone_that_loads(tmp_path: Path) -> None:
-    """A fine-tuned run begins with the teacher's weights of another one, bit for bit, and needs it once."""
+def test_fine_tuning_starts_from_a_run_and_exports_a_backbone(tmp_path: Path) -> None:
+    """The initial weights are bit-equal to the teacher's of another run, which a resume does not need."""
     first = edit(LABELS, out=str(tmp_path / "first"), optim=dict(epochs=1), method=RUN.method, views=RUN.views)
     fit(first)
     run = edit(LABELS, out=str(tmp_path / "second"), init=first.out, optim=dict(epochs=1))
@@ -112,7 +110,7 @@ def test_it_starts_from_a_run_and_gives_a_backbone_that_loads(tmp_path: Path) ->
     assert isinstance(started, Started)
     teacher = load(first.out).state_dict()
     assert not differences(dict(started.method.backbone.state_dict()), dict(teacher))
-    for file in ("backbone.safetensors", "checkpoints/last.pt"):  # the steps were of length 0
+    for file in ("backbone.safetensors", "checkpoints/last.pt"):  # with a learning rate of 0
         assert not differences(dict(load(Path(run.out) / file).state_dict()), dict(teacher))
     again = edit(run, out=str(tmp_path / "third"))
     fit(again, until=3)
@@ -123,27 +121,14 @@ def test_it_starts_from_a_run_and_gives_a_backbone_that_loads(tmp_path: Path) ->
         fit(edit(run, out=str(tmp_path / "fourth"), init=run.out, backbone=dict(depth=2)))
 
 
-def test_a_run_of_before_there_were_methods_reads(tmp_path: Path) -> None:
-    """run.json of the first version: no val, no init, k-NN under its former name."""
-    old = to_dict(RUN)
-    for name in ("val", "init"):
-        del old[name]
-    for name in ("layer_decay", "warmup_lr"):
-        del old["optim"][name]
-    old["knn"]["type"] = "KNN"
-    (tmp_path / "run.json").write_text(json.dumps({"run": old}))
-    assert read_run(tmp_path) == RUN
-    assert from_dict(Run, json.loads(json.dumps(to_dict(LABELS)))) == LABELS
-
-
-def test_dino_wants_two_views_of_a_picture() -> None:
+def test_dino_needs_two_views_of_an_image() -> None:
     with pytest.raises(UserError, match="2 views"):
         edit(RUN, views=Augment())
-    assert edit(LABELS, views=MultiCrop()).views == MultiCrop()  # a classifier learns from any
+    assert edit(LABELS, views=MultiCrop()).views == MultiCrop()  # a classifier accepts any number
 
 
 class Dial(Backbone):
-    """Says what number a picture is painted with."""
+    """Returns the gray level of an image."""
 
     embed_dim, patch = 1, 1
 
@@ -167,12 +152,12 @@ class Numbers(ImageDataset):
         return np.full((8, 8, 3), 255 * (index % 2), np.uint8)
 
 
-def test_accuracy_counts_what_is_right_at_once_and_among_five() -> None:
-    """Black pictures get the order 0 1 2 ... 6, white ones 6 5 4 ... 0."""
+def test_accuracy_counts_top1_and_top5() -> None:
+    """Black images rank classes 0 1 2 ... 6, white ones 6 5 4 ... 0."""
     head = nn.Linear(1, 7)
     head.weight.data = torch.arange(7.0)[:, None]
     head.bias.data.zero_()
-    # pictures 0 2 4 6 are black, 1 3 5 white; one has no label
+    # images 0 2 4 6 are black, 1 3 5 white; one has no label
     asked = Numbers([0, 6, 4, 0, 5, 5, -1], 7)
     network = Network(Dial(), head).train()
     accuracy = classifier_accuracy(network, asked, 8, EvalContext(batch_size=2))

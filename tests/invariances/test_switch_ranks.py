@@ -1,4 +1,4 @@
-"""DINO's switches on two ranks with half the batch each: as on one rank with all of it."""
+"""DINO's switches give equal results on two ranks with half the batch each and on one rank."""
 
 import json
 from pathlib import Path
@@ -58,8 +58,8 @@ def losses(run: Run) -> list[float]:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_norm_that_brings_its_activation_keeps_it(fused: bool) -> None:
-    """timm's norms with an activation inside, and torch's own: the same values, names and parameters afterwards."""
+def test_converted_norms_keep_their_activation(fused: bool) -> None:
+    """timm's norms with an activation, and torch's: equal values, names and parameters after conversion."""
     network = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4), nn.BatchNorm2d(4))
     x = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     network(x)  # statistics of its own

@@ -1,4 +1,4 @@
-"""DINO's switches as runs: resumed bit for bit, teachers that are what they are named, heads that train, learning."""
+"""Training runs with DINO's switches: bit-equal resume, kinds of teachers, heads of App. C."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -41,8 +41,8 @@ SHORT = edit(
     ],
     ids=lambda method: ", ".join(map(str, method.values())),
 )
-def test_a_run_left_in_the_middle_of_an_epoch_ends_where_it_would_have(tmp_path: Path, method: dict) -> None:
-    """A teacher that is older than the student is in the checkpoint: here it differs from the student at step 7."""
+def test_resume_is_bit_equal(tmp_path: Path, method: dict) -> None:
+    """Also for a teacher that is an older copy of the student: at step 7 they differ."""
     whole = edit(SHORT, method=method, out=str(tmp_path / "whole"), save_minutes=60)
     fit(whole)
     part = edit(whole, out=str(tmp_path / "part"), save_minutes=0)
@@ -84,21 +84,23 @@ def history(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, list, 
     return request.param, list(teachers), list(students)
 
 
-def test_a_teacher_that_is_a_copy_is_the_student_of_then(history: tuple[str, list, list]) -> None:
-    """Now: equal after every step. A step ago: one behind. An epoch ago: still, but for the ends of epochs."""
+def test_copied_teacher_equals_the_student_of_its_step(history: tuple[str, list, list]) -> None:
+    """`student`: equal after every step; `previous-step`: one behind; `previous-epoch`: of the last end of an epoch."""
     kind, teachers, students = history
     behind = {"student": lambda step: step, "previous-step": lambda step: step - 1}
     then = behind.get(kind, lambda step: step // 5 * 5)
     for step in range(1, 11):
-        assert not differences(alone(teachers[step]), alone(students[then(step)])), step
+        assert not differences(without_statistics(teachers[step]), without_statistics(students[then(step)])), step
         if step > 1:  # the first step's rate is 0
-            assert differences(alone(students[step]), alone(students[step - 1])), step  # or this would prove nothing
+            assert differences(without_statistics(students[step]), without_statistics(students[step - 1])), (
+                step
+            )  # or this would prove nothing
         if kind != "previous-step" and then(step) == step:
             assert not differences(teachers[step], students[step]), step  # the statistics too
 
 
-def alone(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the statistics of batch norm, which every forward pass moves."""
+def without_statistics(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the statistics of batch norm, which every forward pass changes."""
     return {name: value for name, value in state.items() if "running" not in name and "num_batches" not in name}
 
 
@@ -109,7 +111,7 @@ def alone(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     ("norm", "act", "layers", "bottleneck"),
     list(product(["none", "batch"], ["gelu", "relu"], [1, 2, 3, 4], [0, 8])),
 )
-def test_every_head_of_appendix_c_builds_and_trains(norm: Any, act: Any, layers: int, bottleneck: int) -> None:
+def test_every_head_of_appendix_c_trains(norm: Any, act: Any, layers: int, bottleneck: int) -> None:
     """All of its parameters get a gradient, and steps on one batch bring it nearer to a teacher that stands still.
 
     Without bottleneck and norm, a head of some layers says nearly the same of everything (deep ones fail in App. C):

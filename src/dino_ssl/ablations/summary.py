@@ -7,7 +7,6 @@ from dino_ssl.ablations.results import Spread, Study, StudyRun
 from dino_ssl.ablations.table import Configuration, Curve, Metric
 from dino_ssl.config import format_value
 from dino_ssl.formatting import duration
-from dino_ssl.models.backbone import BackboneConfig
 from dino_ssl.report.curves import Line
 
 NONE = "–"
@@ -24,16 +23,10 @@ def introduction(study: Study) -> str:
     base, data = study.base, study.data
     crops = " and ".join(str(side) for _, side in base.views.view_shapes)
     return (
-        f"Our runs, at scale {study.scale}: {network_text(base.backbone)}, {base.optim.epochs} epochs of "
+        f"Our runs, at scale {study.scale}: {base.backbone.describe()}, {base.optim.epochs} epochs of "
         f"{data['images']:,} images of {data['classes']} classes, batch size {base.optim.batch_size}, "
         f"crops of {crops} pixels."
     )
-
-
-def network_text(backbone: BackboneConfig) -> str:
-    """Return the network's name and its overrides: `resnet18 (channels 32 64 128 256, layers 1 1 1 1)`."""
-    overrides = backbone.overrides()
-    return f"{backbone.describe()} ({overrides})" if overrides else backbone.describe()
 
 
 def results_note(study: Study) -> str:

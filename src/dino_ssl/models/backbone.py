@@ -99,12 +99,8 @@ class BackboneConfig(ABC):
         """Return the network with initial weights; `drop_path` overrides the setting (0 for a teacher)."""
 
     def describe(self) -> str:
-        """Return a short name for plans and reports, such as `ViT-small/16`."""
+        """Return a short name for plans and reports, such as `ViT-small/16 (depth 6)`."""
         return type(self).__name__
-
-    def overrides(self) -> str:
-        """Return the settings of the architecture that differ from the named one, such as `depth 6, heads 4`."""
-        return ""
 
     @property
     def spec(self) -> str:

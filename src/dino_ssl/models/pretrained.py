@@ -37,6 +37,7 @@ class Released(NamedTuple):
 
 
 HOST = "https://dl.fbaipublicfiles.com/dino/"
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 XCIT = ("small_12_p16", "small_12_p8", "medium_24_p16", "medium_24_p8")
 RELEASED = {
     "dino_vits16": Released(ViT(size="small", patch=16), "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
@@ -170,21 +171,15 @@ def infer_config(state: StateDict, path: Path) -> BackboneConfig:
     """Return the network of weights without a description, from their names and shapes. Raise UserError if unknown."""
     if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
         return _infer_vit(state, path)
-    if "conv1.weight" in state and "layer4.0.conv1.weight" in state:
-        blocks = [_count(state, rf"layer{i}\.(\d+)\.") for i in (1, 2, 3, 4)]
-        known = {18: [2, 2, 2, 2], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
-        depth = next((depth for depth, counts in known.items() if counts == blocks), None)
-        if depth == 50 and "layer1.0.conv3.weight" not in state:
-            depth = 34
-        if depth:
-            return Timm(name=f"resnet{depth}")
-    if "cls_attn_blocks.0.norm1.weight" in state and "cls_token" in state:
-        sizes = {128: "nano", 192: "tiny", 384: "small", 512: "medium", 768: "large"}
-        size, depth = sizes.get(state["cls_token"].shape[-1]), _count(state, r"blocks\.(\d+)\.")
-        halvings = _count(state, r"patch_embed\.proj\.(\d+)\.") // 2 + 1  # convolutions of stride 2, GELU in between
-        patch = {4: 16, 3: 8}.get(halvings)
-        if size and patch:
-            return Timm(name=f"xcit_{size}_{depth}_p{patch}_224")
+    if {"layer4.0.conv1.weight", "cls_attn_blocks.0.norm1.weight"} & state.keys():
+        import timm
+
+        for config in (Timm(name=name) for name in (*RESNETS, *timm.list_models("xcit_*_224"))):
+            with torch.device("meta"):
+                expected = {name: value.shape for name, value in config.build().state_dict().items()}
+            weights = drop_classifier(xcit_to_timm(state, expected), expected)
+            if expected == {name: value.shape for name, value in weights.items()}:
+                return config
     raise UserError(
         f"{path} does not describe the network of its {len(state)} weights, and their names are not those of a ViT, a "
         f"ResNet or an XCiT: {', '.join(list(state)[:4])}, ...\n"

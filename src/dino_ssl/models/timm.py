@@ -37,12 +37,9 @@ class Timm(BackboneConfig):
         return TimmViT(net) if _is_plain_vit(net) else TimmNetwork(net)
 
     def describe(self) -> str:
-        """Return timm's name."""
-        return self.name
-
-    def overrides(self) -> str:
-        """Return the further arguments, such as `layers 1 1 1 1`."""
-        return ", ".join(f"{name} {value.strip('()[]').replace(',', '')}" for name, value in self.args)
+        """Return timm's name, with the further arguments in parentheses, such as `(layers 1 1 1 1)`."""
+        args = [f"{name} {value.strip('()[]').replace(',', '')}" for name, value in self.args]
+        return self.name + (f" ({', '.join(args)})" if args else "")
 
     @property
     def spec(self) -> str:

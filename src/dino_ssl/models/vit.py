@@ -78,12 +78,9 @@ class ViT(BackboneConfig):
         )
 
     def describe(self) -> str:
-        """Return a name such as `ViT-small/16`."""
-        return f"ViT-{self.size}/{self.patch}"
-
-    def overrides(self) -> str:
-        """Return the overrides of `size`, such as `depth 6, heads 4`."""
-        return ", ".join(f"{name} {value}" for name in ("width", "depth", "heads") if (value := getattr(self, name)))
+        """Return a name such as `ViT-small/16`, with the overrides of `size` in parentheses."""
+        overrides = [f"{name} {value}" for name in ("width", "depth", "heads") if (value := getattr(self, name))]
+        return f"ViT-{self.size}/{self.patch}" + (f" ({', '.join(overrides)})" if overrides else "")
 
     @property
     def spec(self) -> str:

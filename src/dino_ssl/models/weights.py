@@ -89,13 +89,13 @@ def _shortened(lines: list[str], limit: int = 8) -> list[str]:
     return lines if len(lines) <= limit else [*lines[:limit], f"  ... and {len(lines) - limit} more"]
 
 
-def drop_classifier(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> StateDict:
+def drop_classifier(state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> StateDict:
     """Return the weights without a classifier (fc, head), except for names that the network itself has."""
     classifier = re.compile(r"(fc|head|head\.fc|classifier)\.(weight|bias)$")
     return {name: value for name, value in state.items() if name in expected or not classifier.match(name)}
 
 
-def xcit_to_timm(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> StateDict:
+def xcit_to_timm(state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> StateDict:
     """Return weights of the official XCiT with timm's names; in timm, q, k and v of class attention are separate."""
     renamed = {}
     for name, value in state.items():

@@ -14,8 +14,8 @@ from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.formatting import duration
-from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.methods import MethodConfig
+from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models.backbone import BackboneConfig
 from dino_ssl.models.vit import ViT
 from dino_ssl.presets.benchmark_step import Speed, measure

@@ -1,4 +1,4 @@
-"""The packed ViT and the chosen attention kernel equal the plain ones: values, gradients, and what drop-path drops."""
+"""The packed ViT and the attention kernel equal the reference: values, gradients and drop-path."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def views() -> list[Tensor]:
 
 @pytest.mark.parametrize("registers", [0, 2])
 @pytest.mark.parametrize("grad_checkpointing", [False, True])
-def test_packed_tokens_give_the_same_vectors_and_gradients(registers: int, grad_checkpointing: bool) -> None:
+def test_packed_views_have_the_same_features_and_gradients(registers: int, grad_checkpointing: bool) -> None:
     net = network(registers=registers)
     expected = net.backbone.forward_views(views())
     expected.square().sum().backward()
@@ -47,8 +47,8 @@ def test_one_resolution_uses_the_reference_implementation() -> None:
     assert torch.equal(packed_vit.forward_views(net.backbone, views()[:1]), net.backbone.forward_views(views()[:1]))
 
 
-def test_a_dropped_branch_is_left_out_and_a_kept_one_made_larger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the definition, picture by picture, with the draws told beforehand."""
+def test_drop_path_skips_dropped_branches_and_rescales_kept_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal to the definition per image, with known random draws."""
     torch.manual_seed(0)
     block = Block(12, 2, 2.0, True, 1e-6, 0.25).train()
     stacks = [torch.randn(3, 5, 12), torch.randn(2, 4, 12)]
@@ -77,7 +77,7 @@ def test_all_branches_may_be_dropped() -> None:
 
 @pytest.mark.parametrize("tokens", [37, attention.MAX_TOKENS + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_kernel_attends_alike(tokens: int, dtype: torch.dtype) -> None:
+def test_attention_kernels_are_equal(tokens: int, dtype: torch.dtype) -> None:
     seeded = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, tokens, 16, generator=seeded) for _ in range(3))
     expected = vit.scaled_dot_product(q, k, v)

@@ -1,6 +1,7 @@
-"""The compiled twin of MultiCrop: each step against the plain one or the equation, the whole on the same draws."""
+"""Compiled views equal the reference implementation: each operation, and whole views with the same parameters."""
 
 import builtins
+import runpy
 import sys
 from pathlib import Path
 
@@ -16,18 +17,18 @@ from dino_ssl.kernels import fastest_transform
 from dino_ssl.methods.byol import BYOLConfig
 from dino_ssl.run import Run
 
-pytest.importorskip("numba", reason="without numba there is no compiled twin")
+pytest.importorskip("numba", reason="needs numba")
 from numba import types
 
-from dino_ssl.kernels import multi_crop
+from dino_ssl.kernels import jit
 from dino_ssl.kernels.multi_crop import CompiledMultiCrop
 
 SMALL = MultiCrop(global_size=48, local_size=19, local=3)
-AS_IT_IS = ViewParams(0, 0, 60, 90, False, (1.0, 1.0, 1.0, 0.0), (), False, 0.0, False)
+IDENTITY = ViewParams(0, 0, 60, 90, False, (1.0, 1.0, 1.0, 0.0), (), False, 0.0, False)
 
 
 def photo(height: int = 60, width: int = 90, seed: int = 0) -> np.ndarray:
-    """Smooth colours, some hard edges, a little noise."""
+    """An image with smooth colors, hard edges and noise."""
     rng = np.random.default_rng(seed)
     image = pixel_ops.resize(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8), height, width).astype(float)
     image[height // 4 : height // 2, width // 3 : width // 2] = (250, 30, 10)
@@ -37,11 +38,11 @@ def photo(height: int = 60, width: int = 90, seed: int = 0) -> np.ndarray:
 PHOTO = photo()
 
 
-def one(draw: ViewParams, size: int, image: np.ndarray = PHOTO, **settings) -> np.ndarray:
+def compiled(draw: ViewParams, size: int, image: np.ndarray = PHOTO, **settings) -> np.ndarray:
     return CompiledMultiCrop(MultiCrop(**settings)).view(image.reshape(len(image), -1), draw, size)
 
 
-def plain(draw: ViewParams, size: int, image: np.ndarray = PHOTO, **settings) -> np.ndarray:
+def reference(draw: ViewParams, size: int, image: np.ndarray = PHOTO, **settings) -> np.ndarray:
     return MultiCrop(**settings)._view(image, draw, size)
 
 
@@ -70,69 +71,68 @@ def resized(image: np.ndarray, size: int) -> np.ndarray:
 @pytest.mark.parametrize("box", [(0, 0, 60, 90), (5, 7, 48, 48), (3, 60, 57, 4), (10, 20, 1, 30), (59, 89, 1, 1)])
 @pytest.mark.parametrize("size", [1, 7, 19, 48, 65, 130])
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_crop_is_resized_to_the_nearest_grey_level(box: tuple, size: int, flip: bool) -> None:
+def test_resize_is_exact_to_the_nearest_gray_level(box: tuple, size: int, flip: bool) -> None:
     top, left, height, width = box
-    draw = AS_IT_IS._replace(top=top, left=left, height=height, width=width, flip=flip)
+    draw = IDENTITY._replace(top=top, left=left, height=height, width=width, flip=flip)
     exact = resized(PHOTO[top : top + height, left : left + width], size)
-    ours = one(draw, size)
+    ours = compiled(draw, size)
     assert ours.shape == (size, size, 3)
     assert ours.flags.c_contiguous
     assert np.abs(ours.astype(float) - (exact[:, ::-1] if flip else exact)).max() < 0.501
 
 
 @pytest.mark.parametrize("size", [19, 48, 130])
-def test_that_is_pillows_resize_to_a_grey_level(size: int) -> None:
-    """Pillow rounds and cuts between its two passes: where the cubic overshoots it may be further away."""
+def test_resize_equals_pillow_to_a_gray_level(size: int) -> None:
+    """Pillow rounds and clips between its two passes, so it may differ more if the cubic overshoots."""
     theirs = Image.fromarray(PHOTO).resize((size, size), Image.Resampling.BICUBIC)
-    difference = np.abs(one(AS_IT_IS, size).astype(int) - np.asarray(theirs))
+    difference = np.abs(compiled(IDENTITY, size).astype(int) - np.asarray(theirs))
     assert difference.mean() < 0.3
     assert (difference <= 1).mean() > 0.99
 
 
-def test_a_crop_of_a_views_own_size_is_left_as_it_is() -> None:
-    draw = AS_IT_IS._replace(top=9, left=30, height=33, width=33)
-    np.testing.assert_array_equal(one(draw, 33), PHOTO[9:42, 30:63])
+def test_crop_of_the_views_size_is_copied() -> None:
+    draw = IDENTITY._replace(top=9, left=30, height=33, width=33)
+    np.testing.assert_array_equal(compiled(draw, 33), PHOTO[9:42, 30:63])
 
 
 @pytest.mark.parametrize("size", [8, 33, 64])
 @pytest.mark.parametrize("factor", [0.0, 0.6, 0.85, 1.0, 1.2, 1.4])
-def test_each_change_is_the_plain_one(size: int, factor: float) -> None:
-    """On pixels of its own size, so that nothing is left but the change. OpenCV rounds the factors of a saturation to
-    1/1024."""
+def test_each_color_operation_equals_the_reference(size: int, factor: float) -> None:
+    """Without a resize. OpenCV rounds the factors of saturation to 1/1024."""
     image = photo(size, size)
-    draw = AS_IT_IS._replace(height=size, width=size, factors=(factor, factor, factor, (factor - 0.7) / 4))
+    draw = IDENTITY._replace(height=size, width=size, factors=(factor, factor, factor, (factor - 0.7) / 4))
     for number, change in enumerate(JITTER_OPS):
-        ours = one(draw._replace(order=(number,)), size, image)
-        difference = np.abs(ours.astype(int) - plain(draw._replace(order=(number,)), size, image))
+        ours = compiled(draw._replace(order=(number,)), size, image)
+        difference = np.abs(ours.astype(int) - reference(draw._replace(order=(number,)), size, image))
         assert difference.max() <= 1, change.__name__
         assert difference.mean() < (0.1 if change is pixel_ops.adjust_saturation else 0.002), change.__name__
 
 
 @pytest.mark.parametrize("turn", [-0.5, -0.1, 0.0, 0.003, 0.1, 0.5])
-def test_a_turn_of_the_hue_on_every_kind_of_colour(turn: float) -> None:
+def test_hue_shift_equals_the_reference_for_all_kinds_of_colors(turn: float) -> None:
     levels = np.array([0, 1, 2, 60, 127, 128, 200, 254, 255], np.uint8)
-    colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3)
-    draw = AS_IT_IS._replace(height=27, width=27, factors=(1.0, 1.0, 1.0, turn), order=(3,))
-    difference = np.abs(one(draw, 27, colours).astype(int) - pixel_ops.adjust_hue(colours, turn))
+    colors = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3)
+    draw = IDENTITY._replace(height=27, width=27, factors=(1.0, 1.0, 1.0, turn), order=(3,))
+    difference = np.abs(compiled(draw, 27, colors).astype(int) - pixel_ops.adjust_hue(colors, turn))
     assert difference.max() <= 1
     assert difference.mean() < 0.002
 
 
 @pytest.mark.parametrize("size", [5, 32, 50])
-def test_grey_blur_and_solarisation_are_the_plain_ones(size: int) -> None:
+def test_grayscale_blur_and_solarize_equal_the_reference(size: int) -> None:
     image = photo(size, size)
-    draw = AS_IT_IS._replace(height=size, width=size)
-    np.testing.assert_array_equal(one(draw._replace(gray=True), size, image), pixel_ops.gray(image))
+    draw = IDENTITY._replace(height=size, width=size)
+    np.testing.assert_array_equal(compiled(draw._replace(gray=True), size, image), pixel_ops.gray(image))
     for sigma in (0.1, 0.4, 1.0, 2.0):
         assert len(gaussian(round(256 * sigma))) <= 13
-        np.testing.assert_array_equal(one(draw._replace(sigma=sigma), size, image), pixel_ops.blur(image, sigma))
+        np.testing.assert_array_equal(compiled(draw._replace(sigma=sigma), size, image), pixel_ops.blur(image, sigma))
     for threshold in (0, 100, 128, 256):
-        ours = one(draw._replace(solarize=True), size, image, solarize_threshold=threshold)
+        ours = compiled(draw._replace(solarize=True), size, image, solarize_threshold=threshold)
         np.testing.assert_array_equal(ours, pixel_ops.solarize(image, threshold))
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 90), (200, 150), (31, 400), (12, 9)])
-def test_the_views_of_the_same_draws_are_the_plain_ones_to_rounding(height: int, width: int) -> None:
+def test_views_equal_the_reference_to_rounding(height: int, width: int) -> None:
     image, made = photo(height, width), fastest_transform(SMALL)
     assert isinstance(made, CompiledMultiCrop)
     assert (made.size, made.repeats, made.view_shapes) == (SMALL.size, SMALL.repeats, SMALL.view_shapes)
@@ -147,32 +147,32 @@ def test_the_views_of_the_same_draws_are_the_plain_ones_to_rounding(height: int,
     assert np.mean(np.concatenate([d.ravel() for d in differences]) <= 2) > 0.985
 
 
-def test_a_picture_may_be_locked_or_lie_anywhere() -> None:
+def test_images_may_be_read_only_or_not_contiguous() -> None:
     made, wide = fastest_transform(SMALL), np.repeat(PHOTO, 2, axis=1)
-    locked = PHOTO.copy()
-    locked.flags.writeable = False
+    read_only = PHOTO.copy()
+    read_only.flags.writeable = False
     expected = made(PHOTO, sample_rng(0, 0, 1))
-    for image in (locked, wide[:, ::2]):
+    for image in (read_only, wide[:, ::2]):
         for ours, view in zip(made(image, sample_rng(0, 0, 1)), expected, strict=True):
             np.testing.assert_array_equal(ours, view)
 
 
-def test_every_order_of_the_changes_is_known() -> None:
+def test_every_order_of_color_operations_equals_the_reference() -> None:
     image, seen = photo(16, 16), set()
     for number in range(400):
         draw = SMALL.sample_params(16, 16, sample_rng(0, 0, number))[0]
         seen.add(draw.order)
-        difference = np.abs(one(draw, 16, image).astype(int) - plain(draw, 16, image))
+        difference = np.abs(compiled(draw, 16, image).astype(int) - reference(draw, 16, image))
         assert difference.mean() < 3
     assert len(seen) == 25
 
 
-def test_the_runtime_takes_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_views_are_used_for_multi_crop(monkeypatch: pytest.MonkeyPatch) -> None:
     views = Run(method=BYOLConfig()).views
     assert isinstance(fastest_transform(views), CompiledMultiCrop)
 
 
-def test_without_numba_the_readable_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_is_used_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def without(name: str, *rest, **more):
@@ -180,7 +180,8 @@ def test_without_numba_the_readable_way_is_taken(monkeypatch: pytest.MonkeyPatch
             raise ImportError(name)
         return real(name, *rest, **more)
 
-    monkeypatch.delitem(sys.modules, "dino_ssl.kernels.multi_crop")
+    for module in ("multi_crop", "jit", "color", "resample"):
+        monkeypatch.delitem(sys.modules, f"dino_ssl.kernels.{module}")
     monkeypatch.setattr(builtins, "__import__", without)
     assert fastest_transform(SMALL) is SMALL
 
@@ -188,27 +189,27 @@ def test_without_numba_the_readable_way_is_taken(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "error", [RuntimeError("no locator available"), OSError(28, "No space left on device"), EOFError("out of input")]
 )
-def test_what_cannot_be_kept_or_read_again_is_compiled_anew(error: Exception, monkeypatch, tmp_path: Path) -> None:
-    """And what is damaged is taken away, so that the next time keeps it."""
-    asked, real = [], multi_crop.njit
+def test_function_is_compiled_again_if_its_cache_fails(error: Exception, monkeypatch, tmp_path: Path) -> None:
+    """And damaged cache files are removed, so that the next process writes new ones."""
+    cached, real = [], jit.njit
 
     def failing(*signature, cache: bool = False, **options):
-        asked.append(cache)
+        cached.append(cache)
         if cache:
             raise error
         return real(*signature, **options)
 
+    source = tmp_path / "doubling.py"
+    source.write_text("def doubled(number):\n    return 2 * number\n")
     (tmp_path / "__pycache__").mkdir()
-    names = ["compiled.doubled-1.py311.nbi", "compiled.doubled-1.py311.1.nbc", "compiled.other-1.py311.nbi"]
+    name = f"doubling.doubled_{jit._source_hash():08x}-1.py311"
+    names = [f"{name}.nbi", f"{name}.1.nbc", "doubling.other-1.py311.nbi"]
     for name in names:
         (tmp_path / "__pycache__" / name).touch()
-    monkeypatch.setattr(multi_crop, "__file__", str(tmp_path / "compiled.py"))
-    monkeypatch.setattr(multi_crop, "njit", failing)
+    monkeypatch.setattr(jit, "njit", failing)
 
-    @multi_crop.compiled_once(types.int64(types.int64))
-    def doubled(number):
-        return 2 * number
+    doubled = jit.compiled_to_disk(types.int64(types.int64))(runpy.run_path(str(source))["doubled"])
 
     assert doubled(21) == 42
-    assert asked == [True, False]
+    assert cached == [True, False]
     assert [path.name for path in (tmp_path / "__pycache__").iterdir()] == names[2:]

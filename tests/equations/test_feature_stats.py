@@ -1,4 +1,4 @@
-"""The vitals against what they stand for: eigenvalues, angles, and counts."""
+"""Feature statistics and diagnostics equal their definitions: eigenvalues, angles and counts."""
 
 import math
 
@@ -20,29 +20,29 @@ CLOCK = Clock(0, 10, 2)
 
 
 @pytest.mark.parametrize("shape", [(40, 8), (8, 40)])
-def test_effective_rank_is_the_participation_ratio_of_the_covariances_eigenvalues(shape: tuple[int, int]) -> None:
+def test_effective_rank_is_the_participation_ratio_of_the_covariance(shape: tuple[int, int]) -> None:
     features = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.arange(1, shape[1] + 1) + 3
     values = torch.linalg.eigvalsh(torch.cov(features.T))
     assert effective_rank(features) == pytest.approx((values.sum() ** 2 / values.square().sum()).item(), rel=1e-4)
 
 
-def test_effective_rank_counts_directions_that_are_filled_alike() -> None:
+def test_effective_rank_counts_directions_of_equal_variance() -> None:
     three = torch.eye(12)[:3].repeat(2, 1) * torch.tensor([1.0, 1, 1, -1, -1, -1])[:, None]
     assert effective_rank(three) == pytest.approx(3, abs=1e-4)
-    assert effective_rank(torch.ones(6, 12) + 1e-7 * torch.randn(6, 12)) < 1e-3  # all alike
+    assert effective_rank(torch.ones(6, 12) + 1e-7 * torch.randn(6, 12)) < 1e-3  # constant
 
 
-def test_spread_is_the_angle_and_forgets_lengths() -> None:
+def test_spread_is_the_angle_and_ignores_lengths() -> None:
     opposite = torch.tensor([[1.0, 0], [-5.0, 0], [3.0, 0], [-1.0, 0]])
     assert feature_statistics(opposite)["feature_spread"] == pytest.approx(1)
     assert feature_statistics(opposite)["feature_norm"] == pytest.approx(2.5)
-    angle = 0.1  # both lie so far from their mean direction
+    angle = 0.1  # of both to their mean direction
     pair = torch.tensor([[math.cos(angle), math.sin(angle)], [math.cos(angle), -math.sin(angle)]])
     assert feature_statistics(7 * pair)["feature_spread"] == pytest.approx(math.sin(angle))
 
 
-def test_shares_are_logged_as_the_number_in_use_over_the_whole_window() -> None:
-    """Two steps that use one prototype each use two together: the mean of the entropies would say one."""
+def test_usage_is_logged_as_effective_number_over_all_steps() -> None:
+    """Two steps that use one prototype each use two in total; the mean of the entropies would give one."""
     meter = Meter({}, 1)
     for used in (0, 1):
         shares = torch.zeros(8)
@@ -53,7 +53,7 @@ def test_shares_are_logged_as_the_number_in_use_over_the_whole_window() -> None:
     assert metrics["loss"] == pytest.approx(0.5)
 
 
-def test_the_gradients_norm_is_that_before_clipping() -> None:
+def test_gradient_norm_is_measured_before_clipping() -> None:
     parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
     assert clip_grad_norm_per_tensor_(parameters, 1.0) == pytest.approx(5)
@@ -61,27 +61,27 @@ def test_the_gradients_norm_is_that_before_clipping() -> None:
     assert clip_grad_norm_per_tensor_(parameters, 0.0) == pytest.approx(2**0.5)
 
 
-def test_vitals_are_of_the_global_views_of_the_last_batch_and_look_away_in_evaluations() -> None:
+def test_feature_stats_use_global_views_of_the_last_batch_and_no_evaluation() -> None:
     run = edit(Run(), backbone=ViT(width=24, depth=1, heads=1, patch=8, image_size=16), method=dict(out_dim=8))
     run = edit(run, method=dict(head_hidden=8, head_bottleneck=4))
     method = build_method(run)
-    vitals = FeatureStats(method.backbone)
-    assert not vitals.measure()  # nothing has passed yet
+    stats = FeatureStats(method.backbone)
+    assert not stats.measure()  # before the first forward pass
     with torch.no_grad():
         globals_, other = torch.rand(6, 3, 16, 16), torch.rand(9, 3, 16, 16)
-        seen = method.backbone(globals_)
+        expected = method.backbone(globals_)
         method.backbone(other)  # local views come after
         method.backbone.eval()
-        vitals.next_step()
+        stats.next_step()
         method.backbone(other)  # an evaluation
-        assert "feature_norm" not in vitals.measure()
+        assert "feature_norm" not in stats.measure()
         method.backbone.train()
         method.backbone(globals_)
         method.backbone(other)
-    assert vitals.measure()["feature_norm"] == pytest.approx(seen.norm(dim=1).mean().item(), rel=1e-5)
+    assert stats.measure()["feature_norm"] == pytest.approx(expected.norm(dim=1).mean().item(), rel=1e-5)
 
 
-def test_the_teachers_distance_is_over_all_weights_that_it_has() -> None:
+def test_relative_distance_is_over_the_teachers_parameters() -> None:
     student, teacher = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), nn.Sequential(nn.Linear(2, 2))
     teacher[0].load_state_dict(student[0].state_dict())
     assert relative_distance(teacher, student) == 0
