@@ -227,7 +227,7 @@ def test_missing_student_raises(networks, tmp_path: Path):
 def test_error_suggests_the_nearest_name(tmp_path: Path):
     with pytest.raises(UserError, match="did you mean 'dino_vits16'"):
         load("dino_vit16")
-    with pytest.raises(UserError, match="not the directory of a run"):
+    with pytest.raises(UserError, match="There are no weights in"):
         load(tmp_path)
 
 

@@ -327,5 +327,5 @@ def test_swav_prototypes_are_normalised_and_frozen_at_first() -> None:
     ],
 )
 def test_error_names_a_setting_out_of_range(config, field: str, value: float) -> None:
-    with pytest.raises(UserError, match=rf"method\.{field} must be .*; got {value}"):
+    with pytest.raises(UserError, match=rf"`method\.{field}` must be .*; got {value}"):
         config(**{field: value})

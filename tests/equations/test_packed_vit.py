@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dino_ssl import objectives
 from dino_ssl.kernels import attention, loss, packed_vit
-from dino_ssl.models import vit
+from dino_ssl.models import blocks
 from dino_ssl.models.blocks import Block
 from dino_ssl.models.heads import Network
 from dino_ssl.models.vit import ViT
@@ -80,7 +80,7 @@ def test_all_branches_may_be_dropped() -> None:
 def test_attention_kernels_are_equal(tokens: int, dtype: torch.dtype) -> None:
     seeded = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, tokens, 16, generator=seeded) for _ in range(3))
-    expected = vit.scaled_dot_product(q, k, v)
+    expected = blocks.scaled_dot_product(q, k, v)
     found = attention.scaled_dot_product(q.to(dtype), k.to(dtype), v.to(dtype)).float()
     torch.testing.assert_close(found, expected, **({} if dtype == torch.float32 else dict(atol=0.02, rtol=0.02)))
 
@@ -94,9 +94,9 @@ def test_kernels_are_passed_when_a_method_is_built() -> None:
     optimized, reference = build_method(run), build_method(run, optimized=False)
     assert optimized.implementations.loss_from_bottleneck is loss.loss_from_bottleneck
     assert reference.implementations.loss_from_bottleneck is objectives.loss_from_bottleneck
-    attends = {part.attend for part in optimized.modules() if isinstance(part, vit.Attention)}
+    attends = {part.attend for part in optimized.modules() if isinstance(part, blocks.Attention)}
     assert attends == {attention.scaled_dot_product}
-    attends = {part.attend for part in reference.modules() if isinstance(part, vit.Attention)}
-    assert attends == {vit.scaled_dot_product}
+    attends = {part.attend for part in reference.modules() if isinstance(part, blocks.Attention)}
+    assert attends == {blocks.scaled_dot_product}
     forward = [network.backbone._forward_views for network in (optimized.student, optimized.teacher)]
     assert forward == [packed_vit.forward_views, None]

@@ -11,7 +11,8 @@ from torch import Tensor
 from dino_ssl.data.batch import Batch
 from dino_ssl.errors import UserError
 from dino_ssl.methods.dino import DINO, DINOConfig
-from dino_ssl.models import Backbone, Network
+from dino_ssl.methods.method import BuildContext
+from dino_ssl.models import Backbone, BackboneConfig
 from dino_ssl.models.backbone import Features
 from dino_ssl.objectives import h, sinkhorn_knopp
 from dino_ssl.schedules import Clock
@@ -95,12 +96,16 @@ V, G, B, K = 4, 2, 5, 6
 VIEWS = logits(V, B, 3, 2, 2, seed=3)
 
 
+class PixelsConfig(BackboneConfig):
+    def build(self, *, drop_path: float | None = None) -> Pixels:
+        return Pixels()
+
+
 def method(**settings: Any) -> DINO:
     """A method whose teacher differs from its student, and whose center is not 0."""
     torch.manual_seed(1)
     config = DINOConfig(out_dim=K, head_layers=2, head_hidden=8, head_bottleneck=5, **settings)
-    student, teacher = (Network(Pixels(), config.head(12)) for _ in range(2))  # pyright: ignore[reportArgumentType]
-    dino = DINO(student, teacher, config)
+    dino = config.build(BuildContext(PixelsConfig()))
     for parameter in dino.teacher.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     if config.targets == "centering":
