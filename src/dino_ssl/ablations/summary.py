@@ -96,7 +96,7 @@ def reference_scores(study: Study) -> dict[str, float]:
 
 def changes_note(study: Study) -> str:
     """Return a sentence about the base."""
-    network = network_text(study.base.backbone)
+    network = study.base.backbone.describe()
     return f"All configurations share one base ({network}; study.json has all its settings) and change these settings."
 
 
