@@ -60,7 +60,7 @@ def test_presets_have_the_papers_settings() -> None:
             m.warmup_teacher_temp,
             m.teacher_temp,
             m.warmup_teacher_temp_epochs,
-            o.clip,
+            o.clip_grad,
             m.norm_last,
             m.freeze_last_layer,
             v.local,

@@ -252,7 +252,16 @@ def feed(collapse_policy: policy.CollapsePolicy, steps: range, line: Line, *, sa
             ended.append(step)
         if step == save_at:
             run = collapse_policy.run
-            saved = {"run": {}, "step": step, "method": {}, "optimizer": {}, "scaler": {}, "best": {}, "data": ""}
+            saved = {
+                "format": checkpoint.FORMAT,
+                "run": {},
+                "step": step,
+                "method": {},
+                "optimizer": {},
+                "scaler": {},
+                "best": {},
+                "data": "",
+            }
             checkpoint.save(Path(run.out) / "checkpoints/last.pt", saved)  # pyright: ignore[reportArgumentType]
     return ended
 

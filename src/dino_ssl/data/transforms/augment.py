@@ -87,7 +87,8 @@ def _rand_augment(operations: int, magnitude: float, magnitude_std: float) -> Ca
     """Return timm's `rand-m{magnitude}-n{operations}-mstd{magnitude_std}-inc1`, whose name takes integers only."""
     from timm.data.auto_augment import RandAugment, rand_augment_choices, rand_augment_ops
 
-    hparams = {"magnitude_std": magnitude_std, "img_mean": tuple(min(255, round(255 * value)) for value in MEAN)}
+    mean = tuple(min(255, round(255 * value)) for value in MEAN)
+    hparams = {"magnitude_std": magnitude_std, "magnitude_max": 9.99, "img_mean": mean}  # 10: posterize to 0 bits
     ops = rand_augment_ops(magnitude, hparams=hparams, transforms=rand_augment_choices("", increasing=True))
     return RandAugment(ops, operations)
 
