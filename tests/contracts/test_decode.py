@@ -1,4 +1,4 @@
-"""Every format that people have, every way in which a file is broken."""
+"""Decoding of every supported format, and rejection of damaged files."""
 
 import contextlib
 import io
@@ -15,8 +15,8 @@ from dino_ssl.data.decode import BadImage, decode, probe
 from dino_ssl.data.formats import MAX_PIXELS
 
 
-def picture(height: int = 40, width: int = 60) -> np.ndarray:
-    """A smooth gradient: lossy formats keep it to a few grey levels."""
+def gradient(height: int = 40, width: int = 60) -> np.ndarray:
+    """Return a smooth gradient, which lossy formats keep to a few gray levels."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 200 // width, y * 200 // height, (x + y) * 100 // (width + height)], -1).astype(np.uint8)
 
@@ -47,40 +47,40 @@ def saved(tmp_path, image, name, **options):
         ("a.tif", "P", 0),
     ],
 )
-def test_formats_decode_to_what_pillow_shows(tmp_path, name, mode, tolerance):
-    image = Image.fromarray(picture()).convert(mode)
+def test_formats_decode_as_by_pillow(tmp_path, name, mode, tolerance):
+    image = Image.fromarray(gradient()).convert(mode)
     path = saved(tmp_path, image, f"ä 写真 {name}", **({"quality": 95} if name.endswith(("jpg", "webp")) else {}))
     with Image.open(path) as again:
         expected = np.asarray(again.convert("RGB")).astype(int)
-    got = decode(path)
-    assert got.dtype == np.uint8
-    assert np.abs(got.astype(int) - expected).max() <= tolerance
-    assert np.abs(got.astype(int) - np.asarray(image.convert("RGB"))).mean() <= tolerance
-    assert probe(path) == (got.shape[1], got.shape[0]) == image.size
+    decoded = decode(path)
+    assert decoded.dtype == np.uint8
+    assert np.abs(decoded.astype(int) - expected).max() <= tolerance
+    assert np.abs(decoded.astype(int) - np.asarray(image.convert("RGB"))).mean() <= tolerance
+    assert probe(path) == (decoded.shape[1], decoded.shape[0]) == image.size
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif"])
-def test_transparency_is_laid_on_white(tmp_path, name):
+def test_transparent_images_are_composited_on_white(tmp_path, name):
     rgba = np.zeros((8, 8, 4), np.uint8)
     rgba[:, :4] = (255, 0, 0, 255)
     rgba[:, 4:] = (9, 9, 9, 0)
-    got = decode(saved(tmp_path, Image.fromarray(rgba), name, **({"lossless": True} if "webp" in name else {})))
-    np.testing.assert_array_equal(got[0, :4], [[255, 0, 0]] * 4)
-    np.testing.assert_array_equal(got[0, 4:], [[255, 255, 255]] * 4)
+    decoded = decode(saved(tmp_path, Image.fromarray(rgba), name, **({"lossless": True} if "webp" in name else {})))
+    np.testing.assert_array_equal(decoded[0, :4], [[255, 0, 0]] * 4)
+    np.testing.assert_array_equal(decoded[0, 4:], [[255, 255, 255]] * 4)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path, name, channels):
+def test_16_bits_are_scaled_not_clipped(tmp_path, name, channels):
     ramp = np.linspace(0, 65535, 256).round().astype(np.uint16)
     path = tmp_path / name
     cv2.imwrite(str(path), np.repeat(ramp[None, :, None], channels, 2).repeat(4, 0))
-    got = decode(path).astype(int)
-    assert np.abs(got[0, :, 0] - np.arange(256)).max() <= 1
-    assert (got[..., 0] == got[..., 2]).all()
+    decoded = decode(path).astype(int)
+    assert np.abs(decoded[0, :, 0] - np.arange(256)).max() <= 1
+    assert (decoded[..., 0] == decoded[..., 2]).all()
 
 
-def test_float_tiff_is_stretched(tmp_path):
+def test_float_tiff_is_scaled_by_its_range(tmp_path):
     path = saved(tmp_path, Image.fromarray(np.linspace(-2, 3, 256, dtype=np.float32)[None].repeat(2, 0)), "a.tif")
     assert np.abs(decode(path)[0, :, 0].astype(int) - np.arange(256)).max() <= 1
 
@@ -88,16 +88,16 @@ def test_float_tiff_is_stretched(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
 def test_exif_orientation(tmp_path, name, orientation):
-    image = Image.fromarray(picture())
+    image = Image.fromarray(gradient())
     exif = Image.Exif()
     exif[274] = orientation
     path = saved(tmp_path, image, name, exif=exif, **({} if name.endswith(("png", "tif")) else {"quality": 95}))
     with Image.open(path) as stored:
         expected = np.asarray(ImageOps.exif_transpose(stored).convert("RGB")).astype(int)
-    got = decode(path)
-    assert probe(path) == (got.shape[1], got.shape[0])
-    assert got.shape == expected.shape
-    assert np.abs(got.astype(int) - expected).mean() < 3
+    decoded = decode(path)
+    assert probe(path) == (decoded.shape[1], decoded.shape[0])
+    assert decoded.shape == expected.shape
+    assert np.abs(decoded.astype(int) - expected).mean() < 3
 
 
 def test_first_frame_of_animations(tmp_path):
@@ -128,44 +128,44 @@ def encoded(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["JPEG", "progressive", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
 @pytest.mark.parametrize("part", [0.999, 0.9, 0.5, 0.1, 0.003])
-def test_a_file_cut_short_is_refused_by_probe_and_decode(tmp_path, kind, part, capfd):
-    whole = encoded(kind)
+def test_truncated_files_are_rejected_by_probe_and_decode(tmp_path, kind, part, capfd):
+    data = encoded(kind)
     path = tmp_path / "cut.jpg"
-    path.write_bytes(whole)
+    path.write_bytes(data)
     decode(path)
-    path.write_bytes(whole[: int(len(whole) * part) - 1])
-    for look in (probe, decode):
+    path.write_bytes(data[: int(len(data) * part) - 1])
+    for function in (probe, decode):
         with pytest.raises(BadImage):
-            look(path)
+            function(path)
     out, err = capfd.readouterr()
     assert out + err == ""
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_one_missing_byte_is_noticed(tmp_path, kind):
+def test_one_missing_byte_is_detected(tmp_path, kind):
     path = tmp_path / "cut.png"
     path.write_bytes(encoded(kind)[:-1])
-    with pytest.raises(BadImage, match="cut short"):
+    with pytest.raises(BadImage, match="truncated"):
         probe(path)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_file_whose_end_was_lost_to_zeros_is_refused(tmp_path, kind):
-    whole = encoded(kind)
+def test_files_that_end_in_zeros_are_rejected(tmp_path, kind):
+    data = encoded(kind)
     path = tmp_path / "zeros.jpg"
-    path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
     with pytest.raises(BadImage):
         decode(path)
 
 
-def test_something_behind_the_picture_is_no_fault(tmp_path):
+def test_data_after_the_image_is_ignored(tmp_path):
     path = tmp_path / "motion.jpg"
     path.write_bytes(encoded("JPEG") + b"\0\0\0\x18ftypmp42" + bytes(200_000))
     assert probe(path) == (96, 64)
     assert decode(path).shape == (64, 96, 3)
 
 
-def test_broken_content_is_silent(tmp_path, capfd):
+def test_decoders_print_nothing_for_broken_content(tmp_path, capfd):
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF"):
         data = bytearray(encoded(kind))
         data[len(data) // 2 : len(data) // 2 + 40] = b"\x55" * 40
@@ -183,17 +183,17 @@ def test_broken_content_is_silent(tmp_path, capfd):
         (b"", "empty"),
         (b"<html>not found</html>", "not an image"),
         (bytes(5000), "zeros"),
-        (b"\xff\xd8\xff", "cut short"),
-        (b"\x89PNG\r\n\x1a\n", "cut short"),
+        (b"\xff\xd8\xff", "truncated"),
+        (b"\x89PNG\r\n\x1a\n", "truncated"),
         (b"RIFF\x04\0\0\0WAVEdata", "no WebP"),
     ],
 )
 def test_not_an_image(tmp_path, content, reason):
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
-    for look in (probe, decode):
+    for function in (probe, decode):
         with pytest.raises(BadImage, match=reason):
-            look(path)
+            function(path)
 
 
 def test_not_a_file(tmp_path):
@@ -211,7 +211,7 @@ def png(width: int, height: int) -> bytes:
 
 
 def forged(kind: str) -> bytes:
-    """A small file whose header says 60000 x 60000."""
+    """Return a small file with a size of 60000 x 60000 in its header."""
     if kind == "PNG":
         return png(60000, 60000)
     data = bytearray(encoded(kind))
@@ -225,19 +225,19 @@ def forged(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF"])
-def test_bombs_are_refused_by_their_header(tmp_path, kind, monkeypatch):
+def test_decompression_bombs_are_rejected_by_their_header(tmp_path, kind, monkeypatch):
     path = tmp_path / "bomb.png"
     path.write_bytes(forged(kind))
     monkeypatch.setattr(module, "_opencv", lambda data: pytest.fail("decoded"))
     monkeypatch.setattr(module, "_pillow", lambda file, plugin: pytest.fail("decoded"))
-    with pytest.raises(BadImage, match="too large" if kind != "BMP" else "too large|cut short"):
+    with pytest.raises(BadImage, match="too large" if kind != "BMP" else "too large|truncated"):
         decode(path)
 
 
-def test_a_hundred_megapixels_pass(tmp_path):
+def test_100_megapixels_are_accepted(tmp_path):
     assert MAX_PIXELS > 100e6
     path = tmp_path / "large.png"
     path.write_bytes(png(10_000, 10_000))
-    assert probe(path) == (10_000, 10_000)  # the header is fine; there is no content to decode
+    assert probe(path) == (10_000, 10_000)  # a valid header without content
     with pytest.raises(BadImage):
         decode(path)

@@ -54,7 +54,7 @@ def test_bad_files_are_listed_and_other_files_counted(photos):
     dataset = Folder(path=str(photos)).open()
     assert dataset.names == ["good.png"]
     assert [s.name for s in dataset.skipped] == ["cut.png", "empty.jpg", "gone.png", "page.jpg", "pipe.jpg"]
-    assert [s.reason.split(" ")[0] for s in dataset.skipped] == ["cut", "empty", "No", "not", "not"]
+    assert [s.reason.split(" ")[0] for s in dataset.skipped] == ["truncated", "empty", "No", "not", "not"]
     assert dataset.ignored == {"hidden": 3, "other": 1}
 
 

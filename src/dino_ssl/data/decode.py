@@ -1,14 +1,12 @@
-"""From a file to uint8 RGB: `probe` looks at the header and the end, `decode` gives the pixels, `BadImage`
-says why not.
+"""Decoding of image files to uint8 RGB.
 
-A decoder gives grey blocks for what is missing of a file that is cut short, and allocates what a forged
-header asks for. So the structure of every format is walked first (formats.py): the size is checked before a
-pixel is decoded, and the end of the picture must be there. Then the common kinds (8-bit colour or grey, no
-transparency) go through OpenCV, all others (palette, transparency, CMYK, 16 bits, TIFF, GIF) through the one
-Pillow plugin that is meant for them.
+Decoders fill missing parts of truncated files with gray and allocate whatever a forged header requests. Therefore
+formats.py checks the structure first: the size, and that the end of the image exists. Then OpenCV decodes the common
+kinds (8-bit RGB or grayscale without transparency) and Pillow's plugin of the format all others (palette, transparency,
+CMYK, 16 bits, TIFF, GIF).
 
-Transparent pictures are laid on white, 16 bits are scaled to 8 (x / 257), floats from their own range; a GIF
-or an animated WebP gives its first frame; EXIF's orientation is applied.
+Transparent images are composited on white, 16 bits are scaled to 8 (x / 257), floats by their own range. The first
+frame of an animation is used. The EXIF orientation is applied.
 """
 
 import contextlib
@@ -23,41 +21,44 @@ import numpy as np
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 
 from dino_ssl.data.dataset import BadImage, Reduction
-from dino_ssl.data.formats import Bad, check_sums, header_of, opened
+from dino_ssl.data.formats import Bad, check_png, header_of, open_with
 
 __all__ = ["BadImage", "decode", "probe"]
 
-cv2.setNumThreads(0)  # a picture is one thread's work; the worker processes are the parallelism
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # reasons are reported, not printed
+cv2.setNumThreads(0)  # one thread per image; worker processes are the parallelism
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # errors are raised, not printed
 
-_SMALL = 2**26  # bytes of a file that is read before its header is looked at
-_REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4}  # beside the bit for colour
-_REDUCED[8] = cv2.IMREAD_REDUCED_GRAYSCALE_8
+_SMALL = 2**26  # larger files are not read into memory before their header is checked
+_REDUCED = {
+    1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8
+}  # fmt: skip
 _RGB = getattr(cv2, "IMREAD_COLOR_RGB", None)  # OpenCV >= 4.11
 
 
 def probe(path: str | os.PathLike, data: bytes | None = None) -> tuple[int, int]:
-    """(width, height) as `decode` will give them, from the header and the file's structure; raises
-    BadImage."""
-    with _reasons(path), _open(path, data) as file:
+    """Return (width, height) of the decoded image from the file's structure. Raises BadImage."""
+    with _add_path(path), _open(path, data) as file:
         header = header_of(file)
     return (header.height, header.width) if header.orientation >= 5 else (header.width, header.height)
 
 
 def decode(path: str | os.PathLike, data: bytes | None = None, *, reduce: Reduction = 1) -> np.ndarray:
-    """uint8 RGB [height, width, 3]; raises BadImage. `data`: the file's bytes, where they were read already.
+    """Return the image as uint8 RGB [height, width, 3]. Raises BadImage.
 
-    reduce: a JPEG is given so many times smaller in each direction, rounded up: the blocks that it is made of are
-    computed at that size, which is faster. Other formats are given whole.
+    Args:
+        path: File, also named in errors.
+        data: Content of the file, if it has been read already.
+        reduce: Factor by which a JPEG is downscaled (sizes are rounded up): its blocks are computed at that size, which
+            is faster. Other formats are not downscaled.
     """
-    with _reasons(path), _open(path, data, whole=True) as file:
+    with _add_path(path), _open(path, data, whole=True) as file:
         header = header_of(file)
         file.seek(0)
         times = reduce if header.plain and header.plugin is JpegImagePlugin.JpegImageFile else 1
         if header.plain:
             data = file.read()
             if header.plugin is PngImagePlugin.PngImageFile:
-                check_sums(data)
+                check_png(data)
             image = _opencv(data, times)
         else:
             image = _pillow(file, header.plugin)
@@ -67,7 +68,7 @@ def decode(path: str | os.PathLike, data: bytes | None = None, *, reduce: Reduct
 
 
 @contextlib.contextmanager
-def _reasons(path: str | os.PathLike) -> Iterator[None]:
+def _add_path(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except Bad as bad:
@@ -80,18 +81,18 @@ def _reasons(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _open(path: str | os.PathLike, data: bytes | None, *, whole: bool = False) -> Iterator[BinaryIO]:
-    """whole: all of it will be needed, and is read at once; looking around in memory is then faster than in a file."""
+    """Open the file; `whole`: read it into memory at once, which is faster if all of it is needed."""
     if data is not None:
         yield io.BytesIO(data)
         return
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
         raise Bad("not a regular file")
     with open(path, "rb") as file:
         yield io.BytesIO(file.read()) if whole and os.fstat(file.fileno()).st_size < _SMALL else file
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo EXIF's orientation: 5 to 8 exchange the axes; then 2, 3, 4 and their likes mirror."""
+    """Apply the EXIF orientation: 5 to 8 swap the axes, others mirror."""
     if orientation >= 5:
         image = image.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):
@@ -113,7 +114,7 @@ def _opencv(data: bytes, times: int = 1) -> np.ndarray:
 
 
 def _pillow(file: BinaryIO, plugin: type) -> np.ndarray:
-    with opened(file, plugin) as image:
+    with open_with(file, plugin) as image:
         image.load()
         if image.mode.startswith("I;16") or image.mode in ("I", "F"):
             return _scaled(np.asarray(image), image.mode)
@@ -124,8 +125,7 @@ def _pillow(file: BinaryIO, plugin: type) -> np.ndarray:
 
 
 def _scaled(values: np.ndarray, mode: str) -> np.ndarray:
-    """Grey of more than 8 bits: 16 bits keep their range, wider integers and floats are stretched to their
-    own."""
+    """Convert gray values of more than 8 bits; wider integers and floats are scaled by their own range."""
     values = np.nan_to_num(values.astype(np.float32))
     low, high = 0.0, 65535.0
     if mode == "F" or (mode == "I" and (values.min() < 0 or values.max() > high)):

@@ -1,7 +1,6 @@
-"""What the header and the structure of a picture's file say, before a pixel of it is decoded: its size, and that its
-end is there.
+"""Headers of image files: size and completeness without decoding pixels.
 
-One function for each format, which walks from block to block and reads no more than it needs.
+One function per format walks from block to block and reads no more than it needs.
 """
 
 import contextlib
@@ -14,43 +13,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from PIL import (
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    JpegImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
-SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff")
-)
-"""What a folder is searched for."""
-MAX_PIXELS = 2**27  # 134 megapixels, 403 MB once decoded: beyond it a header is taken for a bomb
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff".split())
+"""File name suffixes of images."""
+MAX_PIXELS = 2**27  # 134 megapixels, 403 MB when decoded; larger headers are rejected as decompression bombs
 
 
 class Bad(Exception):  # noqa: N818
-    """The reason alone; the path is added outside."""
+    """Reason why a file is unusable; `decode` adds the path."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of a picture before it is decoded."""
+    """Properties of an image file before decoding."""
 
     plugin: type
-    """Pillow's, of this format."""
+    """Pillow's plugin of the format."""
     width: int
     height: int
     plain: bool
-    """8-bit grey or colour without transparency: OpenCV decodes it."""
+    """8-bit grayscale or RGB without transparency, which OpenCV decodes."""
     orientation: int = 1
-    """EXIF's, 1 to 8; 1 is upright, and from 5 on width and height change places."""
+    """EXIF orientation, 1 (upright) to 8; from 5 on width and height are swapped."""
 
 
 def header_of(file: BinaryIO) -> Header:
-    """Raises Bad where the file is no picture, is cut short or is too large to decode."""
+    """Return the header. Raises Bad if the file is not an image, is truncated, or is too large to decode."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if size == 0:
@@ -61,7 +50,7 @@ def header_of(file: BinaryIO) -> Header:
             try:
                 header = parse(file, size)
             except (struct.error, IndexError):
-                raise Bad("cut short") from None
+                raise Bad("truncated") from None
             if header.width <= 0 or header.height <= 0:
                 raise Bad(f"impossible size {header.width}x{header.height}")
             if header.width * header.height > MAX_PIXELS:
@@ -72,7 +61,7 @@ def header_of(file: BinaryIO) -> Header:
     raise Bad("not an image of a known format (JPEG, PNG, WebP, BMP, GIF, TIFF)")
 
 
-# The formats, one function each: seek through the structure, give the header, raise Bad or struct.error.
+# One function per format: walk through the structure, return the header, raise Bad or struct.error.
 
 
 def _read(file: BinaryIO, layout: str) -> tuple:
@@ -86,12 +75,12 @@ def _jpeg(file: BinaryIO, size: int) -> Header:
     while True:
         (byte,) = _read(file, "B")
         if byte != 0xFF:
-            raise Bad("broken JPEG: no marker where one must be")
+            raise Bad("broken JPEG: marker expected")
         marker = byte
         while marker == 0xFF:
             (marker,) = _read(file, "B")
         if marker == 0xD9:
-            raise Bad("broken JPEG: ends before the picture")
+            raise Bad("broken JPEG: ends before the image")
         if marker == 0x01 or 0xD0 <= marker <= 0xD8:
             continue
         (length,) = _read(file, ">H")
@@ -105,15 +94,15 @@ def _jpeg(file: BinaryIO, size: int) -> Header:
         elif marker == 0xDA:
             break
         if after > size:
-            raise Bad("cut short")
+            raise Bad("truncated")
         file.seek(after)
-    # In a scan a byte FF is followed by 0 or a restart marker only: FF D9 after it is the end of the picture.
+    # In a scan, byte FF is followed by 0 or a restart marker only, so FF D9 is the end of the image.
     scan = file.tell()
     file.seek(max(scan, size - 4096))
     if b"\xff\xd9" not in file.read():
-        file.seek(scan)  # an app may have put megabytes behind the picture
+        file.seek(scan)  # some applications append megabytes after the image
         if b"\xff\xd9" not in file.read():
-            raise Bad("cut short")
+            raise Bad("truncated")
     return Header(JpegImagePlugin.JpegImageFile, width, height, plain, orientation or 1)
 
 
@@ -126,7 +115,7 @@ def _png(file: BinaryIO, size: int) -> Header:
         length, kind = _read(file, ">I4s")
         after = file.tell() + length + 4
         if after > size:
-            raise Bad("cut short")
+            raise Bad("truncated")
         if kind == b"IHDR":
             width, height, depth, color = _read(file, ">IIBB")
         elif kind == b"eXIf":
@@ -134,19 +123,19 @@ def _png(file: BinaryIO, size: int) -> Header:
         kinds.add(kind)
         file.seek(after)
     if not {b"IHDR", b"IDAT"} <= kinds:
-        raise Bad("broken PNG: no picture in it")
+        raise Bad("broken PNG: no image in it")
     plain = depth == 8 and color in (0, 2) and b"tRNS" not in kinds
     return Header(PngImagePlugin.PngImageFile, width, height, plain, orientation)
 
 
-def check_sums(png: bytes) -> None:
-    """OpenCV's libpng passes over wrong check sums, decodes what it can, and complains on stderr."""
+def check_png(png: bytes) -> None:
+    """Raise Bad for a wrong checksum, which OpenCV's libpng ignores."""
     at, view = 8, memoryview(png)
     while at + 12 <= len(png):
         (length,) = struct.unpack_from(">I", png, at)
         body = view[at + 4 : at + 8 + length]
         if zlib.crc32(body) != struct.unpack_from(">I", png, at + 8 + length)[0]:
-            raise Bad(f"broken PNG: wrong check sum in {bytes(body[:4])!r}")
+            raise Bad(f"broken PNG: wrong checksum in {bytes(body[:4])!r}")
         if body[:4] == b"IEND":
             return
         at += 12 + length
@@ -158,9 +147,9 @@ def _webp(file: BinaryIO, size: int) -> Header:
     if form != b"WEBP":
         raise Bad("not an image of a known format (a RIFF file, but no WebP)")
     if 8 + length > size:
-        raise Bad("cut short")
+        raise Bad("truncated")
     file.seek(max(12, 8 + length - 64))
-    if not any(file.read(64)):  # WebP has no check sum: zeros decode, to grey
+    if not any(file.read(64)):  # WebP has no checksum: zeros are decoded to gray
         raise Bad("ends in zeros: its content was lost")
     file.seek(12)
     width = height = 0
@@ -194,9 +183,9 @@ def _bmp(file: BinaryIO, size: int) -> Header:
     else:
         width, height, _, bits, compression, packed = _read(file, "<iiHHII")
         pixels += packed if compression else 0
-    height = abs(height)  # negative: from top to bottom
+    height = abs(height)  # negative if stored from top to bottom
     if pixels + (0 if compression else (width * bits + 31) // 32 * 4 * height) > size:
-        raise Bad("cut short")
+        raise Bad("truncated")
     return Header(BmpImagePlugin.BmpImageFile, width, height, bits == 24 and compression == 0)
 
 
@@ -212,7 +201,7 @@ def _gif(file: BinaryIO, size: int) -> Header:
         elif block == 0x21:
             file.seek(1, os.SEEK_CUR)
         else:
-            raise Bad("broken GIF: no picture in it")
+            raise Bad("broken GIF: no image in it")
         while length := _read(file, "B")[0]:
             file.seek(length, os.SEEK_CUR)
         if block == 0x2C:
@@ -221,17 +210,17 @@ def _gif(file: BinaryIO, size: int) -> Header:
 
 def _tiff(file: BinaryIO, size: int) -> Header:
     file.seek(0)
-    with opened(file, TiffImagePlugin.TiffImageFile) as image:
+    with open_with(file, TiffImagePlugin.TiffImageFile) as image:
         assert isinstance(image, TiffImagePlugin.TiffImageFile)
         tags = image.tag_v2
         for offsets, counts in ((273, 279), (324, 325)):  # strips, tiles
             for offset, count in zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False):
                 if offset + count > size:
-                    raise Bad("cut short")
+                    raise Bad("truncated")
         width, height = tags[256], tags[257]
         if 5 <= tags.get(274, 1) <= 8:
             width, height = height, width
-    return Header(TiffImagePlugin.TiffImageFile, width, height, False)  # Pillow turns TIFFs itself
+    return Header(TiffImagePlugin.TiffImageFile, width, height, False)  # Pillow applies the orientation of TIFFs
 
 
 _FORMATS = (
@@ -246,7 +235,7 @@ _FORMATS = (
 
 
 def _orientation(exif: bytes) -> int:
-    """Tag 274 of a TIFF-like block; 1, upright, where it is absent or broken."""
+    """Return tag 274 of an EXIF block; 1 (upright) if it is missing or invalid."""
     try:
         order = {b"II": "<", b"MM": ">"}[exif[:2]]
         (start,) = struct.unpack_from(order + "I", exif, 4)
@@ -260,17 +249,17 @@ def _orientation(exif: bytes) -> int:
     return 1
 
 
-_one_at_a_time = threading.Lock()  # Python's warning filters belong to the process, not to the thread
+_warnings_lock = threading.Lock()  # warning filters are global to the process
 
 
 @contextlib.contextmanager
-def opened(file: BinaryIO, plugin: type) -> Iterator[Image.Image]:
-    """The plugin itself, not Image.open: no other parser is tried, and the size was checked in the header."""
-    with _one_at_a_time, warnings.catch_warnings():
+def open_with(file: BinaryIO, plugin: type) -> Iterator[Image.Image]:
+    """Open the file with one Pillow plugin; Image.open would try other parsers, too."""
+    with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield plugin(file)
         except (Bad, MemoryError):
             raise
-        except Exception as error:  # plugins raise whatever the broken bytes made them do
+        except Exception as error:  # plugins raise any error for broken files
             raise Bad(f"cannot be decoded: {error or type(error).__name__}") from None

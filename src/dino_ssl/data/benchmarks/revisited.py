@@ -123,8 +123,8 @@ def read_ground_truth(file: Path) -> GroundTruth:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
             f"{file} is not a ground truth of a revisited benchmark ({type(error).__name__}: {error}). Expected "
-            "imlist, qimlist, and gnd with bbx, easy, hard and junk of each query. The original benchmarks have ok instead of "
-            "easy and hard."
+            "imlist, qimlist, and gnd with bbx, easy, hard and junk of each query. The original benchmarks have ok "
+            "instead of easy and hard."
         ) from error
     if not queries or len(queries) != len(truth):
         raise UserError(f"{file}: expected one entry of gnd for each query, got {len(truth)} for {len(queries)}.")
