@@ -1,4 +1,4 @@
-"""Draws what time_to_accuracy.py wrote: 20-NN accuracy against time, one line a file, named by it.
+"""Plot the results of time_to_accuracy.py: 20-NN accuracy against time, one curve per file.
 
 python benchmarks/draw_curves.py docs/benchmarks/time_to_accuracy-*.json -o docs/images/time-to-accuracy.png
 """
@@ -12,21 +12,21 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RAW_PIXELS = 35.6  # of imagenette128's val part, by its own description and by tests/equations/test_knn.py
+RAW_PIXELS = 35.6  # 20-NN on the validation set of imagenette128; tests/equations/test_knn.py
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("curves", type=Path, nargs="+", help="JSON files of time_to_accuracy.py")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the picture")
-    parser.add_argument("--floor", type=float, default=RAW_PIXELS, help="accuracy of raw pixels, a dashed line")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="output figure")
+    parser.add_argument("--reference", type=float, default=RAW_PIXELS, help="accuracy of raw pixels, a dashed line")
     options = parser.parse_args()
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     for path in options.curves:
         points = json.loads(path.read_text())["curve"]
         label = path.stem.removeprefix("time_to_accuracy-").replace("-", " ")
         axes.plot([p["minutes"] for p in points], [p["accuracy"] for p in points], "o-", ms=4, label=label)
-    axes.axhline(options.floor, ls="--", c="0.5", lw=1, label="raw pixels")
+    axes.axhline(options.reference, ls="--", c="0.5", lw=1, label="raw pixels")
     axes.set(xlabel="minutes of training", ylabel="20-NN accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -1,9 +1,9 @@
-"""The plain version that the benchmarks compare with: DINO as it was published, in plain PyTorch and our own words.
+"""The baseline of the benchmarks: DINO as published, in plain PyTorch.
 
-It shares no line of the hot path with the package, so that it stays what it is while the package becomes faster.
-What makes it plain is how the published code works: the crops of one resolution pass as one batch, attention is written
-out, every pair of views takes a log-softmax of its own, clipping and the teacher go through the parameters one by one,
-and each of them asks the device for a number. Parameters carry the package's names, so both start alike.
+It shares no code of the hot path with the package, so that it does not become faster with it. As in the published
+code, the crops of one resolution pass as one batch, attention matrices are explicit, each pair of views has its own
+log-softmax, and gradient clipping and EMA process one parameter at a time, with a device synchronisation each.
+Parameters have the package's names, so that both start from the same weights.
 """
 
 import copy
@@ -26,7 +26,7 @@ from dino_ssl.models.vit import ViT
 
 
 class Attention(nn.Module):
-    """All scores of all heads exist at once: [B, heads, N, N]."""
+    """Multi-head self-attention with explicit [B, heads, N, N] matrices."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -56,15 +56,15 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropped(self.attn(self.norm1(x)))
-        return x + self.dropped(self.mlp(self.norm2(x)))
+        x = x + self.drop(self.attn(self.norm1(x)))
+        return x + self.drop(self.mlp(self.norm2(x)))
 
-    def dropped(self, x: Tensor) -> Tensor:
-        """Stochastic depth: the work is done for every picture, and then multiplied by 0 for some."""
+    def drop(self, x: Tensor) -> Tensor:
+        """Stochastic depth: computed for every image, then multiplied by 0 for some."""
         if not self.drop_path or not self.training:
             return x
-        kept = (torch.rand(len(x), 1, 1, dtype=x.dtype, device=x.device) + (1 - self.drop_path)).floor_()
-        return x / (1 - self.drop_path) * kept
+        mask = (torch.rand(len(x), 1, 1, dtype=x.dtype, device=x.device) + (1 - self.drop_path)).floor_()
+        return x / (1 - self.drop_path) * mask
 
 
 class PatchEmbed(nn.Module):
@@ -77,7 +77,7 @@ class PatchEmbed(nn.Module):
 
 
 class PlainViT(nn.Module):
-    """Positions are interpolated anew at every pass of another size."""
+    """A ViT that interpolates its position embedding in each forward pass."""
 
     def __init__(self, settings: ViT, drop_path: float) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class PlainViT(nn.Module):
 
 
 class LastLayer(nn.Module):
-    """Weight norm, with lengths that stay at 1: what torch's weight_norm does before each pass."""
+    """A linear layer with weight normalisation, computed in each forward pass; norms fixed at 1."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -131,19 +131,19 @@ class Head(nn.Module):
 
 
 class PlainNetwork(nn.Module):
-    """Crops in, outputs in the crops' order: one pass of the backbone per resolution, one of the head on everything."""
+    """One forward pass of the backbone per resolution, then one of the head on all crops, in their order."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        sizes = [list(same) for _, same in groupby(crops, key=lambda crop: crop.shape[-1])]
-        return self.head(torch.cat([self.backbone(torch.cat(same)) for same in sizes]))
+        groups = [list(group) for _, group in groupby(crops, key=lambda crop: crop.shape[-1])]
+        return self.head(torch.cat([self.backbone(torch.cat(group)) for group in groups]))
 
 
 def plain_backbone(settings: ViT | Timm, drop_path: float) -> tuple[nn.Module, int]:
-    """The network that `settings` mean, and its width."""
+    """Return the network and its width."""
     if isinstance(settings, ViT):
         return PlainViT(settings, drop_path), settings.shape.width
     net: Any = create(settings.name, drop_path=0.0, pretrained=False, args=dict(settings.args))
@@ -154,8 +154,8 @@ def plain_backbone(settings: ViT | Timm, drop_path: float) -> tuple[nn.Module, i
 
 
 @dataclass
-class Rates:
-    """What the schedules say of this step."""
+class StepSettings:
+    """Values of the schedules at one step."""
 
     lr: float
     weight_decay: float
@@ -167,10 +167,10 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class BuildContext:
-    """What every version of the step is built from."""
+class Setup:
+    """Network, head, device and precision of a baseline."""
 
-    settings: ViT | Timm
+    backbone: ViT | Timm
     out_dim: int
     device: torch.device
     precision: str
@@ -179,14 +179,14 @@ class BuildContext:
 
 
 class PlainDINO:
-    """Student, teacher and what trains them; `weights` are a student's of the package."""
+    """Student, teacher, center and optimizer. weights: the state dict of the package's student."""
 
     student: nn.Module
 
-    def __init__(self, start: BuildContext, weights: dict[str, Tensor]) -> None:
-        self.device, self.precision = start.device, start.precision
-        backbone, width = plain_backbone(start.settings, start.drop_path)
-        self.student = PlainNetwork(backbone, Head(width, start.out_dim, start.hidden))
+    def __init__(self, setup: Setup, weights: dict[str, Tensor]) -> None:
+        self.device, self.precision = setup.device, setup.precision
+        backbone, width = plain_backbone(setup.backbone, setup.drop_path)
+        self.student = PlainNetwork(backbone, Head(width, setup.out_dim, setup.hidden))
         self.student.load_state_dict(weights)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for module in self.teacher.modules():
@@ -194,66 +194,66 @@ class PlainDINO:
                 module.drop_path = 0.0
         self.student.to(self.device)
         self.teacher.to(self.device)
-        self.center = torch.zeros(1, start.out_dim, device=self.device)
+        self.center = torch.zeros(1, setup.out_dim, device=self.device)
         trained = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
-        bare = [p for name, p in trained if p.ndim == 1 or name.endswith(".bias")]
-        decayed = [p for name, p in trained if not (p.ndim == 1 or name.endswith(".bias"))]
-        self.optimizer = torch.optim.AdamW([{"params": decayed}, {"params": bare, "weight_decay": 0.0}])
+        no_decay = [p for name, p in trained if p.ndim == 1 or name.endswith(".bias")]
+        decay = [p for name, p in trained if not (p.ndim == 1 or name.endswith(".bias"))]
+        self.optimizer = torch.optim.AdamW([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}])
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
 
-    def step(self, crops: Sequence[Tensor], rates: Rates) -> float:
-        """One step on float crops [B, 3, H, W] as a DataLoader gives them, the two global ones first: its loss."""
-        for group, decay in zip(self.optimizer.param_groups, (rates.weight_decay, 0.0), strict=True):
-            group["lr"], group["weight_decay"] = rates.lr, decay
+    def step(self, crops: Sequence[Tensor], settings: StepSettings) -> float:
+        """Train on float crops [B, 3, H, W], the two global ones first; return the loss."""
+        for group, decay in zip(self.optimizer.param_groups, (settings.weight_decay, 0.0), strict=True):
+            group["lr"], group["weight_decay"] = settings.lr, decay
         crops = [crop.to(self.device, non_blocking=True) for crop in crops]
         with torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != "float32"):
-            teacher = self.teacher(crops[:2])
-            student = self.student(crops)
-        loss = self.loss(student.float(), teacher.float(), len(crops), rates)
+            teacher_out = self.teacher(crops[:2])
+            student_out = self.student(crops)
+        loss = self.loss(student_out.float(), teacher_out.float(), len(crops), settings)
         if not math.isfinite(loss.item()):
-            raise SystemExit(f"the plain step's loss is {loss.item()}")
+            raise SystemExit(f"the loss of the plain step is {loss.item()}")
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        clip_each(self.student, rates.clip)
+        clip_each(self.student, settings.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():
-            for fast, slow in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
-                slow.mul_(rates.momentum).add_((1 - rates.momentum) * fast)
+            for student, teacher in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
+                teacher.mul_(settings.momentum).add_((1 - settings.momentum) * student)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return loss.item()
 
-    def loss(self, student: Tensor, teacher: Tensor, views: int, rates: Rates) -> Tensor:
-        """Eq. 3 pair by pair; the center follows (Eq. 4)."""
-        seen = (student / rates.student_temp).chunk(views)
-        targets = F.softmax((teacher - self.center) / rates.teacher_temp, dim=-1).detach().chunk(2)
+    def loss(self, student: Tensor, teacher: Tensor, views: int, settings: StepSettings) -> Tensor:
+        """Eq. 3 pair by pair, then Eq. 4."""
+        student_logits = (student / settings.student_temp).chunk(views)
+        targets = F.softmax((teacher - self.center) / settings.teacher_temp, dim=-1).detach().chunk(2)
         total, pairs = torch.zeros((), device=student.device), 0
         for g, target in enumerate(targets):
-            for v, logits in enumerate(seen):
+            for v, logits in enumerate(student_logits):
                 if v != g:
                     total = total + (-target * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
                     pairs += 1
-        m = rates.center_momentum
+        m = settings.center_momentum
         self.center = self.center * m + teacher.mean(dim=0, keepdim=True) * (1 - m)
         return total / pairs
 
 
-def clip_each(network: nn.Module, most: float) -> None:
-    """Each gradient to a norm of at most `most`; the device is asked for every norm."""
+def clip_each(network: nn.Module, max_norm: float) -> None:
+    """Scale each gradient to a norm of at most `max_norm`, with a device synchronisation each."""
     for parameter in network.parameters():
         if parameter.grad is not None:
-            scale = most / (parameter.grad.norm().item() + 1e-6)
+            scale = max_norm / (parameter.grad.norm().item() + 1e-6)
             if scale < 1:
                 parameter.grad.mul_(scale)
 
 
-# -- the pictures ----------------------------------------------------------------------------------------------
+# -- augmentation -----------------------------------------------------------------------------------------------
 
 
 def pillow_views(views: MultiCrop) -> Callable[[Any], list[Tensor]]:
-    """The published augmentation, by torchvision on a Pillow picture: float crops, the global ones first."""
+    """Return Sec. 3.1's augmentation with torchvision on Pillow images: float crops, the global ones first."""
     import random
 
     import torchvision.transforms as T

@@ -1,13 +1,13 @@
-"""One training step: images/s and peak memory, against the plain step as published, and lightly's DINO.
+"""One training step: images/s and peak memory of our step, the published one and lightly's.
 
     python benchmarks/train_step.py [--network vit_small] [--views 2x224+8x96] [--k 65536] [--batch 8] [--json F]
 
-Versions: `plain:float32` is the published step (`benchmarks/plain.py`: attention written out, a log-softmax for every
-pair of views, clipping and teacher parameter by parameter), `plain:bfloat16` and `plain:float16` the same under
-autocast, `dino:...` is `dino_ssl.training.train_step`, `lightly:...` lightly's parts with timm's network. All begin with
-the same weights and see the same pictures. Ours normalises them inside the step; the others get them normalised, since
-their loaders do it. Each version runs in a process of its own, so that peak memory is its own: by how much the process
-grows from before the networks are built. The versions take turns, and the medians of the turns are compared.
+`plain:float32` is the published step (`benchmarks/plain.py`: explicit attention matrices, a log-softmax for each pair
+of views, gradient clipping and EMA one parameter at a time), `plain:bfloat16` and `plain:float16` the same under
+autocast, `dino:...` is `dino_ssl.training.train_step`, `lightly:...` combines lightly's parts with timm's network.
+All start from the same weights and use the same images. Our step normalises them itself; the others get normalised
+ones, because their loaders do it. Each version runs in its own process and reports the growth of that process's
+memory.
 """
 
 import argparse
@@ -15,46 +15,46 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
+from common import Memory
 from dino_ssl.data.batch import Batch
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.runtime import machine, start, synchronize
 from dino_ssl.state import State, build_method, prepare_model
 from dino_ssl.training import train_step
-from turns import Memory, about, available, in_turns, rows, save, show, usual_versions
-from work import CLOCK, Work, add_options, matrix_rate, with_shares, work_of
+from workload import CLOCK, Workload, add_options, compare, workload_of
 
 
-def noise(work: Work) -> tuple[Tensor, ...]:
-    """uint8 views, the same for everybody."""
-    rng = torch.Generator().manual_seed(0)
-    stacks = work.run("float32").views.view_shapes
-    return tuple(torch.randint(0, 256, (n, work.batch, 3, s, s), dtype=torch.uint8, generator=rng) for n, s in stacks)
+def random_views(workload: Workload) -> tuple[Tensor, ...]:
+    """Return uint8 views of random images, the same for all versions."""
+    rng, shapes = torch.Generator().manual_seed(0), workload.run("float32").views.view_shapes
+    return tuple(
+        torch.randint(0, 256, (n, workload.batch, 3, side, side), dtype=torch.uint8, generator=rng)
+        for n, side in shapes
+    )
 
 
-def child(version: str, work: Work, steps: int) -> dict:
-    """One version in this process: what its steps took."""
+def child(version: str, workload: Workload, steps: int) -> dict:
+    """Return times, losses and peak memory of one version in this process."""
     kind, _, precision = version.partition(":")
-    here = machine()
-    views = noise(work)
+    device, views = machine().device, random_views(workload)
     crops = [] if kind == "dino" else [crop for stack in views for crop in normalize(stack)]
     torch.manual_seed(1)
-    memory = Memory(here.device)
+    memory = Memory(device)
     if kind == "dino":
-        found = ours(work, precision, views, steps)
+        result = run_dino(workload, precision, views, steps)
     else:
-        peer, rates = work.peer(kind, precision, here.device), work.rates()
-        found = timed(lambda _: peer.step(crops, rates), steps, here.device)
-    return found | {"peak": memory.peak()}
+        baseline, settings = workload.baseline(kind, precision, device), workload.step_settings()
+        result = time_steps(lambda _: baseline.step(crops, settings), steps, device)
+    return result | {"peak": memory.peak()}
 
 
-def ours(work: Work, precision: str, views: tuple[Tensor, ...], steps: int) -> dict:
-    run = work.run(precision)
+def run_dino(workload: Workload, precision: str, views: tuple[Tensor, ...], steps: int) -> dict:
+    """Return times and losses of our step."""
+    run = workload.run(precision)
     with start(run.precision) as rt:
         method = build_method(run)
         model = prepare_model(method, rt)
@@ -64,22 +64,22 @@ def ours(work: Work, precision: str, views: tuple[Tensor, ...], steps: int) -> d
             rt.seed_step(run.seed, number)
             return train_step(state, model, Batch(views), CLOCK, run, rt)["loss"]
 
-        return timed(step, steps, rt.device)
+        return time_steps(step, steps, rt.device)
 
 
-def timed(step: Callable[[int], Tensor | float], steps: int, device: torch.device) -> dict:
-    """The median of so many steps after one to warm up, which is told apart: it may have compiled."""
-    seconds, work, losses = [], [], []
+def time_steps(step: Callable[[int], Tensor | float], steps: int, device: torch.device) -> dict:
+    """Return the median of several steps after a warm-up step, which may compile and is reported separately."""
+    seconds, cpu_seconds, losses = [], [], []
     for number in range(steps + 1):
-        began, worked = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), time.process_time()
         losses.append(step(number))
         synchronize(device)
-        seconds.append(time.perf_counter() - began)
-        work.append(time.process_time() - worked)
-    processor = {} if device.type == "cuda" else {"processor_seconds": statistics.median(work[1:])}
+        seconds.append(time.perf_counter() - wall)
+        cpu_seconds.append(time.process_time() - cpu)
+    on_cpu = {} if device.type == "cuda" else {"cpu_seconds": statistics.median(cpu_seconds[1:])}
     return {
         "seconds": statistics.median(seconds[1:]),
-        **processor,
+        **on_cpu,
         "first_step_seconds": seconds[0],
         "losses": [float(loss) for loss in losses],
     }
@@ -88,23 +88,11 @@ def timed(step: Callable[[int], Tensor | float], steps: int, device: torch.devic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, network="vit_small", views="2x224+8x96", k=65536, batch=8)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of each turn, after one to warm up")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each turn, after a warm-up step")
     options = parser.parse_args()
-    work = work_of(options)
     if options.child:
-        return print(json.dumps(child(options.child, work, options.steps)))
-    console, here = Console(), machine()
-    versions = available(options.versions or usual_versions(here), console)
-    told = [*work.arguments(), "--steps", str(options.steps)]
-    found = rows(in_turns(__file__, versions, options.turns, told), work.batch)
-    if rate := matrix_rate(here):  # after the turns: nothing else is on the card
-        found = with_shares(found, work, rate)
-    share = {"rate_share": "% of the matrix rate"} if rate else {}
-    said = about(vars(options))
-    title = f"{work.network}, {work.views}, K {work.k}, batch {work.batch}: {said['machine']}"
-    show(found, title, console, peak="GiB", **share)
-    save(options.json, {"benchmark": "train_step", **said, "matrix_rate": rate, "rows": found})
+        return print(json.dumps(child(options.child, workload_of(options), options.steps)))
+    compare(__file__, options, ["--steps", str(options.steps)], options.batch, {"peak": "GiB"})
 
 
 if __name__ == "__main__":

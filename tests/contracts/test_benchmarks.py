@@ -1,4 +1,4 @@
-"""The benchmark of the evaluations at small sizes: it runs, and the fast way says what the plain one says."""
+"""The benchmark of the evaluations at small sizes: it runs, and all implementations give the same results."""
 
 import json
 import sys
@@ -12,22 +12,22 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import evaluations
 
 SMALL = {
-    "knn": partial(evaluations.knn_section, dataset=3000, asked=40, wide=32, classes=20),
-    "label_propagation": partial(evaluations.label_propagation_section, h=14, w=17, wide=16),
+    "knn": partial(evaluations.knn_section, num_train=3000, num_queries=40, width=32, classes=20),
+    "label_propagation": partial(evaluations.label_propagation_section, h=14, w=17, width=16),
     "davis_score": partial(evaluations.davis_score_section, count=4),
 }
-APART = {"blocks": 1e-9, "blocks, stored in float16": 10, "local windows": 1e-5}
-"""How far a candidate's result may lie from the plain one's: percent of accuracy, or a share of a label."""
+TOLERANCES = {"blocks": 1e-9, "blocks, stored in float16": 10, "local windows": 1e-5}
+"""Largest difference to the definition: accuracy in percent, or label probability."""
 
 
-def test_every_section_runs_and_is_equal(
+def test_sections_run_and_agree_with_the_definition(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert SMALL.keys() == evaluations.SECTIONS.keys()
     monkeypatch.setattr(evaluations, "SECTIONS", SMALL)
-    monkeypatch.setattr(sys, "argv", ["evaluations.py", "--rounds", "1", "--json", str(tmp_path / "found.json")])
+    monkeypatch.setattr(sys, "argv", ["evaluations.py", "--rounds", "1", "--json", str(tmp_path / "result.json")])
     evaluations.main()
-    sections = json.loads((tmp_path / "found.json").read_text())["sections"]
+    sections = json.loads((tmp_path / "result.json").read_text())["sections"]
     assert sections.keys() == SMALL.keys()
     printed = capsys.readouterr().out
     for name, section in sections.items():
@@ -36,18 +36,17 @@ def test_every_section_runs_and_is_equal(
         assert first[1]["ratio"] == 1
         for candidate, row in others:
             assert row["seconds"] > 0
-            assert row["error"] <= APART[candidate], candidate
+            assert row["error"] <= TOLERANCES[candidate], candidate
 
 
-def test_an_unknown_section_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_section_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluations.py", "kmn"])
     with pytest.raises(SystemExit):
         evaluations.main()
-    assert "there is no section kmn; expected knn" in capsys.readouterr().err
+    assert "unknown section kmn; expected knn" in capsys.readouterr().err
 
 
-def test_the_plain_votes_tell_the_classes_apart() -> None:
-    """The comparison is worth something: an accuracy that is neither chance nor perfect."""
+def test_plain_knn_is_neither_perfect_nor_chance() -> None:
     section = SMALL["knn"]()
-    plain = next(iter(section.candidates.values()))()
-    assert 10 < plain["20-NN"] < 100  # pyright: ignore[reportIndexIssue]
+    accuracies = next(iter(section.candidates.values()))()
+    assert 10 < accuracies["20-NN"] < 100  # pyright: ignore[reportIndexIssue]

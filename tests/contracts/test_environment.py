@@ -1,4 +1,4 @@
-"""How threads wait for each other: by spinning where nobody else is there, asleep where others are."""
+"""OpenMP threads spin while they wait on an idle machine, and sleep on a busy one."""
 
 import os
 
@@ -9,7 +9,7 @@ from dino_ssl.cli import main
 
 
 @pytest.mark.parametrize(
-    ("load", "given", "expected"),
+    ("load", "variables", "expected"),
     [
         (0.3, {}, None),
         (3.0, {}, "passive"),
@@ -20,12 +20,12 @@ from dino_ssl.cli import main
         (0.3, {"OMP_WAIT_POLICY": "passive"}, "passive"),
     ],
 )
-def test_threads_sleep_where_others_work_unless_somebody_chose(
-    load: float, given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+def test_threads_sleep_on_a_busy_machine_unless_set_by_the_user(
+    load: float, variables: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
@@ -34,7 +34,7 @@ def test_threads_sleep_where_others_work_unless_somebody_chose(
 
 
 @pytest.mark.parametrize("error", [OSError, AttributeError])
-def test_where_nobody_says_others_are_taken_to_be_there(error, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_load_counts_as_busy(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown() -> None:
         raise error
 
@@ -45,7 +45,9 @@ def test_where_nobody_says_others_are_taken_to_be_there(error, monkeypatch: pyte
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
 
 
-def test_a_command_begins_with_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_prepares_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     prepared = []
     monkeypatch.setattr(environment, "prepare", lambda: prepared.append(True))
     assert main(["--version"]) == 0

@@ -1,4 +1,4 @@
-"""The benchmarks of training and of extraction at small sizes: they run, and every version does the same work."""
+"""Benchmarks of training and feature extraction at small sizes: they run, and all versions compute the same."""
 
 import contextlib
 import io
@@ -15,208 +15,218 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import common
+import data
 import end_to_end
 import extraction
 import plain
 import table
 import train_step
-import turns
-import work
+import workload
 from dino_ssl.data.batch import Batch
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.optim import clip_grad_norm_per_tensor_
 from dino_ssl.runtime import Machine, start
 from dino_ssl.state import State, build_method, prepare_model
-from dino_ssl.training import train_step as our_step
+from dino_ssl.training import train_step as dino_step
 
 SMALL = ["--views", "2x32+2x16", "--k", "64", "--hidden", "32", "--batch", "4", "--turns", "1"]
-ABOUT = {"benchmark", "machine", "precision", "date", "versions", "command", "settings", "rows"}
+DESCRIPTION = {"benchmark", "machine", "precision", "date", "versions", "command", "settings", "rows"}
 
 
 def run(module: ModuleType, *options: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """What the script writes; its children run in this process, told what they would be told."""
+    """Return the JSON of a script, whose child processes run in this process instead."""
 
-    def here(script: str, versions: Sequence[str], turns: int, arguments: Sequence[str]) -> dict[str, list[dict]]:
-        found = {}
+    def in_process(script: str, versions: Sequence[str], turns: int, arguments: Sequence[str]) -> dict[str, list[dict]]:
+        results = {}
         for version in versions:
             monkeypatch.setattr(sys, "argv", [script, "--child", version, *arguments])
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 module.main()
-            found[version] = [json.loads(out.getvalue().splitlines()[-1])] * turns
-        return found
+            results[version] = [json.loads(out.getvalue().splitlines()[-1])] * turns
+        return results
 
-    if hasattr(module, "in_turns"):
-        monkeypatch.setattr(module, "in_turns", here)
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *options, "--json", str(tmp_path / "found.json")])
+    monkeypatch.setattr(workload, "run_in_turns", in_process)
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *options, "--json", str(tmp_path / "result.json")])
     module.main()
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found.keys() - {"matrix_rate"} == ABOUT
-    assert str(tmp_path) not in json.dumps(found), "no folder of this machine in what is kept"
-    return found
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result.keys() - {"matmul_flops_per_s"} == DESCRIPTION
+    assert str(tmp_path) not in json.dumps(result), "no absolute path"
+    return result
 
 
 @pytest.mark.parametrize("network", ["narrow", "resnet_narrow"])
-def test_a_step_is_read_and_every_version_says_the_same_losses(
-    network: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_plain_and_our_step_have_equal_losses(network: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     options = ["--network", network, *SMALL, "--drop-path", "0", "--steps", "2"]
     options += ["--versions", "plain:float32", "dino:float32"]
-    options += ["--micro-batch", "3"] if network == "narrow" else []  # a batch norm must see the whole batch
-    found = run(train_step, *options, monkeypatch=monkeypatch, tmp_path=tmp_path)
-    plain_row, our_row = found["rows"]
-    assert plain_row.keys() == our_row.keys() >= {"images_per_s", "ratio", "peak", "seconds", "processor_seconds"}
+    options += ["--micro-batch", "3"] if network == "narrow" else []  # batch norm needs the whole batch
+    plain_row, dino_row = run(train_step, *options, monkeypatch=monkeypatch, tmp_path=tmp_path)["rows"]
+    assert plain_row.keys() == dino_row.keys() >= {"images_per_s", "ratio", "peak", "seconds", "cpu_seconds"}
     assert plain_row["ratio"] == 1
-    assert our_row["images_per_s"] > 0
-    assert len(our_row["losses"]) == 3
-    assert our_row["losses"] == pytest.approx(plain_row["losses"], abs=2e-5)
+    assert dino_row["images_per_s"] > 0
+    assert len(dino_row["losses"]) == 3
+    assert dino_row["losses"] == pytest.approx(plain_row["losses"], abs=2e-5)
 
 
-def test_the_plain_step_is_ours() -> None:
-    """Two whole steps, weight by weight: the gradient, the optimizer, the teacher and the center."""
-    small = work.Work("narrow", "2x32+2x16", 64, 4, drop_path=0.0, hidden=32)
-    settings, views = small.run("float32"), train_step.noise(small)
-    peer, rates = small.peer("plain", "float32", torch.device("cpu")), small.rates()
-    assert isinstance(peer, plain.PlainDINO)
+def test_plain_and_our_step_update_all_weights_equally() -> None:
+    """Two steps: gradients, optimizer, teacher and center."""
+    small = workload.Workload("narrow", "2x32+2x16", 64, 4, drop_path=0.0, hidden=32)
+    settings, views = small.run("float32"), train_step.random_views(small)
+    baseline, step_settings = small.baseline("plain", "float32", torch.device("cpu")), small.step_settings()
+    assert isinstance(baseline, plain.PlainDINO)
     crops = [crop for stack in views for crop in normalize(stack)]
     with start("float32") as rt:
         method = build_method(settings)
-        begun = {name: value.clone() for name, value in method.state_dict().items()}
+        initial = {name: value.clone() for name, value in method.state_dict().items()}
         state = State(method, settings.optim.build(method.trainable), rt.scaler())
         for _ in range(2):
-            our_step(state, prepare_model(method, rt), Batch(views), work.CLOCK, settings, rt)
-            peer.step(crops, rates)
-    theirs = {f"student.{name}": value for name, value in peer.student.state_dict().items()}
-    theirs |= {f"teacher.{name}": value for name, value in peer.teacher.state_dict().items()}
-    moved = 0
-    for name, value in theirs.items():
-        if name.endswith("qkv.bias"):  # the keys' part has no gradient but rounding, which AdamW blows up
+            dino_step(state, prepare_model(method, rt), Batch(views), workload.CLOCK, settings, rt)
+            baseline.step(crops, step_settings)
+    expected = {f"student.{name}": value for name, value in baseline.student.state_dict().items()}
+    expected |= {f"teacher.{name}": value for name, value in baseline.teacher.state_dict().items()}
+    changed = 0
+    for name, value in expected.items():
+        if name.endswith("qkv.bias"):  # the gradient of the keys' bias is rounding error, which AdamW amplifies
             continue
-        ours = method.state_dict()[name]
-        went = (ours - begun[name]).norm().item()
-        assert (ours - value).norm().item() <= 0.01 * went, name
-        moved += went > 0
-    assert moved > 40
-    torch.testing.assert_close(method.get_buffer("center"), peer.center[0])
+        weights = method.state_dict()[name]
+        change = (weights - initial[name]).norm().item()
+        assert (weights - value).norm().item() <= 0.01 * change, name
+        changed += change > 0
+    assert changed > 40
+    torch.testing.assert_close(method.get_buffer("center"), baseline.center[0])
 
 
-def test_clipping_one_by_one_is_ours() -> None:
-    one, other = (torch.nn.Linear(4, 3) for _ in range(2))
-    for number, (mine, its) in enumerate(zip(one.parameters(), other.parameters(), strict=True)):
-        mine.grad = torch.full_like(mine, 0.1 + 5 * number)
-        its.grad = mine.grad.clone()
-    clip_grad_norm_per_tensor_(one.parameters(), 3.0)
-    plain.clip_each(other, 3.0)
-    for mine, its in zip(one.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, its.grad)
+def test_plain_clipping_equals_ours() -> None:
+    ours, baseline = (torch.nn.Linear(4, 3) for _ in range(2))
+    for number, (parameter, other) in enumerate(zip(ours.parameters(), baseline.parameters(), strict=True)):
+        parameter.grad = torch.full_like(parameter, 0.1 + 5 * number)
+        other.grad = parameter.grad.clone()
+    clip_grad_norm_per_tensor_(ours.parameters(), 3.0)
+    plain.clip_each(baseline, 3.0)
+    for parameter, other in zip(ours.parameters(), baseline.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad)
 
 
-@pytest.mark.filterwarnings("ignore")  # its weight norm's
-def test_lightly_says_the_same_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # of lightly's weight norm
+def test_lightly_has_a_similar_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("lightly")
     options = ["--network", "resnet_narrow", *SMALL, "--steps", "1", "--versions", "plain:float32", "lightly:float32"]
-    found = run(train_step, *options, monkeypatch=monkeypatch, tmp_path=tmp_path)
-    # Each of its views passes alone, so that a batch norm sees another batch.
-    assert found["rows"][1]["losses"][0] == pytest.approx(found["rows"][0]["losses"][0], abs=0.2)
+    rows = run(train_step, *options, monkeypatch=monkeypatch, tmp_path=tmp_path)["rows"]
+    # Each view is a separate forward pass there, so that batch norm has other statistics.
+    assert rows[1]["losses"][0] == pytest.approx(rows[0]["losses"][0], abs=0.2)
 
 
-def test_from_files_to_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_end_to_end_trains_from_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     options = ["--network", "narrow", *SMALL, "--size", "128", "--files", "6", "--steps", "2", "--workers", "0"]
     options += ["--versions", "plain:float32", "dino:float32"]
-    found = run(end_to_end, *options, monkeypatch=monkeypatch, tmp_path=tmp_path)
-    assert [row["version"] for row in found["rows"]] == ["plain:float32", "dino:float32"]
-    for row in found["rows"]:
+    rows = run(end_to_end, *options, monkeypatch=monkeypatch, tmp_path=tmp_path)["rows"]
+    assert [row["version"] for row in rows] == ["plain:float32", "dino:float32"]
+    for row in rows:
         assert row["images_per_s"] == pytest.approx(2 * 4 / row["seconds"][0])
         assert 0 < row["wait"] < 1
         assert row["losses"][0] < 8
 
 
-def test_features_agree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    options = ["--networks", "narrow", "resnet_narrow", "--pictures", "5", "--files-size", "128", "--size", "56"]
+def test_extraction_and_timm_give_equal_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = ["--networks", "narrow", "resnet_narrow", "--images", "5", "--files-size", "128", "--size", "56"]
     options += ["--batch", "3", "--workers", "0", "--turns", "1", "--precision", "float32"]
-    found = run(extraction, *options, monkeypatch=monkeypatch, tmp_path=tmp_path)
-    assert [(row["way"], row["version"]) for row in found["rows"][:4]] == [
-        ("network", "timm"),
-        ("network", "dino"),
+    rows = run(extraction, *options, monkeypatch=monkeypatch, tmp_path=tmp_path)["rows"]
+    assert [(row["input"], row["version"]) for row in rows[:4]] == [
+        ("memory", "timm"),
+        ("memory", "dino"),
         ("files", "timm"),
         ("files", "dino"),
     ]
-    for row in found["rows"]:
+    for row in rows:
         assert row["images_per_s"] > 0
-        assert row["off"] <= (1e-5 if row["way"] == "network" else 0.05), row
+        assert row["max_error"] <= (1e-5 if row["input"] == "memory" else 0.05), row
         assert row["cosine"] > 0.999
 
 
-def test_the_plain_views_are_the_published_ones() -> None:
+def test_data_benchmark_compares_all_transforms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = ["128", "--files", "2", "--rounds", "1", "--json", str(tmp_path / "result.json")]
+    monkeypatch.setattr(sys, "argv", ["data.py", *options])
+    threads = torch.get_num_threads()
+    data.main()
+    torch.set_num_threads(threads)
+    results = json.loads((tmp_path / "result.json").read_text())["rows"]["128"]["results"]
+    assert results["pillow + torchvision"]["ratio"] == 1
+    assert results["dino"]["images_per_s"] > 0
+
+
+def test_plain_views_have_the_sizes_of_ours() -> None:
     from PIL import Image
 
     crops = plain.pillow_views(MultiCrop(global_size=24, local_size=16, local=3))(Image.new("RGB", (40, 30)))
     assert [tuple(crop.shape) for crop in crops] == [(3, 24, 24)] * 2 + [(3, 16, 16)] * 3
 
 
-def test_views_are_read_as_they_are_written() -> None:
-    assert work.crops_of("2x224+8x96") == MultiCrop()
-    assert work.crops_of("2x128+6x64").view_shapes == [(2, 128), (6, 64)]
-    assert work.crops_of("2x224").view_shapes == [(2, 224)]
+def test_views_are_parsed() -> None:
+    assert workload.parse_views("2x224+8x96") == MultiCrop()
+    assert workload.parse_views("2x128+6x64").view_shapes == [(2, 128), (6, 64)]
+    assert workload.parse_views("2x224").view_shapes == [(2, 224)]
     with pytest.raises(Exception, match="expected views like 2x224"):
-        work.crops_of("3x224")
+        workload.parse_views("3x224")
 
 
-def test_what_is_compared_follows_the_machine() -> None:
-    def kinds(device: str, precision: Any) -> list[str]:
-        return turns.usual_versions(Machine(torch.device(device), "", 1, 1, precision, ""))
+def test_default_versions_depend_on_the_machine() -> None:
+    def versions(device: str, precision: Any) -> list[str]:
+        return workload.default_versions(Machine(torch.device(device), "", 1, 1, precision, ""))
 
-    assert kinds("cpu", "float32") == ["plain:float32", "dino:float32", "lightly:float32"]
-    assert {"plain:bfloat16", "dino:bfloat16"} < set(kinds("cpu", "bfloat16"))
-    assert {"plain:float16", "dino:bfloat16", "lightly:float16"} < set(kinds("cuda", "bfloat16"))
-    assert "dino:float16" in kinds("cuda", "float16")
-
-
-def test_a_share_of_the_matrix_rate() -> None:
-    tiny = work.Work("vit_tiny", "2x224+8x96", 65536, 64, drop_path=0.1)
-    rows = [{"version": "plain:float32", "failed": "no memory"}, {"version": "dino:bfloat16", "images_per_s": 100.0}]
-    failed, ours = work.with_shares(rows, tiny, rate=1e13)
-    assert "rate_share" not in failed
-    assert 0.1 < ours["rate_share"] < 0.4  # some 20 GFLOP an image
-    assert work.matrix_rate(Machine(torch.device("cpu"), "", 1, 1, "float32", "")) is None
+    assert versions("cpu", "float32") == ["plain:float32", "dino:float32", "lightly:float32"]
+    assert {"plain:bfloat16", "dino:bfloat16"} < set(versions("cpu", "bfloat16"))
+    assert {"plain:float16", "dino:bfloat16", "lightly:float16"} < set(versions("cuda", "bfloat16"))
+    assert "dino:float16" in versions("cuda", "float16")
 
 
-def test_a_version_that_fails_is_said_and_left(tmp_path: Path) -> None:
+def test_share_of_matmul_throughput() -> None:
+    tiny = workload.Workload("vit_tiny", "2x224+8x96", 65536, 64, drop_path=0.1)
+    rows = [
+        {"version": "plain:float32", "failed": "out of memory"},
+        {"version": "dino:bfloat16", "images_per_s": 100.0},
+    ]
+    failed, dino = workload.with_matmul_share(rows, tiny, flops_per_s=1e13)
+    assert "matmul_share" not in failed
+    assert 0.1 < dino["matmul_share"] < 0.4  # some 20 GFLOPs per image
+
+
+def test_failed_version_is_reported_once(tmp_path: Path) -> None:
     script = tmp_path / "child.py"
     script.write_text(
-        "import sys\nif sys.argv[2] == 'plain:float32': sys.exit('no memory left')\nprint('{\"seconds\": 2.0}')\n"
+        "import sys\nif sys.argv[2] == 'plain:float32': sys.exit('out of memory')\nprint('{\"seconds\": 2.0}')\n"
     )
-    results = turns.in_turns(str(script), ["plain:float32", "dino:float32"], 2, [])
-    assert results["plain:float32"] == [{"failed": "no memory left"}]
-    failed, ours = turns.rows(results, dataset=8)
-    assert failed == {"version": "plain:float32", "failed": "no memory left"}
-    assert ours["images_per_s"] == 4
-    assert ours["ratio"] == 1
+    results = common.run_in_turns(str(script), ["plain:float32", "dino:float32"], 2, [])
+    assert results["plain:float32"] == [{"failed": "out of memory"}]
+    failed, dino = common.summarize(results, num_images=8)
+    assert failed == {"version": "plain:float32", "failed": "out of memory"}
+    assert dino["images_per_s"] == 4
+    assert dino["ratio"] == 1
 
 
-def test_memory_is_what_the_process_grew_by() -> None:
-    memory = turns.Memory(torch.device("cpu"))
-    with mmap.mmap(-1, 2**26) as taken:  # not from what this process freed before
-        taken.write(b"x" * 2**26)
+def test_memory_is_the_growth_of_the_process() -> None:
+    memory = common.Memory(torch.device("cpu"))
+    with mmap.mmap(-1, 2**26) as block:  # not memory that this process freed before
+        block.write(b"x" * 2**26)
     assert 60 < memory.peak() / 2**20 < 200
 
 
-def test_the_page_says_what_its_files_say() -> None:
+def test_page_equals_its_files() -> None:
     assert (table.FOLDER / "README.md").read_text() == table.page(), "run python benchmarks/table.py"
 
 
-def test_a_line_is_read_or_said_to_be_unread(tmp_path: Path) -> None:
+def test_row_without_its_versions_is_not_measured(tmp_path: Path) -> None:
     row = table.Row("a step", "6x", "python x --json ", "x.json", table.against("plain:bfloat16"), {"batch": 32})
-    assert table.line(row, tmp_path) == "| a step | 6x | not read yet | | `python x --json x.json` |"
+    assert table.line(row, tmp_path) == "| a step | 6x | not measured | | `python x --json x.json` |"
     versions = [
         {"version": "plain:float32", "images_per_s": 1.0, "seconds": [8.0], "peak": 8},
         {"version": "dino:float32", "images_per_s": 4.0, "seconds": [2.0], "peak": 2},
     ]
-    found = {"machine": "M", "date": "D", "versions": {"torch": "T"}, "settings": {"batch": 8, "turns": 1}}
-    (tmp_path / "x.json").write_text(json.dumps(found | {"rows": versions}))
-    assert "not read yet" in table.line(row, tmp_path), "float32 is not what the row asks for"
+    result = {"machine": "M", "date": "D", "versions": {"torch": "T"}, "settings": {"batch": 8, "turns": 1}}
+    (tmp_path / "x.json").write_text(json.dumps(result | {"rows": versions}))
+    assert "not measured" in table.line(row, tmp_path), "the row needs bfloat16"
     versions[0]["version"] = "plain:bfloat16"
-    (tmp_path / "x.json").write_text(json.dumps(found | {"rows": versions}))
+    (tmp_path / "x.json").write_text(json.dumps(result | {"rows": versions}))
     line = table.line(row, tmp_path)
     assert "**4.00x** `plain:bfloat16` (4.00 against 1.00 images/s), 0.25 of its memory" in line
-    assert "read with batch 8, 1 turn | M; D; torch T |" in line
+    assert "measured with batch 8, 1 turn | M; D; torch T |" in line

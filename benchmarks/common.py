@@ -1,0 +1,202 @@
+"""Shared parts of the benchmarks: interleaved timing, child processes, peak memory, JPEG files, JSON.
+
+Candidates always take turns, so that a slow period of the machine affects all of them. Times are medians of the turns,
+ratios are medians of the ratios within a turn.
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import Dataset
+
+from dino_ssl.data.folder import Folder
+from dino_ssl.runtime import machine, peak_memory
+
+PACKAGES = ("torchvision", "timm", "pillow", "opencv-python-headless", "lightly")
+SIZES = {"500": (500, 375), "128": (128, 128)}
+"""Width and height of generated JPEG files."""
+
+
+def about(options: dict[str, Any]) -> dict[str, Any]:
+    """Return machine, date, versions, command and settings of a measurement, without absolute paths."""
+    device_info, threads = machine(), torch.get_num_threads()
+    script, *words = sys.argv
+    arguments = [Path(word).name if Path(word).is_absolute() else word for word in words]
+    settings = {name: value.name if isinstance(value, Path) else value for name, value in options.items()}
+    return {
+        "machine": f"{device_info.name}, {device_info.cores} cores, {threads} thread{'s' if threads > 1 else ''}",
+        "precision": f"{device_info.precision}: {device_info.why}",
+        "date": datetime.date.today().isoformat(),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), **package_versions()},
+        "command": f"python benchmarks/{Path(script).name} {shlex.join(arguments)}".strip(),
+        "settings": {name: value for name, value in settings.items() if name not in ("child", "json")},
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of PACKAGES that are installed."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def save(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a result as JSON if there is a path."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+# -- timing --------------------------------------------------------------------------------------------------
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Return the seconds of each candidate in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            start = clock()
+            run()
+            seconds[name].append(clock() - start)
+    return seconds
+
+
+def median_ratio(base: Sequence[float], seconds: Sequence[float]) -> float:
+    """Return how many times as fast as `base`: the median over the rounds."""
+    return statistics.median(b / s for b, s in zip(base, seconds, strict=False))
+
+
+def run_in_turns(script: str, versions: Sequence[str], turns: int, arguments: Sequence[str]) -> dict[str, list[dict]]:
+    """Run `script --child VERSION arguments` for each version in each turn; return the JSON of each last line.
+
+    A version that fails (usually out of memory) runs once; its only entry has the error under `failed`.
+    """
+    results: dict[str, list[dict]] = {version: [] for version in versions}
+    for _ in range(turns):
+        for version, entries in results.items():
+            if entries and "failed" in entries[0]:
+                continue
+            command = [sys.executable, script, "--child", version, *arguments]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+                entries[:] = [{"failed": error}]
+            else:
+                entries.append(json.loads(done.stdout.splitlines()[-1]))
+    return results
+
+
+def summarize(results: dict[str, list[dict]], num_images: int) -> list[dict[str, Any]]:
+    """Return one row per version: images/s, ratio to the first version, and medians of all other values.
+
+    num_images: images that the `seconds` of an entry stand for.
+    """
+    base = next((turns for turns in results.values() if "failed" not in turns[0]), [])
+    rows = []
+    for version, turns in results.items():
+        if "failed" in turns[0]:
+            rows.append({"version": version, **turns[0]})
+            continue
+        clocks = [clock for clock in ("seconds", "cpu_seconds") if clock in turns[0]]
+        seconds = [turn["seconds"] for turn in turns]
+        numbers = {key for key, value in turns[0].items() if isinstance(value, int | float)} - {*clocks}
+        rows.append(
+            {
+                "version": version,
+                "images_per_s": num_images / statistics.median(seconds),
+                "ratio": median_ratio([turn["seconds"] for turn in base], seconds),
+                **{key: statistics.median(turn[key] for turn in turns) for key in sorted(numbers)},
+                **{clock: [turn[clock] for turn in turns] for clock in clocks},
+                **{key: value for key, value in turns[0].items() if isinstance(value, list)},
+            }
+        )
+    return rows
+
+
+def print_rows(rows: Sequence[dict[str, Any]], title: str, console: Console, **columns: str) -> None:
+    """Print the rows as a table. columns: key=heading of further values, shares in percent and bytes in GiB."""
+    table = Table("version", "images/s", "ratio", *columns.values(), title=title)
+    for row in rows:
+        if "failed" in row:
+            table.add_row(row["version"], f"failed: {row['failed']}")
+            continue
+        cells = [f"{row[key] / 2**30:.2f}" if key == "peak" else f"{100 * row[key]:.0f}" for key in columns]
+        table.add_row(row["version"], f"{row['images_per_s']:.2f}", f"{row['ratio']:.2f}", *cells)
+    console.print(table)
+
+
+@dataclass
+class Memory:
+    """Growth of this process's memory since the object was created: on the GPU, or in main memory."""
+
+    device: torch.device
+    before: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+            return
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
+        self.before = peak_memory(self.device)
+
+    def peak(self) -> int:
+        """Return the largest growth so far, in bytes."""
+        return peak_memory(self.device) - self.before
+
+
+# -- images --------------------------------------------------------------------------------------------------
+
+
+def write_images(folder: Path, count: int, width: int, height: int) -> Path:
+    """Write JPEG files of smooth noise and hard-edged shapes, with as many bytes per pixel as photos; return folder."""
+    rng = np.random.default_rng(0)
+    for name in range(count):
+        image = np.full((height, width, 3), 128, np.float32)
+        for cells, strength in ((4, 60), (16, 35), (64, 25), (width // 2, 20)):
+            noise = rng.normal(size=(cells * 3 // 4, cells, 3)).astype(np.float32) * strength
+            image += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+        for _ in range(12):
+            center = (int(rng.integers(width)), int(rng.integers(height)))
+            color = rng.integers(0, 256, 3).tolist()
+            radius = int(rng.integers(width // 100, width // 6))
+            cv2.circle(image, center, radius, color, -1 if rng.random() < 0.5 else 3)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{name}.jpg", quality=90)
+    return folder
+
+
+class PillowImages(Dataset):
+    """Transformed images of a folder, decoded by Pillow, in the order of our dataset."""
+
+    def __init__(self, folder: Path, transform: Callable[[Any], Any]) -> None:
+        self.files = [folder / name for name in Folder(path=str(folder)).open().names]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        with self.files[index].open("rb") as file:
+            return self.transform(Image.open(file).convert("RGB"))
