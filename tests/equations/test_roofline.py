@@ -1,6 +1,5 @@
 """FLOPs and bytes of a step: torch's counter against formulas, published figures, and parameters counted by hand."""
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -51,7 +50,7 @@ def by_name(run: Run, **options: bool) -> dict[str, Part]:
     return {part.name: part for part in count_flops(run, **options)}
 
 
-def vit_forward(vit: ViT, side: int, shares: list[float] | None = None) -> Counter[str]:
+def vit_forward(vit: ViT, side: int, shares: list[float] | None = None) -> dict[str, float]:
     """FLOPs of our ViT's forward pass on one view by formula; the last block computes only the [CLS] token.
 
     shares: of images for which the branches of each block are computed.
@@ -59,7 +58,8 @@ def vit_forward(vit: ViT, side: int, shares: list[float] | None = None) -> Count
     width, depth, _ = vit.shape
     patches = (side // vit.patch) ** 2
     tokens = 1 + vit.registers + patches
-    flops = Counter({"patch embedding": 2 * patches * 3 * vit.patch**2 * width})
+    flops = dict.fromkeys(("patch embedding", "query, key, value, projection", "attention", "block MLP"), 0.0)
+    flops["patch embedding"] = 2 * patches * 3 * vit.patch**2 * width
     for block, share in enumerate(shares or [1.0] * depth):
         queries = 1 if block == depth - 1 else tokens
         flops["query, key, value, projection"] += share * 2 * width * 2 * width * (tokens + queries)

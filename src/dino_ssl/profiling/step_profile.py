@@ -1,10 +1,9 @@
 """Real training steps on noise: their duration, their peak memory, and the time of each part and operator."""
 
 import statistics
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dino_ssl.presets.benchmark_step import BenchmarkStep, benchmark_step
@@ -57,9 +56,9 @@ def _profile(step: BenchmarkStep) -> tuple[dict[str, float], dict[str, float]]:
     on_gpu = step.rt.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         seconds = step.step(CLOCK)
-    parts, operators = Counter[str](), Counter[str]()
-    for event in profiler.events():
-        if event.device_type != DeviceType.CPU:
+    parts, operators = defaultdict[str, float](float), defaultdict[str, float](float)
+    for event in profiler.events() or ():
+        if event.device_type.name != "CPU":  # GPU kernels count in the event that launched them
             continue
         total = event.device_time_total if on_gpu else event.cpu_time_total
         if event.name.startswith("aten::"):
@@ -71,12 +70,11 @@ def _profile(step: BenchmarkStep) -> tuple[dict[str, float], dict[str, float]]:
                 parent = parent.cpu_parent
             if parent is not None:
                 parts[_part(parent)] -= total
-    parts["other"] = (
-        1e6 * seconds - sum(parts.values()) if not on_gpu else sum(operators.values()) - sum(parts.values())
-    )
+    whole = sum(operators.values()) if on_gpu else 1e6 * seconds
+    parts["other"] = whole - sum(parts.values())
     return (
         {name: 1e-6 * parts[name] for name in (*RANGES.values(), "other") if name in parts},
-        {name: 1e-6 * time for name, time in operators.most_common()},
+        {name: 1e-6 * operators[name] for name in sorted(operators, key=lambda name: -operators[name])},
     )
 
 
