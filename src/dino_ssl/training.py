@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 
 from dino_ssl import distributed, kernels
 from dino_ssl.data.batch import Batch
@@ -64,7 +65,8 @@ def train_step(state: State, model: nn.Module, batch: Batch, clock: Clock, run: 
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    method.after_step(outputs.carry, clock)
+    with record_function("after_step"):
+        method.after_step(outputs.carry, clock)
     return outputs.metrics | {"grad_norm": grad_norm}
 
 
@@ -85,7 +87,7 @@ def _accumulate_gradients(state: State, model: nn.Module, batch: Batch, clock: C
     for number, (micro_batch, target) in enumerate(zip(micro_batches, targets, strict=True), 1):
         weight = micro_batch.num_images / batch.num_images
         with rt.no_sync(model, last=number == len(micro_batches)):
-            with rt.autocast():
+            with rt.autocast(), record_function("forward"):
                 out = model(batch_to_device(micro_batch, rt), clock, target)
             state.scaler.scale(out.loss * weight).backward()  # a disabled scaler is the identity
         outputs.append(out._replace(loss=out.loss.detach()))
@@ -93,6 +95,7 @@ def _accumulate_gradients(state: State, model: nn.Module, batch: Batch, clock: C
     return outputs[0] if len(micro_batches) == 1 else method.merge(outputs, weights)
 
 
+@record_function("copy to device")
 def batch_to_device(batch: Batch, rt: Runtime) -> Batch:
     """Copy a batch to the device; uint8 images are normalised there to float32, in channels-last layout."""
     views = []

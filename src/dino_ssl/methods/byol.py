@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import torch
+from torch.autograd.profiler import record_function
 
 from dino_ssl.data.batch import Batch
 from dino_ssl.errors import check_range
@@ -64,7 +65,7 @@ class BYOL(TeacherStudent):
 
     def forward(self, batch: Batch, clock: Clock, targets: None = None) -> Outputs:
         """BYOL's Eq. 2, in both directions, and from each local view to both global ones."""
-        with torch.no_grad():
+        with torch.no_grad(), record_function("teacher forward"):
             teacher = self.teacher(batch.views[:1])  # [G, B, D]
         loss = byol_loss(self.student(batch.views), teacher)
         return Outputs(loss, None, {"loss": loss.detach()})

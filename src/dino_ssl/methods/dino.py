@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 
 from dino_ssl import distributed
 from dino_ssl.data.batch import Batch
@@ -185,6 +186,7 @@ class DINO(TeacherStudent):
             }
         return Outputs(terms.loss, carry, metrics)
 
+    @record_function("teacher forward")
     @torch.no_grad()
     def prepare_targets(self, micro_batches: Iterable[Batch], clock: Clock) -> list[TeacherTargets]:
         """Return the teacher's outputs for the global views of each micro-batch, and the center of the whole batch."""

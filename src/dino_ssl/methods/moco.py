@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from dino_ssl import distributed
 from dino_ssl.data.batch import Batch
@@ -86,7 +87,7 @@ class MoCo(TeacherStudent):
 
     def forward(self, batch: Batch, clock: Clock, targets: None = None) -> Outputs:
         """MoCo's Eq. 1 in both directions, and from each local view to both global ones."""
-        with torch.no_grad():
+        with torch.no_grad(), record_function("teacher forward"):
             keys = l2_normalize(self.teacher(batch.views[:1]))  # [G, B, D]
         queries = self.student(batch.views)  # [V, B, D]
         valid = self.queue.pushed_since(clock.step - max(1, clock.steps_per_epoch - 1))
