@@ -44,10 +44,12 @@ class ImageRow(NamedTuple):
     class_name: str | None
 
 
-def write_index(directory: Path, shards: Iterable[Sequence[ImageRow]], classes: Sequence[str] | None) -> list[str]:
+def write_index(
+    directory: Path, shards: Iterable[Sequence[ImageRow]], classes: Sequence[str] | None
+) -> Sequence[str] | None:
     """Write index.arrow for the images of `shards` in order, and return the classes in the order of their labels.
 
-    If `classes` is None, all class names are taken: numbers by value, then text. Nothing is written without images.
+    If `classes` is None, all class names are taken: numbers by value, then text. Returns None if there is no image.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -60,6 +62,8 @@ def write_index(directory: Path, shards: Iterable[Sequence[ImageRow]], classes: 
         for number, rows in enumerate(shards)
     )
     table = pa.Table.from_batches(batches, schema).combine_chunks()
+    if not len(table):
+        return None
     if classes is None:
         classes = sorted(table["class_name"].unique().drop_null().to_pylist(), key=_class_order)
     options = pc.SetLookupOptions(pa.array(classes, pa.large_string()))
@@ -70,9 +74,8 @@ def write_index(directory: Path, shards: Iterable[Sequence[ImageRow]], classes: 
         with pa.ipc.new_file(str(aside), table.schema) as writer:
             writer.write_table(table)
 
-    if len(table):
-        atomic_write(directory / INDEX, write)
-    return list(classes)
+    atomic_write(directory / INDEX, write)
+    return classes
 
 
 def _class_order(name: str) -> tuple[int, int, str]:

@@ -245,20 +245,21 @@ def _sha256(path: Path) -> str:
 
 def _build_index(path: Path, directory: Path, progress: Progress | None) -> None:
     """Scan all shards in `path` and write their index into `directory`."""
-    tars = tar_files(path)
-    shards: list[list[ImageRow]] = []
-    skipped: list[Skipped] = []
-    for rows, bad in map_in_order(scan_shard, tars, threads=4, window=8):
-        shards.append(rows)
-        skipped += bad
-        if progress is not None:
-            progress(len(shards), len(tars))
-    if not any(shards):
-        examples = "".join(f"\n  {name}: {reason}" for name, reason in skipped[:5])
-        raise UserError(f"No usable images in the shards of {path}: expected members KEY.jpg, KEY.png, ....{examples}")
+    tars, skipped = tar_files(path), []
+
+    def shards() -> Iterator[list[ImageRow]]:
+        for done, (rows, bad) in enumerate(map_in_order(scan_shard, tars, threads=4, window=8), 1):
+            skipped.extend(bad)
+            if progress is not None:
+                progress(done, len(tars))
+            yield rows
+
     with write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    classes = write_index(directory, shards, None)
+    classes = write_index(directory, shards(), None)
+    if classes is None:
+        examples = "".join(f"\n  {name}: {reason}" for name, reason in skipped[:5])
+        raise UserError(f"No usable images in the shards of {path}: expected members KEY.jpg, KEY.png, ....{examples}")
     info = ShardInfo(source=path.resolve().name, classes=tuple(classes), skipped=tuple(sorted(skipped)))
     write_info(directory, path, info)
 
