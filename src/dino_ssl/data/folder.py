@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Reduction, Skipped
 from dino_ssl.data.decode import decode, probe
 from dino_ssl.data.formats import MAX_PIXELS, SUFFIXES
+from dino_ssl.data.shard_index import map_in_order
 from dino_ssl.data.shards import is_shards, open_shards
 from dino_ssl.errors import UserError
 from dino_ssl.progress import Progress
@@ -56,15 +56,15 @@ def probe_files(
     files: list[str] = []
     sizes: list[tuple[int, int]] = []
     bad: list[Skipped] = []
-    with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:  # the threads mostly wait for disks
-        for done, (path, result) in enumerate(zip(paths, pool.map(_probe, paths), strict=True), 1):
-            if isinstance(result, str):
-                bad.append(Skipped(path, result))
-            else:
-                files.append(path)
-                sizes.append(result)
-            if progress is not None:
-                progress(done, len(paths))
+    threads = min(16, 4 + (os.cpu_count() or 1))  # they mostly wait for disks
+    for done, (path, result) in enumerate(zip(paths, map_in_order(_probe, paths, threads, 1000), strict=True), 1):
+        if isinstance(result, str):
+            bad.append(Skipped(path, result))
+        else:
+            files.append(path)
+            sizes.append(result)
+        if progress is not None:
+            progress(done, len(paths))
     return files, sizes, bad
 
 
