@@ -57,26 +57,22 @@ def test_track_writes_masks_overlay_and_preview(dino, clip: Path, tmp_path: Path
         assert strip.height == 160
 
 
-def test_track_reads_a_video_file_and_writes_a_gif(dino, clip: Path, tmp_path: Path) -> None:
+def test_track_reads_a_video_file(dino, clip: Path, tmp_path: Path) -> None:
     from dino_ssl.viz.video import open_video, write_video
 
     write_video(tmp_path / "clip.mp4", open_video(clip / "frames"), 10)
-    ran = dino(
-        "track", clip / "net.safetensors", "clip.mp4", "--mask", clip / "mask.png", "-o", "out", "--format", "gif"
-    )
+    ran = dino("track", clip / "net.safetensors", "clip.mp4", "--mask", clip / "mask.png", "-o", "out")
     assert ran.code == 0, ran.err
     assert sorted(path.name for path in (tmp_path / "out/masks").iterdir()) == [f"0000{i}.png" for i in range(FRAMES)]
-    with Image.open(tmp_path / "out/overlay.gif") as gif:
-        assert gif.n_frames == FRAMES
-        assert gif.info["duration"] == 100
+    assert open_video(tmp_path / "out/overlay.mp4").fps == 10
     assert "object 2:" in ran.out
 
 
-def test_a_missing_codec_is_an_error_that_suggests_a_gif(dino, clip: Path, monkeypatch) -> None:
+def test_a_missing_codec_is_an_error(dino, clip: Path, monkeypatch) -> None:
     monkeypatch.setattr("dino_ssl.viz.video.CODECS", ())
     ran = dino("track", clip / "net.safetensors", clip / "frames", "--mask", clip / "mask.png", "-o", "out")
     assert ran.code == 2
-    assert "gif" in ran.err
+    assert "no MP4 codec" in ran.err
 
 
 def test_help_has_examples_and_describes_the_mask(dino) -> None:

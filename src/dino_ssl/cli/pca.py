@@ -23,8 +23,10 @@ SHEET_IMAGES = 24
 
 @dataclass(frozen=True, kw_only=True)
 class PcaOptions:
-    """Color each patch by its feature: red, green and blue are the first three principal components of the patches of
-    all images. Similar colors are similar features, within and between images. Works with any network.
+    """Color the patches of images by the principal components of their features.
+
+    Red, green and blue are the first three components of the patches of all images. Similar colors are similar
+    features, within and between images. Works with any network.
     """
 
     checkpoint: Checkpoint

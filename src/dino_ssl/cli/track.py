@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -50,8 +50,6 @@ class TrackOptions:
     """Temperature of their softmax weights."""
     fps: float | None = None
     """Frames per second of the overlay. Default: those of the video, 25 for a folder."""
-    format: Literal["mp4", "gif"] = "mp4"
-    """Format of the overlay."""
     json: Json = False
 
 
@@ -96,9 +94,7 @@ def track(argv: Sequence[str]) -> int:
                 areas.append(np.bincount(labels.ravel(), minlength=256) / labels.size)
                 progress(len(areas), max(len(areas), video.num_frames))
         with terminal.progress("overlay") as progress:
-            overlay = tracking.write_overlay(
-                out / f"overlay.{options.format}", video, out / "masks", len(areas), progress
-            )
+            overlay = tracking.write_overlay(out / "overlay.mp4", video, out / "masks", len(areas), progress)
         frames = tracking.overlay_frames(video, out / "masks")
         strip = save_image(out / "strip.png", tracking.frame_strip(frames, len(areas)))
         objects = [

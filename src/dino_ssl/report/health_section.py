@@ -11,6 +11,26 @@ from dino_ssl.report import html
 from dino_ssl.report.curves import History, Line, chart, charts
 from dino_ssl.run import Run
 
+INFORMATION_NOTE = (
+    "Information of a target about its image within a batch, and the part that the student predicts. Below 0 the "
+    "student is worse than a constant prediction."
+)
+USED_NOTE = "Exponential of the entropy of the mean target. 1: all images get one prototype."
+RANK_NOTE = "(trace C)^2 / |C|^2 of a batch's covariance C; at most twice the batch size minus 1."
+CHARTS: list[tuple[str, dict[str, str], str]] = [
+    ("Prototypes in use", {"used": "prototypes_used"}, USED_NOTE),
+    ("Effective rank of the features", {"rank": "feature_rank"}, RANK_NOTE),
+    ("Spread of the features", {"spread": "feature_spread"}, "0: all images have the same feature."),
+    ("Norms", {"features": "feature_norm", "center": "center_norm"}, ""),
+    ("Gradient norm before clipping", {"gradient": "grad_norm"}, ""),
+    (
+        "Distance of teacher and student",
+        {"distance": "teacher_distance"},
+        "Relative to the norm of the student's weights.",
+    ),
+]
+"""Title, metrics by their name in the legend, and note."""
+
 
 def current_findings(run: Run, num_images: int | None, prototypes: int | None, history: History) -> list[Finding]:
     """Return what is wrong at the end of the metrics. num_images: of the training set."""
@@ -21,46 +41,17 @@ def current_findings(run: Run, num_images: int | None, prototypes: int | None, h
 def health_section(run_dir: Path, prototypes: int | None, history: History) -> str:
     """Return charts of the collapse metrics, and the findings logged during training."""
     line = history.line
-    information = _difference(line("marginal_entropy"), line("teacher_entropy"))
-    predicted = _difference(line("marginal_entropy"), line("loss")) if line("kl")[0] else ([], [])
-    figures = charts(
-        chart(
-            {"of the targets": information, "predicted by the student": predicted},
-            title="Mutual information, nats",
-            note="Information of a target about its image within a batch, and the part that the student predicts. "
-            "Below 0 the student is worse than a constant prediction.",
-        ),
-        chart(
-            {"used": line("prototypes_used")},
-            title="Prototypes in use",
-            references={"K": prototypes} if prototypes else {},
-            from_zero=True,
-            note="Exponential of the entropy of the mean target. 1: all images get one prototype.",
-        ),
-        chart(
-            {"rank": line("feature_rank")},
-            title="Effective rank of the features",
-            from_zero=True,
-            note="(trace C)^2 / |C|^2 of a batch's covariance C; at most twice the batch size minus 1.",
-        ),
-        chart(
-            {"spread": line("feature_spread")},
-            title="Spread of the features",
-            references={"all different": 1.0},
-            from_zero=True,
-            note="0: all images have the same feature.",
-        ),
-        chart({"features": line("feature_norm"), "center": line("center_norm")}, title="Norms", from_zero=True),
-        chart({"gradient": line("grad_norm")}, title="Gradient norm before clipping", from_zero=True),
-        chart(
-            {"distance": line("teacher_distance")},
-            title="Distance of teacher and student weights",
-            from_zero=True,
-            note="Relative to the norm of the student's weights.",
-        ),
-    )
+    information = {"of the targets": _difference(line("marginal_entropy"), line("teacher_entropy"))}
+    if line("kl")[0]:
+        information["predicted by the student"] = _difference(line("marginal_entropy"), line("loss"))
+    references = {"prototypes_used": {"K": prototypes} if prototypes else {}, "feature_spread": {"all different": 1.0}}
+    figures = [chart(information, title="Mutual information, nats", note=INFORMATION_NOTE)]
+    for title, metrics, note in CHARTS:
+        lines = {name: line(metric) for name, metric in metrics.items()}
+        reference = references.get(next(iter(metrics.values())))
+        figures.append(chart(lines, title=title, references=reference, from_zero=True, note=note))
     log = [(_step(row), str(row.get("name", "")), str(row.get("message", ""))) for row in read_health_log(run_dir)]
-    return html.section("Health", "Metrics and findings that reveal a collapse.", figures, html.table(log))
+    return html.section("Health", "Metrics and findings that reveal a collapse.", charts(*figures), html.table(log))
 
 
 def read_health_log(run_dir: Path) -> list[dict[str, Any]]:

@@ -88,7 +88,13 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def write_neighbors(
-    extracted: ImageFeatures, dataset: ImageDataset, queries: Sequence[int], folder: Path, *, k: int = 6, size: int = 112
+    extracted: ImageFeatures,
+    dataset: ImageDataset,
+    queries: Sequence[int],
+    folder: Path,
+    *,
+    k: int = 6,
+    size: int = 112,
 ) -> Path:
     """Write the k nearest images of each query by cosine similarity, with thumbnails, and return neighbors.json.
 

@@ -1,0 +1,1 @@
+"""Figures of attention, features and tracked objects."""

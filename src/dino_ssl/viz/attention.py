@@ -5,7 +5,7 @@ Images are uint8 [H, W, 3] RGB; maps are float32 on the grid of patches. `render
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -129,7 +129,7 @@ def display_image(image: np.ndarray, resized: np.ndarray) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=interpolation)
 
 
-def _with_masks(heads: np.ndarray, mass: float) -> dict[str, np.ndarray]:
+def _with_masks(heads: np.ndarray, mass: float) -> dict[str, Any]:
     maps = np.concatenate([heads, heads.mean(axis=0, keepdims=True)])
     masks = top_mass_mask(maps.reshape(len(maps), -1), mass).reshape(maps.shape)
     return {"heads": heads, "masks": masks[:-1], "mean": maps[-1], "mask": masks[-1]}

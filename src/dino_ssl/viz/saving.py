@@ -1,6 +1,5 @@
-"""Atomic writes of images, matplotlib figures and GIF animations."""
+"""Atomic writes of images and matplotlib figures."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
 
 IMAGE_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
-GIF_SIDE, GIF_FRAMES = 480, 150
-"""Maximum width and height in pixels, and maximum number of frames."""
 
 
 def save_image(path: Path, image: np.ndarray, **options: Any) -> Path:
@@ -35,16 +32,3 @@ def check_figure_path(path: Path) -> None:
     """Raise UserError if matplotlib figures cannot be written with this suffix."""
     if path.suffix.lower() not in FIGURE_SUFFIXES:
         raise UserError(f"`out` must end in one of {', '.join(FIGURE_SUFFIXES)}; got {str(path)!r}.")
-
-
-def save_gif(path: Path, frames: Iterable[np.ndarray], count: int, fps: float) -> Path:
-    """Write about `count` uint8 [H, W, 3] frames as a GIF, reduced to GIF_SIDE pixels and GIF_FRAMES frames."""
-    step = max(1, -(-count // GIF_FRAMES))
-    small = []
-    for index, frame in enumerate(frames):
-        if index % step == 0:
-            image = Image.fromarray(frame)
-            image.thumbnail((GIF_SIDE, GIF_SIDE))
-            small.append(image.quantize(128))
-    options = dict(save_all=True, append_images=small[1:], duration=round(1000 * step / fps), loop=0)
-    return atomic_write(path, lambda part: small[0].save(part, format="GIF", **options))

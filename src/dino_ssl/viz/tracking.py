@@ -18,7 +18,6 @@ from dino_ssl.evals.label_propagation import input_size, resize_nearest
 from dino_ssl.evals.video_segmentation import VideoSegmentation, segment
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.progress import Progress
-from dino_ssl.viz.saving import save_gif
 from dino_ssl.viz.video import Video, write_video
 
 MAX_OBJECTS = 20
@@ -138,14 +137,12 @@ def frame_strip(frames: Iterable[np.ndarray], count: int, *, num_tiles: int = 6,
 
 
 def write_overlay(path: Path, video: Video, masks: Path, count: int, progress: Progress) -> Path:
-    """Write the video with the masks of a folder as `path`, .mp4 or .gif."""
+    """Write the video with the masks of a folder as MP4."""
 
     def frames() -> Iterator[np.ndarray]:
         for done, frame in enumerate(overlay_frames(video, masks), 1):
             yield frame
             progress(done, count)
 
-    if path.suffix == ".gif":
-        return save_gif(path, frames(), count, video.fps)
     write_video(path, frames(), video.fps)
     return path

@@ -113,9 +113,7 @@ def _open_writer(path: Path, shape: tuple[int, int], fps: float) -> cv2.VideoWri
         if writer.isOpened():
             return writer
         writer.release()
-    raise UserError(
-        f"OpenCV has no MP4 codec ({', '.join(CODECS)}): install opencv-python-headless from PyPI, or write a gif."
-    )
+    raise UserError(f"OpenCV has no MP4 codec ({', '.join(CODECS)}): install opencv-python-headless from PyPI.")
 
 
 def _file_frames(path: Path) -> Iterator[np.ndarray]:
