@@ -1,13 +1,12 @@
-"""What the monitor costs: a training step with it and without, side by side.
+"""Cost of the collapse monitor: a training step with and without it, measured in turns.
 
     python benchmarks/monitor.py [--networks vit_tiny narrow_vit small] [--turns 9] [--json monitor.json]
 
-With: what `dino train` does. Without: the same step with the loss alone, which needs no entropies, no shares of the
-prototypes and no norm of all gradients, and lines of metrics without vitals and without a `Monitor` that reads them.
-Both versions train in this process in turns of one line of metrics each (`log_every` steps and what the line itself
-takes), so that whatever else the machine does falls on both. The ratio is the median over the turns of neighbours'
-ratios; `parts` is what the added work takes when it is timed alone, which is steadier. On a CPU processor time is
-measured: of work, not of waiting for a core.
+With: what `dino train` does. Without: the same step with only the loss, which needs no entropies, no prototype usage
+and no norm of all gradients, and log lines without feature statistics and without a `Monitor`. Both train in this
+process in turns of one log line each (`log_every` steps and the line itself), so that other load on the machine affects
+both. The ratio is the median over the ratios of neighbouring turns; `parts` times the added work separately, which is
+less noisy. On a CPU, processor time is measured, which excludes waiting for a core.
 """
 
 import argparse
@@ -42,22 +41,22 @@ from dino_ssl.state import State, build_method, prepare_model
 from dino_ssl.training import batch_to_device, train_step
 
 NETWORKS = {"vits16": "vits16", "vit_tiny": "dino_ssl.presets.small:vit_tiny", "small": "small", "demo": "demo"}
-"""By name: the preset whose network, crops and K they are."""
+"""Presets whose network, crops and K are measured."""
 CLOCK = Clock(1, 100, 100)
 
 
 def bare_step(state: State, batch: Batch, run: Run, rt: Runtime) -> dict[str, Tensor]:
-    """`train_step` as it would be if nobody asked how the run does: the loss, and nothing else."""
-    method = state.method
+    """`train_step` with only the loss as metric."""
+    method, optim = state.method, run.optim
     assert isinstance(method, DINO)
     set_lr_and_weight_decay(
-        state.optimizer, lr=run.optim.lr_schedule()(CLOCK), weight_decay=run.optim.weight_decay_schedule()(CLOCK)
+        state.optimizer, lr=optim.lr_schedule()(CLOCK), weight_decay=optim.weight_decay_schedule()(CLOCK)
     )
     with rt.autocast():
         out = bare_forward(method, batch)
     state.scaler.scale(out.loss).backward()
     state.scaler.unscale_(state.optimizer)
-    clip_grad_norm_per_tensor_(method.trainable.parameters(), run.optim.clip_grad)
+    clip_grad_norm_per_tensor_(method.trainable.parameters(), optim.clip_grad)
     method.before_step(CLOCK)
     state.scaler.step(state.optimizer)
     state.scaler.update()
@@ -67,7 +66,7 @@ def bare_step(state: State, batch: Batch, run: Run, rt: Runtime) -> dict[str, Te
 
 
 def bare_forward(method: DINO, batch: Batch) -> Outputs:
-    """`DINO.forward` with the loss alone."""
+    """`DINO.forward` with only the loss as metric."""
     with torch.no_grad():
         teacher = method.teacher(batch.views[:1])
         carry = Carry(teacher.float().sum((0, 1)), torch.full((), teacher.shape[0] * teacher.shape[1]))
@@ -78,7 +77,7 @@ def bare_forward(method: DINO, batch: Batch) -> Outputs:
 
 @dataclass
 class Version:
-    """One way to train: a turn is the steps of a line of metrics, and the line."""
+    """A training step with or without the monitor; a turn is the steps of a log line, and the line."""
 
     turn: Callable[[], None]
     method: DINO
@@ -92,55 +91,55 @@ def versions(run: Run, rt: Runtime) -> dict[str, Version]:
     return {name: _version(run, rt, Batch(tuple(noise)), name == "with") for name in ("with", "without")}
 
 
-def _version(run: Run, rt: Runtime, batch: Batch, watched: bool) -> Version:
+def _version(run: Run, rt: Runtime, batch: Batch, monitored: bool) -> Version:
     method = build_method(run)
     assert isinstance(method, DINO)
     model = prepare_model(method, rt)
     state = State(method, run.optim.build(method.trainable), rt.scaler())
     monitor = Monitor(run.method.num_prototypes, run, CLOCK.steps_per_epoch)
     stats = FeatureStats(method.backbone)
-    meter = Meter(run.schedules(), 1, (lambda: stats.measure() | method.diagnostics()) if watched else None)
+    meter = Meter(run.schedules(), 1, (lambda: stats.measure() | method.diagnostics()) if monitored else None)
     line = 0
 
     def turn() -> None:
         nonlocal line
         line += 1
         for item in meter.timed(iter([batch] * run.log_every)):
-            if watched:
+            if monitored:
                 stats.next_step()
-                done = train_step(state, model, item, CLOCK, run, rt)
+                metrics = train_step(state, model, item, CLOCK, run, rt)
             else:
-                done = bare_step(state, batch_to_device(item, rt), run, rt)
-            meter.add(done, run.optim.batch_size)
-        metrics = meter.close(CLOCK)
-        if watched:
-            monitor.see({"step": line * run.log_every, **metrics})
+                metrics = bare_step(state, batch_to_device(item, rt), run, rt)
+            meter.add(metrics, run.optim.batch_size)
+        line_metrics = meter.close(CLOCK)
+        if monitored:
+            monitor.update({"step": line * run.log_every, **line_metrics})
 
     return Version(turn, method)
 
 
 def parts(run: Run, rt: Runtime, repeats: int = 20) -> dict[str, float]:
-    """Seconds that each piece of the monitor's work takes by itself: the first two at a step, the others at a line."""
+    """Return the seconds of each part of the added work: the first two per step, the others per log line."""
     method = build_method(run).to(rt.device)
     assert isinstance(method, DINO)
     batch, K = run.optim.batch_size, method.config.out_dim
     targets = torch.softmax(torch.randn(2, batch, K, device=rt.device), -1)
     features = torch.randn(2 * batch, method.backbone.embed_dim, device=rt.device)
     norms = torch.rand(300, device=rt.device)
-    vitals, monitor = FeatureStats(method.backbone), Monitor(K, run, CLOCK.steps_per_epoch)
-    shares, row = targets.mean((0, 1)), dict.fromkeys(("loss", "teacher_entropy", "kl", "marginal_entropy"), 1.0)
+    stats, monitor = FeatureStats(method.backbone), Monitor(K, run, CLOCK.steps_per_epoch)
+    usage, row = targets.mean((0, 1)), dict.fromkeys(("loss", "teacher_entropy", "kl", "marginal_entropy"), 1.0)
 
     def measure() -> None:
-        vitals._latest.features = features
-        vitals.measure()
+        stats._latest.features = features
+        stats.measure()
 
     jobs: dict[str, Callable[[], object]] = {
-        "entropies and shares": lambda: (h(targets).mean(), h(targets.mean((0, 1))), shares.add_(shares)),
-        "norm of the gradients": norms.norm,
-        "vitals": measure,
-        "findings": lambda: monitor.see({"step": 500, **row}),
+        "entropies and prototype usage": lambda: (h(targets).mean(), h(targets.mean((0, 1))), usage.add_(usage)),
+        "gradient norm": norms.norm,
+        "feature statistics": measure,
+        "findings": lambda: monitor.update({"step": 500, **row}),
     }
-    found = {}
+    seconds = {}
     for name, job in jobs.items():
         job()
         times = []
@@ -148,27 +147,27 @@ def parts(run: Run, rt: Runtime, repeats: int = 20) -> dict[str, float]:
             began = _now(rt)
             job()
             times.append(_now(rt) - began)
-        found[name] = statistics.median(times)
-    return found
+        seconds[name] = statistics.median(times)
+    return seconds
 
 
 def compare(run: Run, rt: Runtime, turns: int) -> dict[str, Any]:
-    """Seconds a step with and without, their ratio, and what the parts come to as a share of a step."""
-    ways, taken = versions(run, rt), {"with": [], "without": []}
-    for way in ways.values():
-        way.turn()
+    """Return seconds per step with and without, their ratio, and the sum of the parts as a fraction of a step."""
+    by_name, seconds = versions(run, rt), {"with": [], "without": []}
+    for version in by_name.values():
+        version.turn()
     for number in range(turns):
         for name in ("with", "without") if number % 2 else ("without", "with"):
             began = _now(rt)
-            ways[name].turn()
-            taken[name].append((_now(rt) - began) / run.log_every)
+            by_name[name].turn()
+            seconds[name].append((_now(rt) - began) / run.log_every)
     pieces = parts(run, rt)
     names = list(pieces)
     added = sum(pieces[name] for name in names[:2]) + sum(pieces[name] for name in names[2:]) / run.log_every
-    without = statistics.median(taken["without"])
-    ratios = [a / b for a, b in zip(taken["with"], taken["without"], strict=True)]
+    without = statistics.median(seconds["without"])
+    ratios = [a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
     return {
-        "with": statistics.median(taken["with"]),
+        "with": statistics.median(seconds["with"]),
         "without": without,
         "ratio": statistics.median(ratios),
         "lowest": min(ratios),
@@ -179,7 +178,7 @@ def compare(run: Run, rt: Runtime, turns: int) -> dict[str, Any]:
 
 
 def _now(rt: Runtime) -> float:
-    """Seconds: of the processor's work on a CPU, on the wall once the device is done elsewhere."""
+    """Return processor time on a CPU, wall time after synchronization on other devices; in seconds."""
     if rt.device.type == "cpu":
         return time.process_time()
     synchronize(rt.device)
@@ -189,31 +188,36 @@ def _now(rt: Runtime) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["vit_tiny", "small", "demo"])
-    parser.add_argument("--batch", type=int, default=16, help="pictures a step")
-    parser.add_argument("--turns", type=int, default=9, help="lines of metrics of each version, after one to warm up")
-    parser.add_argument("--log-every", type=int, default=10, help="steps a line")
+    parser.add_argument("--batch", type=int, default=16, help="images per step")
+    parser.add_argument("--turns", type=int, default=9, help="measured log lines of each version")
+    parser.add_argument("--log-every", type=int, default=10, help="steps per log line")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    here, console = machine(), Console()
-    rt = Runtime(here.device, here.precision)
-    clock = "processor time" if here.device.type == "cpu" else "time"
-    table = Table("network", "K", "ms a step without", "with", "ratio (lowest .. highest)", "parts, of a step",
-                  title=f"{here.name}, {here.cores} cores, {clock}, batch {options.batch}")  # fmt: skip
+    device, console = machine(), Console()
+    rt = Runtime(device.device, device.precision)
+    clock = "processor time" if device.device.type == "cpu" else "time"
+    table = Table("network", "K", "ms per step without", "with", "ratio (lowest .. highest)", "parts, of a step",
+                  title=f"{device.name}, {device.cores} cores, {clock}, batch {options.batch}")  # fmt: skip
     rows = []
     for network in options.networks:
         run = edit(resolve(NETWORKS[network]), optim=dict(batch_size=options.batch), precision=rt.precision)
         run = edit(run, log_every=options.log_every)
         assert isinstance(run.method, DINOConfig)
-        found = compare(run, rt, options.turns)
-        rows.append({"network": network, "prototypes": run.method.out_dim, **found})
-        shown = f"{found['ratio']:.3f} ({found['lowest']:.3f} .. {found['highest']:.3f})"
-        times = [f"{1e3 * found[name]:.1f}" for name in ("without", "with")]
-        table.add_row(network, str(run.method.out_dim), *times, shown, f"{found['share']:.2%}")
+        measured = compare(run, rt, options.turns)
+        rows.append({"network": network, "prototypes": run.method.out_dim, **measured})
+        ratio = f"{measured['ratio']:.3f} ({measured['lowest']:.3f} .. {measured['highest']:.3f})"
+        times = [f"{1e3 * measured[name]:.1f}" for name in ("without", "with")]
+        table.add_row(network, str(run.method.out_dim), *times, ratio, f"{measured['share']:.2%}")
     console.print(table)
     if options.json:
         versions_ = {"python": platform.python_version(), "torch": str(torch.__version__)}
-        told = {"machine": f"{here.name}, {here.cores} cores", "clock": clock, "batch": options.batch, "rows": rows}
-        options.json.write_text(json.dumps(told | {"versions": versions_}, indent=1) + "\n")
+        content = {
+            "machine": f"{device.name}, {device.cores} cores",
+            "clock": clock,
+            "batch": options.batch,
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(content | {"versions": versions_}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
