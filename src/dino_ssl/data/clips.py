@@ -43,12 +43,15 @@ class SyntheticClip(Clip):
         self.frame_names = [f"{i:05d}" for i in range(frames)]
 
     def frames(self) -> Iterator[np.ndarray]:
+        """Yield the frames, uint8 RGB [H, W, 3]."""
         yield from self.scenes.video(self.index, len(self)).frames
 
     def masks(self) -> Iterator[np.ndarray]:
+        """Yield the mask of each frame, uint8 [H, W]."""
         yield from self.scenes.video(self.index, len(self)).masks
 
     @property
     def fingerprint(self) -> str:
+        """16 hex digits over the settings."""
         settings = json.dumps([asdict(self.scenes), self.index, len(self)], sort_keys=True)
         return hashlib.sha256(settings.encode()).hexdigest()[:16]

@@ -243,11 +243,7 @@ class _Subset(ImageDataset):
 class _InMemory(ImageDataset):
     def __init__(self, source: ImageDataset, threads: int, progress: Progress | None) -> None:
         super().__init__(
-            names=source.names,
-            sizes=source.sizes,
-            labels=source.labels,
-            classes=source.classes,
-            skipped=source.skipped,
+            names=source.names, sizes=source.sizes, labels=source.labels, classes=source.classes, skipped=source.skipped
         )
         self._content_key = source.content_key
         self.starts = np.concatenate([[0], 3 * self.sizes.prod(axis=1).cumsum()])

@@ -95,15 +95,18 @@ class FolderDataset(ImageDataset):
         self._unprintable = {i: f for i, f in enumerate(files) if os.path.join(root, names[i]) != f}
 
     def encoded(self, index: int) -> bytes:
+        """Return the content of the file of image `index`."""
         try:
             return Path(self._file(index)).read_bytes()
         except OSError as error:
             raise BadImage(self.names[index], error.strerror or str(error)) from error
 
     def read(self, index: int) -> np.ndarray:
+        """Return image `index`, uint8 RGB [height, width, 3]."""
         return decode(self._file(index))
 
     def read_downscaled(self, index: int, times: Reduction) -> np.ndarray:
+        """Return image `index`; a JPEG is downscaled by this factor while it is decoded."""
         return decode(self._file(index), reduce=times)
 
     @property
@@ -158,7 +161,7 @@ def labels_of(names: Sequence[str], level: int, classes: Sequence[str]) -> np.nd
 
 
 def printable(file: str, root: Path) -> str:
-    """Return the path below root with `/`; bytes that are not UTF-8 become \\xNN, so that every output can hold it."""
+    r"""Return the path below root with `/`; bytes that are not UTF-8 become \xNN, so that every output can hold it."""
     relative = os.path.relpath(file, root).replace(os.sep, "/")
     return os.fsencode(relative).decode("utf-8", "backslashreplace")
 

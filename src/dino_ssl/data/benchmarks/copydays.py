@@ -90,8 +90,8 @@ def make_copies(dataset: ImageDataset, originals: int, seed: int = 0) -> Copies:
     order = np.random.default_rng([seed, len(dataset)]).permutation(len(dataset))
     count = min(originals, len(dataset) // 2)
     pages = min(count, max(1, (len(dataset) - count) // 10))
-    parts = np.split(order, [count, count + pages])
-    return distort(*(dataset.subset(part) for part in parts), seed)
+    chosen, into, others = (dataset.subset(part) for part in np.split(order, [count, count + pages]))
+    return distort(chosen, into, others, seed)
 
 
 def distort(originals: ImageDataset, pages: ImageDataset, others: ImageDataset | None, seed: int = 0) -> Copies:
@@ -122,6 +122,7 @@ class DistortedCopies(ImageDataset):
 
     @property
     def fingerprint(self) -> str:
+        """16 hex digits over the images and the seed."""
         return self._digest(super().fingerprint, self.originals.fingerprint, self.pages.fingerprint)
 
     def _digest(self, *parts: object) -> str:
@@ -136,6 +137,7 @@ class DistortedCopies(ImageDataset):
         return width, height
 
     def read(self, index: int) -> np.ndarray:
+        """Return copy `index`, uint8 RGB [height, width, 3]."""
         original, kind = self.items[index]
         if self._last[0] != original:
             rng = np.random.default_rng([self.seed, original])

@@ -30,13 +30,16 @@ class DavisClip(Clip):
         self.frame_names = [file.stem for file in files]
 
     def frames(self) -> Iterator[np.ndarray]:
+        """Yield the frames, uint8 RGB [H, W, 3]. Raises BadImage if one cannot be read."""
         yield from map(decode, self.files)
 
     def masks(self) -> Iterator[np.ndarray]:
+        """Yield the mask of each frame, uint8 [H, W]."""
         yield from map(read_mask, self.annotations)
 
     @property
     def fingerprint(self) -> str:
+        """16 hex digits over the names and the first mask."""
         digest = hashlib.sha256("\0".join([self.name, *self.frame_names]).encode())
         digest.update(self.annotations[0].read_bytes())
         return digest.hexdigest()[:16]

@@ -50,9 +50,11 @@ class VOC(ImageDataset):
 
     def __init__(self, folder: Path, names: Sequence[str], sizes: Sequence[tuple[int, int]], kind: Kind) -> None:
         super().__init__(names=names, sizes=sizes)
-        self.folder, self.kind = folder, kind
+        self.folder = folder
+        self.kind: Kind = kind
 
     def read(self, index: int) -> np.ndarray:
+        """Return image `index`, uint8 RGB [height, width, 3]."""
         return decode(self.folder / "JPEGImages" / f"{self.names[index]}.jpg")
 
     def mask(self, index: int) -> np.ndarray:

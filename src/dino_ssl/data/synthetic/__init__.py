@@ -1,0 +1,1 @@
+"""Images, masks and videos that the package renders itself."""

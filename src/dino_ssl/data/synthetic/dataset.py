@@ -39,6 +39,7 @@ class SyntheticDataset(ImageDataset):
         return hashlib.sha256(self.fingerprint.encode() + first).hexdigest()[:16]
 
     def read(self, index: int) -> np.ndarray:
+        """Return image `index`, uint8 RGB [s, s, 3]."""
         return self.scenes.read(index)
 
     def mask(self, index: int) -> np.ndarray:

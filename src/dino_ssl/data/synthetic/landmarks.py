@@ -26,13 +26,16 @@ class SyntheticInstances(ImageDataset):
 
     @property
     def content_key(self) -> str:
+        """Key over the scenes and the items."""
         return hashlib.sha256(f"{self.scenes.open().content_key} {self.items}".encode()).hexdigest()[:16]
 
     @property
     def fingerprint(self) -> str:
+        """16 hex digits over names, sizes and the scenes."""
         return hashlib.sha256((super().fingerprint + self.scenes.open().fingerprint).encode()).hexdigest()[:16]
 
     def read(self, index: int) -> Image:
+        """Return image `index`, uint8 RGB [s, s, 3]."""
         return self.scenes.draw(*self.items[index])[0]
 
 

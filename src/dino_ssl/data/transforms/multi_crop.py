@@ -15,20 +15,11 @@ import cv2
 import numpy as np
 
 from dino_ssl.data.dataset import Reduction
+from dino_ssl.data.transforms import pixel_ops as ops
 from dino_ssl.data.transforms.base import RandomSource, check_interval, crop_box, jpeg_scale, uniform
-from dino_ssl.data.transforms.pixel_ops import (
-    adjust_brightness,
-    adjust_contrast,
-    adjust_hue,
-    adjust_saturation,
-    blur,
-    gray,
-    resize,
-    solarize,
-)
 from dino_ssl.errors import UserError, check_range
 
-JITTER_OPS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+JITTER_OPS = (ops.adjust_brightness, ops.adjust_contrast, ops.adjust_saturation, ops.adjust_hue)
 JITTER_ORDERS = tuple(permutations(range(len(JITTER_OPS))))
 
 
@@ -158,17 +149,17 @@ class MultiCrop:
 
     def _view(self, image: np.ndarray, params: ViewParams, size: int) -> np.ndarray:
         view = image[params.top : params.top + params.height, params.left : params.left + params.width]
-        view = resize(view, size, size)
+        view = ops.resize(view, size, size)
         if params.flip:
             view = cv2.flip(view, 1)
         for op in params.order:
             view = JITTER_OPS[op](view, params.factors[op])
         if params.gray:
-            view = gray(view)
+            view = ops.gray(view)
         if params.sigma:
-            view = blur(view, params.sigma)
+            view = ops.blur(view, params.sigma)
         if params.solarize:
-            view = solarize(view, self.solarize_threshold)
+            view = ops.solarize(view, self.solarize_threshold)
         return view
 
 

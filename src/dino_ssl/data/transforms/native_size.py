@@ -21,19 +21,18 @@ class CroppedImages(ImageDataset):
     def __init__(self, source: ImageDataset, boxes: np.ndarray) -> None:
         limits = np.concatenate([source.sizes, source.sizes], axis=1)
         self.boxes = np.clip(np.rint(boxes), 0, limits).astype(np.int64)
+        sizes = self.boxes[:, 2:] - self.boxes[:, :2]
         super().__init__(
-            names=source.names,
-            sizes=self.boxes[:, 2:] - self.boxes[:, :2],
-            labels=source.labels,
-            classes=source.classes,
-            skipped=source.skipped,
+            names=source.names, sizes=sizes, labels=source.labels, classes=source.classes, skipped=source.skipped
         )
         self.source = source
 
     @property
     def content_key(self) -> str | None:
+        """Key over the source and the boxes."""
         return derived_key(self.source.content_key, self.boxes.tobytes())
 
     def read(self, index: int) -> np.ndarray:
+        """Return the crop of image `index`."""
         left, top, right, bottom = self.boxes[index]
         return np.ascontiguousarray(self.source.read(index)[top:bottom, left:right])
