@@ -27,7 +27,8 @@ InputSize = Annotated[
 ShortSide = Annotated[
     int | None,
     tyro.conf.arg(
-        help="Short side in pixels of the network input. Default: 480, or twice the training size if that is smaller."
+        help="Short side in pixels of the network input; larger is finer. Default: 480, or twice the training size if "
+        "that is below 224."
     ),
 ]
 BatchSize = Annotated[int, tyro.conf.arg(help="Images per forward pass.")]
@@ -35,6 +36,10 @@ Workers = Annotated[int, tyro.conf.arg(help="Worker processes that decode images
 Json = Annotated[
     tyro.conf.FlagCreatePairsOff[bool],
     tyro.conf.arg(help="Print one JSON object on standard output, and messages on standard error."),
+]
+Trust = Annotated[
+    tyro.conf.FlagCreatePairsOff[bool],
+    tyro.conf.arg(help="Import types from outside the package that the run names, which runs their code."),
 ]
 
 NUM_SCENES = 12

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dino_ssl.cli.images import Json
+from dino_ssl.cli.images import Json, Trust
 from dino_ssl.cli.options import parse
 from dino_ssl.config import to_dict
 from dino_ssl.terminal import Terminal, command_output
@@ -26,6 +26,7 @@ class ShowOptions:
 
     preset: tyro.conf.Positional[str]
     """Name of a preset (`dino presets`), MODULE:FUNCTION, or a run folder."""
+    trust: Trust = False
     json: Json = False
 
 
@@ -41,6 +42,7 @@ class ReportOptions:
     """Also write a table as Markdown with a figure of its curves to this folder, as in docs/ablations/."""
     tables: str = "runs/ablate"
     """Folder of all tables: --out of `dino ablate`."""
+    trust: Trust = False
     json: Json = False
 
 
@@ -67,7 +69,7 @@ def show(argv: Sequence[str]) -> int:
         from dino_ssl.run import read_run
 
         folder = Path(options.preset)
-        run = read_run(folder) if folder.is_dir() else resolve(options.preset)
+        run = read_run(folder, trust=options.trust) if folder.is_dir() else resolve(options.preset)
         settings: dict[str, Any] = to_dict(run)
         rows = [
             (name, str(value)) if isinstance(settings.get(name), dict) else typed(name, value)
@@ -89,7 +91,7 @@ def report(argv: Sequence[str]) -> int:
         if (folder / "run.json").is_file() or (is_path and not (folder / "study.json").is_file()):
             from dino_ssl.report.run_report import write_report
 
-            path = write_report(folder)
+            path = write_report(folder, trust=options.trust)
             terminal.print(f"Report     {path}")
             write_result({"report": str(path)})
         else:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from dino_ssl.cli.images import Checkpoint, Json
+from dino_ssl.cli.images import Checkpoint, Json, ShortSide
 from dino_ssl.cli.options import parse
 from dino_ssl.errors import UserError
 from dino_ssl.terminal import command_output
@@ -37,9 +37,7 @@ class TrackOptions:
     """PNG of the objects in the first frame, with its size or proportions."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "track"
     """Output folder."""
-    size: int | None = None
-    """Short side in pixels of the network input; larger is finer. Default: 480, or twice the training size if that is
-    below 224."""
+    size: ShortSide = None
     context: int = 7
     """Number of previous frames that labels are taken from, in addition to the first."""
     radius: int = 12

@@ -26,7 +26,7 @@ def evals_section(evaluations: Mapping[str, Rows]) -> str:
         curves = {key: line(rows, key) for key in metrics[:MAX_CURVES]} if len(rows) > 1 else {}
         head = ["", *(f"epoch {row.get('epoch', 0):.4g}" for row in ends)]
         table = html.table([head, *([key, *(_number(row.get(key)) for row in ends)] for key in metrics)], first="name")
-        parts += [f"<h3>{escape(name)}</h3>", charts(chart(curves, title=name, from_zero=True)), table]
+        parts += [f"<h3>{escape(name)}</h3>", charts(chart(curves, title="Over epochs", from_zero=True)), table]
     return html.section("Evaluations", "Run during training. In percent unless the name states a unit.", *parts)
 
 

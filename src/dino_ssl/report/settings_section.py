@@ -19,7 +19,7 @@ MAX_TEXT = 120
 def plan_section(run_dir: Path) -> str:
     """Return the settings that the plan chose, with its reasons."""
     reasons = read_json(run_dir / "plan.json") or []
-    rows = [[str(reason.get(key, "")) for key in ("name", "value", "why")] for reason in reasons]
+    rows = [[str(reason.get(key, "")) for key in ("name", "value", "reason")] for reason in reasons]
     return html.section("Plan", "Settings chosen for this dataset and machine, with reasons.", html.table(rows))
 
 
