@@ -80,7 +80,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trainable(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     """A run of two epochs, and what the command printed."""
     folder = tmp_path_factory.mktemp("trained")
     ran = spawn("train", photos, *TINY, "--optim.epochs", "2", "--out", "run", "--json", cwd=folder)
