@@ -1,7 +1,10 @@
 """Accuracy of a trained classifier on center crops, for fine-tuning and supervised training."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
@@ -12,37 +15,43 @@ from dino_ssl.models.heads import Network
 
 
 def classifier_accuracy(classifier: Network, dataset: ImageDataset, size: int, context: EvalContext) -> Scores:
-    """Return {"top-1": percent, "top-5": percent} over the readable images with a label, the same on every rank.
+    """Return {"top-1": percent, "top-5": percent} of a network with one logit per class, the same on every rank."""
 
-    Args:
-        classifier: Network whose outputs are the logits of the dataset's classes.
-        dataset: Labelled images; rank r evaluates images r, r + world size, ...
-        size: Side of the center crop in pixels.
-        context: Device and batch size.
+    def hits(images: Tensor, labels: Tensor) -> Tensor:
+        with context.autocast():
+            (logits,) = classifier([normalize(images.to(context.device, non_blocking=True))[None]])
+        correct = logits.float().topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        return torch.stack([correct[:, :1].sum(0), correct.any(1, keepdim=True).sum(0)])
+
+    with evaluating(classifier), torch.random.fork_rng(devices=[]):  # data loaders draw a seed
+        (top1,), (top5,) = accuracies(hits, 1, dataset, size, context, "accuracy")
+    return Scores({"top-1": top1, "top-5": top5})
+
+
+def accuracies(
+    hits: Callable[[Tensor, Tensor], Tensor],
+    classifiers: int,
+    dataset: ImageDataset,
+    size: int,
+    context: EvalContext,
+    label: str,
+) -> list[list[float]]:
+    """Return [top-1, top-5] of each classifier in percent, on center crops of the readable images with a label.
+
+    hits: uint8 images [B, 3, size, size], labels [B] on the device -> int64 [2, classifiers], correct top-1 and top-5.
     """
     assert dataset.labels is not None
-    labels, device = torch.as_tensor(dataset.labels), context.device
+    labels, done, total = torch.as_tensor(dataset.labels), 0, torch.zeros(1, dtype=torch.int64, device=context.device)
     shard = np.flatnonzero(dataset.labels >= 0)[distributed.rank() :: distributed.world_size()]
-    counts = torch.zeros(3, dtype=torch.int64, device=device)  # top-1 hits, top-5 hits, images
-    done = 0
-    with (
-        evaluating(classifier),
-        torch.random.fork_rng(devices=[]),  # data loaders draw a seed
-        context.progress("accuracy") as progress,
-    ):
+    correct = torch.zeros(2, classifiers, dtype=torch.int64, device=context.device)
+    with context.progress(label) as progress:
         for rows, images in eval_batches(dataset, size, context.batch_size, context.workers, shard):
             if len(rows):
-                with context.autocast():
-                    (logits,) = classifier([normalize(images.to(device, non_blocking=True))[None]])
-                guesses = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
-                correct = guesses == labels[rows].to(device)[:, None]
-                counts += torch.stack(
-                    [correct[:, 0].sum(), correct.any(1).sum(), torch.tensor(len(rows), device=device)]
-                )
+                correct += hits(images, labels[rows].to(context.device))
             done += len(rows)
             progress(done, len(shard))
-    top1, top5, total = distributed.all_reduce_sum(counts).tolist()
-    return Scores({"top-1": 100 * top1 / max(1, total), "top-5": 100 * top5 / max(1, total)})
+    correct = distributed.all_reduce_sum(correct).double()
+    return (100 * correct / distributed.all_reduce_sum(total + done).clamp(min=1)).tolist()
 
 
 def majority_class_accuracy(train: ImageDataset, val: ImageDataset) -> Scores:

@@ -56,16 +56,10 @@ def patch_attention(
     layer: int = -1,
     autocast: Autocast = nullcontext,
 ) -> np.ndarray:
-    """Return the attention of each query to all patches: [queries, heads, h, w] float32.
+    """Return the attention of each query to all patches of an image: uint8 RGB -> [queries, heads, h, w] float32.
 
-    Attention to the class token and the registers is omitted, so the values sum to less than 1.
-
-    Args:
-        backbone: Vision Transformer.
-        image: uint8 [h patch, w patch, 3] RGB.
-        queries: None for [CLS], or the index of a patch, row by row.
-        layer: 0 is the first block, -1 the last.
-        autocast: Context of the forward pass.
+    A query is None for [CLS], or the index of a patch, row by row. layer: 0 is the first block, -1 the last. Attention
+    to the class token and the registers is omitted, so the values sum to less than 1.
     """
     backbone = require_attention(backbone)
     blocks = backbone.num_blocks

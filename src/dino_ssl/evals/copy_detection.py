@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from dino_ssl.data.benchmarks.copydays import BLOCKS, Copies, distort, find_copies, make_copies
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.sources import WORDS, DatasetSource, described, open_dataset
+from dino_ssl.data.sources import WORDS, DatasetSource, described, folder_path, open_dataset
 from dino_ssl.data.synthetic.dataset import SyntheticDataset
 from dino_ssl.data.synthetic.scenes import PARTS, Scenes
 from dino_ssl.errors import UserError, check_range
@@ -64,14 +63,9 @@ def fit_whitening(
 ) -> Whitening:
     """Return the PCA whitening of x: eigenvectors of the covariance, divided by eigenvalue^power.
 
-    The authors' code subtracts the mean but decorrelates about zero, which whitens neither; here both use the mean.
-
-    Args:
-        x: Descriptors.
-        dimensions: Number of components; None: as many as N descriptors determine.
-        power: Exponent of the eigenvalues.
-        floor: Eigenvalues are at least this fraction of the largest.
-        center: Use the covariance; False: second moments about zero.
+    Keeps `dimensions` components, at most as many as N descriptors determine. Eigenvalues are at least `floor` times
+    the largest. center=False uses second moments about zero. (The authors' code subtracts the mean but decorrelates about
+    zero, which whitens neither.)
     """
     if len(x) < 2:
         raise UserError(f"A whitening needs at least 2 images; got {len(x)}.")
@@ -94,13 +88,9 @@ def whiten(x: Tensor, whitening: Whitening) -> Tensor:
 
 
 def copy_scores(ranks: Sequence[int], blocks: Sequence[tuple[str, str]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return mAP by block and mAP by strength, from 0 to 1.
+    """Return mAP by block and by strength, from 0 to 1, for each copy's rank of its original and (block, strength).
 
     A copy has one original, so its AP is 1 at rank 0 and 1 / (2 (r + 1)) at rank r.
-
-    Args:
-        ranks: Rank of each copy's original.
-        blocks: (block, strength) of each copy.
     """
     by_block, by_strength = defaultdict(list), defaultdict(list)
     for rank, (block, strength) in zip(ranks, blocks, strict=True):
@@ -112,23 +102,6 @@ def copy_scores(ranks: Sequence[int], blocks: Sequence[tuple[str, str]]) -> tupl
         {block: sequential_mean(by_block[block]) for block in order},
         {strength: sequential_mean(by_strength[strength]) for strength in sorted(by_strength)},
     )
-
-
-class CopyData(NamedTuple):
-    """Datasets of a copy detection benchmark."""
-
-    copies: Copies
-    database: list[ImageDataset]
-    """The originals, then the distractors."""
-    whitening: ImageDataset | None
-
-    def described(self) -> dict[str, dict[str, int | str]]:
-        """Return the JSON description of every dataset."""
-        names = ("originals", *(f"distractors{n}" for n in ["", *range(2, len(self.database))]))
-        datasets = {"copies": self.copies.copies} | dict(zip(names, self.database, strict=False))
-        if self.whitening is not None:
-            datasets["whitening"] = self.whitening
-        return {name: described(dataset) for name, dataset in datasets.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,36 +145,33 @@ class CopyDetection(Evaluation):
 
     def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
         """Open the datasets, and edit images if the folder is not a benchmark."""
-        with context.progress("reading the datasets") as progress:
-            data = self.open(sources, progress)
-
-        def pixel_reference() -> Scores:
-            copies, *database = (raw_pixels(part, context) for part in (data.copies.copies, *data.database))
-            return _score(data, copies, database, None, context)
-
-        return PreparedEval(
-            name=self.name,
-            data=data.described(),
-            score=lambda backbone: self._score(backbone, data, context),
-            pixel_reference=pixel_reference,
-        )
-
-    def open(self, sources: Sequence[DatasetSource], progress: Progress) -> CopyData:
-        """Open the datasets of the sources."""
         optional: list[DatasetSource | None] = [None if str(source) == "none" else source for source in sources]
         images, distractors, extra = [*optional, None, None][:3]
-        folders = [
-            Path(s).expanduser().resolve() for s in optional if isinstance(s, str | Path) and str(s) not in WORDS
-        ]
+        folders = [path.resolve() for source in optional if source is not None and (path := folder_path(source))]
         if len(set(folders)) < len(folders):
             raise UserError("Images, distractors and whitening images must differ; a folder is given twice.")
         if images is None:
             raise UserError("Copy detection needs images: Copydays, any folder, or `scenes`.")
-        copies, whitening = self._open_copies(images, progress)
-        more = None if distractors is None else open_dataset(distractors, progress, part="val")
-        whitening = whitening if extra is None else open_dataset(extra, progress)
-        database = [part for part in (copies.originals, copies.others, more) if part is not None]
-        return CopyData(copies, database, whitening if self.whiten else None)
+        with context.progress("reading the datasets") as progress:
+            copies, whitening = self._open_copies(images, progress)
+            more = None if distractors is None else open_dataset(distractors, progress, part="val")
+            whitening = whitening if extra is None else open_dataset(extra, progress)
+        database = [copies.originals, *(part for part in (copies.others, more) if part is not None)]
+        datasets = {"copies": copies.copies}
+        datasets |= zip(("originals", "distractors", "distractors2"), database, strict=False)
+        if whitening is not None and self.whiten:
+            datasets["whitening"] = whitening
+
+        def pixel_reference() -> Scores:
+            features = [raw_pixels(dataset, context) for dataset in (copies.copies, *database)]
+            return _score(copies, database, features, context)
+
+        return PreparedEval(
+            name=self.name,
+            data={name: described(dataset) for name, dataset in datasets.items()},
+            score=lambda backbone: self._score(backbone, copies, database, datasets.get("whitening"), context),
+            pixel_reference=pixel_reference,
+        )
 
     def _open_copies(self, source: DatasetSource, progress: Progress) -> tuple[Copies, ImageDataset | None]:
         """Return the copies, and whitening images if they are synthetic."""
@@ -214,21 +184,26 @@ class CopyDetection(Evaluation):
         dataset = open_dataset(source, progress)
         return find_copies(dataset) or make_copies(dataset, self.originals, self.seed), None
 
-    def _score(self, backbone: Backbone, data: CopyData, context: EvalContext) -> Scores:
-        side = self.size or context.size
+    def _score(
+        self,
+        backbone: Backbone,
+        copies: Copies,
+        database: Sequence[ImageDataset],
+        whitening: ImageDataset | None,
+        context: EvalContext,
+    ) -> Scores:
+        side, key = self.size or context.size, f"cls and gem {self.gem}"
         describe = partial(copy_descriptor, backbone, p=self.gem)
         with evaluating(backbone):  # some ConvNets have another width in their patches
             width = describe(torch.zeros(1, 3, side, side, device=context.device)).shape[1]
 
-        def features(dataset: ImageDataset) -> ImageFeatures:
-            shapes, key = np.full((len(dataset), 2), side), f"cls and gem {self.gem}"
+        def descriptors(dataset: ImageDataset) -> ImageFeatures:
+            shapes = np.full((len(dataset), 2), side)
             return extract_resized(backbone, dataset, shapes, describe, width=width, key=key, context=context)
 
-        whitening = None
-        if data.whitening is not None:
-            whitening = fit_whitening(features(data.whitening).features, self.dimensions)
-        copies, database = features(data.copies.copies), [features(part) for part in data.database]
-        return _score(data, copies, database, whitening, context)
+        fit = None if whitening is None else fit_whitening(descriptors(whitening).features, self.dimensions)
+        features = [descriptors(dataset) for dataset in (copies.copies, *database)]
+        return _score(copies, database, features, context, fit)
 
 
 def synthetic_copies(scenes: Scenes, seed: int = 0) -> tuple[Copies, ImageDataset]:
@@ -242,29 +217,29 @@ def synthetic_copies(scenes: Scenes, seed: int = 0) -> tuple[Copies, ImageDatase
 
 
 def _score(
-    data: CopyData,
-    copies: ImageFeatures,
-    database: Sequence[ImageFeatures],
-    whitening: Whitening | None,
+    copies: Copies,
+    database: Sequence[ImageDataset],
+    features: Sequence[ImageFeatures],
     context: EvalContext,
+    whitening: Whitening | None = None,
 ) -> Scores:
-    """Rank and score. Unreadable copies are skipped; an unreadable original ranks last."""
+    """Rank and score. Unreadable copies are skipped; an unreadable original ranks last.
 
-    def whitened(features: ImageFeatures) -> ImageFeatures:
-        return features if whitening is None else features._replace(features=whiten(features.features, whitening))
-
-    rows = [whitened(part).every_row(len(images)) for part, images in zip(database, data.database, strict=True)]
-    indices = copies.indices.tolist()
-    originals = [data.copies.original_of[[q]] for q in indices]
+    features: of the copies, then of each dataset of the database.
+    """
+    if whitening is not None:
+        features = [part._replace(features=whiten(part.features, whitening)) for part in features]
+    queries, *parts = features
+    rows = torch.cat([part.every_row(len(dataset)) for part, dataset in zip(parts, database, strict=True)])
+    indices = queries.indices.tolist()
+    originals = [copies.original_of[[q]] for q in indices]
     with context.progress("ranking") as progress:
-        ranks = target_ranks(whitened(copies).features, torch.cat(rows), originals, progress=progress)
-    rank_of_original = [int(rank[0]) for rank in ranks]
-    blocks, strengths = copy_scores(rank_of_original, [data.copies.blocks[q] for q in indices])
-    names = [data.copies.copies.names[q] for q in indices]
+        ranks = [int(rank[0]) for rank in target_ranks(queries.features, rows, originals, progress=progress)]
+    blocks, strengths = copy_scores(ranks, [copies.blocks[q] for q in indices])
     details = {
         "mAP by strength": {name: 100 * value for name, value in strengths.items()},
-        "rank of the original": dict(zip(names, rank_of_original, strict=True)),
+        "rank of the original": dict(zip([copies.copies.names[q] for q in indices], ranks, strict=True)),
         "whitened dimensions": None if whitening is None else whitening.basis.shape[1],
-        "skipped": skipped_details(copies, *database),
+        "skipped": skipped_details(*features),
     }
     return Scores({f"mAP {block}": 100 * value for block, value in blocks.items()}, details)

@@ -58,25 +58,15 @@ def extract(
     context: EvalContext,
     *,
     size: int | None = None,
-    label: str = "extracting features",
 ) -> ImageFeatures:
-    """Return the [CLS] (or pooled) feature of the center crop of every image.
-
-    Args:
-        backbone: Network on the context's device.
-        dataset: Images.
-        context: Device, batch size, cache.
-        size: Side of the center crop in pixels; None: the context's size.
-        label: Title of the progress bar.
-    """
+    """Return the [CLS] (or pooled) feature of the center crop of every image; `size` defaults to the context's."""
     size = size or context.size
 
     def batches(shard: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         pin_memory = context.device.type == "cuda"
         return eval_batches(dataset, size, context.batch_size, context.workers, shard, pin_memory=pin_memory)
 
-    key = (f"cls at {size}",)
-    return _extract(backbone, dataset, batches, backbone, backbone.embed_dim, key, label, context)
+    return _extract(backbone, dataset, batches, backbone, backbone.embed_dim, (f"cls at {size}",), context)
 
 
 def extract_resized(
@@ -89,16 +79,9 @@ def extract_resized(
     key: str,
     context: EvalContext,
 ) -> ImageFeatures:
-    """Return the descriptor of every image, resized to its own shape.
+    """Return the descriptor of every image, resized to its own (height, width) in `shapes` [N, 2].
 
-    Args:
-        backbone: Network that `describe` uses.
-        dataset: Images.
-        shapes: [N, 2] (height, width) in pixels of each image's input.
-        describe: Computes the descriptors of a batch of images of one shape.
-        width: Dimensions of a descriptor.
-        key: Name of the descriptor with its settings, for the cache.
-        context: Device, batch size, cache.
+    `describe` computes descriptors [B, width] with the backbone; `key` names them and their settings in the cache.
     """
     pixels = context.batch_size * context.size**2  # memory of a batch at the usual size
 
@@ -106,8 +89,7 @@ def extract_resized(
         return shaped_batches(dataset, shapes, pixels=pixels, indices=shard, workers=context.workers)
 
     digest = hashlib.sha256(np.ascontiguousarray(shapes, dtype="<i8").tobytes()).hexdigest()
-    label = f"descriptors of {len(dataset)} images"
-    return _extract(backbone, dataset, batches, describe, width, (key, digest), label, context)
+    return _extract(backbone, dataset, batches, describe, width, (key, digest), context)
 
 
 def _extract(
@@ -117,7 +99,6 @@ def _extract(
     describe: Describe,
     width: int,
     key: tuple[str, ...],
-    label: str,
     context: EvalContext,
 ) -> ImageFeatures:
     def compute() -> dict[str, Tensor]:
@@ -126,7 +107,7 @@ def _extract(
         with (
             evaluating(backbone),
             torch.random.fork_rng(devices=[]),  # data loaders draw a seed
-            context.progress(label) as progress,
+            context.progress(f"features of {len(dataset)} images") as progress,
         ):
             for indices, images in batches(shard):
                 with context.autocast():

@@ -5,6 +5,7 @@ Shapes: N training images (the memory), M test images (the queries), D feature d
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -15,9 +16,8 @@ from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import CLASS_FOLDERS, DatasetSource, described, labelled_pair
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import VAL, EvalContext, Evaluation, PreparedEval, Scores, Source, full_precision
-from dino_ssl.evals.features import ImageFeatures, extract
-from dino_ssl.evals.pixels import raw_pixels
-from dino_ssl.models.backbone import Backbone
+from dino_ssl.evals.features import ImageFeatures
+from dino_ssl.evals.pixels import prepare_on_features
 
 KS = (10, 20, 100, 200)  # Appendix F.1; the paper reports 20
 MEMORY_ROWS = 65536  # training images per block: 64 MB of similarities for a chunk of queries
@@ -65,7 +65,6 @@ def knn_accuracy(
     Labels are arbitrary integers; images with a negative label are ignored. A k above N uses all N images. Top-5 uses
     min(5, k, C) guesses. Classes with equal votes are ranked by ascending label, including classes without votes.
     """
-    _check(train_features, train_labels, test_features, test_labels, k)
     train_features, train_labels = _labelled(train_features, train_labels)
     test_features, test_labels = _labelled(test_features, test_labels)
     if not len(train_labels) or not len(test_labels):
@@ -128,20 +127,10 @@ class KNN(Evaluation):
 
     def prepare_datasets(self, train: ImageDataset, val: ImageDataset, context: EvalContext) -> PreparedEval:
         """Prepare the evaluation of two labelled datasets with the same classes."""
+        data = {"train": described(train), "val": described(val)}
+        return prepare_on_features(self.name, data, (train, val), partial(self._score, context), context, self.size)
 
-        def features(backbone: Backbone, dataset: ImageDataset, part: str) -> ImageFeatures:
-            return extract(backbone, dataset, context, size=self.size, label=f"features of the {part} images")
-
-        return PreparedEval(
-            name=self.name,
-            data={"train": described(train), "val": described(val)},
-            score=lambda backbone: self._score(
-                features(backbone, train, "training"), features(backbone, val, "validation"), context
-            ),
-            pixel_reference=lambda: self._score(raw_pixels(train, context), raw_pixels(val, context), context),
-        )
-
-    def _score(self, train: ImageFeatures, val: ImageFeatures, context: EvalContext) -> Scores:
+    def _score(self, context: EvalContext, train: ImageFeatures, val: ImageFeatures) -> Scores:
         assert train.labels is not None
         assert val.labels is not None
         accuracies = knn_accuracy(
@@ -154,18 +143,3 @@ def _labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows with a label; no copy if all rows have one."""
     known = labels >= 0
     return (features, labels) if known.all() else (features[known], labels[known])
-
-
-def _check(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: Sequence[int]) -> None:
-    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
-        raise UserError(
-            f"k-NN expected features [N, D] and [M, D]; got {list(train.shape)} and {list(test.shape)}. "
-            "Extract both with the same backbone."
-        )
-    if len(train) != len(train_labels) or len(test) != len(test_labels):
-        raise UserError(
-            "k-NN expected one label per feature; "
-            f"got {len(train_labels)} for {len(train)} and {len(test_labels)} for {len(test)}."
-        )
-    if not k or min(k) < 1:
-        raise UserError(f"k-NN expected numbers of neighbors of at least 1; got k = {list(k)}.")

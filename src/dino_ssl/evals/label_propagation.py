@@ -61,17 +61,14 @@ def _similarities(
     """Return cosines [tile positions, M * window positions]; -inf outside of each position's own window."""
     similarity = query[tile].flatten(0, 1) @ keys[:, window[0], window[1]].flatten(0, 2).T
     if radius:
+        positions = torch.arange(max(query.shape[:2]), device=query.device)
         rows, columns = (
-            (_range(part, query.device)[:, None] - _range(around, query.device)).abs() > radius
+            (positions[part, None] - positions[around]).abs() > radius
             for part, around in zip(tile, window, strict=True)
         )
         outside = (rows[:, None, :, None] | columns[None, :, None, :]).flatten(2).flatten(0, 1)
         similarity.unflatten(1, (len(keys), -1)).masked_fill_(outside[:, None], -torch.inf)
     return similarity
-
-
-def _range(part: slice, device: torch.device) -> Tensor:
-    return torch.arange(part.start, part.stop, device=device)
 
 
 def _weighted_mean(similarity: Tensor, labels: Tensor, top_k: int, temperature: float) -> Tensor:
@@ -97,17 +94,9 @@ def propagate(
     top_k: int = 5,
     temperature: float = 0.1,
 ) -> Iterator[Tensor]:
-    """Yield the soft labels [h, w, C] of the second frame, the third, ...
+    """Yield the soft labels [h, w, C] of the second frame, the third, ..., from the features [h, w, D] of every frame.
 
-    The keys of each frame are the first frame and the `context` frames before it.
-
-    Args:
-        features: [h, w, D] of every frame, read lazily.
-        first_labels: [h, w, C] of the first frame.
-        context: Number of preceding frames.
-        radius: Side of the window, see `label_propagation`.
-        top_k: Number of nearest positions.
-        temperature: Temperature of the weights.
+    The keys of each frame are the first frame and the `context` frames before it. Features are read lazily.
     """
     frames = (F.normalize(frame.float(), dim=-1) for frame in features)
     first = next(frames, None)

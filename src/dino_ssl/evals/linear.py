@@ -11,15 +11,13 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.loader import eval_batches
 from dino_ssl.data.sources import DatasetSource, described, labelled_alone, labelled_pair
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError, check_range
+from dino_ssl.evals.accuracy import accuracies
 from dino_ssl.evals.base import VAL, EvalContext, Evaluation, PreparedEval, Scores, Source, evaluating
 from dino_ssl.evals.crop_features import CropPlan, Extract, fresh_crops, stored_crops
 from dino_ssl.evals.linear_heads import LinearHeads, class_rank
@@ -140,19 +138,23 @@ class Linear(Evaluation):
             with context.autocast():
                 return frozen_feature(backbone, normalize(images.to(context.device, non_blocking=True)), spec)
 
+        def hits(images: Tensor, labels: Tensor) -> Tensor:
+            ranks = class_rank(heads.logits(extract(images)), labels)
+            return torch.stack([(ranks < min(top, len(train.classes))).sum(0) for top in (1, 5)])
+
         with evaluating(backbone), torch.random.fork_rng(devices=[]):  # data loaders draw a seed
             width = extract(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
             heads = self.fit(train, tune_mask, extract, width, context)
+            count, best = heads.weights.shape[1], 0
             table = [{"lr": lr, "weight_decay": decay} for lr, decay in self.sweep]
-            best = 0
             if tune_mask.any():
                 tune = train.subset(np.flatnonzero(tune_mask))
-                top1, _ = _accuracies(heads, extract, tune, size, context, "accuracy on held-out training images")
+                top1, _ = accuracies(hits, count, tune, size, context, "accuracy on held-out training images")
                 top1 = top1[: len(table)]  # the classifiers that were not trained on them
                 best = top1.index(max(top1))
                 for row, accuracy in zip(table, top1, strict=True):
                     row["top-1 on held-out training images"] = accuracy
-            top1, top5 = _accuracies(heads, extract, val, size, context, "accuracy on validation images")
+            top1, top5 = accuracies(hits, count, val, size, context, "accuracy on validation images")
         lr = table[best]["lr"]
         details = {
             "feature": {**spec._asdict(), "width": width},
@@ -202,24 +204,3 @@ class Linear(Evaluation):
                 done += len(rows)
                 progress(done, self.epochs * len(plan.shard()))
         return heads
-
-
-def _accuracies(
-    heads: LinearHeads, extract: Extract, dataset: ImageDataset, size: int, context: EvalContext, label: str
-) -> list[list[float]]:
-    """Return [top-1, top-5] of every classifier in percent, on center crops of the readable images."""
-    labels, device = torch.as_tensor(dataset.labels), context.device
-    _, count, classes = heads.weights.shape
-    shard = np.arange(distributed.rank(), len(dataset), distributed.world_size())
-    hits = torch.zeros(2, count + 1, dtype=torch.int64, device=device)
-    with context.progress(label) as progress:
-        done = 0
-        for rows, images in eval_batches(dataset, size, context.batch_size, context.workers, shard):
-            if len(rows):
-                ranks = class_rank(heads.logits(extract(images)), labels[rows].to(device))
-                ranks = F.pad(ranks, (0, 1))  # one more column, always correct: it counts the images
-                hits += torch.stack([(ranks < min(top, classes)).sum(0) for top in (1, 5)])
-            done += len(rows)
-            progress(done, len(shard))
-    hits = distributed.all_reduce_sum(hits).double()
-    return (100 * hits[:, :-1] / hits[:, -1:].clamp(min=1)).tolist()

@@ -3,7 +3,6 @@
 The problem is convex, so any exact solver gives the same result. The authors used cyanure; this is torch.optim.LBFGS.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -73,7 +72,7 @@ def fit_logistic(
         loss, weights.grad = logistic_loss(weights, features, labels, decay)
         gaps.append(float(weights.grad.square().sum()) / (2 * decay))
         if progress is not None:
-            progress(_percent_done(gaps, tolerance * float(loss)), 100)
+            progress(len(gaps), 0)
         return loss
 
     best = float("inf")
@@ -84,9 +83,3 @@ def fit_logistic(
                 return Fit(weights, loss, gaps[-1], len(gaps))
             best = loss
             solver.step(closure)
-
-
-def _percent_done(gaps: list[float], target: float) -> int:
-    """Return the percentage of the orders of magnitude from the first gap to the target."""
-    first, least = max(gaps[0], target), max(min(gaps), target)
-    return round(100 * math.log(first / least) / math.log(first / target)) if 0 < target < first else 100

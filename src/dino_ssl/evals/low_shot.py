@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,11 +16,10 @@ from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import DatasetSource, described, labelled_alone, labelled_pair
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import VAL, EvalContext, Evaluation, PreparedEval, Scores, Source
-from dino_ssl.evals.features import ImageFeatures, extract
+from dino_ssl.evals.features import ImageFeatures
 from dino_ssl.evals.knn import knn_accuracy
 from dino_ssl.evals.logistic import ROWS, fit_logistic
-from dino_ssl.evals.pixels import raw_pixels
-from dino_ssl.models.backbone import Backbone
+from dino_ssl.evals.pixels import prepare_on_features
 from dino_ssl.progress import Progress
 
 
@@ -112,24 +112,10 @@ class LowShot(Evaluation):
         train, val = labelled_alone(pair, "Low-shot")
         subsets = self.sample_subsets(train)
         used = np.unique(np.concatenate([part for parts in subsets.values() for part in parts]))
-        labelled, classes = train.subset(used), len(train.classes)
-
-        def score(train_features: ImageFeatures, val_features: ImageFeatures) -> Scores:
-            return self._score(
-                subsets, used[train_features.indices.numpy()], train_features, val_features, classes, context
-            )
-
-        def features(backbone: Backbone, dataset: ImageDataset, part: str) -> ImageFeatures:
-            return extract(backbone, dataset, context, size=self.size, label=f"features of the {part} images")
-
-        return PreparedEval(
-            name=self.name,
-            data={"train": described(train), "val": described(val)},
-            score=lambda backbone: score(
-                features(backbone, labelled, "labelled"), features(backbone, val, "validation")
-            ),
-            pixel_reference=lambda: score(raw_pixels(labelled, context), raw_pixels(val, context)),
-        )
+        rows = {name: [np.searchsorted(used, part) for part in parts] for name, parts in subsets.items()}
+        data, datasets = {"train": described(train), "val": described(val)}, (train.subset(used), val)
+        score = partial(self._score, rows, len(train.classes), context)
+        return prepare_on_features(self.name, data, datasets, score, context, self.size)
 
     def sample_subsets(self, train: ImageDataset) -> dict[str, list[np.ndarray]]:
         """Return the image indices of every subset, by the name of its size: {"10 %": [indices, ...], ...}."""
@@ -152,27 +138,24 @@ class LowShot(Evaluation):
     def _score(
         self,
         subsets: Mapping[str, list[np.ndarray]],
-        indices: np.ndarray,
-        train: ImageFeatures,
-        val: ImageFeatures,
         classes: int,
         context: EvalContext,
+        train: ImageFeatures,
+        val: ImageFeatures,
     ) -> Scores:
-        """Return {"1 %": mean top-1, "1 % spread": standard deviation over subsets, "1 % 20-NN": ..., ...}.
-
-        indices: index in TRAIN of each row of the training features.
-        """
+        """Return {"1 %": mean top-1, "1 % spread": standard deviation over subsets, "1 % 20-NN": ..., ...}."""
+        if self.normalize:
+            train, val = (f._replace(features=F.normalize(f.features, dim=1)) for f in (train, val))
         values, details = {}, {}
-        for size_name, parts in subsets.items():
+        for name, parts in subsets.items():
             runs: list[dict[str, Any]] = []
             for number, part in enumerate(parts, 1):
-                rows = torch.from_numpy(np.flatnonzero(np.isin(indices, part)))
-                label = f"logistic regression, {size_name}, subset {number} of {len(parts)}"
-                with context.progress(label) as progress:
-                    runs.append(self._score_subset(train, val, rows, classes, context, progress))
-            details[size_name] = runs
-            for metric in [name for name in runs[0] if name in ("top-1", f"{self.k}-NN")]:
-                title = size_name if metric == "top-1" else f"{size_name} {metric}"
+                rows = torch.from_numpy(np.flatnonzero(np.isin(train.indices.numpy(), part)))
+                with context.progress(f"logistic regression, {name}, subset {number} of {len(parts)}") as progress:
+                    runs.append(self._score_subset(train, val, rows, classes, context.device, progress))
+            details[name] = runs
+            for metric in [key for key in runs[0] if key in ("top-1", f"{self.k}-NN")]:
+                title = name if metric == "top-1" else f"{name} {metric}"
                 accuracies = [run[metric] for run in runs]
                 values[title] = statistics.mean(accuracies)
                 if len(runs) > 1:
@@ -185,23 +168,21 @@ class LowShot(Evaluation):
         val: ImageFeatures,
         rows: Tensor,
         classes: int,
-        context: EvalContext,
+        device: torch.device,
         progress: Progress,
     ) -> dict[str, Any]:
         """Return the accuracies of one regression and one k-NN on the training features in `rows`."""
         assert train.labels is not None
         assert val.labels is not None
-        x, x_val = (F.normalize(f.features, dim=1) if self.normalize else f.features for f in (train, val))
-        x, y, device = x[rows], train.labels[rows], context.device
-        decay = self.regularization / len(rows)
+        x, y, decay = train.features[rows], train.labels[rows], self.regularization / len(rows)
         fit = fit_logistic(x, y, classes, decay, tolerance=self.tolerance, device=device, progress=progress)
         hits = sum(
             int(((part.to(fit.weights) @ fit.weights).argmax(1).cpu() == labels).sum())
-            for part, labels in zip(x_val.split(ROWS), val.labels.split(ROWS), strict=True)
+            for part, labels in zip(val.features.split(ROWS), val.labels.split(ROWS), strict=True)
         )
-        top1 = 100 * hits / len(x_val)
+        top1 = 100 * hits / len(val.labels)
         result = {"top-1": top1, "images": len(rows), "loss": fit.loss, "gap": fit.gap, "evaluations": fit.evaluations}
         if self.k:
             metric = f"{self.k}-NN"
-            result[metric] = knn_accuracy(x, y, x_val, val.labels, (self.k,), device=device)[metric]
+            result[metric] = knn_accuracy(x, y, val.features, val.labels, (self.k,), device=device)[metric]
         return result

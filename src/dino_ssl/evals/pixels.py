@@ -1,12 +1,15 @@
 """Raw pixels as features: the reference that learned features must exceed."""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
 
 from dino_ssl.data.dataset import BadImage, ImageDataset
-from dino_ssl.evals.base import EvalContext
-from dino_ssl.evals.features import ImageFeatures, gather_shards, rank_shard
+from dino_ssl.evals.base import EvalContext, PreparedEval, Scores
+from dino_ssl.evals.features import ImageFeatures, extract, gather_shards, rank_shard
 
 WIDTH = 16 * 16 * 3
 
@@ -31,3 +34,20 @@ def raw_pixels(dataset: ImageDataset, context: EvalContext) -> ImageFeatures:
                 pass  # the row keeps index -1 and is dropped
             progress(row + 1, len(shard))
     return ImageFeatures.of(gather_shards(indices, features, context.device), dataset)
+
+
+def prepare_on_features(
+    name: str,
+    data: Mapping[str, Mapping[str, Any]],
+    datasets: Sequence[ImageDataset],
+    score: Callable[..., Scores],
+    context: EvalContext,
+    size: int | None,
+) -> PreparedEval:
+    """Prepare an evaluation by `score(*features of each dataset)`, with raw pixels as a reference."""
+    return PreparedEval(
+        name=name,
+        data=data,
+        score=lambda backbone: score(*(extract(backbone, dataset, context, size=size) for dataset in datasets)),
+        pixel_reference=lambda: score(*(raw_pixels(dataset, context) for dataset in datasets)),
+    )

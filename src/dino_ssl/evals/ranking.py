@@ -17,14 +17,10 @@ QUERIES, ROWS = 256, 4096  # a block of similarities: 8 MB in float64 for any da
 
 
 def average_precision(ranks: Sequence[int] | np.ndarray, positives: int) -> float:
-    """Return the area under the precision-recall curve by trapezoids, from 0 to 1.
+    """Return the area under the precision-recall curve, given the ascending ranks of the positives that were found.
 
     Each positive adds the mean of the precision before it and at it, as in the official scorers of Oxford, Paris,
     Holidays and Copydays; a single positive at rank r > 0 gives 1 / (2 (r + 1)).
-
-    Args:
-        ranks: Ascending ranks of the positives that were found.
-        positives: Number of positives, found or not.
     """
     area, step = 0.0, 1 / positives
     for count, rank in enumerate(map(int, ranks)):
@@ -34,13 +30,9 @@ def average_precision(ranks: Sequence[int] | np.ndarray, positives: int) -> floa
 
 
 def precision_at(ranks: Sequence[int] | np.ndarray, k: int) -> float:
-    """Return the fraction of positives among the first min(k, rank of the last positive + 1) results.
+    """Return the precision at k, given the ascending ranks of all positives, at least one.
 
     The revisited benchmarks ignore results after the last positive: 3 positives at the top give mP@10 = 1.
-
-    Args:
-        ranks: Ascending ranks of all positives, at least one.
-        k: Number of results.
     """
     counts = np.asarray(ranks) + 1
     first = min(int(counts[-1]), k)

@@ -51,16 +51,9 @@ def segment(
     settings: "VideoSegmentation",
     context: EvalContext,
 ) -> Iterator[np.ndarray]:
-    """Yield label maps, uint8 [H, W], of the second frame, the third, ...
+    """Yield label maps, uint8 [H, W], of the second frame, the third, ..., from all frames and the first label map.
 
-    Frames are read one at a time. The caller sets eval mode: `with evaluating(backbone)`.
-
-    Args:
-        backbone: Frozen network.
-        frames: All frames, uint8 [H, W, 3].
-        mask: Label map of the first frame.
-        settings: Protocol.
-        context: Device and precision.
+    Frames, uint8 [H, W, 3], are read one at a time. The caller sets eval mode: `with evaluating(backbone)`.
     """
     height, width = mask.shape
     size = input_size(height, width, size=settings.size or SIZE, patch=backbone.patch, multiple=settings.multiple)
@@ -146,8 +139,8 @@ class VideoSegmentation(Evaluation):
             name=self.name,
             data={"davis": {"sequences": len(clips), "frames": sum(map(len, clips)), "fingerprint": fingerprint}},
             score=lambda backbone: settings._score(backbone, clips, context),
-            pixel_reference=lambda: settings._score_pixels(clips, context),
             score_reference=lambda backbone: settings._score(backbone, clips, replace(context, out=None)),
+            pixel_reference=lambda: settings._score(RawPatches(), clips, replace(context, out=None), False),
         )
 
     def _synthetic(self, source: DatasetSource, training_size: int) -> tuple[list[SyntheticClip], "VideoSegmentation"]:
@@ -162,7 +155,9 @@ class VideoSegmentation(Evaluation):
         clips = [SyntheticClip(source, index, SYNTHETIC_FRAMES) for index in range(source.count)]
         return clips, replace(self, size=self.size or source.size, multiple=1)
 
-    def _score(self, backbone: Backbone, clips: Sequence[Clip], context: EvalContext) -> Scores:
+    def _score(
+        self, backbone: Backbone, clips: Sequence[Clip], context: EvalContext, with_first_mask: bool = True
+    ) -> Scores:
         """Return {"J&F": percent, "J": ..., ...}, equal on every rank."""
 
         def follow(clip: Clip, first: np.ndarray) -> Iterator[np.ndarray]:
@@ -170,17 +165,11 @@ class VideoSegmentation(Evaluation):
 
         with evaluating(backbone):
             official = _score_clips(clips, follow, "frames", context, context.out and context.out / self.name)
-        kept = _score_clips(clips, lambda clip, first: repeat(first, len(clip) - 1), "first mask", context)
-        return Scores(percent(official), {"official": official, "first_mask_kept": percent(kept)})
-
-    def _score_pixels(self, clips: Sequence[Clip], context: EvalContext) -> Scores:
-        """Return the scores with the 8 x 8 pixels of a position as its feature."""
-
-        def follow(clip: Clip, first: np.ndarray) -> Iterator[np.ndarray]:
-            return segment(RawPatches(), clip.frames(), first, self, context)
-
-        official = _score_clips(clips, follow, "raw pixels", context)
-        return Scores(percent(official), {"official": official})
+        details: dict[str, Any] = {"official": official}
+        if with_first_mask:
+            kept = _score_clips(clips, lambda clip, first: repeat(first, len(clip) - 1), "first mask", context)
+            details["first_mask_kept"] = percent(kept)
+        return Scores(percent(official), details)
 
 
 def _score_clips(
