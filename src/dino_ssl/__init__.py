@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dino_ssl.api.calls import attention as attention
     from dino_ssl.api.calls import embed as embed
     from dino_ssl.api.calls import evaluate as evaluate
-    from dino_ssl.api.calls import train as train
+    from dino_ssl.api.training import train as train
     from dino_ssl.config import edit as edit
     from dino_ssl.data.folder import Folder as Folder
     from dino_ssl.data.synthetic.scenes import Scenes as Scenes
@@ -31,7 +31,7 @@ _HOMES = {
     "attention": "dino_ssl.api.calls",
     "embed": "dino_ssl.api.calls",
     "evaluate": "dino_ssl.api.calls",
-    "train": "dino_ssl.api.calls",
+    "train": "dino_ssl.api.training",
     "edit": "dino_ssl.config",
     "Folder": "dino_ssl.data.folder",
     "Scenes": "dino_ssl.data.synthetic.scenes",

@@ -23,7 +23,7 @@ from dino_ssl import distributed, environment
 from dino_ssl.ablations.results import FAILED, RESULT, STUDENT, Result, read_student_scores
 from dino_ssl.ablations.run_lock import RunLocked, run_lock
 from dino_ssl.api.resolve import find_run, resumed
-from dino_ssl.api.training import run_session
+from dino_ssl.api.session import run_session
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.errors import UserError

@@ -1,9 +1,4 @@
-"""What the command line does, as Python calls: train, evaluate, embed, attention. `dino_ssl.load` is the fifth.
-
-run = dino_ssl.train("photos", minutes=30)
-backbone = dino_ssl.load(run.folder)
-features = dino_ssl.embed(backbone, "photos").features
-"""
+"""Python calls: evaluate, embed and attention."""
 
 import hashlib
 import importlib.metadata
@@ -18,99 +13,21 @@ from typing import Any, overload
 
 import numpy as np
 
-from dino_ssl import __version__, distributed
+from dino_ssl import __version__
 from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint, read_image
-from dino_ssl.api.resolve import find_run, resolve_run, resumed, show_plan
-from dino_ssl.api.training import Outcome, run_session
-from dino_ssl.config import edit, to_dict
-from dino_ssl.data.dataset import ImageDataset, Skipped
-from dino_ssl.data.folder import Folder
-from dino_ssl.data.sources import WORDS, DatasetSource, open_dataset
-from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.config import to_dict
+from dino_ssl.data.dataset import Skipped
+from dino_ssl.data.sources import DatasetSource, open_dataset
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals import find_evaluation
 from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.evals.base import EvalContext, Evaluation, reference_scores
 from dino_ssl.evals.features import extract
 from dino_ssl.files import write_json
-from dino_ssl.methods import method_named
-from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models.backbone import Attentive, Backbone
-from dino_ssl.presets import resolve
 from dino_ssl.progress import Progress, StartProgress, no_progress
-from dino_ssl.run import Run
-from dino_ssl.runtime import machine, start
-from dino_ssl.terminal import Terminal
+from dino_ssl.runtime import start
 from dino_ssl.viz.attention import AttentionMaps, Point, Query, attention_maps, similarity_map
-
-# -- train -------------------------------------------------------------------------------------------------
-
-
-def train(
-    dataset: DatasetSource,
-    *,
-    preset: str | Run | None = None,
-    out: str | Path | None = None,
-    minutes: float | None = None,
-    resume: bool = False,
-    quiet: bool = False,
-    **changes: Any,
-) -> Outcome:
-    """Trains a backbone on pictures; the plan chooses what is not given, as `dino train` does.
-
-    preset: a recipe's name or a Run. changes: fields of `dino_ssl.Run`, nested ones as dicts:
-    `optim=dict(epochs=300), views=dict(local=4)`; `method="byol"` takes a baseline, with settings for these pictures.
-    resume goes on with the run that lies in `out`.
-    """
-    check_range(SimpleNamespace(minutes=minutes), "minutes", above=0)
-    terminal = Terminal(quiet=quiet)
-    data = dataset.path if isinstance(dataset, Folder) else dataset
-    named = Path(data).resolve().name if isinstance(data, str | Path) else "images"
-    folder = Path(out or f"runs/{named}")
-    found = find_run(folder)
-    if found is not None and not resume:
-        raise UserError(f"{folder} holds a run. Pass resume=True to go on with it, or another out=.")
-    if found is None and resume:
-        raise UserError(f"There is nothing to resume in {folder}: expected run.json and checkpoints/last.pt.")
-    opened = open_dataset(dataset)
-    data_settings = _data_settings(dataset)
-
-    method = changes.get("method")
-    kind = method_named(changes.pop("method")) if isinstance(method, str) else None
-
-    def change(run: Run) -> Run:
-        if kind is not None and type(run.method) is not kind:
-            run = edit(run, method=kind())
-        return edit(run, out=str(folder), **data_settings, **changes)
-
-    with start() as rt:
-        if found is not None:
-            run = resumed(found, change)
-        else:
-            base = resolve(preset) if isinstance(preset, str) else preset
-            planned = resolve_run(
-                opened,
-                machine(),
-                preset=base,
-                change=change,
-                method=kind or DINOConfig,
-                minutes=minutes,
-                world=rt.world_size,
-            )
-            planned = distributed.run_on_rank0(lambda: planned)
-            show_plan(terminal, planned)
-            run = planned.run
-        with start(run.precision) as rt:
-            return run_session(run, rt, opened, terminal, resume=found is not None)
-
-
-def _data_settings(source: DatasetSource) -> dict[str, Any]:
-    if isinstance(source, ImageDataset):
-        return {}
-    if isinstance(source, Folder | Scenes):
-        return {"data": source}
-    return {"data": WORDS.get(str(source)) or Folder(path=str(source))}
-
 
 # -- evaluate ----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from dino_ssl.api.resolve import Change, ExistingRun, find_run, resolve_run, res
 from dino_ssl.api.session import Outcome, run_session
 from dino_ssl.config import edit
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset
-from dino_ssl.data.sources import DatasetSource, config_of, open_dataset, folder_path
+from dino_ssl.data.sources import DatasetSource, config_of, folder_path, open_dataset
 from dino_ssl.errors import UserError
 from dino_ssl.files import write_json
 from dino_ssl.methods import DINOConfig, method_named

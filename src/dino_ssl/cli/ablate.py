@@ -231,7 +231,7 @@ def _print_start(study: "Study", num_pending: int, num_runs: int, num_shared: in
 
 
 def _print_configurations(study: "Study", runs: Sequence["StudyRun"], terminal: Terminal) -> None:
-    from dino_ssl.api.resolve import cli_diff
+    from dino_ssl.cli.settings import cli_diff
     from dino_ssl.run import EXECUTION_FIELDS
 
     rows = []

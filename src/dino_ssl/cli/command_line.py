@@ -1,144 +1,158 @@
-"""A command line that is laid over a Run: what its flags mean depends on the preset, the network and the method."""
+"""The command line of a training run: flags laid over a Run whose types depend on the preset, network and method."""
 
-import itertools
+import argparse
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Annotated, Any
 
-from dino_ssl.api.resolve import find_run, flag, runs_nearby
-from dino_ssl.cli.eval_spec import EVAL_SPECS
-from dino_ssl.cli.options import parse
-from dino_ssl.config import edit, flatten, to_dict
+import tyro
+
+from dino_ssl.api.resolve import ExistingRun, find_run, runs_nearby
+from dino_ssl.cli.eval_spec import ASKS as EVAL_SPECS
+from dino_ssl.cli.options import Flag, parse
+from dino_ssl.config import edit, import_type
+from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.sources import WORDS
-from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
-from dino_ssl.methods import METHODS
-from dino_ssl.models import backbone_named
+from dino_ssl.methods import METHODS, method_named
+from dino_ssl.methods.method import MethodConfig
+from dino_ssl.models import BackboneConfig, backbone_named
 from dino_ssl.presets import resolve
 from dino_ssl.run import Run
 
-SWITCHES = ("--dry-run", "--yes", "-y", "--json")
-UNKNOWN = "?"
-"""In place of the word for drawn pictures: the line has to be looked through for it."""
 
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """Options of every command that trains, besides the fields of its Run."""
 
-class Options(Protocol):
-    """What a session needs of a command's options, besides the run's own flags."""
-
-    @property
-    def folder(self) -> str: ...
-    @property
-    def preset(self) -> str | None: ...
-    @property
-    def minutes(self) -> float | None: ...
-    @property
-    def name(self) -> str | None: ...
-    @property
-    def resume(self) -> str | None: ...
-    @property
-    def dry_run(self) -> bool: ...
-    @property
-    def yes(self) -> bool: ...
-    @property
-    def json(self) -> bool: ...
-    @property
-    def run(self) -> Run: ...
-    @property
-    def recipe(self) -> str | None:
-        """The preset that the run is, with what the line sets in it; None where the plan chooses."""
-        ...
-
-
-def preset_or_plan(name: str | None) -> Run:
-    """What the flags of `dino train` are laid over: a preset, or a Run for the plan to choose."""
-    return resolve(name) if name else Run()
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """A preset to start from (`dino presets`), or MODULE:FUNCTION that returns a dino_ssl.Run."""
+    minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
+    """Time to train; the number of epochs follows."""
+    name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Output folder runs/NAME."""
+    resume: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
+    """Resume the run in this folder."""
+    trust: Flag = False
+    """With --resume: import types from outside the package, which runs their code."""
+    dry_run: Flag = False
+    """Print the plan, check it, and stop."""
+    yes: Annotated[Flag, tyro.conf.arg(aliases=["-y"])] = False
+    """Answer questions with the first choice."""
+    json: Flag = False
+    """Print one JSON object on standard output, messages on standard error."""
+    run: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
 
 
 class CommandLine:
-    """The command line, laid over a Run: first over a skeleton of the right types, then over the plan."""
+    """An argv, parsed over different Runs: over one of the right types, then over the plan."""
 
     def __init__(
         self,
         argv: list[str],
         *,
-        kind: Callable[..., Options],
+        kind: Callable[..., Any],
         prog: str,
         examples: str,
-        base: Callable[[str | None], Run] = preset_or_plan,
-        drawn: str | None = UNKNOWN,
+        base: Callable[[str | None], Run] = lambda preset: resolve(preset) if preset else Run(),
+        data: Callable[["CommandLine"], DatasetConfig | None] = lambda line: line.named_dataset(),
     ) -> None:
-        """base: the Run for the preset's name, or for none. drawn: the word for drawn pictures that stands in the
-        folder's place, where that is known; None for none."""
-        self.argv, self.kind, self.prog, self.examples, self.base, self.known = argv, kind, prog, examples, base, drawn
+        """Remember how to parse.
+
+        kind: the dataclass of the options. base: returns the Run of a preset's name, or of none. data: returns the
+        dataset if its type is not a folder.
+        """
+        self.argv, self.kind, self.prog, self.examples = argv, kind, prog, examples
+        self._base, self._data = base, data
 
     @cached_property
-    def recipe(self) -> Run:
-        """What the flags are laid over, as it is: made once, since it may open a checkpoint."""
-        return self.base(self.value("--preset"))
+    def types(self) -> argparse.Namespace:
+        """The flags that decide the types of the Run, and therefore which other flags exist."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for name in ("preset", "network", "method", "resume", "out"):
+            parser.add_argument(f"--{name}")
+        parser.add_argument("--trust", action="store_true")
+        return parser.parse_known_args([arg for arg in self.argv if arg not in ("-h", "--help")])[0]
 
-    def value(self, flag: str) -> str | None:
-        """A flag's value before anything is parsed: what the types of the other flags depend on."""
-        for place, word in enumerate(self.argv):
-            if word == flag and place + 1 < len(self.argv):
-                return self.argv[place + 1]
-            if word.startswith(f"{flag}="):
-                return word.partition("=")[2]
+    @cached_property
+    def preset(self) -> Run:
+        """The Run that the flags are laid over, before the plan."""
+        return self._base(self.types.preset)
+
+    @cached_property
+    def existing(self) -> ExistingRun | None:
+        """The run of --resume; raises UserError if there is none."""
+        if self.types.resume is None:
+            return None
+        existing = find_run(Path(self.types.resume), trust=self.types.trust)
+        if existing is None:
+            raise UserError(
+                f"Nothing to resume in {self.types.resume}: expected a run folder with run.json and "
+                f"checkpoints/last.pt.{runs_nearby(Path(self.types.resume))}"
+            )
+        return existing
+
+    @cached_property
+    def dataset(self) -> DatasetConfig | None:
+        """The dataset named instead of a folder."""
+        return self._data(self)
+
+    def named_dataset(self) -> DatasetConfig | None:
+        """Return the dataset of a positional argument `scenes`, `herds` or MODULE:CLASS; None for a folder."""
+        previous = ""
+        for argument in self.argv:
+            if not previous.startswith("--") or "=" in previous:
+                if argument in WORDS:
+                    return self.preset.data if isinstance(self.preset.data, type(WORDS[argument])) else WORDS[argument]
+                if ":" in argument and not argument.startswith("-") and not Path(argument).exists():
+                    return import_type(argument, DatasetConfig)()
+            previous = argument
         return None
 
-    def has(self, flag: str) -> bool:
-        return any(word == flag or word.startswith(f"{flag}=") for word in self.argv)
+    def options(self) -> Any:
+        """Return the options, parsed over a Run of the right types."""
+        if self.existing is not None:
+            return self.parse(self.existing.run)
+        run = self.preset
+        if isinstance(run.data, Folder) and ":" not in (self.types.preset or ""):
+            run = edit(run, data=Folder(path=""))  # the folder of a preset of the package is an example
+        if self.dataset is not None:
+            run = edit(run, data=self.dataset)
+        return self.parse(self._with_types(run))
 
-    def skeleton(self) -> Run:
-        """A Run whose data and network are of the types that the line asks for."""
-        if (folder := self.value("--resume")) is not None:
-            found = find_run(Path(folder))
-            if found is None:
-                raise UserError(
-                    f"There is nothing to resume in {folder}: expected a run's folder, with run.json and "
-                    f"checkpoints/last.pt.{runs_nearby(Path(folder))}"
-                )
-            return found.run
-        run, of_ones_own = self.recipe, ":" in (self.value("--preset") or "")
-        if isinstance(run.data, Folder) and not of_ones_own:  # a recipe is for anybody's pictures
-            run = edit(run, data=Folder(path=""))
-        if (word := self.drawn()) is not None:
-            run = edit(run, data=run.data if isinstance(run.data, Scenes) else WORDS[word])
-        if (name := self.value("--network")) is not None:
-            run = edit(run, backbone=backbone_named(name))
-        return self.learning(run)
+    def change(self, run: Run) -> Run:
+        """Return the run with the settings of this command line."""
+        return self.parse(self._with_types(run)).run
 
-    def drawn(self) -> str | None:
-        """The word for drawn pictures that stands in the folder's place (`scenes`, `simple-scenes`): not a flag's value."""
-        if self.known != UNKNOWN:
-            return self.known
-        settings = flatten(to_dict(self.recipe)).items()
-        alone = {*SWITCHES, *(flag(name) for name, value in settings if isinstance(value, bool))}
-        for before, word in itertools.pairwise(["", *self.argv]):
-            ends = not before.startswith("-") or "=" in before or before.replace("no-", "") in alone
-            if word in WORDS and ends:
-                return word
-        return None
-
-    def parse(self, over: Run) -> Options:
-        kind, default = cast(type[Any], self.kind), self.kind(run=over)
-        options = parse(kind, self.argv, self.prog, self.examples, default, EVAL_SPECS)
-        data = options.run.data
-        if options.folder and self.drawn() is None:
+    def parse(self, run: Run) -> Any:
+        """Parse the argv with the fields of `run` as defaults."""
+        options = parse(self.kind, self.argv, self.prog, self.examples, self.kind(run=run), EVAL_SPECS)
+        if options.folder and self.dataset is None and self.existing is None:
+            data = options.run.data
             data = edit(data, path=options.folder) if isinstance(data, Folder) else Folder(path=options.folder)
             options = edit(options, run=edit(options.run, data=data))
         return options
 
-    def change(self, run: Run) -> Run:
-        """The run with what the line sets."""
-        if (name := self.value("--network")) is not None:
-            run = edit(run, backbone=backbone_named(name).with_image_size(run.views.size))
-        return self.parse(self.learning(run)).run
+    def _with_types(self, run: Run) -> Run:
+        """Return the run with the network and the method that the flags name, at their defaults."""
+        if self.types.network is not None:
+            run = edit(run, backbone=network_named(self.types.network).with_image_size(run.views.size))
+        name = self.types.method
+        if name is not None and (kind := method_kind(name)) is not type(run.method):
+            run = edit(run, method=kind())
+        return run
 
-    def learning(self, run: Run) -> Run:
-        """The run with the method that the line names, at its own defaults where the run has another one."""
-        name = self.value("--method")
-        if name not in METHODS or type(run.method) is METHODS[name]:
-            return run  # a name that is none is refused with the other flags
-        return edit(run, method=METHODS[name]())
+
+def network_named(name: str) -> BackboneConfig:
+    """Return the settings of vit_tiny/16, timm:resnet18 or MODULE:CLASS."""
+    if ":" in name and not name.startswith("timm:"):
+        return import_type(name, BackboneConfig)()
+    return backbone_named(name)
+
+
+def method_kind(name: str) -> type[MethodConfig]:
+    """Return the settings class of a method's name or of MODULE:CLASS."""
+    return import_type(name, MethodConfig) if ":" in name and name not in METHODS else method_named(name)

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import cv2
@@ -56,6 +56,10 @@ class Augment:
         check_range(self, "flip", "erase", prefix="views.", least=0, most=1)
         check_interval(self, "scale", "erase_area", most=1)
         check_interval(self, "ratio", most=math.inf)
+
+    def with_size(self, size: int) -> "Augment":
+        """Return a copy for images of `size` pixels."""
+        return replace(self, size=size)
 
     @property
     def view_shapes(self) -> list[tuple[int, int]]:

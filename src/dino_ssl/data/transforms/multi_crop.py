@@ -7,7 +7,7 @@ uint8 in channels-last order until they are on the device, where `normalize` con
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, permutations, repeat
 from typing import NamedTuple
 
@@ -105,6 +105,10 @@ class MultiCrop:
     def size(self) -> int:
         """Image size in pixels for which the network is trained: the global views'."""
         return self.global_size
+
+    def with_size(self, size: int) -> "MultiCrop":
+        """Return a copy with global views of `size` pixels."""
+        return replace(self, global_size=size)
 
     @property
     def view_shapes(self) -> list[tuple[int, int]]:
