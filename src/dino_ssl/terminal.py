@@ -36,6 +36,8 @@ class Terminal:
 
     json: bool = False
     quiet: bool = False
+    rewrite: Callable[[str], str] = lambda text: text
+    """Applied to every message; the command line writes field names as flags."""
     console: Console = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,7 +58,7 @@ class Terminal:
 
     def print(self, text: str = "", style: str | None = None) -> None:
         """Print a message literally; brackets are no markup."""
-        self.console.print(_plain_text(text), style=style, soft_wrap=not self.is_tty)
+        self.console.print(_plain_text(self.rewrite(text)), style=style, soft_wrap=not self.is_tty)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a title and a table; long cells wrap, except in the first column."""
@@ -66,7 +68,7 @@ class Terminal:
             style = "" if i else "cyan"
             table.add_column(column, no_wrap=i == 0, header_style="dim", style=style, overflow="fold")
         for row in rows:
-            table.add_row(*map(_plain_text, row))
+            table.add_row(*(_plain_text(self.rewrite(cell)) for cell in row))
         self.console.print(table)
 
     def ask(self, question: str, answers: dict[str, str]) -> str:
@@ -109,13 +111,15 @@ def _plain(terminal: Terminal, label: str) -> Progress:
 
 
 @contextmanager
-def command_output(as_json: bool) -> Iterator[tuple[Terminal, Callable[[dict[str, Any]], None]]]:
+def command_output(
+    as_json: bool, rewrite: Callable[[str], str] = lambda text: text
+) -> Iterator[tuple[Terminal, Callable[[dict[str, Any]], None]]]:
     """Yield the terminal of a command and the function that prints its result.
 
     With as_json, everything else that writes to standard output, libraries included, is redirected to standard error.
     """
     out: TextIO = sys.stdout
-    terminal = Terminal(json=as_json)
+    terminal = Terminal(json=as_json, rewrite=rewrite)
 
     def print_result(result: dict[str, Any]) -> None:
         if as_json and is_rank0():

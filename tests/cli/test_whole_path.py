@@ -41,7 +41,7 @@ def test_what_was_set_holds_and_the_plan_says_so(trained):
     assert (written["method"]["out_dim"], written["optim"]["batch_size"]) == (32, 8)
     assert written["backbone"]["image_size"] == 32  # follows the crops that were set
     assert written["optim"]["warmup_epochs"] <= 0.2  # fits into two epochs
-    plan = {row["name"]: row for row in json.loads((run / "plan.json").read_text())}
+    plan = {row["name"]: row for row in json.loads((run / "plan.json").read_text())["plan"]}
     assert plan["K"]["value"] == "32"
     assert plan["K"]["why"].startswith("you set it")
     assert "you set it" not in plan["teacher"]["why"]

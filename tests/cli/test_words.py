@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from dino_ssl.api.live import TrainingProgress
 from rich.console import Console
 
 import dino_ssl as package
-from dino_ssl.api.live import TrainingProgress
 from dino_ssl.api.resolve import cli_diff, differences, flag
 from dino_ssl.cli.command_line import CommandLine
 from dino_ssl.cli.train import TrainOptions

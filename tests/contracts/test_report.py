@@ -97,7 +97,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "versions": {"dino": "0.1.0", "torch": "2.11.0"},
     }
     (folder / "run.json").write_text(json.dumps(info))
-    (folder / "plan.json").write_text(json.dumps([{"name": "K", "value": "1024", "reason": "24 images are few"}]))
+    (folder / "plan.json").write_text(
+        json.dumps({"format": 1, "plan": [{"name": "K", "value": "1024", "reason": "24 images are few"}]})
+    )
     write_rows(folder, rows())
     skipped = [{"name": "a <b>.jpg", "reason": "cut short"}, {"name": "notes.txt", "reason": "not an image"}]
     (folder / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in skipped) + '{"name": "to')

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from dino_ssl.progress import Progress, StartProgress, no_progress
 from dino_ssl.runtime import start
 from dino_ssl.viz.attention import AttentionMaps, Point, Query, attention_maps, similarity_map
 
+FORMAT = 1
+"""Version of a result's JSON."""
+
 # -- evaluate ----------------------------------------------------------------------------------------------
 
 
@@ -42,6 +45,7 @@ def evaluate(
     cache: bool = True,
     out: str | Path | None = None,
     progress: StartProgress = no_progress,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Run an evaluation: `evaluate("runs/x", KNN(k=(5,)), "train", "val")`, or by name: `"knn"`, `"module:Class"`.
 
@@ -55,49 +59,50 @@ def evaluate(
         cache: Cache features next to the checkpoint.
         out: Folder for files that the evaluation writes (masks).
         progress: Shows progress.
+        trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
 
     Returns:
         {"evaluation": name, "values": {"20-NN": percent, ...}, "references": {"raw_pixels": {...}, "random_weights":
         {...}}, "details", "protocol", "data", "checkpoint", "versions"}.
     """
-    if isinstance(evaluation, str):
-        evaluation = find_evaluation(evaluation)()
+    settings: Evaluation = find_evaluation(evaluation)() if isinstance(evaluation, str) else evaluation
     with start("float32") as rt:
-        found = open_checkpoint(checkpoint, rt.device)
+        loaded = open_checkpoint(checkpoint, rt.device, trust=trust)
         context = EvalContext(
             device=rt.device,
             workers=workers,
             batch_size=batch_size,
-            size=found.size,
+            size=loaded.size,
             progress=progress,
-            cache=found.folder / "evals/features" if cache and found.folder is not None else None,
+            cache=loaded.folder / "evals/features" if cache and loaded.folder is not None else None,
             out=None if out is None else Path(out),
         )
-        prepared = evaluation.prepare(sources, context)
-        scores = prepared(found.backbone)
-        compared = reference_scores(prepared, found.fresh) if references else {}
+        prepared = settings.prepare(sources, context)
+        scores = prepared(loaded.backbone)
+        compared = reference_scores(prepared, loaded.fresh) if references else {}
         return {
+            "format": FORMAT,
             "evaluation": prepared.name,
             "values": dict(scores),
             "references": {name: dict(values) for name, values in compared.items()},
             "details": scores.details,
-            "protocol": to_dict(evaluation),
+            "protocol": to_dict(settings),
             "data": {name: dict(part) for name, part in prepared.data.items()},
-            "checkpoint": {"source": found.source, "hash": found.hash, "size": found.size},
+            "checkpoint": {"source": loaded.source, "hash": loaded.hash, "size": loaded.size},
             "versions": versions(),
         }
 
 
 def versions() -> dict[str, str]:
-    """Of what a figure depends on."""
+    """Return the versions that a result depends on."""
     known = {name: importlib.metadata.version(name) for name in ("torch", "timm", "numpy")}
     return {"dino": __version__, **known, "python": platform.python_version()}
 
 
 def save_evaluation(result: Mapping[str, Any], folder: Path) -> Path:
-    """Writes a result to FOLDER/NAME-DIGEST.json; another data set, protocol or network, another file."""
-    measured = json.dumps([result["data"], result["protocol"], result["checkpoint"]["hash"]], sort_keys=True)
-    digest = hashlib.sha256(measured.encode()).hexdigest()[:8]
+    """Write a result to FOLDER/NAME-DIGEST.json; the digest covers dataset, protocol and weights."""
+    key = json.dumps([result["data"], result["protocol"], result["checkpoint"]["hash"]], sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     return write_json(folder / f"{result['evaluation']}-{digest}.json", dict(result))
 
 
@@ -106,15 +111,15 @@ def save_evaluation(result: Mapping[str, Any], folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Embedding:
-    """Features of pictures, row by row."""
+    """Features of a dataset, one row per readable image."""
 
     names: list[str]
     features: np.ndarray
     """[N, D] float32, not normalised."""
     labels: list[str | None]
-    """Each picture's class by name; None without one."""
+    """Class names; None for an unlabelled image."""
     skipped: list[Skipped]
-    """What could not be read."""
+    """Images that could not be read."""
 
 
 def embed(
@@ -125,81 +130,81 @@ def embed(
     batch_size: int = 64,
     workers: int = 0,
     progress: Progress | None = None,
+    trust: bool = False,
 ) -> Embedding:
-    """The backbone's feature of every picture: resized, center-cropped, one forward pass each."""
-    given = SimpleNamespace(size=size, batch_size=batch_size, workers=workers)
-    check_range(given, "size", "batch_size", least=1)
-    check_range(given, "workers", least=0)
+    """Compute the feature of every image, after a resize and a center crop.
+
+    Args:
+        checkpoint: A run folder, a file, a released network, timm:NAME, or a backbone.
+        dataset: A folder, a list of images, or any map-style torch dataset.
+        size: Side of the center crop in pixels. Default: the size that the network was trained at.
+        batch_size: Images per forward pass.
+        workers: Worker processes that decode images.
+        progress: Called with (done, total).
+        trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
+    """
+    arguments = SimpleNamespace(size=size, batch_size=batch_size, workers=workers)
+    check_range(arguments, "size", "batch_size", least=1)
+    check_range(arguments, "workers", least=0)
     with start("float32") as rt:
-        found = open_checkpoint(checkpoint, rt.device)
+        loaded = open_checkpoint(checkpoint, rt.device, trust=trust)
         opened = open_dataset(dataset, progress)
         context = EvalContext(
             device=rt.device,
             workers=workers,
             batch_size=batch_size,
-            size=size or found.size,
+            size=size or loaded.size,
             progress=no_progress if progress is None else lambda label: nullcontext(progress),
         )
-        extracted = extract(found.backbone, opened, context)
-        rows = extracted.indices.tolist()
+        table = extract(loaded.backbone, opened, context)
+        rows = table.indices.tolist()
         labels = np.full(len(opened), -1) if opened.labels is None else opened.labels
         return Embedding(
             names=[opened.names[int(row)] for row in rows],
-            features=extracted.features.numpy(),
+            features=table.features.numpy(),
             labels=[opened.classes[labels[row]] if labels[row] >= 0 else None for row in rows],
-            skipped=[*opened.skipped, *extracted.skipped],
+            skipped=[*opened.skipped, *table.skipped],
         )
 
 
 # -- attention ---------------------------------------------------------------------------------------------
 
 
-@overload
 def attention(
     checkpoint: str | Path | Backbone | Checkpoint,
-    picture: str | Path | np.ndarray,
+    image: str | Path | np.ndarray,
     *,
-    point: Query = "cls",
+    point: Query | Sequence[Point] = "cls",
     layer: int = -1,
     heads: Sequence[int] | None = None,
     mass: float = 0.6,
     size: int | None = None,
-) -> AttentionMaps: ...
-@overload
-def attention(
-    checkpoint: str | Path | Backbone | Checkpoint,
-    picture: str | Path | np.ndarray,
-    *,
-    point: list[Point],
-    layer: int = -1,
-    heads: Sequence[int] | None = None,
-    mass: float = 0.6,
-    size: int | None = None,
-) -> list[AttentionMaps]: ...
-
-
-def attention(
-    checkpoint: str | Path | Backbone | Checkpoint,
-    picture: str | Path | np.ndarray,
-    *,
-    point: Query | list[Point] = "cls",
-    layer: int = -1,
-    heads: Sequence[int] | None = None,
-    mass: float = 0.6,
-    size: int | None = None,
+    trust: bool = False,
 ) -> AttentionMaps | list[AttentionMaps]:
-    """What the backbone looks at in one picture (a file, or uint8 [H, W, 3] RGB): the heads, their mean, masks.
+    """Return the attention maps of an image: of every head, their mean, and masks.
 
-    point: (x, y) in pixels of the picture instead of the [CLS] token; a list of points gives a list. A network
-    without attention gives the similarity of each place to its pooled feature (kind says so).
+    Args:
+        checkpoint: A run folder, a file, a released network, timm:NAME, or a backbone.
+        image: A file, or uint8 [H, W, 3] RGB.
+        point: "cls" for the [CLS] token, (x, y) in pixels of the image for a patch token, or a list of points, for
+            which a list is returned.
+        layer: Block; 0 is the first, -1 the last.
+        heads: Heads to return and to average, from 0. Default: all.
+        mass: Share of the attention that the masks hold, in (0, 1].
+        size: Short side of the network's input in pixels. Default: chosen from the training size.
+        trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
+
+    Returns:
+        AttentionMaps. For a network without attention, the similarity of each cell to the pooled feature (`kind`).
     """
-    found = open_checkpoint(checkpoint)
-    image = picture if isinstance(picture, np.ndarray) else read_image(picture)
-    size = size or attention_size(found.size)
-    if isinstance(found.backbone, Attentive):
-        queries = point if isinstance(point, list) else [point]
-        maps = attention_maps(found.backbone, image, queries, layer=layer, heads=heads, mass=mass, size=size)
-        return maps if isinstance(point, list) else maps[0]
+    loaded = open_checkpoint(checkpoint, trust=trust)
+    pixels = image if isinstance(image, np.ndarray) else read_image(image)
+    size = size or attention_size(loaded.size)
+    is_single = isinstance(point, str) or (len(point) == 2 and not isinstance(point[0], Sequence))
+    if isinstance(loaded.backbone, Attentive):
+        queries: Any = [point] if is_single else point
+        maps = attention_maps(loaded.backbone, pixels, queries, layer=layer, heads=heads, mass=mass, size=size)
+        return maps[0] if is_single else maps
     if point != "cls" or layer != -1 or heads:
-        raise UserError(f"{found.source} has no attention: layers, heads and points need a Vision Transformer.")
-    return similarity_map(found.backbone, image, mass=mass, size=size)
+        raise UserError(f"{loaded.source} has no attention: `layer`, `heads` and `point` need a Vision Transformer.")
+    return similarity_map(loaded.backbone, pixels, mass=mass, size=size)

@@ -137,7 +137,8 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 def show_plan(terminal: Terminal, planned: Plan) -> None:
     """Print the plan as a table."""
-    rows = [(reason.name, reason.value, reason.reason) for reason in planned.reasons]
+    names = (f"`{reason.name}`" if "." in reason.name else reason.name for reason in planned.reasons)
+    rows = [(name, reason.value, reason.reason) for name, reason in zip(names, planned.reasons, strict=True)]
     terminal.table("The plan", ("", "choice", "reason"), rows)
     terminal.print()
 

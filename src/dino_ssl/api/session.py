@@ -3,7 +3,8 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dino_ssl.collapse.checks import Finding
 from dino_ssl.collapse.policy import CollapsePolicy, Decision, monitored
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.errors import Diverged, UserError
-from dino_ssl.evals.base import extract
+from dino_ssl.evals.features import extract
 from dino_ssl.events import Ended, EpochDone, EvalDone, EvalStarted, Evaluated, Event, Logged, Started
 from dino_ssl.files import atomic_write
 from dino_ssl.models.backbone import Backbone
@@ -26,7 +27,7 @@ from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime
 from dino_ssl.schedules import Clock
 from dino_ssl.terminal import Terminal
-from dino_ssl.training import train
+from dino_ssl.training import eval_context, train
 
 NUM_SNAPSHOTS = 5
 """Epochs, evenly spaced, at which the attention maps of the sample images are saved."""
@@ -258,15 +259,8 @@ class _Session:
         step = max(1, -(-len(self.sample_set) // MAX_NEIGHBOR_IMAGES))
         kept = sorted({*range(0, len(self.sample_set), step), *self.samples})
         dataset = self.sample_set.subset(kept)
-        features = extract(
-            backbone,
-            dataset,
-            size=self.run.views.size,
-            device=self.rt.device,
-            workers=self.run.workers,
-            autocast=self.rt.autocast,
-            progress=progress,
-        )
+        context = replace(eval_context(self.run, self.rt), progress=lambda label: nullcontext(progress))
+        features = extract(backbone, dataset, context)
         if self.rt.is_main:
             readable = set(features.indices.tolist())
             queries = [index for index in map(kept.index, self.samples) if index in readable]

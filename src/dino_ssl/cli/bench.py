@@ -76,7 +76,7 @@ def read(argv: Sequence[str]) -> tuple[CommandLine, Any]:
     """Return the command line and its options, parsed as by `dino train`."""
     kind: Any = BenchOptions  # has the fields that CommandLine needs
     command_line = CommandLine(list(argv), kind=kind, prog="dino bench", examples=EXAMPLES, base=preset_or_default)
-    return command_line, command_line.parse(command_line.change(command_line.skeleton()))
+    return command_line, command_line.options()
 
 
 def preset_or_default(name: str | None) -> Run:

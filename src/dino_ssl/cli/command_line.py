@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import tyro
 
 from dino_ssl.api.resolve import ExistingRun, find_run, runs_nearby
-from dino_ssl.cli.eval_spec import ASKS as EVAL_SPECS
+from dino_ssl.cli.eval_spec import EVAL_SPECS
 from dino_ssl.cli.options import Flag, parse
 from dino_ssl.config import edit, import_type
 from dino_ssl.data.dataset import DatasetConfig
@@ -108,9 +108,14 @@ class CommandLine:
                 if argument in WORDS:
                     return self.preset.data if isinstance(self.preset.data, type(WORDS[argument])) else WORDS[argument]
                 if ":" in argument and not argument.startswith("-") and not Path(argument).exists():
-                    return import_type(argument, DatasetConfig)()
+                    kind: Any = import_type(argument, DatasetConfig)
+                    return kind()
             previous = argument
         return None
+
+    def has(self, flag: str) -> bool:
+        """Return whether the command line has this flag."""
+        return any(argument == flag or argument.startswith(f"{flag}=") for argument in self.argv)
 
     def options(self) -> Any:
         """Return the options, parsed over a Run of the right types."""
@@ -129,7 +134,7 @@ class CommandLine:
 
     def parse(self, run: Run) -> Any:
         """Parse the argv with the fields of `run` as defaults."""
-        options = parse(self.kind, self.argv, self.prog, self.examples, self.kind(run=run), EVAL_SPECS)
+        options = parse(cast(type[Any], self.kind), self.argv, self.prog, self.examples, self.kind(run=run), EVAL_SPECS)
         if options.folder and self.dataset is None and self.existing is None:
             data = options.run.data
             data = edit(data, path=options.folder) if isinstance(data, Folder) else Folder(path=options.folder)
@@ -149,7 +154,8 @@ class CommandLine:
 def network_named(name: str) -> BackboneConfig:
     """Return the settings of vit_tiny/16, timm:resnet18 or MODULE:CLASS."""
     if ":" in name and not name.startswith("timm:"):
-        return import_type(name, BackboneConfig)()
+        kind: Any = import_type(name, BackboneConfig)
+        return kind()
     return backbone_named(name)
 
 

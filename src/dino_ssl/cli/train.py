@@ -12,6 +12,7 @@ from dino_ssl import distributed
 from dino_ssl.api.session import Outcome
 from dino_ssl.api.training import TrainRequest, prepare
 from dino_ssl.cli.command_line import CommandLine, SessionOptions
+from dino_ssl.cli.options import with_flags
 from dino_ssl.cli.run_dir import choose_run_dir
 from dino_ssl.config import edit, to_dict
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset
@@ -70,7 +71,7 @@ def run_command(line: CommandLine) -> int:
     """Plan or resume, train and report; return the exit code."""
     options = line.options()
     _check(options, line)
-    with command_output(options.json) as (terminal, print_result), start() as rt:
+    with command_output(options.json, with_flags) as (terminal, print_result), start() as rt:
         folder, existing = distributed.run_on_rank0(
             lambda: choose_run_dir(options, terminal, line.existing, out=line.types.out)
         )
