@@ -48,7 +48,7 @@ class Blobs(ImageDataset):
 
 def rows(steps: int = 120, *, best: float = 61.25) -> list[dict]:
     """Return metrics like those of a run that learns."""
-    found = []
+    result = []
     for step in range(10, steps + 1, 10):
         t = step / steps
         loss, entropy = math.log(K) * (1 - 0.6 * t), math.log(K) * (0.8 - 0.5 * t)
@@ -59,11 +59,11 @@ def rows(steps: int = 120, *, best: float = 61.25) -> list[dict]:
             "momentum": 0.99 + 0.01 * t,
         }
         speed = {"images_per_s": 100 + 5 * t, "wait": 0.03, "time": 60 * t, "weight_decay": 0.04}
-        found.append({"step": step, "epoch": step / 10, "loss": loss, "teacher_entropy": entropy, **more, **speed})
+        result.append({"step": step, "epoch": step / 10, "loss": loss, "teacher_entropy": entropy, **more, **speed})
         if step % 40 == 0:
             accuracy = best - 0.5 * abs(step - 80)  # the best is not the last
-            found.append({"step": step, "epoch": step / 10, "eval": "knn", "20-NN": accuracy, "20-NN top-5": 99.0})
-    return found
+            result.append({"step": step, "epoch": step / 10, "eval": "knn", "20-NN": accuracy, "20-NN top-5": 99.0})
+    return result
 
 
 def write_rows(run_dir: Path, lines: list[dict], tail: str = "") -> None:
@@ -252,10 +252,10 @@ def test_a_healthy_run_has_no_findings() -> None:
     ("low", "high"), [(0, 1), (0, 0), (5, 5), (-3, 7), (-2, -2), (1e-9, 2e-9), (-1e6, 1e6), (0.1, 0.1000001), (0, 8.3)]
 )
 def test_ticks_cover_the_values(low: float, high: float) -> None:
-    found = ticks(low, high)
-    assert found[0] <= low
-    assert found[-1] >= high
-    assert 2 <= len(found) <= 8
+    result = ticks(low, high)
+    assert result[0] <= low
+    assert result[-1] >= high
+    assert 2 <= len(result) <= 8
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_last_value() -> None:

@@ -88,12 +88,12 @@ def test_the_foreground_is_the_side_without_the_border() -> None:
     image[16:48, 16:48] = [(255, 120, 0)]
     image[16:32, 16:48] = [(255, 0, 120)]
     for signed in (image, 255 - image):  # for either sign of the component
-        ((found,), _) = patch_colors(MeanColor(), [signed], size=64, foreground=0.5)
+        ((result,), _) = patch_colors(MeanColor(), [signed], size=64, foreground=0.5)
         expected = np.zeros((8, 8), bool)
         expected[2:6, 2:6] = True
-        assert np.array_equal(found.foreground, expected)
-        assert (found.colors[~expected] == 0).all()
-        top, bottom = found.colors[2:4, 2:6], found.colors[4:6, 2:6]
+        assert np.array_equal(result.foreground, expected)
+        assert (result.colors[~expected] == 0).all()
+        top, bottom = result.colors[2:4, 2:6], result.colors[4:6, 2:6]
         assert np.abs(top - bottom).max(axis=-1).min() > 0.5  # the color range is that of the foreground only
 
 

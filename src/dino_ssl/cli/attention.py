@@ -115,7 +115,7 @@ def _draw_images(
         results.append({
             "image": image.name, "heads": len(maps[0].heads), "grid": list(maps[0].mean.shape), "layer": maps[0].layer,
             "kind": maps[0].kind, "points": list(options.point), "files": list(map(str, files)),
-            "mask_share": [float(each.mask.mean()) for each in maps],
+            "mask_share": [float(query.mask.mean()) for query in maps],
         })  # fmt: skip
         if len(overview) < SHEET_IMAGES:
             overview.append((Path(image.name).name, maps))

@@ -63,14 +63,14 @@ def pca(argv: Sequence[str]) -> int:
         size = options.size or attention_size(checkpoint.size)
         colors, variance = patch_colors(checkpoint.backbone, pixels, size=size, foreground=options.foreground)
         out, results, blocks = Path(options.out), [], []
-        for image, each in zip(readable, colors, strict=True):
-            drawn = patch_color_image(each.colors, each.foreground, each.display.shape[:2])
-            file = save_image(out / f"{image.stem}.png", drawn)
+        for image, patches in zip(readable, colors, strict=True):
+            colored = patch_color_image(patches.colors, patches.foreground, patches.display.shape[:2])
+            file = save_image(out / f"{image.stem}.png", colored)
             results.append({
-                "image": image.name, "grid": list(each.foreground.shape), "file": str(file),
-                "foreground": float(each.foreground.mean()),
+                "image": image.name, "grid": list(patches.foreground.shape), "file": str(file),
+                "foreground": float(patches.foreground.mean()),
             })  # fmt: skip
-            blocks.append([("image", each.display), ("components", drawn)])
+            blocks.append([("image", patches.display), ("components", colored)])
         names = [Path(image.name).name for image in readable]
         overview = save_image(out / "all.png", sheet(blocks[:SHEET_IMAGES], names=names))
         shares = ", ".join(f"{share:.0%}" for share in variance)

@@ -99,9 +99,11 @@ def track(argv: Sequence[str]) -> int:
             {"object": label, "area": [round(float(area[label]), 6) for area in areas], "too_small": label in too_small}
             for label in np.setdiff1d(mask, 0).tolist()
         ]
-        for each in objects:
-            first_area, last_area = each["area"][0], each["area"][-1]
-            terminal.print(f"object {each['object']}: {first_area:.1%} of the first frame, {last_area:.1%} of the last")
+        for entry in objects:
+            first_area, last_area = entry["area"][0], entry["area"][-1]
+            terminal.print(
+                f"object {entry['object']}: {first_area:.1%} of the first frame, {last_area:.1%} of the last"
+            )
         terminal.print(f"{len(areas)} masks in {out / 'masks'}/, overlay {overlay}, preview {strip}")
         write_result({
             "checkpoint": options.checkpoint, "frames": len(areas), "size": settings.size,

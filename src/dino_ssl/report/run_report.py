@@ -151,9 +151,9 @@ def _accuracy(history: History) -> tuple[str, list[dict[str, Any]]]:
 
 def _references(info: Mapping[str, Any], history: History, name: str) -> dict[str, float]:
     """Return the reference scores of a metric, from run.json or from the metrics."""
-    found = {}
+    scores = {}
     for key, label in REFERENCES.items():
         row = (info.get("reference_scores") or {}).get(key) or (history.evaluations.get(key) or [{}])[-1]
         if isinstance(row.get(name), int | float):
-            found[label] = float(row[name])
-    return found
+            scores[label] = float(row[name])
+    return scores

@@ -45,8 +45,8 @@ def _card(title: str, kind: str, settings: Any) -> str:
             is_default = value == field.default or (
                 field.default_factory is not dataclasses.MISSING and value == field.default_factory()
             )
-            shown = list(map(str, value)) if field.name == "evals" else to_dict(value)  # evals as typed
-            rows.append((field.name.replace("_", " "), format_setting(shown), is_default))
+            plain = list(map(str, value)) if field.name == "evals" else to_dict(value)  # evals as typed
+            rows.append((field.name.replace("_", " "), format_setting(plain), is_default))
     return html.settings_card(title, kind, sorted(rows, key=lambda row: row[2]))
 
 

@@ -107,8 +107,8 @@ def write_neighbors(
     features = extracted.features
     similarity, nearest = nearest_neighbours(features, features[[rows[query] for query in queries]], k + 1)
     results = []
-    for query, values, found in zip(queries, similarity.tolist(), nearest.tolist(), strict=True):
-        pairs = [(row, value) for row, value in zip(found, values, strict=True) if row != rows[query]]
+    for query, values, neighbor_rows in zip(queries, similarity.tolist(), nearest.tolist(), strict=True):
+        pairs = [(row, value) for row, value in zip(neighbor_rows, values, strict=True) if row != rows[query]]
         neighbors = [
             {**_describe(dataset, int(extracted.indices[row])), "similarity": round(value, 4)}
             for row, value in pairs[:k]

@@ -77,10 +77,10 @@ def attention_maps(
     display, layer = display_image(image, resized), layer % backbone.num_blocks
     return [
         AttentionMaps(
-            image=resized, display=display, **_with_masks(each[list(head_ids)], mass), head_ids=head_ids, layer=layer,
-            query=query, point=point, mass=mass,
+            image=resized, display=display, **_with_masks(all_heads[list(head_ids)], mass), head_ids=head_ids,
+            layer=layer, query=query, point=point, mass=mass,
         )
-        for each, query, point in zip(maps, queries, points, strict=True)
+        for all_heads, query, point in zip(maps, queries, points, strict=True)
     ]  # fmt: skip
 
 

@@ -91,14 +91,14 @@ def patch_colors(
             )
     if not maps:
         raise UserError("None of the images could be read.")
-    rows = torch.cat([each.flatten(0, 1) for each in maps])
+    rows = torch.cat([patches.flatten(0, 1) for patches in maps])
     kept = torch.ones(len(rows), dtype=torch.bool) if foreground is None else _foreground(rows, maps, foreground)
     components = principal_components(rows[kept], 3)
     colors = torch.zeros(len(rows), 3)
     colors[kept, : len(components.directions)] = unit_range(components.project(rows[kept]))
     variance = rows[kept].var(dim=0, correction=0).sum()
     shares = (components.variance / variance.clamp(min=1e-12)).tolist()
-    grids = [each.shape[:2] for each in maps]
+    grids = [patches.shape[:2] for patches in maps]
     counts = [h * w for h, w in grids]
     return [
         PatchColors(display, color.reshape(*grid, 3).numpy(), mask.reshape(grid).numpy())
@@ -117,7 +117,7 @@ def unit_range(values: Tensor, clipped: float = CLIPPED) -> Tensor:
 def _foreground(rows: Tensor, maps: Sequence[Tensor], threshold: float) -> Tensor:
     """Return which rows are above the threshold along the first component, as bool [N]."""
     first = unit_range(principal_components(rows, 1).project(rows))[:, 0]
-    border = torch.cat([_border(each.shape[0], each.shape[1]).flatten() for each in maps])
+    border = torch.cat([_border(patches.shape[0], patches.shape[1]).flatten() for patches in maps])
     if border.any() and not border.all() and first[border].mean() > first[~border].mean():
         first = 1 - first
     kept = first >= threshold

@@ -122,26 +122,26 @@ def panels(maps: AttentionMaps) -> list[Panel]:
     """Return (name, image) of the input, mean, overlay, mask, the colored heads, and each head."""
     shape, several = maps.display.shape[:2], len(maps.heads) > 1
     mean = "mean" if several or maps.kind == "similarity" else f"head {maps.head_ids[0]}"
-    found = [
+    result = [
         ("image", draw_marker(maps.display, maps.marker)),
         (mean, heat_map(maps.mean, shape)),
         ("overlay", overlay(maps.display, maps.mean)),
         (f"mask {maps.mass:.0%}", cutout(maps.display, maps.mask)),
     ]
     if several:
-        found.append(("heads", color_heads(maps)))
-        found += [(f"head {i}", heat_map(head, shape)) for i, head in zip(maps.head_ids, maps.heads, strict=True)]
-    return found
+        result.append(("heads", color_heads(maps)))
+        result += [(f"head {i}", heat_map(head, shape)) for i, head in zip(maps.head_ids, maps.heads, strict=True)]
+    return result
 
 
 def point_panels(points: Sequence[AttentionMaps]) -> list[Panel]:
     """Return (name, image) of the input with its points, of all points in one image, and of each point."""
     colors = palette(len(points))
-    found = [("image", _draw_markers(points[0].display, points, colors)), ("points", color_points(points))]
+    result = [("image", _draw_markers(points[0].display, points, colors)), ("points", color_points(points))]
     for number, (maps, color) in enumerate(zip(points, colors, strict=True), 1):
         alone = color_maps(maps.display, maps.mean[None], maps.mask[None], [color])
-        found.append((f"point {number}", draw_marker(alone, maps.marker, color)))
-    return found
+        result.append((f"point {number}", draw_marker(alone, maps.marker, color)))
+    return result
 
 
 def video_frame(maps: Sequence[AttentionMaps]) -> np.ndarray:
