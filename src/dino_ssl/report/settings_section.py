@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from dino_ssl.config import to_dict, type_name
+from dino_ssl.config import format_value, to_dict, type_name
 from dino_ssl.files import read_json
 from dino_ssl.report import html
 from dino_ssl.run import Run
@@ -13,6 +13,7 @@ TITLES = {
     "data": "Dataset", "val": "Validation set", "backbone": "Backbone", "method": "Method", "views": "Views",
     "optim": "Optimizer", "online_eval": "Online evaluation",
 }  # fmt: skip
+MAX_TEXT = 120
 
 
 def plan_section(run_dir: Path) -> str:
@@ -51,17 +52,6 @@ def _card(title: str, kind: str, settings: Any) -> str:
 
 
 def format_setting(value: Any) -> str:
-    """Return a JSON value as short text."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10000 else str(value)
-    if isinstance(value, list):
-        items = ", ".join(map(format_setting, value[:8])) or "–"
-        return f"{len(value)}: {items}, …" if len(value) > 8 else items
-    if isinstance(value, dict):
-        items = ", ".join(f"{name} {format_setting(item)}" for name, item in value.items() if name != "type")
-        return f"{value.get('type', '')}({items})"
-    return "–" if value is None or value == "" else str(value)
+    """Return a JSON value as text of at most MAX_TEXT characters."""
+    text = format_value(value)
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
