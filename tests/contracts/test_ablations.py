@@ -11,14 +11,14 @@ import torch
 from dino_ssl.ablations.markdown import NO_DISCUSSION, write_study_markdown
 from dino_ssl.ablations.page import write_study_page
 from dino_ssl.ablations.results import FAILED, RESULT, SAME, Result, Study, find_study, read_study
-from dino_ssl.ablations.table import SCALES, Scale, Table
+from dino_ssl.ablations.table import CURVES, METRICS, SCALES, Scale, Table
 from dino_ssl.ablations.tables import TABLES, get_table
 from dino_ssl.config import differences, edit, from_dict, to_dict
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
 from dino_ssl.methods.byol import BYOLConfig
 from dino_ssl.models.vit import ViT
-from dino_ssl.run import Run
+from dino_ssl.run import FORMAT, Run
 from dino_ssl.state import build_method
 
 ALL = [(table, scale) for table in TABLES.values() for scale in SCALES]
@@ -90,9 +90,10 @@ def test_a_table_is_described_and_the_papers_results_are_of_its_metrics(table: T
     assert table.title
     assert table.protocol
     assert table.conclusion
-    metrics = {metric.name for metric in table.metrics}
+    assert {*table.metrics} <= METRICS.keys()
+    assert {*table.curves} <= CURVES.keys()
     for item in table.configurations:
-        assert set(item.paper) <= metrics
+        assert set(item.paper) <= {*table.metrics}
         assert "/" not in item.name
 
 
@@ -187,7 +188,7 @@ def study(tmp_path: Path) -> Study:
         folder = study.study_run(both, seed).folder
         run = edit(table.run(both, "small", base), seed=seed, out=str(folder))
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps({"run": to_dict(run)}))
+        (folder / "run.json").write_text(json.dumps({"format": FORMAT, "run": to_dict(run)}))
         lines = [{"step": s, "epoch": s / 4, "teacher_entropy": 5.0 + seed, "kl": 1.0, "loss": 6.0} for s in (2, 4)]
         lines.append({"step": 4, "epoch": 1.0, "eval": "knn", "20-NN": knn})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -22,50 +22,27 @@ def results(knn: float | None = None, linear: float | None = None) -> dict[str, 
     return {name: value for name, value in (("20-NN", knn), ("linear", linear)) if value is not None}
 
 
-def byol(
-    name: str = "byol",
-    title: str = "BYOL",
-    *,
-    predictor: bool = True,
-    multi_crop: bool = False,
-    knn: float | None = None,
-    linear: float | None = None,
-) -> Configuration:
-    """Return BYOL, by default with two global views and its predictor."""
+def byol(name: str = "byol", title: str = "BYOL", *, predictor: bool = True, **options: Any) -> Configuration:
+    """Return BYOL; options as in `_configuration`."""
     change = {"method": BYOLConfig(predictor=predictor), "optim": CONSTANT_DECAY}
-    small = {"method": BYOLConfig(predictor=predictor, **SMALL_HEAD)}
-    return _configuration(name, title, change, small, multi_crop, results(knn, linear))
+    return _configuration(name, title, change, {"method": BYOLConfig(predictor=predictor, **SMALL_HEAD)}, **options)
 
 
-def moco(
-    name: str = "moco-v2",
-    title: str = "MoCo-v2",
-    *,
-    multi_crop: bool = False,
-    knn: float | None = None,
-    linear: float | None = None,
-) -> Configuration:
-    """Return MoCo-v2, by default with two global views."""
+def moco(name: str = "moco-v2", title: str = "MoCo-v2", **options: Any) -> Configuration:
+    """Return MoCo-v2; options as in `_configuration`."""
     change = {"method": MoCoConfig(), "optim": CONSTANT_DECAY}
-    small = {"method": MoCoConfig(queue=4096, **SMALL_HEAD)}
-    return _configuration(name, title, change, small, multi_crop, results(knn, linear))
+    return _configuration(name, title, change, {"method": MoCoConfig(queue=4096, **SMALL_HEAD)}, **options)
 
 
-def swav(
-    name: str = "swav",
-    title: str = "SwAV",
-    *,
-    multi_crop: bool = True,
-    knn: float | None = None,
-    linear: float | None = None,
-) -> Configuration:
-    """Return SwAV, by default with multi-crop."""
+def swav(name: str = "swav", title: str = "SwAV", *, multi_crop: bool = True, **options: Any) -> Configuration:
+    """Return SwAV, with multi-crop by default; options as in `_configuration`."""
     small = {"method": SwAVConfig(out_dim=300, head_hidden=512, freeze_prototypes=0)}
-    return _configuration(name, title, {"method": SwAVConfig()}, small, multi_crop, results(knn, linear))
+    return _configuration(name, title, {"method": SwAVConfig()}, small, multi_crop=multi_crop, **options)
 
 
 def _configuration(
-    name: str, title: str, change: Changes, small: Changes, multi_crop: bool, paper: dict[str, float]
+    name: str, title: str, change: Changes, small: Changes, *, multi_crop: bool = False, **paper: float
 ) -> Configuration:
+    """multi_crop: add the base's local views. paper: arguments of `results`."""
     views: Changes = {} if multi_crop else NO_MULTI_CROP
-    return Configuration(name, title, {**change, **views}, {**small, **views}, paper)
+    return Configuration(name, title, {**change, **views}, {**small, **views}, results(**paper))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dino_ssl.ablations import summary
 from dino_ssl.ablations.results import Study
+from dino_ssl.ablations.table import CURVES
 from dino_ssl.files import atomic_write
 
 OPEN, CLOSE = "<!-- discussion: written by hand, kept when this page is generated again -->", "<!-- end -->"
@@ -64,7 +65,8 @@ def _discussion(path: Path) -> str:
 
 def _draw_curves(study: Study, path: Path) -> bool:
     """Draw the curves side by side as a PNG; return False if there are none."""
-    curves = [(curve, lines) for curve in study.table.curves if (lines := summary.mean_lines(study, curve))]
+    drawn = (CURVES[name] for name in study.table.curves)
+    curves = [(curve, lines) for curve in drawn if (lines := summary.mean_lines(study, curve))]
     if not curves:
         return False
     from matplotlib.figure import Figure

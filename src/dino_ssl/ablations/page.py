@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dino_ssl.ablations import summary
 from dino_ssl.ablations.results import Study
+from dino_ssl.ablations.table import CURVES
 from dino_ssl.files import atomic_write
 from dino_ssl.report import html
 from dino_ssl.report.curves import chart
@@ -33,10 +34,7 @@ def write_study_page(study: Study) -> Path:
 
 
 def _results(study: Study) -> str:
-    columns = "".join(
-        f"<th>{escape(metric.title)}, {escape(metric.unit)}<br>ours</th><th><br>paper</th>"
-        for metric in study.table.metrics
-    )
+    columns = "".join(f"<th>{escape(column)}</th>" for column in summary.result_columns(study))
     rows = []
     for item in study.table.configurations:
         cells = [escape(item.title)]
@@ -58,7 +56,7 @@ def _curves(study: Study) -> str:
             from_zero=curve.from_zero,
             references=summary.reference_lines(study, curve),
         )
-        for curve in study.table.curves
+        for curve in (CURVES[name] for name in study.table.curves)
     )
     return f'<div class="grid charts">{charts}</div>' if charts else ""
 

@@ -21,6 +21,8 @@ from dino_ssl.report.curves import Line, line, read_history
 from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
 
 ROOT = Path("runs/ablate")
+FORMAT = 1
+"""Version of study.json and result.json."""
 STUDY, RESULT, FAILED, SAME, STUDENT = "study.json", "result.json", "failed.json", "same.json", "student.jsonl"
 
 
@@ -48,6 +50,7 @@ class Result:
     data: str = ""
     """Fingerprint of the dataset."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    format: int = FORMAT
 
 
 class Spread(NamedTuple):
@@ -98,7 +101,7 @@ class StudyRun:
     @property
     def result(self) -> Result | None:
         """The result; None if the run has not finished."""
-        content = read_json(self.run_dir / RESULT)
+        content = _read(self.run_dir / RESULT)
         return None if content is None else from_dict(Result, content)
 
     @property
@@ -173,13 +176,13 @@ class Study:
 
     def write(self) -> None:
         """Write study.json."""
-        content = {"table": self.table.name, "scale": self.scale, "base": to_dict(self.base), "data": dict(self.data)}
-        write_json(self.folder / STUDY, content | {"minutes": self.minutes})
+        content = {"format": FORMAT, "table": self.table.name, "scale": self.scale, "base": to_dict(self.base)}
+        write_json(self.folder / STUDY, content | {"data": dict(self.data), "minutes": self.minutes})
 
 
 def read_study(folder: Path) -> Study | None:
     """Return the study in a folder; None if there is none."""
-    content = read_json(folder / STUDY)
+    content = _read(folder / STUDY)
     if content is None:
         return None
     try:
@@ -206,6 +209,14 @@ def find_study(name: str, root: Path = ROOT, scale: Scale | None = None) -> Stud
     if len(studies) > 1:
         raise UserError(f"{root / name} has the scales {' and '.join(SCALES)}: choose one with `scale`.")
     return studies[0]
+
+
+def _read(path: Path) -> Any:
+    """Return the content of study.json or result.json; None if it is missing."""
+    content = read_json(path)
+    if content is not None and content.get("format") != FORMAT:
+        raise UserError(f"{path} has format {content.get('format')}; this version of dino reads format {FORMAT}.")
+    return content
 
 
 def read_student_scores(folder: Path) -> list[dict[str, Any]]:

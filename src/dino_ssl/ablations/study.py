@@ -17,7 +17,7 @@ from dino_ssl.ablations.bases import IMAGES_SEEN, scale_length
 from dino_ssl.ablations.job_pool import Task
 from dino_ssl.ablations.results import RESULT, ROOT, SAME, STUDENT, Study, StudyRun, read_study
 from dino_ssl.ablations.runner import RunJob
-from dino_ssl.ablations.table import LINEAR, SPEED, Scale, Table
+from dino_ssl.ablations.table import Scale, Table
 from dino_ssl.config import differences, edit, flatten, format_value, to_dict
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.folder import Folder
@@ -175,7 +175,7 @@ def make_job(study: Study, study_run: StudyRun, *, linear: bool = False) -> RunJ
         learned=settings_digest(run),
         data=str(study.data["fingerprint"]),
         evaluate_student=study.table.evaluate_student,
-        metrics=(*([LINEAR.name] if linear else []), *([SPEED.name] if SPEED in study.table.metrics else [])),
+        metrics=(*(["linear"] if linear else []), *({"throughput"} & {*study.table.metrics})),
     )
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from dino_ssl.ablations.results import Spread, Study, StudyRun
-from dino_ssl.ablations.table import Configuration, Curve, Metric
+from dino_ssl.ablations.table import METRICS, Configuration, Curve, Metric
 from dino_ssl.config import format_value
 from dino_ssl.formatting import duration
 from dino_ssl.report.curves import Line
@@ -72,15 +72,16 @@ def format_paper(configuration: Configuration, metric: Metric) -> str:
 
 def result_columns(study: Study) -> list[str]:
     """Return the titles of the columns: for each metric our result and the paper's."""
-    return [text for metric in study.table.metrics for text in (f"{metric.title}, {metric.unit}", "paper")]
+    metrics = [METRICS[name] for name in study.table.metrics]
+    return [text for metric in metrics for text in (f"{metric.title}, {metric.unit}", "paper")]
 
 
 def result_cells(study: Study, configuration: Configuration) -> list[str]:
     """Return one row of the results: for each metric our result and the paper's."""
     cells = []
-    for metric in study.table.metrics:
-        cells.append(format_spread(study.spread(configuration, metric.name), metric))
-        cells.append(format_paper(configuration, metric))
+    for name in study.table.metrics:
+        cells.append(format_spread(study.spread(configuration, name), METRICS[name]))
+        cells.append(format_paper(configuration, METRICS[name]))
     return cells
 
 

@@ -27,14 +27,19 @@ class Metric(NamedTuple):
     digits: int = 1
 
 
-KNN = Metric("20-NN", "20-NN")
-STUDENT = Metric("student 20-NN", "student's 20-NN")
-LINEAR = Metric("linear", "linear")
-HOURS = Metric("hours", "time", "h", 2)
-MEMORY = Metric("memory", "memory", "GB")
-SPEED = Metric("throughput", "throughput", "images/s", 0)
-ENTROPY = Metric("entropy", "teacher entropy / ln K")
-KL = Metric("kl", "KL to the student", "nats", 2)
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("20-NN", "20-NN"),
+        Metric("student 20-NN", "student's 20-NN"),
+        Metric("linear", "linear"),
+        Metric("hours", "time", "h", 2),
+        Metric("memory", "memory", "GB"),
+        Metric("throughput", "throughput", "images/s", 0),
+        Metric("entropy", "teacher entropy / ln K"),
+        Metric("kl", "KL to the student", "nats", 2),
+    )
+}
 
 
 class Curve(NamedTuple):
@@ -48,11 +53,16 @@ class Curve(NamedTuple):
     """Draw ln K as a dashed line."""
 
 
-QUALITY = Curve("20-NN", "20-NN of the teacher", " %", from_zero=True)
-STUDENTS = Curve("student 20-NN", "20-NN of the student", " %", from_zero=True)
-LOSS = Curve("loss", "Loss")
-ENTROPIES = Curve("teacher_entropy", "Entropy of the teacher h(P_t)", from_zero=True, show_ln_k=True)
-KLS = Curve("kl", "KL(P_t || P_s)", from_zero=True)
+CURVES = {
+    curve.name: curve
+    for curve in (
+        Curve("20-NN", "20-NN of the teacher", " %", from_zero=True),
+        Curve("student 20-NN", "20-NN of the student", " %", from_zero=True),
+        Curve("loss", "Loss"),
+        Curve("teacher_entropy", "Entropy of the teacher h(P_t)", from_zero=True, show_ln_k=True),
+        Curve("kl", "KL(P_t || P_s)", from_zero=True),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -91,9 +101,10 @@ class Table:
     small: Callable[[], Run]
     """The base at scale small: one CPU core, minutes per run."""
     configurations: tuple[Configuration, ...]
-    metrics: tuple[Metric, ...] = (KNN, LINEAR)
-    """The columns, the most important first."""
-    curves: tuple[Curve, ...] = (QUALITY, LOSS)
+    metrics: tuple[str, ...] = ("20-NN", "linear")
+    """The columns, the most important first: names of METRICS."""
+    curves: tuple[str, ...] = ("20-NN", "loss")
+    """Names of CURVES."""
     evaluate_student: bool = False
     """Evaluate the student as well as the teacher."""
     conclusion: str

@@ -5,19 +5,7 @@ from dataclasses import replace
 
 from dino_ssl.ablations.baselines import byol, moco, results, swav
 from dino_ssl.ablations.bases import NO_MULTI_CROP, conv, longer, narrow, vit_100, vit_300
-from dino_ssl.ablations.table import (
-    ENTROPIES,
-    ENTROPY,
-    HOURS,
-    KNN,
-    LINEAR,
-    LOSS,
-    QUALITY,
-    SPEED,
-    Changes,
-    Configuration,
-    Table,
-)
+from dino_ssl.ablations.table import Changes, Configuration, Table
 from dino_ssl.config import edit
 from dino_ssl.presets.paper import resnet50_800
 from dino_ssl.run import Run
@@ -26,7 +14,7 @@ from dino_ssl.run import Run
 
 
 def _resnet(run: Run) -> Changes:
-    """The settings of the released ResNet-50 at the base's length; DINO's head has batch norm, and K is 60000."""
+    """Return the settings of the released ResNet-50 at the base's length: batch norm in the head, K 60000."""
     released = resnet50_800()
     optim = edit(released.optim, epochs=run.optim.epochs)
     return {"backbone": released.backbone, "method": released.method, "optim": optim, "views": released.views}
@@ -71,7 +59,7 @@ TABLE13 = Table(
     protocol="ResNet-50 and ViT-S/16 on ImageNet, 300 epochs; linear top-1 and 20-NN. SwAV and DINO with multi-crop.",
     paper=vit_300,
     small=narrow,
-    metrics=(LINEAR, KNN),
+    metrics=("linear", "20-NN"),
     configurations=(
         _on_resnet(moco(), 71.1, 62.9),
         _on_resnet(byol(), 72.7, 65.4),
@@ -96,7 +84,7 @@ TABLE14 = Table(
     protocol="ViT-S/16 on ImageNet, 300 epochs; linear top-1. MSE compares l2-normalised outputs, without sharpening.",
     paper=vit_300,
     small=conv,
-    metrics=(LINEAR, KNN),
+    metrics=("linear", "20-NN"),
     configurations=(
         Configuration("dino", "DINO: cross-entropy, multi-crop, center", paper=results(linear=76.1)),
         Configuration("mse", "MSE, multi-crop, center", MSE, paper=results(linear=62.4)),
@@ -130,7 +118,7 @@ TABLE15 = Table(
     protocol="ViT-S/16 on ImageNet, 300 epochs; linear top-1. Without momentum the teacher is a copy of the student.",
     paper=vit_300,
     small=conv,
-    metrics=(LINEAR, KNN, ENTROPY),
+    metrics=("linear", "20-NN", "entropy"),
     configurations=(
         _table15("momentum", "centering", 76.1),
         _table15("momentum", "batch-softmax", 75.8),
@@ -144,11 +132,6 @@ TABLE15 = Table(
 
 # -- App. C: the projection head -----------------------------------------------------------------------------
 
-
-def _head_norm(name: str, title: str, field: str, value: str, knn: float) -> Configuration:
-    return Configuration(name, title, {"method": {field: value}}, paper=results(knn))
-
-
 HEAD_NORM = Table(
     name="head-norm",
     title="App. C: batch norm and activation of the head",
@@ -156,16 +139,16 @@ HEAD_NORM = Table(
     paper=vit_100,
     small=conv,
     configurations=(
-        _head_norm("no-norm", "no batch norm, GELU", "head_norm", "none", 69.7),
-        _head_norm("batch-norm", "batch norm", "head_norm", "batch", 68.6),
-        _head_norm("relu", "ReLU", "head_act", "relu", 68.9),
+        Configuration("no-norm", "no batch norm, GELU", {"method": {"head_norm": "none"}}, paper=results(69.7)),
+        Configuration("batch-norm", "batch norm", {"method": {"head_norm": "batch"}}, paper=results(68.6)),
+        Configuration("relu", "ReLU", {"method": {"head_act": "relu"}}, paper=results(68.9)),
     ),
     conclusion="The head needs no batch norm, so a ViT can be trained without any batch norm.",
 )
 
 
 def _head_layers(total: int, l2: bool, knn: float) -> Configuration:
-    """The paper counts all linear layers; with the l2 bottleneck the last one is the weight-normalised one."""
+    """Count all linear layers, as the paper does: with the l2 bottleneck also the weight-normalised last one."""
     method = {"head_layers": total - 1} if l2 else {"head_layers": total, "head_bottleneck": 0}
     return Configuration(
         f"{total}-{'l2' if l2 else 'plain'}",
@@ -189,12 +172,6 @@ HEAD_LAYERS = Table(
     conclusion="Deep heads train only with the l2 bottleneck, and then deeper is better.",
 )
 
-
-def _prototypes(count: int, knn: float) -> Configuration:
-    change, small = ({"method": {"out_dim": k}} for k in (count, count // 16))
-    return Configuration(str(count), f"K = {count}", change, small, results(knn), f"K = {count // 16} at scale small")
-
-
 PROTOTYPES = Table(
     name="prototypes",
     title="App. C: K, the number of prototypes",
@@ -202,8 +179,15 @@ PROTOTYPES = Table(
     paper=vit_100,
     small=conv,
     configurations=tuple(
-        _prototypes(count, knn)
-        for count, knn in ((1024, 67.8), (4096, 69.3), (16384, 69.2), (65536, 69.7), (262144, 69.1))
+        Configuration(
+            str(k),
+            f"K = {k}",
+            {"method": {"out_dim": k}},
+            {"method": {"out_dim": k // 16}},
+            results(knn),
+            f"K = {k // 16} at scale small",
+        )
+        for k, knn in ((1024, 67.8), (4096, 69.3), (16384, 69.2), (65536, 69.7), (262144, 69.1))
     ),
     conclusion="Large K is better, up to 65536.",
 )
@@ -227,8 +211,8 @@ TEMPERATURES = Table(
     protocol="ViT-S/16 on ImageNet, 100 epochs; 20-NN.",
     paper=vit_100,
     small=conv,
-    metrics=(KNN, ENTROPY),
-    curves=(QUALITY, LOSS, ENTROPIES),
+    metrics=("20-NN", "entropy"),
+    curves=("20-NN", "loss", "teacher_entropy"),
     configurations=(
         _temperature(0, 43.9, "tau_t 0: the largest output (argmax)"),
         _temperature(0.02, 66.7),
@@ -240,21 +224,18 @@ TEMPERATURES = Table(
     conclusion="A constant temperature must not exceed 0.06; 0.08 ends at ln K; a warm-up allows 0.07.",
 )
 
-
-def _center(momentum: float, knn: float) -> Configuration:
-    change = {"method": {"center_momentum": momentum}}
-    return Configuration(f"{momentum:g}", f"m = {momentum:g}", change, paper=results(knn))
-
-
 CENTER_MOMENTUM = Table(
     name="center-momentum",
     title="App. D: momentum of the center (m of Eq. 4)",
     protocol="ViT-S/16 on ImageNet, 100 epochs; 20-NN.",
     paper=vit_100,
     small=conv,
-    metrics=(KNN, ENTROPY),
-    curves=(QUALITY, LOSS, ENTROPIES),
-    configurations=(_center(0.0, 69.1), _center(0.9, 69.7), _center(0.99, 69.4), _center(0.999, 0.1)),
+    metrics=("20-NN", "entropy"),
+    curves=("20-NN", "loss", "teacher_entropy"),
+    configurations=tuple(
+        Configuration(f"{m:g}", f"m = {m:g}", {"method": {"center_momentum": m}}, paper=results(knn))
+        for m, knn in ((0.0, 69.1), (0.9, 69.7), (0.99, 69.4), (0.999, 0.1))
+    ),
     conclusion="The center may be updated fast or slowly, but 0.999 is too slow.",
 )
 
@@ -270,7 +251,7 @@ LENGTH = Table(
     protocol="ViT-S/16 on ImageNet; 20-NN.",
     paper=_ten_local_crops,
     small=conv,
-    metrics=(KNN, LINEAR, HOURS),
+    metrics=("20-NN", "linear", "hours"),
     configurations=(
         Configuration("100", "100 epochs", paper=results(70.9)),
         Configuration("300", "300 epochs", longer(3), paper=results(72.8), note="3 times the base at scale small"),
@@ -303,7 +284,7 @@ ATTENTION_HEADS = Table(
     protocol="ViT-S/16 (width 384) on ImageNet, 300 epochs; 20-NN, and throughput in images/s on a V100.",
     paper=vit_300,
     small=_width_96,
-    metrics=(KNN, LINEAR, SPEED),
+    metrics=("20-NN", "linear", "throughput"),
     configurations=(_heads(6, 72.8, 1007), _heads(8, 73.1, 971), _heads(12, 73.7, 927), _heads(16, 73.8, 860)),
     conclusion="More heads are slightly better and slightly slower.",
 )
@@ -335,12 +316,6 @@ MULTI_CROP = Table(
     conclusion="Multi-crop helps all methods except BYOL, and DINO most.",
 )
 
-
-def _crop_scale(s: float, knn: float) -> Configuration:
-    views = {"local_scale": (0.05, s), "global_scale": (s, 1.0)}
-    return Configuration(f"{s:g}", f"local 0.05 to {s:g}, global {s:g} to 1", {"views": views}, paper=results(knn))
-
-
 CROP_SCALES = Table(
     name="crop-scales",
     title="App. E: scales of the crops, (0.05, s) and (s, 1)",
@@ -348,14 +323,15 @@ CROP_SCALES = Table(
     paper=vit_100,
     small=conv,
     configurations=tuple(
-        _crop_scale(s, knn) for s, knn in ((0.08, 65.6), (0.16, 68.0), (0.24, 69.7), (0.32, 69.8), (0.48, 69.5))
+        Configuration(
+            f"{s:g}",
+            f"local 0.05 to {s:g}, global {s:g} to 1",
+            {"views": {"local_scale": (0.05, s), "global_scale": (s, 1.0)}},
+            paper=results(knn),
+        )
+        for s, knn in ((0.08, 65.6), (0.16, 68.0), (0.24, 69.7), (0.32, 69.8), (0.48, 69.5))
     ),
     conclusion="s around 0.3 is best.",
 )
 
-TABLES = (
-    *(TABLE13, TABLE14, TABLE15),
-    *(HEAD_NORM, HEAD_LAYERS, PROTOTYPES),
-    *(TEMPERATURES, CENTER_MOMENTUM, LENGTH, ATTENTION_HEADS),
-    *(MULTI_CROP, CROP_SCALES),
-)
+TABLES = [table for table in globals().values() if isinstance(table, Table)]

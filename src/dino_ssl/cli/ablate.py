@@ -266,7 +266,7 @@ def study_json(study: "Study") -> dict[str, Any]:
             values = {} if result is None else {"values": dict(result.values), "seconds": result.seconds}
             error = {"error": run.error} if run.state == "failed" else {}
             runs.append({"seed": run.seed, "state": run.state, "folder": str(run.run_dir), **values, **error})
-        spreads = {metric.name: study.spread(item, metric.name) for metric in study.table.metrics}
+        spreads = {name: study.spread(item, name) for name in study.table.metrics}
         ours = {name: spread._asdict() for name, spread in spreads.items() if spread is not None}
         items.append({"name": item.name, "title": item.title, "paper": dict(item.paper), "ours": ours, "runs": runs})
     return {"table": study.table.name, "scale": study.scale, "data": dict(study.data), "configurations": items}

@@ -1,0 +1,1 @@
+"""Collapse: checks of settings and metrics, and the reaction of a session."""

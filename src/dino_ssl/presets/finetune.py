@@ -88,10 +88,10 @@ def cars() -> Run:
 
 
 def inat18() -> Run:
-    """iNaturalist 2018: 72.0 / 72.6. 300 epochs, 128 images on each of 8 GPUs, DeiT's lr 5e-5, erasing 0.25."""
+    """For iNaturalist 2018: 72.0 / 72.6. 300 epochs, 128 images on each of 8 GPUs, DeiT's lr 5e-5, erasing 0.25."""
     return edit(imagenet(), optim=dict(lr=2.5e-5), out="runs/finetune-inat18")
 
 
 def inat19() -> Run:
-    """iNaturalist 2019: 78.2 / 78.6. As 2018 (iBOT's script uses DeiT's lr 2.5e-5 for ViT-S and 360 epochs)."""
+    """For iNaturalist 2019: 78.2 / 78.6. As 2018 (iBOT's script uses DeiT's lr 2.5e-5 for ViT-S and 360 epochs)."""
     return edit(inat18(), out="runs/finetune-inat19")
