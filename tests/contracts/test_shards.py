@@ -160,7 +160,7 @@ def test_an_image_that_fails_to_decode_is_treated_as_in_the_folder(photos: Path,
     ]
     for dataset in datasets:
         assert len(dataset) == 8
-        with pytest.raises(BadImage, match="check sum"):
+        with pytest.raises(BadImage, match="checksum"):
             dataset.read(list(dataset.names).index("dög/large.png"))
 
 
