@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from dino_ssl.cli.images import Checkpoint, Json, NamedImage, ShortSide, named_images, read_images, unique_name
+from dino_ssl.cli.images import Checkpoint, Json, NamedImage, ShortSide, Trust, named_images, read_images, unique_name
 from dino_ssl.cli.options import Flag, parse
 from dino_ssl.errors import UserError
 from dino_ssl.terminal import Terminal, command_output
@@ -59,6 +59,7 @@ class AttentionOptions:
     """Frames per second of the output video. Default: those of the input, 25 for a folder of frames."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "attention"
     """Output folder."""
+    trust: Trust = False
     json: Json = False
 
 
@@ -80,7 +81,7 @@ def attention(argv: Sequence[str]) -> int:
         ]  # fmt: skip
         skipped: list[dict[str, str]] = []
         images = named_images([name for name in options.images if Path(name) not in videos], terminal, skipped)
-        checkpoint = open_checkpoint(options.checkpoint)
+        checkpoint = open_checkpoint(options.checkpoint, trust=options.trust)
         results = _draw_images(checkpoint, images, options, terminal, skipped) if images else []
         stems: set[str] = set()
         video_results = [

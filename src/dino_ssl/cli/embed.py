@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from dino_ssl.cli.images import BatchSize, Checkpoint, DatasetName, InputSize, Json, Workers, report_skipped
+from dino_ssl.cli.images import BatchSize, Checkpoint, DatasetName, InputSize, Json, Trust, Workers, report_skipped
 from dino_ssl.cli.options import parse
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write, check_writable
@@ -38,6 +38,7 @@ class EmbedOptions:
     size: InputSize = None
     batch_size: BatchSize = 64
     workers: Workers = 0
+    trust: Trust = False
     json: Json = False
 
 
@@ -52,7 +53,7 @@ def embed(argv: Sequence[str]) -> int:
         from dino_ssl.api.calls import embed as embed_dataset
         from dino_ssl.api.calls import open_checkpoint
 
-        checkpoint = open_checkpoint(options.checkpoint)
+        checkpoint = open_checkpoint(options.checkpoint, trust=options.trust)
         with terminal.progress("features") as progress:
             embedding = embed_dataset(
                 checkpoint, options.dataset, size=options.size, batch_size=options.batch_size, workers=options.workers,

@@ -39,7 +39,7 @@ Json = Annotated[
 ]
 Trust = Annotated[
     tyro.conf.FlagCreatePairsOff[bool],
-    tyro.conf.arg(help="Import types from outside the package that the run names, which runs their code."),
+    tyro.conf.arg(help="Import types from outside the package that the checkpoint names, which runs their code."),
 ]
 
 NUM_SCENES = 12

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from dino_ssl.cli.images import Checkpoint, Json, NamedImage, ShortSide, named_images, read_images
+from dino_ssl.cli.images import Checkpoint, Json, NamedImage, ShortSide, Trust, named_images, read_images
 from dino_ssl.cli.options import parse
 from dino_ssl.errors import UserError
 from dino_ssl.terminal import command_output
@@ -38,6 +38,7 @@ class PcaOptions:
     size: ShortSide = None
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "pca"
     """Output folder."""
+    trust: Trust = False
     json: Json = False
 
 
@@ -56,7 +57,7 @@ def pca(argv: Sequence[str]) -> int:
         readable: list[NamedImage] = []
         skipped: list[dict[str, str]] = []
         images = named_images(options.images, terminal, skipped)
-        checkpoint = open_checkpoint(options.checkpoint)
+        checkpoint = open_checkpoint(options.checkpoint, trust=options.trust)
         pixels = (
             (readable.append(image), array)[1] for image, array in read_images(images, terminal, "features", skipped)
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from dino_ssl.cli.images import Checkpoint, Json, ShortSide
+from dino_ssl.cli.images import Checkpoint, Json, ShortSide, Trust
 from dino_ssl.cli.options import parse
 from dino_ssl.errors import UserError
 from dino_ssl.terminal import command_output
@@ -48,6 +48,7 @@ class TrackOptions:
     """Temperature of their softmax weights."""
     fps: float | None = None
     """Frames per second of the overlay. Default: those of the video, 25 for a folder."""
+    trust: Trust = False
     json: Json = False
 
 
@@ -72,7 +73,7 @@ def track(argv: Sequence[str]) -> int:
         if first is None:
             raise UserError(f"{options.video} has no frame that can be read.")
         mask = tracking.read_first_mask(options.mask, *first.shape[:2])
-        checkpoint = open_checkpoint(options.checkpoint)
+        checkpoint = open_checkpoint(options.checkpoint, trust=options.trust)
         settings = VideoSegmentation(
             size=options.size or attention_size(checkpoint.size), multiple=1, context=options.context,
             radius=options.radius, top_k=options.top_k, temperature=options.temperature,

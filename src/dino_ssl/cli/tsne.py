@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from dino_ssl.cli.embed import write_rows
-from dino_ssl.cli.images import BatchSize, Checkpoint, DatasetName, InputSize, Json, Workers, report_skipped
+from dino_ssl.cli.images import BatchSize, Checkpoint, DatasetName, InputSize, Json, Trust, Workers, report_skipped
 from dino_ssl.cli.options import Flag, parse
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.files import atomic_write
@@ -57,6 +57,7 @@ class TsneOptions:
     size: InputSize = None
     batch_size: BatchSize = 64
     workers: Workers = 0
+    trust: Trust = False
     json: Json = False
 
 
@@ -72,7 +73,7 @@ def tsne(argv: Sequence[str]) -> int:
         check_range(options, "max_points", least=4, most=MAX_POINTS)
         check_range(options, "components", least=1)
         dataset, of = _open(options, terminal)
-        checkpoint = open_checkpoint(options.checkpoint)
+        checkpoint = open_checkpoint(options.checkpoint, trust=options.trust)
         with terminal.progress("features") as progress:
             embedding = embed(
                 checkpoint, dataset, size=options.size, batch_size=options.batch_size, workers=options.workers,
