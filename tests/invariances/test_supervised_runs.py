@@ -86,7 +86,7 @@ def test_classifier_learns_and_is_evaluated(tmp_path: Path, monkeypatch: pytest.
         out=str(tmp_path / "run"),
         data=Scenes(count=32),
         val=Scenes(count=20),
-        views=dict(flops=0, repeats=1),
+        views=dict(operations=0, repeats=1),
         optim=dict(epochs=6, layer_decay=1.0, lr=0.03),
         online_eval=dict(every_epochs=6),
         save_minutes=60,

@@ -23,7 +23,9 @@ from PIL import (
     WebPImagePlugin,
 )
 
-SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"])
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff")
+)
 """File name suffixes of images."""
 MAX_PIXELS = 2**27  # 134 megapixels, 403 MB when decoded; larger headers are rejected as decompression bombs
 

@@ -28,7 +28,7 @@ def make_loader(
         results = iter(
             DataLoader(
                 _Jobs(build),
-                sampler=SamplerIterator(jobs),
+                sampler=jobs,
                 batch_size=None,
                 num_workers=workers,
                 prefetch_factor=prefetch if workers else None,
@@ -69,16 +69,6 @@ class _Jobs(Dataset[Any]):
             return self.build(job)
         except UserError as error:  # if raised, DataLoader would wrap it in the worker's traceback
             return error
-
-
-class SamplerIterator:
-    """Sampler over an iterable of unknown length, iterated once and lazily."""
-
-    def __init__(self, jobs: Iterable[Any]) -> None:
-        self.jobs = jobs
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.jobs)
 
 
 def identity(result: Any) -> Any:
