@@ -1,7 +1,6 @@
-"""Is what is trained alive? Numbers for a line of metrics, beside the method's own. Nothing here waits for the device.
+"""Statistics of the backbone's features during training: norm, spread and effective rank.
 
-They look at the features of the batch that was trained on last, as its forward pass made them: nothing is computed
-twice, and between two lines nothing is computed at all.
+They use the features of the last forward pass, so that nothing is computed twice, and stay on the device.
 """
 
 from typing import Any
@@ -9,28 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_ssl.objectives import l2_normalize
+from dino_ssl.models.heads import l2_normalize
 
 
 class FeatureStats:
-    """Keeps a hold of the backbone's latest features, and measures them when a line is written."""
+    """A forward hook on the backbone that keeps its latest features until a log line needs them."""
 
     def __init__(self, backbone: nn.Module) -> None:
         self._latest = _Latest()
         backbone.register_forward_hook(self._latest)
 
     def next_step(self) -> None:
-        """Another batch comes: its first pass, over the global views, is what counts."""
+        """Drop the features of the last step; the first forward pass of a step, over the global views, counts."""
         self._latest.features = None
 
     def measure(self) -> dict[str, Tensor]:
-        """Scalars on the device: of the features, and the method's own vitals."""
+        """Return the statistics as scalars on the device; empty without a forward pass."""
         features = self._latest.features
         return {} if features is None else feature_statistics(features)
 
 
 class _Latest:
-    """A forward hook; it holds no module, so that a network may be copied with it."""
+    """A hook that references no module, so that a network with it can be copied."""
 
     features: Tensor | None = None
 
@@ -41,7 +40,7 @@ class _Latest:
 
 @torch.no_grad()
 def feature_statistics(features: Tensor) -> dict[str, Tensor]:
-    """[N, D] -> the features' mean length, their spread in direction (0: all alike; 1: their mean is 0), and rank."""
+    """Return mean norm, directional spread (0: all equal, 1: zero mean) and effective rank of features [N, D]."""
     directions = l2_normalize(features)
     spread = (directions - directions.mean(0)).square().sum(1).mean().sqrt()
     return {
@@ -52,12 +51,11 @@ def feature_statistics(features: Tensor) -> dict[str, Tensor]:
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """(trace C)^2 / |C|_F^2 of the covariance C of features [N, D]: how many directions they fill.
+    """Return (trace C)^2 / |C|_F^2 of the covariance C of features [N, D], a scalar.
 
-    The participation ratio of C's eigenvalues (Gao et al., 2017, "A theory of multineuronal dimensionality"): r where r
-    eigenvalues are equal and the rest 0, at most min(N - 1, D). It needs one matrix product and no singular values;
-    Features of
-    length about 1 are expected; where they differ by less than a thousandth of it, the rank falls to 0.
+    The participation ratio of C's eigenvalues (Gao et al., 2017, "A theory of multineuronal dimensionality"): r if r
+    eigenvalues are equal and the others 0, at most min(N - 1, D). It needs one matrix product and no singular values.
+    Features of norm about 1 are expected; if they differ by less than a thousandth of it, the rank falls to 0.
     """
     centered = features.float() - features.float().mean(0)
     rows, width = centered.shape

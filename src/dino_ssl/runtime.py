@@ -23,71 +23,63 @@ from dino_ssl.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
-PATIENCE = timedelta(hours=2)
-"""For what the first rank does alone while the others wait for it: looking through millions of pictures, a question at
-the terminal, an evaluation. (The usual ten minutes are for networks that break.)"""
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+"""Time that ranks wait for rank 0: scanning millions of images, a question at the terminal, an evaluation. The default
+of ten minutes is too short for these."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to work with; the plan quotes it."""
+    """The hardware of this process."""
 
     device: torch.device
     name: str
     cores: int
-    """Processor cores that the training's processes on this computer may use, together."""
+    """CPU cores that all training processes on this computer may use together."""
     memory: int
-    """Bytes of memory for this process: the card's, or its share of the computer's."""
+    """Bytes of memory for this process: of the GPU, or its share of the computer's."""
     precision: Precision
-    """The fastest precision that trains well here."""
-    why: str
-    """Why that precision."""
+    """The fastest precision that trains well on this hardware."""
+    precision_reason: str
     ranks: int = 1
-    """Processes of the training on this computer."""
+    """Training processes on this computer."""
 
     @property
-    def own_cores(self) -> int:
-        """Of each of these processes."""
+    def cores_per_rank(self) -> int:
+        """CPU cores of each training process."""
         return self.cores // self.ranks
 
 
 def machine() -> Machine:
-    """Looks once at what this process runs on."""
+    """Detect the hardware. Raises UserError if there are more processes than GPUs."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
-        index, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if index >= cards:
+        index, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if index >= num_gpus:
             raise UserError(
-                f"{ranks} processes on this computer, which has {cards} GPU{'s' if cards > 1 else ''}: expected one "
-                f"process for each. Start it with --nproc-per-node {cards}."
+                f"{ranks} processes on this computer, which has {num_gpus} GPU{'s' if num_gpus > 1 else ''}: expected "
+                f"one process per GPU. Start it with torchrun --nproc-per-node {num_gpus}."
             )
-        torch.cuda.set_device(index)  # what is asked below is asked of this card
-        card = torch.cuda.get_device_properties(index)
-        good = torch.cuda.is_bf16_supported(including_emulation=False)
-        why = "the card multiplies bfloat16 natively" if good else "the card has float16 but no bfloat16"
-        return Machine(
-            torch.device("cuda", index),
-            card.name,
-            cores,
-            card.total_memory,
-            "bfloat16" if good else "float16",
-            why,
-            ranks,
-        )
+        torch.cuda.set_device(index)  # before the queries below
+        gpu = torch.cuda.get_device_properties(index)
+        precision, reason = "float16", "the GPU supports float16 but not bfloat16"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            precision, reason = "bfloat16", "the GPU supports bfloat16"
+        return Machine(torch.device("cuda", index), gpu.name, cores, gpu.total_memory, precision, reason, ranks)
     memory = machine_memory() // ranks
     if torch.backends.mps.is_available():
         return Machine(torch.device("mps"), "Apple GPU", cores, memory, "float32", "the reference precision", ranks)
     if _has_bfloat16():
-        precision, why = "bfloat16", "the processor multiplies bfloat16"
+        precision, reason = "bfloat16", "the processor has bfloat16 instructions"
     else:
-        precision, why = "float32", "this processor has no bfloat16 instructions: emulated, they are many times slower"
-    return Machine(torch.device("cpu"), _cpu(), cores, memory, precision, why, ranks)
+        precision, reason = "float32", "the processor has no bfloat16 instructions; emulation is many times slower"
+    return Machine(torch.device("cpu"), _cpu_name(), cores, memory, precision, reason, ranks)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """The decisions, as an object to pass."""
+    """Device, precision and ranks of this process."""
 
     device: torch.device
     precision: Precision
@@ -98,15 +90,16 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
+        """True on rank 0."""
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager:
-        """Runs matrix products in the chosen precision; float32 leaves everything as it is."""
+        """Return the autocast context of the precision; float32 disables it."""
         dtype = getattr(torch, self.precision)
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "float32")
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling for float16; the identity otherwise."""
+        """Return the gradient scaler; it is enabled for float16 only."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
 
     def distribute(self, module: nn.Module) -> nn.Module:
@@ -136,48 +129,50 @@ class Runtime:
         return torch.cuda.Stream(self.device)
 
     def seed_step(self, seed: int, step: int) -> None:
-        """The randomness inside the networks (drop-path) is a function of (seed, step, rank): resume needs no
-        generator states, and no evaluation in between can disturb it."""
+        """Seed the random numbers inside networks (drop-path) as a function of (seed, step, rank).
+
+        Checkpoints need no generator states, and an evaluation between two steps changes nothing.
+        """
         mixed = (seed * 1_000_003 + step) * 65_537 + self.rank
         torch.manual_seed(mixed % (2**63))
 
 
 @contextmanager
 def start(precision: Precision | None = None) -> Iterator[Runtime]:
-    """The runtime of this process, for as long as the `with` lasts. Under torchrun it joins the other ranks.
+    """Yield the runtime of this process; under torchrun, join the process group of all ranks.
 
-    precision: None takes what is fastest here. Raises UserError where the machine cannot do what is asked.
+    precision: None uses the fastest one. Raises UserError if the machine does not support it.
     """
-    here = machine()
-    precision = precision or here.precision
-    if precision == "float16" and here.device.type == "cpu":
+    hardware = machine()
+    device, precision = hardware.device, precision or hardware.precision
+    if precision == "float16" and device.type == "cpu":
         raise UserError(
-            "precision float16 needs a GPU; a CPU trains in float32, or in bfloat16 where it has the instructions."
+            "`precision` float16 needs a GPU. Use float32 on a CPU, or bfloat16 if it has the instructions."
         )
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if here.device.type == "cpu":
+    if device.type == "cpu":
         _keep_freed_memory()
-    if here.device.type == "cuda":
+    if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     joined = world > 1 and not td.is_initialized()
     if joined:
-        on_card = here.device.type == "cuda"
+        on_gpu = device.type == "cuda"
         td.init_process_group(
-            "nccl" if on_card else "gloo", timeout=PATIENCE, device_id=here.device if on_card else None
+            "nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, device_id=device if on_gpu else None
         )
     try:
-        yield Runtime(here.device, precision, distributed.rank(), distributed.world_size())
+        yield Runtime(device, precision, distributed.rank(), distributed.world_size())
     finally:
         if joined:
             td.destroy_process_group()
 
 
 def _keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed for the next step, instead of giving it back and faulting it in again.
+    """Let glibc keep freed memory instead of returning it to the system after every step.
 
-    Activations are large and of the same sizes at every step: measured on one AVX2 core, a small ConvNet's step
-    took 0.76 of the time. Other C libraries have no mallopt, and are left as they are.
+    Activations have the same sizes in every step. Measured on one AVX2 core: a step of a small ConvNet takes 0.76 of the
+    time. Other C libraries have no mallopt and are left unchanged.
     """
     mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # glibc's malloc.h
     try:
@@ -190,7 +185,7 @@ def _keep_freed_memory() -> None:
 
 
 def _has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself (AMX or AVX512-BF16 on x86, BF16 on Arm)."""
+    """Return whether the processor has bfloat16 instructions (AMX or AVX512-BF16 on x86, BF16 on Arm)."""
     try:
         with open("/proc/cpuinfo") as file:
             words = set(file.read().split())
@@ -199,7 +194,7 @@ def _has_bfloat16() -> bool:
     return bool(words & {"amx_bf16", "avx512_bf16", "bf16"})
 
 
-def _cpu() -> str:
+def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
@@ -209,7 +204,7 @@ def _cpu() -> str:
 
 
 def machine_memory() -> int:
-    """Bytes this process may use: the computer's, or less inside a container."""
+    """Return the bytes of memory of the computer, or the limit of the container."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         with open("/sys/fs/cgroup/memory.max") as file:
@@ -219,21 +214,14 @@ def machine_memory() -> int:
         return total
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that pictures may take on a device: half of what is free on a card, a quarter of the computer's memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return machine_memory() // 4
-
-
 def synchronize(device: torch.device) -> None:
-    """Until the device has done all that it was told to."""
+    """Wait until the device has finished all queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held so far: of the card, or of the computer's memory."""
+    """Return the peak memory of this process in bytes: of the GPU, or of the computer."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -60,7 +60,7 @@ class Speed:
         On a GPU training and loading overlap; on a CPU they share the cores.
         """
         if machine.device.type == "cpu":
-            return num_images * (self.step + self.data / max(1, machine.own_cores))
+            return num_images * (self.step + self.data / max(1, machine.cores_per_rank))
         return num_images * max(self.step, self.data / max(1, run.workers))
 
 

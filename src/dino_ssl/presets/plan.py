@@ -197,7 +197,7 @@ def _for_machine(
     if keep_precision and run.precision == "float32":
         precision, reason = run.precision, "as in the preset"
     else:
-        precision, reason = machine.precision, machine.why
+        precision, reason = machine.precision, machine.precision_reason
     cache, cache_reason = _choose_cache(dataset, machine)
     memory = f"{machine.memory / 2**30:.0f} GiB; device {machine.device}"
     return edit(run, precision=precision, cache=cache), [
@@ -219,7 +219,7 @@ def with_workers(run: Run, machine: Machine, speed: Speed) -> tuple[Run, Reason]
 
     The process of a GPU needs one core itself.
     """
-    available = machine.own_cores if machine.device.type == "cpu" else machine.own_cores - 1
+    available = machine.cores_per_rank if machine.device.type == "cpu" else machine.cores_per_rank - 1
     needed = math.ceil(WORKER_MARGIN * speed.data / speed.step)
     workers = max(1, min(needed, available))
     reason = f"an image takes {_ms(speed.data)} to decode and augment, and {_ms(speed.step)} in the step"
