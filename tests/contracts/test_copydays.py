@@ -155,7 +155,9 @@ def test_a_folder_with_distractors_and_whitening(tmp_path: Path) -> None:
         "distractors": 5,
         "whitening": 6,
     }
-    prepared = CopyDetection(originals=2).prepare([str(tmp_path / "others"), "none", str(tmp_path / "more")], EvalContext())
+    prepared = CopyDetection(originals=2).prepare(
+        [str(tmp_path / "others"), "none", str(tmp_path / "more")], EvalContext()
+    )
     assert {name: side["images"] for name, side in prepared.data.items()} == {
         "copies": 30,
         "originals": 2,

@@ -5,13 +5,11 @@ rounding (more after a hue shift of nearly gray pixels). Importing this module c
 seconds; the machine code is cached. Raises ImportError without numba.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numba import types
 
-from dino_ssl.data.dataset import Reduction
 from dino_ssl.data.transforms import pixel_ops
 from dino_ssl.data.transforms.multi_crop import JITTER_OPS, MultiCrop, ViewParams
 from dino_ssl.kernels.color import (
@@ -80,30 +78,13 @@ def _as_array(order: tuple[int, ...]) -> np.ndarray:
     return np.array(order, np.int64)
 
 
-@dataclass(frozen=True)
 class CompiledMultiCrop:
     """A MultiCrop whose views are made by compiled code, with the same random parameters."""
 
-    reference: MultiCrop
-
-    @property
-    def repeats(self) -> int:
-        """As the reference."""
-        return self.reference.repeats
-
-    @property
-    def size(self) -> int:
-        """As the reference."""
-        return self.reference.size
-
-    @property
-    def view_shapes(self) -> list[tuple[int, int]]:
-        """As the reference."""
-        return self.reference.view_shapes
-
-    def decode_scale(self, height: int, width: int) -> Reduction:
-        """Return the reference's factor."""
-        return self.reference.decode_scale(height, width)
+    def __init__(self, reference: MultiCrop) -> None:
+        self.reference = reference
+        self.repeats, self.size, self.view_shapes = reference.repeats, reference.size, reference.view_shapes
+        self.decode_scale = reference.decode_scale
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """Return the views of an image [H, W, 3] in the reference's order."""
