@@ -72,13 +72,13 @@ def test_micro_batches_equal_the_whole_batch(name: str, optimized: bool) -> None
 
 def test_forward_passes_have_at_most_micro_batch_images() -> None:
     run = edit(STILL, optim=dict(micro_batch=3))
-    method, seen = build_method(run), []
+    method, batch_sizes = build_method(run, optimized=False), []
     for network in (method.student, method.teacher):
-        network.backbone.register_forward_hook(lambda _, inputs, out: seen.append(len(out)))
+        network.backbone.register_forward_hook(lambda _, inputs, out: batch_sizes.append(len(out)))
     state = State(method, run.optim.build(method.trainable), CPU.scaler())
     train_step(state, method, batch(), Clock(0, 2, 3), run, CPU)
-    assert max(seen) == 2 * 3
-    assert sum(seen) == 7 * (2 + 2 + 2), "each view of each image once"
+    assert max(batch_sizes) == 2 * 3
+    assert sum(batch_sizes) == 7 * (2 + 2 + 2), "each view of each image once"
 
 
 def test_micro_batches_on_two_ranks_equal_one_rank(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_grad_checkpointing_does_not_change_results(timm: bool) -> None:
     calls = []
 
     def state(run: Run) -> Any:
-        method = build_method(run)
+        method = build_method(run, optimized=False)
         network = method.student.backbone
         blocks = network.net.blocks if timm else network.blocks
         calls.append(0)
