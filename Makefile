@@ -1,18 +1,19 @@
-# Everything from a clone and nothing else: `make demo` or `make test`. Needs Python >= 3.11 with venv, and make.
+# Everything works from a fresh clone: `make demo` or `make test`. Needs Python >= 3.11 with venv, and make.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 
-.PHONY: help demo test lint lock clean
+.PHONY: help demo test mutants lint lock clean
 help:
-	@echo "make demo   install, train a few minutes on drawn pictures, evaluate, and write a report"
-	@echo "make test   install and run the tests"
-	@echo "make lint   format, lint and types"
-	@echo "make lock   write requirements.lock again from pyproject.toml"
+	@echo "make demo      install, train a few minutes on synthetic images, evaluate, and write a report"
+	@echo "make test      install and run the tests"
+	@echo "make mutants   break single lines of the source, and check that the test of each one fails"
+	@echo "make lint      format, lint and type-check"
+	@echo "make lock      resolve the dependencies in pyproject.toml again and write requirements.lock"
 
 .venv/ready: requirements.lock pyproject.toml
-	@test -n "$(PYTHON)" || { echo "dino needs Python 3.11 or newer, and found none. On Debian: apt-get install python3 python3-venv"; exit 1; }
-	@$(PYTHON) -m venv .venv || { echo "Python's venv is missing. On Debian: apt-get install python3-venv"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "dino needs Python 3.11 or newer, which was not found. On Debian: apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "Python's venv module is missing. On Debian: apt-get install python3-venv"; exit 1; }
 	awk '/^uv==/ {on = 1} on {print} on && !/\\$$/ {exit}' requirements.lock > .venv/uv.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.lock
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
@@ -27,6 +28,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+mutants: .venv/ready
+	$(BIN)/python tests/mutants.py
 
 lint: .venv/ready
 	$(BIN)/ruff format src tests benchmarks

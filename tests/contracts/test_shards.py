@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import webdataset
 from PIL import Image
 
 from dino_ssl.data import shard_writer, shards
@@ -28,8 +29,6 @@ from dino_ssl.data.shard_writer import downscale, pack
 from dino_ssl.data.shards import PackSettings, ShardDataset, open_shards
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.errors import UserError
-
-webdataset = pytest.importorskip("webdataset")
 
 RNG = np.random.default_rng(0)
 SMALL = PackSettings(shard_size=0.006)
