@@ -197,6 +197,7 @@ def test_each_subset_is_solved_on_its_own_images() -> None:
     run = prepared(Colors()).details["subsets"]["10 per class"][1]
     rows = [i for i in sample_subset(np.arange(90) % 3, per_class=10, seed=6) if i not in (8, 17)]
     known = extract(Colors(), Tinted(90).subset(rows), CONTEXT)
+    assert known.labels is not None
     exact = newton(F.normalize(known.features, dim=1), known.labels, 3, 0.1 / len(rows))
     expected = logistic_loss(exact, F.normalize(known.features, dim=1), known.labels, 0.1 / len(rows))[0]
     assert run["images"] == len(rows)

@@ -13,8 +13,6 @@ from dino_ssl.errors import UserError
 from dino_ssl.evals import EVALUATIONS, FINETUNE, find_evaluation, find_scorer
 from dino_ssl.terminal import Terminal, command_output, is_rank0
 
-REFERENCES = {"raw_pixels": "raw pixels", "random_weights": "random weights"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
@@ -36,10 +34,7 @@ class Common:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """Score existing results by the official measure; no network and no images are needed.
-
-    Scores are fractions of 1, as the official ones.
-    """
+    """Score existing results by the official measure, in fractions of 1; no network and no images are needed."""
 
     results: tyro.conf.Positional[str]
     """Folder of the results: RESULTS/SEQUENCE/00001.png."""
@@ -89,8 +84,7 @@ def options_of(evaluation: Any) -> type:
     """Return the options of `dino eval` for an evaluation."""
     checkpoint = ("checkpoint", positional("Run folder, weights file, released network (dino_vits16) or timm:NAME."))
     common = ("common", Annotated[Common, tyro.conf.OmitArgPrefixes], field(default_factory=Common))
-    doc = f"{evaluation.__doc__}\n\nThe result is also written as JSON."
-    return eval_options(evaluation, [checkpoint], [common], doc)
+    return eval_options(evaluation, [checkpoint], [common], f"{evaluation.__doc__}\n\nThe result is written as JSON.")
 
 
 def _score(name: str, arguments: Sequence[str]) -> int:
@@ -140,17 +134,15 @@ def _evaluate(evaluation: Any, options: Any, terminal: Terminal) -> dict[str, An
 def show(result: Mapping[str, Any], checkpoint: str, terminal: Terminal) -> None:
     """Print the scores and the reference scores as a table; checkpoint: title of the scores' column."""
     references = result["references"]
-    columns = ["", checkpoint, *(REFERENCES[name] for name in references)]
+    columns = ["", checkpoint, *(name.replace("_", " ") for name in references)]
     rows = [
         [name, f"{value:.1f}", *(f"{scores[name]:.1f}" if name in scores else "-" for scores in references.values())]
         for name, value in result["values"].items()
     ]
-    data = "; ".join(f"{name}: {_counts(part)}" for name, part in result["data"].items())
+    data = "; ".join(
+        f"{name}: {', '.join(f'{count:,} {unit}' for unit, count in part.items() if isinstance(count, int) and count)}"
+        for name, part in result["data"].items()
+    )
     terminal.table(f"{result['evaluation']} ({data}), in percent", columns, rows)
     if skipped := sum(int(part.get("skipped", 0)) for part in result["data"].values()):
         terminal.print(f"{skipped} files could not be read and were skipped.", style="yellow")
-
-
-def _counts(part: Mapping[str, Any]) -> str:
-    """Return the counts of a source's description: `1,500 images, 10 classes`."""
-    return ", ".join(f"{value:,} {name}" for name, value in part.items() if isinstance(value, int) and value)

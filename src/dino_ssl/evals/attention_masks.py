@@ -14,10 +14,8 @@ import torch
 from dino_ssl import distributed
 from dino_ssl.data.benchmarks.voc import CLASSES, Kind, Masked, open_voc
 from dino_ssl.data.dataset import BadImage, ImageDataset, Skipped
-from dino_ssl.data.folder import Folder
 from dino_ssl.data.masks import BACKGROUND, VOID
-from dino_ssl.data.sources import WORDS, DatasetSource, open_dataset
-from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.data.sources import DatasetSource, folder_path, open_dataset
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.attention_maps import (
     attention_size,
@@ -139,12 +137,11 @@ class AttentionMasks(Evaluation):
     def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
         """Open images with masks."""
         (source,) = sources
-        if isinstance(source, ImageDataset | Scenes) or str(source) in WORDS:
-            dataset = open_dataset(source, part="val")
-        else:
-            with context.progress("reading the dataset") as progress:
-                root = source.path if isinstance(source, Folder) else source
-                dataset = open_voc(root, split=self.split, kind=self.objects, progress=progress)
+        with context.progress("reading the dataset") as progress:
+            if (path := folder_path(source)) is None:
+                dataset = open_dataset(source, progress, part="val")
+            else:
+                dataset = open_voc(path, split=self.split, kind=self.objects, progress=progress)
         if not isinstance(dataset, Masked):
             raise UserError(
                 f"attention-masks expected images with masks; {type(dataset).__name__} has none. Give the folder of "

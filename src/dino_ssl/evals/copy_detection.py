@@ -16,8 +16,7 @@ from torch import Tensor
 
 from dino_ssl.data.benchmarks.copydays import BLOCKS, Copies, distort, find_copies, make_copies
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.sources import WORDS, DatasetSource, described, folder_path, open_dataset
-from dino_ssl.data.synthetic.dataset import SyntheticDataset
+from dino_ssl.data.sources import DatasetSource, described, folder_path, open_dataset, synthetic_scenes
 from dino_ssl.data.synthetic.scenes import PARTS, Scenes
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval, Scores, Source, evaluating
@@ -64,8 +63,8 @@ def fit_whitening(
     """Return the PCA whitening of x: eigenvectors of the covariance, divided by eigenvalue^power.
 
     Keeps `dimensions` components, at most as many as N descriptors determine. Eigenvalues are at least `floor` times
-    the largest. center=False uses second moments about zero. (The authors' code subtracts the mean but decorrelates about
-    zero, which whitens neither.)
+    the largest. center=False uses second moments about zero. (The authors' code subtracts the mean but decorrelates
+    about zero, which whitens neither.)
     """
     if len(x) < 2:
         raise UserError(f"A whitening needs at least 2 images; got {len(x)}.")
@@ -175,12 +174,8 @@ class CopyDetection(Evaluation):
 
     def _open_copies(self, source: DatasetSource, progress: Progress) -> tuple[Copies, ImageDataset | None]:
         """Return the copies, and whitening images if they are synthetic."""
-        if str(source) in WORDS:
-            source = replace(WORDS[str(source)], count=SYNTHETIC_ORIGINALS, part="test")
-        if isinstance(source, SyntheticDataset):
-            source = source.scenes
-        if isinstance(source, Scenes):
-            return synthetic_copies(source, self.seed)
+        if scenes := synthetic_scenes(source, count=SYNTHETIC_ORIGINALS, part="test"):
+            return synthetic_copies(scenes, self.seed)
         dataset = open_dataset(source, progress)
         return find_copies(dataset) or make_copies(dataset, self.originals, self.seed), None
 

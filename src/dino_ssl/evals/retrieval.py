@@ -5,7 +5,7 @@ averaged over three. Scores follow the revisited benchmarks (Radenovic et al., 2
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
@@ -15,11 +15,8 @@ from torch import Tensor
 
 from dino_ssl.data.benchmarks.revisited import Landmarks, Truth, open_revisited
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.folder import Folder
-from dino_ssl.data.sources import WORDS, DatasetSource, described
-from dino_ssl.data.synthetic.dataset import SyntheticDataset
+from dino_ssl.data.sources import DatasetSource, described, folder_path, synthetic_scenes
 from dino_ssl.data.synthetic.landmarks import synthetic_landmarks
-from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.native_size import scale_to, scaled
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval, Scores, Source
@@ -144,15 +141,11 @@ class Retrieval(Evaluation):
 
 
 def _open(source: DatasetSource, progress: Progress) -> Landmarks:
-    if str(source) in WORDS:
-        source = replace(WORDS[str(source)], count=SYNTHETIC_QUERIES, part="test")
-    if isinstance(source, SyntheticDataset):
-        source = source.scenes
-    if isinstance(source, Scenes):
-        return synthetic_landmarks(source, progress)
-    if isinstance(source, ImageDataset):
+    if scenes := synthetic_scenes(source, count=SYNTHETIC_QUERIES, part="test"):
+        return synthetic_landmarks(scenes, progress)
+    if (path := folder_path(source)) is None:
         raise UserError("Retrieval needs ground truth: expected the folder of a benchmark, or `scenes`.")
-    return open_revisited(source.path if isinstance(source, Folder) else source, progress)
+    return open_revisited(path, progress)
 
 
 def _score(landmarks: Landmarks, queries: ImageFeatures, database: ImageFeatures, context: EvalContext) -> Scores:

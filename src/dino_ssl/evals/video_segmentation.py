@@ -20,8 +20,7 @@ from dino_ssl import distributed
 from dino_ssl.data.benchmarks.davis import open_davis
 from dino_ssl.data.clips import Clip, SyntheticClip
 from dino_ssl.data.masks import write_mask
-from dino_ssl.data.sources import WORDS, DatasetSource
-from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.data.sources import DatasetSource, folder_path, synthetic_scenes
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval, Scores, Source, evaluating
@@ -130,8 +129,8 @@ class VideoSegmentation(Evaluation):
     def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
         """Open the videos."""
         (source,) = sources
-        if isinstance(source, str | Path) and str(source) not in WORDS:
-            clips, settings = open_davis(source, self.split), self
+        if (path := folder_path(source)) is not None:
+            clips, settings = open_davis(path, self.split), self
         else:
             clips, settings = self._synthetic(source, context.size)
         fingerprint = hashlib.sha256("".join(clip.fingerprint for clip in clips).encode()).hexdigest()[:16]
@@ -145,15 +144,13 @@ class VideoSegmentation(Evaluation):
 
     def _synthetic(self, source: DatasetSource, training_size: int) -> tuple[list[SyntheticClip], "VideoSegmentation"]:
         size = self.size or min(SIZE, max(SYNTHETIC_SIZE, 2 * training_size))
-        if str(source) in WORDS:
-            source = replace(WORDS[str(source)], count=SYNTHETIC_CLIPS, size=size, part="val")
-        if not isinstance(source, Scenes):
+        scenes = synthetic_scenes(source, count=SYNTHETIC_CLIPS, size=size, part="val")
+        if scenes is None:
             raise UserError(
-                f"video-segmentation expected videos with masks, the folder of DAVIS-2017 or `scenes`; "
-                f"got a {type(source).__name__}."
+                f"video-segmentation expected the folder of DAVIS-2017 or `scenes`; got a {type(source).__name__}."
             )
-        clips = [SyntheticClip(source, index, SYNTHETIC_FRAMES) for index in range(source.count)]
-        return clips, replace(self, size=self.size or source.size, multiple=1)
+        clips = [SyntheticClip(scenes, index, SYNTHETIC_FRAMES) for index in range(scenes.count)]
+        return clips, replace(self, size=self.size or scenes.size, multiple=1)
 
     def _score(
         self, backbone: Backbone, clips: Sequence[Clip], context: EvalContext, with_first_mask: bool = True
