@@ -31,12 +31,9 @@ TINY = Run(
 )
 VARIANTS = {
     "default": {},
-    "one head layer": {"method": {"head_layers": 1}},
     "no bottleneck": {"method": {"head_bottleneck": 0}},
     "batch norm": {"method": {"head_norm": "batch"}},
     "predictor": {"method": {"predictor": True}},
-    "two views": {"views": {"local": 0}},
-    "one block": {"backbone": {"depth": 1}},
     "ConvNet": {"backbone": Timm(name="resnet18", args=(("channels", "(8, 8, 16, 16)"),))},
     "timm ViT": {"backbone": Timm(name="test_vit")},
 }
