@@ -1,6 +1,7 @@
 """Supervised augmentation of DeiT (Touvron et al., 2021): random resized crop, flip, RandAugment, random erasing.
 
-RandAugment (Cubuk et al., 2020) and random erasing (Zhong et al., 2020) are timm's, as in DeiT's own training.
+The operations of RandAugment (Cubuk et al., 2020) are timm's, as in DeiT's own training; random erasing (Zhong et al.,
+2020) is torchvision's.
 """
 
 import math
@@ -14,11 +15,10 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from dino_ssl.data.dataset import Reduction
 from dino_ssl.data.transforms.base import check_interval, crop_box, jpeg_scale
-from dino_ssl.data.transforms.eval import MEAN, denormalize, normalize
+from dino_ssl.data.transforms.eval import MEAN, denormalize
 from dino_ssl.data.transforms.pixel_ops import resize
 from dino_ssl.errors import check_range
 
@@ -78,42 +78,51 @@ class Augment:
             view = cv2.flip(view, 1)
         with _global_seed(int(rng.integers(2**32))):
             if self.operations:
-                augment = _rand_augment(self.operations, self.magnitude, self.magnitude_std)
-                view = np.asarray(augment(Image.fromarray(view)))
-            if rng.random() < self.erase:
-                erase = _random_erasing(*self.erase_area)
-                view = denormalize(erase(normalize(torch.tensor(view).movedim(-1, 0)))).movedim(0, -1).numpy()
-        return [view]
+                ops = _operations(self.magnitude, self.magnitude_std)
+                view = _apply(view, [ops[i] for i in rng.integers(len(ops), size=self.operations).tolist()])
+            return [_erase(view, self.erase_area) if rng.random() < self.erase else view]
+
+
+Operation = Callable[[Image.Image], Image.Image]
+
+
+def _apply(view: np.ndarray, ops: list[Operation]) -> np.ndarray:
+    image = Image.fromarray(view)
+    for op in ops:
+        image = op(image)
+    return np.asarray(image)
 
 
 @lru_cache
-def _rand_augment(operations: int, magnitude: float, magnitude_std: float) -> Callable[[Image.Image], Image.Image]:
-    """Return timm's `rand-m{magnitude}-n{operations}-mstd{magnitude_std}-inc1`, whose name takes integers only."""
-    from timm.data.auto_augment import RandAugment, rand_augment_choices, rand_augment_ops
+def _operations(magnitude: float, magnitude_std: float) -> list[Operation]:
+    """Return the fifteen operations of timm's `rand-m{magnitude}-mstd{magnitude_std}-inc1`."""
+    from timm.data.auto_augment import rand_augment_choices, rand_augment_ops
 
-    mean = tuple(min(255, round(255 * value)) for value in MEAN)
-    hparams = {"magnitude_std": magnitude_std, "magnitude_max": 9.99, "img_mean": mean}  # 10: posterize to 0 bits
-    ops = rand_augment_ops(magnitude, hparams=hparams, transforms=rand_augment_choices("", increasing=True))
-    return RandAugment(ops, operations)
+    hparams = {"magnitude_std": magnitude_std, "img_mean": tuple(min(255, round(255 * value)) for value in MEAN)}
+    return rand_augment_ops(magnitude, hparams=hparams, transforms=rand_augment_choices("", increasing=True))
 
 
-@lru_cache
-def _random_erasing(low: float, high: float) -> Callable[[Tensor], Tensor]:
-    from timm.data.random_erasing import RandomErasing
+def _erase(view: np.ndarray, area: tuple[float, float]) -> np.ndarray:
+    """Replace a rectangle by noise that is standard normal after `normalize`, but clipped to 0..255."""
+    from torchvision.transforms import RandomErasing
 
-    return RandomErasing(probability=1, min_area=low, max_area=high, mode="pixel", device="cpu")
+    side = len(view)
+    top, left, height, width, noise = RandomErasing.get_params(torch.empty(3, side, side), area, (0.3, 1 / 0.3))
+    if height == width == side:  # torchvision found no rectangle that fits
+        return view
+    erased = view.copy()
+    erased[top : top + height, left : left + width] = denormalize(noise).movedim(0, -1).numpy()
+    return erased
 
 
 @contextmanager
 def _global_seed(seed: int) -> Iterator[None]:
-    """Seed the global CPU generators of random, numpy and torch, which timm uses; restore them afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Seed the global generators of random and torch, which timm and torchvision use; restore them afterwards."""
+    states = random.getstate(), torch.get_rng_state()
     random.seed(seed)
-    np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        torch.set_rng_state(states[1])
