@@ -34,7 +34,6 @@ class Result:
     """By metric: 20-NN, student 20-NN, linear (percent), entropy (percent of ln K), kl, hours, memory, ..."""
     references: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Scores of raw pixels and of random weights."""
-    epochs: int = 0
     images_seen: int = 0
     """Training images, counted once per epoch."""
     seconds: float = 0.0

@@ -185,7 +185,6 @@ def _result_of_training(job: RunJob, started: Started) -> Result:
     return Result(
         values=values | {"hours": history.seconds / 3600, "memory": memory / 2**30},
         references=description["reference_scores"],
-        epochs=clock.epochs,
         images_seen=clock.steps * run.optim.batch_size,
         seconds=history.seconds,
         images_per_s=statistics.median(speeds) if speeds else 0.0,

@@ -21,7 +21,7 @@ from dino_ssl.models.vit import ViT
 from dino_ssl.presets.benchmark_step import Speed, measure
 from dino_ssl.presets.memory import micro_batch
 from dino_ssl.presets.schedule import FULL_SCHEDULE_STEPS, fit_schedule, short_schedule
-from dino_ssl.presets.small import small, small_vit
+from dino_ssl.presets.small import SMALL_CROPS, small, small_vit
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine, machine_memory
 
@@ -113,15 +113,13 @@ def _for_dataset(
     count, on_cpu = len(dataset), machine.device.type == "cpu"
     large = count >= LARGE_DATASET and not on_cpu
     if on_cpu:
-        base, backbone, crops = small(), small().backbone, small().views
+        base, backbone, crops = small(), small().backbone, SMALL_CROPS
         reason = "ten layers of half the width: learns most in an hour on a CPU"
     else:
         base, backbone, crops = small_vit(), ViT(size="small", patch=16), MultiCrop()
         reason = "the paper's main network"
-    assert isinstance(crops, MultiCrop)
     method, method_reasons = _method(base, kind, count, large)
-    largest = crops.global_size if on_cpu else 224
-    views, crops_reason = _crops(crops, backbone, dataset.short_side, largest, on_cpu, method.local_views)
+    views, crops_reason = _crops(crops, backbone, dataset.short_side, on_cpu, method.local_views)
     batch_size = _batch_size(count, machine, backbone, views.global_size, world)
     scale = views.global_size / base.views.size
     run = edit(
@@ -162,10 +160,10 @@ def _method(base: Run, kind: type[MethodConfig], count: int, large: bool) -> tup
 
 
 def _crops(
-    crops: MultiCrop, backbone: BackboneConfig, short_side: int, largest: int, on_cpu: bool, local: bool
+    crops: MultiCrop, backbone: BackboneConfig, short_side: int, on_cpu: bool, local: bool
 ) -> tuple[MultiCrop, Reason]:
     """Choose global and local crops that are multiples of the patch size and fit into the images."""
-    multiple = backbone.patch_multiple
+    multiple, largest = backbone.patch_multiple, crops.global_size
     global_size = max(2 * multiple, min(largest, short_side) // multiple * multiple)
     local_size = max(multiple, round(global_size * crops.local_size / crops.global_size / multiple) * multiple)
     views = edit(crops, global_size=global_size, local_size=local_size)

@@ -15,6 +15,15 @@ from dino_ssl.models.vit import ViT
 from dino_ssl.optim import Optim
 from dino_ssl.run import Run
 
+SMALL_CROPS = MultiCrop(
+    global_size=64,
+    local_size=32,
+    local=4,
+    global_scale=(0.3, 1.0),
+    local_scale=(0.05, 0.3),
+    blur_sigma=(0.03, 0.5),
+)
+
 
 def small() -> Run:
     """ResNet-10 of half the width on small crops: 62 % 20-NN on Imagenette after an hour on one core.
@@ -34,14 +43,7 @@ def small() -> Run:
             head_bottleneck=128,
             freeze_last_layer=0,
         ),
-        views=MultiCrop(
-            global_size=64,
-            local_size=32,
-            local=4,
-            global_scale=(0.3, 1.0),
-            local_scale=(0.05, 0.3),
-            blur_sigma=(0.03, 0.5),
-        ),
+        views=SMALL_CROPS,
         optim=Optim(
             epochs=100,
             batch_size=64,
