@@ -264,7 +264,8 @@ def _evaluate_online(job: _Job, clock: Clock, log: Log | None, saver: "_Saver") 
         job.state.best = {"value": value, "name": name, "epoch": clock.epoch}
         saver.save("best.pt")
     if log is not None:
-        log.write(clock.step, {"epoch": clock.epoch, "eval": job.online_eval.name, **values})
+        row = {"epoch": clock.step / clock.steps_per_epoch, "eval": job.online_eval.name, **values}
+        log.write(clock.step, row)
     yield Evaluated(clock, job.online_eval.name, values, is_best)
 
 
