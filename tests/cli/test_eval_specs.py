@@ -80,6 +80,6 @@ def test_the_plan_shows_evals_as_typed(dino, photos, tiny):
     assert ran.code == 0, ran.err
     run = from_dict(Run, ran.json["run"])
     assert [str(scheduled) for scheduled in run.evals] == [words, "retrieval scenes"]
-    assert {row["name"] for row in ran.json["plan"]} >= {"--evals"}
-    assert "knn" in next(row["value"] for row in ran.json["plan"] if row["name"] == "--evals")
+    assert {row["name"] for row in ran.json["plan"]} >= {"evals"}
+    assert "knn" in next(row["value"] for row in ran.json["plan"] if row["name"] == "evals")
     assert '"NAME DATA..."' in dino("train", "--help").out
