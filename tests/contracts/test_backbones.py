@@ -128,12 +128,12 @@ def test_parameter_counts_are_those_of_table_1():
 
 def test_vit_equals_timms():
     """Equal names and, with equal weights, equal features, also by timm's `forward_features`."""
-    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=3).eval()
+    reference = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=3).eval()
     ours = ViT(size="tiny", depth=3).build().eval()
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(reference.state_dict())
     x = images(224, 224)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours(x), reference(x), atol=1e-5, rtol=1e-4)
 
 
 def test_incomplete_patches_are_ignored():

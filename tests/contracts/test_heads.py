@@ -25,17 +25,17 @@ def test_outputs_are_cosines_to_the_prototypes():
 
 def test_weight_norm_equals_torchs():
     ours = WeightNormLinear(6, 9, learn_scale=True)
-    theirs = nn.utils.parametrizations.weight_norm(nn.Linear(6, 9, bias=False), dim=0)
+    reference = nn.utils.parametrizations.weight_norm(nn.Linear(6, 9, bias=False), dim=0)
     with torch.no_grad():
         ours.weight_g.uniform_(0.5, 2)
-        theirs.parametrizations.weight.original0.copy_(ours.weight_g)
-        theirs.parametrizations.weight.original1.copy_(ours.weight_v)
+        reference.parametrizations.weight.original0.copy_(ours.weight_g)
+        reference.parametrizations.weight.original1.copy_(ours.weight_v)
     x = torch.randn(4, 6)
-    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours(x), reference(x))
     ours(x).square().sum().backward()
-    theirs(x).square().sum().backward()
-    torch.testing.assert_close(ours.weight_g.grad, theirs.parametrizations.weight.original0.grad)
-    torch.testing.assert_close(ours.weight_v.grad, theirs.parametrizations.weight.original1.grad)
+    reference(x).square().sum().backward()
+    torch.testing.assert_close(ours.weight_g.grad, reference.parametrizations.weight.original0.grad)
+    torch.testing.assert_close(ours.weight_v.grad, reference.parametrizations.weight.original1.grad)
 
 
 def test_norm_last_keeps_unit_length():

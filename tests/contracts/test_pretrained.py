@@ -93,40 +93,40 @@ def test_saved_timm_weights_load_in_timm(tmp_path: Path):
     config = Timm(name="test_resnet", pretrained=True)  # pretrained must not download again
     ours = Timm(name="test_resnet").build()
     save_backbone(config, ours.state_dict(), tmp_path / "r.safetensors")
-    theirs = timm.create_model("test_resnet", num_classes=0)
-    theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "r.safetensors"))
+    reference = timm.create_model("test_resnet", num_classes=0)
+    reference.load_state_dict(safetensors.torch.load_file(tmp_path / "r.safetensors"))
     with torch.no_grad():
-        torch.testing.assert_close(theirs.eval()(X), ours.eval()(X))
+        torch.testing.assert_close(reference.eval()(X), ours.eval()(X))
     assert same(load(tmp_path / "r.safetensors"), ours)
 
 
 def test_saved_vit_loads_in_timm(tmp_path: Path):
     ours = ViT(size="tiny", depth=2).build()
     save_backbone(ViT(size="tiny", depth=2), ours.state_dict(), tmp_path / "v.safetensors")
-    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2)
-    theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "v.safetensors"))
+    reference = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2)
+    reference.load_state_dict(safetensors.torch.load_file(tmp_path / "v.safetensors"))
 
 
 def test_classifier_is_dropped_and_resnet_inferred(tmp_path: Path):
-    theirs = timm.create_model("resnet18", num_classes=10)
-    torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "r.pth")
-    theirs.reset_classifier(0)
-    assert same(load(tmp_path / "r.pth"), theirs)
+    reference = timm.create_model("resnet18", num_classes=10)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in reference.state_dict().items()}}, tmp_path / "r.pth")
+    reference.reset_classifier(0)
+    assert same(load(tmp_path / "r.pth"), reference)
 
 
 def test_official_xcit_names_are_converted(tmp_path: Path):
     """Released XCiT files name pos_embeder, and fuse q, k and v of class attention."""
     torch.manual_seed(0)
-    theirs = timm.create_model("xcit_nano_12_p8_224", num_classes=0)
+    reference = timm.create_model("xcit_nano_12_p8_224", num_classes=0)
     official = {}
-    for name, value in theirs.state_dict().items():
+    for name, value in reference.state_dict().items():
         if ".attn.q." in name and name.startswith("cls_attn_blocks"):
-            parts = [theirs.state_dict()[name.replace(".q.", f".{part}.")] for part in "qkv"]
+            parts = [reference.state_dict()[name.replace(".q.", f".{part}.")] for part in "qkv"]
             official[name.replace(".q.", ".qkv.")] = torch.cat(parts)
         elif not (name.startswith("cls_attn_blocks") and (".attn.k." in name or ".attn.v." in name)):
             official[name.replace("pos_embed.", "pos_embeder.")] = value
     torch.save(official, tmp_path / "xcit.pth")
-    assert same(load(tmp_path / "xcit.pth"), theirs)
+    assert same(load(tmp_path / "xcit.pth"), reference)
 
 
 # ---------------------------------------------------------------- what must not pass

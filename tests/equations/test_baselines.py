@@ -52,9 +52,9 @@ def test_byol_loss_is_the_distance_of_unit_vectors(V: int, G: int, B: int, D: in
     distances = []
     for x in range(G):
         for other in range(V):
-            for picture in range(B):
+            for image in range(B):
                 if other != x:
-                    q, z = predictions[other, picture], projections[x, picture]
+                    q, z = predictions[other, image], projections[x, image]
                     unit = [[float(i) / float(v.norm()) for i in v] for v in (q, z)]
                     distances.append(sum((a - b) ** 2 for a, b in zip(*unit, strict=True)))
     assert byol_loss(predictions, projections).item() == pytest.approx(sum(distances) / len(distances), rel=1e-5)
@@ -69,10 +69,10 @@ def test_info_nce_is_a_cross_entropy_with_the_key_as_class(V: int, G: int, B: in
     losses = []
     for x in range(G):
         for other in range(V):
-            for picture in range(B):
+            for image in range(B):
                 if other != x:
-                    q = queries[other, picture]
-                    top = math.exp(slow_cosine(q, keys[x, picture]) / 0.2)
+                    q = queries[other, image]
+                    top = math.exp(slow_cosine(q, keys[x, image]) / 0.2)
                     below = sum(math.exp(slow_cosine(q, negatives[i]) / 0.2) for i in range(kept))
                     losses.append(-math.log(top / (top + below)))
     loss = info_nce(queries, keys, negatives, 0.2, usable)
@@ -183,10 +183,10 @@ def test_forward_does_not_change_the_methods_state(make) -> None:
 @pytest.mark.parametrize("make", [byol, moco])
 def test_teacher_encodes_global_views_only(make) -> None:
     """App. E: only the student encodes local views."""
-    method, seen = make(), []
-    method.teacher.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
+    method, shapes = make(), []
+    method.teacher.backbone.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     method(images(3), CLOCK)
-    assert seen == [(10, 3, 16, 16)]
+    assert shapes == [(10, 3, 16, 16)]
 
 
 @pytest.mark.parametrize("make", [byol, moco])
@@ -249,7 +249,7 @@ def test_keys_of_the_last_step_are_valid_if_an_epoch_is_one_step() -> None:
 
 def slow_assignments(scores: Tensor, epsilon: float, iterations: int) -> list[list[float]]:
     """SwAV's Alg. 1, `sinkhorn`, of B images and K prototypes: rows sum to 1 / K, columns to 1 / B."""
-    q = [[math.exp(float(s) / epsilon) for s in picture] for picture in scores]
+    q = [[math.exp(float(s) / epsilon) for s in image] for image in scores]
     B, K = len(q), len(q[0])
     for _ in range(iterations):
         for k in range(K):
@@ -273,10 +273,10 @@ def test_swav_predicts_assignments_of_the_other_views(locals_: int) -> None:
     for x in range(2):
         targets = slow_assignments(scores[x], 0.05, 3)
         for other in range(2 + locals_):
-            for picture in range(5):
+            for image in range(5):
                 if other != x:
-                    guess = torch.log_softmax(scores[other, picture] / 0.1, -1).tolist()
-                    losses.append(-sum(q * p for q, p in zip(targets[picture], guess, strict=True)))
+                    guess = torch.log_softmax(scores[other, image] / 0.1, -1).tolist()
+                    losses.append(-sum(q * p for q, p in zip(targets[image], guess, strict=True)))
     out = method(batch, CLOCK)
     assert out.loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     assert out.metrics["kl"] == out.metrics["loss"] - out.metrics["teacher_entropy"]

@@ -84,8 +84,8 @@ def test_resize_is_exact_to_the_nearest_gray_level(box: tuple, size: int, flip: 
 @pytest.mark.parametrize("size", [19, 48, 130])
 def test_resize_equals_pillow_to_a_gray_level(size: int) -> None:
     """Pillow rounds and clips between its two passes, so it may differ more if the cubic overshoots."""
-    theirs = Image.fromarray(PHOTO).resize((size, size), Image.Resampling.BICUBIC)
-    difference = np.abs(compiled(IDENTITY, size).astype(int) - np.asarray(theirs))
+    reference = Image.fromarray(PHOTO).resize((size, size), Image.Resampling.BICUBIC)
+    difference = np.abs(compiled(IDENTITY, size).astype(int) - np.asarray(reference))
     assert difference.mean() < 0.3
     assert (difference <= 1).mean() > 0.99
 
@@ -139,9 +139,9 @@ def test_views_equal_the_reference_to_rounding(height: int, width: int) -> None:
     assert made.decode_scale(4000, 3000) == SMALL.decode_scale(4000, 3000) > 1
     differences = []
     for number in range(60):
-        ours, theirs = (views(image, sample_rng(0, 0, number)) for views in (made, SMALL))
-        assert [view.shape for view in ours] == [view.shape for view in theirs]
-        differences += [np.abs(a.astype(int) - b) for a, b in zip(ours, theirs, strict=True)]
+        ours, reference = (views(image, sample_rng(0, 0, number)) for views in (made, SMALL))
+        assert [view.shape for view in ours] == [view.shape for view in reference]
+        differences += [np.abs(a.astype(int) - b) for a, b in zip(ours, reference, strict=True)]
     assert np.mean([d.mean() for d in differences]) < 0.4
     assert max(d.mean() for d in differences) < 2.0
     assert np.mean(np.concatenate([d.ravel() for d in differences]) <= 2) > 0.985

@@ -27,10 +27,10 @@ def slow_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: fl
         for other in range(student.shape[0]):
             if other == x:
                 continue
-            for picture in range(student.shape[1]):
-                raw = [float(t) - float(c) for t, c in zip(teacher[x, picture], center, strict=True)]
+            for image in range(student.shape[1]):
+                raw = [float(t) - float(c) for t, c in zip(teacher[x, image], center, strict=True)]
                 target = slow_softmax(raw, teacher_temp)
-                guess = slow_softmax([float(s) for s in student[other, picture]], student_temp)
+                guess = slow_softmax([float(s) for s in student[other, image]], student_temp)
                 pairs.append(-sum(a * math.log(b) for a, b in zip(target, guess, strict=True)))
     return sum(pairs) / len(pairs)
 
@@ -38,7 +38,7 @@ def slow_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: fl
 SIZES = {
     "2 global, 3 local": (5, 2, 3, 7),
     "2 global, none local": (2, 2, 4, 5),
-    "one picture": (4, 2, 1, 6),
+    "one image": (4, 2, 1, 6),
     "one global": (3, 1, 2, 5),
     "three global": (5, 3, 2, 4),
 }

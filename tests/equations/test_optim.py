@@ -339,8 +339,8 @@ def test_without_layer_decay_there_are_two_groups() -> None:
 def test_layer_ids_equal_timms() -> None:
     """Its ViT and ours have equal layer numbers; a ResNet has them too."""
     ours = ViT(size="tiny", depth=2, patch=16, image_size=32).build().layer_ids()
-    theirs = Timm(name="vit_tiny_patch16_224", args=(("depth", "2"), ("img_size", "32"))).build()
-    assert {f"net.{name}": depth for name, depth in ours.items()} == theirs.layer_ids()
+    reference = Timm(name="vit_tiny_patch16_224", args=(("depth", "2"), ("img_size", "32"))).build()
+    assert {f"net.{name}": depth for name, depth in ours.items()} == reference.layer_ids()
     resnet = Timm(name="resnet18").build()
     assert resnet.layer_ids().keys() == dict(resnet.named_parameters()).keys()
     assert resnet.layer_ids()["net.layer4.1.conv2.weight"] == max(resnet.layer_ids().values()) == 8

@@ -34,10 +34,10 @@ def test_packed_views_have_the_same_features_and_gradients(registers: int, grad_
     right = {name: p.grad for name, p in net.named_parameters()}
     net.zero_grad()
     net.backbone.set_grad_checkpointing(grad_checkpointing)
-    found = packed_vit.forward_views(net.backbone, views())
-    found.square().sum().backward()
-    torch.testing.assert_close(found, expected)
-    assert found.shape == (2 * 3 + 3 * 3, 24)
+    actual = packed_vit.forward_views(net.backbone, views())
+    actual.square().sum().backward()
+    torch.testing.assert_close(actual, expected)
+    assert actual.shape == (2 * 3 + 3 * 3, 24)
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.grad, right[name], atol=1e-4, rtol=1e-4, msg=name)
 
@@ -56,9 +56,9 @@ def test_drop_path_skips_dropped_branches_and_rescales_kept_ones(monkeypatch: py
     draws = iter([[0.9, 0.1, 0.3], [0.2, 0.8], [0.1, 0.1, 0.9], [0.3, 0.0]])  # the first branch's, then the second's
     monkeypatch.setattr(torch, "rand", lambda count: torch.tensor(next(draws)))
     x = torch.cat([stack.flatten(0, 1) for stack in stacks]).requires_grad_()
-    found = packed_vit.split_by_resolution(packed_vit.block_forward(block, x, shapes), shapes)
+    actual = packed_vit.split_by_resolution(packed_vit.block_forward(block, x, shapes), shapes)
     keeps = [([0.9, 0.1, 0.3], [0.1, 0.1, 0.9]), ([0.2, 0.8], [0.3, 0.0])]
-    for stack, out, (first, second) in zip(stacks, found, keeps, strict=True):
+    for stack, out, (first, second) in zip(stacks, actual, keeps, strict=True):
         for image, got, one, two in zip(stack, out, first, second, strict=True):
             expected = image[None]
             if one >= 0.25:
@@ -81,8 +81,8 @@ def test_attention_kernels_are_equal(tokens: int, dtype: torch.dtype) -> None:
     seeded = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, tokens, 16, generator=seeded) for _ in range(3))
     expected = blocks.scaled_dot_product(q, k, v)
-    found = attention.scaled_dot_product(q.to(dtype), k.to(dtype), v.to(dtype)).float()
-    torch.testing.assert_close(found, expected, **({} if dtype == torch.float32 else dict(atol=0.02, rtol=0.02)))
+    actual = attention.scaled_dot_product(q.to(dtype), k.to(dtype), v.to(dtype)).float()
+    torch.testing.assert_close(actual, expected, **({} if dtype == torch.float32 else dict(atol=0.02, rtol=0.02)))
 
 
 def test_kernels_are_passed_when_a_method_is_built() -> None:

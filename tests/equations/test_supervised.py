@@ -38,9 +38,9 @@ def batch(count: int) -> Batch:
     return Batch((torch.randn(1, count, 3, 8, 8, generator=generator),), labels[:count])
 
 
-def slow_loss(of: Supervised, images: Tensor, labels: list[int], mix: Mix) -> float:
-    """The mean cross-entropy of the mixed images and targets, image by image and class by class."""
-    count, smoothing, losses = len(images), of.config.smoothing, []
+def slow_loss(model: Supervised, images: Tensor, labels: list[int], mix: Mix) -> float:
+    """Return the mean cross-entropy of the mixed images and targets, image by image and class by class."""
+    count, smoothing, losses = len(images), model.config.smoothing, []
     for i in range(count):
         other = (i - count // 2) % count
         image = images[i].clone()
@@ -50,12 +50,12 @@ def slow_loss(of: Supervised, images: Tensor, labels: list[int], mix: Mix) -> fl
                     image[:, y, x] = mix.weight * images[i, :, y, x] + (1 - mix.weight) * images[other, :, y, x]
                 elif mix.box[0] <= y < mix.box[1] and mix.box[2] <= x < mix.box[3]:
                     image[:, y, x] = images[other, :, y, x]
-        logits = of.network.head(of.network.backbone(image[None]))[0].tolist()
+        logits = model.network.head(model.network.backbone(image[None]))[0].tolist()
         total = sum(math.exp(value) for value in logits)
         loss = 0.0
         for k in range(3):
-            own, theirs = ((1 - smoothing) * (labels[j] == k) + smoothing / 3 for j in (i, other))
-            loss -= (mix.weight * own + (1 - mix.weight) * theirs) * math.log(math.exp(logits[k]) / total)
+            own, reference = ((1 - smoothing) * (labels[j] == k) + smoothing / 3 for j in (i, other))
+            loss -= (mix.weight * own + (1 - mix.weight) * reference) * math.log(math.exp(logits[k]) / total)
         losses.append(loss)
     return sum(losses) / count
 
@@ -70,36 +70,36 @@ def slow_loss(of: Supervised, images: Tensor, labels: list[int], mix: Mix) -> fl
     ],
 )
 def test_loss_equals_a_loop(settings, kind) -> None:
-    of, given = method(**settings), batch(6)
+    model, inputs = method(**settings), batch(6)
     for step in range(4):
-        mix = draw_mix(of.config, 8, 8, mix_rng(0, step))
+        mix = draw_mix(model.config, 8, 8, mix_rng(0, step))
         assert {"none": mix == Mix(), "mixup": mix.weight < 1 and mix.box is None, "cutmix": mix.box is not None}[kind]
-        out = of(given, Clock(step, 10, 1))
-        expected = slow_loss(of, given.views[0][0], [0, 1, 2, 1, 0, 0], mix)
+        out = model(inputs, Clock(step, 10, 1))
+        expected = slow_loss(model, inputs.views[0][0], [0, 1, 2, 1, 0, 0], mix)
         assert out.loss.item() == pytest.approx(expected, abs=1e-5)
         assert out.metrics["loss"] == out.loss.detach()
 
 
 def test_loss_without_mixing_is_cross_entropy() -> None:
-    of, given = method(mixup=0.0, cutmix=0.0), batch(5)
-    logits = of.network([given.views[0]])[0]
-    expected = torch.nn.functional.cross_entropy(logits, given.labels, label_smoothing=0.1)
-    torch.testing.assert_close(of(given, Clock(0, 10, 1)).loss, expected)
+    model, inputs = method(mixup=0.0, cutmix=0.0), batch(5)
+    logits = model.network([inputs.views[0]])[0]
+    expected = torch.nn.functional.cross_entropy(logits, inputs.labels, label_smoothing=0.1)
+    torch.testing.assert_close(model(inputs, Clock(0, 10, 1)).loss, expected)
 
 
 def test_all_views_of_an_image_have_its_label() -> None:
-    of, one = method(mixup=0.0, cutmix=0.0), batch(4)
+    model, one = method(mixup=0.0, cutmix=0.0), batch(4)
     two = Batch((torch.cat([one.views[0], one.views[0].flip(-1)]),), one.labels)
-    apart = [of(Batch((two.views[0][i : i + 1],), one.labels), Clock(0, 10, 1)).loss for i in (0, 1)]
-    torch.testing.assert_close(of(two, Clock(0, 10, 1)).loss, sum(apart) / 2)
+    apart = [model(Batch((two.views[0][i : i + 1],), one.labels), Clock(0, 10, 1)).loss for i in (0, 1)]
+    torch.testing.assert_close(model(two, Clock(0, 10, 1)).loss, sum(apart) / 2)
 
 
 def test_batch_is_not_modified() -> None:
-    given = batch(4)
-    before = given.views[0].clone()
+    inputs = batch(4)
+    before = inputs.views[0].clone()
     for step in range(4):
-        method()(given, Clock(step, 10, 1))
-    assert torch.equal(given.views[0], before)
+        method()(inputs, Clock(step, 10, 1))
+    assert torch.equal(inputs.views[0], before)
 
 
 def test_mix_depends_on_seed_and_step_only() -> None:

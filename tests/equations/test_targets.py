@@ -23,7 +23,7 @@ def logits(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def slow_sinkhorn(rows: list[list[float]], temperature: float, iterations: int) -> list[list[float]]:
-    """Table 15: x = exp(x / tau), then repeatedly: divide columns by their sums, then rows by theirs."""
+    """Table 15: x = exp(x / tau), then repeatedly: divide columns by their sums, then rows by reference."""
     x = [[math.exp(value / temperature) for value in row] for row in rows]
     for _ in range(iterations):
         columns = [sum(row[k] for row in x) for k in range(len(x[0]))]
@@ -64,7 +64,7 @@ def test_sinkhorn_knopp_tends_to_uniform_marginals() -> None:
     spread = sinkhorn_knopp(x, 0.5, iterations=200)
     torch.testing.assert_close(spread.sum(0), torch.full((K,), B / K), atol=1e-3, rtol=0)
     torch.testing.assert_close(sinkhorn_knopp(x, 0.5).sum(1), torch.ones(B))
-    # what all prototypes have in common changes nothing, nor does what one of them has for all pictures
+    # what all prototypes have in common changes nothing, nor does what one of them has for all images
     torch.testing.assert_close(sinkhorn_knopp(x - torch.arange(K) + 7, 0.5), sinkhorn_knopp(x, 0.5), atol=1e-6, rtol=0)
 
 
@@ -126,7 +126,7 @@ def slow_loss(dino: DINO, targets: Any) -> float:
     return total / pairs
 
 
-SPREAD = {
+TARGETS = {
     "centering": lambda view, center: [torch.softmax((row - center) / 0.05, -1) for row in view],
     "sinkhorn": lambda view, _: slow_sinkhorn(view.tolist(), 0.05, 3),
     "batch-softmax": lambda view, _: slow_softmax_over_batch(view.tolist(), 0.05),
@@ -134,11 +134,11 @@ SPREAD = {
 }
 
 
-@pytest.mark.parametrize("targets", SPREAD)
+@pytest.mark.parametrize("targets", TARGETS)
 def test_loss_of_each_kind_of_targets_equals_a_loop(targets: Any) -> None:
     dino = method(targets=targets, teacher_temp=0.05)
     out = dino(Batch((VIEWS[:G], VIEWS[G:])), Clock(0, 4, 2))
-    expected = [SPREAD[targets](view, dino.center) for view in dino.teacher([VIEWS[:G]])]
+    expected = [TARGETS[targets](view, dino.center) for view in dino.teacher([VIEWS[:G]])]
     assert out.loss.item() == pytest.approx(slow_loss(dino, expected), rel=1e-5)
     rows = torch.stack([torch.stack([torch.as_tensor(row) for row in view]) for view in expected])
     assert out.metrics["teacher_entropy"].item() == pytest.approx(h(rows).mean().item(), rel=1e-4)

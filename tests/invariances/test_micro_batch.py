@@ -120,7 +120,7 @@ def test_negative_micro_batch_raises() -> None:
 
 
 def test_auto_micro_batch_is_resolved_by_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many images as fit by the counted bytes, in equal micro-batches; the whole batch if it fits."""
+    """The micro-batch is the largest that fits by the counted bytes, or the whole batch."""
     monkeypatch.setattr(memory, "step_memory", lambda run, here, count, classes: 100e6 + count * 50e6)
     here = machine()
     run = edit(STILL, optim=dict(micro_batch="auto", batch_size=20))
