@@ -88,7 +88,7 @@ def test_a_table_is_resumed_and_a_failed_run_does_not_stop_it(stopped, workdir, 
     assert "batch" in results["512"]["runs"][0]["error"]
     steps = [line["step"] for line in read_metrics(folder) if "loss" in line]
     assert steps == list(range(1, 61)), "12 epochs of 5 steps, each once"
-    assert f"Going on at step {before[-1]}" in (folder / "log.txt").read_text()
+    assert f"Resuming at step {before[-1]}" in (folder / "log.txt").read_text()
 
     ran = dino("report", "table9", "--markdown", "docs", "--json")
     assert ran.code == 0
