@@ -55,7 +55,9 @@ def vit_forward(vit: ViT, side: int, shares: list[float] | None = None) -> dict[
     width, depth, _ = vit.shape
     patches = (side // vit.patch) ** 2
     tokens = 1 + vit.registers + patches
-    flops = dict.fromkeys(("patch embedding", "query, key, value, projection", "attention", "block MLP"), 0.0)
+    flops: dict[str, float] = dict.fromkeys(
+        ("patch embedding", "query, key, value, projection", "attention", "block MLP"), 0.0
+    )
     flops["patch embedding"] = 2 * patches * 3 * vit.patch**2 * width
     for block, share in enumerate(shares or [1.0] * depth):
         queries = 1 if block == depth - 1 else tokens
