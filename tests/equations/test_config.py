@@ -1,7 +1,9 @@
 """Settings as values: edited by copy, written as JSON, read back by types and never by a name in the file."""
 
 import json
+import sys
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -157,6 +159,18 @@ def test_a_type_name_is_looked_up_among_the_expected_types_alone(tag: Any) -> No
         from_dict(House, {"pet": {"type": tag, "args": "touch owned"}})
     with pytest.raises(UserError):
         from_dict(House, {"type": tag} if tag != "House" else {"type": "Dog"})
+
+
+def test_types_from_outside_are_imported_only_if_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outside_pets.py").write_text(
+        f"from dataclasses import dataclass\nfrom {__name__} import Cat\n\n\n@dataclass(frozen=True)\nclass Lion(Cat):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = {"pet": {"type": "outside_pets:Lion"}}
+    with pytest.raises(UserError, match="trust"):
+        from_dict(House, data)
+    assert "outside_pets" not in sys.modules
+    assert type(from_dict(House, data, trust=True).pet).__name__ == "Lion"
 
 
 # -- the settings of the project ----------------------------------------------------------------------------

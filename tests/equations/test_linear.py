@@ -243,6 +243,16 @@ def test_a_sweep_equals_training_each_rate_separately() -> None:
     assert set(scores) == {"top-1", "top-5"}
 
 
+def test_learning_rates_are_for_a_batch_of_256() -> None:
+    """Half the batch with twice the rate has the same updates; a batch is at most the number of images."""
+    rates = []
+    for batch, lr in ((32, 0.8), (64, 0.4), (1000, 0.32)):
+        settings = Linear(epochs=1, crops=1, batch=batch, lr=(lr,))
+        heads = settings.fit(Tinted(80), np.zeros(80, bool), lambda x: x.flatten(1).float() / 255, 768, CONTEXT)
+        rates.append(float(heads.lr))
+    assert rates == pytest.approx([0.1] * 3)
+
+
 def test_the_selection_does_not_use_val() -> None:
     """Wrong labels in VAL change the accuracy, but neither the selection nor the training."""
     honest = prepare()(vit())

@@ -9,6 +9,7 @@ import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter, ImageOps
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.loader import train_batches
@@ -183,6 +184,32 @@ def test_each_field_changes_only_its_own_views():
         assert np.abs(got - image).mean() > 2
 
 
+def test_jitter_factors_belong_to_their_operations():
+    image, off = PHOTO[:64, :64], {"flip": 0.0, "gray": 0.0, "blur": (0.0,) * 3, "solarize": (0.0,) * 3}
+    crops = {"global_size": 64, "local": 0, "global_scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    operations = {
+        "brightness": adjust_brightness,
+        "contrast": adjust_contrast,
+        "saturation": adjust_saturation,
+        "hue": adjust_hue,
+    }
+    for index, (name, operation) in enumerate(operations.items()):
+        transform = MultiCrop(**(crops | off | dict.fromkeys(operations, 0.0) | {name: 0.5, "jitter": 1.0}))
+        for seed in range(5):
+            view = transform(image, np.random.default_rng(seed))[0]
+            params = transform.sample_params(64, 64, np.random.default_rng(seed))[0]
+            expected = operation(image, params.factors[index])
+            assert np.abs(view.astype(int) - expected).mean() < 2, name  # 8-bit HSV and back
+
+
+def test_global_and_local_crops_have_their_own_scales():
+    params = MultiCrop(local=4).sample_params(400, 500, np.random.default_rng(0))
+    areas = [view.height * view.width / (400 * 500) for view in params]
+    assert len(areas) == 6
+    assert all(0.39 < area <= 1 for area in areas[:2])
+    assert all(0.04 < area < 0.41 for area in areas[2:])
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (32, 32), (5, 2)])
 def test_tiny_images(shape):
     image = np.full((*shape, 3), 77, np.uint8)
@@ -206,6 +233,10 @@ def test_eval_transform_is_resize_and_center_crop(shape):
     reference = T.CenterCrop(112)(T.Resize(128, interpolation=T.InterpolationMode.BICUBIC)(image))
     ours = eval_transform(np.asarray(image), 112)
     assert np.abs(ours.astype(int) - np.asarray(reference)).max() <= 1
+
+
+def test_mean_and_standard_deviation_are_imagenets():
+    assert (MEAN, STD) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def test_normalize_equals_torchvision_in_both_memory_formats():
