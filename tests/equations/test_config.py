@@ -162,9 +162,11 @@ def test_a_type_name_is_looked_up_among_the_expected_types_alone(tag: Any) -> No
 
 
 def test_types_from_outside_are_imported_only_if_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "outside_pets.py").write_text(
-        f"from dataclasses import dataclass\nfrom {__name__} import Cat\n\n\n@dataclass(frozen=True)\nclass Lion(Cat):\n    pass\n"
+    source = (
+        f"from dataclasses import dataclass\nfrom {__name__} import Cat\n"
+        "@dataclass(frozen=True)\nclass Lion(Cat):\n    pass\n"
     )
+    (tmp_path / "outside_pets.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     data = {"pet": {"type": "outside_pets:Lion"}}
     with pytest.raises(UserError, match="trust"):
