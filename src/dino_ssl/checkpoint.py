@@ -24,6 +24,8 @@ class Checkpoint(TypedDict):
     """Optimizer steps taken."""
     method: dict[str, Any]
     """State dict of the Method: student, teacher, center."""
+    backbone: str
+    """Prefix in `method` of the backbone that is evaluated and exported: `teacher.backbone.`."""
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     best: dict[str, Any]
@@ -57,11 +59,11 @@ def load(path: Path) -> Checkpoint:
         others = ", ".join(sorted(other.name for other in path.parent.glob("*.pt") if other != path))
         hint = f" The same folder has {others}: copy one over it to resume from there." if others else ""
         raise UserError(f"{path} is not a readable checkpoint: {_reason(error)}{hint}") from error
-    missing = [key for key in Checkpoint.__annotations__ if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise UserError(f"{path} is not a training checkpoint of dino: it lacks {', '.join(missing)}.")
-    if content["format"] != FORMAT:
+    content = content if isinstance(content, dict) else {}
+    if content.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path} has format {content['format']}; this version of dino reads format {FORMAT}.")
+    if missing := [key for key in Checkpoint.__annotations__ if key not in content]:
+        raise UserError(f"{path} is not a training checkpoint of dino: it lacks {', '.join(missing)}.")
     return content  # pyright: ignore[reportReturnType]
 
 

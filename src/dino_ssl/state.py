@@ -42,6 +42,7 @@ class State:
                 run=to_dict(run),
                 step=self.step,
                 method=self.method.state_dict(),
+                backbone=next(f"{name}." for name, part in self.method.named_modules() if part is self.method.backbone),
                 optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(),
                 best=self.best,

@@ -202,6 +202,11 @@ def resumed(existing: ExistingRun, change: Change) -> Run:
         )
     run = change(existing.run)
     refused = [item for item in differences(existing.run, run) if item[0] not in RESUMABLE_FIELDS]
+    if any(name == "data.fingerprint" for name, _, _ in refused):
+        raise UserError(
+            f"The run in {folder} was trained on another dataset than the one passed. Pass the same images in the same "
+            "order to resume, or start another run with another `out`."
+        )
     if refused:
         listed = "\n".join(f"  `{name}` was {format_value(old)}, got {format_value(new)}" for name, old, new in refused)
         raise UserError(

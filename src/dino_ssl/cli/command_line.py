@@ -11,7 +11,8 @@ import tyro
 
 from dino_ssl.api.resolve import ExistingRun, find_run, runs_nearby
 from dino_ssl.cli.eval_spec import EVAL_SPECS
-from dino_ssl.cli.options import Flag, parse
+from dino_ssl.cli.images import dataset_named
+from dino_ssl.cli.options import Flag, parse, switches
 from dino_ssl.config import edit, import_type
 from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.data.folder import Folder
@@ -101,15 +102,15 @@ class CommandLine:
         return self._data(self)
 
     def named_dataset(self) -> DatasetConfig | None:
-        """Return the dataset of a positional argument `scenes`, `herds` or MODULE:CLASS; None for a folder."""
+        """Return the dataset of a positional argument `scenes`, `simple-scenes` or MODULE:CLASS; None for a folder."""
+        no_value = switches(self.kind(run=self._with_types(self.preset)))
         previous = ""
         for argument in self.argv:
-            if not previous.startswith("--") or "=" in previous:
+            if not previous.startswith("--") or "=" in previous or previous in no_value:
                 if argument in WORDS:
                     return self.preset.data if isinstance(self.preset.data, type(WORDS[argument])) else WORDS[argument]
-                if ":" in argument and not argument.startswith("-") and not Path(argument).exists():
-                    kind: Any = import_type(argument, DatasetConfig)
-                    return kind()
+                if isinstance(dataset := dataset_named(argument), DatasetConfig):
+                    return dataset
             previous = argument
         return None
 

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from dino_ssl.cli.images import BatchSize, Checkpoint, DatasetName, InputSize, Json, Trust, Workers, report_skipped
+from dino_ssl.cli.images import (
+    BatchSize,
+    Checkpoint,
+    DatasetName,
+    InputSize,
+    Json,
+    Trust,
+    Workers,
+    dataset_named,
+    report_skipped,
+)
 from dino_ssl.cli.options import parse
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write, check_writable
@@ -56,8 +66,8 @@ def embed(argv: Sequence[str]) -> int:
         checkpoint = open_checkpoint(options.checkpoint, trust=options.trust)
         with terminal.progress("features") as progress:
             embedding = embed_dataset(
-                checkpoint, options.dataset, size=options.size, batch_size=options.batch_size, workers=options.workers,
-                progress=progress,
+                checkpoint, dataset_named(options.dataset), size=options.size, batch_size=options.batch_size,
+                workers=options.workers, progress=progress,
             )  # fmt: skip
         metadata = {
             "format": FORMAT, "checkpoint": options.checkpoint, "hash": checkpoint.hash,

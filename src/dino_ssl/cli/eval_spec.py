@@ -7,7 +7,9 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from dino_ssl.cli.images import dataset_named
 from dino_ssl.cli.options import parse
+from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.errors import UserError
 from dino_ssl.evals import EVALUATIONS, find_evaluation
 from dino_ssl.evals.scheduled import ScheduledEval
@@ -66,10 +68,10 @@ def eval_options(evaluation: Any, before: list[Any], after: list[Any], doc: str)
     return options
 
 
-def sources_of(options: Any, evaluation: Any) -> tuple[str, ...]:
+def sources_of(options: Any, evaluation: Any) -> tuple[str | DatasetConfig, ...]:
     """Return the sources that were given."""
     values = (getattr(options, source.name.lower()) for source in evaluation.sources)
-    return tuple(value for value in values if value)
+    return tuple(dataset_named(value) for value in values if value)
 
 
 def positional(help: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from dino_ssl.cli.eval_spec import eval_options, positional, sources_of
+from dino_ssl.cli.images import Trust
 from dino_ssl.cli.options import Flag, parse
 from dino_ssl.errors import UserError
 from dino_ssl.evals import EVALUATIONS, FINETUNE, find_evaluation, find_scorer
@@ -28,6 +29,7 @@ class Common:
     """Cache the features next to the checkpoint, in evals/features/."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""
     """Folder for the result's JSON (and masks); default: evals/ next to the checkpoint."""
+    trust: Trust = False
     json: Flag = False
     """Print one JSON object on standard output, and messages on standard error."""
 
@@ -106,7 +108,7 @@ def _evaluate(evaluation: Any, options: Any, terminal: Terminal) -> dict[str, An
     from dino_ssl.api.calls import evaluate, open_checkpoint, save_evaluation
 
     common: Common = options.common
-    checkpoint = open_checkpoint(options.checkpoint)
+    checkpoint = open_checkpoint(options.checkpoint, trust=common.trust)
     result = evaluate(
         checkpoint,
         options.protocol,

@@ -10,8 +10,10 @@ import tyro
 from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.api.resolve import starting_from
 from dino_ssl.cli.command_line import CommandLine, SessionOptions
+from dino_ssl.cli.images import dataset_named
 from dino_ssl.cli.train import run_command
 from dino_ssl.config import edit
+from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.sources import DRAWN, WORDS
 from dino_ssl.errors import UserError
@@ -65,11 +67,12 @@ def finetune(argv: Sequence[str]) -> int:
         """Return the preset with the checkpoint's network; the project's preset takes its image size too."""
         run = resolve(preset or "finetune")
         if checkpoint:
-            source = open_checkpoint(checkpoint)
+            source = open_checkpoint(checkpoint, trust="--trust" in argv)
             run = starting_from(run, source, size=None if preset else source.size)
         if val:
             synthetic = replace(WORDS[val], count=DRAWN["val"], part="val") if val in WORDS else None
-            run = edit(run, val=synthetic or Folder(path=val))
+            dataset = dataset_named(val)
+            run = edit(run, val=synthetic or (Folder(path=val) if isinstance(dataset, str) else dataset))
         return run
 
     return run_command(
@@ -79,6 +82,8 @@ def finetune(argv: Sequence[str]) -> int:
             prog="dino eval finetune",
             examples=EXAMPLES,
             base=base,
-            data=lambda _: WORDS.get(train),
+            data=lambda _: next(
+                (d for d in (WORDS.get(train), dataset_named(train)) if isinstance(d, DatasetConfig)), None
+            ),
         )
     )

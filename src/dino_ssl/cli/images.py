@@ -1,17 +1,19 @@
 """Arguments and helpers of the commands that read a checkpoint and images."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
+from dino_ssl.config import import_type
 from dino_ssl.terminal import Terminal
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from dino_ssl.data.dataset import Skipped
+    from dino_ssl.data.dataset import DatasetConfig, Skipped
 
 Checkpoint = Annotated[
     tyro.conf.Positional[str],
@@ -19,7 +21,9 @@ Checkpoint = Annotated[
 ]
 DatasetName = Annotated[
     tyro.conf.Positional[str],
-    tyro.conf.arg(help="A folder of images, with or without class folders, a packed dataset, or `scenes`."),
+    tyro.conf.arg(
+        help="A folder of images, with or without class folders, a packed dataset, `scenes`, or MODULE:CLASS."
+    ),
 ]
 InputSize = Annotated[
     int | None, tyro.conf.arg(help="Side in pixels of the network input. Default: the training size.")
@@ -58,6 +62,16 @@ class NamedImage(NamedTuple):
     """Returns uint8 [H, W, 3] RGB. Raises UserError for a file named on the command line, BadImage otherwise."""
 
 
+def dataset_named(name: str) -> "str | DatasetConfig":
+    """Return the settings of a dataset from outside the package, MODULE:CLASS; any other name unchanged."""
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) or Path(name).exists():
+        return name
+    from dino_ssl.data.dataset import DatasetConfig
+
+    kind: Any = import_type(name, DatasetConfig)
+    return kind()
+
+
 def named_images(names: Sequence[str], terminal: Terminal, skipped: list[dict[str, str]]) -> list[NamedImage]:
     """Return the named image files, and all images of the named datasets; extend `skipped` by what they skip."""
     from dino_ssl.api.calls import read_image
@@ -73,7 +87,7 @@ def named_images(names: Sequence[str], terminal: Terminal, skipped: list[dict[st
             images.append(NamedImage(name, unique_name(path.stem, stems), lambda name=name: read_image(name)))
             continue
         with terminal.progress(f"reading {name}") as progress:
-            dataset = open_dataset(name, progress, part="val" if name in WORDS else "train")
+            dataset = open_dataset(dataset_named(name), progress, part="val" if name in WORDS else "train")
         skipped += report_skipped(dataset.skipped, terminal)
         for index in range(min(len(dataset), NUM_SCENES) if name in WORDS else len(dataset)):
             inner = dataset.names[index]

@@ -41,7 +41,7 @@ def parse(
         more["default"] = default
     if registry is not None:
         more["registry"] = registry
-    _fields.update(_dotted_names(kind if default is None else default))
+    _fields.update(name for name, _ in _dotted_fields(kind if default is None else default))
     try:
         return tyro.cli(kind, prog=prog, args=list(argv), config=CONFIG, console_outputs=is_rank0(), **more)
     except SystemExit as stop:
@@ -60,12 +60,20 @@ def with_flags(message: str) -> str:
     return re.sub(r"`([a-z_.]+)`", lambda match: flag(match[1]) if match[1] in _fields else match[0], message)
 
 
-def _dotted_names(settings: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all fields; fields named `run` or `protocol` have their flags without a prefix."""
+def switches(settings: Any) -> set[str]:
+    """Return the flags of these settings that take no value, `--json` and `--no-json`."""
+    names = [name for name, value in _dotted_fields(settings) if isinstance(value, bool)]
+    parents = [name.rpartition(".") for name in names]
+    return {flag(name) for name in names} | {flag(f"{parent}{dot}no-{field}") for parent, dot, field in parents}
+
+
+def _dotted_fields(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of all fields; those of `run`, `protocol` and `common` are flags without a prefix."""
     for field in dataclasses.fields(settings):
-        name = "" if field.name in ("run", "protocol") else f"{prefix}{field.name}"
+        name = "" if field.name in ("run", "protocol", "common") else f"{prefix}{field.name}"
+        factory = field.default_factory
+        value = getattr(settings, field.name, None if factory is dataclasses.MISSING else factory())
         if name:
-            yield name
-        value = getattr(settings, field.name, None)
+            yield name, value
         if dataclasses.is_dataclass(value):
-            yield from _dotted_names(value, f"{name}." if name else prefix)
+            yield from _dotted_fields(value, f"{name}." if name else prefix)

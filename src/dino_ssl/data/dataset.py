@@ -190,6 +190,11 @@ class ImageDataset(Dataset[tuple[np.ndarray, int]], ABC):
 class DatasetConfig(ABC):
     """Settings of a dataset: a base of frozen dataclasses, which are saved in run.json."""
 
+    @property
+    def spec(self) -> str:
+        """The name on the command line, apart from settings: a path, `scenes`, or MODULE:CLASS."""
+        return f"{type(self).__module__}:{type(self).__qualname__}"
+
     @abstractmethod
     def open(self, progress: Progress | None = None) -> ImageDataset:
         """Return the dataset; `progress` receives (done, total) while images are listed."""

@@ -28,6 +28,11 @@ class Folder(DatasetConfig):
     """The folder; every image below it is used, except hidden files. Or a directory of tar shards in WebDataset layout,
     as `dino data pack` writes."""
 
+    @property
+    def spec(self) -> str:
+        """The path."""
+        return self.path
+
     def open(self, progress: Progress | None = None) -> ImageDataset:
         """List the images and read their headers; `progress` receives (done, total)."""
         root = Path(self.path).expanduser()
@@ -36,7 +41,9 @@ class Folder(DatasetConfig):
         if not root.exists():
             raise UserError(f"There is no folder {self.path}. Check the path.")
         if not root.is_dir():
-            raise UserError(f"Expected a folder of images, got the file {self.path}. Did you mean {root.parent}?")
+            raise UserError(
+                f"Expected a folder of images, got the file {self.path}. Did you mean its folder, {root.parent}/?"
+            )
         skipped: list[Skipped] = []
         ignored: Counter[str] = Counter()
         paths = sorted(walk(root, skipped, ignored), key=os.fsencode)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dino_ssl.config import type_name
-from dino_ssl.data.folder import Folder
-from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals import import_all
 from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval
@@ -25,7 +24,7 @@ class ScheduledEval:
 
     evaluation: Evaluation
     """The evaluation and its protocol."""
-    sources: tuple[str | Folder | Scenes, ...]
+    sources: tuple[str | DatasetConfig, ...]
     """Its data, in the order of the command line: folders, or the word `scenes`."""
     every_epochs: float = 0
     """Evaluate before the first step, then every so many epochs; 0: only at the end."""
@@ -94,8 +93,8 @@ def _name(evaluation: Evaluation) -> str:
     return kind if ":" in kind else evaluation.name
 
 
-def _source_text(source: str | Folder | Scenes) -> str:
-    return "scenes" if isinstance(source, Scenes) else source.path if isinstance(source, Folder) else source
+def _source_text(source: str | DatasetConfig) -> str:
+    return source if isinstance(source, str) else source.spec
 
 
 def _flags(settings: Any) -> Iterator[str]:

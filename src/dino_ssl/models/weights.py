@@ -1,8 +1,8 @@
 """Weights in files: read without running code, matched by name and shape, written atomically.
 
-Known layouts of a .pth or .pt file: weights of a backbone; this project's checkpoints, whose "method" holds
-student.backbone.* and teacher.backbone.*, or network.backbone.* for a classifier; the authors' full checkpoints, whose
-"student" and "teacher" hold module.backbone.* and module.head.*; weights below a key "state_dict" or "model".
+Known layouts of a .pth or .pt file: weights of a backbone; this project's checkpoints, whose "backbone" is the prefix
+of the exported backbone in "method"; the authors' full checkpoints, whose "student" and "teacher" hold
+module.backbone.* and module.head.*; weights below a key "state_dict" or "model".
 """
 
 import argparse
@@ -112,6 +112,10 @@ def backbone_weights(content: Any, path: Path, which: Which) -> StateDict:
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: expected names and tensors, got a {type(content).__name__}.")
     nested = [name for name, value in content.items() if isinstance(value, Mapping)]
+    prefix = content.get("backbone")
+    if which == "teacher" and isinstance(prefix, str) and "method" in nested:
+        weights = content["method"].items()
+        return {name.removeprefix(prefix): value for name, value in weights if name.startswith(prefix)}
     networks = [name for name in ("student", "teacher") if name in nested]
     if networks and which not in networks:
         raise UserError(f"{path} has a {networks[0]} but no {which}.")

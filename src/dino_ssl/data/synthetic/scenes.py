@@ -80,6 +80,11 @@ class Scenes(DatasetConfig):
     noise: float = 3.0
     """Largest standard deviation of the pixel noise, in gray levels."""
 
+    @property
+    def spec(self) -> str:
+        """The word `scenes`."""
+        return "scenes"
+
     def __post_init__(self) -> None:
         check_range(self, "count", "seed", "clutter", least=0)
         check_range(self, "size", least=16)
