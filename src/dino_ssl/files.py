@@ -39,7 +39,7 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of a write to `path` into a UserError with the reason: a full disk, a folder that is not writable."""
+    """Turn an OSError of a write to `path` into a UserError that gives the reason, as a full disk."""
     try:
         yield
     except OSError as error:

@@ -171,8 +171,8 @@ def start(precision: Precision | None = None) -> Iterator[Runtime]:
 def _keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of returning it to the system after every step.
 
-    Activations have the same sizes in every step. Measured on one AVX2 core: a step of a small ConvNet takes 0.76 of the
-    time. Other C libraries have no mallopt and are left unchanged.
+    Activations have the same sizes in every step. Measured on one AVX2 core: a step of a small ConvNet takes 0.76 of
+    the time. Other C libraries have no mallopt and are left unchanged.
     """
     mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # glibc's malloc.h
     try:

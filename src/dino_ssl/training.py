@@ -281,8 +281,10 @@ def _evaluate(job: _Job, evals: list[PreparedScheduledEval], clock: Clock, log: 
 
 
 def _pending_evals(job: _Job, clock: Clock) -> list[PreparedScheduledEval]:
-    """Return the evaluations due before the first step: at step 0 all scheduled ones; after a resume those that were
-    due at this step and have no line in the metrics, because training stopped before they ran.
+    """Return the evaluations due before the first step.
+
+    At step 0 all scheduled ones; after a resume those that were due at this step and have no line in the metrics,
+    because training stopped before they ran.
     """
     if clock.step == 0:
         return [item for item in job.evals if item.every_epochs]

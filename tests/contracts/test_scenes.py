@@ -25,7 +25,8 @@ def test_an_image_is_a_function_of_settings_and_index():
 
 
 def test_another_process_renders_the_same_images():
-    code = "import zlib; from dino_ssl.data.synthetic.scenes import *; print([zlib.crc32(Scenes().read(i)) for i in (7, 3)])"
+    code = "import zlib; from dino_ssl.data.synthetic.scenes import *; "
+    code += "print([zlib.crc32(Scenes().read(i)) for i in (7, 3)])"
     outputs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
         for _ in range(2)

@@ -63,7 +63,7 @@ def test_errors_show_the_expected_layout(voc: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 files are missing.*\n  JPEGImages/2007_000002.jpg"):
         open_voc(voc)
     (voc / "ImageSets/Segmentation/val.txt").write_text("\n")
-    with pytest.raises(UserError, match="val.txt is empty"):
+    with pytest.raises(UserError, match=r"val\.txt is empty"):
         open_voc(voc)
 
 

@@ -162,7 +162,8 @@ def test_eq5_cross_entropy_is_entropy_plus_divergence(temperature: float) -> Non
     entropy = torch.tensor([-sum(a * math.log(a) for a in row if a > 0) for row in p.tolist()])
     torch.testing.assert_close(h(p), entropy, atol=1e-5, rtol=1e-5)
     divergence = [
-        sum(a * (math.log(a) - b) for a, b in zip(*rows) if a > 0) for rows in zip(p.tolist(), log_q.tolist())
+        sum(a * (math.log(a) - b) for a, b in zip(*rows, strict=True) if a > 0)
+        for rows in zip(p.tolist(), log_q.tolist(), strict=True)
     ]
     torch.testing.assert_close(H(p, log_q) - h(p), torch.tensor(divergence), atol=1e-5, rtol=1e-5)
 

@@ -173,8 +173,8 @@ def test_initial_classifier_is_small_and_backbone_is_pretrained() -> None:
     logits = built.classifier([torch.randn(1, 2, 3, 8, 8)])
     assert logits.shape == (1, 2, 4)
     with pytest.raises(UserError, match=r"somewhere.*do not fit"):
-        SupervisedConfig().build(BuildContext(ViT(width=16, depth=1, heads=1, patch=4, image_size=8), 0, 4, start.weights,
-                                       "somewhere"))  # fmt: skip
+        SupervisedConfig().build(BuildContext(ViT(width=16, depth=1, heads=1, patch=4, image_size=8), 0, 4,
+                                       start.weights, "somewhere"))  # fmt: skip
 
 
 class Labelled(ImageDataset):

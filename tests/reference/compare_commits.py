@@ -6,8 +6,8 @@ BASE and HEAD are folders of two checkouts. Both are run by this interpreter, on
 and do not depend on either checkout. Compared are every number in metrics.jsonl (apart from times), the tensors and
 numbers of checkpoints/last.pt, by position, and the tensors of backbone.safetensors.
 
-Results of BASE are kept in DIR (default: compare_commits in the temporary folder) and used again until BASE, the run's arguments, the
-images or the version of torch change. Exit code: 0 equal, 1 different, 2 a run failed.
+Results of BASE are kept in DIR (default: compare_commits in the temporary folder) and used again until BASE, the
+run's arguments, the images or the version of torch change. Exit code: 0 equal, 1 different, 2 a run failed.
 """
 
 import argparse

@@ -1,0 +1,1 @@
+"""The Python calls: train, evaluate, embed, attention; the command line uses the same functions."""

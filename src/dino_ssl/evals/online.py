@@ -19,7 +19,9 @@ class Trainable(Protocol):
     """The parts of a method that are evaluated."""
 
     @property
-    def backbone(self) -> Backbone: ...
+    def backbone(self) -> Backbone:
+        """The network whose features are evaluated."""
+        ...
 
     @property
     def classifier(self) -> Network | None:
