@@ -1,6 +1,6 @@
-"""DINO: self-distillation with no labels. From a folder of pictures to a trained backbone.
+"""DINO: self-distillation with no labels. From a folder of images to a trained backbone.
 
-    run = dino_ssl.train("photos")              # a plan for these pictures and this machine, then training
+    run = dino_ssl.train("photos")              # plan settings for dataset and machine, then train
     backbone = dino_ssl.load(run.folder)        # or "dino_vits16", a file, "timm:resnet50"
     dino_ssl.embed(backbone, "photos").features
 

@@ -54,9 +54,9 @@ def check_writable(folder: Path) -> None:
     """Raise UserError if the output folder `out` cannot be created or written, before hours of work are lost."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
-        raise UserError(f"The folder {folder} cannot be created: {existing} is a file. Choose another `out`.")
+        raise UserError(f"The folder {folder} cannot be created: {existing} is a file. Choose a different `out`.")
     if not os.access(existing, os.W_OK):
-        raise UserError(f"The folder {folder} is not writable. Choose another `out`.")
+        raise UserError(f"The folder {folder} is not writable. Choose a different `out`.")
 
 
 def write_json(path: Path, data: Any) -> Path:

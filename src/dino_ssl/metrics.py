@@ -42,7 +42,7 @@ class Log:
 class _TensorBoard:
     """TensorBoard's event file, written in this thread.
 
-    tensorboardX's own writer uses a thread that a full disk ends; the next write then blocks for ever.
+    tensorboardX's own writer uses a thread, which dies if the disk is full; the next write then blocks forever.
     """
 
     def __init__(self, folder: Path, step: int) -> None:

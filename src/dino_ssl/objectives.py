@@ -1,4 +1,4 @@
-"""The paper's equations, in order, as pure functions, and the losses of the baselines.
+"""The paper's equations as pure functions, in the order of the paper, and the losses of the baselines.
 
 Shapes: V student views, G teacher views (the first G of the V), B images, K prototypes, d width of the bottleneck.
 Softmax, entropy and divergence are computed in float32 for any input dtype. Logarithms are natural: an entropy is in
@@ -63,7 +63,7 @@ def dino_loss(
 
 
 def cross_entropy_over_pairs(targets: Tensor, log_q: Tensor) -> Tensor:
-    """Eq. 3 for given targets: the mean of H(targets of x, q of x') over its pairs.
+    """Eq. 3 for given targets: the mean of H(targets[x], q[x']) over all pairs of views x' != x and over the batch.
 
     targets [G, B, K], log_q [V, B, K]; target view g and view g of log_q are the same view.
     """
@@ -145,7 +145,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
 def sinkhorn_center(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Return the center with which Eq. 1 equals `sinkhorn_knopp`, [..., B, K] -> [..., 1, K].
 
-    The division of a row is that of any softmax. The divisions of the columns amount to one number per prototype:
+    The division of a row is that of any softmax. The divisions of the columns reduce to one factor per prototype:
     centering, with a center that belongs to this batch.
     """
     scaled = logits.float() / temperature

@@ -36,11 +36,11 @@ class Optim:
     weight_decay: float = 0.04
     """Initial weight decay; biases and norms have none."""
     weight_decay_end: float = 0.4
-    """Final weight decay, reached by a cosine."""
+    """Final weight decay, reached by a cosine schedule."""
     clip_grad: float = 3.0
     """Maximum gradient norm of each parameter tensor; 0 disables clipping."""
     layer_decay: float = 1.0
-    """Layer-wise learning rate decay for fine-tuning: each block has this times the rate of the next; 1 disables it."""
+    """Layer-wise learning rate decay for fine-tuning: factor per block; 1 disables it."""
 
     def __post_init__(self) -> None:
         if self.micro_batch != "auto":

@@ -63,7 +63,7 @@ class Run:
     evals: tuple[ScheduledEval, ...] = ()
     """Evaluations during training, each in quotes, as after `dino eval` but without CHECKPOINT:
     --evals "linear train/ val/" "retrieval roxford5k/ --every-epochs 10". They run at the end of training; with
-    --every-epochs also before the first step and every so many epochs."""
+    --every-epochs N also before the first step and every N epochs."""
     precision: Precision = "float32"
     """Autocast precision of matrix products. On GPUs with TF32, float32 uses it."""
     workers: int = 2

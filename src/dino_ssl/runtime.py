@@ -1,6 +1,6 @@
 """Device, precision and ranks, decided once and passed as an object.
 
-Nothing here knows about methods, models or data.
+This module does not depend on methods, models or data.
 """
 
 import ctypes

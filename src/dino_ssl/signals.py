@@ -29,7 +29,7 @@ class StopSignal:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignal]:
-    """Handle Ctrl-C and SIGTERM: the first requests a stop after the current step, a second Ctrl-C stops at once."""
+    """Handle Ctrl-C and SIGTERM: the first stops after the current step, a second Ctrl-C stops immediately."""
     stop = StopSignal()
 
     def request(number: int, frame: Any) -> None:

@@ -51,12 +51,12 @@ class State:
         )
 
     def restore(self, path: Path, dataset: ImageDataset) -> None:
-        """Load a checkpoint. Raises UserError if it was trained on another dataset than this training set."""
+        """Load a checkpoint. Raises UserError if its training set is not `dataset`."""
         saved = checkpoint.load(path)
         if saved["data"] != dataset.fingerprint:
             raise UserError(
-                f"{path} was trained on another dataset than these {len(dataset)} images: files were added, removed or "
-                "changed. Resume with the same data, or start a new run with another `out`."
+                f"{path} was trained on a different dataset: its files differ from the given {len(dataset)} images. "
+                "Resume with the same data, or start a new run with a different `out`."
             )
         load_strict(self.method, saved["method"], str(path))
         self.optimizer.load_state_dict(saved["optimizer"])

@@ -113,7 +113,7 @@ def train(run: Run, rt: Runtime, dataset: ImageDataset, *, resume: bool = False)
     """Train a Run to its end on a dataset, yielding events; drive it with a `for` loop.
 
     Sending True in reply to a Logged event, on every rank, stops training as a signal would. resume: continue from
-    checkpoints/last.pt of the run; on a CPU the result is bit-equal to an uninterrupted run.
+    checkpoints/last.pt of the run; on a CPU the result is bit-identical to an uninterrupted run.
     Raises UserError if the dataset cannot fill a batch, the loss is not finite, a disk is full, or the checkpoint
     belongs to another run.
     """

@@ -159,7 +159,7 @@ def test_resume_asks_for_the_same_pictures_and_for_a_checkpoint(tmp_path: Path) 
     with pytest.raises(UserError, match="No checkpoint at"):
         fit(run, resume=True)
     fit(run, until=3)
-    with pytest.raises(UserError, match="another dataset"):
+    with pytest.raises(UserError, match="different dataset"):
         fit(edit(run, data=Scenes(count=44, size=32, classes=4, seed=5)), resume=True)
 
 

@@ -1,6 +1,7 @@
 """Several commands at a time, each in its own process that prints its progress as JSON lines.
 
-A signal is forwarded to all processes, so that each saves its state and exits; a second one makes them exit at once.
+A signal is forwarded to all processes, so that each saves its state and exits; after a second
+signal they exit immediately.
 """
 
 import json

@@ -140,7 +140,7 @@ class Study:
     data: Mapping[str, Any]
     """images, classes, fingerprint, val_fraction."""
     minutes: float | None = None
-    """Requested time per run, if the number of epochs follows from it."""
+    """Requested minutes per run, if the number of epochs is derived from them."""
 
     def study_run(self, configuration: Configuration, seed: int) -> StudyRun:
         """Return the run of a configuration and seed, which need not exist yet."""
@@ -197,7 +197,7 @@ def find_study(name: str, root: Path = ROOT, scale: Scale | None = None) -> Stud
         return study
     if name not in TABLES:
         raise UserError(
-            f"There is no run and no table {name!r}{did_you_mean(name, TABLES)}\n"
+            f"{name!r} is neither a run folder nor a table{did_you_mean(name, TABLES)}\n"
             f"Expected the folder of a run, or one of {', '.join(TABLES)}."
         )
     folders = [root / name / option for option in ([scale] if scale else SCALES)]

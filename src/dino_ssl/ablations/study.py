@@ -116,13 +116,13 @@ def _check_same(existing: Study, study: Study) -> None:
     if existing.data["fingerprint"] != study.data["fingerprint"]:
         raise UserError(
             f"{existing.folder} has runs on another dataset: {existing.data['images']:,} images there, "
-            f"{study.data['images']:,} now. Set `data` to the same dataset, or `out` to another folder."
+            f"{study.data['images']:,} now. Set `data` to the same dataset, or `out` to a different folder."
         )
     changed = _mismatch(existing.base, study.base, EXECUTION_FIELDS)
     if changed:
         raise UserError(
             f"{existing.folder} has runs with other settings:\n{changed}\n"
-            "Remove these settings to resume the study, or set `out` to another folder."
+            "Remove these settings to resume the study, or set `out` to a different folder."
         )
 
 
@@ -167,7 +167,7 @@ def make_job(study: Study, study_run: StudyRun, *, linear: bool = False) -> RunJ
         if changed:
             raise UserError(
                 f"{study_run.folder} has a run with other settings:\n{changed}\n"
-                "Move that folder away to train again, or set `out` to another folder."
+                "Move that folder away to train again, or set `out` to a different folder."
             )
     linear = linear and study.data["classes"] > 0
     return RunJob(

@@ -10,10 +10,10 @@ from dino_ssl.formatting import duration
 from dino_ssl.report.curves import Line
 
 NONE = "–"
-PAPER_SCALE = "At scale paper, network, epochs and crops are the paper's."
+PAPER_SCALE = "At the paper scale, network, epochs and crops are those of the paper."
 SMALL_SCALE = (
-    "At scale small, a small network is trained on small crops for minutes: compare the order of the configurations "
-    "with the paper, not the values."
+    "At the small scale, a small network is trained on small crops for minutes: compare the ranking of the "
+    "configurations with the paper, not the values."
 )
 COST_COLUMNS = ("run", "state", "time", "images seen", "images/s", "peak memory")
 

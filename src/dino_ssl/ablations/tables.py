@@ -11,5 +11,5 @@ TABLES: dict[str, Table] = {table.name: table for table in (*tables_main.TABLES,
 def get_table(name: str) -> Table:
     """Return the table of this name. Raise UserError with similar names if there is none."""
     if name not in TABLES:
-        raise UserError(f"There is no table {name!r}{did_you_mean(name, TABLES)}\nTables: {', '.join(TABLES)}.")
+        raise UserError(f"Unknown table {name!r}{did_you_mean(name, TABLES)}\nTables: {', '.join(TABLES)}.")
     return TABLES[name]

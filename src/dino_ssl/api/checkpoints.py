@@ -1,4 +1,4 @@
-"""Open what the user names: a checkpoint or an image file."""
+"""Open checkpoints and image files given by the user."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -34,13 +34,13 @@ def read_image(path: str | Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A backbone on its device, and what is known about it."""
+    """A loaded backbone on its device, with its metadata."""
 
     source: str
-    """What the user named."""
+    """The checkpoint as given by the user: a path or a name."""
     backbone: Backbone
     network: BackboneConfig | None
-    """Its settings, if known."""
+    """The settings of the network; None if they are unknown."""
     size: int
     """Side in pixels of the images it was trained on."""
     folder: Path | None

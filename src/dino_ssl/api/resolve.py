@@ -1,4 +1,4 @@
-"""Decide what a training run does: a plan with the user's settings in it, or the run that already exists."""
+"""Resolve a training run: a new plan with the user's settings, or an existing run that is resumed."""
 
 import json
 import shlex
@@ -35,7 +35,7 @@ RESUMABLE_FIELDS = (
     "optim.lr",
     "optim.min_lr",
 )
-"""Fields that a resumed run may change: those of the execution, of the evaluation, and remedies against a collapse."""
+"""Fields that a resumed run may change: those about execution and evaluation, and those that counteract a collapse."""
 MEASURED_ROWS = ("workers", "epochs", "expected time")
 """Rows of the plan that depend on the measured speed."""
 
@@ -53,7 +53,7 @@ def resolve_run(
     minutes: float | None = None,
     world: int = 1,
 ) -> Plan:
-    """Return the plan for a dataset and a machine, with the user's settings in it.
+    """Return the plan for a dataset and a machine, including the user's settings.
 
     method: planned for, without a preset. The plan is made with the user's settings, so that the number of epochs and
     the expected time are those of the final run.
@@ -182,7 +182,7 @@ def find_run(folder: Path, *, trust: bool = False) -> ExistingRun | None:
     trust: import types from outside the package. Raises UserError if `folder` is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"The output folder {folder} is a file. Choose another `out`.")
+        raise UserError(f"The output folder {folder} is a file. Choose a different `out`.")
     if not (folder / "run.json").is_file() or not (folder / "checkpoints/last.pt").is_file():
         return None
     run = read_run(folder, trust=trust)
@@ -198,7 +198,7 @@ def resumed(existing: ExistingRun, change: Change) -> Run:
     if existing.finished:
         raise UserError(
             f"The run in {folder} is finished ({existing.steps} steps). Its report: {folder}/report.html\n"
-            "For a new run, choose another `out`."
+            "For a new run, choose a different `out`."
         )
     run = change(existing.run)
     refused = [item for item in differences(existing.run, run) if item[0] not in RESUMABLE_FIELDS]
@@ -211,6 +211,6 @@ def resumed(existing: ExistingRun, change: Change) -> Run:
         listed = "\n".join(f"  `{name}` was {format_value(old)}, got {format_value(new)}" for name, old, new in refused)
         raise UserError(
             f"The run in {folder} cannot be resumed with other training settings:\n{listed}\n"
-            "Omit them to resume, or start another run with another `out`."
+            "Omit them to resume, or start a new run with a different `out`."
         )
     return edit(run, out=folder)

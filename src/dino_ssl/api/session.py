@@ -134,7 +134,7 @@ class _Session:
                 return ended
 
     def attempt(self, resume: bool) -> Ended:
-        """Follow one training generator from its first event to its last."""
+        """Run the training loop once and handle all of its events."""
         events = train(self.run, self.rt, self.dataset, resume=resume)
         with self.terminal.progress("preparing"):  # measures the reference scores
             started = next(events)

@@ -42,7 +42,7 @@ def train(
         dataset: A folder, a list of images, or any map-style torch dataset (see `data.sources.open_dataset`).
         preset: The name of a preset, or a Run.
         out: Output folder. Default: runs/NAME of the folder.
-        minutes: Time to train; the number of epochs follows.
+        minutes: Training time in minutes, from which the number of epochs is derived.
         resume: Resume the run in `out`.
         trust: On resume, import types from outside the package that run.json names.
         quiet: Print no plan and no progress.
@@ -57,7 +57,7 @@ def train(
     folder = Path(out or f"runs/{Path(path).resolve().name if path else 'images'}")
     existing = find_run(folder, trust=trust)
     if existing is not None and not resume:
-        raise UserError(f"{folder} has a run. Pass resume=True to resume it, or another `out`.")
+        raise UserError(f"{folder} has a run. Pass resume=True to resume it, or a different `out`.")
     if existing is None and resume:
         raise UserError(f"Nothing to resume in {folder}: expected run.json and checkpoints/last.pt.")
     opened = distributed.run_on_rank0(lambda: open_dataset(dataset))
@@ -85,7 +85,7 @@ def train(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """A training run as the user asked for it."""
+    """A training run as requested by the user."""
 
     folder: Path
     """Output folder."""

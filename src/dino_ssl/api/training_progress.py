@@ -16,7 +16,7 @@ from dino_ssl.schedules import Clock
 from dino_ssl.terminal import QUIET_SECONDS, Terminal
 
 SPEED_SECONDS = 60.0
-"""Time constant of the moving average of the speed, from which the remaining time follows."""
+"""Time constant in seconds of the moving average of the speed, which gives the remaining time."""
 
 
 class TrainingProgress:
@@ -57,7 +57,7 @@ class TrainingProgress:
             self._terminal.print("  ".join([self._epoch(), self._step(), *self._figures(), f"ETA {self._remaining()}"]))
 
     def pause(self, activity: str) -> None:
-        """Show another activity than training; its time does not count in the speed."""
+        """Show an activity other than training; its time is excluded from the speed."""
         self._activity = activity
 
     def resume(self) -> None:

@@ -1,6 +1,6 @@
-"""`dino COMMAND ...`: find the command, and turn errors into one message and an exit code.
+"""`dino COMMAND ...`: dispatch to the command, and convert errors to a message and an exit code.
 
-Nothing heavy is imported here, so that help and mistyped commands are answered at once.
+This module avoids slow imports, so that help and errors about unknown commands appear immediately.
 """
 
 import importlib
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ndino: stopped.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `dino presets | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python prints an error at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python prints an error at exit
         return BROKEN_PIPE
 
 
@@ -75,7 +75,7 @@ def _run(argv: list[str]) -> int:
         return 0
     name, arguments = argv[0], argv[1:]
     if name not in COMMANDS:
-        raise UserError(f"There is no command {name!r}{did_you_mean(name, COMMANDS)}\nCommands: {', '.join(COMMANDS)}.")
+        raise UserError(f"Unknown command {name!r}{did_you_mean(name, COMMANDS)}\nCommands: {', '.join(COMMANDS)}.")
     return getattr(importlib.import_module(COMMANDS[name][0]), name)(arguments)
 
 

@@ -1,4 +1,4 @@
-"""dino ablate: reproduce the paper's tables and figures, at the paper's scale or at a small one."""
+"""dino ablate: reproduce the paper's tables and figures, at the original scale or at a small scale."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
   dino ablate                                               list the tables
-  dino ablate table7 --data photos/                         run all, small: about ten minutes per run on one core
-  dino ablate table7 --data photos/ --dry-run               what each configuration changes, and what is done
+  dino ablate table7 --data photos/                         run all, about ten minutes per run on one core
+  dino ablate table7 --data photos/ --dry-run               list the settings of each configuration and its state
   dino ablate fig7 --data train/ --val val/ --seeds 3 --processes 2
   dino ablate table7 --only dino no-momentum --minutes 30 --linear
   dino ablate table7                                        resume with the same dataset
@@ -51,19 +51,19 @@ class AblateOptions:
     seeds: int = 1
     """Number of seeds per configuration, from 0."""
     processes: int = 1
-    """Number of runs at the same time."""
+    """Number of runs that are trained in parallel."""
     minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
-    """Training time of the table's base on this machine; the number of epochs follows from it."""
+    """Training time of the base configuration in minutes; the number of epochs is derived from it."""
     epochs: Annotated[int | None, tyro.conf.arg(metavar="EPOCHS")] = None
-    """Epochs of the table's base; longer configurations are multiples of it."""
+    """Epochs of the base configuration; longer configurations are multiples of it."""
     linear: Flag = False
-    """Also train a linear classifier on the frozen features, also for finished runs."""
+    """Also evaluate with a linear classifier on the frozen features; applies to finished runs too."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Base instead of the table's own: a preset, or MODULE:FUNCTION that returns a dino_ssl.Run."""
+    """Base configuration that replaces the table's own: a preset, or MODULE:FUNCTION that returns a dino_ssl.Run."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Processes per run that decode and augment images."""
     out: str = "runs/ablate"
-    """Folder of all tables."""
+    """Parent folder of the results of all tables."""
     dry_run: Flag = False
     """Print the configurations and exit."""
     json: Flag = False
@@ -113,7 +113,7 @@ def _run(options: AblateOptions, terminal: Terminal, write: Callable[[dict[str, 
     if options.minutes is not None and options.epochs is not None:
         raise UserError("`minutes` and `epochs` both set the length of a run: give only one of them.")
     table, root = get_table(options.table), Path(options.out)
-    table.select(options.only)  # raises the error about a wrong name before anything else
+    table.select(options.only)  # fail early if a name is unknown
     with start() as rt:
         if options.dry_run and options.data is None and options.preset is None:
             study = read_study(root / table.name / options.scale) or preview_study(table, options.scale, root)
@@ -130,7 +130,9 @@ def _run(options: AblateOptions, terminal: Terminal, write: Callable[[dict[str, 
         shared = distributed.run_on_rank0(
             lambda: [reuse_result(study, run, job, root) for run, job in zip(runs, jobs, strict=True)]
         )
-        jobs = [make_job(study, run, linear=options.linear) for run in runs]  # a shared one has another folder
+        jobs = [
+            make_job(study, run, linear=options.linear) for run in runs
+        ]  # again: `reuse_result` changed the folder of shared runs
         pending = [(run, job) for run, job in zip(runs, jobs, strict=True) if is_incomplete(run, job)]
         _print_start(study, len(pending), len(runs), sum(shared), terminal)
         run_all = run_serial if rt.world_size > 1 else partial(run_parallel, processes=options.processes)

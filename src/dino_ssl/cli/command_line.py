@@ -1,4 +1,7 @@
-"""The command line of a training run: flags laid over a Run whose types depend on the preset, network and method."""
+"""Command line of a training run: flags override the fields of a Run.
+
+The types of its fields, and therefore the flags, depend on the preset, the network and the method.
+"""
 
 import argparse
 from collections.abc import Callable
@@ -27,12 +30,12 @@ from dino_ssl.run import Run
 
 @dataclass(frozen=True, kw_only=True)
 class SessionOptions:
-    """Options of every command that trains, besides the fields of its Run."""
+    """Options of every training command, in addition to the fields of its Run."""
 
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """A preset to start from (`dino presets`), or MODULE:FUNCTION that returns a dino_ssl.Run."""
     minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
-    """Time to train; the number of epochs follows."""
+    """Training time in minutes; the number of epochs is derived from it."""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Output folder runs/NAME."""
     resume: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
@@ -42,14 +45,14 @@ class SessionOptions:
     dry_run: Flag = False
     """Print the plan, check it, and stop."""
     yes: Annotated[Flag, tyro.conf.arg(aliases=["-y"])] = False
-    """Answer questions with the first choice."""
+    """Do not prompt; take the first choice of every question."""
     json: Flag = False
     """Print one JSON object on standard output, messages on standard error."""
     run: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
 
 
 class CommandLine:
-    """An argv, parsed over different Runs: over one of the right types, then over the plan."""
+    """Arguments that are parsed twice: with a Run of the right types as defaults, then with the plan."""
 
     def __init__(
         self,
@@ -61,9 +64,9 @@ class CommandLine:
         base: Callable[[str | None], Run] = lambda preset: resolve(preset) if preset else Run(),
         data: Callable[["CommandLine"], DatasetConfig | None] = lambda line: line.named_dataset(),
     ) -> None:
-        """Remember how to parse.
+        """Store the arguments and how to parse them.
 
-        kind: the dataclass of the options. base: returns the Run of a preset's name, or of none. data: returns the
+        kind: the dataclass of the options. base: returns the Run of a preset name or None. data: returns the
         dataset if its type is not a folder.
         """
         self.argv, self.kind, self.prog, self.examples = argv, kind, prog, examples
@@ -80,7 +83,7 @@ class CommandLine:
 
     @cached_property
     def preset(self) -> Run:
-        """The Run that the flags are laid over, before the plan."""
+        """The Run that the flags override, before a plan is made."""
         return self._base(self.types.preset)
 
     @cached_property
@@ -98,7 +101,7 @@ class CommandLine:
 
     @cached_property
     def dataset(self) -> DatasetConfig | None:
-        """The dataset named instead of a folder."""
+        """The dataset, if the positional argument is a name instead of a folder."""
         return self._data(self)
 
     def named_dataset(self) -> DatasetConfig | None:
@@ -119,7 +122,7 @@ class CommandLine:
         return any(argument == flag or argument.startswith(f"{flag}=") for argument in self.argv)
 
     def options(self) -> Any:
-        """Return the options, parsed over a Run of the right types."""
+        """Return the options, parsed with a Run of the right types as defaults."""
         if self.existing is not None:
             return self.parse(self.existing.run)
         run = self.preset
@@ -134,7 +137,7 @@ class CommandLine:
         return self.parse(self._with_types(run)).run
 
     def parse(self, run: Run) -> Any:
-        """Parse the argv with the fields of `run` as defaults."""
+        """Parse the arguments with the fields of `run` as defaults."""
         options = parse(cast(type[Any], self.kind), self.argv, self.prog, self.examples, self.kind(run=run), EVAL_SPECS)
         if options.folder and self.dataset is None and self.existing is None:
             data = options.run.data
@@ -143,7 +146,7 @@ class CommandLine:
         return options
 
     def _with_types(self, run: Run) -> Run:
-        """Return the run with the network and the method that the flags name, at their defaults."""
+        """Return the run with the network and method given by --network and --method, with default settings."""
         if self.types.network is not None:
             run = edit(run, backbone=network_named(self.types.network).with_image_size(run.views.size))
         name = self.types.method

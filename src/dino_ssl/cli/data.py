@@ -15,7 +15,7 @@ from dino_ssl.terminal import Terminal, command_output
 Give = Callable[[dict[str, Any]], None]
 
 EXAMPLES = """\
-  dino data pack photos/ -o photos-shards               every file unchanged: training is bit-equal
+  dino data pack photos/ -o photos-shards               every file unchanged: training is bit-identical
   dino data pack photos/ -o small --side 320            downscale large images to a short side of 320 pixels
   dino data info photos-shards
   dino data check photos-shards                         after copying, or before a long run
@@ -76,7 +76,7 @@ def data(argv: Sequence[str]) -> int:
     name = argv[0]
     if name not in COMMANDS:
         raise UserError(
-            f"There is no command 'data {name}'{did_you_mean(name, COMMANDS)}\nCommands: {', '.join(COMMANDS)}."
+            f"Unknown command 'data {name}'{did_you_mean(name, COMMANDS)}\nCommands: {', '.join(COMMANDS)}."
         )
     _, kind, run = COMMANDS[name]
     options = parse(kind, argv[1:], f"dino data {name}", EXAMPLES)

@@ -1,4 +1,4 @@
-"""dino embed: features of images as a file."""
+"""dino embed: write the features of images to a file."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ class EmbedOptions:
     checkpoint: Checkpoint
     dataset: DatasetName
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "features.parquet"
-    """Output file; the suffix chooses the format."""
+    """Output file; the format is chosen by the suffix."""
     size: InputSize = None
     batch_size: BatchSize = 64
     workers: Workers = 0

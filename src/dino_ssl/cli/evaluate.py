@@ -20,13 +20,13 @@ class Common:
     """Options of every evaluation."""
 
     references: Flag = True
-    """Also evaluate random weights, and raw pixels if the evaluation is defined for them."""
+    """Compare with random weights and, where defined, raw pixels; --no-references skips this."""
     batch_size: int = 64
     """Images per forward pass."""
     workers: int = 0
     """Worker processes that decode images."""
     cache: Flag = True
-    """Cache the features next to the checkpoint, in evals/features/."""
+    """Cache the features next to the checkpoint in evals/features/; --no-cache disables it."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""
     """Folder for the result's JSON (and masks); default: evals/ next to the checkpoint."""
     trust: Trust = False

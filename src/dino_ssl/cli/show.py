@@ -41,7 +41,7 @@ class ReportOptions:
     markdown: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Also write a table as Markdown with a figure of its curves to this folder, as in docs/ablations/."""
     tables: str = "runs/ablate"
-    """Folder of all tables: --out of `dino ablate`."""
+    """Parent folder of the results of all tables: --out of `dino ablate`."""
     trust: Trust = False
     json: Json = False
 

@@ -34,7 +34,7 @@ class TrackOptions:
     video: tyro.conf.Positional[str]
     """A video file, or a folder or packed dataset of frames, in natural order of their names."""
     mask: str
-    """PNG of the objects in the first frame, with its size or proportions."""
+    """PNG of the objects in the first frame, with the same size or aspect ratio."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "track"
     """Output folder."""
     size: ShortSide = None

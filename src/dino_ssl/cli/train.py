@@ -23,13 +23,13 @@ from dino_ssl.runtime import start
 from dino_ssl.terminal import Terminal, command_output
 
 EXAMPLES = """\
-  dino train photos/                                 a plan for this dataset and machine, then training
-  dino train photos/ --dry-run                       only the plan
+  dino train photos/                                 choose settings for dataset and machine, then train
+  dino train photos/ --dry-run                       print the chosen settings only
   dino train photos/ --minutes 120                   as many epochs as fit into two hours
   dino train photos/ --preset vits16 --optim.epochs 300 --optim.batch-size 512
   dino train photos/ --network timm:resnet18         any network of timm; or vit_small/8
   dino train photos/ --method byol                   a baseline; or moco, swav, supervised
-  dino train photos/ --method mymodule:MyConfig      a method of yours
+  dino train photos/ --method mymodule:MyConfig      a custom method
   dino train scenes --minutes 5                      synthetic images
   dino train photos/ --evals "retrieval roxford5k/ --every-epochs 10" "linear train/ val/"
   dino train --resume runs/photos                    resume
@@ -43,13 +43,13 @@ COLLAPSED = 3
 class TrainOptions(SessionOptions):
     """Train a backbone on a folder of images, without labels.
 
-    Settings that are not given are planned for the dataset and the machine, and the plan gives the reasons; with
-    --preset they are those of the preset. The defaults shown here are the paper's.
+    Settings that are not given are chosen for the dataset and the machine, with the reasons printed; with
+    --preset they come from the preset. The defaults shown here are those of the paper.
     """
 
     folder: tyro.conf.Positional[str] = ""
     """Folder of images, nested or flat; with class folders the accuracy is measured during training. `scenes`:
-    synthetic images. MODULE:CLASS: a dataset of yours."""
+    synthetic images. MODULE:CLASS: a custom dataset."""
     network: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """vit_tiny/16, vit_small/8, vit_base/16, ..., timm:NAME, or MODULE:CLASS."""
     method: Annotated[str | None, tyro.conf.arg(metavar="{dino,byol,moco,swav,supervised}|MODULE:CLASS")] = None

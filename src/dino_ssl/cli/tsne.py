@@ -1,4 +1,4 @@
-"""dino tsne: images or classes as points in the plane."""
+"""dino tsne: plot images or classes in two dimensions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ EXAMPLES = """\
   dino tsne runs/photos photos/ --perplexity 40 --max-points 4000"""
 
 MANY_CLASSES = 50
-"""Default of `of`: classes for at least so many classes, images for fewer."""
+"""Default of `of`: classes if there are at least this many, otherwise images."""
 ITERATIONS = {"classes": 5000, "images": 1000}
 
 
@@ -45,7 +45,7 @@ class TsneOptions:
     perplexity: float = 20.0
     """Effective number of neighbors; 20 in the paper."""
     components: int = 30
-    """Number of principal components that t-SNE takes; 30 in the paper."""
+    """Number of principal components that are the input of t-SNE; 30 in the paper."""
     iterations: int | None = None
     """Gradient steps. Default: 5000 for classes as in the paper, 1000 for images."""
     learning_rate: float | None = None

@@ -20,7 +20,7 @@ MAX_CENTER_MOMENTUM = 0.99
 
 @dataclass(frozen=True)
 class Finding:
-    """A detected problem: its name, the evidence, and what to tune. fatal: training on is useless."""
+    """A detected problem: its name, the evidence, and what to tune. fatal: continuing to train is useless."""
 
     name: str
     message: str
@@ -128,7 +128,7 @@ METHOD_CHECKS = (
     Check(
         "No momentum",
         lambda s: s.get("targets") in ("centering", "none") and s.get("teacher") in ("student", "previous-step"),
-        "the teacher {0.run.method.teacher} is no average, and centering is not enough then (Fig. 6, Table 15: 0.1).",
+        "the teacher is not an EMA ({0.run.method.teacher}), and centering is not enough (Fig. 6, Table 15: 0.1).",
         "Set `method.teacher` to momentum, or `method.targets` to sinkhorn.",
     ),
     Check(

@@ -29,10 +29,10 @@ LOGGED = {field.name for field in fields(Curves)}
 
 
 class Monitor:
-    """Receives one line of metrics after the other and returns the findings; constant time per line.
+    """Detects collapse from the lines of metrics, which are passed one by one; constant time per line.
 
     prototypes: K, None for a method without. run: its settings are considered in the suggestions. steps_per_epoch: the
-    grace period follows from it; without it, it has 30 steps.
+    grace period is derived from it; without it, the period is 30 steps.
     """
 
     def __init__(self, prototypes: int | None, run: Run | None = None, steps_per_epoch: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Contract of videos with annotated objects. Frames and masks are read in order, one at a time."""
+"""Interface of videos with annotated objects. Frames and masks are read in order, one at a time."""
 
 import hashlib
 import json

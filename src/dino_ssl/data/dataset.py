@@ -1,4 +1,4 @@
-"""Contracts of datasets: `ImageDataset`, which every part of the package reads, and `DatasetConfig`, which opens one.
+"""Interfaces of datasets: `ImageDataset`, which every part of the package reads, and `DatasetConfig`, which opens one.
 
 A dataset from outside the package is one file that defines a frozen dataclass derived from `DatasetConfig`, whose
 `open` returns an `ImageDataset`. Other torch datasets and lists are wrapped by adapters.py.

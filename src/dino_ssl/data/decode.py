@@ -81,7 +81,7 @@ def _add_path(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _open(path: str | os.PathLike, data: bytes | None, *, whole: bool = False) -> Iterator[BinaryIO]:
-    """Open the file; `whole`: read it into memory at once, which is faster if all of it is needed."""
+    """Open the file; `whole`: read it into memory completely, which is faster if all of it is needed."""
     if data is not None:
         yield io.BytesIO(data)
         return

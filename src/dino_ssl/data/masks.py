@@ -1,4 +1,4 @@
-"""Segmentation masks as indexed PNG files, in the palette of PASCAL VOC and DAVIS."""
+"""Segmentation masks as indexed PNG files, with the palette of PASCAL VOC and DAVIS."""
 
 import io
 from pathlib import Path

@@ -30,7 +30,7 @@ from dino_ssl.progress import Progress
 SHARD = "shard-{:06d}.tar"
 THREADS = min(16, 4 + (os.cpu_count() or 1))  # mostly waiting for disks
 EXTENSIONS = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "apng": "png", "dib": "bmp", "tif": "tiff"}
-"""Extensions of members, as other readers know them."""
+"""Extensions of members in the spelling that other readers expect."""
 Stored = tuple[bytes, tuple[int, int], str]
 """An image file as it is stored: its bytes, (width, height) and extension."""
 
@@ -81,9 +81,9 @@ def pack(
 def _check_unchanged(directory: Path, info: ShardInfo) -> None:
     """Raise UserError if `directory` was not begun with these images and settings."""
     if not (directory / INFO).exists():
-        raise UserError(f"{directory} exists and was not written by `dino data pack`. Choose another `out`.")
+        raise UserError(f"{directory} exists and was not written by `dino data pack`. Choose a different `out`.")
     before = replace(read_info(directory), shards={}, fingerprint="", index_sha256="")
-    advice = f"Choose another `out`, or remove {directory} and start again."
+    advice = f"Choose a different `out`, or remove {directory} and start again."
     if changes := differences(before.settings, info.settings):
         text = ", ".join(f"`{name}` was {old} and is {new}" for name, old, new in changes)
         raise UserError(f"{directory} was begun with other settings: {text}. {advice}")

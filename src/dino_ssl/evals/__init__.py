@@ -61,7 +61,7 @@ def _entry(name: str) -> Entry:
     if name not in EVALUATIONS:
         names = (*EVALUATIONS, FINETUNE)
         raise UserError(
-            f"There is no evaluation {name!r}{did_you_mean(name, names)}\n"
+            f"Unknown evaluation {name!r}{did_you_mean(name, names)}\n"
             f"Expected {', '.join(names)}, or module:Class; for example: dino eval knn CHECKPOINT TRAIN VAL"
         )
     return EVALUATIONS[name]

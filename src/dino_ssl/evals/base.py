@@ -1,4 +1,4 @@
-"""The contract of every evaluation, and the context that it runs in.
+"""The interface of every evaluation, and the context that it runs in.
 
 An `Evaluation` is a frozen dataclass of settings: its fields are the protocol. `prepare` opens and validates the data
 and returns a `PreparedEval`, a function of a backbone. The command line, the Python API and the training loop need
@@ -39,7 +39,7 @@ VAL = Source("VAL", "Folder of class folders to evaluate on; default: a part of 
 
 
 class Scores(dict[str, float]):
-    """Scores by name, in display order; in percent unless the name says otherwise."""
+    """Scores by name, in display order; in percent unless the name states another unit."""
 
     def __init__(self, values: Mapping[str, float], details: Mapping[str, Any] | None = None) -> None:
         super().__init__(values)

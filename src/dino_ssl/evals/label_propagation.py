@@ -94,7 +94,7 @@ def propagate(
     top_k: int = 5,
     temperature: float = 0.1,
 ) -> Iterator[Tensor]:
-    """Yield the soft labels [h, w, C] of the second frame, the third, ..., from the features [h, w, D] of every frame.
+    """Yield the soft labels [h, w, C] of every frame after the first, from the features [h, w, D] of all frames.
 
     The keys of each frame are the first frame and the `context` frames before it. Features are read lazily.
     """

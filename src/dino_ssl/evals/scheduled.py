@@ -27,7 +27,7 @@ class ScheduledEval:
     sources: tuple[str | DatasetConfig, ...]
     """Its data, in the order of the command line: folders, or the word `scenes`."""
     every_epochs: float = 0
-    """Evaluate before the first step, then every so many epochs; 0: only at the end."""
+    """Interval in epochs, starting before the first step; 0: only at the end."""
 
     def __post_init__(self) -> None:
         known = self.evaluation.sources

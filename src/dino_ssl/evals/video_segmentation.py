@@ -33,8 +33,8 @@ SIZE = 480  # short side in pixels: DAVIS-2017 "480p"
 SYNTHETIC_CLIPS, SYNTHETIC_FRAMES = 8, 24
 SYNTHETIC_SIZE = 192  # minimum; at smaller sizes, J mostly measures the coarseness of the patch grid
 
-Follow = Callable[[Clip, np.ndarray], Iterable[np.ndarray]]
-"""Returns the masks of the second frame, the third, ... of a video, given its first mask."""
+Propagate = Callable[[Clip, np.ndarray], Iterable[np.ndarray]]
+"""(video, mask of its first frame) -> predicted masks of all later frames."""
 
 
 def resize_frame(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -50,7 +50,7 @@ def segment(
     settings: "VideoSegmentation",
     context: EvalContext,
 ) -> Iterator[np.ndarray]:
-    """Yield label maps, uint8 [H, W], of the second frame, the third, ..., from all frames and the first label map.
+    """Yield the label map, uint8 [H, W], of every frame after the first, given all frames and the first label map.
 
     Frames, uint8 [H, W, 3], are read one at a time. The caller sets eval mode: `with evaluating(backbone)`.
     """
@@ -157,11 +157,11 @@ class VideoSegmentation(Evaluation):
     ) -> Scores:
         """Return {"J&F": percent, "J": ..., ...}, equal on every rank."""
 
-        def follow(clip: Clip, first: np.ndarray) -> Iterator[np.ndarray]:
+        def propagate_mask(clip: Clip, first: np.ndarray) -> Iterator[np.ndarray]:
             return segment(backbone, clip.frames(), first, self, context)
 
         with evaluating(backbone):
-            official = _score_clips(clips, follow, "frames", context, context.out and context.out / self.name)
+            official = _score_clips(clips, propagate_mask, "frames", context, context.out and context.out / self.name)
         details: dict[str, Any] = {"official": official}
         if with_first_mask:
             kept = _score_clips(clips, lambda clip, first: repeat(first, len(clip) - 1), "first mask", context)
@@ -170,11 +170,11 @@ class VideoSegmentation(Evaluation):
 
 
 def _score_clips(
-    clips: Sequence[Clip], follow: Follow, label: str, context: EvalContext, out: Path | None = None
+    clips: Sequence[Clip], propagate_mask: Propagate, label: str, context: EvalContext, out: Path | None = None
 ) -> dict[str, Any]:
-    """Return the `summary` of the masks that `follow` returns; rank r scores videos r, r + world size, ...
+    """Predict the masks of every video with `propagate_mask` and return their scores, see `davis_score.summary`.
 
-    The masks are written to OUT/VIDEO/FRAME.png.
+    Rank r processes videos r, r + world size, ... If `out` is given, masks are written to OUT/VIDEO/FRAME.png.
     """
     shard, rows, done = range(distributed.rank(), len(clips), distributed.world_size()), [], 0
     total = sum(len(clips[index]) - 1 for index in shard)
@@ -183,9 +183,11 @@ def _score_clips(
         if out is not None:
             write_mask(out / clip.name / f"{frame}.png", mask)
 
-    def pairs(clip: Clip, first: np.ndarray, truths: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def pairs(
+        clip: Clip, first: np.ndarray, ground_truth: Iterator[np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         nonlocal done
-        masks = zip(clip.frame_names[1:], follow(clip, first), truths, strict=True)
+        masks = zip(clip.frame_names[1:], propagate_mask(clip, first), ground_truth, strict=True)
         for number, (frame, mask, truth) in enumerate(masks, 2):
             write(clip, frame, mask)
             done += 1
@@ -196,10 +198,10 @@ def _score_clips(
     with context.progress(label) as progress:
         for index in shard:
             clip = clips[index]
-            truths = clip.masks()
-            first = next(truths)
+            ground_truth = clip.masks()
+            first = next(ground_truth)
             write(clip, clip.frame_names[0], first)
-            statistics = sequence_statistics(pairs(clip, first, truths), count_objects(first))
+            statistics = sequence_statistics(pairs(clip, first, ground_truth), count_objects(first))
             rows += [[index, number, *row] for number, row in enumerate(statistics.tolist(), 1)]
     tensor = torch.tensor(rows, dtype=torch.float64).reshape(-1, 2 + len(STATISTICS))
     ordered = sorted(gather_rows(tensor, context.device).tolist())

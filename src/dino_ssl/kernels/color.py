@@ -52,7 +52,7 @@ def adjust_saturation(pixels, factor):
 def shift_hue(pixels, step):
     """Convert to OpenCV's 8-bit HSV with 256 hues, add `step` (0 to 255), and convert back.
 
-    The conversion to HSV is bit-equal: quotients are in 4096ths, whose products with integers are exact in float32.
+    The conversion to HSV is bit-exact: quotients are in 4096ths, whose products with integers are exact in float32.
     """
     red, green, blue = pixels[0], pixels[1], pixels[2]
     step, half = f32(step), f32(0.5)

@@ -21,7 +21,7 @@ compiled = njit(**OPTIONS)
 
 
 def compiled_to_disk(signature: Any) -> Callable[[Callable], Any]:
-    """Return a decorator that compiles a function at once and caches the machine code in `__pycache__`.
+    """Return a decorator that compiles a function eagerly and caches the machine code in `__pycache__`.
 
     The name of the cache file has a hash of this package's sources, because numba does not detect changes of functions
     that are called from another file.

@@ -25,5 +25,5 @@ METHODS: dict[str, type[MethodConfig]] = {
 def method_named(name: str) -> type[MethodConfig]:
     """Return the settings' class of a method. Raise UserError with the closest names if it is unknown."""
     if name not in METHODS:
-        raise UserError(f"There is no method {name!r}{did_you_mean(name, METHODS)}\nMethods: {', '.join(METHODS)}.")
+        raise UserError(f"Unknown method {name!r}{did_you_mean(name, METHODS)}\nMethods: {', '.join(METHODS)}.")
     return METHODS[name]

@@ -21,10 +21,10 @@ from dino_ssl.schedules import Clock
 
 @dataclass(frozen=True, kw_only=True)
 class BYOLConfig(TeacherStudentConfig):
-    """BYOL. The defaults are its publication's."""
+    """BYOL, with the defaults of Grill et al. (2020)."""
 
     global_views: ClassVar[int] = 2
-    local_views: ClassVar[bool] = False  # App. E: 66.6 without, 59.8 with them
+    local_views: ClassVar[bool] = False  # local views are worse (App. E: 66.6 without, 59.8 with them)
     about: ClassVar[str] = "trained by BYOL with no labels"
 
     head_dim: int = 256
@@ -34,7 +34,7 @@ class BYOLConfig(TeacherStudentConfig):
     head_hidden: int = 4096
     """Width of the hidden layers of projection head and predictor."""
     head_norm: Literal["none", "batch"] = "batch"
-    """Norm in both. Without batch norm, BYOL collapses unless it is initialised carefully."""
+    """Normalization layers in both. Without batch norm, BYOL collapses unless it is initialised carefully."""
     predictor: bool = True
     """False removes the student's predictor, and the features collapse (Table 14, row 8: 0.1)."""
 

@@ -20,9 +20,9 @@ from dino_ssl.schedules import Clock, Constant, EpochRamp, Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class DINOConfig(TeacherStudentConfig):
-    """DINO, its head, and the switches of its ablations (docs/switches.md has their results).
+    """DINO, its head, and the options that its ablations vary (results in docs/switches.md).
 
-    The defaults are the published code's; docstrings name the values of Sec. 3.2 that differ.
+    The defaults are those of the published code; docstrings give the values of Sec. 3.2 where they differ.
     """
 
     global_views: ClassVar[int] = 2
@@ -31,17 +31,17 @@ class DINOConfig(TeacherStudentConfig):
     out_dim: int = 65536
     """K, the number of prototypes: 65536 for ImageNet (App. C), 1024 to 4096 for thousands of images."""
     head_layers: int = 3
-    """Linear layers of the head's MLP before the prototypes, which App. C counts too if there is a bottleneck."""
+    """Linear layers of the head's MLP, without the prototypes. With a bottleneck, App. C counts one more."""
     head_hidden: int = 2048
     """Width of the head's hidden layers."""
     head_bottleneck: int = 256
     """Width of the l2-normalised bottleneck; 0 removes it and its normalisation (App. C: 3 or 4 layers then fail)."""
     head_norm: Literal["none", "batch"] = "none"
-    """Norm inside the head. None for the paper's ViTs, batch norm for ResNet-50."""
+    """Normalization layers in the head. None for the paper's ViTs, batch norm for ResNet-50."""
     head_act: Literal["gelu", "relu"] = "gelu"
-    """Activation inside the head (App. C: GELU 69.7, ReLU 68.9)."""
+    """Activation in the head (App. C: GELU 69.7, ReLU 68.9)."""
     norm_last: bool = True
-    """Keep the prototypes at unit length, which is more stable; False was slightly better for ViT-S in long runs."""
+    """Keep the prototypes l2-normalised, which is more stable; False was slightly better for ViT-S in long runs."""
     predictor: bool = False
     """Add BYOL's predictor, as wide as the head, to the student (Table 7: 71.8 with, 72.8 without)."""
     teacher: Literal["momentum", "student", "previous-step", "previous-epoch"] = "momentum"
@@ -51,19 +51,22 @@ class DINOConfig(TeacherStudentConfig):
     loss: Literal["cross-entropy", "mse"] = "cross-entropy"
     """mse compares l2-normalised outputs without temperatures (Tables 7 and 14)."""
     student_temp: float = 0.1
-    """tau_s, Sec. 3.2."""
+    """Temperature of the student, tau_s (Sec. 3.2)."""
     warmup_teacher_temp: float = 0.04
-    """tau_t in the first epoch."""
+    """Temperature of the teacher, tau_t, in the first epoch."""
     teacher_temp: float = 0.04
-    """tau_t after its warm-up. Lower is sharper, 0 is argmax; above 0.07 the outputs become uniform (App. D)."""
+    """Temperature of the teacher, tau_t, after its warm-up.
+
+    Lower is sharper, 0 is argmax; above 0.07 the outputs become uniform (App. D).
+    """
     warmup_teacher_temp_epochs: int = 0
-    """Epochs of the warm-up of tau_t (Sec. 3.2: 30, from 0.04 to 0.07)."""
+    """Epochs of the warm-up of the teacher temperature (Sec. 3.2: 30, from 0.04 to 0.07)."""
     center_momentum: float = 0.9
-    """m of Eq. 4. 0 to 0.99 work, 0.999 does not (App. D)."""
+    """Momentum m of the center (Eq. 4). 0 to 0.99 work, 0.999 does not (App. D)."""
     sharpening: bool = True
     """False gives the teacher the student's temperature; its outputs become uniform, entropy ln K (Fig. 7)."""
     freeze_last_layer: float = 1
-    """Epochs in which the prototypes are frozen."""
+    """Number of epochs at the start in which the prototypes are frozen."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,7 +198,11 @@ class DINO(TeacherStudent):
         return [TeacherTargets(output, center) for output in outputs]
 
     def _batch_center(self, bottleneck: Tensor, temperature: float) -> Tensor:
-        """Return the running center, or the center of the batch [G, B, d] that Table 15's alternatives amount to."""
+        """Return the center: the running one, or that of the batch `bottleneck` [G, B, d] for Table 15's alternatives.
+
+        Sinkhorn-Knopp and the softmax over the batch are equivalent to a center per prototype, computed from the batch
+        in 3 iterations and in 1 iteration.
+        """
         match self.config.targets:
             case "sinkhorn":
                 return self.implementations.batch_center(bottleneck, _last_layer(self.teacher), temperature, 3)

@@ -1,4 +1,4 @@
-"""The contract between a method and the training loop.
+"""The interface between a method and the training loop.
 
 A method has networks, a loss and its own state (a teacher, a center, a queue). It does not depend on devices or ranks:
 the loop moves the method and its batches, and `distributed` is the identity on one process. Its settings are a
@@ -43,7 +43,7 @@ class Method(nn.Module, ABC):
         """
 
     def prepare_targets(self, micro_batches: Iterable[Batch], clock: Clock) -> list[Any]:
-        """Return what `forward` needs to know of the whole batch, one item per micro-batch.
+        """Return the statistics of the whole batch that `forward` needs, one item per micro-batch.
 
         The micro-batches have only the views of the first resolution here.
         """
@@ -100,7 +100,7 @@ class Implementations(NamedTuple):
 
 
 class BuildContext(NamedTuple):
-    """Everything from which a method is built, apart from its own settings."""
+    """Everything that is needed to build a method, apart from its own settings."""
 
     network: BackboneConfig
     seed: int = 0

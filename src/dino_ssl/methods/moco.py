@@ -44,7 +44,7 @@ class MoCoConfig(TeacherStudentConfig):
     head_hidden: int = 2048
     """Width of the head's hidden layers."""
     head_norm: Literal["none", "batch"] = "batch"
-    """Norm inside the head."""
+    """Normalization layers in the head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,7 +22,7 @@ from dino_ssl.schedules import Clock
 
 @dataclass(frozen=True, kw_only=True)
 class SwAVConfig(MethodConfig):
-    """SwAV. The defaults are its publication's."""
+    """SwAV, with the defaults of Caron et al. (2020)."""
 
     global_views: ClassVar[int] = 2
     about: ClassVar[str] = "trained by SwAV with no labels"
@@ -40,7 +40,7 @@ class SwAVConfig(MethodConfig):
     queue_from: float = 15
     """Epochs before the queue is used, in which features change too quickly."""
     freeze_prototypes: float = 1
-    """Epochs in which the prototypes are frozen."""
+    """Number of epochs at the start in which the prototypes are frozen."""
     head_dim: int = 128
     """Width of the features and prototypes."""
     head_layers: int = 2
@@ -48,7 +48,7 @@ class SwAVConfig(MethodConfig):
     head_hidden: int = 2048
     """Width of the head's hidden layers."""
     head_norm: Literal["none", "batch"] = "batch"
-    """Norm inside the head."""
+    """Normalization layers in the head."""
 
     def __post_init__(self) -> None:
         check_range(self, "head_dim", "head_layers", "head_hidden", "iterations", prefix="method.", least=1)

@@ -1,4 +1,4 @@
-"""The shared base of DINO, BYOL and MoCo: a student, and a teacher that follows it as an EMA (Sec. 3.1)."""
+"""Base class of DINO, BYOL and MoCo: a student, and a teacher that is its EMA (Sec. 3.1)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class TeacherStudentConfig(MethodConfig):
     momentum: float = 0.996
     """Initial momentum of the teacher. Smaller batches and shorter runs need a lower one (0.99)."""
     momentum_end: float = 1.0
-    """Final momentum of the teacher, reached by a cosine."""
+    """Final momentum of the teacher, reached by a cosine schedule."""
 
     def __post_init__(self) -> None:
         check_range(self, "momentum", "momentum_end", prefix="method.", least=0, most=1)

@@ -1,4 +1,4 @@
-"""Networks: backbones that meet one contract, and projection heads."""
+"""Networks: backbones with a common interface, and projection heads."""
 
 import re
 
@@ -19,9 +19,7 @@ def backbone_named(name: str) -> ViT | Timm:
     match = re.fullmatch(r"(?:vit[_-])?(tiny|small|base)[/_-]?(\d+)", name.lower())
     if match is None:
         known = ("vit_tiny/16", "vit_small/16", "vit_small/8", "vit_base/16", "vit_base/8")
-        raise UserError(
-            f"There is no network {name!r}{did_you_mean(name, known)}\nExpected vit_SIZE/PATCH or timm:NAME."
-        )
+        raise UserError(f"Unknown network {name!r}{did_you_mean(name, known)}\nExpected vit_SIZE/PATCH or timm:NAME.")
     return ViT(size=match[1], patch=int(match[2]))  # pyright: ignore[reportArgumentType]
 
 

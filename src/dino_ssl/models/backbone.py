@@ -1,7 +1,7 @@
-"""The contracts of a network and of its settings; evaluations, figures and methods depend on nothing else.
+"""Abstract base classes of networks and their settings. Evaluations, figures and methods use only this interface.
 
-Shapes, here and in every network: B images of H x W pixels, h x w cells of the spatial feature map (patches of a ViT),
-N tokens, D width.
+Shapes, here and in every network: B images of H x W pixels, a spatial feature map of h x w cells (the patches of a
+ViT), N tokens, embedding dimension D.
 """
 
 import dataclasses
@@ -104,29 +104,31 @@ class BackboneConfig(ABC):
 
     @property
     def spec(self) -> str:
-        """The name from which `models.backbone_named` makes these settings, apart from overrides."""
+        """The name that `models.backbone_named` accepts for these settings, without overrides."""
         return f"{type(self).__module__}:{type(self).__qualname__}"
 
     @property
     def input_size(self) -> int:
-        """Side in pixels of the images that the network is made for."""
+        """Side in pixels of the images that the network is designed for."""
         return 224
 
     @property
     def patch_multiple(self) -> int:
-        """Pixels of which the side of a crop should be a multiple."""
+        """The side of a crop in pixels should be a multiple of this."""
         return 8
 
     def activation_bytes(self, image_size: int) -> float:
-        """Estimate the bytes kept for the backward pass per image: two views of `image_size` and several small ones."""
-        return 3000 * image_size**2  # a ResNet: about 1000 bytes per pixel of three views' worth of pixels
+        """Estimate the activation memory per image in bytes, for two views of `image_size` and several small ones."""
+        return (
+            3000 * image_size**2
+        )  # a ResNet: about 1000 bytes per pixel; all views together have as many pixels as three global ones
 
     def untrained(self) -> Self:
         """Return the same architecture without pretrained weights."""
         return self
 
     def with_image_size(self, size: int) -> Self:
-        """Return a copy whose learned positions are for images of `size`; unchanged if the network has none."""
+        """Return a copy with position embeddings for images of `size`; unchanged if it has no learned ones."""
         return self
 
     def with_drop_path(self, rate: float) -> Self:

@@ -114,7 +114,7 @@ class WeightNormLinear(nn.Module):
 def mlp(widths: Sequence[int], *, norm: Norm = "none", act: Activation = "gelu", act_last: bool = False) -> nn.Module:
     """Return linear layers between consecutive widths, with norm and activation in between (and after the last).
 
-    A single layer is a plain `nn.Linear` as in the authors' head, so that parameter names are equal.
+    A single layer is a plain `nn.Linear` as in the authors' head, so that parameter names match.
     """
     modules: list[nn.Module] = []
     for i, (in_dim, out_dim) in enumerate(pairwise(widths)):

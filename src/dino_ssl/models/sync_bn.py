@@ -1,4 +1,4 @@
-"""Batch norm over the batch of all ranks, so that two ranks with half a batch each equal one rank."""
+"""Batch norm over the batches of all ranks: the result does not depend on the number of ranks."""
 
 import torch
 from torch import Tensor, nn

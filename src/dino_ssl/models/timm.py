@@ -1,6 +1,6 @@
-"""Every timm network as a Backbone: ResNet-50 and XCiT of the paper, and all others.
+"""Adapter that makes any timm network a Backbone, including the ResNet-50 and XCiT of the paper.
 
-State dicts have timm's parameter names, so that saved weights load in timm and vice versa. timm is imported when a
+State dicts use timm's parameter names, so saved weights load in timm and vice versa. timm is imported when a
 network is built, because the import takes seconds.
 """
 
@@ -28,7 +28,7 @@ class Timm(BackboneConfig):
     pretrained: bool = False
     """Start from timm's pretrained weights, which are downloaded."""
     args: tuple[tuple[str, str], ...] = ()
-    """Further arguments of timm's create_model, as pairs of a name and a Python value: img_size 96."""
+    """Additional arguments of timm's create_model as (name, Python value) pairs, e.g. (img_size, 96)."""
 
     def build(self, *, drop_path: float | None = None) -> Backbone:
         """Return the network without its classifier; `drop_path` overrides the setting (0 for a teacher)."""
@@ -37,7 +37,7 @@ class Timm(BackboneConfig):
         return TimmViT(net) if _is_plain_vit(net) else TimmNetwork(net)
 
     def describe(self) -> str:
-        """Return timm's name, with the further arguments in parentheses, such as `(layers 1 1 1 1)`."""
+        """Return timm's name, with the additional arguments in parentheses, such as `(layers 1 1 1 1)`."""
         args = [f"{name} {value.strip('()[]').replace(',', '')}" for name, value in self.args]
         return self.name + (f" ({', '.join(args)})" if args else "")
 

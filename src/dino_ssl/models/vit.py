@@ -1,6 +1,6 @@
 """The Vision Transformer of the paper: pre-norm blocks over patches and a [CLS] token (Sec. 3.1, Table 1).
 
-Parameters have the names of the authors' released files, and of timm.
+Parameter names match those of the authors' released files and of timm.
 """
 
 from collections.abc import Callable, Sequence

@@ -47,7 +47,7 @@ def resolve(name: str) -> Run:
         return _imported(name)
     if name not in PRESETS:
         raise UserError(
-            f"There is no preset {name!r}{did_you_mean(name, PRESETS)}\nPresets: {', '.join(PRESETS)}, "
+            f"Unknown preset {name!r}{did_you_mean(name, PRESETS)}\nPresets: {', '.join(PRESETS)}, "
             "or MODULE:FUNCTION for any importable function that returns a dino_ssl.Run."
         )
     return PRESETS[name]()

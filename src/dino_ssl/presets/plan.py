@@ -65,7 +65,7 @@ def plan(
     """Return a Run for this dataset and machine; takes some seconds, to measure the speed.
 
     preset: its settings are kept except those of the machine (precision, workers, cache). method: used if there is no
-    preset. minutes: training time, from which the number of epochs follows. world: number of ranks.
+    preset. minutes: training time, from which the number of epochs is derived. world: number of ranks.
     """
     run, reasons = (preset, []) if preset is not None else _for_dataset(dataset, machine, world, method)
     run, more = _for_machine(run, dataset, machine, keep_precision=preset is not None)

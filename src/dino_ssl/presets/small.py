@@ -1,8 +1,8 @@
 """Presets of this project for a laptop: thousands of images, a few cores, minutes to hours.
 
-With few steps DINO fails mainly in one way: the student cannot predict the teacher yet and outputs the mean, the
-teacher follows, and the loss stays at ln K. Many small crops instead of few large ones, a low EMA momentum, and batch
-norm in the head prevent it (LOG.md has the experiments).
+With few steps, DINO has one main failure: the student cannot predict the teacher yet and outputs the mean, the teacher
+converges to the same output, and the loss stays at ln K. Many small crops instead of few large ones, a low EMA
+momentum, and batch norm in the head prevent this (experiments in LOG.md).
 """
 
 from dino_ssl.config import edit
@@ -31,7 +31,7 @@ def small() -> Run:
     The base of `dino train` on a CPU. On 6,500 images of ten classes (Imagenette at 128 px) with one thread, 20-NN
     accuracy is 52 % after 30 minutes, 62 % after 60 and 65 % after 110 (random weights 26 %, raw pixels 36 %). With
     batch norm in the head the teacher's outputs differ between images from the first step on. With momentum 0.97 the
-    teacher follows the student within a hundred steps.
+    teacher catches up with the student within a hundred steps.
     """
     return Run(
         backbone=Timm(name="resnet18", args=(("channels", "(32, 64, 128, 256)"), ("layers", "(1, 1, 1, 1)"))),

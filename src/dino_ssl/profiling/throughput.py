@@ -54,7 +54,7 @@ def memory_bandwidth(device: torch.device, memory: int) -> Throughput:
 
 
 def _best(kernels: Sequence[tuple[str, int, Callable[[], object]]], device: torch.device) -> Throughput:
-    """Run (name, FLOPs or bytes, call) in turns for SECONDS, after a warm-up round; at least one round counts."""
+    """Run each (name, FLOPs or bytes, call) alternately for SECONDS after a warm-up round, at least once."""
     best, rounds, start = Throughput(0.0, ""), 0, time.perf_counter()
     while rounds < 2 or time.perf_counter() - start < SECONDS:
         for name, amount, call in kernels:

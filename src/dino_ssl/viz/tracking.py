@@ -1,6 +1,6 @@
 """Tracking of objects through a video from a mask of its first frame, by label propagation (Sec. 4.2.2).
 
-The propagation is that of the evaluation `evals.video_segmentation`. Frames are read one at a time.
+Uses the same propagation as the evaluation `evals.video_segmentation`. Frames are read one at a time.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ from dino_ssl.progress import Progress
 from dino_ssl.viz.video import Video, write_video
 
 MAX_OBJECTS = 20
-"""A mask with more labels or colors is a photo, or has soft edges."""
+"""A file with more labels or colors is rejected: it is a photo, or has antialiased edges."""
 BRIGHT_PALETTE = (PALETTE / np.maximum(PALETTE.max(axis=1, keepdims=True), 1) * 255).astype(np.uint8)
 """[256, 3]: the colors of DAVIS masks at full brightness."""
 
@@ -31,11 +31,12 @@ BRIGHT_PALETTE = (PALETTE / np.maximum(PALETTE.max(axis=1, keepdims=True), 1) * 
 def read_first_mask(path: str | Path, height: int, width: int) -> np.ndarray:
     """Read the mask of the first frame as uint8 [height, width]: 0 the background, 1, 2, ... the objects.
 
-    Accepts an indexed PNG (its indices), black and white (white is object 1), and a few plain colors: black or
-    transparent is the background, every other color an object. Colors of DAVIS keep their numbers.
+    Accepted are indexed PNGs (labels are the indices), black-and-white PNGs (white is object 1), and PNGs with a few
+    solid colors: black or transparent is background, every other color is one object. Colors of the DAVIS palette are
+    mapped to their DAVIS labels.
 
     Raises:
-        UserError: If the file is not such a PNG, shows no object, or has other proportions than the frame.
+        UserError: If the file is not such a PNG, shows no object, or has a different aspect ratio than the frame.
     """
     try:
         mask = _read_labels(Path(path))
@@ -44,7 +45,7 @@ def read_first_mask(path: str | Path, height: int, width: int) -> np.ndarray:
     if abs(mask.shape[0] * width - mask.shape[1] * height) > max(height, width, *mask.shape):
         raise UserError(
             f"The mask {path} has {mask.shape[1]} x {mask.shape[0]} pixels and the first frame {width} x {height}: "
-            "expected the same size or the same proportions."
+            "expected the same size or the same aspect ratio."
         )
     if not (mask > 0).any():
         raise UserError(f"The mask {path} has no object: every pixel is background (0, black or transparent).")

@@ -1,6 +1,6 @@
 """DAVIS-2017 (Pont-Tuset et al., 2017) in its original layout: frames, masks as indexed PNG, lists of sequences.
 
-The pixels of a mask are the labels of the objects; the palette is ignored, as by the official scorer.
+The pixels of a mask are the labels of the objects; the palette is ignored, as in the official scorer.
 """
 
 import hashlib

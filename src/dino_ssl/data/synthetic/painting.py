@@ -19,7 +19,7 @@ Rng = np.random.Generator
 Color = tuple[float, float, float]  # lightness, chroma, hue in Oklch
 f32 = np.float32
 
-_TYPICAL = ((0.78, 0.09, 1.3), (0.42, 0.06, 4.4))  # amber on slate: the limit of all colors as variety goes to 0
+_TYPICAL = ((0.78, 0.09, 1.3), (0.42, 0.06, 4.4))  # amber object, slate background: the only colors at variety 0
 _CONTRAST = 0.3  # lightness between a background and either color of an object of equal mean lightness
 _LIGHT = (-0.6, -0.8)  # direction of the light: from the upper left
 _PATTERNS = ("plain", "stripes", "checks", "dots", "clouds", "marble", "grain")
@@ -260,12 +260,12 @@ def reach(obj: Object) -> float:
 
 
 def place(obj: Object, pose: Pose, size: int) -> Array:
-    """Return [size, size, 2]: the object's distance map (in pixels, positive inside) and its inner lines."""
-    pixels = pose.size * size  # side of a square of the object's area
+    """Rasterize an object: [size, size, 2], signed distance in pixels (positive inside) and inner lines (0 to 1)."""
+    pixels = pose.size * size  # square root of the object's area in pixels
     level = 0
     while level < 3 and stencil(obj.kind, obj.variant, level)[1] > 2 * pixels:
         level += 1
-    sheet, area = stencil(obj.kind, obj.variant, level)
+    pattern, area = stencil(obj.kind, obj.variant, level)
     scale = area / pixels  # stencil pixels per image pixel
     c, s = math.cos(pose.turn) * scale, math.sin(pose.turn) * scale
     x, y = (pose.x + 0.5) * size - 0.5, (pose.y + 0.5) * size - 0.5
@@ -273,7 +273,7 @@ def place(obj: Object, pose: Pose, size: int) -> Array:
     matrix = np.array([[c, s, middle - c * x - s * y], [-s, c, middle + s * x - c * y]], np.float64)
     flags, outside = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, (-float(SIDE), 0.0, 0.0, 0.0)
     border = cv2.BORDER_CONSTANT
-    placed = cv2.warpAffine(sheet, matrix, (size, size), flags=flags, borderMode=border, borderValue=outside)
+    placed = cv2.warpAffine(pattern, matrix, (size, size), flags=flags, borderMode=border, borderValue=outside)
     placed[..., 0] /= f32(scale)
     return placed
 

@@ -1,4 +1,4 @@
-"""Contract of a training augmentation, and what its implementations share: random crops and the JPEG decode scale."""
+"""Interface of training augmentations, and helpers that they share: random crops and the JPEG decode scale."""
 
 import math
 from typing import Any, Protocol

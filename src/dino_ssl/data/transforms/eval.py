@@ -34,7 +34,7 @@ def denormalize(images: Tensor) -> Tensor:
 
 @lru_cache(64)
 def _affine(device: torch.device, width: int) -> tuple[Tensor, Tensor]:
-    """Return scale and shift, each [3 width], cached on the device because each transfer would synchronize it."""
+    """Return scale and shift, each [3 width], cached on the device, since each transfer would synchronize."""
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in (MEAN, STD))
     scale, shift = 1 / (255 * std), -mean / std
     return scale.float().repeat(width).to(device), shift.float().repeat(width).to(device)

@@ -1,9 +1,10 @@
-"""Multi-crop (Sec. 3.1): the set V of views of an image, sampled and transformed as by the authors, on uint8.
+"""Multi-crop (Sec. 3.1): the set V of views of an image, with the authors' augmentation, on uint8 images.
 
-Every operation equals the authors' (torchvision's on Pillow images) in distribution; most agree exactly or to one gray
-level, see tests/equations/test_views.py. It is fast because the image is decoded once, a crop is a slice, each
-operation is one or two OpenCV calls on bytes (pixel_ops.py), random numbers are drawn in blocks, and the views stay
-uint8 in channels-last order until they are on the device, where `normalize` converts them to float.
+Every operation has the same distribution as the authors' (torchvision on Pillow images); given the same parameters,
+most results are equal or differ by at most one gray level, see tests/equations/test_views.py. It is fast because the
+image is decoded once, a crop is a slice, each operation is one or two OpenCV calls on bytes (pixel_ops.py), random
+numbers are drawn in blocks, and the views stay uint8 in channels-last order until they are on the device, where
+`normalize` converts them to float.
 """
 
 import math
