@@ -1,7 +1,7 @@
 """Shared parts of the benchmarks: interleaved timing, child processes, peak memory, JPEG files, JSON.
 
-Candidates always take turns, so that a slow period of the machine affects all of them. Times are medians of the turns,
-ratios are medians of the ratios within a turn.
+Candidates are always interleaved, so that a slow period of the machine affects all of them. Times are medians over
+the rounds, ratios are medians of the ratios within a round.
 """
 
 import contextlib
@@ -110,7 +110,7 @@ def run_in_turns(script: str, versions: Sequence[str], turns: int, arguments: Se
 def summarize(results: dict[str, list[dict]], num_images: int) -> list[dict[str, Any]]:
     """Return one row per version: images/s, ratio to the first version, and medians of all other values.
 
-    num_images: images that the `seconds` of an entry stand for.
+    num_images: number of images that were processed in the `seconds` of an entry.
     """
     base = next((turns for turns in results.values() if "failed" not in turns[0]), [])
     rows = []

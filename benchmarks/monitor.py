@@ -1,12 +1,12 @@
-"""Cost of the collapse monitor: a training step with and without it, measured in turns.
+"""Cost of the collapse monitor: a training step with and without it, interleaved.
 
     python benchmarks/monitor.py [--networks vit_tiny narrow_vit small] [--turns 9] [--json monitor.json]
 
 With: what `dino train` does. Without: the same step with only the loss, which needs no entropies, no prototype usage
 and no norm of all gradients, and log lines without feature statistics and without a `Monitor`. Both train in this
-process in turns of one log line each (`log_every` steps and the line itself), so that other load on the machine affects
-both. The ratio is the median over the ratios of neighbouring turns; `parts` times the added work separately, which is
-less noisy. On a CPU, processor time is measured, which excludes waiting for a core.
+process, alternating after each log line (`log_every` steps and the line itself), so that other processes on the machine
+affect both. The ratio is the median over the ratios of neighbouring turns; `parts` times the added work separately,
+which is less noisy. On a CPU, CPU time is measured, which excludes waiting for a core.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Reading images in shuffled order: from a folder, and from shards of it, in turns within one run.
+"""Reading images in shuffled order: from a folder, and from shards of it, interleaved in one run.
 
     python benchmarks/shards.py photos/ --json docs/benchmarks/shards.json
 

@@ -21,7 +21,7 @@ HEAD = """# Benchmark results
 command on one machine. Versions take turns within a run; a ratio is the median of the ratios within a turn. In
 parentheses, if known, the same ratio of CPU time, which is less affected by other processes. `plain` is the published
 method in plain PyTorch ([plain.py](../../benchmarks/plain.py)); `lightly` is the package of that name. Memory is the
-growth of the training process. A row without a measurement says so; nothing is estimated. Settings of a measurement
+growth of the training process. Rows without a measurement are marked; nothing is estimated. Settings of a measurement
 that differ from the row's are listed after the result.
 
 """

@@ -47,7 +47,7 @@ def main() -> None:
     train_set, val_set = (Folder(path=str(options.data / name)).open() for name in ("train", "val"))
     run = plan(options, train_set, device_info)
     console.print(f"{options.recipe}: {run.optim.epochs} epochs, {run.precision}, torch {torch.__version__}")
-    curve = follow(run, train_set, val_set, options.minutes, options.every, console)
+    curve = train_and_evaluate(run, train_set, val_set, options.minutes, options.every, console)
     table = Table("minutes", "images", "epochs", "loss", "teacher entropy", "20-NN %", title=options.recipe)
     for point in curve:
         table.add_row(*map(format_cell, point.values()))
@@ -89,7 +89,7 @@ def format_cell(value: float | int | None) -> str:
     return f"{value:.1f}" if isinstance(value, float) else f"{value:,}"
 
 
-def follow(
+def train_and_evaluate(
     run: Run, train_set: ImageDataset, val_set: ImageDataset, minutes: float, every: float, console: Console
 ) -> list[dict]:
     """Train for some minutes and evaluate every few; return the curve. Evaluation time is not counted."""

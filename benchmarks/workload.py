@@ -102,7 +102,7 @@ class Workload:
 def compare(
     script: str, options: argparse.Namespace, arguments: Sequence[str], num_images: int, columns: dict[str, str]
 ) -> None:
-    """Run all versions in turns, print the table and save the JSON.
+    """Run all versions interleaved, print the table and save the JSON.
 
     arguments: of the child process besides the workload's. num_images: images in an entry's `seconds`.
     """

@@ -1,4 +1,4 @@
-"""What every test shares: where the reference data lies, and a fixed number of threads."""
+"""Shared fixtures: the location of the reference data, and a fixed number of threads."""
 
 import os
 from pathlib import Path
@@ -15,8 +15,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference numbers and real data beside the checkout; tests that need it skip without it."""
+    """Folder with reference numbers and real data; tests that need it are skipped if it is missing."""
     folder = Path(os.environ.get("DINO_SHARED") or Path(__file__).parents[2] / "shared")
     if not folder.is_dir():
-        pytest.skip(f"needs the shared data: no folder {folder} (set DINO_SHARED to where it lies)")
+        pytest.skip(f"needs the shared data: no folder {folder} (set DINO_SHARED to its path)")
     return folder

@@ -64,7 +64,7 @@ def violation(importer: str, target: str) -> str | None:
     if importer == target or target == "__init__":  # the package itself: the version
         return None
     if {importer, target} <= SEPARATE:
-        return f"{importer} and {target} do not know each other"
+        return f"{importer} and {target} must not import each other"
     (row, column), (target_row, target_column) = RANK[importer], RANK[target]
     if target_row > row or (target_row == row and target_column > column):
         return None

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, read without running anything, refused in words where they are none."""
+"""Checkpoints are written atomically, loaded without running code, and rejected with a clear error if invalid."""
 
 import errno
 import io
@@ -44,7 +44,7 @@ def still_good(path: Path) -> bool:
     return files(path.parent) == [path.name] and checkpoint.load(path)["step"] == 1
 
 
-def test_a_checkpoint_comes_back_as_it_was(last: Path) -> None:
+def test_a_loaded_checkpoint_equals_the_saved_one(last: Path) -> None:
     assert still_good(last)
     checkpoint.save(last, saved(step=7))
     found = checkpoint.load(last)
@@ -55,7 +55,7 @@ def test_a_checkpoint_comes_back_as_it_was(last: Path) -> None:
     assert files(last.parent) == ["last.pt"]
 
 
-def test_others_may_read_it_as_any_file(last: Path) -> None:
+def test_file_permissions_are_the_default_ones(last: Path) -> None:
     plain = last.with_name("plain")
     plain.touch()
     assert oct(last.stat().st_mode) == oct(plain.stat().st_mode)
@@ -65,8 +65,8 @@ def test_others_may_read_it_as_any_file(last: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize("wrapped", [False, True], ids=["plainly", "as torch's writer tells it"])
-def test_a_write_that_fails_in_the_middle_leaves_the_old_file(
+@pytest.mark.parametrize("wrapped", [False, True], ids=["OSError", "RuntimeError of torch"])
+def test_a_failed_write_keeps_the_old_file(
     last: Path, number: int, wrapped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def half(data: Any, file: Any) -> None:
@@ -84,17 +84,17 @@ def test_a_write_that_fails_in_the_middle_leaves_the_old_file(
     assert still_good(last)
 
 
-def test_a_full_disk_is_said_with_what_to_do(last: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_with_advice(last: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)  # what was written is noticed to be lost only here
+    monkeypatch.setattr(os, "fsync", full)  # some file systems only report the lost data here
     with pytest.raises(UserError, match=r"full.*free some space"):
         checkpoint.save(last, saved(step=2))
     assert still_good(last)
 
 
-def test_an_interrupt_in_the_middle_leaves_the_old_file(last: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_keeps_the_old_file(last: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(source: Any, target: Any) -> None:
         raise KeyboardInterrupt
 
@@ -105,7 +105,7 @@ def test_an_interrupt_in_the_middle_leaves_the_old_file(last: Path, monkeypatch:
     assert still_good(last)
 
 
-def test_an_error_that_is_nobodys_disk_is_not_called_one(last: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unrelated_error_is_not_reported_as_a_disk_error(last: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(data: Any, file: Any) -> None:
         raise RuntimeError("a bug in the program")
 
@@ -127,12 +127,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     except FileNotFoundError:
         pytest.skip("needs the command mount")
     if made.returncode:
-        pytest.skip(f"needs the right to mount a tmpfs: {made.stderr.strip()}")
+        pytest.skip(f"needs permission to mount a tmpfs: {made.stderr.strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_really_full_disk_leaves_the_old_file(small_disk: Path) -> None:
+def test_a_real_full_disk_keeps_the_old_file(small_disk: Path) -> None:
     path = checkpoint.save(small_disk / "last.pt", saved(step=1))
     with pytest.raises(UserError, match="full"):
         checkpoint.save(path, saved(step=2, size=300_000))
@@ -140,7 +140,7 @@ def test_a_really_full_disk_leaves_the_old_file(small_disk: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_device_that_is_always_full(tmp_path: Path) -> None:
+def test_writing_to_dev_full_is_a_user_error(tmp_path: Path) -> None:
     def write(aside: Path) -> None:
         aside.unlink()
         aside.symlink_to("/dev/full")
@@ -151,14 +151,14 @@ def test_a_device_that_is_always_full(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="Cannot write"):
         checkpoint.save(tmp_path / "file" / "last.pt", saved())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_is_a_user_error(tmp_path: Path) -> None:
+def test_a_read_only_folder_is_a_user_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(UserError, match="--out"):
@@ -167,11 +167,11 @@ def test_a_folder_that_may_not_be_written_is_a_user_error(tmp_path: Path) -> Non
         tmp_path.chmod(0o700)
 
 
-# -- reading what is no checkpoint --------------------------------------------------------------------------
+# -- invalid files -----------------------------------------------------------------------------------------
 
 
 class Evil:
-    """Unpickled, it runs a command."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -181,7 +181,7 @@ class Evil:
 
 
 def evil_zip(good: bytes, evil: bytes) -> bytes:
-    """A whole checkpoint of torch's format, with another pickle inside."""
+    """Return a valid torch checkpoint whose pickle is replaced."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(good)) as source, zipfile.ZipFile(out, "w") as target:
         for name in source.namelist():
@@ -190,7 +190,7 @@ def evil_zip(good: bytes, evil: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("form", ["pickle", "torch", "zip", "old torch", "inside the state"])
-def test_a_malicious_checkpoint_is_refused_and_nothing_runs(tmp_path: Path, last: Path, form: str) -> None:
+def test_a_malicious_checkpoint_is_rejected_without_running_code(tmp_path: Path, last: Path, form: str) -> None:
     mark, path = tmp_path / "owned", tmp_path / "evil.pt"
     evil = Evil(mark)
     match form:
@@ -206,23 +206,23 @@ def test_a_malicious_checkpoint_is_refused_and_nothing_runs(tmp_path: Path, last
             torch.save({**saved(), "best": {"value": evil}}, path)
     with pytest.raises(UserError, match=r"evil\.pt is not a readable checkpoint") as caught:
         checkpoint.load(path)
-    assert "weights_only" not in str(caught.value)  # torch would advise to load it all the same
+    assert "weights_only" not in str(caught.value)  # torch would suggest weights_only=False
     assert not mark.exists()
     torch.load(path, weights_only=False) if form != "pickle" else pickle.loads(path.read_bytes())
-    assert mark.exists()  # the trap itself works
+    assert mark.exists()  # the payload does run if it is unpickled
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"hello", b"PK\x03\x04 no zip", b"\x80\x02.", b"\xff\xd8\xff\xe0" * 50, os.urandom(4096)]
 )
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "last.pt"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"last\.pt is not a"):
         checkpoint.load(path)
 
 
-def test_a_checkpoint_cut_anywhere_is_refused(last: Path) -> None:
+def test_a_truncated_checkpoint_is_rejected(last: Path) -> None:
     whole = last.read_bytes()
     for share in (0.05, 0.3, 0.5, 0.9, 0.999):
         last.write_bytes(whole[: int(len(whole) * share)])
@@ -230,7 +230,7 @@ def test_a_checkpoint_cut_anywhere_is_refused(last: Path) -> None:
             checkpoint.load(last)
 
 
-def test_a_checkpoint_of_something_else_is_told_what_it_lacks(tmp_path: Path) -> None:
+def test_the_error_for_other_torch_files_lists_the_missing_keys(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"weight": torch.ones(2), "step": 3}, path)
     with pytest.raises(UserError, match=r"not a training checkpoint.*lacks run, method, optimizer"):
@@ -240,7 +240,7 @@ def test_a_checkpoint_of_something_else_is_told_what_it_lacks(tmp_path: Path) ->
         checkpoint.load(path)
 
 
-def test_no_checkpoint_says_where_one_would_be(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_checkpoint_has_its_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"No checkpoint at .*checkpoints/last\.pt"):
         checkpoint.load(tmp_path / "none.pt")
     with pytest.raises(UserError, match="No checkpoint at"):

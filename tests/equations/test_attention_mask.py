@@ -1,4 +1,4 @@
-"""Masks that keep a part of the mass; maps of the right head, layer and query, for pictures of any shape."""
+"""Masks with a given share of the attention; maps of the right head, layer and query, for any image shape."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from dino_ssl.viz.saving import save_image
 
 
 def masked_by_loop(values: np.ndarray, mass: float) -> np.ndarray:
-    """Takes patches from the most attended on, until they hold the mass."""
+    """Select patches by descending attention until they hold `mass` of the total."""
     kept, held = np.zeros(len(values), bool), 0.0
     for i in np.argsort(-values, kind="stable"):
         if held >= mass * values.sum():
@@ -40,19 +40,19 @@ def test_the_mask_is_the_smallest_that_holds_the_mass(mass: float) -> None:
         assert value[mask].sum() - value[mask].min() < mass * value.sum()
 
 
-def test_edges_of_the_mask() -> None:
+def test_mask_edge_cases() -> None:
     assert top_mass_mask(np.ones(10), 1.0).all()
     assert top_mass_mask(np.array([0.0, 9.0, 1.0]), 0.6).tolist() == [False, True, False]
     assert top_mass_mask(np.array([5.0]), 0.6).tolist() == [True]
-    assert top_mass_mask(np.zeros(4), 0.6).sum() == 1  # no mass at all: still a mask
+    assert top_mass_mask(np.zeros(4), 0.6).sum() == 1  # zero attention: one patch is kept
     assert top_mass_mask(np.ones(10), 0.6).tolist() == [False] * 4 + [True] * 6
     for mass in (0.0, -1.0, 1.5):
         with pytest.raises(UserError, match="mass"):
             top_mass_mask(np.ones(3), mass)
 
 
-class Pointing(Attentive):
-    """Attention that says where it is: head n of layer l, query q gives patch k weight f(l, n, q, k)."""
+class EncodedAttention(Attentive):
+    """Attention weights that encode layer, head, query and key."""
 
     embed_dim, patch, num_blocks = 4, 8, 3
 
@@ -75,74 +75,78 @@ class Pointing(Attentive):
         return torch.stack([base, base + 0.5]).float()[None].expand(len(images), -1, -1, -1)
 
 
-def picture(height: int, width: int) -> np.ndarray:
+def random_image(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("registers", [0, 4])
 def test_maps_hold_patches_only_and_the_right_head_layer_and_query(registers: int) -> None:
-    network = Pointing(registers).train()
-    seen = attention_maps(network, picture(40, 80), layer=-2, size=40)[0]  # 5 x 10 patches
+    network = EncodedAttention(registers).train()
+    seen = attention_maps(network, random_image(40, 80), layer=-2, size=40)[0]  # 5 x 10 patches
     first = 1 + registers
     expected = 1e6 + first + np.arange(50).reshape(5, 10)
     np.testing.assert_allclose(seen.heads, np.stack([expected, expected + 0.5]))
     np.testing.assert_allclose(seen.mean, expected + 0.25)
     assert seen.layer == 1
-    assert network.training  # given back as it was
-    point = attention_maps(network, picture(40, 80), layer=0, queries=[(79, 0)], size=40)[0]
+    assert network.training  # the mode is restored
+    point = attention_maps(network, random_image(40, 80), layer=0, queries=[(79, 0)], size=40)[0]
     # the upper right corner: patch 9
     np.testing.assert_allclose(point.heads[0], 1000 * (first + 9) + first + np.arange(50).reshape(5, 10))
-    below = attention_maps(network, picture(40, 80), layer=0, queries=[(8, 39.9)], size=40)[0]
+    below = attention_maps(network, random_image(40, 80), layer=0, queries=[(8, 39.9)], size=40)[0]
     # the last row, second column
     assert below.heads[0, 0, 0] == 1000 * (first + 41) + first
 
 
-def test_points_are_in_the_coordinates_of_the_picture_as_given() -> None:
-    seen = attention_maps(Pointing(), picture(400, 800), layer=0, queries=[(799, 399)], size=40)[0]  # shrunk tenfold
+def test_points_are_in_pixels_of_the_original_image() -> None:
+    seen = attention_maps(EncodedAttention(), random_image(400, 800), layer=0, queries=[(799, 399)], size=40)[
+        0
+    ]  # downscaled by 10
     assert seen.heads[0, 0, 0] == 1000 * 50 + 1
     assert seen.point is not None
     np.testing.assert_allclose(seen.point, (79.95, 39.95))
 
 
-def test_several_points_are_seen_in_one_pass_as_each_alone() -> None:
-    network, points = Pointing(2), [(0.0, 0.0), (79.0, 39.0), (41.0, 3.0)]
+def test_several_points_in_one_pass_equal_separate_calls() -> None:
+    network, points = EncodedAttention(2), [(0.0, 0.0), (79.0, 39.0), (41.0, 3.0)]
     calls: list[int] = []
     plain = network.attention
     network.attention = lambda images, layer=-1: calls.append(layer) or plain(images, layer)  # type: ignore[method-assign]
-    several = attention_maps(network, picture(40, 80), queries=points, layer=1, size=40)
+    several = attention_maps(network, random_image(40, 80), queries=points, layer=1, size=40)
     assert calls == [1]
     for one, point in zip(several, points, strict=True):
-        alone = attention_maps(network, picture(40, 80), queries=[point], layer=1, size=40)[0]
+        alone = attention_maps(network, random_image(40, 80), queries=[point], layer=1, size=40)[0]
         np.testing.assert_array_equal(one.heads, alone.heads)
         assert (one.query, one.point) == (point, alone.point)
-    assert attention_maps(network, picture(40, 80), queries=[], size=40) == []
+    assert attention_maps(network, random_image(40, 80), queries=[], size=40) == []
 
 
-def test_chosen_heads_are_those_and_their_mean() -> None:
-    seen = attention_maps(Pointing(), picture(40, 40), size=40)[0]
-    second = attention_maps(Pointing(), picture(40, 40), size=40, heads=[1])[0]
+def test_heads_selects_maps_and_their_mean() -> None:
+    seen = attention_maps(EncodedAttention(), random_image(40, 40), size=40)[0]
+    second = attention_maps(EncodedAttention(), random_image(40, 40), size=40, heads=[1])[0]
     np.testing.assert_array_equal(second.heads, seen.heads[1:])
     np.testing.assert_array_equal(second.mean, seen.heads[1])
     assert second.head_ids == (1,)
-    assert attention_maps(Pointing(), picture(40, 40), size=40, heads=[1, 0, 1])[0].head_ids == (1, 0)
+    assert attention_maps(EncodedAttention(), random_image(40, 40), size=40, heads=[1, 0, 1])[0].head_ids == (1, 0)
     assert [name for name, _ in rendering.panels(second)] == ["image", "head 1", "overlay", "mask 60%"]
     for wrong in ([2], [-1], []):
         with pytest.raises(UserError, match=r"0 \.\. 1 for a network of 2 heads"):
-            attention_maps(Pointing(), picture(40, 40), size=40, heads=wrong)
+            attention_maps(EncodedAttention(), random_image(40, 40), size=40, heads=wrong)
 
 
-def test_small_maps_are_drawn_large_on_the_picture_as_it_was_given() -> None:
-    photo = picture(800, 1000)
-    seen = attention_maps(Pointing(), photo, size=40)[0]
+def test_small_maps_are_enlarged_and_drawn_on_the_original_image() -> None:
+    photo = random_image(800, 1000)
+    seen = attention_maps(EncodedAttention(), photo, size=40)[0]
     assert seen.image.shape == (40, 48, 3)
     assert seen.display.shape == (400, 480, 3)  # ten times: patches stay squares of whole pixels
     assert min(seen.display.shape[:2]) >= MIN_DISPLAY_SIDE
     assert all(min(drawn.shape[:2]) >= MIN_DISPLAY_SIDE for _, drawn in rendering.panels(seen))
     blurred = display_image(seen.image, seen.image)
-    assert seen.display.astype(float).std() > 1.5 * blurred.astype(float).std()  # it kept the photo's detail
-    large = attention_maps(Pointing(), photo, size=480)[0]
+    assert (
+        seen.display.astype(float).std() > 1.5 * blurred.astype(float).std()
+    )  # drawn on the original, not on the enlarged input
+    large = attention_maps(EncodedAttention(), photo, size=480)[0]
     assert large.display is large.image
-    point = attention_maps(Pointing(), photo, size=40, queries=[(500, 400)])[0]
+    point = attention_maps(EncodedAttention(), photo, size=40, queries=[(500, 400)])[0]
     ring = np.argwhere((rendering.panels(point)[0][1] == rendering.EDGE).all(axis=2))
     np.testing.assert_allclose(ring.mean(axis=0), (200, 240), atol=3)
 
@@ -151,26 +155,26 @@ def test_small_maps_are_drawn_large_on_the_picture_as_it_was_given() -> None:
     ("height", "width", "size"), [(1, 1, 32), (37, 53, 32), (300, 20, 16), (64, 64, 480), (500, 375, 224)]
 )
 def test_any_shape_fits_whole_patches(height: int, width: int, size: int) -> None:
-    fitted = resize_to_patches(picture(height, width), size, 8)
+    fitted = resize_to_patches(random_image(height, width), size, 8)
     assert not fitted.shape[0] % 8
     assert not fitted.shape[1] % 8
     assert min(fitted.shape[:2]) == pytest.approx(size, abs=4)
     assert fitted.shape[0] / fitted.shape[1] == pytest.approx(height / width, rel=0.15)
 
 
-def test_what_cannot_be_shown_is_said() -> None:
+def test_invalid_arguments_raise() -> None:
     with pytest.raises(UserError, match=r"-3 \.\. 2"):
-        attention_maps(Pointing(), picture(40, 40), layer=3)
+        attention_maps(EncodedAttention(), random_image(40, 40), layer=3)
     with pytest.raises(UserError, match="outside"):
-        attention_maps(Pointing(), picture(40, 40), queries=[(40, 0)])
+        attention_maps(EncodedAttention(), random_image(40, 40), queries=[(40, 0)])
     with pytest.raises(UserError, match="smaller size"):
-        attention_maps(Pointing(), picture(10, 4000), size=480)
+        attention_maps(EncodedAttention(), random_image(10, 4000), size=480)
     with pytest.raises(UserError, match="no attention"):
-        attention_maps(Halves(), picture(40, 40))
+        attention_maps(Halves(), random_image(40, 40))
 
 
 class Halves(Backbone):
-    """No attention: the left half looks like the pooled feature, the right half like its opposite."""
+    """No attention; the left half of the map equals the pooled feature, the right half is its negative."""
 
     embed_dim, patch = 2, 8
 
@@ -187,20 +191,20 @@ class Halves(Backbone):
         return [Features(torch.full((len(images), 2), 3.0), side)]
 
 
-def test_similarity_stands_in_where_there_is_no_attention() -> None:
-    seen = cls_attention_or_similarity(Halves(), picture(32, 64), size=32)
+def test_similarity_replaces_attention_in_other_networks() -> None:
+    seen = cls_attention_or_similarity(Halves(), random_image(32, 64), size=32)
     assert seen.kind == "similarity"
     np.testing.assert_allclose(seen.mean[:, :4], 1, atol=1e-6)
     np.testing.assert_allclose(seen.mean[:, 4:], 0, atol=1e-6)
     assert seen.mask[:, 4:].sum() == 0
-    assert cls_attention_or_similarity(Pointing(), picture(32, 64), size=32).kind == "attention"
-    assert similarity_map(Halves(), picture(30, 30), size=16).heads.shape == (1, 2, 2)
+    assert cls_attention_or_similarity(EncodedAttention(), random_image(32, 64), size=32).kind == "attention"
+    assert similarity_map(Halves(), random_image(30, 30), size=16).heads.shape == (1, 2, 2)
 
 
-def test_a_real_transformer_is_read_as_its_attention_says() -> None:
+def test_maps_equal_the_attention_of_a_vit() -> None:
     torch.manual_seed(0)
     network = ViT(size="tiny", patch=8, image_size=32, width=24, depth=2, heads=3, registers=2).build().eval()
-    image = picture(32, 48)
+    image = random_image(32, 48)
     seen = attention_maps(network, image, size=32)[0]
     from dino_ssl.data.transforms.eval import normalize
 
@@ -210,7 +214,7 @@ def test_a_real_transformer_is_read_as_its_attention_says() -> None:
     np.testing.assert_allclose(seen.heads, expected.numpy(), atol=1e-6)
 
 
-def test_pictures_of_maps_show_high_where_high_is() -> None:
+def test_heat_maps_are_brightest_at_the_maximum() -> None:
     values = np.zeros((4, 4), np.float32)
     values[1, 2] = 5
     drawn = rendering.heat_map(values, (64, 64), smooth=False)
@@ -223,22 +227,22 @@ def test_pictures_of_maps_show_high_where_high_is() -> None:
     assert len(np.unique(constant.reshape(-1, 3), axis=0)) == 1
 
 
-def test_maps_in_colours_are_where_their_masks_are_and_the_stronger_wins() -> None:
+def test_color_maps_are_limited_to_masks_and_the_highest_is_drawn() -> None:
     grey = np.full((64, 64, 3), 128, np.uint8)
     maps, masks = np.zeros((2, 4, 4), np.float32), np.zeros((2, 4, 4), bool)
     maps[0, :, :2], masks[0, :, :2] = 1, True
-    maps[1, :, 2:], masks[1, :, 2:] = 7, True  # its own scale
-    maps[1, 0, 0], masks[1, 0, 0] = 2, True  # weaker there than the first
+    maps[1, :, 2:], masks[1, :, 2:] = 7, True  # normalized separately
+    maps[1, 0, 0], masks[1, 0, 0] = 2, True  # relatively lower than the first map
     masks[1, 3, 3] = False
     drawn = rendering.color_maps(grey, maps, masks, [(255, 0, 0), (0, 0, 255)]).astype(int)
     middle = drawn[8::16, 8::16]
     assert (middle[:, :2, 0] > middle[:, :2, 2] + 80).all()
     assert (middle[:3, 2:, 2] > middle[:3, 2:, 0] + 80).all()
-    assert np.ptp(middle[3, 3]) < 10  # no mask: no colour
+    assert np.ptp(middle[3, 3]) < 10  # no mask: not colored
     assert len(set(rendering.palette(40))) == 40
 
 
-def test_the_cutout_keeps_the_picture_inside_of_the_mask() -> None:
+def test_the_cutout_shows_the_image_inside_the_mask() -> None:
     image, mask = np.full((64, 64, 3), 200, np.uint8), np.zeros((4, 4), bool)
     mask[:2] = True
     drawn = rendering.cutout(image, mask)
@@ -246,8 +250,10 @@ def test_the_cutout_keeps_the_picture_inside_of_the_mask() -> None:
     assert (drawn[40:] < 60).all()
 
 
-def test_the_figure_has_a_row_per_picture_and_a_panel_per_head(tmp_path) -> None:
-    dataset = [attention_maps(Pointing(), picture(40, width), size=40, queries=[(5, 5)])[0] for width in (40, 80)]
+def test_the_figure_has_a_row_per_image_and_a_panel_per_head(tmp_path) -> None:
+    dataset = [
+        attention_maps(EncodedAttention(), random_image(40, width), size=40, queries=[(5, 5)])[0] for width in (40, 80)
+    ]
     names = [name for name, _ in rendering.panels(dataset[0])]
     assert names == ["image", "mean", "overlay", "mask 60%", "heads", "head 0", "head 1"]
     one, both = (
@@ -255,7 +261,7 @@ def test_the_figure_has_a_row_per_picture_and_a_panel_per_head(tmp_path) -> None
         rendering.sheet([rendering.panels(maps) for maps in dataset], height=48, names=["a", "long name" * 9]),
     )
     assert both.shape[0] > one.shape[0]
-    assert both.shape[1] > one.shape[1]  # the wider picture decides
+    assert both.shape[1] > one.shape[1]  # as wide as the wider image
     path = save_image(tmp_path / "deep/figure.png", both)
     from PIL import Image
 

@@ -64,7 +64,7 @@ def test_sinkhorn_knopp_tends_to_uniform_marginals() -> None:
     spread = sinkhorn_knopp(x, 0.5, iterations=200)
     torch.testing.assert_close(spread.sum(0), torch.full((K,), B / K), atol=1e-3, rtol=0)
     torch.testing.assert_close(sinkhorn_knopp(x, 0.5).sum(1), torch.ones(B))
-    # what all prototypes have in common changes nothing, nor does what one of them has for all images
+    # invariant to a constant per prototype and to a constant over all logits
     torch.testing.assert_close(sinkhorn_knopp(x - torch.arange(K) + 7, 0.5), sinkhorn_knopp(x, 0.5), atol=1e-6, rtol=0)
 
 

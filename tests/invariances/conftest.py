@@ -1,4 +1,4 @@
-"""Bit for bit needs one order of summation: one thread, here and in every process that a test starts."""
+"""Bit-identical results require a fixed order of summation: one thread, here and in all child processes."""
 
 from collections.abc import Iterator
 

@@ -22,7 +22,7 @@ BASELINES = {
     "moco": MoCoConfig(**SMALL, queue=37, momentum=0.9),  # pyright: ignore[reportArgumentType]
     "swav": SwAVConfig(**SMALL, out_dim=20, queue=19, queue_from=1),  # pyright: ignore[reportArgumentType]
 }
-"""16 keys a step wrap around in MoCo's queue of 37; SwAV's is full, and used, from step 8 on."""
+"""16 keys per step wrap around in MoCo's queue of 37; SwAV's is full, and used, from step 8 on."""
 
 
 def baseline(name: str, out: Path, **changes: object) -> Run:
@@ -44,7 +44,7 @@ def test_resume_is_bit_equal(tmp_path: Path, name: str) -> None:
     assert ends[0] == ends[1]
     other = edit(whole, out=str(tmp_path / "other"), seed=1)
     fit(other)
-    assert same_training(other, whole)  # or the comparison would prove nothing
+    assert same_training(other, whole)  # check that the comparison can fail
 
 
 def test_queue_is_in_the_checkpoint(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
 def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
     """Weights, statistics of batch norm, teacher, queue and loss; with batch norm over both ranks in head and network.
 
-    Plain momentum, for AdamW makes full steps of a gradient's rounding.
+    SGD, because AdamW turns rounding errors into full steps.
     """
     smooth = dict(algorithm="sgd", lr=0.3, epochs=2)
     ones = [baseline(name, tmp_path / name, backbone=dict(drop_path=0.0), optim=smooth) for name in BASELINES]
@@ -81,7 +81,9 @@ def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
             assert line["loss"] == pytest.approx(expected["loss"], abs=1e-4), (one.out, line["step"])
         heads = {name: value for name, value in build_method(one).state_dict().items() if ".head." in name}
         assert heads
-        assert not all(close(value, last(one)["method"][name]) for name, value in heads.items())  # it went somewhere
+        assert not all(
+            close(value, last(one)["method"][name]) for name, value in heads.items()
+        )  # training changed the weights
 
 
 @pytest.mark.parametrize("kind", METHODS.values())

@@ -25,7 +25,7 @@ from dino_ssl.training import train, train_step
 
 HERE = Path(__file__).parent
 STILL = edit(RUN, backbone=dict(drop_path=0.0), optim=dict(algorithm="sgd", lr=1.0, warmup_epochs=0))
-"""Drop-path draws anew for every part; plain momentum, for AdamW makes full steps of a gradient's rounding."""
+"""Without drop-path, which is random per micro-batch; SGD, because AdamW turns rounding errors into full steps."""
 
 METHODS: dict[str, Any] = {
     "centering": {},

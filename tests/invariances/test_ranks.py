@@ -1,4 +1,4 @@
-"""Two ranks with half the batch each are one rank with all of it."""
+"""Two ranks with half the batch each give the result of one rank with the whole batch."""
 
 import os
 import shutil
@@ -13,8 +13,8 @@ from dino_ssl.evals.knn import KNN
 from dino_ssl.evals.scheduled import ScheduledEval
 from dino_ssl.metrics import read_metrics
 
-SAME_MEANING = {"loss", "teacher_entropy", "kl", "lr", "weight_decay", "momentum", "teacher_temp"}
-"""Means over pictures are equal over any number of ranks; the marginal entropy is of a rank's own batch."""
+RANK_INVARIANT = {"loss", "teacher_entropy", "kl", "lr", "weight_decay", "momentum", "teacher_temp"}
+"""Means over images, which do not depend on the number of ranks; the marginal entropy is computed per rank."""
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -26,16 +26,16 @@ def assert_close(run: Run, whole: Run) -> None:
     assert not differences(last(run)["method"], last(whole)["method"], same=close)
     for line, expected in zip(read_metrics(Path(run.out)), read_metrics(Path(whole.out)), strict=True):
         assert line["step"] == expected["step"]
-        for name in SAME_MEANING & expected.keys():
+        for name in RANK_INVARIANT & expected.keys():
             assert line[name] == pytest.approx(expected[name], abs=1e-5), (line["step"], name)
         assert {k: v for k, v in line.items() if "NN" in k} == {k: v for k, v in expected.items() if "NN" in k}
 
 
 def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
-    """Weights, teacher, center, metrics and k-NN; and what two ranks have saved, one goes on with.
+    """Compare weights, teacher, center, metrics and k-NN; then resume the checkpoint of two ranks on one.
 
-    No drop-path (each rank draws its own), and plain momentum: AdamW would turn the rounding of a gradient
-    that is zero in truth into a step of full length.
+    Without drop-path, which is random per rank. SGD instead of AdamW, which turns rounding errors of gradients that
+    are zero into steps of full size.
     """
     one = tiny(
         tmp_path / "one",
@@ -63,4 +63,4 @@ def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
 
     still = edit(one, out=str(tmp_path / "still"), optim=dict(lr=0.0, min_lr=0.0))
     fit(still)
-    assert differences(last(still)["method"], last(one)["method"], same=close)  # the training went somewhere
+    assert differences(last(still)["method"], last(one)["method"], same=close)  # training changed the weights

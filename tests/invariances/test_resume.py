@@ -1,4 +1,4 @@
-"""A run that was killed, stopped or left goes on as if nothing had happened: bit for bit."""
+"""A run that was killed, stopped or abandoned resumes bit-identically to an uninterrupted run."""
 
 import json
 import signal
@@ -18,12 +18,12 @@ from dino_ssl.models.pretrained import weights_file
 from dino_ssl.training import train
 
 TIMES = {"time", "images_per_s", "wait"}
-"""What a clock on the wall says, and no two runs agree about."""
+"""Metrics that are measured times, and therefore differ between runs."""
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The run that nobody interrupted, with its k-NN."""
+    """An uninterrupted run with k-NN evaluations."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     run = tiny(tmp_path_factory.mktemp("whole") / "run", online_eval=dict(every_epochs=1))
@@ -45,8 +45,8 @@ def assert_same(run: Run, whole: Run) -> None:
     assert metrics(run) == metrics(whole)
 
 
-def test_a_run_killed_in_the_middle_of_an_epoch_ends_where_it_would_have(tmp_path: Path, whole: Run) -> None:
-    """It dies as cruelly as can be: with step 8's checkpoint written, and not yet renamed."""
+def test_a_run_killed_within_an_epoch_resumes_with_the_same_result(tmp_path: Path, whole: Run) -> None:
+    """The process is killed after the checkpoint of step 8 is written and before it is renamed."""
     run = edit(whole, out=str(tmp_path / "run"))
     killed = spawn(run, "--kill-at", "8")
     killed.communicate(timeout=120)
@@ -59,17 +59,17 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_where_it_would_have(tmp_pat
 
 
 @pytest.mark.parametrize("until", [2, 6, 11, 15])
-def test_a_run_left_at_any_step_ends_where_it_would_have(tmp_path: Path, whole: Run, until: int) -> None:
-    """In the first epoch, at the first step of one (5 is saved), past the warm-ups, before the last save."""
+def test_a_run_abandoned_at_any_step_resumes_with_the_same_result(tmp_path: Path, whole: Run, until: int) -> None:
+    """Within epoch 1, at the first step of epoch 2 (5 is saved), after the warm-ups, before the last save."""
     run = edit(whole, out=str(tmp_path / "run"))
     fit(run, until=until)
     assert last(run)["step"] == until - 1
-    fit(run, resume=True, until=min(until + 2, 15))  # and once more
+    fit(run, resume=True, until=min(until + 2, 15))  # interrupted a second time
     fit(run, resume=True)
     assert_same(run, whole)
 
 
-def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
+def test_resuming_a_finished_run_takes_no_steps(tmp_path: Path) -> None:
     run = tiny(tmp_path / "run", optim=dict(epochs=1))
     fit(run)
     before = last(run)
@@ -80,8 +80,8 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     assert not [key for key in before if key == "step" and last(run)[key] != before[key]]
 
 
-def test_a_run_that_goes_on_knows_its_best_and_forgets_what_it_exported(tmp_path: Path, whole: Run) -> None:
-    """What was exported is older than what is saved from now on, and would be evaluated in its place."""
+def test_a_resumed_run_keeps_its_best_score_and_discards_its_export(tmp_path: Path, whole: Run) -> None:
+    """The exported weights are older than new checkpoints and must not be evaluated instead of them."""
     run = edit(whole, out=str(tmp_path / "run"), optim=dict(epochs=1))
     fit(run)
     exported = Path(run.out) / "backbone.safetensors"
@@ -96,8 +96,8 @@ def test_a_run_that_goes_on_knows_its_best_and_forgets_what_it_exported(tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves(tmp_path: Path, whole: Run, number: signal.Signals) -> None:
-    """save_minutes is an hour: what is saved is saved because of the signal."""
+def test_a_signal_saves_a_checkpoint_and_stops(tmp_path: Path, whole: Run, number: signal.Signals) -> None:
+    """save_minutes is an hour, so only the signal can cause a save."""
     run = edit(whole, out=str(tmp_path / "run"), save_minutes=60)
     events = []
     before = signal.getsignal(number)
@@ -113,7 +113,7 @@ def test_a_signal_saves_and_leaves(tmp_path: Path, whole: Run, number: signal.Si
     assert_same(run, whole)
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_stops_immediately(tmp_path: Path) -> None:
     run = tiny(tmp_path / "run", save_minutes=60)
     training = train(run, CPU, run.data.open())
 
@@ -129,32 +129,32 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert not (Path(run.out) / "checkpoints" / "last.pt").exists()
 
 
-def test_evaluations_in_between_change_nothing(tmp_path: Path, whole: Run) -> None:
-    """k-NN every epoch, once at the end, or somebody who looks at the backbone after every step."""
-    seldom = edit(whole, out=str(tmp_path / "seldom"), online_eval=dict(every_epochs=3))
-    assert len([e for e in fit(seldom) if isinstance(e, Evaluated)]) == 1
-    assert not [d for d in same_training(seldom, whole) if not d.startswith("/best")]
+def test_evaluations_do_not_change_training(tmp_path: Path, whole: Run) -> None:
+    """k-NN every epoch, k-NN once at the end, or a forward pass of the backbone after every step."""
+    rare = edit(whole, out=str(tmp_path / "rare"), online_eval=dict(every_epochs=3))
+    assert len([e for e in fit(rare) if isinstance(e, Evaluated)]) == 1
+    assert not [d for d in same_training(rare, whole) if not d.startswith("/best")]
 
-    curious = edit(whole, out=str(tmp_path / "curious"), seed=whole.seed)
+    observed = edit(whole, out=str(tmp_path / "observed"), seed=whole.seed)
     method = None
-    for event in train(curious, CPU, curious.data.open()):
+    for event in train(observed, CPU, observed.data.open()):
         method = getattr(event, "method", method)
         assert method is not None
         method.backbone.eval()
         with torch.no_grad():
             method.backbone(torch.randn(2, 3, 32, 32))
         method.backbone.train()
-    assert not same_training(curious, whole)
+    assert not same_training(observed, whole)
 
 
-def test_another_seed_is_another_run(tmp_path: Path, whole: Run) -> None:
-    """Or the comparisons above would prove nothing."""
+def test_a_different_seed_gives_a_different_run(tmp_path: Path, whole: Run) -> None:
+    """Check that the comparisons above can fail."""
     other = edit(whole, out=str(tmp_path / "run"), seed=1)
     fit(other)
     assert same_training(other, whole)
 
 
-def test_resume_asks_for_the_same_pictures_and_for_a_checkpoint(tmp_path: Path) -> None:
+def test_resume_requires_a_checkpoint_and_the_same_images(tmp_path: Path) -> None:
     run = tiny(tmp_path / "run", optim=dict(epochs=1))
     with pytest.raises(UserError, match="No checkpoint at"):
         fit(run, resume=True)
@@ -163,7 +163,7 @@ def test_resume_asks_for_the_same_pictures_and_for_a_checkpoint(tmp_path: Path) 
         fit(edit(run, data=Scenes(count=44, size=32, classes=4, seed=5)), resume=True)
 
 
-def test_a_checkpoint_of_another_network_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_network_is_rejected_by_name(tmp_path: Path) -> None:
     run = tiny(tmp_path / "run", optim=dict(epochs=1))
     fit(run, until=3)
     for change in (dict(backbone=dict(depth=3)), dict(method=dict(out_dim=32))):
@@ -171,11 +171,11 @@ def test_a_checkpoint_of_another_network_is_refused_by_name(tmp_path: Path) -> N
             fit(edit(run, **change), resume=True)
 
 
-# -- a loss that is no number -------------------------------------------------------------------------------
+# -- non-finite loss, full disk ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path: Path, log_every: int) -> None:
+def test_a_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path: Path, log_every: int) -> None:
     run = tiny(tmp_path / "run", log_every=log_every)
     training = train(run, CPU, run.data.open())
     method = None
@@ -199,8 +199,8 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path: Path
 
 
 @pytest.mark.parametrize("what", ["metrics", "tensorboard"])
-def test_a_full_disk_ends_the_curves_with_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    """In this thread, at once: a writer with a thread of its own would die of it, and the training wait for ever."""
+def test_a_full_disk_while_logging_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The error is raised immediately in this thread; a writer thread would die of it and block training forever."""
     log = Log(tmp_path, 0)
 
     def full(*_: object) -> None:
@@ -218,7 +218,7 @@ def test_a_full_disk_ends_the_curves_with_a_word(tmp_path: Path, monkeypatch: py
     log.close()
 
 
-def test_a_full_disk_while_training_leaves_the_last_good_checkpoint(
+def test_a_full_disk_while_training_keeps_the_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tiny(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Training from shards is bit-equal to training from their folder."""
+"""Training from shards is bit-identical to training from their folder."""
 
 from pathlib import Path
 

@@ -30,7 +30,7 @@ LABELS = edit(
     views=Augment(size=32, repeats=2),
     optim=dict(epochs=2, layer_decay=0.5, warmup_lr=1e-4),
 )
-"""5 steps an epoch, 10 in all; mixing, repeats, erasing, drop-path and a rate for each layer are at work."""
+"""5 steps per epoch, 10 in total; mixing, repeats, erasing, drop-path and layer-wise learning rates are active."""
 
 
 def test_resume_is_bit_equal(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_resume_is_bit_equal(tmp_path: Path) -> None:
     assert {"top-1", "top-5"} <= ends[0][0].keys()
     other = edit(whole, out=str(tmp_path / "other"), seed=1)
     fit(other)
-    assert same_training(other, whole)  # or the comparison would prove nothing
+    assert same_training(other, whole)  # check that the comparison can fail
 
 
 def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_classifier_learns_and_is_evaluated(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_fine_tuning_starts_from_a_run_and_exports_a_backbone(tmp_path: Path) -> None:
-    """The initial weights are bit-equal to the teacher's of another run, which a resume does not need."""
+    """The initial weights are bit-identical to the teacher's of another run, which a resume does not need."""
     first = edit(LABELS, out=str(tmp_path / "first"), optim=dict(epochs=1), method=RUN.method, views=RUN.views)
     fit(first)
     run = edit(LABELS, out=str(tmp_path / "second"), init=first.out, optim=dict(epochs=1))

@@ -17,7 +17,7 @@ from dino_ssl.models.timm import Timm
 
 CONVNET = Timm(name="resnet18", args=(("channels", "(8, 8, 8, 16)"), ("layers", "(1, 1, 1, 1)")))
 PLAIN = edit(RUN, backbone=dict(drop_path=0.0), optim=dict(algorithm="sgd", lr=0.3, epochs=2), save_minutes=60)
-"""No drop-path (each rank draws its own), and plain momentum: AdamW makes full steps of a gradient's rounding."""
+"""Without drop-path, which is random per rank; SGD, because AdamW turns rounding errors into full steps."""
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "sinkhorn": dict(method=dict(targets="sinkhorn", teacher="previous-epoch")),
@@ -50,7 +50,7 @@ def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
         mine, expected = losses(shared[name]), losses(run)
         assert mine == pytest.approx(expected, abs=1e-4), name
         assert len(expected) == 10
-        assert max(expected) - min(expected) > 0.01  # the training went somewhere
+        assert max(expected) - min(expected) > 0.01  # training changed the weights
 
 
 def losses(run: Run) -> list[float]:

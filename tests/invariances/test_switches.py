@@ -1,4 +1,4 @@
-"""Training runs with DINO's switches: bit-equal resume, kinds of teachers, heads of App. C."""
+"""Training runs with DINO's switches: bit-identical resume, kinds of teachers, heads of App. C."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -26,7 +26,7 @@ SHORT = edit(
     optim=dict(epochs=2),
     method=dict(freeze_last_layer=0.4),
 )
-"""5 steps an epoch, 10 in all."""
+"""5 steps per epoch, 10 in total."""
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def history(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, list, 
 
 
 def test_copied_teacher_equals_the_student_of_its_step(history: tuple[str, list, list]) -> None:
-    """`student`: equal after every step; `previous-step`: one behind; `previous-epoch`: of the last end of an epoch."""
+    """`student`: the current step; `previous-step`: one step behind; `previous-epoch`: the last step of an epoch."""
     kind, teachers, students = history
     behind = {"student": lambda step: step, "previous-step": lambda step: step - 1}
     then = behind.get(kind, lambda step: step // 5 * 5)
@@ -94,9 +94,9 @@ def test_copied_teacher_equals_the_student_of_its_step(history: tuple[str, list,
         if step > 1:  # the first step's rate is 0
             assert differences(without_statistics(students[step]), without_statistics(students[step - 1])), (
                 step
-            )  # or this would prove nothing
+            )  # check that the comparison can fail
         if kind != "previous-step" and then(step) == step:
-            assert not differences(teachers[step], students[step]), step  # the statistics too
+            assert not differences(teachers[step], students[step]), step  # including batch norm statistics
 
 
 def without_statistics(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -112,10 +112,10 @@ def without_statistics(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     list(product(["none", "batch"], ["gelu", "relu"], [1, 2, 3, 4], [0, 8])),
 )
 def test_every_head_of_appendix_c_trains(norm: Any, act: Any, layers: int, bottleneck: int) -> None:
-    """All of its parameters get a gradient, and steps on one batch bring it nearer to a teacher that stands still.
+    """All parameters get a gradient, and 30 steps on one batch reduce the KL to a constant teacher.
 
-    Without bottleneck and norm, a head of some layers says nearly the same of everything (deep ones fail in App. C):
-    it is at its teacher from the start.
+    Without bottleneck and norm, a head of several layers has nearly the same output for all inputs (deep ones fail in
+    App. C), so the initial KL is about 0.
     """
     settings = dict(head_norm=norm, head_act=act, head_layers=layers, head_bottleneck=bottleneck)
     still = dict(momentum=1.0, center_momentum=1.0, freeze_last_layer=0, teacher_temp=0.04)

@@ -1,4 +1,4 @@
-"""Weights are bit-equal for any number of worker processes."""
+"""Weights are bit-identical for any number of worker processes."""
 
 from pathlib import Path
 

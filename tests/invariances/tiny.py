@@ -1,7 +1,7 @@
-"""A training run that takes a second, in this process or in one of its own that can be killed.
+"""A training run that takes about a second, in this process or in a child process that can be killed.
 
-As a script: `tiny.py RUN.json [--kill-at STEP]` trains the Run in the file, and kills itself in the middle of
-saving STEP.
+As a script: `tiny.py RUN.json [--kill-at STEP]` trains the Run in the file; the process kills itself
+while it saves the checkpoint of STEP.
 """
 
 import json
@@ -35,7 +35,7 @@ SRC = Path(__file__).parents[2] / "src"
 RUN = Run(
     data=Scenes(
         count=44, size=32, classes=4
-    ),  # 40 are trained on where k-NN holds 4 back; the rest never fills a batch
+    ),  # with k-NN, 40 are for training and 4 for validation; incomplete batches are dropped
     backbone=ViT(width=48, depth=2, heads=3, patch=8, image_size=32, drop_path=0.2),
     method=DINOConfig(
         out_dim=64,
@@ -54,7 +54,7 @@ RUN = Run(
     save_minutes=0,  # after every step
     precision="float32",
 )
-"""5 steps an epoch, 15 in all; drop-path, the frozen last layer, clipping and every schedule are at work."""
+"""5 steps per epoch, 15 in total; drop-path, the frozen last layer, clipping and every schedule are active."""
 
 
 def tiny(out: Path, **changes: Any) -> Run:
@@ -62,7 +62,7 @@ def tiny(out: Path, **changes: Any) -> Run:
 
 
 def fit(run: Run, *, resume: bool = False, until: int | None = None, rt: Runtime = CPU) -> list[Event]:
-    """Trains; leaves without a word when step `until` comes: its metrics are there, its checkpoint not."""
+    """Train; stop after the metrics of step `until` are logged and before its checkpoint is saved."""
     events = []
     for event in train(run, rt, run.data.open(), resume=resume):
         events.append(event)
@@ -76,7 +76,7 @@ def last(run: Run) -> checkpoint.Checkpoint:
 
 
 def differences(one: Any, other: Any, where: str = "", same: Callable = torch.equal) -> list[str]:
-    """The places at which two states differ; tensors by `same`, all else by ==."""
+    """Return the paths at which two states differ; tensors are compared by `same`, other values by ==."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return [] if same(one, other) else [f"{where}: by {(one - other).abs().max().item():.3g}"]
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
@@ -89,13 +89,13 @@ def differences(one: Any, other: Any, where: str = "", same: Callable = torch.eq
 
 
 def same_training(one: Run, other: Run) -> list[str]:
-    """Differences between where two runs stand: step, weights, center, optimizer, best. Bit for bit."""
+    """Return the differences between the last checkpoints of two runs: step, weights, center, optimizer, best."""
     a, b = dict(last(one)), dict(last(other))
     return differences({k: v for k, v in a.items() if k != "run"}, {k: v for k, v in b.items() if k != "run"})
 
 
 def spawn(run: Run, *arguments: str, rank: int = 0, world: int = 1, port: int = 0) -> subprocess.Popen:
-    """The run in a process of its own, as rank `rank` of `world`, as torchrun would start it."""
+    """Start the run in a new process as rank `rank` of `world`, with the environment of torchrun."""
     path = Path(f"{run.out}.{rank}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(to_dict(run)))
@@ -103,7 +103,7 @@ def spawn(run: Run, *arguments: str, rank: int = 0, world: int = 1, port: int = 
 
 
 def spawn_script(words: list[str], rank: int, world: int, port: int) -> subprocess.Popen:
-    """A script with its arguments, as rank `rank` of `world`, as torchrun would start it."""
+    """Start a script with arguments as rank `rank` of `world`, with the environment of torchrun."""
     env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if world > 1:
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
@@ -113,17 +113,17 @@ def spawn_script(words: list[str], rank: int, world: int, port: int) -> subproce
 
 
 def spawn_ranks(run: Run, world: int, *arguments: str) -> None:
-    """The run on `world` gloo ranks, to its end."""
+    """Train the run to its end on `world` gloo ranks."""
     finish(lambda rank, port: spawn(run, *arguments, rank=rank, world=world, port=port), world)
 
 
 def run_on_ranks(words: list[str], world: int) -> None:
-    """The script on `world` gloo ranks, to its end."""
+    """Run the script to its end on `world` gloo ranks."""
     finish(lambda rank, port: spawn_script(words, rank, world, port), world)
 
 
 def finish(start_one: Callable[[int, int], subprocess.Popen], world: int) -> None:
-    """Starts ranks 0, 1, ... at a free port, and waits for all; what one of them says as it fails fails the test."""
+    """Start all ranks with a free port and wait for them; fail with the standard error of a rank that failed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
