@@ -47,7 +47,7 @@ def save(path: Path, content: Checkpoint) -> Path:
 def load(path: Path) -> Checkpoint:
     """Load a checkpoint on the CPU, without running code from the file.
 
-    Raises UserError if it is missing, damaged, no checkpoint of this project, or of another format version.
+    Raises UserError if it is missing, damaged, not a checkpoint of this project, or of a different format version.
     """
     if not path.is_file():
         raise UserError(f"No checkpoint at {path}. A run keeps its newest one in RUN/checkpoints/last.pt.")
@@ -55,7 +55,7 @@ def load(path: Path) -> Checkpoint:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about old file formats
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise many types
+    except Exception as error:  # damaged files raise exceptions of many types
         others = ", ".join(sorted(other.name for other in path.parent.glob("*.pt") if other != path))
         hint = f" The same folder has {others}: copy one over it to resume from there." if others else ""
         raise UserError(f"{path} is not a readable checkpoint: {_reason(error)}{hint}") from error
@@ -68,7 +68,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def _reason(error: Exception) -> str:
-    """Return why a file could not be read; torch's message for a foreign pickle ends in advice to trust it."""
+    """Return why a file could not be read; torch's own message suggests disabling `weights_only`."""
     if isinstance(error, pickle.UnpicklingError):
         return "it is truncated, not a torch file, or contains more than tensors and plain data."
     if "PytorchStreamReader" in str(error):

@@ -1,4 +1,4 @@
-"""The settings of a training run: one value, saved with it and read back."""
+"""The settings of a training run, stored with it as JSON."""
 
 import json
 from dataclasses import dataclass, field
@@ -65,7 +65,7 @@ class Run:
     --evals "linear train/ val/" "retrieval roxford5k/ --every-epochs 10". They run at the end of training; with
     --every-epochs N also before the first step and every N epochs."""
     precision: Precision = "float32"
-    """Autocast precision of matrix products. On GPUs with TF32, float32 uses it."""
+    """Autocast precision of matrix products. float32 uses TF32 on GPUs that support it."""
     workers: int = 2
     """Data loading processes per rank; 0: load in the training process."""
     grad_checkpointing: bool = False
@@ -78,7 +78,7 @@ class Run:
     log_every: int = 10
     """Steps between two lines of metrics."""
     save_minutes: float = 10
-    """Minutes between two saves of checkpoints/last.pt. The end and Ctrl-C save too."""
+    """Minutes between two saves of checkpoints/last.pt. A checkpoint is also saved at the end and after Ctrl-C."""
     keep_every: int = 0
     """Epochs between two checkpoints that are kept; 0: keep only the last and the best."""
     on_collapse: Literal["warn", "stop", "rollback"] = "warn"

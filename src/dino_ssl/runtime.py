@@ -225,7 +225,7 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        with open("/proc/self/status") as file:  # of this program alone; rusage counts what started it too
+        with open("/proc/self/status") as file:  # of this program only; rusage includes its parent process before exec
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         import resource

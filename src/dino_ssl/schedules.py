@@ -1,4 +1,4 @@
-"""Schedules: values that map a Clock to a number.
+"""Schedules: frozen dataclasses that map a Clock to a number.
 
     lr = Warmup(10, Cosine(5e-4, 1e-6))
     lr(Clock(step=0, steps_per_epoch=100, epochs=100))   # 0.0

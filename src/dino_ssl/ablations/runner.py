@@ -49,7 +49,7 @@ Report = Callable[..., None]
 
 @dataclass(frozen=True, kw_only=True)
 class RunJob:
-    """One run to complete: the Run, and what is measured besides."""
+    """A run to train, and what is measured in addition to the training metrics."""
 
     run: Run
     learned: str

@@ -1,4 +1,4 @@
-"""A table or figure of the paper as a value: a base Run, and configurations that each change some of its settings."""
+"""A table or figure of the paper as data: a base Run, and configurations that each change some of its settings."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -47,7 +47,7 @@ Trust = Annotated[
 ]
 
 NUM_SCENES = 12
-"""Images that the word `scenes` draws for commands that write files for each image."""
+"""Number of images that `scenes` generates in commands that write files for each image."""
 MAX_SKIPPED_LINES = 5
 
 

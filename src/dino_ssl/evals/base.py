@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class Source(NamedTuple):
-    """A positional argument of an evaluation: a folder, a file, or the word `scenes`."""
+    """A positional argument of an evaluation: a folder, a file, or `scenes`."""
 
     name: str
     help: str

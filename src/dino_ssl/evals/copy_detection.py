@@ -27,7 +27,7 @@ from dino_ssl.models.backbone import Backbone
 from dino_ssl.progress import Progress
 
 SYNTHETIC_ORIGINALS = 100
-"""Originals of the word `scenes`; it has four times as many distractors and five times as many whitening images."""
+"""Number of originals that `scenes` generates; there are four times as many distractors and five times as many whitening images."""
 FIT_ROWS = 4096  # descriptors in float64 at once: 50 MB at 1536 dimensions
 
 

@@ -36,7 +36,7 @@ PROTOCOLS = {
 }
 """Positives of each protocol, and rows that are removed from the ranking before it is scored."""
 SYNTHETIC_QUERIES = 100
-"""Queries of the word `scenes`."""
+"""Number of queries that `scenes` generates."""
 
 
 class ProtocolScores(NamedTuple):

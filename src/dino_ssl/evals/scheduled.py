@@ -25,7 +25,7 @@ class ScheduledEval:
     evaluation: Evaluation
     """The evaluation and its protocol."""
     sources: tuple[str | DatasetConfig, ...]
-    """Its data, in the order of the command line: folders, or the word `scenes`."""
+    """Its data, in the order of the command line: folders, or `scenes`."""
     every_epochs: float = 0
     """Interval in epochs, starting before the first step; 0: only at the end."""
 

@@ -61,7 +61,7 @@ class BYOLConfig(TeacherStudentConfig):
 
 
 class BYOL(TeacherStudent):
-    """Student and teacher. BYOL itself evaluates the student; a late teacher is its average."""
+    """Student and teacher. BYOL itself evaluates the student; late in training, the teacher is its average."""
 
     def forward(self, batch: Batch, clock: Clock, targets: None = None) -> Outputs:
         """BYOL's Eq. 2, in both directions, and from each local view to both global ones."""

@@ -23,7 +23,7 @@ RANGES = {
     "Optimizer.step": "optimizer",
     "after_step": "teacher and center",
 }
-"""Parts of a step by how the names of their profiler events start; the package records some, torch the others."""
+"""Parts of a step by the prefix of their profiler events; some are recorded by this package, the others by torch."""
 
 
 def profile_step(run: Run, rt: Runtime, steps: int, progress: Progress) -> dict[str, Any]:

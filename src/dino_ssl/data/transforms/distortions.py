@@ -11,7 +11,7 @@ Rng = np.random.Generator
 
 
 def crop(image: Image, lost: float, rng: Rng) -> Image:
-    """Crop a random rectangle of the same aspect ratio that lacks the share `lost` (0 to 1) of the area."""
+    """Crop a random rectangle of the same aspect ratio that removes the fraction `lost` (0 to 1) of the area."""
     height, width = image.shape[:2]
     h, w = cropped(height, width, lost)
     top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
