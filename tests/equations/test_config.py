@@ -1,4 +1,4 @@
-"""Settings as values: edited by copy, written as JSON, read back by types and never by a name in the file."""
+"""Settings: edited by copy, written as JSON, and read by declared types, never by arbitrary names in the file."""
 
 import json
 import sys
@@ -58,27 +58,27 @@ def test_edit_copies_and_reaches_into_nested_values() -> None:
     assert street == Street()
 
 
-def test_edit_can_exchange_a_whole_value() -> None:
+def test_edit_can_replace_a_nested_value() -> None:
     assert edit(House(), pet=Dog(name="Ada")).pet == Dog(name="Ada")
     assert edit(House(), garden=Cat()).garden == Cat()
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "messages"),
     [
         (dict(prise=2.0), ["House has no field 'prise'", "did you mean 'price'", "rooms"]),
         (dict(pet=dict(live=2)), ["Cat has no field 'live'", "did you mean 'lives'"]),
         (dict(zzz=1), ["House has no field 'zzz'", "heating"]),
     ],
 )
-def test_edit_names_what_it_does_not_know(change: dict[str, Any], said: list[str]) -> None:
+def test_edit_error_names_the_unknown_field(change: dict[str, Any], messages: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         edit(House(), **change)
-    for words in said:
-        assert words in str(caught.value)
+    for message in messages:
+        assert message in str(caught.value)
 
 
-# -- there and back -----------------------------------------------------------------------------------------
+# -- round trip ----------------------------------------------------------------------------------------------
 
 
 def back(kind: Any, value: Any) -> Any:
@@ -110,11 +110,11 @@ def test_missing_fields_keep_their_defaults() -> None:
     assert from_dict(Street, {"second": {"price": 2.0}}) == Street(second=House(price=2.0))
 
 
-# -- refused ------------------------------------------------------------------------------------------------
+# -- invalid data -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("kind", "data", "said"),
+    ("kind", "data", "messages"),
     [
         (House, {"prise": 1}, ["House has no field 'prise'", "did you mean 'price'"]),
         (
@@ -143,18 +143,18 @@ def test_missing_fields_keep_their_defaults() -> None:
         (Strict, {}, ["Strict", "needed"]),
     ],
 )
-def test_wrong_data_is_refused_with_its_place(kind: Any, data: Any, said: list[str]) -> None:
+def test_the_error_for_invalid_data_names_the_field(kind: Any, data: Any, messages: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         from_dict(kind, data)
-    for words in said:
-        assert words in str(caught.value)
+    for message in messages:
+        assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "tag",
     ["os.system", "subprocess.Popen", "Popen", "builtins.eval", "House", "", None, 3, ["Cat"], {"a": 1}],
 )
-def test_a_type_name_is_looked_up_among_the_expected_types_alone(tag: Any) -> None:
+def test_a_type_name_is_only_looked_up_among_the_expected_types(tag: Any) -> None:
     with pytest.raises(UserError, match=r"House\.pet"):
         from_dict(House, {"pet": {"type": tag, "args": "touch owned"}})
     with pytest.raises(UserError):
@@ -213,7 +213,7 @@ def test_a_whole_run_and_every_choice_inside_it_survive_json() -> None:
             value = getattr(old, inner)
             try:
                 runs.append(edit(default, **{name: {inner: other(value)}}))
-            except UserError:  # a field whose neighbours forbid the other value
+            except UserError:  # a field whose other value is invalid in combination
                 continue
         runs.append(edit(default, **{name: other(old)}))
     assert len(runs) > 40

@@ -27,7 +27,7 @@ from dino_ssl.models.backbone import Backbone
 from dino_ssl.progress import Progress
 
 SYNTHETIC_ORIGINALS = 100
-"""Number of originals that `scenes` generates; there are four times as many distractors and five times as many whitening images."""
+"""Number of originals that `scenes` generates, with 4 times as many distractors and 5 times as many for whitening."""
 FIT_ROWS = 4096  # descriptors in float64 at once: 50 MB at 1536 dimensions
 
 
