@@ -4,10 +4,10 @@ from collections.abc import Collection
 from typing import Any
 
 from dino_ssl.api.resolve import differences
+from dino_ssl.cli.command_line import network_named
 from dino_ssl.cli.options import flag
 from dino_ssl.config import edit, format_value
 from dino_ssl.methods import METHODS
-from dino_ssl.models import backbone_named
 from dino_ssl.run import Run
 
 
@@ -29,6 +29,6 @@ def cli_diff(before: Run, after: Run, omit: Collection[str] = ()) -> str:
         words.append(" ".join(typed("method", type(after.method).__name__)))
     if type(after.backbone) is not type(before.backbone):
         words.append(f"--network {after.backbone.spec}")
-        before = edit(before, backbone=backbone_named(after.backbone.spec))
+        before = edit(before, backbone=network_named(after.backbone.spec))
     changed = [(name, value) for name, _, value in differences(before, after) if name not in omit]
     return " ".join([*words, *(" ".join(typed(name, value)).rstrip() for name, value in changed)])
