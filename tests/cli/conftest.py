@@ -1,9 +1,12 @@
-"""A small folder of pictures, and one run that the command line trained on it, for all tests of commands."""
+"""A small folder of images, and one run that `dino train` trained on it, for all tests of commands."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +14,8 @@ import pytest
 
 from dino_ssl.cli import main
 from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.presets import plan as planning
+from dino_ssl.presets.benchmark_step import Speed
 
 SRC = Path(__file__).parents[2] / "src"
 TINY = """
@@ -18,10 +23,12 @@ TINY = """
     --method.out-dim 32 --method.head-hidden 32
     --views.global-size 32 --views.local-size 16 --views.local 2
     --optim.batch-size 8 --workers 0 --precision float32
-""".split()  # noqa: SIM905 - as a person types it
+""".split()  # noqa: SIM905 - as typed
 
 
-class Ran(NamedTuple):
+class Output(NamedTuple):
+    """Exit code, standard output and standard error of a command."""
+
     code: int
     out: str
     err: str
@@ -37,14 +44,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "COLUMNS": "110"}
 
 
-def command(*words: str | Path) -> list[str]:
-    return [sys.executable, "-m", "dino_ssl", *map(str, words)]
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "dino_ssl", *map(str, arguments)]
 
 
-def spawn(*words: str | Path, cwd: Path) -> Ran:
-    """The command as a person runs it: a process of its own."""
-    done = subprocess.run(command(*words), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
-    return Ran(done.returncode, done.stdout, done.stderr)
+@pytest.fixture(scope="session", autouse=True)
+def known_speed() -> Iterator[None]:
+    """Skip the measurement of the machine when a run is planned in this process; subprocesses measure."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "measure", lambda *_: Speed(0.01, 0.01))
+        yield
 
 
 @pytest.fixture
@@ -55,37 +64,41 @@ def tiny() -> list[str]:
 
 @pytest.fixture
 def dino(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The command in this process, in an empty folder: (exit code, standard output, standard error)."""
+    """Run a command in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "110")
     for name in ("RANK", "WORLD_SIZE", "DINO_DEBUG"):
         monkeypatch.delenv(name, raising=False)
 
-    def run(*words: str | Path) -> Ran:
+    def run(*arguments: str | Path) -> Output:
         capsys.readouterr()
-        code = main([str(word) for word in words])
-        return Ran(code, *capsys.readouterr())
+        code = main([str(argument) for argument in arguments])
+        return Output(code, *capsys.readouterr())
 
     return run
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 pictures in 4 class folders, and two files that are none."""
+    """Folder of 40 images in 4 class folders, and two files that are no images."""
     folder = tmp_path_factory.mktemp("data") / "my photos"
     Scenes(count=40, size=40, classes=4).write(folder)
-    (folder / "star" / "not a picture.jpg").write_text("hello")
+    (folder / "star" / "not an image.jpg").write_text("hello")
     (folder / "star" / "empty.png").touch()
     return folder
 
 
 @pytest.fixture(scope="session")
-def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
-    """A run of two epochs, and what the command printed."""
+def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Output]:
+    """A run of two epochs, and the output of the command."""
     folder = tmp_path_factory.mktemp("trained")
-    ran = spawn("train", photos, *TINY, "--optim.epochs", "2", "--out", "run", "--json", cwd=folder)
-    assert ran.code == 0, ran.err
-    return folder / "run", ran
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setenv("COLUMNS", "110")
+        code = main(["train", str(photos), *TINY, "--optim.epochs", "2", "--out", "run", "--json"])
+    assert code == 0, err.getvalue()
+    return folder / "run", Output(code, out.getvalue(), err.getvalue())
 
 
 PRESET = """
@@ -107,7 +120,7 @@ def run():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a module of one's own, whose function `run` is a recipe: `--preset tiny_recipe:run`."""
+    """Folder with a module whose function `run` is a preset: `--preset tiny_recipe:run`."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "tiny_recipe.py").write_text(PRESET)
     return folder
@@ -120,22 +133,22 @@ def tiny_preset(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def process():
-    """Starts the command and leaves it running, both outputs in pipes."""
+    """Start a command in a process, both outputs in pipes."""
 
-    def start(*words: str | Path, cwd: Path) -> subprocess.Popen[str]:
+    def start(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
-        return subprocess.Popen(command(*words), cwd=cwd, env=environment(), stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(command(*arguments), cwd=cwd, env=environment(), stdout=pipe, stderr=pipe, text=True)
 
     return start
 
 
 @pytest.fixture(scope="session")
 def torchrun():
-    """The command on two processes."""
+    """Run a command on two processes."""
 
-    def run(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        line = [*launcher, *command(*words)[1:]]
+        line = [*launcher, *command(*arguments)[1:]]
         return subprocess.run(line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
 
     return run

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dino_ssl import __version__, environment
+from dino_ssl.cli.flags import with_flags
 from dino_ssl.errors import UserError, did_you_mean
 
 COMMANDS = {
@@ -52,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("DINO_DEBUG"):
             raise
         if os.environ.get("RANK", "0") == "0":
-            from dino_ssl.cli.options import with_flags
-
             print(f"dino: {with_flags(str(error))}", file=sys.stderr)
         return USER_ERROR
     except SystemExit as stop:  # help and invalid options, by tyro

@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 import tyro
 
 from dino_ssl.api.resolve import ExistingRun, find_run, runs_nearby
-from dino_ssl.cli.eval_spec import EVAL_SPECS
+from dino_ssl.cli.eval_spec import RUN_TYPES
 from dino_ssl.cli.images import dataset_named
 from dino_ssl.cli.options import Flag, parse, switches
 from dino_ssl.config import edit, import_type
@@ -138,7 +138,7 @@ class CommandLine:
 
     def parse(self, run: Run) -> Any:
         """Parse the arguments with the fields of `run` as defaults."""
-        options = parse(cast(type[Any], self.kind), self.argv, self.prog, self.examples, self.kind(run=run), EVAL_SPECS)
+        options = parse(cast(type[Any], self.kind), self.argv, self.prog, self.examples, self.kind(run=run), RUN_TYPES)
         if options.folder and self.dataset is None and self.existing is None:
             data = options.run.data
             data = edit(data, path=options.folder) if isinstance(data, Folder) else Folder(path=options.folder)

@@ -10,15 +10,16 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from dino_ssl.cli.images import dataset_named
 from dino_ssl.cli.options import parse
 from dino_ssl.data.dataset import DatasetConfig
+from dino_ssl.data.sources import dataset_config
 from dino_ssl.errors import UserError
 from dino_ssl.evals import EVALUATIONS, find_evaluation
 from dino_ssl.evals.scheduled import ScheduledEval
 
-EVAL_SPECS = ConstructorRegistry()
-"""Lets tyro parse a `ScheduledEval` from one argument."""
+RUN_TYPES = ConstructorRegistry()
+"""Lets tyro parse the types of a Run that it does not know: `ScheduledEval` and `DatasetConfig | None`."""
 
 
-@EVAL_SPECS.primitive_rule
+@RUN_TYPES.primitive_rule
 def _scheduled_eval_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[ScheduledEval] | None:
     if info.type is not ScheduledEval:
         return None
@@ -28,6 +29,19 @@ def _scheduled_eval_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Sc
         instance_from_str=lambda arguments: parse_scheduled_eval(arguments[0]),
         is_instance=lambda value: isinstance(value, ScheduledEval),
         str_from_instance=lambda value: [str(value)],
+    )
+
+
+@RUN_TYPES.primitive_rule
+def _val_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[DatasetConfig | None] | None:
+    if info.type != DatasetConfig | None:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FOLDER",
+        instance_from_str=lambda arguments: dataset_config(dataset_named(arguments[0]), "val"),
+        is_instance=lambda value: value is None or isinstance(value, DatasetConfig),
+        str_from_instance=lambda value: ["none" if value is None else value.spec],
     )
 
 

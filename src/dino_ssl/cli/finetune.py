@@ -1,7 +1,7 @@
 """dino eval finetune: supervised fine-tuning of a trained backbone, and the accuracy of the classifier."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Annotated
 
@@ -14,8 +14,7 @@ from dino_ssl.cli.images import dataset_named
 from dino_ssl.cli.train import run_command
 from dino_ssl.config import edit
 from dino_ssl.data.dataset import DatasetConfig
-from dino_ssl.data.folder import Folder
-from dino_ssl.data.sources import DRAWN, WORDS
+from dino_ssl.data.sources import WORDS, dataset_config
 from dino_ssl.errors import UserError
 from dino_ssl.presets import resolve
 from dino_ssl.run import Run
@@ -62,6 +61,7 @@ def finetune(argv: Sequence[str]) -> int:
     if any(word.partition("=")[0] == "--network" for word in argv):
         raise UserError("--network trains a network from random weights; fine-tuning uses the checkpoint's network.")
     checkpoint, train, val = [*words, "", "", ""][:3]
+    dataset = WORDS.get(train) or dataset_named(train)
 
     def base(preset: str | None) -> Run:
         """Return the preset with the checkpoint's network; the project's preset takes its image size too."""
@@ -70,9 +70,7 @@ def finetune(argv: Sequence[str]) -> int:
             source = open_checkpoint(checkpoint, trust="--trust" in argv)
             run = starting_from(run, source, size=None if preset else source.size)
         if val:
-            synthetic = replace(WORDS[val], count=DRAWN["val"], part="val") if val in WORDS else None
-            dataset = dataset_named(val)
-            run = edit(run, val=synthetic or (Folder(path=val) if isinstance(dataset, str) else dataset))
+            run = edit(run, val=dataset_config(dataset_named(val), "val"))
         return run
 
     return run_command(
@@ -82,8 +80,6 @@ def finetune(argv: Sequence[str]) -> int:
             prog="dino eval finetune",
             examples=EXAMPLES,
             base=base,
-            data=lambda _: next(
-                (d for d in (WORDS.get(train), dataset_named(train)) if isinstance(d, DatasetConfig)), None
-            ),
+            data=lambda _: dataset if isinstance(dataset, DatasetConfig) else None,
         )
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
+from dino_ssl.cli.flags import flag, known_fields
 from dino_ssl.terminal import is_rank0
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ Flag = tyro.conf.FlagCreatePairsOff[bool]
 """A flag without a negative form: `--json`, and no `--no-json`."""
 
 CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.PositionalMetavarFromFieldName)
-
-_fields: set[str] = set()  # dotted names of the settings that the parsed commands have, for `with_flags`
 
 
 def parse(
@@ -41,23 +40,13 @@ def parse(
         more["default"] = default
     if registry is not None:
         more["registry"] = registry
-    _fields.update(name for name, _ in _dotted_fields(kind if default is None else default))
+    known_fields.update(name for name, _ in _dotted_fields(kind if default is None else default))
     try:
         return tyro.cli(kind, prog=prog, args=list(argv), config=CONFIG, console_outputs=is_rank0(), **more)
     except SystemExit as stop:
         if not stop.code and is_rank0():
             print(f"\nexamples:\n{examples}")
         raise
-
-
-def flag(field: str) -> str:
-    """Return the flag of a dotted field: optim.batch_size -> --optim.batch-size."""
-    return f"--{field.replace('_', '-')}"
-
-
-def with_flags(message: str) -> str:
-    """Return a library's message with the settings of this command, `optim.batch_size`, written as flags."""
-    return re.sub(r"`([a-z_.]+)`", lambda match: flag(match[1]) if match[1] in _fields else match[0], message)
 
 
 def switches(settings: Any) -> set[str]:

@@ -12,7 +12,7 @@ from dino_ssl import distributed
 from dino_ssl.api.session import Outcome
 from dino_ssl.api.training import TrainRequest, prepare
 from dino_ssl.cli.command_line import CommandLine, SessionOptions
-from dino_ssl.cli.options import with_flags
+from dino_ssl.cli.flags import with_flags
 from dino_ssl.cli.run_dir import choose_run_dir
 from dino_ssl.config import edit, to_dict
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset

@@ -43,7 +43,7 @@ def open_dataset(
     if isinstance(source, ImageDataset):
         return source
     if isinstance(source, str | Path | DatasetConfig):
-        return _config(source, part).open(progress)
+        return dataset_config(source, part).open(progress)
     if isinstance(source, Sequence) and source and all(isinstance(item, str | PathLike) for item in source):
         return open_paths(source, progress)  # type: ignore[arg-type]
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
@@ -54,12 +54,13 @@ def open_dataset(
 def config_of(source: DatasetSource, dataset: ImageDataset | None = None) -> DatasetConfig:
     """Return the settings that run.json stores for a source; `dataset`: the opened source, if it is open already."""
     if isinstance(source, str | Path | DatasetConfig):
-        return _config(source, "train")
+        return dataset_config(source, "train")
     dataset = dataset or open_dataset(source)
     return ExternalDataset(kind=kind_of(source), length=len(dataset), fingerprint=dataset.fingerprint)
 
 
-def _config(source: str | Path | DatasetConfig, part: Literal["train", "val", "test"]) -> DatasetConfig:
+def dataset_config(source: str | Path | DatasetConfig, part: Literal["train", "val", "test"]) -> DatasetConfig:
+    """Return the settings of a path or of the name of a synthetic dataset, of which `part` is opened."""
     if isinstance(source, DatasetConfig):
         return source
     if scenes := WORDS.get(str(source)):

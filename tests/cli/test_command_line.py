@@ -1,0 +1,212 @@
+"""Help, names, the plan and output of commands: everything that needs no training."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import dino_ssl
+from dino_ssl.api.resolve import differences
+from dino_ssl.api.training_progress import TrainingProgress
+from dino_ssl.cli.command_line import CommandLine
+from dino_ssl.cli.flags import flag
+from dino_ssl.cli.settings import cli_diff
+from dino_ssl.cli.train import TrainOptions
+from dino_ssl.config import edit
+from dino_ssl.data.folder import Folder
+from dino_ssl.data.synthetic.scenes import SIMPLE_SCENES, Scenes
+from dino_ssl.errors import UserError
+from dino_ssl.formatting import duration
+from dino_ssl.methods.byol import BYOLConfig
+from dino_ssl.models import Timm, ViT, backbone_named
+from dino_ssl.run import Run
+from dino_ssl.schedules import Clock
+from dino_ssl.terminal import Terminal, command_output
+
+SRC = Path(__file__).parents[2] / "src"
+
+
+def command_line(*arguments: str) -> CommandLine:
+    return CommandLine(list(arguments), kind=TrainOptions, prog="dino train", examples="")
+
+
+# -- help and names -------------------------------------------------------------------------------------------
+
+
+def test_help_and_import_load_no_heavy_module():
+    code = (
+        "import sys, dino_ssl, dino_ssl.cli\n"
+        "dino_ssl.cli.main(['--help']); dino_ssl.cli.main(['nonsense']); dir(dino_ssl)\n"
+        "heavy = {'torch', 'numpy', 'cv2', 'timm', 'tyro'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(SRC)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["train", "eval knn", "eval finetune", "attention", "embed", "report", "show"])
+def test_help_of_every_command_ends_with_examples(dino, name):
+    output = dino(*name.split(), "--help")
+    assert output.code == 0
+    _, _, examples = output.out.partition("\nexamples:\n")
+    assert f"dino {name} " in examples
+
+
+def test_help_of_train_explains_the_settings_of_a_run(dino):
+    text = dino("train", "--help").out
+    for part in (
+        "--method.momentum FLOAT",
+        "--views.local INT",
+        "--optim.clip-grad FLOAT",
+        "Number of passes over the training images",
+        "--val FOLDER",
+    ):
+        assert part in text
+    assert "{fixed}" not in text  # a setting that the command line cannot set
+
+
+def test_flags_follow_the_types_of_the_run(dino):
+    assert "--backbone.name" in dino("train", "--network", "timm:resnet18", "--help").out
+    assert "--backbone.patch" in dino("train", "--preset", "vits8", "--help").out
+    assert "--data.count" in dino("train", "scenes", "--help").out
+
+
+def test_presets_are_listed_with_their_results(dino):
+    output = dino("presets")
+    assert output.code == 0
+    assert "vits16" in output.out
+    assert set(dino("presets", "--json").json["presets"]) >= {"vits16", "vitb8", "resnet50", "small", "demo"}
+
+
+def test_public_names_can_be_imported():
+    for name in dino_ssl.__all__:
+        assert getattr(dino_ssl, name) is not None
+    assert callable(dino_ssl.train)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = dino_ssl.nonsense
+
+
+def test_network_names():
+    assert backbone_named("vit_tiny/8") == ViT(size="tiny", patch=8)
+    assert backbone_named("timm:resnet18") == Timm(name="resnet18")
+    with pytest.raises(UserError, match="vit_base/16"):
+        backbone_named("vit_bass/16")
+
+
+# -- settings as flags ----------------------------------------------------------------------------------------
+
+
+def test_differences_are_dotted_fields_and_flags():
+    run = Run()
+    changed = edit(run, optim=dict(batch_size=7), views=dict(local=0))
+    assert differences(run, changed) == [("views.local", 8, 0), ("optim.batch_size", 1024, 7)]
+    assert flag("optim.batch_size") == "--optim.batch-size"
+    assert ("backbone", "ViT", "Timm") in differences(run, edit(run, backbone=Timm()))
+
+
+def test_differences_as_flags_parse_to_the_same_run():
+    plain = Run()
+    other = edit(plain, backbone=Timm(name="resnet18"), method=BYOLConfig(predictor=False), online_eval=dict(size=64))
+    line = cli_diff(plain, other)
+    assert line == "--method byol --network timm:resnet18 --method.no-predictor --online-eval.size 64"
+    assert command_line(*line.split()).change(plain) == other
+    assert cli_diff(other, plain, ["online_eval.size"]) == "--method dino --network vit_small/16"
+
+
+def test_synthetic_dataset_is_a_positional_word():
+    assert command_line("--grad-checkpointing", "scenes").dataset == Scenes()
+    assert command_line("--json", "--no-grad-checkpointing", "simple-scenes").dataset == SIMPLE_SCENES
+    assert command_line("--method=byol", "--method.no-predictor", "scenes").dataset == Scenes()
+    assert command_line("--out", "scenes", "photos").dataset is None
+    assert command_line("photos", "--evals", "knn scenes").dataset is None
+
+
+def test_val_is_a_folder_or_synthetic():
+    assert command_line("photos", "--val", "photos/val").options().run.val == Folder(path="photos/val")
+    val = command_line("scenes", "--val", "scenes").options().run.val
+    assert (val.part, val.count) == ("val", 500)
+    assert command_line("photos").options().run.val is None
+
+
+# -- the plan -------------------------------------------------------------------------------------------------
+
+
+def test_plan_of_a_preset_shows_the_users_settings(dino, photos):
+    output = dino("train", photos, "--preset", "demo", "--optim.epochs", "2", "--workers", "0", "--dry-run", "--json",
+                  "--optim.batch-size", "8")  # fmt: skip
+    rows = {row["name"]: row for row in output.json["plan"]}
+    assert "11 epochs, batch 64" in rows["preset"]["value"]
+    assert (rows["epochs"]["value"], rows["epochs"]["reason"]) == ("2", "set by you; the plan had 11")
+    assert rows["workers"]["value"] == "0"
+    assert rows["workers"]["reason"].startswith("set by you")
+
+
+def test_plan_shows_another_network_in_its_row(dino, photos, tmp_path):
+    network = ("--network", "vit_tiny/8", "--backbone.depth", "1")
+    output = dino("train", photos, *network, "--optim.epochs", "3", "--dry-run", "--json")
+    assert output.code == 0, output.err
+    plan = {row["name"]: row for row in output.json["plan"]}
+    assert plan["network"]["value"].startswith("ViT-tiny/8")
+    assert plan["epochs"]["value"] == "3"
+    assert "backbone.depth" in plan
+    assert "--backbone.depth" in output.err
+    assert output.json["run"]["backbone"]["depth"] == 1
+    assert output.json["run"]["backbone"]["image_size"] == output.json["run"]["views"]["global_size"]
+    assert list(tmp_path.iterdir()) == []  # a dry run writes nothing
+
+
+# -- output ---------------------------------------------------------------------------------------------------
+
+
+def test_json_is_the_only_standard_output(capsys):
+    with command_output(True) as (terminal, print_result):
+        print("printed by a library")
+        terminal.print("a message")
+        print_result({"answer": 42})
+    out, err = capsys.readouterr()
+    assert out == '{"answer": 42}\n'
+    assert "printed by a library" in err
+    assert "a message" in err
+
+
+def test_only_rank_0_prints(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with command_output(False) as (terminal, print_result):
+        terminal.print("a message")
+        terminal.table("title", ("a", "b"), [("c", "d")])
+        print_result({"answer": 42})
+    assert capsys.readouterr() == ("", "")
+
+
+def test_messages_are_printed_literally(capsys):
+    Terminal().print("a file [bold]name[/bold] \udce9.jpg")
+    assert "[bold]name[/bold] ?.jpg" in capsys.readouterr().out
+
+
+def test_progress_shows_metrics_and_remaining_time():
+    terminal = Terminal()
+    terminal.console = Console(force_terminal=True, width=100, record=True, file=io.StringIO())
+    progress = TrainingProgress(terminal, Clock(0, 10, 3), prototypes=32)
+    progress.update(Clock(10, 10, 3), {"loss": 3.25, "teacher_entropy": 2.5, "images_per_s": 123.4, "wait": 0.05})
+    terminal.console.print(progress._draw())
+    text = terminal.console.export_text()
+    for part in (
+        "epoch 1/3",
+        "33%",
+        "step 10/30",
+        "loss 3.250",
+        "teacher entropy 2.50 of 3.47",
+        "123 images/s",
+        "5% waiting",
+    ):
+        assert part in text
+
+
+def test_durations_have_at_most_two_units():
+    texts = {8: "8 s", 200: "3 min 20 s", 599.7: "10 min", 1500: "25 min", 7500: "2 h 05 min", 360_000: "4 d 4 h"}
+    assert {seconds: duration(seconds) for seconds in texts} == texts
+    assert [duration(seconds) for seconds in (59.6, 3599, -1)] == ["1 min", "1 h 00 min", "0 s"]

@@ -1,0 +1,115 @@
+"""Stopped runs: a signal saves, and the same command again never loses a run."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+
+from dino_ssl.metrics import read_metrics
+from dino_ssl.terminal import Terminal
+
+LINE = ("--optim.epochs", "12", "--log-every", "1", "--out", "run")
+
+
+def steps_of(run):
+    return [row["step"] for row in read_metrics(run) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_folder, photos, process):
+    """A run that SIGINT (Ctrl-C) stopped: (its folder, exit code, output)."""
+    run = tiny_folder / "run"
+    with process("train", photos, "--preset", "tiny_recipe:run", *LINE, cwd=tiny_folder) as training:
+        deadline = time.monotonic() + 240
+        while training.poll() is None and time.monotonic() < deadline and len(steps_of(run)) < 2:
+            time.sleep(0.05)
+        training.send_signal(signal.SIGINT)
+        output = "".join(training.communicate(timeout=120))
+    return run, training.returncode, output
+
+
+@pytest.fixture
+def copy(stopped, tmp_path):
+    """A copy of the stopped run, to be resumed."""
+    return shutil.copytree(stopped[0], tmp_path / "run")
+
+
+def test_ctrl_c_saves_and_prints_how_to_resume(stopped):
+    run, code, output = stopped
+    assert code == 128 + signal.SIGINT
+    assert "dino train --resume run" in output
+    assert (run / "checkpoints/last.pt").is_file()
+    assert (run / "report.html").is_file()
+    assert "Traceback" not in output
+
+
+@pytest.mark.usefixtures("tiny_preset")
+def test_same_command_again_offers_to_resume_or_to_start_anew(copy, photos, dino):
+    output = dino("train", photos, "--preset", "tiny_recipe:run", *LINE)
+    assert output.code == 2
+    assert "--resume run" in output.err
+    assert "--out run-2" in output.err
+
+
+@pytest.mark.usefixtures("tiny_preset")
+def test_same_command_again_asks_in_an_interactive_terminal(copy, photos, dino, monkeypatch):
+    monkeypatch.setattr(Terminal, "is_interactive", property(lambda self: True))
+    questions = []
+    monkeypatch.setattr(Terminal, "ask", lambda self, question, answers: questions.append(question) or "q")
+    assert dino("train", photos, "--preset", "tiny_recipe:run", *LINE).code == 130
+    assert "stopped at step" in questions[0]
+
+
+def test_resume_with_other_training_settings_is_refused(copy, dino):
+    output = dino("train", "--resume", copy, "--seed", "3", "--method.out-dim", "64", "--workers", "0")
+    assert output.code == 2
+    assert "--seed was 0, got 3" in output.err
+    assert "--method.out-dim was 32, got 64" in output.err
+    assert "--workers" not in output.err
+
+
+def test_resume_continues_to_the_end(copy, dino):
+    last = steps_of(copy)[-1]
+    output = dino("train", "--resume", copy, "--dry-run")
+    assert output.code == 0, output.err
+    assert f"would resume at step {last} of" in output.out
+    assert steps_of(copy)[-1] == last
+    output = dino("train", "--resume", copy, "--json")
+    assert output.code == 0, output.err
+    assert f"Resuming at step {last}" in output.err
+    assert output.json["finished"]
+    assert steps_of(copy) == list(range(1, output.json["steps"] + 1))
+    assert json.loads((copy / "run.json").read_text())["run"]["optim"]["epochs"] == 12
+
+
+@pytest.mark.usefixtures("tiny_preset")
+def test_run_without_a_checkpoint_is_started_again(copy, photos, dino):
+    shutil.rmtree(copy / "checkpoints")
+    index = json.loads((copy / "snapshots/index.json").read_text())
+    index["epochs"].append({"epoch": 9, "maps": {}})  # of the first attempt
+    (copy / "snapshots/index.json").write_text(json.dumps(index))
+    preset = ("--preset", "tiny_recipe:run", "--optim.epochs", "1", "--log-every", "1")
+    output = dino("train", photos, *preset, "--out", copy)
+    assert output.code == 0, output.err
+    assert steps_of(copy) == [1, 2]
+    epochs = [entry["epoch"] for entry in json.loads((copy / "snapshots/index.json").read_text())["epochs"]]
+    assert epochs == [0, 1]
+
+
+def test_closed_standard_output_is_no_error(process, tmp_path):
+    with process("--help", cwd=tmp_path) as helping:
+        helping.stdout.close()
+        assert helping.stderr.read() == ""
+        assert helping.wait(60) == 141
+
+
+def test_only_rank_0_prints_and_writes(tiny_folder, photos, torchrun):
+    line = ("train", photos, "--preset", "tiny_recipe:run", "--optim.epochs", "1", "--out", "two")
+    done = torchrun(*line, cwd=tiny_folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The plan") == 1
+    assert done.stdout.count("Training 1 epoch, ") == 1
+    assert json.loads((tiny_folder / "two/run.json").read_text())["run"]["optim"]["epochs"] == 1
+    assert (tiny_folder / "two/backbone.safetensors").is_file()
