@@ -66,7 +66,8 @@ def test_classes_of_one_image_train_without_an_accuracy(dino, tmp_path, tiny):
     Scenes(count=8, size=40, classes=8).write(tmp_path / "each")
     output = dino("train", "each", *tiny, "--optim.epochs", "1", "--out", "run", "--json")
     assert output.code == 0, output.err
-    assert "accuracy cannot be measured" in output.err
+    plan = {row["name"]: row for row in json.loads((tmp_path / "run/plan.json").read_text())["plan"]}
+    assert "accuracy cannot be measured" in plan["quality"]["reason"]
     assert output.json["quality"] == {}
 
 

@@ -20,9 +20,11 @@ from dino_ssl.files import atomic_write
 
 def saved(step: int = 3, size: int = 10) -> checkpoint.Checkpoint:
     return checkpoint.Checkpoint(
+        format=checkpoint.FORMAT,
         run={"type": "Run", "seed": 1},
         step=step,
         method={"center": torch.arange(size, dtype=torch.float32)},
+        backbone="teacher.backbone.",
         optimizer={"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
         scaler={},
         best={"value": 41.5, "epoch": 2},
@@ -161,7 +163,7 @@ def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path: Path) -> None
 def test_a_read_only_folder_is_a_user_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(UserError, match="--out"):
+        with pytest.raises(UserError, match="`out`"):
             checkpoint.save(tmp_path / "last.pt", saved())
     finally:
         tmp_path.chmod(0o700)
@@ -233,11 +235,17 @@ def test_a_truncated_checkpoint_is_rejected(last: Path) -> None:
 def test_the_error_for_other_torch_files_lists_the_missing_keys(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"weight": torch.ones(2), "step": 3}, path)
-    with pytest.raises(UserError, match=r"not a training checkpoint.*lacks run, method, optimizer"):
+    with pytest.raises(UserError, match=r"not a training checkpoint.*lacks format, run, method, backbone, optimizer"):
         checkpoint.load(path)
     torch.save([torch.ones(2)], path)
     with pytest.raises(UserError, match="not a training checkpoint"):
         checkpoint.load(path)
+
+
+def test_another_format_version_is_rejected(tmp_path: Path) -> None:
+    torch.save({"format": checkpoint.FORMAT + 1}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match=rf"has format {checkpoint.FORMAT + 1}.*reads format {checkpoint.FORMAT}"):
+        checkpoint.load(tmp_path / "last.pt")
 
 
 def test_the_error_for_a_missing_checkpoint_has_its_path(tmp_path: Path) -> None:
