@@ -1,4 +1,4 @@
-"""JPEG files to normalised crops on one core: this package, the authors' transforms, and lightly's.
+"""JPEG files to normalized crops on one core: this package, the authors' transforms, and lightly's.
 
     python benchmarks/data.py [ROW ...] [--folder PHOTOS] [--json F]
 
@@ -70,7 +70,7 @@ def with_pillow(transform: Callable[[Any], object]) -> Recipe:
 
 
 def dino_recipe(views: MultiCrop) -> Recipe:
-    """Return our decoder, transform and normalisation."""
+    """Return our decoder, transform and normalization."""
     stacks, indices = [np.empty((n, side, side, 3), np.uint8) for n, side in views.view_shapes], count()
     transform = fastest_transform(views)
 

@@ -3,11 +3,11 @@
     python benchmarks/extraction.py [--networks vit_small resnet50] [--images 256] [--batch 64] [--json F]
 
 Input `memory` is the forward pass only, on a batch in memory: ours on uint8 images as its loader gives them (channels
-last), timm's on normalised float images as its own loader gives them. Input `files` is from JPEG files to features in
+last), timm's on normalized float images as its own loader gives them. Input `files` is from JPEG files to features in
 memory: ours is `dino_ssl.evals.features.extract`, timm's a DataLoader of Pillow images with timm's evaluation
 transform. Weights are random and the same. Both take turns in one process. `cosine` is the smallest cosine similarity
 between the two features of an image, `max_error` their largest difference over the largest feature. From files the
-images differ by a grey level, because the two resize with different code.
+images differ by a gray level, because the two resize with different code.
 """
 
 import argparse

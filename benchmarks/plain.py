@@ -108,7 +108,7 @@ class PlainViT(nn.Module):
 
 
 class LastLayer(nn.Module):
-    """A linear layer with weight normalisation, computed in each forward pass; norms fixed at 1."""
+    """A linear layer with weight normalization, computed in each forward pass; norms fixed at 1."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()

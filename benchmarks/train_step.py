@@ -5,7 +5,7 @@
 `plain:float32` is the published step (`benchmarks/plain.py`: explicit attention matrices, a log-softmax for each pair
 of views, gradient clipping and EMA one parameter at a time), `plain:bfloat16` and `plain:float16` the same under
 autocast, `dino:...` is `dino_ssl.training.train_step`, `lightly:...` combines lightly's parts with timm's network.
-All start from the same weights and use the same images. Our step normalises them itself; the others get normalised
+All start from the same weights and use the same images. Our step normalizes them itself; the others get normalized
 ones, because their loaders do it. Each version runs in its own process and reports the growth of that process's
 memory.
 """

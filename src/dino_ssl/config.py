@@ -122,7 +122,7 @@ def from_dict(kind: Any, data: Any, *, trust: bool = False) -> Any:
     """Return the inverse of `to_dict` for the type `kind` (a dataclass, an abstract base, a union, a plain type).
 
     Missing fields take their defaults. trust: import types that are named `module:Class`.
-    Raises UserError that names the field, what was expected and what came.
+    Raises UserError that names the field, what was expected and what was given.
     """
     return _Reader(trust).read(kind, data, getattr(kind, "__name__", str(kind)))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """An error shown without a traceback: what was expected, what came, and what to do.
+    """An error shown without a traceback: what was expected, what was given, and what to do.
 
     Settings are named by their field in backticks (`optim.batch_size`); the command line prints the flag instead.
     """

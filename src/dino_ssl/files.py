@@ -60,7 +60,7 @@ def check_writable(folder: Path) -> None:
 
 
 def write_json(path: Path, data: Any) -> Path:
-    """Write JSON atomically; file names that are not UTF-8 survive."""
+    """Write JSON atomically; file names that are not UTF-8 are preserved."""
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     return atomic_write(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
 
@@ -98,7 +98,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def _os_error(error: BaseException) -> OSError | None:
-    """Return the failed write behind a RuntimeError of torch's writer."""
+    """Return the OSError that caused a RuntimeError of torch's writer; None if there was none."""
     context = error.__context__
     while context is not None and not isinstance(context, OSError):
         context = context.__context__

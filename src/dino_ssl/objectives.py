@@ -115,7 +115,7 @@ def loss_from_bottleneck(
         teacher_logits = teacher_layer(teacher)  # [G, B, K]
         summed = teacher_logits.float().sum((0, 1))
     student_logits = student_layer(student)  # [V, B, K]
-    if loss == "mse":  # centered and l2-normalised: no temperature
+    if loss == "mse":  # centered and l2-normalized: no temperature
         return LossTerms(byol_loss(student_logits, teacher_logits.float() - center), summed, None, None)
     value = dino_loss(
         student_logits, teacher_logits, center=center, student_temp=student_temp, teacher_temp=teacher_temp
@@ -185,7 +185,7 @@ def byol_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """BYOL's Eq. 2 (Grill et al., 2020), |q / |q| - z / |z||^2 = 2 - 2 cos(q, z), over Eq. 3's pairs: from 0 to 4.
 
     student [V, B, D] are the predictions q, teacher [G, B, D] the projections z. BYOL sums over its two pairs; we
-    average. l2-normalised outputs need no temperature (MSE in Tables 7 and 14).
+    average. l2-normalized outputs need no temperature (MSE in Tables 7 and 14).
     """
     return 2 - 2 * mean_pairwise_dot(l2_normalize(teacher), l2_normalize(student))
 
@@ -195,7 +195,7 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
 
     queries [V, B, D] are the student's outputs, keys [G, B, D] the teacher's. The positive keys of a query are those
     of the other views of its image; MoCo has one. negatives [Q, D] are keys of other images; those with `valid` [Q]
-    False are masked, and without any the loss is 0. All vectors are l2-normalised here.
+    False are masked, and without any the loss is 0. All vectors are l2-normalized here.
     """
     queries, keys, negatives = map(l2_normalize, (queries, keys, negatives))
     positive = (keys[:, None] * queries).sum(-1) / temperature  # [G, V, B]

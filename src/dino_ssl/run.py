@@ -47,7 +47,7 @@ class Run:
     data: DatasetConfig = field(default_factory=lambda: Folder(path="photos"))
     """The dataset."""
     val: DatasetConfig | None = None
-    """Labelled validation set; None: a fraction of every class of the dataset is held out."""
+    """Labeled validation set; None: a fraction of every class of the dataset is held out."""
     backbone: BackboneConfig = field(default_factory=ViT)
     """The network that is trained."""
     init: str | None = None

@@ -57,7 +57,7 @@ class Terminal:
         return self.is_tty and sys.stdin.isatty() and not self.json
 
     def print(self, text: str = "", style: str | None = None) -> None:
-        """Print a message literally; brackets are no markup."""
+        """Print a message literally; brackets are not markup."""
         self.console.print(_plain_text(self.rewrite(text)), style=style, soft_wrap=not self.is_tty)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -97,7 +97,7 @@ def _accumulate_gradients(state: State, model: nn.Module, batch: Batch, clock: C
 
 @record_function("copy to device")
 def batch_to_device(batch: Batch, rt: Runtime) -> Batch:
-    """Copy a batch to the device; uint8 images are normalised there to float32, in channels-last layout."""
+    """Copy a batch to the device; uint8 images are normalized there to float32, in channels-last layout."""
     views = []
     for view in batch.views:
         view = rt.to_device(view)
@@ -110,7 +110,7 @@ def batch_to_device(batch: Batch, rt: Runtime) -> Batch:
 
 
 def train(run: Run, rt: Runtime, dataset: ImageDataset, *, resume: bool = False) -> Generator[Event, bool | None]:
-    """Train a Run to its end on a dataset, yielding events; drive it with a `for` loop.
+    """Train a Run to its end on a dataset, yielding events; iterate over it with a `for` loop.
 
     Sending True in reply to a Logged event, on every rank, stops training as a signal would. resume: continue from
     checkpoints/last.pt of the run; on a CPU the result is bit-identical to an uninterrupted run.
@@ -174,7 +174,7 @@ class _Job:
     folder: Path
     train_set: ImageDataset
     val_set: ImageDataset | None
-    """Labelled images of the online evaluation; None if there is none."""
+    """Labeled images of the online evaluation; None if there is none."""
     steps_per_epoch: int
     state: State
     model: nn.Module

@@ -49,7 +49,7 @@ def test_norm_last_keeps_unit_length():
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
 @pytest.mark.parametrize("bottleneck", [8, None])
 def test_layers_is_the_number_of_linear_layers(layers: int, bottleneck: int | None):
-    """App. C counts `layers` in all without the bottleneck, and with it one more, weight-normalised."""
+    """App. C counts `layers` in all without the bottleneck, and with it one more, weight-normalized."""
     head = DINOHead(12, 40, layers=layers, hidden=16, bottleneck=bottleneck)
     linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
     assert len(linear) == layers

@@ -11,7 +11,7 @@ from dino_ssl.viz.video import open_video, write_video
 
 
 def frames(count: int, height: int = 64, width: int = 96) -> list[np.ndarray]:
-    """Return grey frames of increasing brightness with a red upper left corner."""
+    """Return gray frames of increasing brightness with a red upper left corner."""
     made = []
     for i in range(count):
         frame = np.full((height, width, 3), 30 + 20 * i, np.uint8)

@@ -16,7 +16,7 @@ from dino_ssl.terminal import Terminal
 PLAIN_SECONDS = 60.0
 """Seconds between two plain lines about one run."""
 STYLES = {"done": "green", "failed": "red", "stopped": "yellow", "locked": "yellow", "waiting": "dim"}
-LABELS = {"locked": "another process trains it", "evaluated": "training"}
+LABELS = {"locked": "being trained by another process", "evaluated": "training"}
 
 
 class ProgressTable:

@@ -53,7 +53,7 @@ class RunJob:
 
     run: Run
     learned: str
-    """Digest of the settings that affect the result, to recognise identical runs."""
+    """Digest of the settings that affect the result, to recognize identical runs."""
     data: str
     """Fingerprint of the dataset."""
     evaluate_student: bool = False
@@ -73,8 +73,8 @@ class Stopped(Exception):  # noqa: N818 - not an error
 def complete(job: RunJob, rt: Runtime, terminal: Terminal, report: Report) -> Result:
     """Train the remaining steps, measure the missing metrics, and write result.json.
 
-    Raises Stopped after a signal, RunLocked if another process trains the run, and any error of the run after it is
-    written to failed.json.
+    Raises Stopped after a signal, RunLocked if another process is training the run, and any error of the run after it
+    is written to failed.json.
     """
     folder = Path(job.run.out)
     with run_lock(folder):
@@ -249,7 +249,7 @@ def _message(error: Exception) -> str:
 
 
 def main(path: str) -> int:
-    """Complete the job of a JSON file and print its progress; return the exit code."""
+    """Run the job described by a JSON file and print its progress; return the exit code."""
     environment.prepare()
     job = from_dict(RunJob, json.loads(Path(path).read_text()))
     with command_output(as_json=True) as (terminal, write), start(job.run.precision) as rt:

@@ -81,7 +81,7 @@ PREDICTOR = {"method": {"predictor": True}}
 TABLE14 = Table(
     name="table14",
     title="Table 14: from DINO to MoCo-v2 and BYOL",
-    protocol="ViT-S/16 on ImageNet, 300 epochs; linear top-1. MSE compares l2-normalised outputs, without sharpening.",
+    protocol="ViT-S/16 on ImageNet, 300 epochs; linear top-1. MSE compares l2-normalized outputs, without sharpening.",
     paper=vit_300,
     small=conv,
     metrics=("linear", "20-NN"),
@@ -148,7 +148,7 @@ HEAD_NORM = Table(
 
 
 def _head_layers(total: int, l2: bool, knn: float) -> Configuration:
-    """Count all linear layers, as the paper does: with the l2 bottleneck also the weight-normalised last one."""
+    """Count all linear layers, as the paper does: with the l2 bottleneck also the weight-normalized last one."""
     method = {"head_layers": total - 1} if l2 else {"head_layers": total, "head_bottleneck": 0}
     return Configuration(
         f"{total}-{'l2' if l2 else 'plain'}",
@@ -161,7 +161,7 @@ def _head_layers(total: int, l2: bool, knn: float) -> Configuration:
 
 HEAD_LAYERS = Table(
     name="head-layers",
-    title="App. C: layers of the head, with and without the l2-normalised bottleneck",
+    title="App. C: layers of the head, with and without the l2-normalized bottleneck",
     protocol="ViT-S/16 on ImageNet, 100 epochs, K = 4096; 20-NN.",
     paper=vit_100,
     small=conv,

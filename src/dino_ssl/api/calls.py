@@ -115,9 +115,9 @@ class Embedding:
 
     names: list[str]
     features: np.ndarray
-    """[N, D] float32, not normalised."""
+    """[N, D] float32, not normalized."""
     labels: list[str | None]
-    """Class names; None for an unlabelled image."""
+    """Class names; None for an unlabeled image."""
     skipped: list[Skipped]
     """Images that could not be read."""
 

@@ -33,7 +33,7 @@ EXAMPLES = """\
   dino train photos/                           train on a folder, with or without class folders
   dino train scenes --minutes 5                train on synthetic images
   dino eval knn runs/photos photos/            20-NN accuracy, with raw pixels and random weights as references
-  dino attention runs/photos photos/cat.jpg    attention maps of every head, and the mask of 60 % of the mass
+  dino attention runs/photos photos/cat.jpg    attention maps of every head, and masks that hold 60 % of the attention
   dino embed runs/photos photos/ -o features.parquet
 
 CHECKPOINT is a run folder, a file (.safetensors, .pth), a released network (dino_vits16) or timm:NAME.

@@ -67,7 +67,7 @@ class AblateOptions:
     dry_run: Flag = False
     """Print the configurations and exit."""
     json: Flag = False
-    """Print one JSON object on standard output, messages on standard error."""
+    """Print one JSON object to standard output, and messages to standard error."""
 
 
 def ablate(argv: Sequence[str]) -> int:
@@ -209,7 +209,7 @@ def run_serial(pending: Pending, terminal: Terminal) -> tuple[int | None, int]:
         except Stopped as stopped:
             return stopped.signal, num_failed
         except RunLocked:
-            terminal.print("another process trains it", style="yellow")
+            terminal.print("being trained by another process", style="yellow")
         except UserError as error:
             num_failed += 1
             terminal.print(f"failed: {error}", style="red")

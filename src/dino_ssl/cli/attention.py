@@ -33,7 +33,7 @@ SHEET_IMAGES = 24
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """Draw attention maps: each head, their mean, an overlay, and the mask of 60 % of the attention.
+    """Draw attention maps: each head, their mean, an overlay, and the mask that holds 60 % of the attention.
 
     Each image gets a folder with one file per panel; all.png shows all panels. A video becomes an MP4 of frame, mean
     and heads side by side. For a network without attention (a ResNet), the similarity of each patch to the pooled
@@ -51,7 +51,7 @@ class AttentionOptions:
     """X Y in pixels of the image: draw the attention of this point instead of the [CLS] token. Repeat --point for more
     points: each gets a color."""
     mass: float = 0.6
-    """Share of the attention that the masks keep."""
+    """Share of the attention that the masks hold."""
     size: ShortSide = None
     video: Flag = False
     """Treat folders as videos: their images, in natural order of their names, are the frames."""

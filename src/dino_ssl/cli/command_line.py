@@ -47,7 +47,7 @@ class SessionOptions:
     yes: Annotated[Flag, tyro.conf.arg(aliases=["-y"])] = False
     """Do not prompt; take the first choice of every question."""
     json: Flag = False
-    """Print one JSON object on standard output, messages on standard error."""
+    """Print one JSON object to standard output, and messages to standard error."""
     run: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
 
 

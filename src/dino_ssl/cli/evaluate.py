@@ -31,12 +31,12 @@ class Common:
     """Folder for the result's JSON (and masks); default: evals/ next to the checkpoint."""
     trust: Trust = False
     json: Flag = False
-    """Print one JSON object on standard output, and messages on standard error."""
+    """Print one JSON object to standard output, and messages to standard error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """Score existing results by the official measure, in fractions of 1; no network and no images are needed."""
+    """Score existing results with the official metric, as fractions of 1; no network and no images are needed."""
 
     results: tyro.conf.Positional[str]
     """Folder of the results: RESULTS/SEQUENCE/00001.png."""
@@ -45,7 +45,7 @@ class ScoreOptions:
     split: str = "val"
     """List of the benchmark: val, train, ..."""
     json: Flag = False
-    """Print one JSON object on standard output, and messages on standard error."""
+    """Print one JSON object to standard output, and messages to standard error."""
 
 
 def eval(argv: Sequence[str]) -> int:

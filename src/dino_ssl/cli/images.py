@@ -31,15 +31,15 @@ InputSize = Annotated[
 ShortSide = Annotated[
     int | None,
     tyro.conf.arg(
-        help="Short side in pixels of the network input; larger is finer. Default: 480, or twice the training size if "
-        "that is below 224."
+        help="Short side in pixels of the network input; larger inputs give finer maps. Default: 480, or twice the "
+        "training size if that is below 224."
     ),
 ]
 BatchSize = Annotated[int, tyro.conf.arg(help="Images per forward pass.")]
 Workers = Annotated[int, tyro.conf.arg(help="Worker processes that decode images; 0 decodes in the main process.")]
 Json = Annotated[
     tyro.conf.FlagCreatePairsOff[bool],
-    tyro.conf.arg(help="Print one JSON object on standard output, and messages on standard error."),
+    tyro.conf.arg(help="Print one JSON object to standard output, and messages to standard error."),
 ]
 Trust = Annotated[
     tyro.conf.FlagCreatePairsOff[bool],

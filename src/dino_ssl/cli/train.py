@@ -27,7 +27,7 @@ EXAMPLES = """\
   dino train photos/ --dry-run                       print the chosen settings only
   dino train photos/ --minutes 120                   as many epochs as fit into two hours
   dino train photos/ --preset vits16 --optim.epochs 300 --optim.batch-size 512
-  dino train photos/ --network timm:resnet18         any network of timm; or vit_small/8
+  dino train photos/ --network timm:resnet18         any timm model; or vit_small/8
   dino train photos/ --method byol                   a baseline; or moco, swav, supervised
   dino train photos/ --method mymodule:MyConfig      a custom method
   dino train scenes --minutes 5                      synthetic images

@@ -122,7 +122,7 @@ METHOD_CHECKS = (
     Check(
         "No bottleneck",
         lambda s: s.get("head_bottleneck") == 0 and s.get("head_layers") >= 3,
-        "{0.run.method.head_layers} head layers without the l2-normalised bottleneck do not learn (App. C: 0.1).",
+        "{0.run.method.head_layers} head layers without the l2-normalized bottleneck do not learn (App. C: 0.1).",
         "Set `method.head_bottleneck` to 256.",
     ),
     Check(
@@ -194,7 +194,7 @@ SIZE_CHECKS = (
 
 @dataclass
 class Curves:
-    """Means of the latest lines of metrics, and what earlier lines showed; nan if unknown, which passes all checks."""
+    """Means over the latest log lines, and extremes of all lines; nan if unknown, which passes all checks."""
 
     ln_k: float = math.nan
     """nan for methods without prototypes."""
@@ -211,7 +211,7 @@ class Curves:
     teacher_steps: int = 0
     """Steps since the first line."""
     teacher_update: float = 0.0
-    """Sum of 1 - m over these steps: the fraction of the student that the EMA teacher has taken over."""
+    """Sum of 1 - m over these steps: the fraction of the way to the student that the EMA teacher has moved."""
 
 
 DIVERGENCE = "Lower `optim.lr`, set `optim.clip_grad` to 1 or less, or set `precision` to float32."
@@ -268,7 +268,7 @@ OUTPUT_CHECKS = (
     Check(
         "Not learning yet",
         lambda c: c.loss > 0.9 * c.ln_k and c.marginal_entropy - c.loss < 0.01 * c.ln_k,
-        "the loss is {0.loss:.2f} of ln K = {0.ln_k:.2f}, near chance. Early in training this is usual. If it stays:",
+        "the loss is {0.loss:.2f}, near chance (ln K = {0.ln_k:.2f}). Early in training this is usual. If it stays:",
         "Raise the learning rate, lower the teacher's momentum (0.99 for small datasets), or use fewer prototypes.",
         fatal=False,
     ),
@@ -293,7 +293,7 @@ TEACHER_CHECKS = (
     Check(
         "Teacher not updated",
         lambda c: c.teacher_steps >= 50 and c.teacher_update <= 0.01,
-        "in {0.teacher_steps} steps the teacher took over {0.teacher_update:.2%} of the student.",
+        "in {0.teacher_steps} steps the teacher moved only {0.teacher_update:.2%} of the way to the student.",
         "Lower `method.momentum`: 0.996 for ten thousand steps or more, 0.97 to 0.99 for some thousand.",
     ),
 )

@@ -35,7 +35,7 @@ def read_mask(path: Path) -> np.ndarray:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             if image.mode not in ("P", "L", "1"):
-                raise BadImage(path, f"expected a mask as an indexed PNG, got an image in color ({image.mode})")
+                raise BadImage(path, f"expected a mask as an indexed PNG, got a color image ({image.mode})")
             return np.array(image, dtype=np.uint8)
     except FileNotFoundError:
         raise BadImage(path, "the mask is missing") from None

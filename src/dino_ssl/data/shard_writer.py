@@ -42,7 +42,7 @@ def pack(
 
     The dataset equals that of the folder, except for images that `settings` makes smaller. A run that was stopped is
     resumed; if `out` is complete, nothing is written. Raises UserError if the folder or the settings are not those that
-    `out` was begun with, or if a file cannot be read or written.
+    `out` was started with, or if a file cannot be read or written.
 
     Args:
         source: a folder of images, or shards.
@@ -79,7 +79,7 @@ def pack(
 
 
 def _check_unchanged(directory: Path, info: ShardInfo) -> None:
-    """Raise UserError if `directory` was not begun with these images and settings."""
+    """Raise UserError if `directory` was not started with these images and settings."""
     if not (directory / INFO).exists():
         raise UserError(f"{directory} exists and was not written by `dino data pack`. Choose a different `out`.")
     before = replace(read_info(directory), shards={}, fingerprint="", index_sha256="")

@@ -35,7 +35,7 @@ class Source(NamedTuple):
 
 
 VAL = Source("VAL", "Folder of class folders to evaluate on; default: a part of every class of TRAIN.", required=False)
-"""The second source of evaluations on labelled images, after TRAIN."""
+"""The second source of evaluations on labeled images, after TRAIN."""
 
 
 class Scores(dict[str, float]):

@@ -63,8 +63,8 @@ def fit_whitening(
     """Return the PCA whitening of x: eigenvectors of the covariance, divided by eigenvalue^power.
 
     Keeps `dimensions` components, at most as many as N descriptors determine. Eigenvalues are at least `floor` times
-    the largest. center=False uses second moments about zero. (The authors' code subtracts the mean but decorrelates
-    about zero, which whitens neither.)
+    the largest. center=False uses second moments about zero. (The authors' code subtracts the mean but uses
+    second moments about zero, so its outputs are not exactly white.)
     """
     if len(x) < 2:
         raise UserError(f"A whitening needs at least 2 images; got {len(x)}.")

@@ -69,7 +69,7 @@ def knn_accuracy(
     test_features, test_labels = _labelled(test_features, test_labels)
     if not len(train_labels) or not len(test_labels):
         raise UserError(
-            f"k-NN expected labelled training and test images; {len(train_labels)} training images and "
+            f"k-NN expected labeled training and test images; {len(train_labels)} training images and "
             f"{len(test_labels)} test images have a label.\n{CLASS_FOLDERS}"
         )
     classes, class_indices = torch.cat([train_labels, test_labels]).unique(return_inverse=True)
@@ -120,13 +120,13 @@ class KNN(Evaluation):
         check_range(self, "val_fraction", above=0, below=1)
 
     def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
-        """Open the labelled images."""
+        """Open the labeled images."""
         with context.progress("reading the datasets") as progress:
             train, val = labelled_pair(*sources, val_fraction=self.val_fraction, progress=progress)
         return self.prepare_datasets(train, val, context)
 
     def prepare_datasets(self, train: ImageDataset, val: ImageDataset, context: EvalContext) -> PreparedEval:
-        """Prepare the evaluation of two labelled datasets with the same classes."""
+        """Prepare the evaluation of two labeled datasets with the same classes."""
         data = {"train": described(train), "val": described(val)}
         return prepare_on_features(self.name, data, (train, val), partial(self._score, context), context, self.size)
 

@@ -120,7 +120,7 @@ class Linear(Evaluation):
         return FeatureSpec(blocks, patches if self.patches is None else self.patches)
 
     def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
-        """Open the labelled images."""
+        """Open the labeled images."""
         with context.progress("reading the datasets") as progress:
             pair = labelled_pair(*sources, val_fraction=self.val_fraction, seed=self.seed, progress=progress)
         train, val = labelled_alone(pair, "A linear classifier")

@@ -55,7 +55,10 @@ class LinearHeads:
         return distributed.all_reduce_sum(gradient).unflatten(1, self.weights.shape[1:])
 
     def step(self, features: Tensor, labels: Tensor, mask: Tensor, factor: float = 1.0) -> None:
-        """Update as torch.optim.SGD does: v <- momentum v + gradient + decay w; w <- w - factor lr v."""
+        """Update as torch.optim.SGD does: v <- momentum v + gradient + decay w; w <- w - factor lr v.
+
+        mask: as in `gradient`. factor: the learning rate schedule, relative to the peak.
+        """
         with torch.no_grad():
             gradient = self.gradient(features, labels, mask) + self.weight_decay * self.weights
             self.velocity.mul_(self.momentum).add_(gradient)

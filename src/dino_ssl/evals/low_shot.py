@@ -1,4 +1,4 @@
-"""Classification with few labels (Tables 10 and 12): logistic regression on frozen features of a labelled subset."""
+"""Classification with few labels (Tables 10 and 12): logistic regression on frozen features of a labeled subset."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -63,7 +63,7 @@ class LowShot(Evaluation):
 
     name: ClassVar[str] = "low-shot"
     sources: ClassVar[tuple[Source, ...]] = (
-        Source("TRAIN", "Folder of class folders from which labelled images are sampled; `scenes` generates images."),
+        Source("TRAIN", "Folder of class folders from which labeled images are sampled; `scenes` generates images."),
         VAL,
     )
     paper: ClassVar[str] = "Tables 10 and 12, Appendix A"
@@ -73,11 +73,11 @@ class LowShot(Evaluation):
   dino eval low-shot dino_vits16 imagenet/train imagenet/val --share --lists 1percent.txt 10percent.txt"""
 
     share: tuple[float, ...] = (0.01, 0.1)
-    """Fractions of every class of TRAIN that are labelled, at least one image; 1 uses all labels (Table 10)."""
+    """Fractions of every class of TRAIN that are labeled, at least one image; 1 uses all labels (Table 10)."""
     per_class: tuple[int, ...] = ()
-    """Numbers of labelled images per class."""
+    """Numbers of labeled images per class."""
     lists: tuple[str, ...] = ()
-    """Text files with the names of the labelled images, one per line: SimCLR's splits, as in Table 12. Give --share
+    """Text files with the names of the labeled images, one per line: SimCLR's splits, as in Table 12. Give --share
     without numbers to use the lists alone."""
     subsets: int = 5
     """Random subsets of each size; the score is their mean."""
@@ -98,7 +98,7 @@ class LowShot(Evaluation):
 
     def __post_init__(self) -> None:
         if not (self.share or self.per_class or self.lists):
-            raise UserError("Low-shot needs labelled images: set `share`, `per_class` or `lists`.")
+            raise UserError("Low-shot needs labeled images: set `share`, `per_class` or `lists`.")
         check_range(self, "share", above=0, most=1)
         check_range(self, "per_class", "subsets", "size", least=1)
         check_range(self, "seed", "k", least=0)
@@ -106,7 +106,7 @@ class LowShot(Evaluation):
         check_range(self, "val_fraction", above=0, below=1)
 
     def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
-        """Open the labelled images and sample the subsets."""
+        """Open the labeled images and sample the subsets."""
         with context.progress("reading the datasets") as progress:
             pair = labelled_pair(*sources, val_fraction=self.val_fraction, progress=progress)
         train, val = labelled_alone(pair, "Low-shot")

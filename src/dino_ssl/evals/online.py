@@ -40,7 +40,7 @@ class PreparedOnlineEval(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineEval:
-    """Accuracy on labelled images during training: weighted k-NN, or the method's own classifier if it trains one."""
+    """Accuracy on labeled images during training: weighted k-NN, or the method's own classifier if it trains one."""
 
     every_epochs: float = 1.0
     """Epochs between two evaluations; 0 disables them."""

@@ -63,7 +63,7 @@ def target_ranks(
     """Return the ranks of each query's targets when all database rows are ranked by cosine, in the order of `targets`.
 
     The ranking and the matrix [Q, N] are never stored: rows before a target are counted block by block. A row that
-    equals a target but is not one ranks before it, so constant descriptors find nothing. A row of zeros (an image
+    equals a target but is not one ranks before it, so constant descriptors score worst. A row of zeros (an image
     that could not be read) ranks last.
 
     Cosines are computed in float64 and compared in float32, so they do not depend on the block size, and copies of an

@@ -31,7 +31,7 @@ BRIGHTNESS, CONTRAST, SATURATION = map(
 NO_SOLARIZE = 256
 """A solarization threshold above all values."""
 NO_BLUR = np.ones(1, np.float32)
-"""A blur kernel that changes nothing."""
+"""The identity blur kernel."""
 
 _bytes, _image = types.Array(types.uint8, 2, "C"), types.Array(types.uint8, 2, "C", readonly=True)
 _floats, _ints = (types.Array(t, 1, "C", readonly=True) for t in (types.float32, types.int64))

@@ -34,7 +34,7 @@ class BYOLConfig(TeacherStudentConfig):
     head_hidden: int = 4096
     """Width of the hidden layers of projection head and predictor."""
     head_norm: Literal["none", "batch"] = "batch"
-    """Normalization layers in both. Without batch norm, BYOL collapses unless it is initialised carefully."""
+    """Normalization layers in both. Without batch norm, BYOL collapses unless it is initialized carefully."""
     predictor: bool = True
     """False removes the student's predictor, and the features collapse (Table 14, row 8: 0.1)."""
 

@@ -35,13 +35,13 @@ class DINOConfig(TeacherStudentConfig):
     head_hidden: int = 2048
     """Width of the head's hidden layers."""
     head_bottleneck: int = 256
-    """Width of the l2-normalised bottleneck; 0 removes it and its normalisation (App. C: 3 or 4 layers then fail)."""
+    """Width of the l2-normalized bottleneck; 0 removes it and its normalization (App. C: 3 or 4 layers then fail)."""
     head_norm: Literal["none", "batch"] = "none"
     """Normalization layers in the head. None for the paper's ViTs, batch norm for ResNet-50."""
     head_act: Literal["gelu", "relu"] = "gelu"
     """Activation in the head (App. C: GELU 69.7, ReLU 68.9)."""
     norm_last: bool = True
-    """Keep the prototypes l2-normalised, which is more stable; False was slightly better for ViT-S in long runs."""
+    """Keep the prototypes l2-normalized, which is more stable; False was slightly better for ViT-S in long runs."""
     predictor: bool = False
     """Add BYOL's predictor, as wide as the head, to the student (Table 7: 71.8 with, 72.8 without)."""
     teacher: Literal["momentum", "student", "previous-step", "previous-epoch"] = "momentum"
@@ -49,7 +49,7 @@ class DINOConfig(TeacherStudentConfig):
     targets: Literal["centering", "sinkhorn", "batch-softmax", "none"] = "centering"
     """Method against collapse to one prototype (Table 15). With none, the entropy goes to 0 (Fig. 7)."""
     loss: Literal["cross-entropy", "mse"] = "cross-entropy"
-    """mse compares l2-normalised outputs without temperatures (Tables 7 and 14)."""
+    """mse compares l2-normalized outputs without temperatures (Tables 7 and 14)."""
     student_temp: float = 0.1
     """Temperature of the student, tau_s (Sec. 3.2)."""
     warmup_teacher_temp: float = 0.04
@@ -78,7 +78,7 @@ class DINOConfig(TeacherStudentConfig):
         if self.targets in ("sinkhorn", "batch-softmax"):
             if self.loss == "mse":
                 raise UserError(
-                    f"`method.loss` mse needs `method.targets` centering or none; got {self.targets}, which normalises "
+                    f"`method.loss` mse needs `method.targets` centering or none; got {self.targets}, which normalizes "
                     "over prototypes."
                 )
             first = self.warmup_teacher_temp if self.warmup_teacher_temp_epochs else self.teacher_temp

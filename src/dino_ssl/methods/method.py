@@ -37,7 +37,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, clock: Clock, targets: Any = None) -> Outputs:
-        """Return the loss of normalised views without changing the method's state.
+        """Return the loss of normalized views without changing the method's state.
 
         targets: the item of `prepare_targets` that belongs to `batch`, if it is a micro-batch.
         """
@@ -127,7 +127,7 @@ class BuildContext(NamedTuple):
 
 
 class MethodConfig(ABC):
-    """Settings of a method: a frozen dataclass whose fields become flags, and facts that the rest of a run needs."""
+    """Settings of a method: a frozen dataclass whose fields become flags, and properties that other modules need."""
 
     global_views: ClassVar[int] = 1
     """Views of the first resolution that the method needs of each image."""
@@ -144,7 +144,7 @@ class MethodConfig(ABC):
 
     @property
     def summary(self) -> str:
-        """A few words for the plan."""
+        """Short description shown in the plan."""
         return type(self).__name__.removesuffix("Config")
 
     @property

@@ -33,7 +33,7 @@ class Queue(nn.Module):
         self.place.copy_((self.place + len(rows)) % size)
 
     def is_full(self) -> bool:
-        """Return True if no entry is empty; synchronizes with the device until this is so."""
+        """Return True if no entry is empty; synchronizes with the device as long as it returns False."""
         self._full = self._full or bool(self.born[-1] >= 0)
         return self._full
 

@@ -41,7 +41,7 @@ class SupervisedConfig(MethodConfig):
     cutmix_share: float = 0.5
     """Probability of CutMix instead of mixup if both are enabled."""
     head_scale: float = 0.001
-    """Factor on the classifier's initial weights; a small one changes a pretrained backbone gently at first."""
+    """Factor on the classifier's initial weights; a small one limits the first updates of a pretrained backbone."""
 
     def __post_init__(self) -> None:
         check_range(self, "smoothing", "cutmix_share", prefix="method.", least=0, most=1)
@@ -50,7 +50,7 @@ class SupervisedConfig(MethodConfig):
 
     @property
     def summary(self) -> str:
-        """A word for the plan."""
+        """Short description shown in the plan."""
         return "supervised"
 
     def build(self, context: BuildContext) -> "Supervised":
@@ -69,7 +69,7 @@ class SupervisedConfig(MethodConfig):
         return self.mixup == self.cutmix == 0
 
     def filter_dataset(self, dataset: ImageDataset) -> ImageDataset:
-        """Return the labelled images. Raise UserError if there are none."""
+        """Return the labeled images. Raise UserError if there are none."""
         if dataset.labels is None or not (dataset.labels >= 0).any():
             raise UserError(
                 "Supervised training needs labels, and this dataset has none: put the images of each class in a folder "
@@ -100,7 +100,7 @@ class Supervised(Method):
 
         The mix is a function of (seed, step), so that it is equal on all ranks and after a resume.
         """
-        assert batch.labels is not None, "filter_dataset selects labelled images"
+        assert batch.labels is not None, "filter_dataset selects labeled images"
         views = batch.views[0]
         num_classes = self.network.head.out_features
         assert isinstance(num_classes, int)

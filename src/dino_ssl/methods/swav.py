@@ -85,7 +85,7 @@ class SwAVConfig(MethodConfig):
 
 
 class PrototypeHead(nn.Module):
-    """A projection to l2-normalised features, [n, D] -> [n, d], and l2-normalised prototypes, [..., d] -> [..., K]."""
+    """A projection to l2-normalized features, [n, D] -> [n, d], and l2-normalized prototypes, [..., d] -> [..., K]."""
 
     def __init__(self, projection: nn.Module, dim: int, count: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class SwAV(Method):
 
     def forward(self, batch: Batch, clock: Clock, targets: None = None) -> Outputs:
         """SwAV's Eq. 1 and 2 in both directions, and from each local view to both global ones."""
-        features = self.network(batch.views)  # [V, B, D], l2-normalised
+        features = self.network(batch.views)  # [V, B, D], l2-normalized
         logits = self.head.prototypes(features)  # [V, B, K]
         global_features = features[: self.config.global_views].detach()
         assignments = self.assign(global_features, clock)
@@ -144,7 +144,7 @@ class SwAV(Method):
             self.head.prototypes.weight.grad = None
 
     def after_step(self, carry: Tensor, clock: Clock) -> None:
-        """Normalise the prototypes and push the features [B, G, D] (`carry`) to the queue."""
+        """Normalize the prototypes and push the features [B, G, D] (`carry`) to the queue."""
         self.head.normalize_prototypes()
         if self.queue is not None and clock.step >= self._queue_start(clock):
             self.queue.push(distributed.unshard(carry), clock.step)

@@ -27,7 +27,7 @@ class Features(NamedTuple):
 class Backbone(nn.Module, ABC):
     """The network f of the paper: images in, one feature vector per image out (Sec. 3.1).
 
-    Images are float [B, 3, H, W] of any size, normalised with ImageNet's mean and standard deviation.
+    Images are float [B, 3, H, W] of any size, normalized with ImageNet's mean and standard deviation.
     """
 
     embed_dim: int
@@ -89,7 +89,7 @@ class Attentive(Backbone):
 
 
 class BackboneConfig(ABC):
-    """Settings of a backbone: a frozen dataclass whose fields become flags, and the facts that other modules need.
+    """Settings of a backbone: a frozen dataclass whose fields become flags, and the properties that other modules need.
 
     A backbone from another module is one file with a `Backbone` and a subclass of this class.
     """

@@ -82,8 +82,8 @@ class Attention(nn.Module):
     def project_qkv(self, x: Tensor, parts: slice = slice(0, 3)) -> Tensor:
         """Return queries, keys and values, or the given slice of them: [..., D] -> [..., 3, heads, d].
 
-        The bias of the keys is omitted: it adds q . b to all scores of a query, which softmax cancels, so its gradient
-        is rounding error, from which AdamW would make a random walk.
+        The bias of the keys is omitted: it adds q . b to all scores of a query, which softmax cancels. Its gradient is
+        rounding error, which AdamW would scale up to a random walk.
         """
         bias = self.qkv.bias
         if bias is not None:
@@ -116,7 +116,7 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise linear layers: truncated normal of deviation 0.02, bias 0. Other modules keep torch's default."""
+    """Initialize linear layers: truncated normal of deviation 0.02, bias 0. Other modules keep torch's default."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""Projection heads h, and the network g = h after f that a method trains (Sec. 3.1, Fig. 9, App. C)."""
+"""Projection heads h, and the network g(x) = h(f(x)) that a method trains (Sec. 3.1, Fig. 9, App. C)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,9 +19,9 @@ ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class DINOHead(nn.Module):
-    """An MLP to a narrow bottleneck, l2 normalisation, and a weight-normalised layer of K prototypes: [n, D] -> [n, K].
+    """An MLP to a narrow bottleneck, l2 normalization, and a weight-normalized layer of K prototypes: [n, D] -> [n, K].
 
-    With `bottleneck=None` (App. C) there is neither bottleneck nor normalisation, but `layers` plain linear layers, the
+    With `bottleneck=None` (App. C) there is neither bottleneck nor normalization, but `layers` plain linear layers, the
     last of which gives the K outputs; `norm_last` has no effect then.
     """
 
@@ -61,7 +61,7 @@ class DINOHead(nn.Module):
 
 
 class MLPHead(nn.Module):
-    """Linear layers with norm and activation in between, [n, D] -> [n, d]; the outputs are not normalised.
+    """Linear layers with norm and activation in between, [n, D] -> [n, d]; the outputs are not normalized.
 
     The projection head of BYOL, MoCo-v2 and SwAV, and BYOL's predictor q (Grill et al., 2020, Sec. 3.2; Tables 7, 14).
     """
@@ -90,14 +90,14 @@ class MLPHead(nn.Module):
 class WeightNormLinear(nn.Module):
     """A linear layer x -> (g v / |v|) x without bias, with one scale g and direction v per output.
 
-    Weight normalisation (Salimans and Kingma, 2016). The scales are 1, and constant unless `learn_scale`: the outputs
+    Weight normalization (Salimans and Kingma, 2016). The scales are 1, and constant unless `learn_scale`: the outputs
     are then cosine similarities to K prototypes.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, learn_scale: bool) -> None:
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=learn_scale)
-        # Initialised as the weights of nn.Linear; their scale does not matter, since |v| is divided out.
+        # Initialized as the weights of nn.Linear; their scale does not matter, since |v| is divided out.
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def mlp(widths: Sequence[int], *, norm: Norm = "none", act: Activation = "gelu",
 
 
 class Network(nn.Module):
-    """g = h after f: a backbone and a head over stacked views (Sec. 3.1), and a predictor after them if given."""
+    """g(x) = h(f(x)): a backbone and a head over stacked views (Sec. 3.1), and a predictor after them if given."""
 
     def __init__(self, backbone: Backbone, head: nn.Module, predictor: nn.Module | None = None) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ class CPUSyncBatchNorm(_BatchNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised input, and timm's `drop` and `act` of it if this was one of timm's fused norms."""
+        """Return the normalized input, and timm's `drop` and `act` of it if this was one of timm's fused norms."""
         synced = self.training and distributed.world_size() > 1
         x = self._normalize_over_ranks(input) if synced else super().forward(input)
         for name in ("drop", "act"):

@@ -19,16 +19,16 @@ from dino_ssl.models.backbone import Attentive, Backbone, BackboneConfig, Featur
 
 @dataclass(frozen=True, kw_only=True)
 class Timm(BackboneConfig):
-    """A network of timm by name: resnet50, convnext_tiny, swin_tiny_patch4_window7_224, ..."""
+    """A timm model by name: resnet50, convnext_tiny, swin_tiny_patch4_window7_224, ..."""
 
     name: str = "resnet50"
-    """timm's name of the network, as listed by `timm.list_models("*xcit*")`."""
+    """The timm model name, as listed by `timm.list_models("*xcit*")`."""
     drop_path: float = 0.0
     """Stochastic depth rate, for networks that support it. The teacher has none."""
     pretrained: bool = False
     """Start from timm's pretrained weights, which are downloaded."""
     args: tuple[tuple[str, str], ...] = ()
-    """Additional arguments of timm's create_model as (name, Python value) pairs, e.g. (img_size, 96)."""
+    """Additional arguments of timm's create_model as (name, value) pairs, e.g. (img_size, 96)."""
 
     def build(self, *, drop_path: float | None = None) -> Backbone:
         """Return the network without its classifier; `drop_path` overrides the setting (0 for a teacher)."""
@@ -52,7 +52,7 @@ class Timm(BackboneConfig):
 
 
 class TimmBackbone(Backbone):
-    """The part of the contract that is equal for all of timm's networks."""
+    """The part of the interface that all timm models share."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -95,9 +95,9 @@ class TimmBackbone(Backbone):
 
 
 class TimmNetwork(TimmBackbone):
-    """A ConvNet, or any network of timm with a feature map or patch tokens.
+    """A ConvNet, or any timm model with a feature map or patch tokens.
 
-    The feature vector is timm's: the global average of a ConvNet (normalised in ConvNeXt and others), the [CLS] token
+    The feature vector is timm's: the global average of a ConvNet (normalized in ConvNeXt and others), the [CLS] token
     of XCiT. If timm has a hidden layer after pooling (MobileNetV3), D is its width, and the spatial map has another
     width.
     """
@@ -220,7 +220,7 @@ def _literal(value: str) -> Any:
 
 
 def _is_plain_vit(net: Any) -> bool:
-    """Return True for a ViT whose feature vector is the normalised [CLS] token and whose attention is a softmax."""
+    """Return True for a ViT whose feature vector is the normalized [CLS] token and whose attention is a softmax."""
     from timm.models.vision_transformer import Attention, VisionTransformer  # pyright: ignore[reportPrivateImportUsage]
 
     return (

@@ -174,11 +174,11 @@ class VisionTransformer(Attentive):
         self.grad_checkpointing = enable
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Return the normalised tokens of the last block as timm's `forward_features`: [B, 1 + registers + h w, D]."""
+        """Return the normalized tokens of the last block as timm's `forward_features`: [B, 1 + registers + h w, D]."""
         return self.get_intermediate_layers(images)[0]
 
     def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
-        """Return the normalised tokens of the last n blocks as the authors' method: [B, 1 + registers + h w, D]."""
+        """Return the normalized tokens of the last n blocks as the authors' method: [B, 1 + registers + h w, D]."""
         if not 1 <= n <= self.num_blocks:
             raise UserError(f"Expected 1 to {self.num_blocks} layers (blocks of this network), got {n}.")
         tokens, outputs = self.embed(images), []

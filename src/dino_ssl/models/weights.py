@@ -2,7 +2,7 @@
 
 Known layouts of a .pth or .pt file: weights of a backbone; this project's checkpoints, whose "backbone" is the prefix
 of the exported backbone in "method"; the authors' full checkpoints, whose "student" and "teacher" hold
-module.backbone.* and module.head.*; weights below a key "state_dict" or "model".
+module.backbone.* and module.head.*; weights under a key "state_dict" or "model".
 """
 
 import argparse

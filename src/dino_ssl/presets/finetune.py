@@ -1,8 +1,8 @@
 """Fine-tuning of a trained backbone with labels (Sec. 4.2.3, Tables 6 and 11): DeiT's recipe.
 
 `dino eval finetune CHECKPOINT TRAIN VAL --preset finetune-cifar10` replaces the preset's network by the checkpoint's.
-The paper only says "the protocol of DeiT". Numbers of epochs, batch sizes and learning rates are from later answers of
-its authors; other settings are DeiT's defaults, if they are known. DeiT's learning rates are for a batch of 512, those
+The paper only says "the protocol of DeiT". Numbers of epochs, batch sizes and learning rates are from the authors'
+later answers; other settings are DeiT's defaults, if known. DeiT's learning rates are for a batch of 512, those
 of this project for 256, so `optim.lr` is half of DeiT's. Two differences: the learning rate follows its cosine per
 step, not per epoch, and positions and the [CLS] token have weight decay, as in the authors' pretraining.
 

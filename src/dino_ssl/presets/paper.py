@@ -28,7 +28,7 @@ def vits16() -> Run:
 def vits16_300() -> Run:
     """ViT-S/16, 300 epochs, batch 1024: 73.3 / 76.0, in 2.6 days on 16 GPUs (authors' README, "boosted").
 
-    The teacher temperature warms up from 0.04 to 0.07, and the prototypes are not normalised.
+    The teacher temperature warms up from 0.04 to 0.07, and the prototypes are not normalized.
     """
     return edit(
         vits16(),

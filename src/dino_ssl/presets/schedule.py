@@ -21,8 +21,9 @@ def fit_schedule(run: Run, epochs: int) -> Run:
 def short_schedule(run: Run, steps: int) -> Run:
     """Return the run with schedules for this number of steps, if they are fewer than FULL_SCHEDULE_STEPS.
 
-    The learning rate decays to one half, and the EMA teacher stays fast. `small()` then reaches 53.4 % after half an
-    hour and 180,000 images, and 44.9 % with the full schedules (LOG.md). Methods without such settings are unchanged.
+    The learning rate decays only to half of its peak, and the EMA momentum stays low. `small()` then reaches 53.4 %
+    after half an hour and 180,000 images, instead of 44.9 % with the usual final values (LOG.md). Methods without such
+    settings are unchanged.
     """
     method = run.method.for_few_steps()
     if steps >= FULL_SCHEDULE_STEPS or method is None:

@@ -42,7 +42,7 @@ def matmul_throughput(device: torch.device, precision: Precision) -> Throughput:
 
 @torch.no_grad()
 def memory_bandwidth(device: torch.device, memory: int) -> Throughput:
-    """Measure bytes/s through main memory, of which there are `memory` bytes: reading, copying, adding."""
+    """Measure the bandwidth of a main memory of `memory` bytes, in bytes/s: reading, copying, adding."""
     size = min(BUFFER["cpu" if device.type == "cpu" else "gpu"], memory // 32)
     a, b, out = (torch.ones(size // 4, device=device) for _ in range(3))
     kernels = [

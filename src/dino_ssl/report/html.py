@@ -67,7 +67,7 @@ def image_table(headings: Iterable[str], rows: Iterable[str]) -> str:
 
 
 def settings_card(title: str, kind: str, rows: Iterable[tuple[str, str, bool]]) -> str:
-    """Return a card of (name, value, is default); defaults are pale."""
+    """Return a card of (name, value, is default); defaults are gray."""
     items = "".join(
         f"<dt{css}>{escape(name)}</dt><dd{css}>{escape(value)}</dd>"
         for name, value, is_default in rows

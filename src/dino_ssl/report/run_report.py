@@ -78,10 +78,10 @@ def _headline(info: Mapping[str, Any], history: History) -> str:
         values = {"this run": best[name], **_references(info, history, name)}
         note = f"Best, at epoch {best.get('epoch', 0):.3g}; the last is {rows[-1][name]:.1f} %."
         tiles.append(html.bars(f"{name} accuracy on the validation set", values, note))
-    limit = f"of ln K = {math.log(prototypes):.2f}" if prototypes else ""
+    log_k = f"ln K = {math.log(prototypes):.2f}" if prototypes else ""
     for key, label, note in (
-        ("loss", "Loss", limit),
-        ("teacher_entropy", "Teacher entropy", limit),
+        ("loss", "Loss", log_k and f"chance level: {log_k}"),
+        ("teacher_entropy", "Teacher entropy", log_k and f"maximum: {log_k}"),
         ("kl", "KL, teacher to student", "0: the student equals the teacher"),
     ):
         if values := history.line(key)[1]:
@@ -100,7 +100,7 @@ def _curves(info: Mapping[str, Any], history: History) -> str:
     references = _references(info, history, name)
     entropies = {"teacher": history.line("teacher_entropy"), "mean over the batch": history.line("marginal_entropy")}
     loss_note = "At ln K the student is at chance." if log_k else ""
-    entropy_note = "Teacher at 0: one prototype for all images. At ln K: uniform. Healthy is in between."
+    entropy_note = "Teacher at 0: one-hot targets. At ln K: uniform targets. A healthy run stays in between."
     figures = charts(
         chart(accuracy, title="Accuracy", unit=" %", references=references, from_zero=True),
         chart({"loss": history.line("loss")}, title="Loss", references=log_k, note=loss_note),

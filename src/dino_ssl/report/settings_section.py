@@ -33,7 +33,7 @@ def settings_section(run: Run) -> str:
     cards = [_card("Run", "", run), *(_card(TITLES[name], type_name(type(v)), v) for name, v in nested.items())]
     return html.section(
         "Settings",
-        "All settings of run.json; defaults are pale.",
+        "All settings of run.json; defaults are gray.",
         f'<div class="grid settings">{"".join(cards)}</div>',
     )
 

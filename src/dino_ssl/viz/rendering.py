@@ -38,7 +38,7 @@ def rescale(values: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, values: np.ndarray, *, colormap: str = "inferno", strength: float = 0.75) -> np.ndarray:
-    """Return the map drawn over the image, which is grey and dark where the map is low."""
+    """Return the map drawn over the image, which is gray and dark where the map is low."""
     shape = image.shape[:2]
     level = _resize(rescale(values), shape, smooth=True)[..., None]
     base = 0.35 * image + 0.65 * np.repeat(_grey(image) * 0.55, 3, axis=2)
@@ -49,7 +49,7 @@ def overlay(image: np.ndarray, values: np.ndarray, *, colormap: str = "inferno",
 
 
 def cutout(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return the image inside of the mask [h, w], dark grey outside, with a line at the edge of its patches."""
+    """Return the image inside of the mask [h, w], dark gray outside, with a line at the edge of its patches."""
     height, width = image.shape[:2]
     inside = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
     outside = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB) * 0.22

@@ -18,7 +18,7 @@ SAVE_OPTIONS = dict(dpi=150, bbox_inches="tight")
 
 
 def scatter(path: Path, points: np.ndarray, labels: Sequence[str | None], title: str) -> Path:
-    """Draw points [N, 2] as dots, one color per label. None is grey."""
+    """Draw points [N, 2] as dots, one color per label. None is gray."""
     names = sorted({label for label in labels if label is not None})
     figure, axes = _empty_figure(title, side=9)
     size = float(np.clip(4000 / max(len(points), 1), 4, 60))

@@ -82,8 +82,8 @@ def _block_of(name: str) -> tuple[str, str] | None:
 def make_copies(dataset: ImageDataset, originals: int, seed: int = 0) -> Copies:
     """Return distorted copies of randomly chosen images, with the other images as distractors.
 
-    A tenth of the others, at most as many as originals, are backgrounds into which copies are pasted; these are not
-    searched.
+    A tenth of the other images, at most as many as originals, are backgrounds into which copies are pasted; these are
+    not part of the searched database.
     """
     if len(dataset) < 4:
         raise UserError(f"Distorted copies need a dataset of at least 4 images; got {len(dataset)}.")
@@ -95,7 +95,7 @@ def make_copies(dataset: ImageDataset, originals: int, seed: int = 0) -> Copies:
 
 
 def distort(originals: ImageDataset, pages: ImageDataset, others: ImageDataset | None, seed: int = 0) -> Copies:
-    """Return the benchmark of every distortion of every original; copies are pasted into `pages`."""
+    """Return the benchmark of every distortion of every original; `pages` are the backgrounds of pasted copies."""
     copies = DistortedCopies(originals, pages, seed)
     kinds = [kind.split("_") for _, kind in copies.items]
     blocks = [(_BLOCK.get(kind, kind), strength) for kind, strength in kinds]
