@@ -6,12 +6,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
 from dino_ssl.config import edit
 from dino_ssl.data.loader import sample_rng
 from dino_ssl.data.synthetic.scenes import Scenes
-from dino_ssl.data.transforms.augment import Augment, _operations
+from dino_ssl.data.transforms.augment import MAX_MAGNITUDE, Augment, _operations
 from dino_ssl.data.transforms.eval import MEAN, STD, denormalize, normalize
 from dino_ssl.errors import UserError
 
@@ -63,6 +64,15 @@ def test_half_of_the_operations_are_applied_and_magnitude_0_is_weaker() -> None:
     assert weak.mean() < 0.75 * strong.mean()
 
 
+def test_every_operation_works_at_the_largest_magnitude() -> None:
+    """Timm's posterize has 0 bits at magnitude 10, which Pillow refuses."""
+    image = Image.fromarray(IMAGE)
+    for magnitude_std in (0.0, 5.0):
+        for seed in range(8):
+            random.seed(seed)
+            assert all(op(image).size == image.size for op in _operations(10.0, magnitude_std))
+
+
 def test_erased_rectangle_has_the_specified_area_and_normal_noise() -> None:
     transform, rng, black = edit(IDENTITY, erase=1.0), np.random.default_rng(0), np.zeros((64, 64, 3), np.uint8)
     shares, noise = [], []
@@ -84,7 +94,8 @@ def test_erased_rectangle_has_the_specified_area_and_normal_noise() -> None:
 
 
 def test_operations_are_those_of_timms_rand_augment() -> None:
-    reference = rand_augment_transform("rand-m9-mstd0.5-inc1", {"img_mean": (124, 116, 104)})
+    hparams = {"img_mean": (124, 116, 104), "magnitude_max": MAX_MAGNITUDE}
+    reference = rand_augment_transform("rand-m9-mstd0.5-inc1", hparams)
     assert list(map(repr, _operations(9.0, 0.5))) == [repr(op).replace("m=9,", "m=9.0,") for op in reference.ops]
     assert len(reference.ops) == 15
     assert all(a.kwargs == b.kwargs for a, b in zip(_operations(9.0, 0.5), reference.ops, strict=True))

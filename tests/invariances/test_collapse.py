@@ -261,6 +261,7 @@ def feed(collapse_policy: policy.CollapsePolicy, steps: range, line: Line, *, sa
                 "scaler": {},
                 "best": {},
                 "data": "",
+                "backbone": "",
             }
             checkpoint.save(Path(run.out) / "checkpoints/last.pt", saved)  # pyright: ignore[reportArgumentType]
     return ended

@@ -83,6 +83,9 @@ class Augment:
             return [_erase(view, self.erase_area) if rng.random() < self.erase else view]
 
 
+MAX_MAGNITUDE = 9.99
+"""At 10, timm posterizes to 0 bits, which Pillow refuses."""
+
 Operation = Callable[[Image.Image], Image.Image]
 
 
@@ -98,7 +101,8 @@ def _operations(magnitude: float, magnitude_std: float) -> list[Operation]:
     """Return the fifteen operations of timm's `rand-m{magnitude}-mstd{magnitude_std}-inc1`."""
     from timm.data.auto_augment import rand_augment_choices, rand_augment_ops
 
-    hparams = {"magnitude_std": magnitude_std, "img_mean": tuple(min(255, round(255 * value)) for value in MEAN)}
+    mean = tuple(min(255, round(255 * value)) for value in MEAN)
+    hparams = {"magnitude_std": magnitude_std, "magnitude_max": MAX_MAGNITUDE, "img_mean": mean}
     return rand_augment_ops(magnitude, hparams=hparams, transforms=rand_augment_choices("", increasing=True))
 
 
