@@ -326,7 +326,7 @@ def saved_in(folder: Path) -> dict[str, list[tuple[str, Any]]]:
 
 
 def bits(value: Any) -> tuple[Any, ...]:
-    """What has to be equal of a tensor or a number; nan equals nan, and 0.0 differs from -0.0."""
+    """Return the bits to compare of a tensor or a number; nan equals nan, and 0.0 differs from -0.0."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return type(value), np.asarray(value).tobytes()
