@@ -64,7 +64,7 @@ def test_invalid_masks_are_reported(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "colours.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n...")
     Image.fromarray(MASK).save(tmp_path / "photo.jpg")
-    for name, message in (("colours", "in color"), ("broken", "cannot be read"), ("none", "mask is missing")):
+    for name, message in (("colours", "color image"), ("broken", "cannot be read"), ("none", "mask is missing")):
         with pytest.raises(UserError, match=message):
             read_mask(tmp_path / f"{name}.png")
     with pytest.raises(UserError, match="indexed PNG"):
