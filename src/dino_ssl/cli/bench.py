@@ -12,7 +12,6 @@ from dino_ssl import __version__, runtime
 from dino_ssl.cli.command_line import CommandLine
 from dino_ssl.cli.options import Flag
 from dino_ssl.config import edit
-from dino_ssl.data.folder import Folder
 from dino_ssl.errors import check_range
 from dino_ssl.methods import MethodName
 from dino_ssl.presets import resolve
@@ -64,7 +63,7 @@ def bench(argv: Sequence[str]) -> int:
         run = choose_precision(options.run, command_line, machine)
         batch_size = run.optim.batch_size if command_line.has("--optim.batch-size") else None
         with runtime.start(run.precision), terminal.progress("profiling") as progress:
-            dataset = None if isinstance(run.data, Folder) and not run.data.path else run.data.open(progress)
+            dataset = run.data.open(progress) if run.data.is_given else None
             measured = measure(run, machine, dataset, progress, batch_size=batch_size, steps=options.steps)
         title = f"{machine.name}, {machine.cores} cores, {machine.device}, {run.precision}"
         terminal.table(title, ("", "", ""), table(measured))

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from dino_ssl.api.resolve import ExistingRun, find_run
-from dino_ssl.data.folder import Folder
 from dino_ssl.errors import UserError
 from dino_ssl.files import check_writable
 from dino_ssl.terminal import Terminal
@@ -46,7 +45,5 @@ def choose_run_dir(
 
 
 def _default_name(options: Any) -> str:
-    data = options.run.data
-    source = Path(data.path).resolve().name if isinstance(data, Folder) else type(data).__name__.lower()
     preset = (options.preset_name or "").rpartition(":")[2]
-    return "-".join(part for part in (source or "images", preset) if part)
+    return "-".join(part for part in (options.run.data.short_name or "images", preset) if part)

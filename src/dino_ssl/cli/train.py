@@ -16,7 +16,6 @@ from dino_ssl.cli.flags import with_flags
 from dino_ssl.cli.run_dir import choose_run_dir
 from dino_ssl.config import edit, to_dict
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset
-from dino_ssl.data.folder import Folder
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.run import Run
 from dino_ssl.runtime import start
@@ -115,7 +114,7 @@ def _check(options: Any, line: CommandLine) -> None:
         for name in ("preset", "network", "method", "minutes", "name"):
             if getattr(options, name, None) is not None:
                 raise UserError(f"--{name} is for a new run, --resume for an existing one. Omit one of them.")
-    elif isinstance(options.run.data, Folder) and not options.run.data.path:
+    elif not options.run.data.is_given:
         raise UserError(
             "No dataset given. Expected a folder of images: dino train photos/\n"
             "`dino train scenes` trains on synthetic images; `dino train --help` shows more."

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from operator import eq
+from pathlib import Path
 from typing import Literal, NamedTuple, overload
 
 import numpy as np
@@ -194,6 +195,21 @@ class DatasetConfig(ABC):
     def spec(self) -> str:
         """The name on the command line, apart from settings: a path, `scenes`, or MODULE:CLASS."""
         return f"{type(self).__module__}:{type(self).__qualname__}"
+
+    @property
+    def short_name(self) -> str:
+        """The first part of the name of a run's folder."""
+        return type(self).__name__.lower()
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the images; None if they are not files."""
+        return None
+
+    @property
+    def is_given(self) -> bool:
+        """False if the user has to name a folder first."""
+        return True
 
     @abstractmethod
     def open(self, progress: Progress | None = None) -> ImageDataset:

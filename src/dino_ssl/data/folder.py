@@ -33,9 +33,24 @@ class Folder(DatasetConfig):
         """The path."""
         return self.path
 
+    @property
+    def short_name(self) -> str:
+        """The name of the folder."""
+        return Path(self.path).resolve().name
+
+    @property
+    def folder(self) -> Path:
+        """The path, with the home directory for `~`."""
+        return Path(self.path).expanduser()
+
+    @property
+    def is_given(self) -> bool:
+        """False if the path is empty, as in presets."""
+        return bool(self.path)
+
     def open(self, progress: Progress | None = None) -> ImageDataset:
         """List the images and read their headers; `progress` receives (done, total)."""
-        root = Path(self.path).expanduser()
+        root = self.folder
         if is_shards(root):
             return open_shards(root, progress)
         if not root.exists():

@@ -137,16 +137,14 @@ def described(dataset: ImageDataset) -> dict[str, int | str]:
 
 def source_name(source: DatasetSource) -> str:
     """Return a short name of a source for messages: the path of a folder, otherwise the name or type."""
-    if isinstance(source, Folder):
-        return source.path
+    if isinstance(source, DatasetConfig) and source.folder is not None:
+        return source.spec
     return str(source) if isinstance(source, str | Path) else f"the dataset ({type(source).__name__})"
 
 
 def folder_path(source: DatasetSource) -> Path | None:
     """Return the path of a source that is a file or folder; None for synthetic datasets and Python objects."""
-    if isinstance(source, Folder):
-        return Path(source.path).expanduser()
-    return Path(source).expanduser() if isinstance(source, str | Path) and str(source) not in WORDS else None
+    return dataset_config(source, "train").folder if isinstance(source, str | Path | DatasetConfig) else None
 
 
 def synthetic_scenes(source: DatasetSource, **changes: Any) -> Scenes | None:
