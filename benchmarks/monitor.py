@@ -28,9 +28,9 @@ from dino_ssl.collapse.monitor import Monitor
 from dino_ssl.config import edit
 from dino_ssl.data.batch import Batch
 from dino_ssl.feature_stats import FeatureStats
-from dino_ssl.meter import Meter
 from dino_ssl.methods.dino import DINO, Carry, DINOConfig
 from dino_ssl.methods.method import Outputs
+from dino_ssl.metrics import Meter
 from dino_ssl.objectives import P, cross_entropy_over_pairs, h, log_P
 from dino_ssl.optim import clip_grad_norm_per_tensor_, set_lr_and_weight_decay
 from dino_ssl.presets import resolve
@@ -98,7 +98,7 @@ def _version(run: Run, rt: Runtime, batch: Batch, monitored: bool) -> Version:
     state = State(method, run.optim.build(method.trainable), rt.scaler())
     monitor = Monitor(run.method.num_prototypes, run, CLOCK.steps_per_epoch)
     stats = FeatureStats(method.backbone)
-    meter = Meter(run.schedules(), 1, (lambda: stats.measure() | method.diagnostics()) if monitored else None)
+    meter = Meter(run.schedules(), 1, (lambda: stats.measure() | method.diagnostics()) if monitored else dict)
     line = 0
 
     def turn() -> None:

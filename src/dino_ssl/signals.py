@@ -1,9 +1,8 @@
 """Ctrl-C and SIGTERM: a request to stop that training reads between two steps."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import threading
+from typing import Any, Self
 
 import torch
 
@@ -12,38 +11,31 @@ from dino_ssl.runtime import Runtime
 
 
 class StopSignal:
-    """The signal that requested a stop; None so far. Set by the signal handler, read between steps."""
+    """A context that handles Ctrl-C and SIGTERM: the first requests a stop, a second one stops immediately."""
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    number: int | None = None
+    """The signal that this rank received."""
+
+    def __enter__(self) -> Self:
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # which alone may set handlers
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
 
     def should_stop(self, rt: Runtime, step: int) -> bool:
-        """Return whether any rank received a signal. Several ranks compare every 10 steps only."""
-        received = self.signal is not None
+        """Return True if any rank received a signal. Several ranks compare every 10 steps only."""
+        received = self.number is not None
         if rt.world_size == 1:
             return received
         if step % 10:
             return False
         return bool(distributed.all_reduce_sum(torch.tensor([float(received)], device=rt.device)).item())
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopSignal]:
-    """Handle Ctrl-C and SIGTERM: the first stops after the current step, a second Ctrl-C stops immediately."""
-    stop = StopSignal()
-
-    def request(number: int, frame: Any) -> None:
-        if stop.signal is not None:
-            raise KeyboardInterrupt
-        stop.signal = number
-
-    try:
-        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, which alone may set handlers
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

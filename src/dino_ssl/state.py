@@ -1,4 +1,4 @@
-"""The state of a training run, its checkpoints, and the files of a run folder."""
+"""The state of a training run and its checkpoints."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_ssl import __version__, checkpoint, distributed, kernels
+from dino_ssl import checkpoint, distributed, kernels
 from dino_ssl.config import to_dict
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.errors import UserError
@@ -17,7 +17,7 @@ from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import load
 from dino_ssl.models.sync_bn import convert_sync_batchnorm, has_batch_norm
 from dino_ssl.models.weights import load_strict, save_backbone
-from dino_ssl.run import FORMAT, Run
+from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime
 
 
@@ -35,20 +35,18 @@ class State:
 
     def save(self, path: Path, run: Run, fingerprint: str) -> None:
         """Write a checkpoint atomically. fingerprint: of the training set, compared on resume."""
-        checkpoint.save(
-            path,
-            checkpoint.Checkpoint(
-                format=checkpoint.FORMAT,
-                run=to_dict(run),
-                step=self.step,
-                method=self.method.state_dict(),
-                backbone=next(f"{name}." for name, part in self.method.named_modules() if part is self.method.backbone),
-                optimizer=self.optimizer.state_dict(),
-                scaler=self.scaler.state_dict(),
-                best=self.best,
-                data=fingerprint,
-            ),
+        content = checkpoint.Checkpoint(
+            format=checkpoint.FORMAT,
+            run=to_dict(run),
+            step=self.step,
+            method=self.method.state_dict(),
+            backbone=next(f"{name}." for name, part in self.method.named_modules() if part is self.method.backbone),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            best=self.best,
+            data=fingerprint,
         )
+        checkpoint.save(path, content)
 
     def restore(self, path: Path, dataset: ImageDataset) -> None:
         """Load a checkpoint. Raises UserError if its training set is not `dataset`."""
@@ -70,7 +68,7 @@ def build_method(
     """Return the method of a run with initial weights, on the CPU; the same for the same seed.
 
     classes: number of classes of the labels. weights: of the backbone that `run.init` names. optimized: use the
-    optimized kernels.
+    optimized kernels. Raises UserError if micro-batches would change the statistics of batch norm.
     """
     implementations = Implementations(**kernels.optimized()) if optimized else Implementations()
     torch.manual_seed(run.seed)
@@ -78,6 +76,12 @@ def build_method(
     for part in method.trainable.modules():
         if isinstance(part, Backbone):
             part.set_grad_checkpointing(run.grad_checkpointing)
+    if run.optim.micro_batch and has_batch_norm(method):
+        raise UserError(
+            f"`optim.micro_batch` is {run.optim.micro_batch}, but the network or its head has batch norm, whose "
+            "statistics would be those of a micro-batch. Set it to 0 and lower `optim.batch_size` or set "
+            "`grad_checkpointing`; a ViT works with `method.head_norm` none."
+        )
     return method
 
 
@@ -93,44 +97,11 @@ def prepare_model(method: Method, rt: Runtime) -> nn.Module:
 
 def init_state(run: Run, rt: Runtime, classes: int, *, resume: bool) -> State:
     """Return the state at step 0. A resumed run needs no initial weights: its checkpoint replaces them."""
-    weights = None
-    if run.init is not None and not resume:
-        source = run.init
+    source, weights = run.init, None
+    if source is not None and not resume:
         weights = distributed.run_on_rank0(lambda: load(source).state_dict())
     method = build_method(run, classes=classes, weights=weights, optimized=rt.optimized).to(rt.device)
     return State(method, run.optim.build(method.trainable), rt.scaler())
-
-
-def check_grad_accumulation(run: Run, method: Method) -> None:
-    """Raise UserError if micro-batches would change the statistics of batch norm."""
-    if run.optim.micro_batch and has_batch_norm(method):
-        raise UserError(
-            f"`optim.micro_batch` is {run.optim.micro_batch}, but the network or its head has batch norm, whose "
-            "statistics would be those of a micro-batch. Set it to 0 and lower `optim.batch_size` or set "
-            "`grad_checkpointing`; a ViT works with `method.head_norm` none."
-        )
-
-
-def describe_run(
-    run: Run, dataset: ImageDataset, train_set: ImageDataset, references: Mapping[str, Mapping[str, float]]
-) -> dict[str, Any]:
-    """Return the content of run.json: the complete Run, the data it was trained on, and the reference scores."""
-    return {
-        "format": FORMAT,
-        "run": to_dict(run),
-        "backbone": to_dict(run.backbone),
-        "learning": run.method.about,
-        "prototypes": run.method.num_prototypes,
-        "data": {
-            "images": len(dataset),
-            "trained_on": len(train_set),
-            "classes": dataset.classes,
-            "skipped": len(dataset.skipped),
-            "fingerprint": train_set.fingerprint,
-        },
-        "reference_scores": references,
-        "versions": {"dino": __version__, "torch": str(torch.__version__)},
-    }
 
 
 def export_backbone(run: Run, backbone: Backbone, folder: Path) -> Path:

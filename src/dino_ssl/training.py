@@ -4,47 +4,36 @@
 figures and reports between steps. There are no callbacks; the order of everything is visible in the loop.
 """
 
-import json
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from dino_ssl import distributed, kernels
+from dino_ssl import __version__, kernels
+from dino_ssl.config import to_dict
 from dino_ssl.data.batch import Batch
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import Step, steps_per_epoch, train_batches
-from dino_ssl.data.sources import relabelled
 from dino_ssl.data.transforms.eval import normalize
-from dino_ssl.errors import Diverged, UserError
-from dino_ssl.evals.base import EvalContext
-from dino_ssl.evals.online import PreparedOnlineEval
-from dino_ssl.evals.scheduled import PreparedScheduledEval, is_due, prepare_all
-from dino_ssl.events import Ended, EpochDone, EvalDone, EvalStarted, Evaluated, Event, Logged, Started
+from dino_ssl.errors import Diverged
+from dino_ssl.evals.scheduled import is_due, prepare_all
+from dino_ssl.events import Ended, EpochDone, Event, Logged, Started
 from dino_ssl.feature_stats import FeatureStats
 from dino_ssl.files import remove_parts, write_json
-from dino_ssl.meter import Meter
 from dino_ssl.methods.method import Outputs
-from dino_ssl.metrics import Log, read_metrics
+from dino_ssl.metrics import Log, Meter
 from dino_ssl.optim import clip_grad_norm_per_tensor_, set_lr_and_weight_decay
-from dino_ssl.run import Run
+from dino_ssl.run import FORMAT, Run
 from dino_ssl.runtime import Runtime
 from dino_ssl.schedules import Clock
-from dino_ssl.signals import stop_signals
-from dino_ssl.state import (
-    State,
-    build_method,
-    check_grad_accumulation,
-    describe_run,
-    export_backbone,
-    init_state,
-    prepare_model,
-)
+from dino_ssl.signals import StopSignal
+from dino_ssl.state import State, build_method, export_backbone, init_state, prepare_model
+from dino_ssl.training_evals import TrainingEvals, eval_context, split_dataset
 
 # -- the step ----------------------------------------------------------------------------------------------
 
@@ -119,17 +108,18 @@ def train(run: Run, rt: Runtime, dataset: ImageDataset, *, resume: bool = False)
     """
     dataset = run.method.filter_dataset(dataset)
     job = _prepare(run, rt, dataset, resume)
-    state, clock = job.state, Clock(job.state.step, job.steps_per_epoch, run.optim.epochs)
-    yield Started(clock, state.method, job.train_set, job.val_set, job.reference_scores, state.best)
-    log = _open_run_folder(job, dataset, resume)
+    state, evals = job.state, job.evals
+    clock = Clock(state.step, job.steps_per_epoch, run.optim.epochs)
+    yield Started(clock, state.method, job.train_set, job.val_set, evals.reference_scores, state.best)
+    if rt.is_main:
+        _prepare_folder(job, dataset, resume)
     stats = FeatureStats(state.method.backbone)
     meter = Meter(run.schedules(), rt.world_size, lambda: stats.measure() | state.method.diagnostics())
     skipped = {item.name: item.reason for item in dataset.skipped}
-    saver = _Saver(job)
     finished = state.step >= clock.steps
-    try:
-        yield from _evaluate(job, _pending_evals(job, clock), clock, log)
-        with stop_signals() as stop:
+    with Log(job.folder, state.step) as log:
+        yield from evals.run(evals.pending(clock), clock, log)
+        with StopSignal() as stop:
             for step in meter.timed(_batches(job)):
                 skipped |= {item.name: item.reason for item in step.skipped}
                 clock = clock._replace(step=state.step)
@@ -142,36 +132,39 @@ def train(run: Run, rt: Runtime, dataset: ImageDataset, *, resume: bool = False)
                 epoch_ends, finished = done.step % done.steps_per_epoch == 0, done.step == done.steps
                 stop_requested = False
                 if done.step % run.log_every == 0 or epoch_ends:
-                    event = _log_metrics(job, meter, clock, done, log)
-                    stop_requested = bool((yield event))
-                if epoch_ends:
-                    yield from _evaluate_online(job, done, log, saver)
+                    line = meter.close(clock)
+                    _check_finite(math.isfinite(line["loss"]), done, job.folder)
+                    log.write(done, line)
+                    stop_requested = bool((yield Logged(done, line)))
+                if epoch_ends and (evaluated := evals.run_online(done, log, state)):
+                    if evaluated.is_best:
+                        job.save("best.pt")
+                    yield evaluated
                 stopping = stop.should_stop(rt, done.step) or stop_requested
-                due = [item for item in job.evals if epoch_ends and is_due(item.every_epochs, done)]
+                due = [item for item in evals.scheduled if epoch_ends and is_due(item.every_epochs, done)]
                 if stopping or finished:
                     _check_finite(meter.is_finite(all_ranks=True), done, job.folder)
-                saver.save_if_due(done, meter, force=bool(due) or stopping or finished, epoch_ends=epoch_ends)
+                if (due or stopping or finished or job.save_is_due) and rt.is_main and meter.is_finite():
+                    job.save("last.pt")
+                if epoch_ends and run.keep_every and done.epoch % run.keep_every == 0:
+                    job.save(f"epoch_{done.epoch:04d}.pt")
                 if not stopping or finished:
-                    yield from _evaluate(job, due, done, log)
+                    yield from evals.run(due, done, log)
                 if epoch_ends:
                     yield EpochDone(done, state.method)
                 if stopping or finished:
                     break
-    finally:
-        if log is not None:
-            log.close()
     if rt.is_main:
         export_backbone(run, state.method.backbone, job.folder)
-    yield Ended(clock._replace(step=state.step), state.method, finished, skipped, stop.signal)
+    yield Ended(clock._replace(step=state.step), state.method, finished, skipped, stop.number)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
     """A training run that is ready for its first step."""
 
     run: Run
     rt: Runtime
-    folder: Path
     train_set: ImageDataset
     val_set: ImageDataset | None
     """Labeled images of the online evaluation; None if there is none."""
@@ -179,26 +172,36 @@ class _Job:
     state: State
     model: nn.Module
     """The method, as a training step calls it."""
-    online_eval: PreparedOnlineEval | None
-    evals: list[PreparedScheduledEval]
-    reference_scores: Mapping[str, Mapping[str, float]]
+    evals: TrainingEvals
+    saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.out)
+
+    @property
+    def save_is_due(self) -> bool:
+        """True if the newest checkpoint is older than `save_minutes`."""
+        return time.monotonic() - self.saved_at > 60 * self.run.save_minutes
+
+    def save(self, name: str) -> None:
+        """Write checkpoints/NAME on rank 0."""
+        if self.rt.is_main:
+            self.state.save(self.folder / "checkpoints" / name, self.run, self.train_set.fingerprint)
+        if name == "last.pt":
+            self.saved_at = time.monotonic()
 
 
 def _prepare(run: Run, rt: Runtime, dataset: ImageDataset, resume: bool) -> _Job:
     """Split the data, build or restore the state, and open the data of every evaluation."""
-    folder = Path(run.out)
     train_set, val_set = split_dataset(run, dataset.in_memory() if run.cache else dataset)
     per_epoch = steps_per_epoch(len(train_set), run.optim.batch_size, rt.world_size)
     state = init_state(run, rt, len(dataset.classes), resume=resume)
     if resume:
-        state.restore(folder / "checkpoints/last.pt", train_set)
-    check_grad_accumulation(run, state.method)
+        state.restore(Path(run.out) / "checkpoints/last.pt", train_set)
     model = prepare_model(state.method, rt)
-    context = eval_context(run, rt)
-    online = None if val_set is None else run.online_eval.prepare(state.method, train_set, val_set, context)
-    evals = prepare_all(run.evals, context, state.method.backbone)
-    references = _reference_scores(run, rt, online, resume)
-    return _Job(run, rt, folder, train_set, val_set, per_epoch, state, model, online, evals, references)
+    evals = TrainingEvals(run, rt, state.method, train_set, val_set, resume=resume)
+    return _Job(run, rt, train_set, val_set, per_epoch, state, model, evals)
 
 
 def validate_run(run: Run, rt: Runtime, dataset: ImageDataset) -> None:
@@ -206,32 +209,7 @@ def validate_run(run: Run, rt: Runtime, dataset: ImageDataset) -> None:
     train_set, _ = split_dataset(run, run.method.filter_dataset(dataset))
     steps_per_epoch(len(train_set), run.optim.batch_size, rt.world_size)
     method = build_method(run, classes=len(train_set.classes))
-    check_grad_accumulation(run, method)
     prepare_all(run.evals, eval_context(run, rt), method.backbone)
-
-
-def split_dataset(run: Run, dataset: ImageDataset) -> tuple[ImageDataset, ImageDataset | None]:
-    """Return the training set and the validation set of the online evaluation; None without labels."""
-    if dataset.labels is None or run.online_eval.every_epochs == 0:
-        return dataset, None
-    if run.val is None:
-        train_set, val_set = dataset.split(run.online_eval.val_fraction, run.seed)
-        return train_set, val_set if len(val_set) else None  # no class has two images
-    val_set = distributed.run_on_rank0(run.val.open)
-    if val_set.labels is None:
-        raise UserError("The validation set `val` has no labels: put the images of each class in a folder of its own.")
-    return dataset, relabelled(val_set, dataset.classes)
-
-
-def eval_context(run: Run, rt: Runtime) -> EvalContext:
-    """Return the context in which a run's network is evaluated."""
-    return EvalContext(
-        device=rt.device,
-        workers=run.workers,
-        batch_size=run.online_eval.batch_size,
-        size=run.views.size,
-        autocast=rt.autocast,
-    )
 
 
 def _batches(job: _Job) -> Iterator[Step]:
@@ -250,122 +228,38 @@ def _batches(job: _Job) -> Iterator[Step]:
     )
 
 
-# -- evaluation during training ----------------------------------------------------------------------------
-
-
-def _evaluate_online(job: _Job, clock: Clock, log: Log | None, saver: "_Saver") -> Iterator[Event]:
-    """Measure the online accuracy if it is due, and keep the best checkpoint."""
-    if job.online_eval is None or not is_due(job.run.online_eval.every_epochs, clock):
-        return
-    values = dict(job.online_eval.measure())
-    name, value = next(iter(values.items()))
-    is_best = value > job.state.best.get("value", -math.inf)
-    if is_best:
-        job.state.best = {"value": value, "name": name, "epoch": clock.epoch}
-        saver.save("best.pt")
-    if log is not None:
-        row = {"epoch": clock.step / clock.steps_per_epoch, "eval": job.online_eval.name, **values}
-        log.write(clock.step, row)
-    yield Evaluated(clock, job.online_eval.name, values, is_best)
-
-
-def _evaluate(job: _Job, evals: list[PreparedScheduledEval], clock: Clock, log: Log | None) -> Iterator[Event]:
-    """Run these of the run's `evals` on the current network."""
-    for item in evals:
-        yield EvalStarted(clock, item.label)
-        values = dict(item.evaluation(job.state.method.backbone))
-        if log is not None:
-            row = {"epoch": clock.step / clock.steps_per_epoch, "eval": item.label, **values}
-            log.write(clock.step, row, item.label)
-        yield EvalDone(clock, item.label, values)
-
-
-def _pending_evals(job: _Job, clock: Clock) -> list[PreparedScheduledEval]:
-    """Return the evaluations due before the first step.
-
-    At step 0 all scheduled ones; after a resume those that were due at this step and have no line in the metrics,
-    because training stopped before they ran.
-    """
-    if clock.step == 0:
-        return [item for item in job.evals if item.every_epochs]
-    due = [item for item in job.evals if clock.step % clock.steps_per_epoch == 0 and is_due(item.every_epochs, clock)]
-    if not due:
-        return []
-    logged = distributed.run_on_rank0(
-        lambda: [line.get("eval") for line in read_metrics(job.folder) if line["step"] == clock.step]
-    )
-    return [item for item in due if item.label not in logged]
-
-
-def _reference_scores(
-    run: Run, rt: Runtime, online: PreparedOnlineEval | None, resume: bool
-) -> Mapping[str, Mapping[str, float]]:
-    """Measure the reference scores at the start of a run; a resumed run reads them from run.json."""
-    path = Path(run.out) / "run.json"
-
-    def read() -> Mapping[str, Mapping[str, float]] | None:
-        return json.loads(path.read_text()).get("reference_scores", {}) if resume and path.is_file() else None
-
-    if (scores := distributed.run_on_rank0(read)) is not None:
-        return scores
-    return {} if online is None else online.references(lambda: run.backbone.build(drop_path=0.0).to(rt.device))
-
-
-# -- the run folder ----------------------------------------------------------------------------------------
-
-
-def _open_run_folder(job: _Job, dataset: ImageDataset, resume: bool) -> Log | None:
-    """Write run.json and open the metrics file, on rank 0."""
-    if not job.rt.is_main:
-        return None
-    remove_parts(job.folder / "checkpoints")
+def _prepare_folder(job: _Job, dataset: ImageDataset, resume: bool) -> None:
+    """Write run.json: the complete Run, its data and the reference scores. Remove files of an interrupted session."""
+    run, folder = job.run, job.folder
+    remove_parts(folder / "checkpoints")
     if resume:  # the exported backbone is older than the checkpoints to come, but would be loaded first
-        (job.folder / "backbone.safetensors").unlink(missing_ok=True)
-    description = describe_run(job.run, dataset, job.train_set, job.reference_scores)
-    write_json(job.folder / "run.json", description)
-    return Log(job.folder, job.state.step)
-
-
-def _log_metrics(job: _Job, meter: Meter, clock: Clock, done: Clock, log: Log | None) -> Logged:
-    metrics = meter.close(clock)
-    _check_finite(math.isfinite(metrics["loss"]), done, job.folder)
-    if log is not None:
-        log.write(done.step, {"epoch": done.step / done.steps_per_epoch, **metrics})
-    return Logged(done, metrics)
-
-
-class _Saver:
-    """Writes checkpoints, on rank 0."""
-
-    def __init__(self, job: _Job) -> None:
-        self.job = job
-        self.saved_at = time.monotonic()
-
-    def save(self, name: str) -> None:
-        """Write checkpoints/NAME."""
-        job = self.job
-        if job.rt.is_main:
-            job.state.save(job.folder / "checkpoints" / name, job.run, job.train_set.fingerprint)
-
-    def save_if_due(self, clock: Clock, meter: Meter, *, force: bool, epoch_ends: bool) -> None:
-        """Write last.pt every `save_minutes`, and a checkpoint to keep every `keep_every` epochs."""
-        run = self.job.run
-        due = force or time.monotonic() - self.saved_at > 60 * run.save_minutes
-        if self.job.rt.is_main and due and meter.is_finite():
-            self.saved_at = time.monotonic()
-            self.save("last.pt")
-        if epoch_ends and run.keep_every and clock.epoch % run.keep_every == 0:
-            self.save(f"epoch_{clock.epoch:04d}.pt")
+        (folder / "backbone.safetensors").unlink(missing_ok=True)
+    data = {
+        "images": len(dataset),
+        "trained_on": len(job.train_set),
+        "classes": dataset.classes,
+        "skipped": len(dataset.skipped),
+        "fingerprint": job.train_set.fingerprint,
+    }
+    description = {
+        "format": FORMAT,
+        "run": to_dict(run),
+        "backbone": to_dict(run.backbone),
+        "learning": run.method.about,
+        "prototypes": run.method.num_prototypes,
+        "data": data,
+        "reference_scores": job.evals.reference_scores,
+        "versions": {"dino": __version__, "torch": str(torch.__version__)},
+    }
+    write_json(folder / "run.json", description)
 
 
 def _check_finite(is_finite: bool, clock: Clock, folder: Path) -> None:
     if is_finite:
         return
-    saved = (folder / "checkpoints/last.pt").is_file()
-    epoch = clock.step / clock.steps_per_epoch
+    epoch, saved = clock.step / clock.steps_per_epoch, (folder / "checkpoints/last.pt").is_file()
+    kept, then = ("The last good checkpoint is kept", "resume") if saved else ("No checkpoint was saved", "start again")
     raise Diverged(
-        f"The loss is not finite at step {clock.step} (epoch {epoch:.1f}). "
-        + ("The last good checkpoint is kept. " if saved else "No checkpoint was saved yet. ")
-        + "Lower `optim.lr`, set `optim.clip_grad` to 1 or less, or `precision` to float32, and "
-        + ("resume." if saved else "start again.")
+        f"The loss is not finite at step {clock.step} (epoch {epoch:.1f}). {kept}. Lower `optim.lr`, set "
+        f"`optim.clip_grad` to 1 or less, or `precision` to float32, and {then}."
     )

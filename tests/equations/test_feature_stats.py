@@ -8,8 +8,8 @@ from torch import nn
 
 from dino_ssl.config import edit
 from dino_ssl.feature_stats import FeatureStats, effective_rank, feature_statistics
-from dino_ssl.meter import Meter
 from dino_ssl.methods.teacher_student import relative_distance
+from dino_ssl.metrics import Meter
 from dino_ssl.models.vit import ViT
 from dino_ssl.optim import clip_grad_norm_per_tensor_
 from dino_ssl.run import Run

@@ -15,6 +15,7 @@ from dino_ssl.errors import UserError
 from dino_ssl.events import Ended, Evaluated, Logged, Started
 from dino_ssl.metrics import Log, read_metrics
 from dino_ssl.models.pretrained import weights_file
+from dino_ssl.schedules import Clock
 from dino_ssl.training import train
 
 TIMES = {"time", "images_per_s", "wait"}
@@ -212,10 +213,10 @@ def test_a_full_disk_while_logging_is_a_user_error(tmp_path: Path, monkeypatch: 
     else:
         monkeypatch.setattr(EventsWriter, "flush", full)
     with pytest.raises(UserError, match=r"Cannot write .*metrics\.jsonl.*disk is full"):
-        log.write(1, {"loss": 1.0})
+        log.write(Clock(1, 5, 1), {"loss": 1.0})
     if what == "tensorboard":
         monkeypatch.undo()
-    log.close()
+    log.__exit__()
 
 
 def test_a_full_disk_while_training_keeps_the_last_good_checkpoint(

@@ -37,7 +37,8 @@ from dino_ssl.report.curves import read_history
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, machine, peak_memory, start
 from dino_ssl.terminal import Terminal, command_output
-from dino_ssl.training import eval_context, train
+from dino_ssl.training import train
+from dino_ssl.training_evals import eval_context
 
 FINAL_FRACTION = 0.05
 """Final fraction of the logged lines over which entropy and KL are averaged."""

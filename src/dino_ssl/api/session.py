@@ -27,7 +27,8 @@ from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime
 from dino_ssl.schedules import Clock
 from dino_ssl.terminal import Terminal
-from dino_ssl.training import eval_context, train
+from dino_ssl.training import train
+from dino_ssl.training_evals import eval_context
 
 NUM_SNAPSHOTS = 5
 """Epochs, evenly spaced, at which the attention maps of the sample images are saved."""

@@ -1,0 +1,108 @@
+"""Evaluation during training: the online accuracy on a validation set, and the `evals` of a Run."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from dino_ssl import distributed
+from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.data.sources import relabelled
+from dino_ssl.errors import UserError
+from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.scheduled import PreparedScheduledEval, is_due, prepare_all
+from dino_ssl.events import EvalDone, EvalStarted, Evaluated
+from dino_ssl.files import read_json
+from dino_ssl.methods.method import Method
+from dino_ssl.metrics import Log, read_metrics
+from dino_ssl.run import Run
+from dino_ssl.runtime import Runtime
+from dino_ssl.schedules import Clock
+from dino_ssl.state import State
+
+
+class TrainingEvals:
+    """The evaluations of a training run, with their data open; call them on all ranks."""
+
+    reference_scores: Mapping[str, Mapping[str, float]]
+    """Of the online evaluation, measured at the start of a run; a resumed run reads them from run.json."""
+
+    def __init__(
+        self,
+        run: Run,
+        rt: Runtime,
+        method: Method,
+        train_set: ImageDataset,
+        val_set: ImageDataset | None,
+        *,
+        resume: bool,
+    ) -> None:
+        self.folder, self.method, self.every_epochs = Path(run.out), method, run.online_eval.every_epochs
+        context = eval_context(run, rt)
+        self.online = None if val_set is None else run.online_eval.prepare(method, train_set, val_set, context)
+        self.scheduled = prepare_all(run.evals, context, method.backbone)
+        described = distributed.run_on_rank0(lambda: read_json(self.folder / "run.json") if resume else None)
+        if described is not None:
+            self.reference_scores = described.get("reference_scores", {})
+        elif self.online is not None:
+            self.reference_scores = self.online.references(lambda: run.backbone.build(drop_path=0.0).to(rt.device))
+        else:
+            self.reference_scores = {}
+
+    def run_online(self, clock: Clock, log: Log, state: State) -> Evaluated | None:
+        """Measure the online accuracy if it is due, and remember the best one in `state`."""
+        if self.online is None or not is_due(self.every_epochs, clock):
+            return None
+        values = dict(self.online.measure())
+        name, value = next(iter(values.items()))
+        is_best = value > state.best.get("value", -math.inf)
+        if is_best:
+            state.best = {"value": value, "name": name, "epoch": clock.epoch}
+        log.write(clock, {"eval": self.online.name, **values})
+        return Evaluated(clock, self.online.name, values, is_best)
+
+    def run(self, evals: list[PreparedScheduledEval], clock: Clock, log: Log) -> Iterator[EvalStarted | EvalDone]:
+        """Run these of the scheduled evaluations on the current network."""
+        for item in evals:
+            yield EvalStarted(clock, item.label)
+            values = dict(item.evaluation(self.method.backbone))
+            log.write(clock, {"eval": item.label, **values}, item.label)
+            yield EvalDone(clock, item.label, values)
+
+    def pending(self, clock: Clock) -> list[PreparedScheduledEval]:
+        """Return the evaluations due before the first step.
+
+        At step 0 all scheduled ones; after a resume those that were due at this step and have no line in the metrics,
+        because training stopped before they ran.
+        """
+        if clock.step == 0:
+            return [item for item in self.scheduled if item.every_epochs]
+        if clock.step % clock.steps_per_epoch:
+            return []
+        due = [item for item in self.scheduled if is_due(item.every_epochs, clock)]
+        lines = distributed.run_on_rank0(lambda: read_metrics(self.folder)) if due else []
+        logged = {line.get("eval") for line in lines if line["step"] == clock.step}
+        return [item for item in due if item.label not in logged]
+
+
+def split_dataset(run: Run, dataset: ImageDataset) -> tuple[ImageDataset, ImageDataset | None]:
+    """Return the training set and the validation set of the online evaluation; None without labels."""
+    if dataset.labels is None or run.online_eval.every_epochs == 0:
+        return dataset, None
+    if run.val is None:
+        train_set, val_set = dataset.split(run.online_eval.val_fraction, run.seed)
+        return train_set, val_set if len(val_set) else None  # no class has two images
+    val_set = distributed.run_on_rank0(run.val.open)
+    if val_set.labels is None:
+        raise UserError("The validation set `val` has no labels: put the images of each class in a folder of its own.")
+    return dataset, relabelled(val_set, dataset.classes)
+
+
+def eval_context(run: Run, rt: Runtime) -> EvalContext:
+    """Return the context in which a run's network is evaluated."""
+    return EvalContext(
+        device=rt.device,
+        workers=run.workers,
+        batch_size=run.online_eval.batch_size,
+        size=run.views.size,
+        autocast=rt.autocast,
+    )
