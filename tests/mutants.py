@@ -165,8 +165,8 @@ MUTANTS = (
     Mutant(
         "two Sinkhorn iterations",
         "methods/dino.py",
-        "_last_layer(self.teacher), temperature, 3)",
-        "_last_layer(self.teacher), temperature, 2)",
+        'iterations = 3 if self.config.targets == "sinkhorn"',
+        'iterations = 2 if self.config.targets == "sinkhorn"',
         "equations/test_targets.py::test_loss_of_each_kind_of_targets_equals_a_loop[sinkhorn]",
     ),
     # -- optimizer and schedules
@@ -388,7 +388,7 @@ MUTANTS = (
     Mutant(
         "code of an untrusted file is imported",
         "config.py",
-        "if not (self.trust or module in sys.modules):",
+        "if not (trust or module in sys.modules):",
         "if False:",
         "equations/test_config.py::test_types_from_outside_are_imported_only_if_trusted",
     ),

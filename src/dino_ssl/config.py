@@ -5,14 +5,14 @@ if it belongs to this package, `module:Class` otherwise. Reading imports such a 
 file, since importing runs its code.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,18 +30,20 @@ def edit(value: T, **changes: Any) -> T:
     """
     assert dataclasses.is_dataclass(value)
     assert not isinstance(value, type)
-    known = {field.name for field in dataclasses.fields(value)}
-    resolved = {}
+    _check_fields(type(value).__name__, type(value), changes)
     for name, change in changes.items():
-        if name not in known:
-            raise UserError(
-                f"{type(value).__name__} has no field {name!r}{did_you_mean(name, known)}\n"
-                f"Fields: {', '.join(sorted(known))}."
-            )
         old = getattr(value, name)
-        nested = isinstance(change, Mapping) and dataclasses.is_dataclass(old) and not isinstance(old, type)
-        resolved[name] = edit(old, **change) if nested else change
-    return dataclasses.replace(value, **resolved)
+        if isinstance(change, Mapping) and dataclasses.is_dataclass(old):
+            changes[name] = edit(old, **change)
+    return dataclasses.replace(value, **changes)
+
+
+def _check_fields(owner: str, kind: Any, names: Iterable[str]) -> None:
+    """Raise UserError if one of these names is not a field of the dataclass `kind`."""
+    known = sorted(field.name for field in dataclasses.fields(kind))
+    for name in names:
+        if name not in known:
+            raise UserError(f"{owner} has no field {name!r}{did_you_mean(name, known)}\nFields: {', '.join(known)}.")
 
 
 def to_dict(value: Any) -> Any:
@@ -59,7 +61,7 @@ def to_dict(value: Any) -> Any:
 def type_name(kind: type) -> str:
     """Return the name of a settings type in JSON: `ViT`, or `module:Class` if it is defined outside the package."""
     module = kind.__module__
-    if module == PACKAGE or module.startswith(f"{PACKAGE}."):
+    if module.startswith(f"{PACKAGE}."):
         return kind.__name__
     if module == "__main__":  # a script: importable under its file's name
         module = Path(getattr(sys.modules["__main__"], "__file__", None) or "__main__").stem
@@ -78,9 +80,7 @@ def import_object(spec: str) -> Any:
         for part in name.split("."):
             value = getattr(value, part)
     except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"{spec!r} cannot be imported: {error}. Expected MODULE:NAME of an importable module."
-        ) from error
+        raise UserError(f"{spec!r} cannot be imported: {error}. Expected MODULE:NAME.") from error
     finally:
         sys.path.remove("")
     return value
@@ -124,88 +124,73 @@ def from_dict(kind: Any, data: Any, *, trust: bool = False) -> Any:
     Missing fields take their defaults. trust: import types that are named `module:Class`.
     Raises UserError that names the field, what was expected and what was given.
     """
-    return _Reader(trust).read(kind, data, getattr(kind, "__name__", str(kind)))
+    return _read(kind, data, getattr(kind, "__name__", str(kind)), trust)
 
 
-class _Reader:
-    def __init__(self, trust: bool) -> None:
-        self.trust = trust
-
-    def read(self, kind: Any, data: Any, field: str) -> Any:
-        origin = typing.get_origin(kind)
-        if origin in (typing.Union, types.UnionType):
-            return self._union(typing.get_args(kind), data, field)
-        if origin is tuple:
-            return self._tuple(typing.get_args(kind), data, field)
-        if origin is typing.Literal:
-            if data not in typing.get_args(kind):
-                options = ", ".join(map(repr, typing.get_args(kind)))
-                raise UserError(f"{field}: expected one of {options}, got {data!r}.")
-            return data
-        if dataclasses.is_dataclass(kind) or inspect.isabstract(kind):
-            return self._dataclass(kind, data, field)
-        if kind is float and isinstance(data, int) and not isinstance(data, bool):
-            return float(data)
-        if kind is Any or (isinstance(data, origin or kind) and (kind is bool or not isinstance(data, bool))):
-            return data  # bool is a subclass of int, but True is not a number of epochs
-        raise UserError(f"{field}: expected {getattr(kind, '__name__', kind)}, got {data!r}.")
-
-    def _union(self, options: tuple[Any, ...], data: Any, field: str) -> Any:
-        if data is None and types.NoneType in options:
-            return None
-        options = tuple(option for option in options if option is not types.NoneType)
-        classes = tuple(option for option in options if dataclasses.is_dataclass(option) or inspect.isabstract(option))
+def _read(kind: Any, data: Any, field: str, trust: bool) -> Any:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    expected = getattr(kind, "__name__", kind)
+    if origin in (typing.Union, types.UnionType):
+        classes = [option for option in options if _is_settings(option)]
         if isinstance(data, Mapping) and classes:
-            return self.read(self._class(classes, data, field), data, field)
-        failures = []
+            return _read_settings(classes, data, field, trust)
         for option in options:
-            if option not in classes:
-                try:
-                    return self.read(option, data, field)
-                except UserError as error:
-                    failures.append(error)
-        raise failures[0] if failures else UserError(f"{field}: got {data!r}, which none of its types can be.")
+            with contextlib.suppress(UserError):
+                return _read(option, data, field, trust)
+    elif origin is tuple:
+        any_length = options[-1] is Ellipsis
+        if isinstance(data, list | tuple) and (any_length or len(data) == len(options)):
+            kinds = options[:1] * len(data) if any_length else options
+            return tuple(_read(kinds[i], item, f"{field}[{i}]", trust) for i, item in enumerate(data))
+        expected = "a list" if any_length else f"a list of {len(options)} values"
+    elif origin is typing.Literal:
+        if data in options:
+            return data
+        expected = f"one of {', '.join(map(repr, options))}"
+    elif _is_settings(kind):
+        return _read_settings([kind], data, field, trust)
+    elif kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    elif kind is Any or (isinstance(data, origin or kind) and (kind is bool or not isinstance(data, bool))):
+        return data  # bool is a subclass of int, but True is not a number of epochs
+    raise UserError(f"{field}: expected {expected}, got {data!r}.")
 
-    def _tuple(self, inner: tuple[Any, ...], data: Any, field: str) -> tuple[Any, ...]:
-        if not isinstance(data, list | tuple):
-            raise UserError(f"{field}: expected a list, got {data!r}.")
-        kinds = [inner[0]] * len(data) if len(inner) == 2 and inner[1] is Ellipsis else list(inner)
-        if len(kinds) != len(data):
-            raise UserError(f"{field}: expected {len(kinds)} values, got {len(data)}: {data!r}.")
-        return tuple(self.read(k, item, f"{field}[{i}]") for i, (k, item) in enumerate(zip(kinds, data, strict=True)))
 
-    def _class(self, bases: tuple[Any, ...], data: Mapping[str, Any], field: str) -> Any:
-        """Return the dataclass that the `type` of `data` names, derived from one of the bases."""
-        concrete = [kind for base in bases for kind in _concrete(base)]
-        known = {kind.__name__: kind for kind in concrete}
-        name = data.get("type", next(iter(known)) if len(known) == 1 else None)
-        for kind in concrete:
-            if name in (kind.__name__, type_name(kind)):
-                return kind
-        if isinstance(name, str) and ":" in name:
-            module = name.partition(":")[0]
-            if not (self.trust or module in sys.modules):
-                raise UserError(
-                    f"{field} has a type from outside the package, {name}. Importing it runs the code of the module "
-                    f"{module!r}: pass `trust` if you trust the file."
-                )
-            return import_type(name, bases[0])
-        raise UserError(f"{field}: expected one of {', '.join(known)}, got {name!r}{did_you_mean(str(name), known)}")
+def _read_settings(bases: Sequence[Any], data: Any, field: str, trust: bool) -> Any:
+    """Return a value of the dataclass that the `type` of `data` names, derived from one of the bases."""
+    if not isinstance(data, Mapping):
+        raise UserError(f"{field}: expected the fields of {bases[0].__name__}, got {data!r}.")
+    kind = _settings_type(bases, data, field, trust)
+    values = {name: item for name, item in data.items() if name != "type"}
+    _check_fields(field, kind, values)
+    hints = typing.get_type_hints(kind)
+    values = {name: _read(hints[name], item, f"{field}.{name}", trust) for name, item in values.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:  # a field without default is missing
+        raise UserError(f"{field}: {error}.") from error
 
-    def _dataclass(self, kind: Any, data: Any, field: str) -> Any:
-        if not isinstance(data, Mapping):
-            raise UserError(f"{field}: expected the fields of {kind.__name__}, got {data!r}.")
-        kind = self._class((kind,), data, field)
-        hints = _hints(kind)
-        values = {name: item for name, item in data.items() if name != "type"}
-        for name in values:
-            if name not in hints:
-                raise UserError(f"{field} has no field {name!r}{did_you_mean(name, hints)}")
-        for item in dataclasses.fields(kind):
-            required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-            if required and item.name not in values:
-                raise UserError(f"{field}: the field {item.name!r} is required and has no default; got {data!r}.")
-        return kind(**{name: self.read(hints[name], item, f"{field}.{name}") for name, item in values.items()})
+
+def _settings_type(bases: Sequence[Any], data: Mapping[str, Any], field: str, trust: bool) -> Any:
+    concrete = [kind for base in bases for kind in _concrete(base)]
+    known = {kind.__name__: kind for kind in concrete}
+    name = data.get("type", next(iter(known)) if len(known) == 1 else None)
+    for kind in concrete:
+        if name in (kind.__name__, type_name(kind)):
+            return kind
+    if isinstance(name, str) and ":" in name:
+        module = name.partition(":")[0]
+        if not (trust or module in sys.modules):
+            raise UserError(
+                f"{field} has a type from outside the package, {name}. Importing it runs the code of the module "
+                f"{module!r}: pass `trust` if you trust the file."
+            )
+        return import_type(name, bases[0])
+    raise UserError(f"{field}: expected one of {', '.join(known)}, got {name!r}{did_you_mean(str(name), known)}")
+
+
+def _is_settings(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or inspect.isabstract(kind)
 
 
 def _concrete(kind: Any) -> Iterator[Any]:
@@ -215,9 +200,3 @@ def _concrete(kind: Any) -> Iterator[Any]:
     for child in type.__subclasses__(kind):
         if child.__module__.startswith(f"{PACKAGE}."):
             yield from _concrete(child)
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}

@@ -245,7 +245,6 @@ def _prepare_folder(job: _Job, dataset: ImageDataset, resume: bool) -> None:
         "format": FORMAT,
         "run": to_dict(run),
         "backbone": to_dict(run.backbone),
-        "learning": run.method.about,
         "prototypes": run.method.num_prototypes,
         "data": data,
         "reference_scores": job.evals.reference_scores,

@@ -38,7 +38,7 @@ def test_finetuning_trains_the_network_of_the_checkpoint_and_measures_the_classi
     assert (tuned.backbone.width, tuned.backbone.drop_path) == (48, 0.1)  # the checkpoint's, and the preset's
     assert tuned.method.classifies
     page = Path("tuned/report.html").read_text()
-    for part in ("trained with labels", "top-1", "majority class"):
+    for part in ("trained by Supervised", "top-1", "majority class"):
         assert part in page
     assert dino("eval", "knn", "tuned", photos, "--k", "1", "--no-references").code == 0  # it is a checkpoint
 

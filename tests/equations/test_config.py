@@ -125,7 +125,7 @@ def test_missing_fields_keep_their_defaults() -> None:
         (House, {"rooms": 3}, ["House.rooms", "expected a list", "3"]),
         (House, {"rooms": [1, "two"]}, ["House.rooms[1]", "expected int", "'two'"]),
         (House, {"rooms": [1.5]}, ["House.rooms[0]", "expected int", "1.5"]),
-        (House, {"size": [1.0]}, ["House.size", "expected 2 values", "1"]),
+        (House, {"size": [1.0]}, ["House.size", "list of 2 values", "1"]),
         (House, {"heating": "coal"}, ["House.heating", "'gas', 'wood'", "'coal'"]),
         (House, {"heating": ["gas"]}, ["House.heating", "'gas', 'wood'"]),
         (House, {"price": "cheap"}, ["House.price", "expected float", "'cheap'"]),

@@ -26,7 +26,6 @@ class DINOConfig(TeacherStudentConfig):
     """
 
     global_views: ClassVar[int] = 2
-    about: ClassVar[str] = "self-distilled with no labels"
 
     out_dim: int = 65536
     """K, the number of prototypes: 65536 for ImageNet (App. C), 1024 to 4096 for thousands of images."""
@@ -97,11 +96,6 @@ class DINOConfig(TeacherStudentConfig):
         return {**momentum, **({"teacher_temp": self.teacher_temp_schedule()} if self.loss == "cross-entropy" else {})}
 
     @property
-    def summary(self) -> str:
-        """The number of prototypes."""
-        return f"K {self.out_dim}"
-
-    @property
     def num_prototypes(self) -> int | None:
         """K, unless the loss is `mse`."""
         return self.out_dim if self.loss == "cross-entropy" else None
@@ -112,10 +106,10 @@ class DINOConfig(TeacherStudentConfig):
 
     def build(self, context: BuildContext) -> "DINO":
         """Return student and teacher; the teacher has neither drop-path nor predictor."""
-        student, teacher = context.build_backbone(pack_views=True), context.build_backbone(drop_path=0.0)
+        student, teacher = context.build_backbones()
         heads = [
             DINOHead(
-                in_dim,
+                student.embed_dim,
                 self.out_dim,
                 layers=self.head_layers,
                 hidden=self.head_hidden,
@@ -124,7 +118,7 @@ class DINOConfig(TeacherStudentConfig):
                 act=self.head_act,
                 norm_last=self.norm_last,
             )
-            for in_dim in (student.embed_dim, teacher.embed_dim)
+            for _ in range(2)
         ]
         predictor = MLPHead(self.out_dim, self.out_dim, hidden=self.head_hidden) if self.predictor else None
         return DINO(Network(student, heads[0], predictor), Network(teacher, heads[1]), self, context.implementations)
@@ -203,13 +197,10 @@ class DINO(TeacherStudent):
         Sinkhorn-Knopp and the softmax over the batch are equivalent to a center per prototype, computed from the batch
         in 3 iterations and in 1 iteration.
         """
-        match self.config.targets:
-            case "sinkhorn":
-                return self.implementations.batch_center(bottleneck, _last_layer(self.teacher), temperature, 3)
-            case "batch-softmax":
-                return self.implementations.batch_center(bottleneck, _last_layer(self.teacher), temperature, 1)
-            case "centering" | "none":  # without centering the center stays 0
-                return self.center
+        if self.config.targets in ("centering", "none"):  # without centering the center stays 0
+            return self.center
+        iterations = 3 if self.config.targets == "sinkhorn" else 1
+        return self.implementations.batch_center(bottleneck, _last_layer(self.teacher), temperature, iterations)
 
     def merge(self, outputs: Sequence[Outputs], weights: Sequence[float]) -> Outputs:
         """Return the outputs of the whole batch; the marginal entropy is that of the merged prototype usage."""

@@ -75,9 +75,11 @@ class Method(nn.Module, ABC):
         """The module whose parameters the optimizer updates."""
 
     @property
-    @abstractmethod
     def backbone(self) -> Backbone:
-        """The network that is evaluated and exported."""
+        """The network that is evaluated and exported; by default the backbone of `trainable`."""
+        backbone = self.trainable.get_submodule("backbone")
+        assert isinstance(backbone, Backbone)
+        return backbone
 
     @property
     def classifier(self) -> Network | None:
@@ -125,6 +127,10 @@ class BuildContext(NamedTuple):
             load_strict(backbone, self.weights, self.source)
         return backbone
 
+    def build_backbones(self) -> tuple[Backbone, Backbone]:
+        """Return the backbones of a student and of its teacher, which has no drop-path."""
+        return self.build_backbone(pack_views=True), self.build_backbone(drop_path=0.0)
+
 
 class MethodConfig(ABC):
     """Settings of a method: a frozen dataclass whose fields become flags, and properties that other modules need."""
@@ -135,8 +141,6 @@ class MethodConfig(ABC):
     """True if local views improve the method; the plan then adds some. Every method accepts any number of them."""
     classifies: ClassVar[bool] = False
     """True if the method learns the labels, so that the accuracy of its own classifier is measured."""
-    about: ClassVar[str] = "trained with no labels"
-    """Description in reports of a network that this method trained."""
 
     @abstractmethod
     def build(self, context: BuildContext) -> Method:
@@ -144,8 +148,9 @@ class MethodConfig(ABC):
 
     @property
     def summary(self) -> str:
-        """Short description shown in the plan."""
-        return type(self).__name__.removesuffix("Config")
+        """The method and its number of prototypes, for plans and reports."""
+        name = type(self).__name__.removesuffix("Config")
+        return f"{name}, K {self.num_prototypes}" if self.num_prototypes else name
 
     @property
     def num_prototypes(self) -> int | None:

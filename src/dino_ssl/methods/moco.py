@@ -31,7 +31,6 @@ class MoCoConfig(TeacherStudentConfig):
     """
 
     global_views: ClassVar[int] = 2
-    about: ClassVar[str] = "trained by MoCo-v2 with no labels"
 
     queue: int = 65536
     """Keys of earlier images, two per image, that are the negatives of each query. 4096 are almost as good."""
@@ -51,11 +50,6 @@ class MoCoConfig(TeacherStudentConfig):
         check_range(self, "queue", "head_dim", "head_layers", "head_hidden", prefix="method.", least=1)
         check_range(self, "temperature", prefix="method.", least=1e-4)
 
-    @property
-    def summary(self) -> str:
-        """The size of the queue."""
-        return f"MoCo, queue {self.queue}"
-
     @classmethod
     def for_small_data(cls, num_images: int) -> Self:
         """Return settings with narrower heads, a lower momentum, and a queue of half an epoch's keys at most."""
@@ -64,11 +58,9 @@ class MoCoConfig(TeacherStudentConfig):
 
     def build(self, context: BuildContext) -> "MoCo":
         """Return student, teacher and an empty queue."""
-        student, teacher = context.build_backbone(pack_views=True), context.build_backbone(drop_path=0.0)
-        heads = [
-            MLPHead(in_dim, self.head_dim, layers=self.head_layers, hidden=self.head_hidden, norm=self.head_norm)
-            for in_dim in (student.embed_dim, teacher.embed_dim)
-        ]
+        student, teacher = context.build_backbones()
+        head = dict(layers=self.head_layers, hidden=self.head_hidden, norm=self.head_norm)
+        heads = [MLPHead(student.embed_dim, self.head_dim, **head) for _ in range(2)]
         return MoCo(Network(student, heads[0]), Network(teacher, heads[1]), self)
 
 

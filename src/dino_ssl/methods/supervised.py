@@ -18,7 +18,7 @@ from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import mix_rng
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.methods.method import BuildContext, Method, MethodConfig, Outputs
-from dino_ssl.models import Backbone, Network
+from dino_ssl.models import Network
 from dino_ssl.models.blocks import init_weights
 from dino_ssl.objectives import H, log_P
 from dino_ssl.schedules import Clock
@@ -30,7 +30,6 @@ class SupervisedConfig(MethodConfig):
 
     local_views: ClassVar[bool] = False  # only the first resolution is used
     classifies: ClassVar[bool] = True
-    about: ClassVar[str] = "trained with labels"
 
     smoothing: float = 0.1
     """Label smoothing: the part of each target that is distributed evenly over all classes."""
@@ -47,11 +46,6 @@ class SupervisedConfig(MethodConfig):
         check_range(self, "smoothing", "cutmix_share", prefix="method.", least=0, most=1)
         check_range(self, "mixup", "cutmix", prefix="method.", least=0)
         check_range(self, "head_scale", prefix="method.", above=0)
-
-    @property
-    def summary(self) -> str:
-        """Short description shown in the plan."""
-        return "supervised"
 
     def build(self, context: BuildContext) -> "Supervised":
         """Return the backbone with a linear classifier. Raise UserError if there are fewer than two classes."""
@@ -115,15 +109,7 @@ class Supervised(Method):
         """Backbone and classifier."""
         return self.network
 
-    @property
-    def backbone(self) -> Backbone:
-        """The backbone."""
-        return self.network.backbone
-
-    @property
-    def classifier(self) -> Network:
-        """Backbone and classifier."""
-        return self.network
+    classifier = trainable
 
 
 def smooth_labels(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:

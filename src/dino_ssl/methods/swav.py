@@ -15,7 +15,7 @@ from dino_ssl.data.batch import Batch
 from dino_ssl.errors import check_range
 from dino_ssl.methods.method import BuildContext, Method, MethodConfig, Outputs
 from dino_ssl.methods.queue import Queue
-from dino_ssl.models import Backbone, MLPHead, Network
+from dino_ssl.models import MLPHead, Network
 from dino_ssl.objectives import cross_entropy_over_pairs, h, l2_normalize, log_P, sinkhorn_knopp
 from dino_ssl.schedules import Clock
 
@@ -25,7 +25,6 @@ class SwAVConfig(MethodConfig):
     """SwAV, with the defaults of Caron et al. (2020)."""
 
     global_views: ClassVar[int] = 2
-    about: ClassVar[str] = "trained by SwAV with no labels"
 
     out_dim: int = 3000
     """K, the number of prototypes; fewer for thousands of images."""
@@ -57,11 +56,6 @@ class SwAVConfig(MethodConfig):
         check_range(self, "queue", "queue_from", "freeze_prototypes", prefix="method.", least=0)
 
     @property
-    def summary(self) -> str:
-        """The number of prototypes."""
-        return f"SwAV, K {self.out_dim}"
-
-    @property
     def num_prototypes(self) -> int:
         """K."""
         return self.out_dim
@@ -75,11 +69,7 @@ class SwAVConfig(MethodConfig):
         """Return the network with its prototypes, and an empty queue if there is one."""
         backbone = context.build_backbone()
         head = MLPHead(
-            backbone.embed_dim,
-            self.head_dim,
-            layers=self.head_layers,
-            hidden=self.head_hidden,
-            norm=self.head_norm,
+            backbone.embed_dim, self.head_dim, layers=self.head_layers, hidden=self.head_hidden, norm=self.head_norm
         )
         return SwAV(Network(backbone, PrototypeHead(head, self.head_dim, self.out_dim)), self)
 
@@ -159,11 +149,6 @@ class SwAV(Method):
         head = self.network.head
         assert isinstance(head, PrototypeHead)
         return head
-
-    @property
-    def backbone(self) -> Backbone:
-        """The network's backbone."""
-        return self.network.backbone
 
     @property
     def trainable(self) -> Network:

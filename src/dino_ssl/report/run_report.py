@@ -62,7 +62,7 @@ def _header(run_dir: Path, run: Run, info: Mapping[str, Any], history: History) 
     data, path = info.get("data") or {}, getattr(run.data, "path", "")
     images = f"{data['trained_on']:,} images" if data.get("trained_on") else "images"
     text = (
-        f"{run.backbone.describe()}, {info.get('learning', 'self-distilled with no labels')}, on {images}"
+        f"{run.backbone.describe()}, trained by {run.method.summary}, on {images}"
         f"{f' of {path}' if path else ''}; epoch {epoch:.4g} of {run.optim.epochs:g}."
     )
     eyebrow = '<div class="eyebrow">dino · training report</div>'
