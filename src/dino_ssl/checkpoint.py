@@ -44,17 +44,18 @@ def save(path: Path, content: Checkpoint) -> Path:
     return atomic_write(path, write)
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, *, mmap: bool = False) -> Checkpoint:
     """Load a checkpoint on the CPU, without running code from the file.
 
-    Raises UserError if it is missing, damaged, not a checkpoint of this project, or of a different format version.
+    mmap: read tensors only when they are used. Raises UserError if it is missing, damaged, not a checkpoint of this
+    project, or of a different format version.
     """
     if not path.is_file():
         raise UserError(f"No checkpoint at {path}. A run keeps its newest one in RUN/checkpoints/last.pt.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about old file formats
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged files raise exceptions of many types
         others = ", ".join(sorted(other.name for other in path.parent.glob("*.pt") if other != path))
         hint = f" The same folder has {others}: copy one over it to resume from there." if others else ""

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import shlex
 import sys
 import types
 import typing
@@ -94,27 +95,28 @@ def import_type(spec: str, base: type[T]) -> type[T]:
     return kind
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the settings of a `to_dict` by dotted name; the name of a nested value holds its type."""
-    if not isinstance(value, dict):
-        return {prefix: value}
+def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Return every setting by its dotted name; the name of a nested value holds its type."""
     flat: dict[str, Any] = {}
-    for name, item in value.items():
-        flat |= flatten(item, prefix if name == "type" and prefix else f"{prefix}.{name}".lstrip("."))
+    for field in dataclasses.fields(settings):
+        name, value = f"{prefix}{field.name}", getattr(settings, field.name)
+        is_nested = dataclasses.is_dataclass(value)
+        flat[name] = type_name(type(value)) if is_nested else value
+        flat |= flatten(value, f"{name}.") if is_nested else {}
     return flat
 
 
 def differences(before: Any, after: Any) -> list[tuple[str, Any, Any]]:
     """Return (dotted field, old value, new value) of every setting that differs."""
-    old, new = flatten(to_dict(before)), flatten(to_dict(after))
+    old, new = flatten(before), flatten(after)
     names = [*old, *(name for name in new if name not in old)]
     return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
 
 
 def format_value(value: Any) -> str:
     """Return a setting's value as typed on the command line."""
-    if isinstance(value, list):
-        return " ".join(map(format_value, value))
+    if isinstance(value, list | tuple):
+        return " ".join(shlex.quote(str(v)) if dataclasses.is_dataclass(v) else format_value(v) for v in value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -82,7 +82,7 @@ class Run:
     keep_every: int = 0
     """Epochs between two checkpoints that are kept; 0: keep only the last and the best."""
     on_collapse: Literal["warn", "stop", "rollback"] = "warn"
-    """Action on a collapse: print a warning, stop, or resume from the last healthy checkpoint with safer settings
+    """Action on a collapse: print a warning, stop, or stop and restore the last healthy checkpoint
     (docs/collapse.md)."""
     out: str = "runs/dino"
     """Output folder."""

@@ -9,13 +9,12 @@ import pytest
 from rich.console import Console
 
 import dino_ssl
-from dino_ssl.api.resolve import differences
 from dino_ssl.api.training_progress import TrainingProgress
 from dino_ssl.cli.command_line import CommandLine
 from dino_ssl.cli.flags import flag
 from dino_ssl.cli.settings import cli_diff
 from dino_ssl.cli.train import TrainOptions
-from dino_ssl.config import edit
+from dino_ssl.config import differences, edit
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.synthetic.scenes import SIMPLE_SCENES, Scenes
 from dino_ssl.errors import UserError
@@ -191,8 +190,9 @@ def test_progress_shows_metrics_and_remaining_time():
     terminal = Terminal()
     terminal.console = Console(force_terminal=True, width=100, record=True, file=io.StringIO())
     progress = TrainingProgress(terminal, Clock(0, 10, 3), prototypes=32)
-    progress.update(Clock(10, 10, 3), {"loss": 3.25, "teacher_entropy": 2.5, "images_per_s": 123.4, "wait": 0.05})
-    terminal.console.print(progress._draw())
+    progress.show(Clock(10, 10, 3), {"loss": 3.25, "teacher_entropy": 2.5, "images_per_s": 123.4, "wait": 0.05})
+    progress.show_activity("knn val/")
+    terminal.console.print(progress.get_renderable())
     text = terminal.console.export_text()
     for part in (
         "epoch 1/3",
@@ -202,6 +202,8 @@ def test_progress_shows_metrics_and_remaining_time():
         "teacher entropy 2.50 of 3.47",
         "123 images/s",
         "5% waiting",
+        "0 s left",
+        "knn val/ …",
     ):
         assert part in text
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -182,7 +181,7 @@ def make_job(study: Study, study_run: StudyRun, *, linear: bool = False) -> RunJ
 def settings_digest(run: Run) -> str:
     """Return a digest of all settings that affect the learned weights and their evaluation at the end."""
     ignored = NOT_LEARNED - {"precision"}
-    settings: dict[str, Any] = {name: value for name, value in flatten(to_dict(run)).items() if name not in ignored}
+    settings = {name: value for name, value in flatten(run).items() if name not in ignored} | {"type": "Run"}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

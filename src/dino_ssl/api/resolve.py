@@ -1,18 +1,16 @@
 """Resolve a training run: a new plan with the user's settings, or an existing run that is resumed."""
 
-import json
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dino_ssl import checkpoint
 from dino_ssl.api.checkpoints import Checkpoint
-from dino_ssl.config import edit, flatten, format_value, to_dict
+from dino_ssl.config import differences, edit, format_value
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.errors import UserError
+from dino_ssl.files import read_json
 from dino_ssl.methods import DINOConfig
 from dino_ssl.methods.method import MethodConfig
 from dino_ssl.presets.plan import CPU_MINUTES, Plan, Reason, describe_preset, plan
@@ -63,29 +61,22 @@ def resolve_run(
         recipe = Reason("preset", describe_preset(preset), "chosen by you")
         return _with_changes(Plan(first.run, [recipe, *first.reasons]), preset, change)
     first = plan(dataset, machine, method=method, minutes=minutes, world=world)
-    changed = change(first.run)
-    if changed == first.run:
+    run, changed = first.run, change(first.run)
+    if changed == run:
         return first
-    if changed.optim.epochs != first.run.optim.epochs:
-        minutes = None
+    if changed.optim.epochs != run.optim.epochs:
+        run, minutes = fit_schedule(run, changed.optim.epochs), None
     elif minutes is None and machine.device.type == "cpu":
         minutes = CPU_MINUTES
-    second = plan(dataset, machine, preset=change(_adapt(first.run, changed)), minutes=minutes, world=world)
-    measured = {reason.name: reason for reason in second.reasons if reason.name in MEASURED_ROWS}
-    reasons = [measured.pop(reason.name, reason) for reason in first.reasons]
-    return _with_changes(Plan(second.run, [*reasons, *measured.values()]), first.run, change)
-
-
-def _adapt(run: Run, changed: Run) -> Run:
-    """Adapt the planned run to the user's number of epochs and size of the views."""
-    if changed.optim.epochs != run.optim.epochs:
-        run = fit_schedule(run, changed.optim.epochs)
     if changed.views.size != run.views.size:
         run = edit(run, backbone=run.backbone.with_image_size(changed.views.size))
-    return run
+    second = plan(dataset, machine, preset=change(run), minutes=minutes, world=world)
+    measured = {reason.name: reason for reason in second.reasons if reason.name in MEASURED_ROWS}
+    reasons = {reason.name: reason for reason in first.reasons} | measured
+    return _with_changes(Plan(second.run, list(reasons.values())), first.run, change)
 
 
-NETWORK_FIELDS = {"backbone", "backbone.name", "backbone.size", "backbone.patch"}
+NETWORK_FIELDS = {"backbone", "backbone.name", "backbone.size", "backbone.patch", "backbone.image_size"}
 """Fields that the row `network` of the plan shows."""
 ROWS = {
     "method.out_dim": "K",
@@ -93,46 +84,28 @@ ROWS = {
     "optim.micro_batch": "micro-batch",
     "optim.lr": "learning rate",
     "optim.epochs": "epochs",
-    "workers": "workers",
-    "precision": "precision",
 }
-"""Fields that have a row in the plan, with its name."""
+"""Fields whose row in the plan has another name."""
 
 
 def _with_changes(planned: Plan, before: Run, change: Change) -> Plan:
     """Return the plan with the user's settings: in the row of the field, or in a new row."""
     run, after = change(planned.run), change(before)
+    changes = {name: (format_value(new), format_value(old)) for name, old, new in differences(before, after)}
+    for part in [part for part in ("backbone", "method") if part in changes]:  # another type: compare with its defaults
+        defaults = edit(after, **{part: type(getattr(after, part))()})
+        changes = {name: values for name, values in changes.items() if not name.startswith(f"{part}.")}
+        changes |= {name: (format_value(new), "") for name, _, new in differences(defaults, after)}
+    if "method" in changes:
+        changes["method"] = (run.method.summary, before.method.summary)
     rows = {reason.name: reason for reason in planned.reasons}
-    changes = {name: (old, new) for name, old, new in differences(before, after)}
     if changes.keys() & NETWORK_FIELDS:
         rows["network"] = Reason("network", run.backbone.describe(), "set by you")
-    if "backbone" in changes:  # another type: compare with its defaults
-        changes = {name: values for name, values in changes.items() if not name.startswith("backbone")}
-        for name, _, value in differences(edit(after, backbone=type(after.backbone)()), after):
-            if name not in NETWORK_FIELDS and name != "backbone.image_size":
-                rows[name] = Reason(name, format_value(value), "set by you")
-    if "method" in changes:  # likewise
-        rows["method"] = Reason("method", run.method.summary, f"set by you; the plan had {before.method.summary}")
-        changes = {name: values for name, values in changes.items() if not name.startswith("method")}
-        defaults = edit(after, method=type(after.method)())
-        changes |= {name: (old, new) for name, old, new in differences(defaults, after)}
-    for name, (old, new) in changes.items():
-        if name.split(".")[0] not in ("out", "data"):
+    for name, (new, old) in changes.items():
+        if name not in NETWORK_FIELDS and name.split(".")[0] not in ("out", "data"):
             row = ROWS.get(name, name)
-            rows[row] = Reason(row, format_value(new), f"set by you; the plan had {format_value(old) or 'none'}")
+            rows[row] = Reason(row, new, f"set by you; the plan had {old}" if old else "set by you")
     return Plan(run, list(rows.values()))
-
-
-def differences(before: Run, after: Run) -> list[tuple[str, Any, Any]]:
-    """Return (dotted field, old value, new value) of every setting that differs."""
-    old, new = settings_of(before), settings_of(after)
-    names = [*old, *(name for name in new if name not in old)]
-    return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
-
-
-def settings_of(run: Run) -> dict[str, Any]:
-    """Return every setting of a run by its dotted name; evaluations as typed on the command line."""
-    return flatten(to_dict(run)) | {"evals": [shlex.quote(str(item)) for item in run.evals]}
 
 
 def show_plan(terminal: Terminal, planned: Plan) -> None:
@@ -186,9 +159,8 @@ def find_run(folder: Path, *, trust: bool = False) -> ExistingRun | None:
     if not (folder / "run.json").is_file() or not (folder / "checkpoints/last.pt").is_file():
         return None
     run = read_run(folder, trust=trust)
-    num_images = json.loads((folder / "run.json").read_text())["data"]["trained_on"]
-    per_epoch = steps_per_epoch(num_images, run.optim.batch_size)
-    step = checkpoint.load(folder / "checkpoints/last.pt")["step"]
+    per_epoch = steps_per_epoch(read_json(folder / "run.json")["data"]["trained_on"], run.optim.batch_size)
+    step = checkpoint.load(folder / "checkpoints/last.pt", mmap=True)["step"]
     return ExistingRun(edit(run, out=str(folder)), step, per_epoch * run.optim.epochs)
 
 

@@ -9,14 +9,14 @@ from dino_ssl import distributed
 from dino_ssl.api.resolve import Change, ExistingRun, find_run, resolve_run, resumed, show_plan
 from dino_ssl.api.session import Outcome, run_session
 from dino_ssl.config import edit
-from dino_ssl.data.dataset import DatasetConfig, ImageDataset
+from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import DatasetSource, config_of, folder_path, open_dataset
 from dino_ssl.errors import UserError
 from dino_ssl.files import write_json
 from dino_ssl.methods import DINOConfig, method_named
 from dino_ssl.methods.method import MethodConfig
 from dino_ssl.presets import resolve
-from dino_ssl.presets.plan import Plan, Reason
+from dino_ssl.presets.plan import Reason
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, machine, start
 from dino_ssl.terminal import Terminal
@@ -60,45 +60,28 @@ def train(
         raise UserError(f"{folder} has a run. Pass resume=True to resume it, or a different `out`.")
     if existing is None and resume:
         raise UserError(f"Nothing to resume in {folder}: expected run.json and checkpoints/last.pt.")
-    opened = distributed.run_on_rank0(lambda: open_dataset(dataset))
     method = method_named(changes.pop("method")) if isinstance(changes.get("method"), str) else None
-    data = config_of(dataset, opened)
-
-    def change(run: Run) -> Run:
-        if method is not None and type(run.method) is not method:
-            run = edit(run, method=method())
-        return edit(run, data=data, out=str(folder), **changes)
-
-    request = TrainRequest(
-        folder=folder,
-        data=data,
-        change=change,
-        existing=existing,
-        preset=resolve(preset) if isinstance(preset, str) else preset,
-        method=method or type(changes.get("method") or DINOConfig()),
-        minutes=minutes,
-    )
     terminal = Terminal(quiet=quiet)
     with start() as rt:
-        return prepare(request, lambda _: opened, terminal, rt).train(terminal)
+        opened = distributed.run_on_rank0(lambda: open_dataset(dataset))
+        data = config_of(dataset, opened)
 
+        def change(run: Run) -> Run:
+            if method is not None and type(run.method) is not method:
+                run = edit(run, method=method())
+            return edit(run, data=data, out=str(folder), **changes)
 
-@dataclass(frozen=True, kw_only=True)
-class TrainRequest:
-    """A training run as requested by the user."""
-
-    folder: Path
-    """Output folder."""
-    data: DatasetConfig
-    change: Change
-    """Applies the user's settings to a Run."""
-    existing: ExistingRun | None = None
-    """The run to resume."""
-    preset: Run | None = None
-    """The preset; None: plan a run."""
-    method: type[MethodConfig] = DINOConfig
-    """The method to plan for, without a preset."""
-    minutes: float | None = None
+        prepared = prepare(
+            lambda: opened,
+            terminal,
+            rt,
+            change=change,
+            existing=existing,
+            preset=resolve(preset) if isinstance(preset, str) else preset,
+            method=method or type(changes.get("method") or DINOConfig()),
+            minutes=minutes,
+        )
+        return prepared.train(terminal)
 
 
 @dataclass(frozen=True)
@@ -129,25 +112,28 @@ class PreparedRun:
 
 
 def prepare(
-    request: TrainRequest, open_data: Callable[[DatasetConfig], ImageDataset], terminal: Terminal, rt: Runtime
+    open_data: Callable[[], ImageDataset],
+    terminal: Terminal,
+    rt: Runtime,
+    *,
+    change: Change,
+    existing: ExistingRun | None = None,
+    preset: Run | None = None,
+    method: type[MethodConfig] = DINOConfig,
+    minutes: float | None = None,
 ) -> PreparedRun:
     """Plan a run, or load the one to resume, and open its dataset; all ranks take part.
 
-    open_data: opens `Run.data` with progress.
+    open_data: opens the dataset with progress. change: applies the user's settings to a Run. existing: the run to
+    resume. preset: None plans a run. method: planned for, without a preset.
     """
-    if request.existing is not None:
-        run = resumed(request.existing, request.change)
-        return PreparedRun(run, open_data(run.data), rt, request.existing)
-    dataset = open_data(request.data)
+    if existing is not None:
+        run = resumed(existing, change)
+        return PreparedRun(run, open_data(), rt, existing)
+    dataset, world = open_data(), rt.world_size
     with terminal.progress("measuring this machine"):
-        plan: Plan = resolve_run(
-            dataset,
-            machine(),
-            preset=request.preset,
-            change=request.change,
-            method=request.method,
-            minutes=request.minutes,
-            world=rt.world_size,
+        plan = resolve_run(
+            dataset, machine(), preset=preset, change=change, method=method, minutes=minutes, world=world
         )
     plan = distributed.run_on_rank0(lambda: plan)  # every rank measures; the plan of rank 0 is used
     show_plan(terminal, plan)

@@ -3,10 +3,9 @@
 from collections.abc import Collection
 from typing import Any
 
-from dino_ssl.api.resolve import differences
 from dino_ssl.cli.command_line import network_named
 from dino_ssl.cli.flags import flag
-from dino_ssl.config import edit, format_value
+from dino_ssl.config import differences, edit, format_value
 from dino_ssl.methods import METHODS
 from dino_ssl.run import Run
 

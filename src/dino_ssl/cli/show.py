@@ -64,8 +64,8 @@ def show(argv: Sequence[str]) -> int:
     examples = "  dino show vits16\n  dino show runs/photos\n  dino show vits16 --json > run.json"
     options = parse(ShowOptions, argv, "dino show", examples)
     with command_output(options.json) as (terminal, write_result):
-        from dino_ssl.api.resolve import settings_of
         from dino_ssl.cli.settings import typed
+        from dino_ssl.config import flatten
         from dino_ssl.presets import resolve
         from dino_ssl.run import read_run
 
@@ -74,8 +74,7 @@ def show(argv: Sequence[str]) -> int:
         settings: dict[str, Any] = to_dict(run)
         rows = [
             (name, str(value)) if isinstance(settings.get(name), dict) else typed(name, value)
-            for name, value in settings_of(run).items()
-            if name != "type"
+            for name, value in flatten(run).items()
         ]
         terminal.table(options.preset, ("setting", "value"), rows)
         write_result(settings)

@@ -10,7 +10,7 @@ import tyro
 
 from dino_ssl import distributed
 from dino_ssl.api.session import Outcome
-from dino_ssl.api.training import TrainRequest, prepare
+from dino_ssl.api.training import prepare
 from dino_ssl.cli.command_line import CommandLine, SessionOptions
 from dino_ssl.cli.flags import with_flags
 from dino_ssl.cli.run_dir import choose_run_dir
@@ -81,16 +81,16 @@ def run_command(line: CommandLine) -> int:
             return edit(line.change(edit(run, data=options.run.data)), out=str(folder))
 
         preset = None if options.preset_name is None else edit(line.preset, data=options.run.data)
-        request = TrainRequest(
-            folder=folder,
-            data=options.run.data,
+        prepared = prepare(
+            lambda: _open(options.run.data, terminal),
+            terminal,
+            rt,
             change=change,
             existing=existing,
             preset=preset,
             method=type(options.run.method),
             minutes=options.minutes,
         )
-        prepared = prepare(request, lambda data: _open(data, terminal), terminal, rt)
         if options.dry_run:
             with terminal.progress("checking the run"):
                 prepared.validate()

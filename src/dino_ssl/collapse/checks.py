@@ -6,7 +6,7 @@ docs/collapse.md explains metrics and thresholds.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dino_ssl.run import Run
@@ -57,6 +57,13 @@ def check_config(run: Run, steps_per_epoch: int, num_images: int) -> list[Findin
     return run_checks((*METHOD_CHECKS, *SIZE_CHECKS), Setup(run, steps_per_epoch, num_images))
 
 
+def with_causes(finding: Finding, run: Run | None) -> Finding:
+    """Return the finding with settings of the run that are known to collapse at the front of its suggestion."""
+    causes = [] if run is None or finding.name == "Teacher not updated" else run_checks(METHOD_CHECKS, Setup(run))
+    known = [f"{cause.name}: {cause.suggestion}" for cause in causes]
+    return replace(finding, suggestion=" ".join([*known, finding.suggestion]))
+
+
 # -- settings ------------------------------------------------------------------------------------------------
 
 
@@ -74,12 +81,17 @@ class Setup:
 
     @property
     def is_centered(self) -> bool:
-        """Return True if cross-entropy against centered targets is the loss."""
+        """True if the loss is the cross-entropy with centered targets."""
         return self.get("targets") == "centering" and self.get("loss") == "cross-entropy"
 
     @property
+    def is_sharpened(self) -> bool:
+        """True if the centered targets have a teacher temperature of their own."""
+        return self.is_centered and bool(self.get("sharpening"))
+
+    @property
     def hot_epoch(self) -> int | None:
-        """Return the first epoch, from 1, of a too high teacher temperature while the learning rate still rises."""
+        """The first epoch, from 1, of a too high teacher temperature while the learning rate still rises."""
         schedule, optim = self.run.method.schedules()["teacher_temp"], self.run.optim
         warmup = range(min(optim.epochs, math.ceil(optim.warmup_epochs) or 1))
         hot = (epoch for epoch in warmup if schedule(Clock(epoch, 1, optim.epochs)) > MAX_START_TEMPERATURE)
@@ -87,12 +99,12 @@ class Setup:
 
     @property
     def steps(self) -> int:
-        """Return the steps of the run."""
+        """The steps of the run."""
         return self.steps_per_epoch * self.run.optim.epochs
 
     @property
     def initial_fraction(self) -> float:
-        """Return the fraction of its initial weights that the EMA teacher keeps to the end."""
+        """The fraction of its initial weights that the EMA teacher keeps to the end."""
         momentum = self.run.method.schedules().get("momentum")
         if momentum is None or self.steps == 0:
             return 0.0
@@ -103,12 +115,12 @@ class Setup:
 
     @property
     def max_momentum(self) -> float:
-        """Return a teacher momentum that is low enough for the length of the run."""
+        """A teacher momentum that is low enough for the length of the run."""
         return max(0.9, 1 - 6 / self.steps)
 
     @property
     def max_prototypes(self) -> int:
-        """Return the largest useful K: four prototypes per image."""
+        """The largest useful K: four prototypes per image."""
         return 4 * self.num_images
 
 
@@ -145,7 +157,7 @@ METHOD_CHECKS = (
     ),
     Check(
         "Temperature too high",
-        lambda s: s.is_centered and s.get("sharpening") and s.hot_epoch is not None,
+        lambda s: s.is_sharpened and s.hot_epoch is not None,
         "`method.teacher_temp` {0.run.method.teacher_temp:g} is too high in epoch {0.hot_epoch}, during the warm-up of "
         "the learning rate (App. D: 0.06 works, 0.08 gives 0.1).",
         "Start at 0.04 (`method.warmup_teacher_temp`) and warm up over ten epochs or more, or keep 0.04.",
@@ -153,9 +165,7 @@ METHOD_CHECKS = (
     ),
     Check(
         "Temperature too high",
-        lambda s: (
-            s.is_centered and s.get("sharpening") and s.hot_epoch is None and s.get("teacher_temp") > MAX_TEMPERATURE
-        ),
+        lambda s: s.is_sharpened and s.hot_epoch is None and s.get("teacher_temp") > MAX_TEMPERATURE,
         f"`method.teacher_temp` {{0.run.method.teacher_temp:g}} is above {MAX_TEMPERATURE}.",
         "Lower it: 0.07 works after a warm-up from 0.04 (App. D).",
         fatal=False,
@@ -273,7 +283,7 @@ OUTPUT_CHECKS = (
         fatal=False,
     ),
 )
-"""Checks of loss and targets; only the first finding counts."""
+"""Checks of loss and targets."""
 FEATURE_CHECKS = (
     Check(
         "Feature collapse",
@@ -288,7 +298,7 @@ FEATURE_CHECKS = (
         FEATURES,
     ),
 )
-"""Checks of the backbone's features; only the first finding counts."""
+"""Checks of the backbone's features."""
 TEACHER_CHECKS = (
     Check(
         "Teacher not updated",
@@ -297,3 +307,5 @@ TEACHER_CHECKS = (
         "Lower `method.momentum`: 0.996 for ten thousand steps or more, 0.97 to 0.99 for some thousand.",
     ),
 )
+METRIC_CHECKS = (LOSS_CHECKS, OUTPUT_CHECKS, FEATURE_CHECKS, TEACHER_CHECKS)
+"""Groups of checks; only the first finding of each counts."""

@@ -6,18 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from dino_ssl.collapse.checks import (
-    DIVERGENCE,
-    FEATURE_CHECKS,
-    LOSS_CHECKS,
-    METHOD_CHECKS,
-    OUTPUT_CHECKS,
-    TEACHER_CHECKS,
-    Curves,
-    Finding,
-    Setup,
-    run_checks,
-)
+from dino_ssl.collapse.checks import DIVERGENCE, LOSS_CHECKS, METRIC_CHECKS, Curves, Finding, run_checks, with_causes
 from dino_ssl.run import Run
 
 LINES = 5
@@ -54,20 +43,18 @@ class Monitor:
             return []
         step = int(row.get("step", 0))
         if not _is_finite(row["loss"]):
-            return [divergence(f"the loss is not finite at step {step}.", self._run)]
+            finding = Finding("Divergence", f"the loss is not finite at step {step}.", DIVERGENCE)
+            return [with_causes(finding, self._run)]
         self._follow_teacher(step, row.get("momentum"))
         self._recent.append(row)
         if len(self._recent) < LINES:
             return []
-        names = LOGGED & row.keys()
-        curves = replace(self._curves, **{name: _mean(self._recent, name) for name in names})
+        curves = replace(self._curves, **{name: _mean(self._recent, name) for name in LOGGED & row.keys()})
         if math.isnan(curves.first_loss):
             curves.first_loss = curves.loss
         if "prototypes_used" not in row:
             curves.prototypes_used = math.exp(curves.marginal_entropy)
-        groups = (LOSS_CHECKS,)
-        if not self.in_grace_period(step):
-            groups = (LOSS_CHECKS, OUTPUT_CHECKS, FEATURE_CHECKS, TEACHER_CHECKS)
+        groups = (LOSS_CHECKS,) if self.in_grace_period(step) else METRIC_CHECKS
         findings = [finding for group in groups for finding in run_checks(group, curves)[:1]]
         curves.lowest_loss = min(curves.lowest_loss, curves.loss)
         curves.highest_rank = max(curves.highest_rank, curves.feature_rank)
@@ -83,18 +70,6 @@ class Monitor:
         steps = step - self._first_step
         self._curves.teacher_update += (steps - self._curves.teacher_steps) * (1 - momentum)
         self._curves.teacher_steps = steps
-
-
-def divergence(message: str, run: Run | None) -> Finding:
-    """Return the finding of a loss that is not finite."""
-    return with_causes(Finding("Divergence", message, DIVERGENCE), run)
-
-
-def with_causes(finding: Finding, run: Run | None) -> Finding:
-    """Return the finding with settings of the run that are known to collapse at the front of its suggestion."""
-    causes = [] if run is None or finding.name == "Teacher not updated" else run_checks(METHOD_CHECKS, Setup(run))
-    known = [f"{cause.name}: {cause.suggestion}" for cause in causes]
-    return replace(finding, suggestion=" ".join([*known, finding.suggestion]))
 
 
 def diagnose(

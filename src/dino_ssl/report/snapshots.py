@@ -102,8 +102,6 @@ def write_neighbors(
     """
     rows = {int(index): row for row, index in enumerate(extracted.indices.tolist())}
     queries = [int(query) for query in queries if int(query) in rows]
-    if not queries:
-        raise UserError("None of the query images has a feature.")
     features = extracted.features
     similarity, nearest = nearest_neighbours(features, features[[rows[query] for query in queries]], k + 1)
     results = []
