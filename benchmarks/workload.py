@@ -21,8 +21,7 @@ from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.methods.dino import DINO, DINOConfig
 from dino_ssl.models.timm import Timm
 from dino_ssl.models.vit import ViT
-from dino_ssl.profiling.roofline import count_flops
-from dino_ssl.profiling.throughput import matmul_throughput
+from dino_ssl.profiling.roofline import count_flops, matmul_throughput
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine, machine
 from dino_ssl.schedules import Clock
@@ -123,7 +122,7 @@ def compare(
 
 def with_matmul_share(rows: Sequence[dict[str, Any]], workload: Workload, flops_per_s: float) -> list[dict[str, Any]]:
     """Return the rows with `matmul_share`: FLOP/s of the step (`count_flops`) over the device's matmul throughput."""
-    flops = sum(part.total for part in count_flops(workload.run("float32")))
+    flops = sum(count_flops(workload.run("float32")).values())
     return [
         row if "failed" in row else row | {"matmul_share": row["images_per_s"] * flops / flops_per_s} for row in rows
     ]

@@ -2,15 +2,16 @@
 
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from dino_ssl import runtime
-from dino_ssl.cli.bench import EXAMPLES, choose_precision, read
+from dino_ssl.cli.bench import EXAMPLES, read
 from dino_ssl.config import edit
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.methods import BYOLConfig, SwAVConfig
@@ -18,11 +19,9 @@ from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models.vit import ViT
 from dino_ssl.optim import Optim
 from dino_ssl.presets import resolve
-from dino_ssl.profiling import profile, throughput
-from dino_ssl.profiling.profile import choose_batch_size, measure, summarize, table
-from dino_ssl.profiling.roofline import bytes_per_step, count_flops
-from dino_ssl.profiling.step_profile import RANGES, profile_step
-from dino_ssl.profiling.throughput import Throughput, matmul_throughput, memory_bandwidth
+from dino_ssl.profiling import profile, roofline
+from dino_ssl.profiling.profile import PARTS, choose_batch_size, measure, profile_step, table
+from dino_ssl.profiling.roofline import Throughput, bytes_per_step, matmul_throughput, memory_bandwidth
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine, Runtime
 
@@ -45,20 +44,45 @@ STEP = {
 }
 
 
+FLOPS = {"teacher forward": 1e9, "student forward": 3e9, "backward": 6e9}
+
+
 def no_progress(done: int, total: int) -> None:
     assert 0 <= done <= total
 
 
-def summary(run: Run = RUN, machine: Machine = CPU, data_seconds: float | None = None) -> dict[str, Any]:
-    matmul, memory = Throughput(1e12, "512 x 512 x 512"), Throughput(1e10, "copy")
-    return summarize(run, machine, count_flops(run), matmul, memory, STEP, data_seconds)
+@pytest.fixture
+def summary(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """The result for known measurements, in the order in which they are made."""
+    order: list[str] = []
+
+    def known(name: str, value: Callable[..., Any]) -> None:
+        monkeypatch.setattr(profile, name, lambda *args: order.append(name) or value(*args))
+
+    known("count_flops", lambda *_: FLOPS)
+    known("matmul_throughput", lambda *_: Throughput(1e12, "512 x 512 x 512"))
+    known("memory_bandwidth", lambda *_: Throughput(1e10, "copy"))
+    known("micro_batch", lambda *_: (2, "reason"))
+    known("profile_step", lambda *_: STEP)
+
+    def measured(
+        run: Run = RUN, machine: Machine = CPU, data_seconds: float | None = None, batch_size: int | None = 8
+    ) -> dict[str, Any]:
+        order.clear()
+        known("time_loading", lambda *_: data_seconds)
+        dataset: Any = None if data_seconds is None else object()
+        result = measure(run, machine, dataset, no_progress, batch_size=batch_size, steps=1)
+        assert order.index("profile_step") < order.index("memory_bandwidth"), "its buffers would count in the peak"
+        return result
+
+    return measured
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "SECONDS", 0.0)
-    monkeypatch.setattr(throughput, "SHAPES", {"cpu": ((64, 32, 16), (128, 32, 16))})
-    monkeypatch.setattr(throughput, "BUFFER", {"cpu": 2**16})
+    monkeypatch.setattr(roofline, "SECONDS", 1e-3)
+    monkeypatch.setattr(roofline, "SHAPES", {"cpu": ((64, 32, 16), (128, 32, 16))})
+    monkeypatch.setattr(roofline, "BUFFER", {"cpu": 2**16})
 
 
 @pytest.mark.usefixtures("quick", "tiny_preset")
@@ -67,16 +91,14 @@ def test_command_prints_a_table_and_json(dino, photos: Path) -> None:
     ran = dino("bench", photos, *words, "--views.local", "2", "--json")
     assert ran.code == 0, ran.err
     result = ran.json
-    assert result["format"] == 1
+    assert result["format"] == 2
     assert result["run"]["optim"]["batch_size"] == result["step"]["batch_size"] == 4
     assert result["run"]["optim"]["micro_batch"] == 2
     assert len(result["step"]["times"]) == 2
-    assert (
-        result["flops_per_image"]["attention"]["teacher"] == {p.name: p for p in count_flops(RUN)}["attention"].teacher
-    )
+    assert result["flops_per_image"]["teacher forward"] > 0
     assert 0 < result["data"]["images_per_s_with_step"] < result["step"]["images_per_s"]
     assert result["data"]["images_per_s_per_worker"] > 0
-    for words in ("last layer", "of the roofline", "peak memory", "backward", "one worker", "aten::"):
+    for words in ("teacher forward", "of the roofline", "peak memory", "backward", "one worker", "aten::"):
         assert words in ran.err
 
 
@@ -107,71 +129,54 @@ LINES = sorted(
 @pytest.mark.parametrize("line", LINES)
 def test_examples_in_docs_and_help_parse(line: str) -> None:
     words = shlex.split(line)[2:]
-    _, options = read(words)
+    options, batch_size = read(words, CPU)
+    assert (batch_size is not None) == ("--optim.batch-size" in line)
     assert options.folder == ("photos/" if "photos/" in words else "")
     if "vits16" in words:
         assert options.run.backbone == ViT(size="small", patch=16)
 
 
-def test_default_preset_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "machine", lambda: CPU)
-    assert read([])[1].run.backbone == resolve("small").backbone
-    monkeypatch.setattr(runtime, "machine", lambda: GPU)
-    assert read([])[1].run.backbone == resolve("vits16").backbone
-    assert read(["--network", "vit_tiny/8"])[1].run.backbone == ViT(size="tiny", patch=8, image_size=224)
+def run_of(*words: str, machine: Machine = GPU) -> Run:
+    return read(words, machine)[0].run
 
 
-def precision(*words: str, machine: Machine = GPU) -> str:
-    command_line, options = read(words)
-    return choose_precision(options.run, command_line, machine).precision
+def test_default_preset_depends_on_the_device() -> None:
+    assert run_of(machine=CPU).backbone == resolve("small").backbone
+    assert run_of().backbone == resolve("vits16").backbone
+    assert run_of("--network", "vit_tiny/8").backbone == ViT(size="tiny", patch=8, image_size=224)
 
 
 def test_precision_is_the_one_that_training_uses() -> None:
-    assert precision("--preset", "vits16") == "bfloat16"  # float16 in the preset, bfloat16 on this GPU
-    assert precision("--preset", "vits16", machine=CPU) == "float32"
-    assert precision("--preset", "small") == "float32"  # the preset's
-    assert precision() == "bfloat16"
-    assert precision("--preset", "vits16", "--precision", "float16") == "float16"
+    assert run_of("--preset", "vits16").precision == "bfloat16"  # float16 in the preset, bfloat16 on this GPU
+    assert run_of("--preset", "vits16", machine=CPU).precision == "float32"
+    assert run_of("--preset", "small").precision == "float32"  # the preset's
+    assert run_of().precision == "bfloat16"
+    assert run_of("--preset", "vits16", "--precision", "float16").precision == "float16"
 
 
 # -- measurements ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("batch_size", "micro_batch"), [(None, 0), (48, 0), (48, "auto")])
-def test_batch_size_is_given_or_chosen(
-    batch_size: int | None, micro_batch: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order = []
-    monkeypatch.setattr(profile, "matmul_throughput", lambda *_: Throughput(1e9, ""))
-    monkeypatch.setattr(profile, "memory_bandwidth", lambda *_: order.append("memory") or Throughput(1e9, ""))
-    monkeypatch.setattr(profile, "micro_batch", lambda *_: (2, "reason"))
-
-    def profile_step(run: Run, *_: Any) -> dict[str, Any]:
-        order.append("step")
-        return STEP | {"batch_size": run.optim.batch_size}
-
-    monkeypatch.setattr(profile, "profile_step", profile_step)
-    run = edit(RUN, optim=dict(micro_batch=micro_batch))
-    result = measure(run, CPU, None, no_progress, batch_size=batch_size, steps=1)
-    seconds = sum(part.total for part in count_flops(RUN)) / 1e9
-    assert result["run"]["optim"]["batch_size"] == (batch_size or choose_batch_size(RUN, CPU, seconds))
+def test_batch_size_is_given_or_chosen(batch_size: int | None, micro_batch: Any, summary) -> None:
+    result = summary(edit(RUN, optim=dict(micro_batch=micro_batch)), batch_size=batch_size)
+    assert result["run"]["optim"]["batch_size"] == (batch_size or choose_batch_size(RUN, CPU, 100.0))
     assert result["run"]["optim"]["micro_batch"] == (2 if micro_batch else 0)
-    assert order == ["step", "memory"], "the buffers would count in the peak memory of the step"
     assert result["data"] is None
 
 
 def test_batch_size_gives_steps_of_two_seconds() -> None:
-    assert choose_batch_size(RUN, CPU, 1 / 8) == 8  # at half the throughput
-    assert choose_batch_size(RUN, CPU, 100.0) == 2
-    assert choose_batch_size(RUN, CPU, 1e-6) == 64
-    assert choose_batch_size(edit(RUN, optim=dict(batch_size=1000)), GPU, 1e-6) == 128
+    assert choose_batch_size(RUN, CPU, 8) == 8  # at half the throughput
+    assert choose_batch_size(RUN, CPU, 0.01) == 2
+    assert choose_batch_size(RUN, CPU, 1e6) == 64
+    assert choose_batch_size(edit(RUN, optim=dict(batch_size=1000)), GPU, 1e6) == 128
 
 
 @pytest.mark.usefixtures("quick")
 def test_throughput_is_the_best_of_all_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock on which every operation takes one second."""
-    seconds = iter(range(1000))
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(seconds)))
+    """With a timer by which every operation takes one second."""
+    times = SimpleNamespace(times=[3.0, 1.0, 2.0])
+    monkeypatch.setattr(roofline.Timer, "blocked_autorange", lambda *_, **__: times)
     assert matmul_throughput(CPU.device, "float32") == (2 * 128 * 32 * 16, "128 x 32 x 16")
     assert memory_bandwidth(CPU.device, 2**33) == (3 * 2**16, "add")
 
@@ -189,7 +194,7 @@ def test_throughput_is_the_best_of_all_operations(monkeypatch: pytest.MonkeyPatc
 def test_parts_sum_to_the_step(change: dict, missing: set[str]) -> None:
     run = edit(edit(RUN, optim=dict(batch_size=4)), **change)
     step = profile_step(run, Runtime(torch.device("cpu"), "float32"), 1, no_progress)
-    assert step["parts"].keys() == {*RANGES.values(), "other"} - missing
+    assert step["parts"].keys() == {*PARTS.values(), "other"} - missing
     assert all(seconds > 0 for seconds in step["parts"].values())
     assert list(step["operators"].values()) == sorted(step["operators"].values(), reverse=True)
     assert 0 < sum(step["operators"].values()) < sum(step["parts"].values())
@@ -200,16 +205,16 @@ def test_parts_sum_to_the_step(change: dict, missing: set[str]) -> None:
 # -- the result --------------------------------------------------------------------------------------------
 
 
-def test_roofline_is_the_smaller_bound() -> None:
-    result, flops = summary(), sum(part.total for part in count_flops(RUN))
+def test_roofline_is_the_smaller_bound(summary) -> None:
+    result = summary()
     bound = result["roofline"]
-    assert bound["compute_images_per_s"] == 1e12 / flops
+    assert bound["compute_images_per_s"] == 1e12 / 1e10
     assert bound["memory_images_per_s"] == 1e10 * 8 / sum(bytes_per_step(RUN, 8).values())
     assert bound["images_per_s"] == min(bound["compute_images_per_s"], bound["memory_images_per_s"])
     assert result["step"]["roofline_share"] == 40 / bound["images_per_s"]
 
 
-def test_cpu_shares_its_cores_and_gpu_overlaps() -> None:
+def test_cpu_shares_its_cores_and_gpu_overlaps(summary) -> None:
     shared = summary(data_seconds=0.1)["data"]
     assert shared["images_per_s_per_worker"] == 10
     assert shared["images_per_s_with_step"] == pytest.approx(1 / (0.2 / 8 + 0.1 / 2))  # two cores
@@ -219,14 +224,15 @@ def test_cpu_shares_its_cores_and_gpu_overlaps() -> None:
     assert summary(replace(RUN, workers=4), GPU, 0.01)["data"]["wait"] == pytest.approx(0)
 
 
-def test_table_shows_all_measurements() -> None:
-    rows = {name: (value, note) for name, value, note in table(summary(resolve("vits16"), data_seconds=0.1))}
+def test_table_shows_all_measurements(summary) -> None:
+    result = summary(data_seconds=0.1)
+    rows = {name: (value, note) for name, value, note in table(result)}
     assert rows["matmul throughput"] == ("1000.0 GFLOP/s", "512 x 512 x 512")
     assert rows["memory bandwidth"] == ("10.0 GB/s", "copy")
-    assert rows["FLOPs per image"][0] == "101.733 G"
-    assert rows["  block MLP"] == ("61.573 G", "60.5%")
-    bound = float(rows["compute bound"][0].split()[0])
-    assert rows["training step"] == ("40.00 images/s", f"{40 / bound:.1%} of the roofline")
+    assert rows["FLOPs per image"][0] == "10.000 G"
+    assert rows["  student forward"] == ("3.000 G", "30.0%")
+    assert rows["compute bound"][0] == "100.00 images/s"
+    assert rows["training step"] == ("40.00 images/s", "40.0% of the roofline")
     assert rows["  backward"] == ("300.0 ms", "75.0%")
     assert rows["  aten::addmm"] == ("200.0 ms", "50.0%")
     assert rows["peak memory"][0] == "1.00 GiB"

@@ -15,7 +15,7 @@ from dino_ssl.errors import UserError
 from dino_ssl.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
 from dino_ssl.metrics import read_metrics
 from dino_ssl.models.timm import Timm
-from dino_ssl.presets import memory
+from dino_ssl.presets import benchmark_step
 from dino_ssl.presets.plan import plan
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, machine
@@ -121,7 +121,7 @@ def test_negative_micro_batch_raises() -> None:
 
 def test_auto_micro_batch_is_resolved_by_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The micro-batch is the largest that fits by the counted bytes, or the whole batch."""
-    monkeypatch.setattr(memory, "step_memory", lambda run, here, count, classes: 100e6 + count * 50e6)
+    monkeypatch.setattr(benchmark_step, "step_memory", lambda run, here, count, classes: 100e6 + count * 50e6)
     here = machine()
     run = edit(STILL, optim=dict(micro_batch="auto", batch_size=20))
     dataset = run.data.open()
@@ -137,12 +137,12 @@ def test_auto_micro_batch_is_resolved_by_the_plan(monkeypatch: pytest.MonkeyPatc
 
 
 def test_step_memory_grows_with_images_and_less_with_checkpointing() -> None:
-    two, four, eight = (memory.step_memory(STILL, machine(), count, 1) for count in (2, 4, 8))
+    two, four, eight = (benchmark_step.step_memory(STILL, machine(), count, 1) for count in (2, 4, 8))
     assert (eight - four) == pytest.approx(2 * (four - two), rel=0.05)
     again = edit(STILL, grad_checkpointing=True)
-    assert memory.step_memory(again, machine(), 8, 1) - memory.step_memory(again, machine(), 4, 1) < 0.5 * (
-        eight - four
-    )
+    assert benchmark_step.step_memory(again, machine(), 8, 1) - benchmark_step.step_memory(
+        again, machine(), 4, 1
+    ) < 0.5 * (eight - four)
 
 
 @pytest.mark.parametrize("timm", [False, True])

@@ -1,14 +1,13 @@
 """`dino bench`: the roofline of a training step on this machine, and the measured speed of step and data path."""
 
 import datetime
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
 
-from dino_ssl import __version__, runtime
+from dino_ssl import runtime
 from dino_ssl.cli.command_line import CommandLine
 from dino_ssl.cli.options import Flag
 from dino_ssl.config import edit
@@ -18,7 +17,7 @@ from dino_ssl.presets import resolve
 from dino_ssl.run import Run
 from dino_ssl.terminal import command_output
 
-FORMAT = 1
+FORMAT = 2
 """Version of the JSON."""
 EXAMPLES = """\
   dino bench                                         the default preset of `dino train` on this machine
@@ -55,13 +54,13 @@ class BenchOptions:
 
 def bench(argv: Sequence[str]) -> int:
     """Run the command; return the exit code."""
-    command_line, options = read(argv)
+    machine = runtime.machine()
+    options, batch_size = read(argv, machine)
     with command_output(options.json) as (terminal, give):
+        from dino_ssl.api.calls import versions
         from dino_ssl.profiling.profile import measure, table
 
-        machine = runtime.machine()
-        run = choose_precision(options.run, command_line, machine)
-        batch_size = run.optim.batch_size if command_line.has("--optim.batch-size") else None
+        run = options.run
         with runtime.start(run.precision), terminal.progress("profiling") as progress:
             dataset = run.data.open(progress) if run.data.is_given else None
             measured = measure(run, machine, dataset, progress, batch_size=batch_size, steps=options.steps)
@@ -71,27 +70,16 @@ def bench(argv: Sequence[str]) -> int:
     return 0
 
 
-def read(argv: Sequence[str]) -> tuple[CommandLine, Any]:
-    """Return the command line and its options, parsed as by `dino train`."""
-    kind: Any = BenchOptions  # has the fields that CommandLine needs
-    command_line = CommandLine(list(argv), kind=kind, prog="dino bench", examples=EXAMPLES, base=preset_or_default)
-    return command_line, command_line.options()
+def read(argv: Sequence[str], machine: runtime.Machine) -> tuple[Any, int | None]:
+    """Return the options, parsed as by `dino train`, and the batch size if it is given.
 
-
-def preset_or_default(name: str | None) -> Run:
-    """Return a preset, or the default preset of this machine."""
-    return resolve(name or ("small" if runtime.machine().device.type == "cpu" else "vits16"))
-
-
-def choose_precision(run: Run, command_line: CommandLine, machine: runtime.Machine) -> Run:
-    """Return the run in the machine's fastest precision, unless the command line or a float32 preset sets another."""
-    if command_line.has("--precision") or (command_line.has("--preset") and run.precision == "float32"):
-        return run
-    return edit(run, precision=machine.precision)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that decide the speed."""
-    import torch
-
-    return {"dino": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    The precision is the fastest of the machine, unless the command line or a float32 preset sets another.
+    """
+    kind, default = BenchOptions, "small" if machine.device.type == "cpu" else "vits16"
+    command_line = CommandLine(
+        list(argv), kind=kind, prog="dino bench", examples=EXAMPLES, base=lambda name: resolve(name or default)
+    )
+    options = command_line.options()
+    if not command_line.has("--precision") and not (options.preset and options.run.precision == "float32"):
+        options = edit(options, run=dict(precision=machine.precision))
+    return options, options.run.optim.batch_size if command_line.has("--optim.batch-size") else None

@@ -1,16 +1,19 @@
-"""Measurements of a run on this machine: a training step on random images, and loading real ones."""
+"""Measurements of a run on this machine: time and memory of a training step on random images, and loading real ones."""
 
+import math
 import statistics
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dino_ssl.config import edit
 from dino_ssl.data.batch import Batch
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.loader import sample_rng
 from dino_ssl.kernels import fastest_transform
+from dino_ssl.models.sync_bn import has_batch_norm
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine, Runtime, synchronize
 from dino_ssl.schedules import Clock
@@ -18,19 +21,25 @@ from dino_ssl.state import State, build_method, prepare_model
 from dino_ssl.training import train_step
 
 NUM_TIMED_IMAGES = 12
+MEMORY_FRACTION = 0.7
+"""Fraction of the device's memory that a step may use; temporary tensors, workers and evaluations need the rest."""
+BATCH_SIZES = (2, 4)
+"""Images in the two steps that measure memory, which is a constant plus an amount per image."""
 
 
-@dataclass(frozen=True)
 class BenchmarkStep:
-    """A training step of a run on one batch of random images."""
+    """A training step of a run with initial weights on one batch of `count` random images of `classes` classes."""
 
-    run: Run
-    rt: Runtime
-    state: State
-    model: nn.Module
-    batch: Batch
+    def __init__(self, run: Run, rt: Runtime, count: int, classes: int) -> None:
+        self.run, self.rt = run, rt
+        method = build_method(run, classes=classes, optimized=rt.optimized)
+        self.model = prepare_model(method, rt)
+        self.state = State(method, run.optim.build(method.trainable), rt.scaler())
+        shapes = [(n, count, 3, side, side) for n, side in run.views.view_shapes]
+        noise = tuple(torch.randint(0, 256, shape, dtype=torch.uint8) for shape in shapes)
+        self.batch = Batch(noise, torch.arange(count) % max(1, classes))
 
-    def step(self, clock: Clock) -> float:
+    def take(self, clock: Clock) -> float:
         """Take one training step; return its seconds, including those of the device."""
         began = time.perf_counter()
         train_step(self.state, self.model, self.batch, clock, self.run, self.rt)
@@ -38,17 +47,7 @@ class BenchmarkStep:
         return time.perf_counter() - began
 
 
-def benchmark_step(run: Run, rt: Runtime, count: int, classes: int) -> BenchmarkStep:
-    """Return a step of the run's method with initial weights on `count` random images of `classes` classes."""
-    method = build_method(run, classes=classes, optimized=rt.optimized)
-    model = prepare_model(method, rt)
-    state = State(method, run.optim.build(method.trainable), rt.scaler())
-    noise = [torch.randint(0, 256, (n, count, 3, side, side), dtype=torch.uint8) for n, side in run.views.view_shapes]
-    return BenchmarkStep(run, rt, state, model, Batch(tuple(noise), torch.arange(count) % max(1, classes)))
-
-
-@dataclass(frozen=True)
-class Speed:
+class Speed(NamedTuple):
     """Seconds per image on this machine: in the training step, and for decoding and augmentation by one worker."""
 
     step: float
@@ -67,8 +66,8 @@ class Speed:
 def measure(run: Run, machine: Machine, dataset: ImageDataset, *, steps: int = 3) -> Speed:
     """Measure a few training steps and the loading of a few images; some seconds."""
     batch_size = min(run.optim.batch_size, 32 if machine.device.type == "cpu" else 128)
-    benchmark = benchmark_step(run, Runtime(machine.device, run.precision), batch_size, len(dataset.classes))
-    times = [benchmark.step(Clock(step, steps + 1, run.optim.epochs)) for step in range(steps + 1)]
+    benchmark = BenchmarkStep(run, Runtime(machine.device, run.precision), batch_size, len(dataset.classes))
+    times = [benchmark.take(Clock(step, steps + 1, run.optim.epochs)) for step in range(steps + 1)]
     return Speed(statistics.median(times[1:]) / batch_size, time_loading(run, dataset))
 
 
@@ -88,3 +87,40 @@ def time_loading(run: Run, dataset: ImageDataset) -> float:
         views(image, sample_rng(0, 0, index))
         times.append(time.perf_counter() - began)
     return statistics.median(times) if times else 0.01
+
+
+def micro_batch(run: Run, machine: Machine, classes: int, world: int) -> tuple[int, str]:
+    """Return the measured `optim.micro_batch` for "auto", and the reason.
+
+    0: the batch of a rank fits into memory, or must not be split.
+    """
+    per_rank = run.optim.batch_size // world
+    run = edit(run, optim=dict(micro_batch=0))
+    if not run.method.supports_grad_accumulation or has_batch_norm(build_method(run, classes=classes)):
+        return 0, "the whole batch: the method or batch norm compares the images of a batch"
+    small, large = (step_memory(run, machine, count, classes) for count in BATCH_SIZES)
+    per_image = max(1.0, (large - small) / (BATCH_SIZES[1] - BATCH_SIZES[0]))
+    fit = int((MEMORY_FRACTION * machine.memory - (small - BATCH_SIZES[0] * per_image)) // per_image)
+    measured = f"measured: {per_image / 2**20:,.0f} MiB per image, {fit:,} fit"
+    if fit >= per_rank:
+        return 0, f"the whole batch of {per_rank}; {measured}"
+    return math.ceil(per_rank / math.ceil(per_rank / max(1, fit))), measured
+
+
+def step_memory(run: Run, machine: Machine, count: int, classes: int) -> float:
+    """Return the bytes of one training step of `count` images: weights, optimizer state and saved activations.
+
+    The peak that a GPU reports is not used: in a step of few images it is the optimizer's, whatever their number.
+    """
+    benchmark, saved = BenchmarkStep(run, Runtime(machine.device, run.precision), count, classes), dict[int, int]()
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter):
+            saved[storage.data_ptr()] = storage.nbytes()  # shared storage counts once
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        benchmark.take(Clock(0, 2, run.optim.epochs))
+    weights = sum(4 * p.nbytes if p.requires_grad else p.nbytes for p in benchmark.state.method.parameters())
+    return float(weights + sum(saved.values()))

@@ -18,8 +18,7 @@ from dino_ssl.methods import MethodConfig
 from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models.backbone import BackboneConfig
 from dino_ssl.models.vit import ViT
-from dino_ssl.presets.benchmark_step import Speed, measure
-from dino_ssl.presets.memory import micro_batch
+from dino_ssl.presets.benchmark_step import Speed, measure, micro_batch
 from dino_ssl.presets.schedule import FULL_SCHEDULE_STEPS, fit_schedule, short_schedule
 from dino_ssl.presets.small import SMALL_CROPS, small, small_vit
 from dino_ssl.run import Run

@@ -1,125 +1,67 @@
-"""The roofline of a training step: its floating point operations and its memory traffic.
+"""The roofline of a training step: its FLOPs and its bytes, and the rates of this machine.
 
 One multiply-add is two FLOPs. Matrix products, attention and convolutions are counted; norms, activations, softmax and
 the loss are not, so the true cost is higher. The operations are those of a step after the first epoch, when the last
 layer is trained. Algorithms with fewer multiplications (Winograd's convolutions, Strassen) can exceed this bound.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_ssl.data.batch import Batch
-from dino_ssl.methods import MethodConfig
 from dino_ssl.methods.method import BuildContext
-from dino_ssl.models import BackboneConfig
+from dino_ssl.models.blocks import Block
 from dino_ssl.run import Run
+from dino_ssl.runtime import Precision
 from dino_ssl.schedules import Clock
 
 MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}
 """Values that an optimizer stores for each parameter."""
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of a value in each precision."""
 NUM_IMAGES = 2
 """Images of the counted batch: batch norm needs at least two."""
-NUM_CLASSES = 1000
-PARTS = {
-    "predictor": "predictor",
-    "last_layer": "last layer",
-    "prototypes": "last layer",
-    "head": "head MLP",
-    "patch_embed": "patch embedding",
-    "attn": "query, key, value, projection",
-    "mlp": "block MLP",
+SECONDS = 0.5
+"""Duration of the measurement of one operation."""
+SHAPES = {
+    "cpu": ((512, 512, 512), (1024, 1024, 1024), (4096, 384, 1536), (2048, 1024, 1024)),
+    "gpu": ((2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (32768, 1024, 4096)),
 }
-"""Parts of a step by the name of a submodule; the first one that occurs in a module's path counts."""
+"""(m, k, n) of the measured products [m, k] x [k, n]."""
+BUFFER = {"cpu": 2**28, "gpu": 2**30}
+"""Bytes of each buffer that is moved: larger than any cache."""
 
 
-class Part(NamedTuple):
-    """FLOPs of one part of a step, for one image."""
+def count_flops(run: Run) -> dict[str, float]:
+    """Return the FLOPs of a step for one image by pass, counted by torch on the meta device.
 
-    name: str
-    teacher: float
-    """Forward pass of the teacher over the global views."""
-    student: float
-    """Forward pass of the student over all views."""
-    backward: float
-
-    @property
-    def total(self) -> float:
-        """FLOPs of all passes."""
-        return self.teacher + self.student + self.backward
-
-
-def count_flops(run: Run, *, skip_dropped: bool = True) -> list[Part]:
-    """Return the FLOPs of a step for one image by part, counted by torch on the meta device.
-
-    The backward pass is counted by kind of operator and distributed over the parts in proportion to their forward pass.
-    skip_dropped: leave out the mean share of residual branches that stochastic depth drops.
+    The mean share of our ViT's residual branches that stochastic depth drops is subtracted; all FLOPs of a block are in
+    its branches, and their backward pass has twice as many.
     """
     method = meta_method(run).train()
     views = tuple(torch.empty(n, NUM_IMAGES, 3, side, side, device="meta") for n, side in run.views.view_shapes)
     batch = Batch(views, torch.empty(NUM_IMAGES, dtype=torch.long, device="meta"))
     with FlopCounterMode(display=False) as counter:
         loss = method(batch, Clock(0, 1, 1)).loss
-        forward = {path: _by_kind(counts) for path, counts in counter.get_flop_counts().items()}
+        forward, modules = counter.get_total_flops(), counter.get_flop_counts()
+        dropped = sum(
+            block.drop_path * sum(modules[f"{type(method).__name__}.{name}"].values())
+            for name, block in method.named_modules()
+            if isinstance(block, Block)
+        )
         loss.backward()
-    backward = _by_kind(counter.get_flop_counts()["Global"]) - forward.pop("Global")
-    modules = _without_submodules(forward)
-    student = sum((kinds for path, kinds in modules.items() if ".teacher." not in path), Counter[str]())
-    parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-    for path, kinds in modules.items():
-        share = _computed_share(method, path) if skip_dropped else 1.0
-        for kind, count in kinds.items():
-            flops = parts[_part_name(path, kind)]
-            if ".teacher." in path:
-                flops[0] += count / NUM_IMAGES
-            else:
-                flops[1] += share * count / NUM_IMAGES
-                flops[2] += share * count / NUM_IMAGES * backward[kind] / student[kind]
-    return [Part(name, *flops) for name, flops in parts.items()]
-
-
-def _by_kind(counts: Mapping[Any, int]) -> Counter[str]:
-    """Return FLOPs by kind of operator: convolution, bmm (attention), matmul (linear layers)."""
-    kinds = Counter[str]()
-    for operator, count in counts.items():
-        kinds[next((kind for kind in ("convolution", "bmm") if kind in str(operator)), "matmul")] += count
-    return kinds
-
-
-def _without_submodules(modules: Mapping[str, Counter[str]]) -> dict[str, Counter[str]]:
-    """Return the FLOPs of each module without those of its submodules."""
-    own = {path: Counter(kinds) for path, kinds in modules.items()}
-    for path, kinds in modules.items():
-        names = path.split(".")
-        parents = (".".join(names[:depth]) for depth in range(len(names) - 1, 0, -1))
-        if parent := next((parent for parent in parents if parent in own), None):
-            own[parent].subtract(kinds)
-    return {path: +kinds for path, kinds in own.items()}  # + removes zeros
-
-
-def _part_name(path: str, kind: str) -> str:
-    names = path.split(".")
-    if "attn" in names and kind == "bmm":
-        return "attention"
-    other = "convolutions" if kind == "convolution" else "other matrix products"
-    return next((part for name, part in PARTS.items() if name in names), other)
-
-
-def _computed_share(method: nn.Module, path: str) -> float:
-    """Return the mean share of images for which stochastic depth computes a module."""
-    share, module = 1.0, method
-    for name in path.split(".")[1:]:  # the first name is the method's class
-        module = module.get_submodule(name)
-        rate = getattr(module, "drop_path", None)
-        share *= 1 - rate if isinstance(rate, float) else 1.0
-    return share
+    teacher = 0
+    if hasattr(method, "teacher"):
+        with FlopCounterMode(display=False) as teacher_counter, torch.no_grad():
+            method.teacher(views[:1])
+        teacher = teacher_counter.get_total_flops()
+    return {
+        "teacher forward": teacher / NUM_IMAGES,
+        "student forward": (forward - teacher - dropped) / NUM_IMAGES,
+        "backward": (counter.get_total_flops() - forward - 2 * dropped) / NUM_IMAGES,
+    }
 
 
 def bytes_per_step(run: Run, batch_size: int) -> dict[str, float]:
@@ -136,7 +78,7 @@ def bytes_per_step(run: Run, batch_size: int) -> dict[str, float]:
     center = sum(b.numel() for name, b in method.named_buffers() if name == "center")
     return {
         "views": float(batch_size * sum(n * 3 * side**2 for n, side in run.views.view_shapes)),
-        "weights": float(BYTES[run.precision] * (2 * student + teacher)),
+        "weights": float(getattr(torch, run.precision).itemsize * (2 * student + teacher)),
         "gradients": float(4 * 2 * student),
         "optimizer": float(4 * 2 * student * (1 + MOMENTS[run.optim.algorithm])),
         "teacher and center": float(4 * 2 * (teacher + center)),
@@ -145,10 +87,41 @@ def bytes_per_step(run: Run, batch_size: int) -> dict[str, float]:
 
 def meta_method(run: Run) -> Any:
     """Return the method of a run on the meta device: shapes without data."""
-    return _meta_method(run.method, run.backbone)
-
-
-@cache
-def _meta_method(method: MethodConfig, network: BackboneConfig) -> Any:
     with torch.device("meta"):
-        return method.build(BuildContext(network, classes=NUM_CLASSES))
+        return run.method.build(BuildContext(run.backbone, classes=1000))
+
+
+class Throughput(NamedTuple):
+    """The best measured rate, and the operation that reached it."""
+
+    per_second: float
+    operation: str
+
+
+@torch.no_grad()
+def matmul_throughput(device: torch.device, precision: Precision) -> Throughput:
+    """Measure FLOP/s of matrix products in this precision (on a GPU, float32 is TF32, as in training)."""
+    dtype, rates = getattr(torch, precision), []
+    for m, k, n in SHAPES["cpu" if device.type == "cpu" else "gpu"]:
+        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
+        out = torch.empty(m, n, device=device, dtype=dtype)
+        rates.append(_rate(f"{m} x {k} x {n}", 2 * m * k * n, lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out)))
+    return max(rates)
+
+
+@torch.no_grad()
+def memory_bandwidth(device: torch.device, memory: int) -> Throughput:
+    """Measure the bandwidth of a main memory of `memory` bytes, in bytes/s: reading, copying, adding."""
+    size = min(BUFFER["cpu" if device.type == "cpu" else "gpu"], memory // 32)
+    a, b, out = (torch.ones(size // 4, device=device) for _ in range(3))
+    return max(
+        _rate("read", size, a.sum),
+        _rate("copy", 2 * size, lambda: out.copy_(a)),
+        _rate("add", 3 * size, lambda: torch.add(a, b, out=out)),
+    )
+
+
+def _rate(name: str, amount: int, call: Callable[[], object]) -> Throughput:
+    """Return amount (FLOPs or bytes) / s of the fastest repetition: a roofline must also hold on an idle machine."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return Throughput(amount / min(timer.blocked_autorange(min_run_time=SECONDS).times), name)
