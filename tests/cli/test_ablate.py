@@ -1,8 +1,9 @@
 """`dino ablate`: runs that are stopped, resumed, shared between tables or fail, and the page at the end."""
 
-import json
+import fcntl
+import os
 import signal
-import sys
+import threading
 import time
 from pathlib import Path
 
@@ -10,11 +11,10 @@ import pytest
 import torch
 
 from dino_ssl.ablations.bases import IMAGES_SEEN
-from dino_ssl.ablations.job_pool import JobPool, Task
-from dino_ssl.ablations.results import ROOT, STUDENT, Study, read_student_scores, read_study
-from dino_ssl.ablations.run_lock import RunLocked
-from dino_ssl.ablations.runner import complete
-from dino_ssl.ablations.study import StudyOptions, is_incomplete, make_job, resolve_study, reuse_result
+from dino_ssl.ablations.launch import final_state
+from dino_ssl.ablations.results import ROOT, Study, read_study
+from dino_ssl.ablations.runner import LOCKED, RunLocked, complete
+from dino_ssl.ablations.study import is_incomplete, link_shared_runs, make_job, resolve_study
 from dino_ssl.ablations.tables import get_table
 from dino_ssl.config import edit
 from dino_ssl.data.synthetic.scenes import Scenes
@@ -23,6 +23,7 @@ from dino_ssl.metrics import read_metrics
 from dino_ssl.runtime import Runtime
 from dino_ssl.terminal import Terminal
 
+SRC = Path(__file__).parents[2] / "src"
 PRESET = """
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.multi_crop import MultiCrop
@@ -46,38 +47,31 @@ LINE = ("ablate", "table9", "--preset", "tiny_table:run")
 """Batch sizes of 16 to 128 and of 8 on 40 training images: sizes above 40 fail."""
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("table")
-    (folder / "tiny_table.py").write_text(PRESET)
-    return folder
+def losses(folder: Path) -> list[dict]:
+    return [line for line in read_metrics(folder) if "loss" in line]
 
 
-@pytest.fixture(scope="module")
-def stopped(workdir, process):
-    """A run of 12 epochs that SIGTERM stopped: (exit code, output)."""
-    folder = workdir / ROOT / "table9/small/8/seed0"
-    with process(*LINE, "--only", "8", "--epochs", "24", cwd=workdir) as running:
+def test_a_table_is_resumed_and_a_failed_run_does_not_stop_it(dino, tmp_path, monkeypatch) -> None:
+    (tmp_path / "tiny_table.py").write_text(PRESET)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SRC), str(tmp_path)]))
+    folder = tmp_path / ROOT / "table9/small/8/seed0"
+
+    def stop_during_training() -> None:
         deadline = time.monotonic() + 270
-        while running.poll() is None and time.monotonic() < deadline:
-            if len([line for line in read_metrics(folder) if "loss" in line]) >= 2:
-                break
+        while len(losses(folder)) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        running.send_signal(signal.SIGTERM)
-        output = "".join(running.communicate(timeout=240))
-    return running.returncode, output
+        os.kill(os.getpid(), signal.SIGTERM)
 
-
-def test_a_table_is_resumed_and_a_failed_run_does_not_stop_it(stopped, workdir, dino, monkeypatch):
-    code, output = stopped
-    assert code == 128 + signal.SIGTERM, output
-    assert "8: stopped" in output
-    folder = workdir / ROOT / "table9/small/8/seed0"
-    before = [line["step"] for line in read_metrics(folder) if "loss" in line]
+    thread = threading.Thread(target=stop_during_training)
+    thread.start()
+    ran = dino(*LINE, "--only", "8", "--epochs", "24")
+    thread.join()
+    assert ran.code == 128 + signal.SIGTERM, ran.err
+    assert "batch 8, half the epochs, seed 0: stopped" in ran.out
+    before = [line["step"] for line in losses(folder)]
     assert 2 <= len(before) < 60
 
-    monkeypatch.chdir(workdir)
-    monkeypatch.syspath_prepend(str(workdir))
     ran = dino(*LINE, "--only", "512", "8", "--processes", "2", "--json")
     assert ran.code == 1, ran.err
     results = {item["name"]: item for item in ran.json["configurations"]}
@@ -86,13 +80,12 @@ def test_a_table_is_resumed_and_a_failed_run_does_not_stop_it(stopped, workdir, 
     assert results["128"]["runs"] == []
     assert results["512"]["runs"][0]["state"] == "failed"
     assert "batch" in results["512"]["runs"][0]["error"]
-    steps = [line["step"] for line in read_metrics(folder) if "loss" in line]
-    assert steps == list(range(1, 61)), "12 epochs of 5 steps, each once"
+    assert [line["step"] for line in losses(folder)] == list(range(1, 61)), "12 epochs of 5 steps, each once"
     assert f"Resuming at step {before[-1]}" in (folder / "log.txt").read_text()
+    assert "| batch 8, half the epochs |" in Path(ran.json["report"]).read_text()
 
     ran = dino("report", "table9", "--markdown", "docs", "--json")
     assert ran.code == 0
-    assert "batch 8, half the epochs" in Path(ran.json["report"]).read_text()
     assert "| batch 8, half the epochs |" in Path("docs/table9.md").read_text()
 
     ran = dino(*LINE, "--only", "8", "--epochs", "6")
@@ -128,122 +121,73 @@ def test_listing_dry_run_and_error_messages(dino):
 # -- one run, in this process -------------------------------------------------------------------------------
 
 
-def tiny_study(root: Path, name: str = "fig6", **options) -> Study:
+def tiny_study(root: Path, name: str = "fig6") -> Study:
     namespace: dict = {}
     exec(PRESET, namespace)
-    study = resolve_study(get_table(name), "small", StudyOptions(preset=namespace["run"](), **options), root)
+    study = resolve_study(get_table(name), "small", root, preset=namespace["run"]())
     study.write()
     return study
 
 
 def test_a_run_has_the_metrics_of_its_table_and_is_shared_with_other_tables(tmp_path):
     study = tiny_study(tmp_path)
-    run = study.study_run(study.table.configuration("momentum"), 0)
-    rt, states = Runtime(torch.device("cpu"), "float32"), []
+    run = study.study_run(study.table.configurations[0], 0)
+    rt = Runtime(torch.device("cpu"), "float32")
     job = make_job(study, run)
-    result = complete(job, rt, Terminal(quiet=True), lambda state, **values: states.append(state))
+    assert complete(job, rt, Terminal(quiet=True)) is None
+    result = run.result
+    assert result is not None
     assert {"20-NN", "student 20-NN", "entropy", "kl", "hours", "memory"} <= set(result.values)
     assert 0 < result.values["entropy"] < 100
     assert result.values["memory"] > 0.05
-    assert [score["epoch"] for score in read_student_scores(run.folder)] == [1, 2]
-    assert {"training", "evaluated"} <= set(states)
+    assert list(run.line("student 20-NN")[0]) == [1, 2]
 
     more = make_job(study, run, linear=True)
     assert not is_incomplete(run, job)
     assert is_incomplete(run, more)
     trained = read_metrics(run.folder)
-    again = complete(more, rt, Terminal(quiet=True), lambda state, **values: None)
+    assert complete(more, rt, Terminal(quiet=True)) is None
+    again = run.result
+    assert again is not None
     assert again.values["linear"] >= 0
     assert again.values["20-NN"] == result.values["20-NN"]
     assert read_metrics(run.folder) == trained, "nothing is trained again"
 
     other = tiny_study(tmp_path, "fig7")
-    both, sharpening = (other.study_run(other.table.configuration(name), 0) for name in ("both", "sharpening"))
-    assert reuse_result(other, both, make_job(other, both), tmp_path)
-    assert both.result == run.result
-    assert not reuse_result(other, sharpening, make_job(other, sharpening), tmp_path)
-    seed1 = other.study_run(other.table.configuration("both"), 1)
-    assert not reuse_result(other, seed1, make_job(other, seed1), tmp_path), "another seed"
-    (run.folder / STUDENT).unlink()
-    same = tiny_study(tmp_path / "x", "fig6").study_run(study.table.configuration("momentum"), 0)
-    assert not reuse_result(study, same, make_job(study, same), tmp_path), "the student was not evaluated"
+    runs = [other.study_run(item, seed) for seed in (0, 1) for item in other.table.select(["both", "sharpening"])]
+    assert link_shared_runs(runs, [make_job(other, run) for run in runs], other, tmp_path) == 1
+    assert [run.state for run in runs] == ["done", "not run", "not run", "not run"]
+    assert runs[0].result == run.result
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
-    fcntl = pytest.importorskip("fcntl")
     study = tiny_study(tmp_path)
-    run = study.study_run(study.table.configuration("student"), 0)
+    run = study.study_run(study.table.configurations[1], 0)
     run.folder.mkdir(parents=True)
     with (run.folder / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(RunLocked):
-            complete(make_job(study, run), Runtime(torch.device("cpu"), "float32"), Terminal(quiet=True), print)
+            complete(make_job(study, run), Runtime(torch.device("cpu"), "float32"), Terminal(quiet=True))
+    assert final_state(run, LOCKED, stopping=False) == "being trained by another process"
+
+
+def test_a_process_that_ends_without_a_result_has_failed(tmp_path):
+    study = tiny_study(tmp_path)
+    for seed, (code, message) in enumerate([(-signal.SIGKILL, "was killed"), (3, "exit code 3"), (-11, "signal 11")]):
+        run = study.study_run(study.table.configurations[0], seed)
+        assert final_state(run, code, stopping=False) == "failed"
+        assert message in run.error
+        assert "log.txt" in run.error
+    assert final_state(run, -signal.SIGTERM, stopping=True) == "stopped"
 
 
 def test_the_epochs_at_scale_small_follow_from_the_number_of_images(tmp_path):
-    study = resolve_study(get_table("fig7"), "small", StudyOptions(data=Scenes(count=1000, size=32)), tmp_path)
+    table = get_table("fig7")
+    study = resolve_study(table, "small", tmp_path, data=Scenes(count=1000, size=32))
     assert study.base.optim.epochs == round(IMAGES_SEEN / 900)
     study.write()
-    again = resolve_study(get_table("fig7"), "small", StudyOptions(), tmp_path)
+    again = resolve_study(table, "small", tmp_path)
     assert again.base == study.base
     assert read_study(study.folder) == again
     with pytest.raises(UserError, match=r"another dataset: 1,000 images there, 900 now"):
-        resolve_study(
-            get_table("fig7"), "small", StudyOptions(preset=edit(study.base, data=Scenes(count=900, size=32))), tmp_path
-        )
-
-
-# -- several processes --------------------------------------------------------------------------------------
-
-
-def pool(folder: Path, *scripts: str, processes: int = 1) -> JobPool:
-    tasks = [
-        Task(str(number), [sys.executable, "-c", script], folder / f"{number}.txt")
-        for number, script in enumerate(scripts)
-    ]
-    return JobPool(tasks, processes, {"PYTHONUNBUFFERED": "1"})
-
-
-def test_the_pool_reports_progress_and_the_reason_of_a_failure(tmp_path):
-    jobs = pool(
-        tmp_path,
-        'print(\'noise\'); print(\'{"state": "training", "step": 1, "steps": 4}\'); print(\'{"state": "done"}\')',
-        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-        "import sys; print('a traceback', file=sys.stderr); sys.exit(3)",
-        processes=2,
-    )
-    changes = []
-    assert jobs.run(lambda task: changes.append((task.name, task.state)), lambda: None) is None
-    assert [task.state for task in jobs.tasks] == ["done", "failed", "failed"]
-    assert jobs.tasks[0].fraction == 0.25
-    assert "was killed" in jobs.tasks[1].status["error"]
-    assert "exit code 3" in jobs.tasks[2].status["error"]
-    assert (tmp_path / "2.txt").read_text() == "a traceback\n"
-    assert ("0", "done") in changes
-
-
-def test_a_signal_is_forwarded_and_no_further_task_starts(tmp_path):
-    def both_train(tasks):
-        return [task.state for task in tasks[:2]] == ["training", "training"]
-
-    handles = (
-        "import signal, sys, time\n"
-        'signal.signal(signal.SIGTERM, lambda *_: (print(\'{"state": "stopped"}\'), sys.exit(143)))\n'
-        'print(\'{"state": "training"}\')\n'
-        "time.sleep(120)"
-    )
-    ignores = 'import time; print(\'{"state": "training"}\'); time.sleep(120)'  # killed by the signal, reports nothing
-    jobs = pool(tmp_path, handles, ignores, handles, processes=2)
-    number = jobs.run(
-        lambda task: None,
-        lambda: signal.raise_signal(signal.SIGINT) if both_train(jobs.tasks) else None,
-    )
-    assert number == signal.SIGINT
-    assert [task.state for task in jobs.tasks] == ["stopped", "stopped", "waiting"]
-
-
-def test_study_json_has_base_and_dataset(tmp_path):
-    study = tiny_study(tmp_path)
-    content = json.loads((study.folder / "study.json").read_text())
-    assert content["base"]["type"] == "Run"
-    assert content["data"]["classes"] == 4
+        resolve_study(table, "small", tmp_path, preset=edit(study.base, data=Scenes(count=900, size=32)))

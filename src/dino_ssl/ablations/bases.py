@@ -1,4 +1,4 @@
-"""Base Runs of the tables, and changes that several tables share.
+"""Base Runs of the tables.
 
 Scale paper: the paper gives one protocol for all ablations, "ViT-S/16 on ImageNet", but not every setting. The rest is
 inferred from the results. The first line of Table 7 (72.8 / 76.1 after 300 epochs) equals the line of Table 8 with 10
@@ -9,9 +9,9 @@ Scale small: every run sees IMAGES_SEEN images, whatever the size of the dataset
 with AVX2. `dino ablate TABLE --minutes` and `--epochs` change the length.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from dino_ssl.ablations.table import Changes
 from dino_ssl.config import edit
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.evals.online import OnlineEval
@@ -20,6 +20,9 @@ from dino_ssl.presets.schedule import fit_schedule
 from dino_ssl.presets.small import narrow_vit, small
 from dino_ssl.run import Run
 
+Changes = Mapping[str, Any]
+"""Keyword arguments of `edit`: fields of a Run; a nested mapping changes fields of a nested value."""
+
 IMAGES_SEEN = 65_000
 """Training images per run at scale small, rounded to complete epochs."""
 EPOCHS = 10
@@ -27,22 +30,19 @@ EPOCHS = 10
 NUM_EVALS = 5
 """Evaluations during a run at scale small."""
 
-NO_MULTI_CROP = {"views": {"local": 0, "global_scale": (0.14, 1.0)}}
-"""Two global views only; they then cover 14 to 100 % of the image area, as in the authors' code."""
 
-
-def vit_300() -> Run:
+def vit_300(local: int = 10) -> Run:
     """Return the base of Tables 7, 13, 14, 15, Figs. 5 and 6: ViT-S/16, 300 epochs, 2 + 10 crops, batch 1024."""
     return edit(
         vits16_300(),
-        views=MultiCrop(local=10, global_scale=(0.25, 1.0), local_scale=(0.05, 0.25)),
+        views=MultiCrop(local=local, global_scale=(0.25, 1.0), local_scale=(0.05, 0.25)),
         online_eval=OnlineEval(every_epochs=10),
     )
 
 
-def vit_100() -> Run:
+def vit_100(local: int = 6) -> Run:
     """Return the base of the tables of App. C, D and E: ViT-S/16, 100 epochs, 2 + 6 crops, batch 1024."""
-    return edit(vit_300(), optim=dict(epochs=100), views=dict(local=6))
+    return edit(vit_300(local), optim=dict(epochs=100))
 
 
 def conv() -> Run:

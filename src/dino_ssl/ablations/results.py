@@ -1,13 +1,13 @@
 """Results of a table on disk: one folder per configuration and seed, and statistics over the seeds.
 
 runs/ablate/TABLE/SCALE/        study.json: the base Run and the dataset
-    CONFIGURATION/seed0/        a training run with result.json: its results and cost
-                                or same.json: the folder of an identical run of another table
+    CONFIGURATION/seed0/        a training run with result.json: its results and cost;
+                                or a link to an identical run of another table
 """
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +16,16 @@ from dino_ssl.ablations.table import SCALES, Configuration, Scale, Table
 from dino_ssl.ablations.tables import TABLES, get_table
 from dino_ssl.config import differences, from_dict, to_dict
 from dino_ssl.errors import UserError, did_you_mean
-from dino_ssl.files import read_json, read_lines, write_json
+from dino_ssl.files import read_json, write_json
 from dino_ssl.report.curves import Line, line, read_history
-from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
+from dino_ssl.run import EXECUTION_FIELDS, Run
 
 ROOT = Path("runs/ablate")
 FORMAT = 1
 """Version of study.json and result.json."""
-STUDY, RESULT, FAILED, SAME, STUDENT = "study.json", "result.json", "failed.json", "same.json", "student.jsonl"
+STUDY, RESULT, FAILED = "study.json", "result.json", "failed.json"
+EVALS = {"20-NN": "knn", "student 20-NN": "student"}
+"""Name of the evaluation in metrics.jsonl by metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +33,14 @@ class Result:
     """The results of one run, and their cost."""
 
     values: Mapping[str, float]
-    """By metric: 20-NN, student 20-NN, linear (percent), entropy (percent of ln K), kl, hours, memory, ..."""
+    """By metric: 20-NN, student 20-NN, linear (percent), entropy (percent of ln K), kl, hours, memory (GB), ..."""
     references: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Scores of raw pixels and of random weights."""
     images_seen: int = 0
     """Training images, counted once per epoch."""
-    seconds: float = 0.0
-    """Training including the evaluations during training."""
     images_per_s: float = 0.0
-    memory: int = 0
-    """Peak memory in bytes: of the training process, or of the GPU."""
-    prototypes: int | None = None
     machine: str = ""
-    threads: int = 0
-    learned: str = ""
-    """Digest of all settings that affect the learned weights or their evaluation."""
-    data: str = ""
-    """Fingerprint of the dataset."""
+    """Name of the processor, and threads per run."""
     versions: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -61,14 +54,6 @@ class Spread(NamedTuple):
     deviation: float
     """Sample standard deviation (n - 1); 0 for one seed."""
     n: int
-
-    @staticmethod
-    def of(values: Sequence[float]) -> "Spread | None":
-        """Return the statistics of these values; None if there are none."""
-        if not values:
-            return None
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return Spread(statistics.fmean(values), min(values), max(values), deviation, len(values))
 
 
 @dataclass(frozen=True)
@@ -85,29 +70,15 @@ class StudyRun:
         return f"{self.configuration.title}, seed {self.seed}"
 
     @property
-    def run_dir(self) -> Path:
-        """Folder of the training run: `folder`, or that of an identical run in another table."""
-        same = read_json(self.folder / SAME)
-        if isinstance(same, dict) and (other := self.folder / str(same.get("folder"))).joinpath(RESULT).is_file():
-            return other.resolve()
-        return self.folder
-
-    @property
-    def is_shared(self) -> bool:
-        """True if another table has the identical run."""
-        return self.run_dir != self.folder
-
-    @property
     def result(self) -> Result | None:
         """The result; None if the run has not finished."""
-        content = _read(self.run_dir / RESULT)
+        content = _read(self.folder / RESULT)
         return None if content is None else from_dict(Result, content)
 
     @property
     def error(self) -> str:
         """Message of the failure; empty if there was none."""
-        content = read_json(self.folder / FAILED)
-        return str(content["error"]) if isinstance(content, dict) and "error" in content else ""
+        return (read_json(self.folder / FAILED) or {}).get("error", "")
 
     @property
     def state(self) -> str:
@@ -120,13 +91,8 @@ class StudyRun:
 
     def line(self, name: str) -> Line:
         """Return a training metric, or a result of the evaluations, over epochs."""
-        if name.startswith("student "):
-            return line(read_student_scores(self.run_dir), name.removeprefix("student "))
-        history = read_history(self.run_dir)
-        for scores in (history.evaluations.get("knn", []), history.evaluations.get("accuracy", [])):
-            if any(name in score for score in scores):
-                return line(scores, name)
-        return history.line(name)
+        history = read_history(self.folder)
+        return line(history.evaluations.get(EVALS[name], []), "20-NN") if name in EVALS else history.line(name)
 
 
 @dataclass(frozen=True)
@@ -148,30 +114,29 @@ class Study:
 
     def runs(self, configuration: Configuration | None = None) -> list[StudyRun]:
         """Return all runs that were started, of one or of all configurations, in the order of the table and seeds."""
-        found = []
+        runs = []
         for item in self.table.configurations if configuration is None else [configuration]:
             names = [path.name.removeprefix("seed") for path in (self.folder / item.name).glob("seed*")]
-            found += [self.study_run(item, seed) for seed in sorted(int(name) for name in names if name.isdigit())]
-        return found
+            runs += [self.study_run(item, seed) for seed in sorted(int(name) for name in names if name.isdigit())]
+        return runs
 
     def results(self, configuration: Configuration | None = None) -> list[Result]:
         """Return the results of all finished runs, of one or of all configurations."""
         return [result for run in self.runs(configuration) if (result := run.result) is not None]
 
     def spread(self, configuration: Configuration, name: str) -> Spread | None:
-        """Return the statistics of a metric over the seeds; values that are not finite are skipped."""
-        values = [result.values[name] for result in self.results(configuration) if name in result.values]
-        return Spread.of([value for value in values if math.isfinite(value)])
+        """Return the statistics of a metric over the seeds; None without a finite value."""
+        values = [result.values.get(name, math.nan) for result in self.results(configuration)]
+        values = [value for value in values if math.isfinite(value)]
+        if not values:
+            return None
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        return Spread(statistics.fmean(values), min(values), max(values), deviation, len(values))
 
     def differences(self, configuration: Configuration) -> list[tuple[str, Any, Any]]:
         """Return (field, the base's value, the configuration's) of all settings that differ."""
-        skipped = {*EXECUTION_FIELDS, "seed"}
-        return [item for item in differences(self.base, self.run(configuration)) if item[0] not in skipped]
-
-    def run(self, configuration: Configuration) -> Run:
-        """Return the Run of a configuration: the saved one if it was started, else as it would be trained."""
-        folders = [run.run_dir for run in self.runs(configuration) if (run.run_dir / "run.json").is_file()]
-        return read_run(folders[0]) if folders else self.table.run(configuration, self.scale, self.base)
+        run = self.table.run(configuration, self.scale, self.base)
+        return [item for item in differences(self.base, run) if item[0] not in EXECUTION_FIELDS]
 
     def write(self) -> None:
         """Write study.json."""
@@ -203,8 +168,7 @@ def find_study(name: str, root: Path = ROOT, scale: Scale | None = None) -> Stud
     folders = [root / name / option for option in ([scale] if scale else SCALES)]
     studies = [study for folder in folders if (study := read_study(folder)) is not None]
     if not studies:
-        searched = root / name / scale if scale else root / name
-        raise UserError(f"{name} was not run yet: there is no result in {searched}.\nRun it: dino ablate {name}")
+        raise UserError(f"{name} was not run yet: there is no result in {root / name}.\nRun it: dino ablate {name}")
     if len(studies) > 1:
         raise UserError(f"{root / name} has the scales {' and '.join(SCALES)}: choose one with `scale`.")
     return studies[0]
@@ -216,8 +180,3 @@ def _read(path: Path) -> Any:
     if content is not None and content.get("format") != FORMAT:
         raise UserError(f"{path} has format {content.get('format')}; this version of dino reads format {FORMAT}.")
     return content
-
-
-def read_student_scores(folder: Path) -> list[dict[str, Any]]:
-    """Return the scores of the student, one per evaluation; incomplete lines are skipped."""
-    return [score for score in read_lines(folder / STUDENT) if "step" in score]

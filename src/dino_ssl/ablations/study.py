@@ -1,113 +1,94 @@
-"""A study: the base Run of a table is fixed once for a dataset and a machine, then its runs are trained one by one."""
+"""A study: the base Run of a table is fixed once for a dataset and a machine; then its runs are trained."""
 
-import hashlib
-import json
 import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from dino_ssl import distributed
 from dino_ssl.ablations.bases import IMAGES_SEEN, scale_length
-from dino_ssl.ablations.job_pool import Task
-from dino_ssl.ablations.results import RESULT, ROOT, SAME, STUDENT, Study, StudyRun, read_study
-from dino_ssl.ablations.runner import RunJob
+from dino_ssl.ablations.launch import threads_per_run
+from dino_ssl.ablations.results import ROOT, Study, StudyRun, read_study
+from dino_ssl.ablations.runner import MEASURES, RunJob
 from dino_ssl.ablations.table import Scale, Table
-from dino_ssl.config import differences, edit, flatten, format_value, to_dict
-from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.folder import Folder
-from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.config import differences, edit, format_value
+from dino_ssl.data.dataset import DatasetConfig, ImageDataset
 from dino_ssl.errors import UserError
-from dino_ssl.files import write_json
 from dino_ssl.presets.plan import measure, num_train_images
 from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
 from dino_ssl.runtime import machine, machine_memory
 
-
-@dataclass(frozen=True, kw_only=True)
-class StudyOptions:
-    """Settings of the user; None if the table or an existing study decides."""
-
-    data: Folder | Scenes | None = None
-    val: Folder | Scenes | None = None
-    preset: Run | None = None
-    """Base Run instead of the table's own."""
-    epochs: int | None = None
-    minutes: float | None = None
-    """Time per run."""
-    workers: int | None = None
-    processes: int = 1
-    """Runs at the same time."""
+NOT_LEARNED = {*EXECUTION_FIELDS, "online_eval.every_epochs"} - {"precision"}
+"""Fields that affect neither the learned weights nor their evaluation at the end."""
 
 
-def resolve_study(table: Table, scale: Scale, options: StudyOptions, root: Path = ROOT) -> Study:
+def resolve_study(
+    table: Table,
+    scale: Scale,
+    root: Path = ROOT,
+    *,
+    preset: Run | None = None,
+    data: DatasetConfig | None = None,
+    val: DatasetConfig | None = None,
+    epochs: int | None = None,
+    minutes: float | None = None,
+    workers: int | None = None,
+    processes: int = 1,
+) -> Study:
     """Return the existing study of a table, or a new one. Call it on all ranks.
 
+    preset: base instead of the table's own. minutes: time per run, with `processes` runs at the same time.
     Raises UserError if a new study has no dataset, or if an existing one has another dataset or other settings.
     """
     folder = root / table.name / scale
     existing = read_study(folder)
-    base = options.preset or (existing.base if existing is not None else table.base(scale))
-    if options.data is not None:
-        base = edit(base, data=options.data)
-    elif existing is None and options.preset is None:
+    base = preset or (table.base(scale) if existing is None else existing.base)
+    if data is not None:
+        base = edit(base, data=data)
+    elif existing is None and preset is None:
         raise UserError(
             f"{table.name} was not run yet and needs a dataset: set `data` to a folder with one folder per class, or "
             "to scenes or simple-scenes (synthetic images). `val` sets the validation set."
         )
-    if options.val is not None:
-        base = edit(base, val=options.val)
-    with _torch_threads(threads_per_run(options.processes)):
-        dataset = base.data.open()
-        base = _for_machine(base, options, dataset)
-        base = _with_length(base, options, dataset, scale, existing)
-        base = distributed.run_on_rank0(lambda: base)  # each rank has measured its own speed
-    data = {
+    if val is not None:
+        base = edit(base, val=val)
+    dataset = base.data.open()
+    base = edit(
+        base,
+        precision=base.precision if base.precision == "float32" else machine().precision,
+        cache=processes * dataset.nbytes < machine_memory() / 4,  # each process has its own
+        workers=base.workers if workers is None else workers,
+        on_collapse="warn",  # the collapse is the result
+    )
+    if epochs is not None:
+        base = scale_length(base, epochs)
+    elif minutes is not None and (existing is None or existing.minutes != minutes):
+        base = scale_length(base, _epochs_in(60 * minutes, base, dataset, processes))
+    elif existing is not None:
+        optim, online_eval = existing.base.optim, existing.base.online_eval
+        base = edit(base, optim=dict(epochs=optim.epochs, warmup_epochs=optim.warmup_epochs))
+        base = edit(base, online_eval=dict(every_epochs=online_eval.every_epochs))
+    elif scale == "small" and preset is None:
+        base = scale_length(base, max(1, round(IMAGES_SEEN / num_train_images(base, dataset))))
+    base = distributed.run_on_rank0(lambda: base)  # each rank has measured its own speed
+    summary = {
         "images": len(dataset),
         "classes": len(dataset.classes),
         "fingerprint": dataset.fingerprint,
         "val_fraction": base.online_eval.val_fraction if base.val is None else 0,
     }
-    study = Study(folder, table, scale, base, data, options.minutes or (existing.minutes if existing else None))
+    study = Study(folder, table, scale, base, summary, minutes or (existing.minutes if existing else None))
     if existing is not None:
         _check_same(existing, study)
     return study
 
 
-def preview_study(table: Table, scale: Scale, root: Path = ROOT) -> Study:
-    """Return the study of a table's own base without a dataset, to print its configurations."""
-    data = {"images": 0, "classes": 0, "fingerprint": "", "val_fraction": 0}
-    return Study(root / table.name / scale, table, scale, table.base(scale), data)
-
-
-def _for_machine(base: Run, options: StudyOptions, dataset: ImageDataset) -> Run:
-    """Set precision, workers and cache. A run that collapses is trained to its end: the collapse is its result."""
-    precision = base.precision if base.precision == "float32" else machine().precision
-    cache = options.processes * dataset.nbytes < machine_memory() / 4  # each process has its own
-    workers = base.workers if options.workers is None else options.workers
-    return edit(base, precision=precision, cache=cache, workers=workers, on_collapse="warn")
-
-
-def _with_length(base: Run, options: StudyOptions, dataset: ImageDataset, scale: Scale, existing: Study | None) -> Run:
-    """Set the number of epochs: of the options, of the existing study, or of the scale."""
-    num_images = num_train_images(base, dataset)
-    if options.epochs is not None:
-        return scale_length(base, options.epochs)
-    if options.minutes is not None and (existing is None or existing.minutes != options.minutes):
-        speed = measure(base, machine(), dataset)
-        seconds = speed.seconds(base, machine(), num_images) / distributed.world_size()
-        return scale_length(base, max(1, round(60 * options.minutes / seconds)))
-    if existing is not None:
-        optim = existing.base.optim
-        run = edit(base, optim=dict(epochs=optim.epochs, warmup_epochs=optim.warmup_epochs))
-        return edit(run, online_eval=dict(every_epochs=existing.base.online_eval.every_epochs))
-    if scale == "small" and options.preset is None:
-        return scale_length(base, max(1, round(IMAGES_SEEN / num_images)))
-    return base
+def _epochs_in(seconds: float, base: Run, dataset: ImageDataset, processes: int) -> int:
+    """Return the number of epochs that take this time, measured with as many threads as a run will have."""
+    torch.set_num_threads(threads_per_run(processes))
+    epoch = measure(base, machine(), dataset).seconds(base, machine(), num_train_images(base, dataset))
+    return max(1, round(seconds * distributed.world_size() / epoch))
 
 
 def _check_same(existing: Study, study: Study) -> None:
@@ -117,89 +98,26 @@ def _check_same(existing: Study, study: Study) -> None:
             f"{existing.folder} has runs on another dataset: {existing.data['images']:,} images there, "
             f"{study.data['images']:,} now. Set `data` to the same dataset, or `out` to a different folder."
         )
-    changed = _mismatch(existing.base, study.base, EXECUTION_FIELDS)
-    if changed:
+    changes = [item for item in differences(existing.base, study.base) if item[0] not in EXECUTION_FIELDS]
+    if changes:
+        listed = "\n".join(
+            f"  `{name}` is {format_value(old)} there, got {format_value(new)}" for name, old, new in changes
+        )
         raise UserError(
-            f"{existing.folder} has runs with other settings:\n{changed}\n"
+            f"{existing.folder} has runs with other settings:\n{listed}\n"
             "Remove these settings to resume the study, or set `out` to a different folder."
         )
 
 
-def _mismatch(saved: Run, run: Run, ignored: Sequence[str]) -> str:
-    """Return a line for each setting that differs."""
-    return "\n".join(
-        f"  `{name}` is {format_value(old)} there, got {format_value(new)}"
-        for name, old, new in differences(saved, run)
-        if name not in ignored
-    )
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    """Use this number of threads, to measure with as many as a run will have."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def threads_per_run(processes: int) -> int:
-    """Return the threads of each of `processes` simultaneous runs; OMP_NUM_THREADS overrides it."""
-    value = os.environ.get("OMP_NUM_THREADS", "")
-    return int(value) if value.isdigit() and int(value) > 0 else max(1, machine().cores // processes)
-
-
-# -- runs --------------------------------------------------------------------------------------------------
-
-NOT_LEARNED = {*EXECUTION_FIELDS, "online_eval.every_epochs"}
-"""Fields that affect neither the learned weights nor their evaluation at the end."""
-
-
 def make_job(study: Study, study_run: StudyRun, *, linear: bool = False) -> RunJob:
-    """Return the job of a run. Raise UserError if its folder has a run with other settings."""
+    """Return the job of a run. linear: also evaluate a linear classifier, if the dataset has labels."""
     run = study.table.run(study_run.configuration, study.scale, study.base)
-    run = edit(run, seed=study.base.seed + study_run.seed, out=str(study_run.run_dir))
-    if (study_run.run_dir / "run.json").is_file():
-        changed = _mismatch(read_run(study_run.run_dir), run, tuple(NOT_LEARNED))
-        if changed:
-            raise UserError(
-                f"{study_run.folder} has a run with other settings:\n{changed}\n"
-                "Move that folder away to train again, or set `out` to a different folder."
-            )
-    linear = linear and study.data["classes"] > 0
+    metrics = {*study.table.metrics} - {"linear"} | ({"linear"} if linear and study.data["classes"] else set())
     return RunJob(
-        run=run,
-        learned=settings_digest(run),
-        data=str(study.data["fingerprint"]),
-        evaluate_student=study.table.evaluate_student,
-        metrics=(*(["linear"] if linear else []), *({"throughput"} & {*study.table.metrics})),
+        run=edit(run, seed=study.base.seed + study_run.seed, out=str(study_run.folder)),
+        evaluate_student="student 20-NN" in study.table.metrics,
+        metrics=tuple(sorted(metrics & MEASURES.keys())),
     )
-
-
-def settings_digest(run: Run) -> str:
-    """Return a digest of all settings that affect the learned weights and their evaluation at the end."""
-    ignored = NOT_LEARNED - {"precision"}
-    settings = {name: value for name, value in flatten(run).items() if name not in ignored} | {"type": "Run"}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def reuse_result(study: Study, study_run: StudyRun, job: RunJob, root: Path = ROOT) -> bool:
-    """Link to an identical finished run of another table; return False if there is none."""
-    if study_run.state != "not run":
-        return study_run.is_shared
-    for path in sorted(root.glob(f"*/{study.scale}/*/seed*/{RESULT}")):
-        other = StudyRun(study_run.configuration, study_run.seed, path.parent)
-        result = other.result
-        if result is None or (result.learned, result.data) != (job.learned, job.data):
-            continue
-        if job.evaluate_student and not (other.folder / STUDENT).is_file():
-            continue
-        relative = os.path.relpath(other.folder.resolve(), study_run.folder.resolve())
-        write_json(study_run.folder / SAME, {"folder": relative})
-        return True
-    return False
 
 
 def is_incomplete(study_run: StudyRun, job: RunJob) -> bool:
@@ -208,14 +126,19 @@ def is_incomplete(study_run: StudyRun, job: RunJob) -> bool:
     return result is None or any(name not in result.values for name in job.metrics)
 
 
-def make_task(study_run: StudyRun, job: RunJob) -> Task:
-    """Return the command that trains the run in its own process."""
-    path = write_json(study_run.folder / "job.json", to_dict(job))
-    name = study_run.configuration.name
-    name = f"{name} seed {study_run.seed}" if study_run.seed else name
-    return Task(name, [sys.executable, "-m", "dino_ssl.ablations.runner", str(path)], study_run.folder / "log.txt")
-
-
-def select_runs(study: Study, names: Sequence[str], seeds: int) -> list[StudyRun]:
-    """Return the runs of the named configurations, ordered by seed: each seed completes the table once."""
-    return [study.study_run(item, seed) for seed in range(seeds) for item in study.table.select(names)]
+def link_shared_runs(runs: Sequence[StudyRun], jobs: Sequence[RunJob], study: Study, root: Path = ROOT) -> int:
+    """Link runs that were not started to identical finished runs of other tables; return the number of links."""
+    others = [other for path in sorted(root.glob(f"*/{study.scale}")) if (other := read_study(path)) is not None]
+    finished = [run for other in others if other.data == study.data for run in other.runs() if run.result is not None]
+    for study_run, job in zip(runs, jobs, strict=True):
+        if study_run.folder.exists():
+            continue
+        study_run.folder.unlink(missing_ok=True)  # a link to a folder that was removed
+        for other in finished:
+            changes = {name for name, _, _ in differences(read_run(other.folder), job.run)}
+            has_student = other.result is not None and "student 20-NN" in other.result.values
+            if changes <= NOT_LEARNED and has_student >= job.evaluate_student:
+                study_run.folder.parent.mkdir(parents=True, exist_ok=True)
+                study_run.folder.symlink_to(os.path.relpath(other.folder.resolve(), study_run.folder.parent.resolve()))
+                break
+    return sum(run.folder.is_symlink() for run in runs)

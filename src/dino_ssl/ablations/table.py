@@ -1,9 +1,10 @@
 """A table or figure of the paper as data: a base Run, and configurations that each change some of its settings."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+from dino_ssl.ablations.bases import Changes, conv, vit_300
 from dino_ssl.config import edit
 from dino_ssl.errors import UserError, did_you_mean
 from dino_ssl.run import Run
@@ -11,58 +12,28 @@ from dino_ssl.run import Run
 Scale = Literal["small", "paper"]
 SCALES: tuple[Scale, ...] = ("small", "paper")
 
-Changes = Mapping[str, Any]
-"""Keyword arguments of `edit`: fields of a Run; a nested mapping changes fields of a nested value."""
 Change = Changes | Callable[[Run], Changes]
 """Changes, or a function that derives them from the base (for example three times its epochs)."""
 
-
-class Metric(NamedTuple):
-    """One result of a configuration, a column of the table."""
-
-    name: str
-    """Key in results and in `Configuration.paper`."""
-    title: str
-    unit: str = "%"
-    digits: int = 1
-
-
 METRICS = {
-    metric.name: metric
-    for metric in (
-        Metric("20-NN", "20-NN"),
-        Metric("student 20-NN", "student's 20-NN"),
-        Metric("linear", "linear"),
-        Metric("hours", "time", "h", 2),
-        Metric("memory", "memory", "GB"),
-        Metric("throughput", "throughput", "images/s", 0),
-        Metric("entropy", "teacher entropy / ln K"),
-        Metric("kl", "KL to the student", "nats", 2),
-    )
+    "20-NN": ("20-NN, %", 1),
+    "student 20-NN": ("student's 20-NN, %", 1),
+    "linear": ("linear, %", 1),
+    "hours": ("time, h", 2),
+    "memory": ("memory, GB", 1),
+    "throughput": ("throughput, images/s", 0),
+    "entropy": ("teacher entropy / ln K, %", 1),
+    "kl": ("KL to the student, nats", 2),
 }
-
-
-class Curve(NamedTuple):
-    """One chart with a line for each configuration: a training metric, or a result of the evaluations."""
-
-    name: str
-    title: str
-    unit: str = ""
-    from_zero: bool = False
-    show_ln_k: bool = False
-    """Draw ln K as a dashed line."""
-
-
+"""Title and decimals of each result of a configuration: the columns of a table."""
 CURVES = {
-    curve.name: curve
-    for curve in (
-        Curve("20-NN", "20-NN of the teacher", " %", from_zero=True),
-        Curve("student 20-NN", "20-NN of the student", " %", from_zero=True),
-        Curve("loss", "Loss"),
-        Curve("teacher_entropy", "Entropy of the teacher h(P_t)", from_zero=True, show_ln_k=True),
-        Curve("kl", "KL(P_t || P_s)", from_zero=True),
-    )
+    "20-NN": "20-NN of the teacher, %",
+    "student 20-NN": "20-NN of the student, %",
+    "loss": "Loss",
+    "teacher_entropy": "Entropy of the teacher h(P_t)",
+    "kl": "KL(P_t || P_s)",
 }
+"""Title of each chart: a training metric, or a result of the evaluations, with a line for each configuration."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +44,22 @@ class Configuration:
     """Short; also the name of its folder."""
     title: str
     """Description in the printed table."""
-    change: Change = field(default_factory=dict)
+    change: Change
     """Difference from the base, at both scales unless `small` is set."""
+    paper: tuple[float | None, ...] = ()
+    """The paper's results in the order of the table's metrics; None or omitted: not reported."""
     small: Change | None = None
     """Difference from the base at scale small, if the paper's values make no sense there."""
-    paper: Mapping[str, float] = field(default_factory=dict)
-    """The paper's results by the names of the table's metrics."""
-    note: str = ""
 
     def changes(self, scale: Scale, base: Run) -> Changes:
         """Return the changes at this scale."""
         change = self.small if scale == "small" and self.small is not None else self.change
         return change(base) if callable(change) else change
+
+
+def row(name: str, title: str, change: Change, *paper: float | None, small: Change | None = None) -> Configuration:
+    """Return a configuration as a row of the paper's table."""
+    return Configuration(name, title, change, paper, small)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,44 +69,41 @@ class Table:
     name: str
     """Argument of `dino ablate NAME`."""
     title: str
-    protocol: str
-    """The paper's protocol in one line."""
-    paper: Callable[[], Run]
-    """The base at the paper's scale: ImageNet, many GPUs."""
-    small: Callable[[], Run]
-    """The base at scale small: one CPU core, minutes per run."""
+    conclusion: str
+    """The paper's conclusion."""
     configurations: tuple[Configuration, ...]
+    note: str = ""
+    """The paper's protocol, where it is not that of the base, and the source of results."""
+    paper_base: Callable[[], Run] = vit_300
+    """The base at the paper's scale: ImageNet, many GPUs."""
+    small_base: Callable[[], Run] = conv
+    """The base at scale small: one CPU core, minutes per run."""
     metrics: tuple[str, ...] = ("20-NN", "linear")
     """The columns, the most important first: names of METRICS."""
     curves: tuple[str, ...] = ("20-NN", "loss")
     """Names of CURVES."""
-    evaluate_student: bool = False
-    """Evaluate the student as well as the teacher."""
-    conclusion: str
-    """The paper's conclusion."""
 
     def base(self, scale: Scale) -> Run:
         """Return the base Run at this scale."""
-        return self.small() if scale == "small" else self.paper()
+        return self.small_base() if scale == "small" else self.paper_base()
 
     def run(self, configuration: Configuration, scale: Scale, base: Run | None = None) -> Run:
         """Return the Run of a configuration; `base` replaces the table's own base."""
         base = base or self.base(scale)
         return edit(base, **configuration.changes(scale, base))
 
-    def configuration(self, name: str) -> Configuration:
-        """Return a configuration by its name or its number from 1. Raise UserError if there is none."""
-        known = {configuration.name: configuration for configuration in self.configurations}
-        if name in known:
-            return known[name]
-        if name.isdigit() and 1 <= int(name) <= len(known):
-            return self.configurations[int(name) - 1]
-        raise UserError(
-            f"{self.name} has no configuration {name!r}{did_you_mean(name, known)}\n"
-            f"Configurations: {', '.join(known)}; or a number from 1 to {len(known)}."
-        )
+    def paper_results(self, configuration: Configuration) -> dict[str, float]:
+        """Return the paper's results of a configuration by metric."""
+        values = zip(self.metrics, configuration.paper, strict=False)
+        return {name: value for name, value in values if value is not None}
 
     def select(self, names: Sequence[str]) -> list[Configuration]:
-        """Return the named configurations in the table's order; all of them if no name is given."""
-        selected = {self.configuration(name).name for name in names}
-        return [item for item in self.configurations if not selected or item.name in selected]
+        """Return the named configurations in the table's order, or all. Raise UserError if a name is unknown."""
+        known = [item.name for item in self.configurations]
+        for name in names:
+            if name not in known:
+                raise UserError(
+                    f"{self.name} has no configuration {name!r}{did_you_mean(name, known)}\n"
+                    f"Configurations: {', '.join(known)}."
+                )
+        return [item for item in self.configurations if not names or item.name in names]

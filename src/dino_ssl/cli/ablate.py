@@ -1,10 +1,7 @@
 """dino ablate: reproduce the paper's tables and figures, at the original scale or at a small scale."""
 
-import os
-import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,8 +13,7 @@ from dino_ssl.terminal import Terminal, command_output
 
 if TYPE_CHECKING:
     from dino_ssl.ablations.results import Study, StudyRun
-    from dino_ssl.ablations.runner import RunJob
-    from dino_ssl.ablations.study import StudyOptions
+    from dino_ssl.ablations.table import Table
 
 EXAMPLES = """\
   dino ablate                                               list the tables
@@ -47,7 +43,7 @@ class AblateOptions:
     val: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Validation set with one folder per class; without it a part of every class is held out."""
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
-    """Configurations to run, by names or numbers; default: all."""
+    """Configurations to run; default: all."""
     seeds: int = 1
     """Number of seeds per configuration, from 0."""
     processes: int = 1
@@ -96,16 +92,9 @@ def _list_tables(terminal: Terminal) -> dict[str, Any]:
 
 def _run(options: AblateOptions, terminal: Terminal, write: Callable[[dict[str, Any]], None]) -> int:
     from dino_ssl import distributed
-    from dino_ssl.ablations.page import write_study_page
-    from dino_ssl.ablations.results import read_study
-    from dino_ssl.ablations.study import (
-        is_incomplete,
-        make_job,
-        preview_study,
-        resolve_study,
-        reuse_result,
-        select_runs,
-    )
+    from dino_ssl.ablations.launch import run_parallel, run_serial
+    from dino_ssl.ablations.page import write_page
+    from dino_ssl.ablations.study import is_incomplete, link_shared_runs, make_job
     from dino_ssl.ablations.tables import get_table
     from dino_ssl.runtime import start
 
@@ -113,13 +102,10 @@ def _run(options: AblateOptions, terminal: Terminal, write: Callable[[dict[str, 
     if options.minutes is not None and options.epochs is not None:
         raise UserError("`minutes` and `epochs` both set the length of a run: give only one of them.")
     table, root = get_table(options.table), Path(options.out)
-    table.select(options.only)  # fail early if a name is unknown
+    selected = table.select(options.only)
     with start() as rt:
-        if options.dry_run and options.data is None and options.preset is None:
-            study = read_study(root / table.name / options.scale) or preview_study(table, options.scale, root)
-        else:
-            study = resolve_study(table, options.scale, _study_options(options), root)
-        runs = select_runs(study, options.only, options.seeds)
+        study = _study(options, table, root)
+        runs = [study.study_run(item, seed) for seed in range(options.seeds) for item in selected]
         if options.dry_run:
             _print_configurations(study, runs, terminal)
             write(study_json(study))
@@ -127,19 +113,19 @@ def _run(options: AblateOptions, terminal: Terminal, write: Callable[[dict[str, 
         jobs = [make_job(study, run, linear=options.linear) for run in runs]
         if rt.is_main:
             study.write()
-        shared = distributed.run_on_rank0(
-            lambda: [reuse_result(study, run, job, root) for run, job in zip(runs, jobs, strict=True)]
-        )
-        jobs = [
-            make_job(study, run, linear=options.linear) for run in runs
-        ]  # again: `reuse_result` changed the folder of shared runs
+        num_shared = distributed.run_on_rank0(lambda: link_shared_runs(runs, jobs, study, root))
         pending = [(run, job) for run, job in zip(runs, jobs, strict=True) if is_incomplete(run, job)]
-        _print_start(study, len(pending), len(runs), sum(shared), terminal)
-        run_all = run_serial if rt.world_size > 1 else partial(run_parallel, processes=options.processes)
-        signal_number, num_failed = run_all(pending, terminal)
+        _print_start(study, terminal)
+        if num_shared:
+            terminal.print(f"{num_shared} runs are shared with other tables and are not run again.")
+        terminal.print(f"{len(pending)} of {len(runs)} runs to do.")
+        if rt.world_size > 1:
+            signal_number, num_failed = run_serial(pending, terminal)
+        else:
+            signal_number, num_failed = run_parallel(pending, options.processes, terminal)
         if rt.is_main:
             print_results(study, terminal)
-            page = write_study_page(study)
+            page = write_page(study)[0]
             terminal.print(f"Report     {page}")
             write({**study_json(study), "report": str(page)})
     if signal_number is not None:
@@ -148,23 +134,23 @@ def _run(options: AblateOptions, terminal: Terminal, write: Callable[[dict[str, 
     return int(num_failed > 0)
 
 
-def _study_options(options: AblateOptions) -> "StudyOptions":
-    from dino_ssl.ablations.study import StudyOptions
-    from dino_ssl.data.folder import Folder
-    from dino_ssl.data.sources import DRAWN, WORDS
+def _study(options: AblateOptions, table: "Table", root: Path) -> "Study":
+    from dino_ssl.ablations.results import Study, read_study
+    from dino_ssl.ablations.study import resolve_study
+    from dino_ssl.data.sources import dataset_config
     from dino_ssl.presets import resolve
 
-    def dataset(name: str | None, part: Literal["train", "val"]) -> Any:
-        if name in WORDS:
-            return replace(WORDS[name], count=DRAWN[part], part=part)
-        return Folder(path=name) if name else None
-
-    preset = None if options.preset is None else resolve(options.preset)
-    is_synthetic = preset is not None and not hasattr(preset.data, "path")  # the preset's own images are kept
-    return StudyOptions(
-        data=None if is_synthetic and options.data in WORDS else dataset(options.data, "train"),
-        val=dataset(options.val, "val"),
-        preset=preset,
+    if options.dry_run and options.data is None and options.preset is None:
+        folder = root / table.name / options.scale
+        no_data = {"images": 0, "classes": 0, "fingerprint": "", "val_fraction": 0}
+        return read_study(folder) or Study(folder, table, options.scale, table.base(options.scale), no_data)
+    return resolve_study(
+        table,
+        options.scale,
+        root,
+        preset=None if options.preset is None else resolve(options.preset),
+        data=None if options.data is None else dataset_config(options.data, "train"),
+        val=None if options.val is None else dataset_config(options.val, "val"),
         epochs=options.epochs,
         minutes=options.minutes,
         workers=options.workers,
@@ -172,64 +158,15 @@ def _study_options(options: AblateOptions) -> "StudyOptions":
     )
 
 
-Pending = Sequence[tuple["StudyRun", "RunJob"]]
-
-
-def run_parallel(pending: Pending, terminal: Terminal, processes: int) -> tuple[int | None, int]:
-    """Run each job in its own process; return the signal that stopped them, if any, and the number of failures."""
-    from dino_ssl.ablations.job_pool import JobPool
-    from dino_ssl.ablations.progress_table import ProgressTable
-    from dino_ssl.ablations.results import FAILED
-    from dino_ssl.ablations.study import make_task, threads_per_run
-    from dino_ssl.files import write_json
-
-    tasks = [make_task(run, job) for run, job in pending]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads_per_run(processes))}
-    with ProgressTable(terminal, tasks) as table:
-        signal_number = JobPool(tasks, processes, environment).run(table.on_change, table.on_tick)
-    failed = [(run, task) for (run, _), task in zip(pending, tasks, strict=True) if task.state == "failed"]
-    for run, task in failed:
-        if not run.error:  # the process was killed before it could write the error
-            write_json(run.folder / FAILED, {"error": task.status["error"]})
-    return signal_number, len(failed)
-
-
-def run_serial(pending: Pending, terminal: Terminal) -> tuple[int | None, int]:
-    """Run one job after another on all ranks (torchrun); return the signal, if any, and the number of failures."""
-    from dino_ssl.ablations.run_lock import RunLocked
-    from dino_ssl.ablations.runner import Stopped, complete
-    from dino_ssl.runtime import start
-
-    num_failed = 0
-    for run, job in pending:
-        terminal.print(run.label, style="bold")
-        try:
-            with start(job.run.precision) as rt:
-                complete(job, rt, terminal, lambda state, **values: None)
-        except Stopped as stopped:
-            return stopped.signal, num_failed
-        except RunLocked:
-            terminal.print("being trained by another process", style="yellow")
-        except UserError as error:
-            num_failed += 1
-            terminal.print(f"failed: {error}", style="red")
-        except KeyboardInterrupt:
-            return signal.SIGINT, num_failed
-    return None, num_failed
-
-
 # -- output ------------------------------------------------------------------------------------------------
 
 
-def _print_start(study: "Study", num_pending: int, num_runs: int, num_shared: int, terminal: Terminal) -> None:
+def _print_start(study: "Study", terminal: Terminal) -> None:
     optim, data = study.base.optim, study.data
     terminal.print(study.table.title, style="bold")
     held_out = f", {data['val_fraction']:.0%} of every class held out" if data["val_fraction"] else ""
     images = f"{data['images']:,} images{held_out}"
     terminal.print(f"{images}; {optim.epochs} epochs, batch size {optim.batch_size}; {study.folder}/")
-    if num_shared:
-        terminal.print(f"{num_shared} runs are shared with other tables and are not run again.")
-    terminal.print(f"{num_pending} of {num_runs} runs to do.")
 
 
 def _print_configurations(study: "Study", runs: Sequence["StudyRun"], terminal: Terminal) -> None:
@@ -239,7 +176,8 @@ def _print_configurations(study: "Study", runs: Sequence["StudyRun"], terminal: 
     rows = []
     for run in runs:
         item = run.configuration
-        changes = cli_diff(study.base, study.run(item), (*EXECUTION_FIELDS, "seed")) or "the base"
+        changed = study.table.run(item, study.scale, study.base)
+        changes = cli_diff(study.base, changed, EXECUTION_FIELDS) or "the base"
         rows.append((item.name, str(run.seed), run.state, item.title, changes))
     terminal.table(study.table.title, ("name", "seed", "state", "configuration", "difference from the base"), rows)
     images = f"{study.data['images']:,} images" if study.data["images"] else "the dataset of --data"
@@ -248,7 +186,7 @@ def _print_configurations(study: "Study", runs: Sequence["StudyRun"], terminal: 
 
 def print_results(study: "Study", terminal: Terminal) -> None:
     """Print our results next to the paper's."""
-    from dino_ssl.ablations.summary import result_cells, result_columns
+    from dino_ssl.ablations.page import result_cells, result_columns
 
     rows = []
     for item in study.table.configurations:
@@ -264,11 +202,11 @@ def study_json(study: "Study") -> dict[str, Any]:
     for item in study.table.configurations:
         runs = []
         for run in study.runs(item):
-            result = run.result
-            values = {} if result is None else {"values": dict(result.values), "seconds": result.seconds}
+            values = {} if (result := run.result) is None else {"values": dict(result.values)}
             error = {"error": run.error} if run.state == "failed" else {}
-            runs.append({"seed": run.seed, "state": run.state, "folder": str(run.run_dir), **values, **error})
+            runs.append({"seed": run.seed, "state": run.state, "folder": str(run.folder), **values, **error})
         spreads = {name: study.spread(item, name) for name in study.table.metrics}
         ours = {name: spread._asdict() for name, spread in spreads.items() if spread is not None}
-        items.append({"name": item.name, "title": item.title, "paper": dict(item.paper), "ours": ours, "runs": runs})
+        paper = study.table.paper_results(item)
+        items.append({"name": item.name, "title": item.title, "paper": paper, "ours": ours, "runs": runs})
     return {"table": study.table.name, "scale": study.scale, "data": dict(study.data), "configurations": items}

@@ -39,7 +39,7 @@ class ReportOptions:
     scale: Literal["small", "paper"] | None = None
     """Scale of the table, if it was run at both."""
     markdown: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Also write a table as Markdown with a figure of its curves to this folder, as in docs/ablations/."""
+    """Folder of the page of a table and the figure of its curves, as in docs/ablations/; default: of its results."""
     tables: str = "runs/ablate"
     """Parent folder of the results of all tables: --out of `dino ablate`."""
     trust: Trust = False
@@ -100,18 +100,12 @@ def report(argv: Sequence[str]) -> int:
 
 
 def _report_table(options: ReportOptions, terminal: Terminal) -> dict[str, Any]:
-    from dino_ssl.ablations.markdown import write_study_markdown
-    from dino_ssl.ablations.page import write_study_page
+    from dino_ssl.ablations.page import write_page
     from dino_ssl.ablations.results import find_study
     from dino_ssl.cli.ablate import print_results, study_json
 
     study = find_study(options.run, Path(options.tables), options.scale)
     print_results(study, terminal)
-    page = write_study_page(study)
-    terminal.print(f"Report     {page}")
-    result = {**study_json(study), "report": str(page)}
-    if options.markdown is not None:
-        files = write_study_markdown(study, Path(options.markdown))
-        terminal.print(f"Markdown   {', '.join(map(str, files))}")
-        result["markdown"] = [str(path) for path in files]
-    return result
+    files = write_page(study, None if options.markdown is None else Path(options.markdown))
+    terminal.print(f"Report     {', '.join(map(str, files))}")
+    return {**study_json(study), "report": str(files[0])}
