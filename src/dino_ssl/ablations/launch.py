@@ -21,7 +21,7 @@ from dino_ssl.errors import UserError
 from dino_ssl.files import write_json
 from dino_ssl.metrics import METRICS
 from dino_ssl.runtime import machine, start
-from dino_ssl.signals import stop_signals
+from dino_ssl.signals import StopSignal
 from dino_ssl.terminal import Terminal
 
 POLL_SECONDS = 0.5
@@ -38,17 +38,17 @@ def run_parallel(pending: Pending, processes: int, terminal: Terminal) -> tuple[
     running: dict[subprocess.Popen[bytes], tuple[StudyRun, int]] = {}
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn()
     bars = Progress(*columns, console=terminal.console, transient=True, disable=not terminal.is_tty)
-    with stop_signals() as stop, bars:
+    with StopSignal() as stop, bars:
         try:
-            while running or (waiting and stop.signal is None):
-                while waiting and stop.signal is None and len(running) < processes:
+            while running or (waiting and stop.number is None):
+                while waiting and stop.number is None and len(running) < processes:
                     run, job = waiting.pop(0)
                     bar = bars.add_task(escape(run.label), total=job.run.optim.epochs, status="starting")
                     running[_start(run, job, processes)] = run, bar
                     if not terminal.is_tty:
                         terminal.print(f"{run.label}: starting; messages in {run.folder / 'log.txt'}")
                 time.sleep(POLL_SECONDS)
-                if stop.signal is not None and not forwarded:
+                if stop.number is not None and not forwarded:
                     forwarded = True
                     _terminate(running)
                 for process, (run, bar) in list(running.items()):
@@ -58,7 +58,7 @@ def run_parallel(pending: Pending, processes: int, terminal: Terminal) -> tuple[
                         continue
                     del running[process]
                     bars.remove_task(bar)
-                    state = final_state(run, code, stopping=stop.signal is not None)
+                    state = final_state(run, code, stopping=stop.number is not None)
                     num_failed += state == "failed"
                     error = f": {run.error}" if state == "failed" else ""
                     done = len(pending) - len(waiting) - len(running)
@@ -66,7 +66,7 @@ def run_parallel(pending: Pending, processes: int, terminal: Terminal) -> tuple[
                     terminal.print(f"{run.label}: {state}{error}  ({done} of {len(pending)})", style=style)
         finally:
             _terminate(running)
-    return stop.signal, num_failed
+    return stop.number, num_failed
 
 
 def _start(run: StudyRun, job: RunJob, processes: int) -> subprocess.Popen[bytes]:
