@@ -310,8 +310,8 @@ MUTANTS = (
     Mutant(
         "linear learning rate without the batch size",
         "evals/linear.py",
-        "[lr * min(self.batch, n) / 256 for lr, _ in self.sweep]",
-        "[lr for lr, _ in self.sweep]",
+        "[lr * min(self.batch, n) / 256 for lr in self.lr]",
+        "[lr for lr in self.lr]",
         "equations/test_linear.py::test_learning_rates_are_for_a_batch_of_256",
     ),
     Mutant(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.sources import relabelled
+from dino_ssl.data.sources import relabeled
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext
 from dino_ssl.evals.scheduled import PreparedScheduledEval, is_due, prepare_all
@@ -38,7 +38,9 @@ class TrainingEvals:
     ) -> None:
         self.folder, self.method, self.every_epochs = Path(run.out), method, run.online_eval.every_epochs
         context = eval_context(run, rt)
-        self.online = None if val_set is None else run.online_eval.prepare(method, train_set, val_set, context)
+        self.online = None
+        if val_set is not None:
+            self.online = run.online_eval.prepare(method.backbone, method.classifier, train_set, val_set, context)
         self.scheduled = prepare_all(run.evals, context, method.backbone)
         described = distributed.run_on_rank0(lambda: read_json(self.folder / "run.json") if resume else None)
         if described is not None:
@@ -94,7 +96,7 @@ def split_dataset(run: Run, dataset: ImageDataset) -> tuple[ImageDataset, ImageD
     val_set = distributed.run_on_rank0(run.val.open)
     if val_set.labels is None:
         raise UserError("The validation set `val` has no labels: put the images of each class in a folder of its own.")
-    return dataset, relabelled(val_set, dataset.classes)
+    return dataset, relabeled(val_set, dataset.classes)
 
 
 def eval_context(run: Run, rt: Runtime) -> EvalContext:

@@ -16,13 +16,13 @@ SPECS = {
     "knn 'my photos/' --k 5 20 --every-epochs 0.5": ScheduledEval(
         evaluation=KNN(k=(5, 20)), sources=("my photos/",), every_epochs=0.5
     ),
-    "low-shot photos/ --share 1 --per-class 1 5 --no-normalize --every-epochs 10": ScheduledEval(
-        evaluation=LowShot(share=(1.0,), per_class=(1, 5), normalize=False), sources=("photos/",), every_epochs=10
+    "low-shot photos/ --share 1 --per-class 1 5 --every-epochs 10": ScheduledEval(
+        evaluation=LowShot(share=(1.0,), per_class=(1, 5)), sources=("photos/",), every_epochs=10
     ),
     "retrieval rparis6k --size 512 --multiscale --query whole": None,
-    "copy-detection scenes none more --no-whiten": None,
+    "copy-detection scenes none more --gem 3": None,
     "linear scenes --lr 0.1 --patches True": None,
-    "attention-masks scenes --mass 0.6 --objects instance": None,
+    "attention-masks scenes --mass 0.6 --layer 0": None,
     "video-segmentation DAVIS --radius 6": None,
 }
 

@@ -58,13 +58,6 @@ def test_the_official_layout(tmp_path: Path, prefix: str) -> None:
     }
 
 
-def test_all_in_one_folder(tmp_path: Path) -> None:
-    copies = open_copies(tmp_path, ["200000.jpg", "200001.jpg", "200100.jpg", "200101.jpg", "200102.jpg"])
-    assert copies is not None
-    assert copies.original_of.tolist() == [0, 1, 1]
-    assert set(copies.blocks) == {("copies", "")}
-
-
 @pytest.mark.parametrize(
     "names",
     [
@@ -81,12 +74,12 @@ def test_other_folders_are_not_copydays(tmp_path: Path, names: list[str]) -> Non
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (OFFICIAL[2:], "Found 0 originals and 5 copies"),
-        (OFFICIAL[:2], "Found 2 originals and 0 copies"),
-        ([*OFFICIAL, "strong/200250.jpg"], r"1 copies have no original: strong/200250\.jpg"),
-        ([*OFFICIAL, "strong/cat.jpg"], "strong/cat.jpg: expected a name of six digits"),
-        ([*OFFICIAL, "original/200001.jpg"], "to end with 00"),
-        ([*OFFICIAL, "original/b/200000.jpg"], "have the same first four digits"),
+        (OFFICIAL[2:], "5 images have .* no original"),
+        (OFFICIAL[:2], "Found 0 copies"),
+        ([*OFFICIAL, "strong/200250.jpg"], r"1 images have .* no original .* strong/200250\.jpg"),
+        ([*OFFICIAL, "strong/cat.jpg"], "1 images have no name of six digits, .* strong/cat.jpg"),
+        ([*OFFICIAL, "original/200001.jpg"], "1 images .* original/200001.jpg"),
+        ([*OFFICIAL, "original/b/200000.jpg"], "originals with the same first four digits"),
     ],
 )
 def test_errors_show_the_expected_layout(tmp_path: Path, names: list[str], message: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_ssl.data.benchmarks.davis import open_annotations, open_davis
+from dino_ssl.data.benchmarks.davis import open_davis
 from dino_ssl.data.masks import PALETTE, read_mask, write_mask
 from dino_ssl.errors import UserError
 from dino_ssl.evals.davis_score import score_results
@@ -103,13 +103,13 @@ def broken(root: Path, what: str) -> Path:
     ("what", "message"),
     [
         ("no list", "did you mean 'vall'"),
-        ("no frames", r"no frames \(\*.jpg\) of car"),
-        ("no masks", r"no masks \(\*.png\) of car"),
-        ("one mask less", "4 frames and 3 masks.*00002"),
+        ("no frames", r"car has 0 frames \(\*.jpg\) and 4 masks"),
+        ("no masks", r"car has 4 frames \(\*.jpg\) and 0 masks"),
+        ("one mask less", "car: a frame or a mask is missing for 00002"),
         ("empty list", "is empty"),
-        ("a list that leads out", "not the name of a folder"),
+        ("a list that leads out", "not the name of a file or folder"),
         ("one folder up", "Did you mean .*DAVIS"),
-        ("nowhere", "there is no folder"),
+        ("nowhere", "there is no .*nowhere"),
     ],
 )
 def test_errors_show_the_expected_layout(root: Path, what: str, message: str) -> None:
@@ -133,7 +133,6 @@ def test_scoring_needs_no_frames(root: Path, results: Path) -> None:
     assert list(result) == ["J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay", "per_object"]
     assert list(result["per_object"]) == ["swan_1", "swan_2", "car_1", "car_2"]
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert list(open_annotations(root)) == ["swan", "car"]
 
 
 def test_first_and_last_frames_are_not_scored_and_void_is_background(root: Path, results: Path) -> None:
@@ -148,10 +147,10 @@ def test_first_and_last_frames_are_not_scored_and_void_is_background(root: Path,
 def test_result_masks_of_wrong_size_or_labels_are_rejected(root: Path, results: Path) -> None:
     path = results / "car/00002.png"
     write_mask(path, MASK[:, :-1])
-    with pytest.raises(UserError, match=r"car/00002.png: expected 7 x 4 pixels, .*; got 6 x 4"):
+    with pytest.raises(UserError, match=r"car/00002.png: expected .* and 7 x 4 pixels, .* and 6 x 4"):
         score_results(results, root)
     write_mask(path, MASK + 1)
-    with pytest.raises(UserError, match=r"expected labels 0 to 2, .*; got 3"):
+    with pytest.raises(UserError, match=r"expected labels 0 to 2 .*; got labels up to 3"):
         score_results(results, root)
     path.unlink()
     with pytest.raises(UserError, match=r"1 of the 4 masks to score do not exist, .*car/00002.png"):

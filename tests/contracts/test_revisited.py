@@ -63,8 +63,6 @@ def test_the_gnd_file_with_existing_images_is_chosen(tmp_path: Path) -> None:
     (tmp_path / "gnd_other.json").write_text(json.dumps({**GND, "imlist": ["a", "b", "c", "d"]}))
     assert open_revisited(tmp_path).name == "towers"
     (tmp_path / "gnd_also.json").write_text(json.dumps(GND))
-    with pytest.raises(UserError, match=r"several benchmarks.*gnd_also\.json"):
-        open_revisited(tmp_path)
     assert open_revisited(tmp_path / "gnd_also.json").name == "also"
 
 
@@ -79,22 +77,22 @@ def test_the_mini_benchmark(shared: Path) -> None:
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     benchmark(tmp_path)
     (tmp_path / "gnd_towers.pkl").write_bytes(b"cos\nsystem\n(S'touch " + bytes(tmp_path / "ran") + b"'\ntR.")
-    with pytest.raises(UserError, match=r"refers to os\.system"):
+    with pytest.raises(UserError, match=r"refers to os\.system, and could run any program"):
         open_revisited(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
 def test_missing_files_are_reported(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"There is no .*nowhere"):
+    with pytest.raises(UserError, match=r"nowhere has no gnd_"):
         open_revisited(tmp_path / "nowhere")
     benchmark(tmp_path / "roxford5k")
     with pytest.raises(UserError, match=r"has no gnd_[\s\S]*jpg/[\s\S]*Pass one of its folders: roxford5k"):
         open_revisited(tmp_path)
-    with pytest.raises(UserError, match=r"1 images are missing.*bridge_1"):
+    with pytest.raises(UserError, match=r"missing or broken[\s\S]*1 images, such as bridge_1"):
         open_revisited(benchmark(tmp_path / "lost", skip="bridge_1"))
     broken = benchmark(tmp_path / "broken")
     (broken / "jpg" / "tower_2.jpg").write_bytes(b"\xff\xd8\xff nothing")
-    with pytest.raises(UserError, match=r"missing or broken.*tower_2 \(.+\)"):
+    with pytest.raises(UserError, match=r"missing or broken[\s\S]*tower_2\.jpg: .+"):
         open_revisited(broken)
 
 
@@ -102,8 +100,8 @@ def test_missing_files_are_reported(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"gnd": GND["gnd"][:1]}, "one entry of gnd for each query, got 1 for 2"),
-        ({"imlist": GND["imlist"][:3]}, "bridge_0 lists images 2 to 3; imlist has 3"),
-        ({"gnd": [GND["gnd"][0], {**GND["gnd"][1], "hard": [3]}]}, "listed twice for bridge_0"),
+        ({"imlist": GND["imlist"][:3]}, r"expected different images of 3 for bridge_0; got \[3, 2\]"),
+        ({"gnd": [GND["gnd"][0], {**GND["gnd"][1], "hard": [3]}]}, "expected different images of 4 for bridge_0"),
         ({"gnd": [{"bbx": [0, 0, 9, 9], "ok": [0], "junk": []}] * 2}, "have ok instead of"),
         ({"gnd": [{**GND["gnd"][0], "easy": [0.5]}, GND["gnd"][1]]}, "expected integers"),
         ({"gnd": [{**GND["gnd"][0], "bbx": [500, 3, 900, 20]}, GND["gnd"][1]]}, "pixels of the original files"),

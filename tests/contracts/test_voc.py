@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012: layout, the two kinds of masks, and errors for other layouts."""
+"""PASCAL VOC 2012: layout, masks, and errors for other layouts."""
 
 from pathlib import Path
 
@@ -14,19 +14,18 @@ from dino_ssl.errors import UserError
 
 @pytest.fixture
 def voc(tmp_path: Path) -> Path:
-    """Return a folder with two images and both kinds of masks, in the layout of the benchmark."""
+    """Return a folder with two images and masks, in the layout of the benchmark."""
     home = tmp_path / "VOCdevkit" / "VOC2012"
-    for folder in ("JPEGImages", "SegmentationClass", "SegmentationObject", "ImageSets/Segmentation"):
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (home / folder).mkdir(parents=True)
     for number, name in enumerate(("2007_000001", "2007_000002")):
         Image.fromarray(np.full((20, 30, 3), 100, np.uint8)).save(home / f"JPEGImages/{name}.jpg")
-        for folder, shift in (("SegmentationClass", 0), ("SegmentationObject", 10)):
-            mask = np.zeros((20, 30), np.uint8)
-            mask[:5], mask[5] = 15 - shift + number, 255
-            image = Image.fromarray(mask, mode=None).convert("P")
-            image.putdata(mask.ravel().tolist())  # the numbers, whatever the palette
-            image.putpalette([value for i in range(256) for value in (i, 255 - i, 7)])
-            image.save(home / folder / f"{name}.png")
+        mask = np.zeros((20, 30), np.uint8)
+        mask[:5], mask[5] = 15 + number, 255
+        image = Image.fromarray(mask, mode=None).convert("P")
+        image.putdata(mask.ravel().tolist())  # the numbers, whatever the palette
+        image.putpalette([value for i in range(256) for value in (i, 255 - i, 7)])
+        image.save(home / f"SegmentationClass/{name}.png")
     (home / "ImageSets/Segmentation/val.txt").write_text("2007_000001\n2007_000002\n")
     (home / "ImageSets/Segmentation/train.txt").write_text("2007_000002\n")
     return home
@@ -40,9 +39,6 @@ def test_images_and_masks_are_read(voc: Path) -> None:
     assert dataset.read(0).shape == (20, 30, 3)
     assert np.unique(dataset.mask(0)).tolist() == [0, 15, 255]
     assert np.unique(dataset.mask(1)).tolist() == [0, 16, 255]
-    objects = open_voc(voc, kind="instance")
-    assert np.unique(objects.mask(1)).tolist() == [0, 6, 255]
-    assert objects.fingerprint != dataset.fingerprint
     assert open_voc(voc, split="train").names == ["2007_000002"]
 
 
@@ -56,11 +52,8 @@ def test_errors_show_the_expected_layout(voc: Path, tmp_path: Path) -> None:
             open_voc(folder)
     with pytest.raises(UserError, match=r"did you mean 'train'\?.*\n.*Lists: train, val"):
         open_voc(voc, split="trian")
-    (voc / "SegmentationObject").rename(voc / "elsewhere")
-    with pytest.raises(UserError, match=r"It has SegmentationClass: .*`objects`"):
-        open_voc(voc, kind="instance")
     (voc / "JPEGImages/2007_000002.jpg").unlink()
-    with pytest.raises(UserError, match=r"1 files are missing.*\n  JPEGImages/2007_000002.jpg"):
+    with pytest.raises(UserError, match=r"1 files are missing, .*JPEGImages/2007_000002.jpg"):
         open_voc(voc)
     (voc / "ImageSets/Segmentation/val.txt").write_text("\n")
     with pytest.raises(UserError, match=r"val\.txt is empty"):

@@ -9,15 +9,8 @@ from torch import Tensor
 from dino_ssl import distributed
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.errors import UserError
-from dino_ssl.evals.attention_maps import attention_size, patch_attention, top_mass_mask
-from dino_ssl.evals.attention_masks import (
-    AttentionMasks,
-    ObjectScore,
-    count_per_patch,
-    mean_over_images,
-    object_scores,
-    patch_jaccard,
-)
+from dino_ssl.evals.attention_maps import attention_size, patch_attention
+from dino_ssl.evals.attention_masks import AttentionMasks, ObjectScore, jaccard, mean_over_images, object_scores
 from dino_ssl.evals.base import EvalContext
 from dino_ssl.models.backbone import Attentive, Backbone, Features
 from dino_ssl.models.vit import ViT
@@ -46,11 +39,9 @@ def test_jaccard_equals_a_loop_over_pixels(shape, grid) -> None:
     annotation = rng.choice([0, 3, 15, 255], shape, p=[0.5, 0.2, 0.2, 0.1]).astype(np.uint8)
     masks = rng.random((4, *grid)) < 0.4
     masks[0], masks[1] = False, True
-    counts = count_per_patch(annotation, grid)
-    scores = patch_jaccard(masks, counts)
-    assert counts.objects == [3, 15]
-    expected = [[jaccard_by_pixels(mask, annotation, value) for mask in masks] for value in (3, 15)]
-    np.testing.assert_allclose(scores, expected, atol=1e-12)
+    for number in (3, 15):
+        expected = [jaccard_by_pixels(mask, annotation, number) for mask in masks]
+        np.testing.assert_allclose(jaccard(masks, annotation, number), expected, atol=1e-12)
 
 
 def test_void_pixels_are_not_counted() -> None:
@@ -58,11 +49,11 @@ def test_void_pixels_are_not_counted() -> None:
     annotation[:, :4] = 7
     mask = np.zeros((1, 2, 2), bool)
     mask[0, :, 0] = True  # exactly the object
-    assert patch_jaccard(mask, count_per_patch(annotation, (2, 2)))[0, 0] == 1
+    assert jaccard(mask, annotation, 7) == 1
     mask[:] = True
-    assert patch_jaccard(mask, count_per_patch(annotation, (2, 2)))[0, 0] == 0.5
+    assert jaccard(mask, annotation, 7) == 0.5
     annotation[:, 4:] = 255  # the excess of the mask is void
-    assert patch_jaccard(mask, count_per_patch(annotation, (2, 2)))[0, 0] == 1
+    assert jaccard(mask, annotation, 7) == 1
 
 
 def test_an_image_without_objects_has_no_score() -> None:
@@ -81,21 +72,10 @@ def test_the_best_head_is_selected_per_object() -> None:
     assert (first.object, first.head, first.best, first.area) == (1, 2, 1.0, 0.25)
     assert (second.object, second.head, second.best) == (2, 0, 1.0)
     assert first.image == 9
-    mask = top_mass_mask(heads.mean(axis=0).ravel(), 0.6).reshape(1, 2, 2)  # two of three equal patches
-    assert first.mean == patch_jaccard(mask, count_per_patch(annotation, (2, 2)))[0, 0]
-
-
-def test_the_mean_map_is_scored_separately() -> None:
-    annotation = np.zeros((8, 8), np.uint8)
-    annotation[:4] = 1
-    heads = np.zeros((2, 2, 2))
-    heads[0, 0, 0] = heads[1, 0, 1] = 1  # half of the object each
-    (score,) = object_scores(0, heads, annotation, (0.6,))
-    assert (score.best, score.mean) == (0.5, 1.0)
 
 
 def test_objects_are_averaged_per_image_first() -> None:
-    scores = [ObjectScore(image, 1, 0.1, 0.6, best, 0, 0.0) for image, best in ((0, 1.0), (0, 0.0), (3, 0.2))]
+    scores = [ObjectScore(image, 1, best=best) for image, best in ((0, 1.0), (0, 0.0), (3, 0.2))]
     assert mean_over_images(scores, "best") == pytest.approx(100 * (0.5 + 0.2) / 2)
 
 
@@ -148,18 +128,14 @@ def test_a_complete_evaluation() -> None:
     scores = prepared(Bright())
     assert scores["jaccard 60%"] == pytest.approx(75)  # 60 % of four equal patches are three
     assert scores["jaccard 80%"] == pytest.approx(100)
-    # half of its mass is dark: three patches too many
-    assert scores["jaccard 60% of the mean map"] == pytest.approx(400 / 7)
     assert prepared.data["voc"]["images"] == 6
     details = scores.details
     assert details["skipped"] == [{"name": "2", "reason": "is gone"}]
     assert (details["objects"], details["images with objects"]) == (4, 4)
     assert details["mask of the whole image"] == pytest.approx(25)
     assert {row["head"] for row in details["per object"]} == {0}
-    assert details["per object"][-1] == {
-        "image": "5", "object": 6, "area": 0.25, "mass": 0.8, "best": 1.0, "head": 0,
-        "mean": details["per object"][-1]["mean"],
-    }  # fmt: skip
+    last = {"image": "5", "object": 6, "mass": 0.8, "area": 0.25, "best": 1.0, "head": 0}
+    assert details["per object"][-1] == last
 
 
 def test_the_number_of_ranks_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

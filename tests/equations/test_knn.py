@@ -8,14 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dino_ssl import distributed
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.errors import UserError
-from dino_ssl.evals.base import EvalContext, evaluating, reference_scores, untrained
-from dino_ssl.evals.features import ImageFeatures, extract, gather_shards
-from dino_ssl.evals.knn import KNN, knn_accuracy, nearest_neighbours
+from dino_ssl.evals.base import EvalContext, evaluating, reference_scores
+from dino_ssl.evals.features import extract, pixel_feature, raw_pixels
+from dino_ssl.evals.knn import KNN, knn_accuracy, nearest_neighbors
 from dino_ssl.evals.online import OnlineEval
-from dino_ssl.evals.pixels import pixel_feature, raw_pixels
 from dino_ssl.models.backbone import Backbone, Features
 
 
@@ -74,7 +72,7 @@ def test_chunk_sizes_do_not_matter() -> None:
     (train, labels), (test, truth) = clusters(70, 5, 0), clusters(33, 5, 1)
     whole = knn_accuracy(train, labels, test, truth)
     assert knn_accuracy(train, labels, test, truth, chunk=4) == whole
-    one, many = nearest_neighbours(train, test, 9), nearest_neighbours(train, test, 9, memory_rows=7)
+    one, many = nearest_neighbors(train, test, 9), nearest_neighbors(train, test, 9, memory_rows=7)
     torch.testing.assert_close(one[0], many[0])
     assert torch.equal(one[1], many[1])
 
@@ -86,7 +84,7 @@ def test_k_above_the_number_of_images_uses_all() -> None:
     assert result["200-NN top-5"] == 100  # three classes: any of five guesses
 
 
-def test_unknown_classes_are_errors_and_unlabelled_images_are_ignored() -> None:
+def test_unknown_classes_are_errors_and_unlabeled_images_are_ignored() -> None:
     train, labels = torch.eye(4), torch.tensor([0, 1, -1, 1])
     test, truth = torch.eye(4)[[0, 1, 2, 0]], torch.tensor([0, 1, -1, 8])
     assert knn_accuracy(train, labels, test, truth, k=(1,))["1-NN"] == pytest.approx(100 * 2 / 3)
@@ -108,10 +106,10 @@ def test_zero_and_bfloat16_features_are_accepted() -> None:
 
 def test_votes_are_float32_under_autocast() -> None:
     (train, _), (test, _) = clusters(60, 5, 0), clusters(40, 5, 1)
-    exact = nearest_neighbours(train, test, 9)
+    exact = nearest_neighbors(train, test, 9)
     before = torch.get_float32_matmul_precision()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(nearest_neighbours(train, test, 9)[0], exact[0], rtol=0, atol=0)
+        torch.testing.assert_close(nearest_neighbors(train, test, 9)[0], exact[0], rtol=0, atol=0)
     assert torch.get_float32_matmul_precision() == before
 
 
@@ -198,25 +196,6 @@ def test_modes_are_restored_after_an_error() -> None:
     assert backbone.norm.training
 
 
-def test_two_ranks_extract_the_features_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shards are extracted one after the other, and gathered by hand."""
-    backbone, dataset, context = MeanColor(), Squares(), EvalContext(size=16)
-    expected = extract(backbone, dataset, context)
-    shards: dict[int, list[Tensor]] = {0: [], 1: []}
-
-    for rank in (0, 1):
-        monkeypatch.setattr(distributed, "world_size", lambda: 2)
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(distributed, "all_gather", lambda rows, rank=rank: shards[rank].append(rows) or rows)
-        extract(backbone, dataset, context)
-    assert [len(rows) for rows in shards[0]] == [len(rows) for rows in shards[1]]  # collectives need equal shapes
-    monkeypatch.setattr(distributed, "world_size", lambda: 1)
-    indices, features = (torch.cat(parts) for parts in zip(shards[0], shards[1], strict=True))
-    gathered = ImageFeatures.of(gather_shards(indices, features, context.device), dataset)
-    assert torch.equal(gathered.indices, expected.indices)
-    torch.testing.assert_close(gathered.features, expected.features)
-
-
 def test_raw_pixels_ignore_brightness_and_skip_unreadable_images() -> None:
     out = raw_pixels(Squares(), EvalContext())
     assert out.features.shape == (9, 768)
@@ -250,23 +229,13 @@ def test_reference_scores_do_not_change_the_random_state() -> None:
     references = reference_scores(prepared, MeanColor)
     assert torch.equal(torch.rand(3), expected)
     assert set(references) == {"raw_pixels", "random_weights"}
+    assert reference_scores(prepared, MeanColor) == references
     assert prepared.name == "knn"
     assert set(prepared(MeanColor())) == set(references["random_weights"]) == {"1-NN", "1-NN top-5"}
 
 
 def test_online_eval_limits_the_memory_evenly() -> None:
     dataset = Squares()
-    prepared = OnlineEval(max_memory=4).prepare_knn(dataset, dataset, EvalContext(size=16))
+    prepared = OnlineEval(max_train_images=4).prepare_knn(dataset, dataset, EvalContext(size=16))
     assert prepared.data["train"]["fingerprint"] == dataset.subset([0, 3, 7, 10]).fingerprint
     assert prepared.data["val"]["images"] == 11
-
-
-def test_random_weights_depend_only_on_the_seed() -> None:
-    class Random(MeanColor):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3))
-
-    first, again, other = untrained(Random), untrained(Random), untrained(Random, seed=1)
-    assert torch.equal(first.get_parameter("weight"), again.get_parameter("weight"))
-    assert not torch.equal(first.get_parameter("weight"), other.get_parameter("weight"))

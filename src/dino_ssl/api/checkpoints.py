@@ -13,7 +13,7 @@ from dino_ssl.config import from_dict, to_dict
 from dino_ssl.data.dataset import BadImage
 from dino_ssl.data.decode import decode
 from dino_ssl.errors import UserError
-from dino_ssl.evals.cache import weights_hash
+from dino_ssl.evals.features import weights_hash
 from dino_ssl.files import read_json
 from dino_ssl.models import BackboneConfig
 from dino_ssl.models.backbone import Backbone

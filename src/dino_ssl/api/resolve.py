@@ -24,7 +24,7 @@ RESUMABLE_FIELDS = (
     "init",
     "online_eval.every_epochs",
     "online_eval.k",
-    "online_eval.max_memory",
+    "online_eval.max_train_images",
     "method.teacher_temp",
     "method.warmup_teacher_temp",
     "method.momentum",

@@ -11,8 +11,11 @@ from dino_ssl.cli.eval_spec import eval_options, positional, sources_of
 from dino_ssl.cli.images import Trust
 from dino_ssl.cli.options import Flag, parse
 from dino_ssl.errors import UserError
-from dino_ssl.evals import EVALUATIONS, FINETUNE, find_evaluation, find_scorer
+from dino_ssl.evals import EVALUATIONS, FINETUNE, find_evaluation
 from dino_ssl.terminal import Terminal, command_output, is_rank0
+
+SCORED = "video-segmentation"
+"""The evaluation with --score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +93,15 @@ def options_of(evaluation: Any) -> type:
 
 
 def _score(name: str, arguments: Sequence[str]) -> int:
-    score = find_scorer(name)
+    if name != SCORED:
+        raise UserError(f"{name} cannot score existing results; expected {SCORED}.")
+    from dino_ssl.evals.davis_score import score_results
+
     prog = f"dino eval {name} --score"
     options = parse(ScoreOptions, arguments, prog, f"  {prog} results/ DAVIS/ --json")
     with command_output(options.json) as (terminal, emit):
         with terminal.progress("scoring") as progress:
-            result = score(options.results, options.root, split=options.split, progress=progress)
+            result = score_results(options.results, options.root, split=options.split, progress=progress)
         objects = result.get("per_object", {})
         rows = [[key, f"{value:.3f}"] for key, value in result.items() if isinstance(value, float)]
         rows += [[key, ", ".join(f"{k} {v:.3f}" for k, v in values.items())] for key, values in objects.items()]

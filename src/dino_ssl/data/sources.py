@@ -68,7 +68,7 @@ def dataset_config(source: str | Path | DatasetConfig, part: Literal["train", "v
     return Folder(path=str(source))
 
 
-def labelled_pair(
+def labeled_pair(
     train: DatasetSource,
     val: DatasetSource | None = None,
     *,
@@ -97,10 +97,10 @@ def labelled_pair(
             f"The validation set {source_name(val)} is the training set: each image would match itself.\n"
             "Omit it to hold out a part of every class, or pass other images."
         )
-    return train_set, relabelled(val_set, train_set.classes)
+    return train_set, relabeled(val_set, train_set.classes)
 
 
-def labelled_alone(pair: tuple[ImageDataset, ImageDataset], method: str) -> tuple[ImageDataset, ImageDataset]:
+def labeled_only(pair: tuple[ImageDataset, ImageDataset], method: str) -> tuple[ImageDataset, ImageDataset]:
     """Return the labeled images of both datasets. Raises UserError, naming `method`, if one has none."""
     train_set, val_set = (side.subset(np.flatnonzero(np.asarray(side.labels) >= 0)) for side in pair)
     for dataset, role in ((train_set, "training"), (val_set, "validation")):
@@ -109,7 +109,7 @@ def labelled_alone(pair: tuple[ImageDataset, ImageDataset], method: str) -> tupl
     return train_set, val_set
 
 
-def relabelled(dataset: ImageDataset, classes: list[str]) -> ImageDataset:
+def relabeled(dataset: ImageDataset, classes: list[str]) -> ImageDataset:
     """Return the dataset with labels as indices into `classes`, matched by name. Raises UserError for other classes."""
     if dataset.classes == classes or dataset.labels is None:
         return dataset

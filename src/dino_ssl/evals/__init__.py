@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from dino_ssl.config import import_object, import_type
+from dino_ssl.config import import_type
 from dino_ssl.errors import UserError, did_you_mean
 
 
@@ -12,8 +12,6 @@ class Entry(NamedTuple):
     home: str
     """module:class."""
     summary: str
-    score: str = ""
-    """module:function (results, root, *, split, progress) -> dict that scores existing results, if there is one."""
 
 
 EVALUATIONS = {
@@ -25,7 +23,6 @@ EVALUATIONS = {
     "video-segmentation": Entry(
         "dino_ssl.evals.video_segmentation:VideoSegmentation",
         "video object segmentation from the first mask: DAVIS 2017",
-        score="dino_ssl.evals.davis_score:score_results",
     ),
     "attention-masks": Entry(
         "dino_ssl.evals.attention_masks:AttentionMasks", "overlap of attention masks and annotated objects"
@@ -40,28 +37,16 @@ def find_evaluation(name: str) -> Any:
     """Return the `Evaluation` class of a registered name or of `module:Class`; raise UserError if there is none."""
     from dino_ssl.evals.base import Evaluation
 
-    return import_type(name if ":" in name else _entry(name).home, Evaluation)
+    if ":" not in name and name not in EVALUATIONS:
+        names = (*EVALUATIONS, FINETUNE)
+        raise UserError(
+            f"Unknown evaluation {name!r}{did_you_mean(name, names)}\n"
+            f"Expected {', '.join(names)}, or module:Class; for example: dino eval knn CHECKPOINT TRAIN VAL"
+        )
+    return import_type(name if ":" in name else EVALUATIONS[name].home, Evaluation)
 
 
 def import_all() -> None:
     """Import every registered evaluation, so that `config.from_dict` finds its settings by class name."""
     for name in EVALUATIONS:
         find_evaluation(name)
-
-
-def find_scorer(name: str) -> Any:
-    """Return the function that scores existing results; raise UserError if the evaluation has none."""
-    if ":" in name or not _entry(name).score:
-        names = ", ".join(name for name, entry in EVALUATIONS.items() if entry.score)
-        raise UserError(f"{name} cannot score existing results; expected {names}.")
-    return import_object(_entry(name).score)
-
-
-def _entry(name: str) -> Entry:
-    if name not in EVALUATIONS:
-        names = (*EVALUATIONS, FINETUNE)
-        raise UserError(
-            f"Unknown evaluation {name!r}{did_you_mean(name, names)}\n"
-            f"Expected {', '.join(names)}, or module:Class; for example: dino eval knn CHECKPOINT TRAIN VAL"
-        )
-    return EVALUATIONS[name]

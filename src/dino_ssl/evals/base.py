@@ -15,14 +15,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from dino_ssl.data.sources import DatasetSource
+from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.data.sources import DatasetSource, labeled_pair
+from dino_ssl.errors import check_range
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.progress import StartProgress, no_progress
 
 Autocast = Callable[[], AbstractContextManager]
 """Returns the autocast context of the forward pass; `runtime` chooses the precision."""
-
-
 CPU = torch.device("cpu")
 
 
@@ -32,10 +32,6 @@ class Source(NamedTuple):
     name: str
     help: str
     required: bool = True
-
-
-VAL = Source("VAL", "Folder of class folders to evaluate on; default: a part of every class of TRAIN.", required=False)
-"""The second source of evaluations on labeled images, after TRAIN."""
 
 
 class Scores(dict[str, float]):
@@ -108,23 +104,50 @@ class Evaluation(ABC):
         """Open and validate the data. Raise UserError with the expected layout if it does not fit."""
 
 
-def untrained(build: Callable[[], Backbone], seed: int = 0) -> Backbone:
-    """Build a network with random weights without changing the global random state."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
+@dataclass(frozen=True, kw_only=True)
+class LabeledEvaluation(Evaluation):
+    """An evaluation that learns from labeled images and is scored on others with the same classes."""
+
+    sources: ClassVar[tuple[Source, ...]] = (
+        Source("TRAIN", "Folder of class folders to learn from; `scenes` generates images."),
+        Source("VAL", "Folder of class folders to score; default: a part of every class of TRAIN.", required=False),
+    )
+
+    size: int | None = None
+    """Side of the crops in pixels; default: the size that the network was trained at."""
+    val_fraction: float = 0.2
+    """Fraction of every class that is held out for validation if VAL is not given."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "size", least=1)
+        check_range(self, "val_fraction", above=0, below=1)
+
+    def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
+        """Open the labeled images."""
+        with context.progress("reading the datasets") as progress:
+            train, val = labeled_pair(*sources, val_fraction=self.val_fraction, progress=progress)
+        return self.prepare_datasets(train, val, context)
+
+    @abstractmethod
+    def prepare_datasets(self, train: ImageDataset, val: ImageDataset, context: EvalContext) -> PreparedEval:
+        """Prepare the evaluation of two labeled datasets with the same classes."""
 
 
 def reference_scores(prepared: PreparedEval, build: Callable[[], Backbone] | None) -> dict[str, Scores]:
     """Return the scores of raw pixels (if defined) and of random weights, to compare a result with.
 
+    The random state is not changed, and no output files are written.
+
     Args:
-        prepared: The evaluation. No output files are written for the references.
+        prepared: The evaluation.
         build: Builds the network with random weights on the context's device; None if its settings are unknown.
     """
     references = {} if prepared.pixel_reference is None else {"raw_pixels": prepared.pixel_reference()}
     if build is not None:
-        references["random_weights"] = (prepared.score_reference or prepared)(untrained(build))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            backbone = build()
+        references["random_weights"] = (prepared.score_reference or prepared)(backbone)
     return references
 
 

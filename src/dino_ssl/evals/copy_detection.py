@@ -17,18 +17,15 @@ from torch import Tensor
 from dino_ssl.data.benchmarks.copydays import BLOCKS, Copies, distort, find_copies, make_copies
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import DatasetSource, described, folder_path, open_dataset, synthetic_scenes
-from dino_ssl.data.synthetic.scenes import PARTS, Scenes
+from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval, Scores, Source, evaluating
-from dino_ssl.evals.features import ImageFeatures, extract_resized, skipped_details
-from dino_ssl.evals.pixels import raw_pixels
+from dino_ssl.evals.features import ImageFeatures, extract_resized, raw_pixels, skipped_details
 from dino_ssl.evals.ranking import average_precision, sequential_mean, target_ranks
 from dino_ssl.models.backbone import Backbone
-from dino_ssl.progress import Progress
 
 SYNTHETIC_ORIGINALS = 100
 """Number of originals that `scenes` generates, with 4 times as many distractors and 5 times as many for whitening."""
-FIT_ROWS = 4096  # descriptors in float64 at once: 50 MB at 1536 dimensions
 
 
 def gem(patches: Tensor, p: float = 4.0, floor: float = 1e-6) -> Tensor:
@@ -52,42 +49,31 @@ class Whitening(NamedTuple):
     basis: Tensor  # [W, d], columns by descending eigenvalue
 
 
-def fit_whitening(
-    x: Tensor,  # [N, W]
-    dimensions: int | None = None,
-    *,
-    power: float = 0.5,
-    floor: float = 1e-5,
-    center: bool = True,
-) -> Whitening:
-    """Return the PCA whitening of x: eigenvectors of the covariance, divided by eigenvalue^power.
+def fit_whitening(x: Tensor, dimensions: int | None = None, *, center: bool = True) -> Whitening:
+    """Return the PCA whitening of x [N, W]: eigenvectors of the covariance, divided by the square root of eigenvalues.
 
-    Keeps `dimensions` components, at most as many as N descriptors determine. Eigenvalues are at least `floor` times
+    Keeps `dimensions` components, at most as many as N descriptors determine. Eigenvalues are at least 1e-5 times
     the largest. center=False uses second moments about zero. (The authors' code subtracts the mean but uses
     second moments about zero, so its outputs are not exactly white.)
     """
     if len(x) < 2:
         raise UserError(f"A whitening needs at least 2 images; got {len(x)}.")
-    mean = x.double().mean(0) if center else x.new_zeros(x.shape[1], dtype=torch.float64)
-    moments = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    for rows in x.split(FIT_ROWS):
-        rows = rows.double() - mean
-        moments += rows.T @ rows
-    values, vectors = torch.linalg.eigh(moments / len(x))  # ascending
+    x = x.double()
+    mean = x.mean(0) if center else torch.zeros_like(x[0])
+    values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # ascending
     count = min(dimensions or x.shape[1], x.shape[1], len(x) - center)
     values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
-    smallest = max(floor * values[0].item(), 1e-12)  # all eigenvalues of constant descriptors are 0
-    return Whitening(mean, vectors * values.clamp(min=smallest).pow(-power))
+    smallest = max(1e-5 * values[0].item(), 1e-12)  # all eigenvalues of constant descriptors are 0
+    return Whitening(mean, vectors * values.clamp(min=smallest).pow(-0.5))
 
 
 def whiten(x: Tensor, whitening: Whitening) -> Tensor:
     """Apply a whitening: [N, W] -> [N, d], in the dtype of x."""
-    parts = [(rows.double() - whitening.mean) @ whitening.basis for rows in x.split(FIT_ROWS)]
-    return torch.cat(parts).to(x.dtype) if parts else x.new_zeros(0, whitening.basis.shape[1])
+    return ((x.double() - whitening.mean) @ whitening.basis).to(x.dtype)
 
 
 def copy_scores(ranks: Sequence[int], blocks: Sequence[tuple[str, str]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return mAP by block and by strength, from 0 to 1, for each copy's rank of its original and (block, strength).
+    """Return mAP by block and by strength in percent, for each copy's rank of its original and (block, strength).
 
     A copy has one original, so its AP is 1 at rank 0 and 1 / (2 (r + 1)) at rank r.
     """
@@ -96,10 +82,9 @@ def copy_scores(ranks: Sequence[int], blocks: Sequence[tuple[str, str]]) -> tupl
         ap = average_precision([rank], 1)
         by_block[block].append(ap)
         by_strength["/".join(filter(None, (block, strength)))].append(ap)
-    order = [*(b for b in BLOCKS if b in by_block), *sorted(b for b in by_block if b not in BLOCKS)]
     return (
-        {block: sequential_mean(by_block[block]) for block in order},
-        {strength: sequential_mean(by_strength[strength]) for strength in sorted(by_strength)},
+        {block: 100 * sequential_mean(by_block[block]) for block in BLOCKS if block in by_block},
+        {strength: 100 * sequential_mean(by_strength[strength]) for strength in sorted(by_strength)},
     )
 
 
@@ -130,8 +115,6 @@ class CopyDetection(Evaluation):
     """Exponent of the generalized mean over the patches."""
     dimensions: int | None = None
     """Components of the whitening; default: all, or one fewer than it has images."""
-    whiten: bool = True
-    """Whiten the descriptors if there are whitening images; `scenes` generates some."""
     originals: int = 100
     """Images of a plain folder that are edited, at most half of them."""
     seed: int = 0
@@ -144,46 +127,36 @@ class CopyDetection(Evaluation):
 
     def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
         """Open the datasets, and edit images if the folder is not a benchmark."""
-        optional: list[DatasetSource | None] = [None if str(source) == "none" else source for source in sources]
-        images, distractors, extra = [*optional, None, None][:3]
-        folders = [path.resolve() for source in optional if source is not None and (path := folder_path(source))]
+        images, distractors, extra = (*sources, "none", "none")[:3]
+        folders = [path.resolve() for source in sources if str(source) != "none" and (path := folder_path(source))]
         if len(set(folders)) < len(folders):
             raise UserError("Images, distractors and whitening images must differ; a folder is given twice.")
-        if images is None:
-            raise UserError("Copy detection needs images: Copydays, any folder, or `scenes`.")
         with context.progress("reading the datasets") as progress:
-            copies, whitening = self._open_copies(images, progress)
-            more = None if distractors is None else open_dataset(distractors, progress, part="val")
-            whitening = whitening if extra is None else open_dataset(extra, progress)
-        database = [copies.originals, *(part for part in (copies.others, more) if part is not None)]
+            if scenes := synthetic_scenes(images, count=SYNTHETIC_ORIGINALS, part="test"):
+                copies, whitening = synthetic_copies(scenes, self.seed)
+            else:
+                dataset, whitening = open_dataset(images, progress), None
+                copies = find_copies(dataset) or make_copies(dataset, self.originals, self.seed)
+            more = None if str(distractors) == "none" else open_dataset(distractors, progress, part="val")
+            whitening = whitening if str(extra) == "none" else open_dataset(extra, progress)
+        database = [part for part in (copies.originals, copies.others, more) if part is not None]
         datasets = {"copies": copies.copies}
         datasets |= zip(("originals", "distractors", "distractors2"), database, strict=False)
-        if whitening is not None and self.whiten:
+        if whitening is not None:
             datasets["whitening"] = whitening
-
-        def pixel_reference() -> Scores:
-            features = [raw_pixels(dataset, context) for dataset in (copies.copies, *database)]
-            return _score(copies, database, features, context)
-
+        searched = (copies.copies, *database)
         return PreparedEval(
             name=self.name,
             data={name: described(dataset) for name, dataset in datasets.items()},
-            score=lambda backbone: self._score(backbone, copies, database, datasets.get("whitening"), context),
-            pixel_reference=pixel_reference,
+            score=lambda backbone: self._score(backbone, copies, searched, datasets.get("whitening"), context),
+            pixel_reference=lambda: _score(copies, [raw_pixels(each, context) for each in searched], searched, context),
         )
-
-    def _open_copies(self, source: DatasetSource, progress: Progress) -> tuple[Copies, ImageDataset | None]:
-        """Return the copies, and whitening images if they are synthetic."""
-        if scenes := synthetic_scenes(source, count=SYNTHETIC_ORIGINALS, part="test"):
-            return synthetic_copies(scenes, self.seed)
-        dataset = open_dataset(source, progress)
-        return find_copies(dataset) or make_copies(dataset, self.originals, self.seed), None
 
     def _score(
         self,
         backbone: Backbone,
         copies: Copies,
-        database: Sequence[ImageDataset],
+        searched: Sequence[ImageDataset],
         whitening: ImageDataset | None,
         context: EvalContext,
     ) -> Scores:
@@ -197,44 +170,41 @@ class CopyDetection(Evaluation):
             return extract_resized(backbone, dataset, shapes, describe, width=width, key=key, context=context)
 
         fit = None if whitening is None else fit_whitening(descriptors(whitening).features, self.dimensions)
-        features = [descriptors(dataset) for dataset in (copies.copies, *database)]
-        return _score(copies, database, features, context, fit)
+        return _score(copies, [descriptors(dataset) for dataset in searched], searched, context, fit)
 
 
 def synthetic_copies(scenes: Scenes, seed: int = 0) -> tuple[Copies, ImageDataset]:
     """Return copies of synthetic images among distractors, and whitening images; no two sets share a scene."""
-    part = PARTS.index(scenes.part)
-    second, third = (PARTS[(part + step) % len(PARTS)] for step in (1, 2))
-    pages = replace(scenes, part=second).open()
-    others = replace(scenes, part=third, count=4 * scenes.count).open()
-    whitening = replace(scenes, part=second, count=6 * scenes.count).open()
-    return distort(scenes.open(), pages, others, seed), whitening.subset(np.arange(scenes.count, 6 * scenes.count))
+    n = scenes.count
+    more = replace(scenes, part="train" if scenes.part == "test" else "test", count=10 * n).open()
+    pages, others, whitening = (more.subset(range(*part)) for part in ((0, n), (n, 5 * n), (5 * n, 10 * n)))
+    return distort(scenes.open(), pages, others, seed), whitening
 
 
 def _score(
     copies: Copies,
-    database: Sequence[ImageDataset],
     features: Sequence[ImageFeatures],
+    datasets: Sequence[ImageDataset],
     context: EvalContext,
     whitening: Whitening | None = None,
 ) -> Scores:
-    """Rank and score. Unreadable copies are skipped; an unreadable original ranks last.
+    """Rank and score, given the features of the copies and of each dataset of the database.
 
-    features: of the copies, then of each dataset of the database.
+    Unreadable copies are skipped; an unreadable original ranks last.
     """
     if whitening is not None:
         features = [part._replace(features=whiten(part.features, whitening)) for part in features]
-    queries, *parts = features
-    rows = torch.cat([part.every_row(len(dataset)) for part, dataset in zip(parts, database, strict=True)])
-    indices = queries.indices.tolist()
+    rows = [part.every_row(len(dataset)) for part, dataset in zip(features, datasets, strict=True)]
+    indices = features[0].indices.tolist()
     originals = [copies.original_of[[q]] for q in indices]
     with context.progress("ranking") as progress:
-        ranks = [int(rank[0]) for rank in target_ranks(queries.features, rows, originals, progress=progress)]
+        ranks = target_ranks(features[0].features, torch.cat(rows[1:]), originals, progress)
+    ranks = [int(rank[0]) for rank in ranks]
     blocks, strengths = copy_scores(ranks, [copies.blocks[q] for q in indices])
     details = {
-        "mAP by strength": {name: 100 * value for name, value in strengths.items()},
+        "mAP by strength": strengths,
         "rank of the original": dict(zip([copies.copies.names[q] for q in indices], ranks, strict=True)),
         "whitened dimensions": None if whitening is None else whitening.basis.shape[1],
         "skipped": skipped_details(*features),
     }
-    return Scores({f"mAP {block}": 100 * value for block, value in blocks.items()}, details)
+    return Scores({f"mAP {block}": value for block, value in blocks.items()}, details)

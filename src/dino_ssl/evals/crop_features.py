@@ -6,6 +6,7 @@ Image i belongs to rank i mod world size, so features never move between ranks.
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,69 +33,72 @@ class FeatureBatch(NamedTuple):
 
 
 class CropPlan(NamedTuple):
-    """Order and batches of the crops that a classifier is trained on."""
+    """Order, batches and features of the crops that a classifier is trained on."""
 
     dataset: ImageDataset
-    size: int
-    """Side of a crop in pixels."""
-    batch_size: int
-    """Images per training step, over all ranks."""
+    size: int  # side of a crop in pixels
+    batch_size: int  # images per training step, over all ranks
     epochs: int
     seed: int
+    extract: Extract
+    width: int  # D
     context: EvalContext
-
-    def steps(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (epoch, this rank's indices) of every step; the last step of an epoch may be smaller."""
-        for epoch in range(self.epochs):
-            order = epoch_order(self.seed, epoch, len(self.dataset))
-            for step in _chunks(order, self.batch_size):
-                yield epoch, step[step % distributed.world_size() == distributed.rank()]
 
     def shard(self) -> np.ndarray:
         """Return the indices of this rank's images."""
         return np.arange(distributed.rank(), len(self.dataset), distributed.world_size())
 
-    def crops(self, jobs: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def fresh_crops(self) -> Iterator[FeatureBatch]:
+        """Yield features of new crops in every epoch, as in the paper: one forward pass per image and epoch."""
+        jobs = ((epoch, part) for epoch, indices in self._steps() for part in self._batches(indices))
+        crops = self._crops(jobs)
+        for epoch, indices in self._steps():
+            rows = [torch.empty(0, dtype=torch.int64)]
+            features = [torch.empty(0, self.width, device=self.context.device)]
+            for readable, images in islice(crops, len(self._batches(indices))):
+                if len(readable):
+                    rows.append(readable)
+                    features.append(self.extract(images))
+            yield FeatureBatch(epoch, torch.cat(rows), torch.cat(features))
+
+    def stored_crops(self, crops: int) -> Iterator[FeatureBatch]:
+        """Extract the features of `crops` random crops per image; return an iterator over one set of them per epoch."""
+        shard, world_size = self.shard(), distributed.world_size()
+        store = _allocate((crops, len(shard), self.width), self.context.cache)
+        is_readable = torch.zeros(crops, len(shard), dtype=torch.bool)  # row i // world_size belongs to image i
+        for crop in range(crops):
+            with self.context.progress(f"features of random crops, {crop + 1} of {crops}") as progress:
+                done = 0
+                for indices, images in self._crops((crop, part) for part in self._batches(shard)):
+                    if len(indices):
+                        store[crop, indices // world_size] = self.extract(images).cpu()
+                    is_readable[crop, indices // world_size] = True
+                    done += len(indices)
+                    progress(done, len(shard))
+
+        def replay() -> Iterator[FeatureBatch]:
+            for epoch, indices in self._steps():
+                crop, rows = epoch % crops, torch.from_numpy(indices // world_size)
+                readable = is_readable[crop, rows]
+                yield FeatureBatch(epoch, torch.from_numpy(indices)[readable], store[crop, rows[readable]])
+
+        return replay()
+
+    def _steps(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (epoch, this rank's indices) of every step; the last step of an epoch may be smaller."""
+        for epoch in range(self.epochs):
+            order = epoch_order(self.seed, epoch, len(self.dataset))
+            for start in range(0, len(order), self.batch_size):
+                step = order[start : start + self.batch_size]
+                yield epoch, step[step % distributed.world_size() == distributed.rank()]
+
+    def _batches(self, indices: np.ndarray) -> list[np.ndarray]:
+        size = self.context.batch_size
+        return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+    def _crops(self, jobs: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (readable indices, uint8 crops) for every (epoch, indices)."""
         return crop_batches(self.dataset, self.size, jobs, seed=self.seed, workers=self.context.workers)
-
-
-def fresh_crops(plan: CropPlan, extract: Extract, width: int) -> Iterator[FeatureBatch]:
-    """Yield features of new crops in every epoch, as in the paper: one forward pass per image and epoch."""
-    batch_size = plan.context.batch_size
-    crops = plan.crops((epoch, part) for epoch, indices in plan.steps() for part in _chunks(indices, batch_size))
-    for epoch, indices in plan.steps():
-        rows, features = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, width, device=plan.context.device)]
-        for _ in _chunks(indices, batch_size):
-            readable, images = next(crops)
-            if len(readable):
-                rows.append(readable)
-                features.append(extract(images))
-        yield FeatureBatch(epoch, torch.cat(rows), torch.cat(features))
-
-
-def stored_crops(plan: CropPlan, extract: Extract, width: int, crops: int) -> Iterator[FeatureBatch]:
-    """Extract the features of `crops` random crops per image, then yield one set of them per epoch, in turn."""
-    shard, world_size = plan.shard(), distributed.world_size()
-    store = _allocate((crops, len(shard), width), plan.context.cache)  # row i // world_size belongs to image i
-    is_readable = torch.zeros(crops, len(shard), dtype=torch.bool)
-    for crop in range(crops):
-        with plan.context.progress(f"features of random crops, {crop + 1} of {crops}") as progress:
-            done = 0
-            for indices, images in plan.crops((crop, part) for part in _chunks(shard, plan.context.batch_size)):
-                if len(indices):
-                    store[crop, indices // world_size] = extract(images).cpu()
-                is_readable[crop, indices // world_size] = True
-                done += len(indices)
-                progress(done, len(shard))
-
-    def replay() -> Iterator[FeatureBatch]:
-        for epoch, indices in plan.steps():
-            crop, rows = epoch % crops, torch.from_numpy(indices // world_size)
-            readable = is_readable[crop, rows]
-            yield FeatureBatch(epoch, torch.from_numpy(indices)[readable], store[crop, rows[readable]])
-
-    return replay()
 
 
 def _allocate(shape: tuple[int, ...], folder: Path | None) -> Tensor:
@@ -105,7 +109,3 @@ def _allocate(shape: tuple[int, ...], folder: Path | None) -> Tensor:
         folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
-
-
-def _chunks(indices: np.ndarray, size: int) -> list[np.ndarray]:
-    return [indices[start : start + size] for start in range(0, len(indices), size)]

@@ -6,16 +6,21 @@ weight, and all scores are fractions of 1.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
-from dino_ssl.data.benchmarks.davis import open_annotations
+from dino_ssl import distributed
+from dino_ssl.data.benchmarks.davis import open_davis
+from dino_ssl.data.clips import Clip
 from dino_ssl.data.masks import VOID, read_mask
 from dino_ssl.errors import UserError
+from dino_ssl.evals.base import CPU
+from dino_ssl.evals.features import gather_rows
 from dino_ssl.progress import Progress
 
 STATISTICS = ("J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
@@ -75,11 +80,8 @@ def decay(values: np.ndarray) -> float:
 
 def frame_scores(mask: np.ndarray, truth: np.ndarray, objects: int) -> np.ndarray:
     """Return J and F of objects 1 ... `objects` in one frame: label maps [H, W] -> [objects, 2]."""
-    scores = np.empty((objects, 2))
-    for label in range(1, objects + 1):
-        predicted, true = mask == label, truth == label
-        scores[label - 1] = jaccard(predicted, true), contour_accuracy(predicted, true)
-    return scores
+    pairs = [(mask == label, truth == label) for label in range(1, objects + 1)]
+    return np.array([(jaccard(*pair), contour_accuracy(*pair)) for pair in pairs]).reshape(objects, 2)
 
 
 def sequence_statistics(pairs: Iterable[tuple[np.ndarray, np.ndarray]], objects: int) -> np.ndarray:
@@ -95,7 +97,9 @@ def summary(names: Sequence[str], statistics: np.ndarray) -> dict[str, Any]:
     if not names:
         raise UserError("No object to score: every first mask is background.")
     mean = statistics.mean(axis=0)
-    per_object = {name: dict(zip(STATISTICS, row, strict=True)) for name, row in zip(names, statistics.tolist())}  # noqa: B905
+    per_object = {
+        name: dict(zip(STATISTICS, row, strict=True)) for name, row in zip(names, statistics.tolist(), strict=True)
+    }
     j_and_f = float((mean[0] + mean[3]) / 2)
     return {"J&F-Mean": j_and_f, **dict(zip(STATISTICS, mean.tolist(), strict=True)), "per_object": per_object}
 
@@ -105,60 +109,66 @@ def count_objects(first_mask: np.ndarray) -> int:
     return int(np.where(first_mask == VOID, 0, first_mask).max())
 
 
-def object_name(sequence: str, label: int) -> str:
-    """Return the official scorer's name of an object, for example blackswan_1."""
-    return f"{sequence}_{label}"
+def score_clips(
+    clips: Sequence[Clip],
+    predict: Callable[[Clip, np.ndarray], Iterable[np.ndarray]],
+    progress: Progress = lambda done, total: None,
+    device: torch.device = CPU,
+) -> dict[str, Any]:
+    """Score `predict(clip, first mask)`, which yields the masks after the first one, see `summary`.
+
+    Rank r processes videos r, r + world size, ...; the result is equal on every rank.
+    """
+    shard, rows, done = range(distributed.rank(), len(clips), distributed.world_size()), [], 0
+    total = sum(len(clips[index]) - 2 for index in shard)
+
+    def pairs(clip: Clip, first: np.ndarray, truths: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        nonlocal done
+        for number, (mask, truth) in enumerate(zip(predict(clip, first), truths, strict=False), 2):
+            if number < len(clip):  # the last frame is not scored
+                yield mask, truth
+                done += 1
+                progress(done, total)
+
+    for index in shard:
+        if len(clips[index]) < 3:
+            raise UserError(
+                f"{clips[index].name}: expected at least 3 frames, since the first and last are not scored."
+            )
+        truths = clips[index].masks()
+        first = next(truths)
+        statistics = sequence_statistics(pairs(clips[index], first, truths), count_objects(first))
+        rows += [[index, number, *row] for number, row in enumerate(statistics.tolist(), 1)]
+    tensor = torch.tensor(rows, dtype=torch.float64).reshape(-1, 2 + len(STATISTICS))
+    rows = sorted(gather_rows(tensor, device).tolist())
+    names = [f"{clips[int(index)].name}_{int(number)}" for index, number, *_ in rows]  # as the official scorer's
+    return summary(names, np.array([row[2:] for row in rows]))
 
 
 def score_results(
-    results: str | Path, root: str | Path, *, split: str = "val", progress: Progress | None = None
+    results: str | Path, root: str | Path, *, split: str = "val", progress: Progress = lambda done, total: None
 ) -> dict[str, Any]:
     """Score existing masks, RESULTS/SEQUENCE/00001.png, against a DAVIS folder (its frames are not needed).
 
     Returns {"J&F-Mean": .69, "J-Mean": ..., "per_object": {"blackswan_1": {"J-Mean": ...}}}, fractions of 1.
     """
-    results, truths = Path(results), open_annotations(root, split)
-    _check_complete(results, truths)
-    names, statistics = [], []
-    total, done = sum(len(files) - 2 for files in truths.values()), 0
-
-    def pairs(sequence: str, files: Sequence[Path], objects: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        nonlocal done
-        for file in files[1:-1]:
-            truth = read_mask(file)
-            yield _read_result(results / sequence / file.name, truth.shape, objects), truth
-            done += 1
-            if progress is not None:
-                progress(done, total)
-
-    for sequence, files in truths.items():
-        objects = count_objects(read_mask(files[0]))
-        names += [object_name(sequence, label) for label in range(1, objects + 1)]
-        statistics.append(sequence_statistics(pairs(sequence, files, objects), objects))
-    return summary(names, np.concatenate(statistics))
-
-
-def _read_result(path: Path, shape: tuple[int, ...], objects: int) -> np.ndarray:
-    mask = read_mask(path)
-    if mask.shape != shape:
-        raise UserError(
-            f"{path}: expected {shape[1]} x {shape[0]} pixels, the size of the frames; got {mask.shape[1]} x "
-            f"{mask.shape[0]}. Resize masks with nearest-neighbor interpolation."
-        )
-    if mask.max(initial=0) > objects:
-        raise UserError(f"{path}: expected labels 0 to {objects}, as in the first mask; got {mask.max()}.")
-    return mask
-
-
-def _check_complete(results: Path, truths: Mapping[str, Sequence[Path]]) -> None:
-    for sequence, files in truths.items():
-        if len(files) < 3:
-            raise UserError(
-                f"{sequence}: expected at least 3 masks, the first and last are not scored; got {len(files)}."
-            )
-    files = [results / sequence / mask.name for sequence, masks in truths.items() for mask in masks[1:-1]]
+    clips = open_davis(root, split, frames=False)
+    files = [Path(results, clip.name, f"{name}.png") for clip in clips for name in clip.frame_names[1:-1]]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise UserError(
             f"{len(missing)} of the {len(files)} masks to score do not exist, for example {', '.join(missing[:3])}.\n"
             f"Expected an indexed PNG for every frame except the first and the last: {results}/SEQUENCE/00001.png"
         )
+
+    def predict(clip: Clip, first: np.ndarray) -> Iterator[np.ndarray]:
+        for name in clip.frame_names[1:-1]:
+            path, objects = Path(results, clip.name, f"{name}.png"), count_objects(first)
+            mask = read_mask(path)
+            if mask.shape != first.shape or mask.max(initial=0) > objects:
+                raise UserError(
+                    f"{path}: expected labels 0 to {objects} and {first.shape[1]} x {first.shape[0]} pixels, as in the "
+                    f"first mask; got labels up to {mask.max()} and {mask.shape[1]} x {mask.shape[0]} pixels."
+                )
+            yield mask
+
+    return score_clips(clips, predict, progress)

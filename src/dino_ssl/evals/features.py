@@ -1,26 +1,31 @@
-"""Features of a dataset: extracted once, over all ranks, and cached on disk.
+"""Features of a dataset: extracted once, over all ranks, and cached on disk; raw pixels as the reference.
 
 Rank r extracts images r, r + world size, ...; every rank ends with all rows.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import safetensors
 import torch
-from torch import Tensor
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from dino_ssl import distributed
 from dino_ssl.data.dataset import BadImage, ImageDataset, Skipped
 from dino_ssl.data.loader import eval_batches, shaped_batches
+from dino_ssl.data.sources import described
 from dino_ssl.data.transforms.eval import normalize
-from dino_ssl.evals.base import EvalContext, evaluating
-from dino_ssl.evals.cache import cache_key, cached, weights_hash
+from dino_ssl.errors import UserError
+from dino_ssl.evals.base import EvalContext, PreparedEval, Scores, evaluating
+from dino_ssl.files import atomic_write
 from dino_ssl.models.backbone import Backbone
 
-Describe = Callable[[Tensor], Tensor]
-"""Normalized images [B, 3, H, W] on the device -> descriptors [B, D]."""
 Batches = Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor]]]
 """Indices of images -> batches of (indices [b], uint8 images [b, 3, h, w])."""
 
@@ -39,9 +44,7 @@ class ImageFeatures(NamedTuple):
     def of(tensors: Mapping[str, Tensor], dataset: ImageDataset) -> "ImageFeatures":
         """Add labels and skipped images to the tensors `features` and `indices`."""
         indices = tensors["indices"]
-        labels = None
-        if dataset.labels is not None:
-            labels = torch.as_tensor(np.asarray(dataset.labels), dtype=torch.int64)[indices]
+        labels = None if dataset.labels is None else torch.from_numpy(dataset.labels[indices.numpy()])
         missing = np.setdiff1d(np.arange(len(dataset)), indices.numpy()).tolist()
         return ImageFeatures(tensors["features"], labels, indices, [unreadable(dataset, i) for i in missing])
 
@@ -53,27 +56,22 @@ class ImageFeatures(NamedTuple):
 
 
 def extract(
-    backbone: Backbone,
-    dataset: ImageDataset,
-    context: EvalContext,
-    *,
-    size: int | None = None,
+    backbone: Backbone, dataset: ImageDataset, context: EvalContext, *, size: int | None = None
 ) -> ImageFeatures:
     """Return the [CLS] (or pooled) feature of the center crop of every image; `size` defaults to the context's."""
-    size = size or context.size
+    side, pin_memory = size or context.size, context.device.type == "cuda"
 
     def batches(shard: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        pin_memory = context.device.type == "cuda"
-        return eval_batches(dataset, size, context.batch_size, context.workers, shard, pin_memory=pin_memory)
+        return eval_batches(dataset, side, context.batch_size, context.workers, shard, pin_memory=pin_memory)
 
-    return _extract(backbone, dataset, batches, backbone, backbone.embed_dim, (f"cls at {size}",), context)
+    return _extract(backbone, dataset, batches, backbone, backbone.embed_dim, (f"cls at {side}",), context)
 
 
 def extract_resized(
     backbone: Backbone,
     dataset: ImageDataset,
     shapes: np.ndarray,
-    describe: Describe,
+    describe: Callable[[Tensor], Tensor],
     *,
     width: int,
     key: str,
@@ -96,50 +94,46 @@ def _extract(
     backbone: Backbone,
     dataset: ImageDataset,
     batches: Batches,
-    describe: Describe,
+    describe: Callable[[Tensor], Tensor],
     width: int,
     key: tuple[str, ...],
     context: EvalContext,
 ) -> ImageFeatures:
+    def features(shard: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        for indices, images in batches(shard):
+            with context.autocast():
+                out = describe(normalize(images.to(context.device, non_blocking=True)))
+            yield indices, out.float().cpu()
+
     def compute() -> dict[str, Tensor]:
-        shard, rows, features = rank_shard(len(dataset), width)
-        done = 0
-        with (
-            evaluating(backbone),
-            torch.random.fork_rng(devices=[]),  # data loaders draw a seed
-            context.progress(f"features of {len(dataset)} images") as progress,
-        ):
-            for indices, images in batches(shard):
-                with context.autocast():
-                    out = describe(normalize(images.to(context.device, non_blocking=True)))
-                part = slice(done, done + len(indices))
-                rows[part], features[part] = torch.as_tensor(indices, dtype=torch.int64), out.float().cpu()
-                done += len(indices)
-                progress(done, len(shard))
-        return gather_shards(rows, features, context.device)
+        with evaluating(backbone), torch.random.fork_rng(devices=[]):  # data loaders draw a seed
+            return _collect(features, len(dataset), width, f"features of {len(dataset)} images", context)
 
     if context.cache is None or (content := distributed.run_on_rank0(lambda: dataset.content_key)) is None:
         return ImageFeatures.of(compute(), dataset)
-    file = context.cache / f"{cache_key(weights_hash(backbone), content, *key)}.safetensors"
-    return ImageFeatures.of(cached(file, compute), dataset)
+    digest = hashlib.sha256("\0".join((weights_hash(backbone), content, *key)).encode()).hexdigest()
+    return ImageFeatures.of(_cached(context.cache / f"{digest[:24]}.safetensors", compute), dataset)
 
 
-def rank_shard(count: int, width: int) -> tuple[np.ndarray, Tensor, Tensor]:
-    """Return this rank's indices among `count`, and empty rows for them: indices [n] of -1, features [n, width].
+def _collect(features: Batches, count: int, width: int, label: str, context: EvalContext) -> dict[str, Tensor]:
+    """Return `features` [N, width] and `indices` [N] of all ranks, from this rank's (indices [b], features [b, width]).
 
-    n is the same on every rank, so that all ranks gather equal shapes.
+    Every rank gathers equally many rows, as collectives require; those of index -1 are empty and dropped.
     """
-    n = -(-count // distributed.world_size())
-    shard = np.arange(distributed.rank(), count, distributed.world_size())
-    return shard, torch.full((n,), -1, dtype=torch.int64), torch.zeros(n, width)
-
-
-def gather_shards(indices: Tensor, features: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """Gather the rows of all ranks and sort them by index; rows of index -1 are empty and dropped."""
-    indices, features = (gather_rows(rows, device, GATHER_ROWS) for rows in (indices, features))
+    world_size, done = distributed.world_size(), 0
+    shard = np.arange(distributed.rank(), count, world_size)
+    indices = torch.full((-(-count // world_size),), -1, dtype=torch.int64)
+    rows = torch.zeros(len(indices), width)
+    with context.progress(label) as progress:
+        for batch, values in features(shard):
+            part = slice(done, done + len(batch))
+            indices[part], rows[part] = batch, values
+            done += len(batch)
+            progress(done, len(shard))
+    indices, rows = (gather_rows(tensor, context.device, GATHER_ROWS) for tensor in (indices, rows))
     order = indices.argsort(stable=True)
     order = order[indices[order] >= 0]
-    return {"features": features[order], "indices": indices[order]}
+    return {"features": rows[order], "indices": indices[order]}
 
 
 def gather_rows(rows: Tensor, device: torch.device, chunk: int | None = None) -> Tensor:
@@ -165,3 +159,72 @@ def unreadable(dataset: ImageDataset, index: int, read: Callable[[int], object] 
 def skipped_details(*features: ImageFeatures) -> list[dict[str, str]]:
     """Return the skipped images as JSON data."""
     return [skip._asdict() for each in features for skip in each.skipped]
+
+
+# -- raw pixels --------------------------------------------------------------------------------------------
+
+
+def pixel_feature(image: np.ndarray) -> np.ndarray:
+    """Return [768] float32: the uint8 image [H, W, 3] at 16 x 16 pixels, minus its mean, of unit length."""
+    small = np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR))  # antialiased
+    small = small.astype(np.float32).ravel()
+    small -= small.mean()
+    return small / max(float(np.linalg.norm(small)), 1e-12)
+
+
+def raw_pixels(dataset: ImageDataset, context: EvalContext) -> ImageFeatures:
+    """Return the `pixel_feature` of every readable image, the reference that learned features must exceed."""
+
+    def features(shard: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in shard.tolist():
+            with suppress(BadImage):
+                yield torch.tensor([index]), torch.from_numpy(pixel_feature(dataset.read(index)))[None]
+
+    return ImageFeatures.of(_collect(features, len(dataset), 16 * 16 * 3, "raw pixels", context), dataset)
+
+
+def prepare_on_features(
+    name: str,
+    datasets: Mapping[str, ImageDataset],
+    score: Callable[..., Scores],
+    context: EvalContext,
+    size: int | None = None,
+) -> PreparedEval:
+    """Prepare an evaluation by `score(*features of each dataset)`, with raw pixels as a reference."""
+    return PreparedEval(
+        name=name,
+        data={name: described(dataset) for name, dataset in datasets.items()},
+        score=lambda backbone: score(*(extract(backbone, each, context, size=size) for each in datasets.values())),
+        pixel_reference=lambda: score(*(raw_pixels(each, context) for each in datasets.values())),
+    )
+
+
+# -- cache -------------------------------------------------------------------------------------------------
+
+
+def weights_hash(network: nn.Module) -> str:
+    """Return 16 hex digits of the SHA-256 of the weights; the same on any device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _cached(file: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors in `file`, or call `compute` on all ranks and save its result there.
+
+    A damaged file is computed again. A file that cannot be written (full disk, read-only folder) is not an error.
+    """
+
+    def read() -> dict[str, Tensor] | None:
+        with suppress(OSError, ValueError, safetensors.SafetensorError):
+            return load_file(file)
+
+    if (stored := distributed.run_on_rank0(read)) is not None:
+        return stored
+    tensors = compute()
+    if distributed.is_rank0():
+        with suppress(UserError):
+            atomic_write(file, lambda temporary: save_file(tensors, temporary))
+    return tensors

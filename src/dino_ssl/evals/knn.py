@@ -5,7 +5,6 @@ Shapes: N training images (the memory), M test images (the queries), D feature d
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,17 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.sources import CLASS_FOLDERS, DatasetSource, described, labelled_pair
+from dino_ssl.data.sources import CLASS_FOLDERS
 from dino_ssl.errors import UserError, check_range
-from dino_ssl.evals.base import VAL, EvalContext, Evaluation, PreparedEval, Scores, Source, full_precision
-from dino_ssl.evals.features import ImageFeatures
-from dino_ssl.evals.pixels import prepare_on_features
+from dino_ssl.evals.base import EvalContext, LabeledEvaluation, PreparedEval, Scores, full_precision
+from dino_ssl.evals.features import ImageFeatures, prepare_on_features
 
 KS = (10, 20, 100, 200)  # Appendix F.1; the paper reports 20
 MEMORY_ROWS = 65536  # training images per block: 64 MB of similarities for a chunk of queries
 
 
-def nearest_neighbours(
+def nearest_neighbors(
     memory: Tensor, queries: Tensor, k: int, *, memory_rows: int = MEMORY_ROWS
 ) -> tuple[Tensor, Tensor]:
     """Return the k nearest rows of memory [N, D] to queries [M, D], best first: cosines [M, k] and row indices [M, k].
@@ -65,37 +63,31 @@ def knn_accuracy(
     Labels are arbitrary integers; images with a negative label are ignored. A k above N uses all N images. Top-5 uses
     min(5, k, C) guesses. Classes with equal votes are ranked by ascending label, including classes without votes.
     """
-    train_features, train_labels = _labelled(train_features, train_labels)
-    test_features, test_labels = _labelled(test_features, test_labels)
+    train_features, train_labels = train_features[train_labels >= 0], train_labels[train_labels >= 0]
+    test_features, test_labels = test_features[test_labels >= 0], test_labels[test_labels >= 0]
     if not len(train_labels) or not len(test_labels):
-        raise UserError(
-            f"k-NN expected labeled training and test images; {len(train_labels)} training images and "
-            f"{len(test_labels)} test images have a label.\n{CLASS_FOLDERS}"
-        )
+        counts = f"{len(train_labels)} training images and {len(test_labels)} test images"
+        raise UserError(f"k-NN expected labeled training and test images; {counts} have a label.\n{CLASS_FOLDERS}")
     classes, class_indices = torch.cat([train_labels, test_labels]).unique(return_inverse=True)
     memory, truth = (part.to(device) for part in class_indices.split([len(train_labels), len(test_labels)]))
     hits = {n: torch.zeros(2, dtype=torch.int64) for n in k}
     for start in range(0, len(test_features), chunk):
         queries = test_features[start : start + chunk].to(device)
-        similarity, rows = nearest_neighbours(train_features, queries, max(k))
+        similarity, rows = nearest_neighbors(train_features, queries, max(k))
         for n in k:
             votes = knn_votes(similarity[:, :n], memory[rows[:, :n]], len(classes), temperature)
             guesses = votes.sort(dim=1, descending=True, stable=True).indices[:, : min(5, n)]
             correct = (guesses == truth[start : start + chunk, None]).cpu()
             hits[n] += torch.stack([correct[:, 0].sum(), correct.any(1).sum()])
     percent = {n: (100 * hits[n].double() / len(test_labels)).tolist() for n in k}
-    return {f"{n}-NN{suffix}": percent[n][i] for n in k for i, suffix in enumerate(("", " top-5"))}
+    return {f"{n}-NN{suffix}": percent[n][i] for i, suffix in enumerate(("", " top-5")) for n in k}
 
 
 @dataclass(frozen=True, kw_only=True)
-class KNN(Evaluation):
+class KNN(LabeledEvaluation):
     """Weighted k-NN accuracy of frozen features: no training and no hyperparameter search."""
 
     name: ClassVar[str] = "knn"
-    sources: ClassVar[tuple[Source, ...]] = (
-        Source("TRAIN", "Folder of class folders whose images vote; `scenes` generates images."),
-        VAL,
-    )
     paper: ClassVar[str] = "Tables 2 and 10, Appendix F.1"
     examples: ClassVar[str] = """\
   dino eval knn runs/photos photos/                    one folder: a part of every class is held out
@@ -107,39 +99,21 @@ class KNN(Evaluation):
     """Numbers of neighbors that vote."""
     temperature: float = 0.07
     """Temperature of the votes (Appendix F.1)."""
-    size: int | None = None
-    """Side of the center crop in pixels; default: the size that the network was trained at."""
-    val_fraction: float = 0.2
-    """Fraction of every class that is held out for validation if VAL is not given."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.k:
             raise UserError("`k` needs at least one number of neighbors, for example 20.")
-        check_range(self, "k", "size", least=1)
+        check_range(self, "k", least=1)
         check_range(self, "temperature", above=0)
-        check_range(self, "val_fraction", above=0, below=1)
-
-    def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
-        """Open the labeled images."""
-        with context.progress("reading the datasets") as progress:
-            train, val = labelled_pair(*sources, val_fraction=self.val_fraction, progress=progress)
-        return self.prepare_datasets(train, val, context)
 
     def prepare_datasets(self, train: ImageDataset, val: ImageDataset, context: EvalContext) -> PreparedEval:
         """Prepare the evaluation of two labeled datasets with the same classes."""
-        data = {"train": described(train), "val": described(val)}
-        return prepare_on_features(self.name, data, (train, val), partial(self._score, context), context, self.size)
 
-    def _score(self, context: EvalContext, train: ImageFeatures, val: ImageFeatures) -> Scores:
-        assert train.labels is not None
-        assert val.labels is not None
-        accuracies = knn_accuracy(
-            train.features, train.labels, val.features, val.labels, self.k, self.temperature, device=context.device
-        )
-        return Scores(dict(sorted(accuracies.items(), key=lambda item: "top-5" in item[0])))
+        def score(train: ImageFeatures, val: ImageFeatures) -> Scores:
+            assert train.labels is not None
+            assert val.labels is not None
+            tensors = train.features, train.labels, val.features, val.labels
+            return Scores(knn_accuracy(*tensors, self.k, self.temperature, device=context.device))
 
-
-def _labelled(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows with a label; no copy if all rows have one."""
-    known = labels >= 0
-    return (features, labels) if known.all() else (features[known], labels[known])
+        return prepare_on_features(self.name, {"train": train, "val": val}, score, context, self.size)

@@ -6,23 +6,24 @@ All learning rates are trained in one pass over the images. The best one is sele
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.sources import DatasetSource, described, labelled_alone, labelled_pair
+from dino_ssl.data.sources import described, labeled_only
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.accuracy import accuracies
-from dino_ssl.evals.base import VAL, EvalContext, Evaluation, PreparedEval, Scores, Source, evaluating
-from dino_ssl.evals.crop_features import CropPlan, Extract, fresh_crops, stored_crops
-from dino_ssl.evals.linear_heads import LinearHeads, class_rank
+from dino_ssl.evals.base import EvalContext, LabeledEvaluation, PreparedEval, Scores, evaluating, full_precision
+from dino_ssl.evals.crop_features import CropPlan, Extract
 from dino_ssl.models.backbone import Attentive, Backbone
 
+MOMENTUM = 0.9
 LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 """For a batch of 256. The authors sweep too but publish no values: their script's default is 1e-3, and the log of
 their ResNet-50 starts at 0.3."""
@@ -37,16 +38,6 @@ class FeatureSpec(NamedTuple):
     """Append the mean of the last block's patch tokens."""
 
 
-def paper_feature(backbone: Backbone) -> FeatureSpec:
-    """Appendix F.2: four [CLS] tokens for ViT-S; [CLS] and mean patch token for ViT-B; the pooled feature of a ConvNet.
-
-    Any ViT with fewer than 768 dimensions counts as small. XCiT is not a plain ViT; its [CLS] token is used.
-    """
-    if not isinstance(backbone, Attentive):
-        return FeatureSpec(1, False)
-    return FeatureSpec(min(4, backbone.num_blocks), False) if backbone.embed_dim < 768 else FeatureSpec(1, True)
-
-
 def frozen_feature(backbone: Backbone, images: Tensor, spec: FeatureSpec) -> Tensor:
     """Appendix F.2: normalized images [B, 3, H, W] -> [B, D] float32."""
     if spec == FeatureSpec(1, False):
@@ -56,15 +47,77 @@ def frozen_feature(backbone: Backbone, images: Tensor, spec: FeatureSpec) -> Ten
     return torch.cat(parts, dim=1).float()
 
 
+class LinearHeads:
+    """T softmax classifiers of C classes on one feature [D], each with its own learning rate, trained by SGD.
+
+    All start from the same weights, N(0, 0.01), and zero biases, so each equals the classifier trained alone. One
+    matmul serves all of them.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        classes: int,
+        lr: Sequence[float],  # [T], for the actual batch size
+        weight_decay: float = 0.0,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        initial = 0.01 * torch.randn(width, 1, classes, generator=torch.Generator().manual_seed(seed))
+        initial = torch.cat([initial, torch.zeros(1, 1, classes)])  # the last row is the bias
+        self.weights = initial.repeat(1, len(lr), 1).to(device)  # [D + 1, T, C]
+        self.velocity = torch.zeros_like(self.weights)
+        self.lr, self.weight_decay = torch.tensor(lr, device=device)[:, None], weight_decay
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits of every classifier in float32: [B, D] -> [B, T, C]."""
+        with full_precision(features.device):
+            return (_append_one(features) @ self.weights.flatten(1)).unflatten(1, self.weights.shape[1:])
+
+    def gradient(self, features: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """Return x^T (softmax - one-hot) / n of every classifier: [B, D], [B], [B, T] -> [D + 1, T, C].
+
+        It is the gradient of the mean cross-entropy over the n images of all ranks for which the bool mask is set.
+        """
+        residual = self.logits(features).softmax(-1)
+        residual[torch.arange(len(labels), device=labels.device), :, labels] -= 1
+        residual *= (mask / distributed.all_reduce_sum(mask.sum(0)).clamp(min=1))[..., None]
+        with full_precision(features.device):
+            gradient = _append_one(features).T @ residual.flatten(1)
+        return distributed.all_reduce_sum(gradient).unflatten(1, self.weights.shape[1:])
+
+    def step(self, features: Tensor, labels: Tensor, mask: Tensor, factor: float = 1.0) -> None:
+        """Update as torch.optim.SGD does: v <- momentum v + gradient + decay w; w <- w - factor lr v.
+
+        mask: as in `gradient`. factor: the learning rate schedule, relative to the peak.
+        """
+        with torch.no_grad():
+            gradient = self.gradient(features, labels, mask) + self.weight_decay * self.weights
+            self.velocity.mul_(MOMENTUM).add_(gradient)
+            self.weights -= factor * self.lr * self.velocity
+
+
+def _append_one(features: Tensor) -> Tensor:
+    return F.pad(features, (0, 1), value=1.0)
+
+
+def class_rank(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the rank of the true class, 0 for the largest logit: [B, T, C], [B] -> [B, T].
+
+    Equal logits are ranked by ascending class. A classifier with non-finite logits ranks the true class last.
+    """
+    true_logits = logits.gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1))
+    classes = torch.arange(logits.shape[2], device=logits.device)
+    before = (logits > true_logits) | ((logits == true_logits) & (classes < labels[:, None, None]))
+    return before.sum(2).masked_fill(~logits.isfinite().all(2), logits.shape[2])
+
+
 @dataclass(frozen=True, kw_only=True)
-class Linear(Evaluation):
+class Linear(LabeledEvaluation):
     """Accuracy of a linear classifier on frozen features (Appendix F.2); its learning rate is selected without VAL."""
 
     name: ClassVar[str] = "linear"
-    sources: ClassVar[tuple[Source, ...]] = (
-        Source("TRAIN", "Folder of class folders that the classifier is trained on; `scenes` generates images."),
-        VAL,
-    )
     paper: ClassVar[str] = "Table 2, Appendix F.2"
     examples: ClassVar[str] = """\
   dino eval linear runs/photos photos/                 one folder: a part of every class is held out
@@ -81,49 +134,40 @@ class Linear(Evaluation):
     """Batch size of the classifier's training, over all ranks; at most the number of images."""
     lr: tuple[float, ...] = LRS
     """Learning rates for a batch of 256, scaled linearly with the batch size. The best one is selected."""
-    weight_decay: tuple[float, ...] = (0.0,)
-    """Weight decays; each is combined with each learning rate."""
-    momentum: float = 0.9
-    """Momentum of SGD."""
+    weight_decay: float = 0.0
+    """Weight decay."""
     tune_fraction: float = 0.1
     """Fraction of every class of TRAIN on which the learning rate is selected; the final classifier uses it too."""
-    val_fraction: float = 0.2
-    """Fraction of every class that is held out for validation if VAL is not given."""
     blocks: int | None = None
     """Last blocks whose [CLS] tokens are used; default: 4 for a ViT narrower than ViT-B, otherwise 1."""
     patches: bool | None = None
     """Append the mean patch token; default: for ViT-B and wider, unless the number of blocks is given."""
-    size: int | None = None
-    """Side of the crops in pixels; default: the size that the network was trained at."""
     seed: int = 0
-    """Seed of crops, order, initial weights and held-out images."""
+    """Seed of crops, order, initial weights and the images that select the learning rate."""
 
     def __post_init__(self) -> None:
-        if not self.lr or not self.weight_decay:
-            raise UserError("`lr` and `weight_decay` need at least one value each, for example 0.1 and 0.")
-        check_range(self, "epochs", "batch", "blocks", "size", least=1)
+        super().__post_init__()
+        if not self.lr:
+            raise UserError("`lr` needs at least one value, for example 0.1.")
+        check_range(self, "epochs", "batch", "blocks", least=1)
         check_range(self, "crops", "seed", "weight_decay", least=0)
-        check_range(self, "tune_fraction", "val_fraction", above=0, below=1)
+        check_range(self, "tune_fraction", above=0, below=1)
         check_range(self, "lr", above=0)
-        check_range(self, "momentum", least=0, below=1)
-
-    @property
-    def sweep(self) -> list[tuple[float, float]]:
-        """(learning rate for a batch of 256, weight decay) of every configuration."""
-        return list(product(self.lr, self.weight_decay))
 
     def feature_spec(self, backbone: Backbone) -> FeatureSpec:
-        """Return the paper's feature for this network, changed by `blocks` and `patches` if they are set."""
-        default = paper_feature(backbone)
-        blocks = default.blocks if self.blocks is None else self.blocks
-        patches = default.patches and self.blocks is None
-        return FeatureSpec(blocks, patches if self.patches is None else self.patches)
+        """Return the feature of Appendix F.2, or the one that `blocks` and `patches` define.
 
-    def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
-        """Open the labeled images."""
-        with context.progress("reading the datasets") as progress:
-            pair = labelled_pair(*sources, val_fraction=self.val_fraction, seed=self.seed, progress=progress)
-        train, val = labelled_alone(pair, "A linear classifier")
+        The paper: four [CLS] tokens for ViT-S; [CLS] and mean patch token for ViT-B; the pooled feature of a ConvNet.
+        Any ViT with fewer than 768 dimensions counts as small. XCiT is not a plain ViT; its [CLS] token is used.
+        """
+        is_vit, is_small = isinstance(backbone, Attentive), backbone.embed_dim < 768
+        blocks = min(4, backbone.num_blocks) if isinstance(backbone, Attentive) and is_small else 1
+        patches = is_vit and not is_small and self.blocks is None
+        return FeatureSpec(self.blocks or blocks, patches if self.patches is None else self.patches)
+
+    def prepare_datasets(self, train: ImageDataset, val: ImageDataset, context: EvalContext) -> PreparedEval:
+        """Prepare the evaluation on the labeled images of both datasets."""
+        train, val = labeled_only((train, val), "A linear classifier")
         return PreparedEval(
             name=self.name,
             data={"train": described(train), "val": described(val)},
@@ -131,7 +175,7 @@ class Linear(Evaluation):
         )
 
     def _score(self, backbone: Backbone, train: ImageDataset, val: ImageDataset, context: EvalContext) -> Scores:
-        """Train the sweep, select a configuration, and return its top-1 and top-5 accuracy in percent."""
+        """Train the sweep, select a learning rate, and return its top-1 and top-5 accuracy in percent."""
         spec, size, tune_mask = self.feature_spec(backbone), self.size or context.size, self.tune_mask(train)
 
         def extract(images: Tensor) -> Tensor:
@@ -146,7 +190,7 @@ class Linear(Evaluation):
             width = extract(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
             heads = self.fit(train, tune_mask, extract, width, context)
             count, best = heads.weights.shape[1], 0
-            table = [{"lr": lr, "weight_decay": decay} for lr, decay in self.sweep]
+            table = [{"lr": lr} for lr in self.lr]
             if tune_mask.any():
                 tune = train.subset(np.flatnonzero(tune_mask))
                 top1, _ = accuracies(hits, count, tune, size, context, "accuracy on held-out training images")
@@ -155,19 +199,13 @@ class Linear(Evaluation):
                 for row, accuracy in zip(table, top1, strict=True):
                     row["top-1 on held-out training images"] = accuracy
             top1, top5 = accuracies(hits, count, val, size, context, "accuracy on validation images")
-        lr = table[best]["lr"]
-        details = {
-            "feature": {**spec._asdict(), "width": width},
-            "selected": {"lr": lr, "weight_decay": table[best]["weight_decay"]},
-            "lr_at_sweep_edge": len(self.lr) > 1 and lr in (min(self.lr), max(self.lr)),
-            "sweep": table,
-        }
-        final = best - len(table)  # the classifier of the same configuration that was trained on all images
+        final = best - len(table)  # the classifier of the same learning rate that was trained on all images
+        details = {"feature": {**spec._asdict(), "width": width}, "selected": {"lr": self.lr[best]}, "sweep": table}
         return Scores({"top-1": top1[final], "top-5": top5[final]}, details)
 
     def tune_mask(self, train: ImageDataset) -> np.ndarray:
-        """Return bool [N]: training images on which the learning rate is selected; none for a sweep of one."""
-        if len(self.sweep) == 1:
+        """Return bool [N]: training images on which the learning rate is selected; none for a single one."""
+        if len(self.lr) == 1:
             return np.zeros(len(train), dtype=bool)
         _, tune = train.split(self.tune_fraction, self.seed)
         if not len(tune):
@@ -182,20 +220,13 @@ class Linear(Evaluation):
     ) -> LinearHeads:
         """Train the sweep twice in one pass: first classifiers without the images of `tune_mask`, then with all."""
         n, device, copies = len(train), context.device, 2 if tune_mask.any() else 1
-        heads = LinearHeads(
-            width,
-            len(train.classes),
-            [lr * min(self.batch, n) / 256 for lr, _ in self.sweep] * copies,
-            [decay for _, decay in self.sweep] * copies,
-            momentum=self.momentum,
-            seed=self.seed,
-            device=device,
-        )
-        mask = torch.ones(n, copies, len(self.sweep), dtype=torch.bool)
+        rates = [lr * min(self.batch, n) / 256 for lr in self.lr] * copies
+        heads = LinearHeads(width, len(train.classes), rates, self.weight_decay, seed=self.seed, device=device)
+        mask = torch.ones(n, copies, len(self.lr), dtype=torch.bool)
         mask[torch.from_numpy(tune_mask), 0] = False
         labels, mask = torch.as_tensor(train.labels), mask.flatten(1)
-        plan = CropPlan(train, self.size or context.size, self.batch, self.epochs, self.seed, context)
-        batches = stored_crops(plan, extract, width, self.crops) if self.crops else fresh_crops(plan, extract, width)
+        plan = CropPlan(train, self.size or context.size, self.batch, self.epochs, self.seed, extract, width, context)
+        batches = plan.stored_crops(self.crops) if self.crops else plan.fresh_crops()
         with context.progress("training the classifiers") as progress:
             done = 0
             for epoch, rows, features in batches:

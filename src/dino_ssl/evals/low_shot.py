@@ -1,26 +1,30 @@
-"""Classification with few labels (Tables 10 and 12): logistic regression on frozen features of a labeled subset."""
+"""Classification with few labels (Tables 10 and 12): logistic regression on frozen features of a labeled subset.
+
+The regression is convex, so any exact solver gives the same result. The authors used cyanure; this is L-BFGS of torch.
+"""
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.sources import DatasetSource, described, labelled_alone, labelled_pair
+from dino_ssl.data.sources import described, labeled_only
 from dino_ssl.errors import UserError, check_range
-from dino_ssl.evals.base import VAL, EvalContext, Evaluation, PreparedEval, Scores, Source
-from dino_ssl.evals.features import ImageFeatures
+from dino_ssl.evals.base import EvalContext, LabeledEvaluation, PreparedEval, Scores
+from dino_ssl.evals.features import ImageFeatures, prepare_on_features
 from dino_ssl.evals.knn import knn_accuracy
-from dino_ssl.evals.logistic import ROWS, fit_logistic
-from dino_ssl.evals.pixels import prepare_on_features
 from dino_ssl.progress import Progress
+
+ROWS = 8192  # images whose logits are in memory at once: 66 MB for 1000 classes
 
 
 def sample_subset(
@@ -57,15 +61,78 @@ def read_subset(names: Sequence[str], file: Path) -> np.ndarray:
     return np.unique([indices[name] for name in listed])
 
 
+def logistic_loss(
+    weights: Tensor, features: Tensor, labels: Tensor, decay: float, *, rows: int = ROWS
+) -> tuple[Tensor, Tensor]:
+    """Return (1/n) sum of -log softmax(x W)_y + decay / 2 |W|^2 and its gradient: [D, C], [N, D], [N] -> [], [D, C].
+
+    Computed in the weights' precision. Rank r sums rows r, r + world size, ...; every rank returns the same.
+    """
+    shard = torch.arange(distributed.rank(), len(labels), distributed.world_size())
+    loss, gradient = weights.new_zeros(1), torch.zeros_like(weights)
+    for part in shard.split(rows):
+        x, y = features[part].to(weights), labels[part].to(weights.device)[:, None]
+        log_p = (x @ weights).log_softmax(1)
+        loss -= log_p.gather(1, y).sum() / len(labels)
+        residual = log_p.exp().scatter_add_(1, y, log_p.new_full(y.shape, -1))
+        gradient.addmm_(x.T, residual, alpha=1 / len(labels))
+    loss, gradient = distributed.all_reduce_sum(loss), distributed.all_reduce_sum(gradient)
+    return loss.squeeze() + decay / 2 * weights.square().sum(), gradient.add(weights, alpha=decay)
+
+
+class Fit(NamedTuple):
+    """A solved logistic regression."""
+
+    weights: Tensor  # [D, C] float64
+    loss: float
+    gap: float  # upper bound of the difference between the loss and its minimum
+    evaluations: int  # of loss and gradient
+
+
+def fit_logistic(
+    features: Tensor,  # [N, D]
+    labels: Tensor,  # [N], 0 .. classes - 1
+    classes: int,
+    decay: float,
+    tolerance: float = 1e-4,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda done, total: None,
+    max_evaluations: int = 5000,
+) -> Fit:
+    """Minimize `logistic_loss` without intercept until the gap is at most `tolerance` times the loss.
+
+    L-BFGS with strong Wolfe line searches in float64. The penalty makes the loss strongly convex, hence
+    f(w) - min f <= |gradient|^2 / (2 decay): this bound is the stopping criterion.
+    """
+    if torch.device(device).type == "mps":
+        device = "cpu"  # no float64
+    weights = torch.zeros(features.shape[1], classes, dtype=torch.float64, device=device)
+    solver = torch.optim.LBFGS(
+        [weights], max_iter=10, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0
+    )
+    gaps: list[float] = []
+
+    def closure() -> Tensor:
+        loss, weights.grad = logistic_loss(weights, features, labels, decay)
+        gaps.append(float(weights.grad.square().sum()) / (2 * decay))
+        progress(len(gaps), 0)
+        return loss
+
+    best = float("inf")
+    with torch.no_grad():
+        while True:
+            loss = float(closure())
+            if gaps[-1] <= tolerance * loss or loss >= best or len(gaps) >= max_evaluations:
+                return Fit(weights, loss, gaps[-1], len(gaps))
+            best = loss
+            solver.step(closure)
+
+
 @dataclass(frozen=True, kw_only=True)
-class LowShot(Evaluation):
+class LowShot(LabeledEvaluation):
     """Accuracy with few labels: logistic regression and k-NN on frozen features; mean and deviation over subsets."""
 
     name: ClassVar[str] = "low-shot"
-    sources: ClassVar[tuple[Source, ...]] = (
-        Source("TRAIN", "Folder of class folders from which labeled images are sampled; `scenes` generates images."),
-        VAL,
-    )
     paper: ClassVar[str] = "Tables 10 and 12, Appendix A"
     examples: ClassVar[str] = """\
   dino eval low-shot runs/photos photos/                      1 % and 10 % of the labels, five subsets of each
@@ -83,39 +150,31 @@ class LowShot(Evaluation):
     """Random subsets of each size; the score is their mean."""
     seed: int = 0
     """Seed of the first subset; the next one uses the next seed."""
-    normalize: bool = True
-    """Normalize features to unit length before the regression, as in the paper."""
     regularization: float = 0.1
     """The penalty is this / (2 n) |W|^2, added to the mean loss of n images; scikit-learn calls its inverse C."""
     tolerance: float = 1e-4
     """Maximum relative difference between the loss and its minimum."""
     k: int = 20
     """Neighbors of the k-NN accuracy on the same subsets (Table 10); 0 skips k-NN."""
-    val_fraction: float = 0.2
-    """Fraction of every class that is held out for validation if VAL is not given."""
-    size: int | None = None
-    """Side of the center crop in pixels; default: the size that the network was trained at."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.share or self.per_class or self.lists):
             raise UserError("Low-shot needs labeled images: set `share`, `per_class` or `lists`.")
         check_range(self, "share", above=0, most=1)
-        check_range(self, "per_class", "subsets", "size", least=1)
+        check_range(self, "per_class", "subsets", least=1)
         check_range(self, "seed", "k", least=0)
         check_range(self, "regularization", "tolerance", above=0)
-        check_range(self, "val_fraction", above=0, below=1)
 
-    def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
-        """Open the labeled images and sample the subsets."""
-        with context.progress("reading the datasets") as progress:
-            pair = labelled_pair(*sources, val_fraction=self.val_fraction, progress=progress)
-        train, val = labelled_alone(pair, "Low-shot")
+    def prepare_datasets(self, train: ImageDataset, val: ImageDataset, context: EvalContext) -> PreparedEval:
+        """Sample the subsets; only images of a subset are read."""
+        train, val = labeled_only((train, val), "Low-shot")
         subsets = self.sample_subsets(train)
         used = np.unique(np.concatenate([part for parts in subsets.values() for part in parts]))
         rows = {name: [np.searchsorted(used, part) for part in parts] for name, parts in subsets.items()}
-        data, datasets = {"train": described(train), "val": described(val)}, (train.subset(used), val)
         score = partial(self._score, rows, len(train.classes), context)
-        return prepare_on_features(self.name, data, datasets, score, context, self.size)
+        prepared = prepare_on_features(self.name, {"train": train.subset(used), "val": val}, score, context, self.size)
+        return replace(prepared, data={"train": described(train), "val": described(val)})
 
     def sample_subsets(self, train: ImageDataset) -> dict[str, list[np.ndarray]]:
         """Return the image indices of every subset, by the name of its size: {"10 %": [indices, ...], ...}."""
@@ -144,45 +203,36 @@ class LowShot(Evaluation):
         val: ImageFeatures,
     ) -> Scores:
         """Return {"1 %": mean top-1, "1 % spread": standard deviation over subsets, "1 % 20-NN": ..., ...}."""
-        if self.normalize:
-            train, val = (f._replace(features=F.normalize(f.features, dim=1)) for f in (train, val))
-        values, details = {}, {}
+        assert train.labels is not None
+        assert val.labels is not None
+        x, test = (F.normalize(each.features, dim=1) for each in (train, val))
+        values, details, knn = {}, {}, f"{self.k}-NN"
         for name, parts in subsets.items():
             runs: list[dict[str, Any]] = []
             for number, part in enumerate(parts, 1):
-                rows = torch.from_numpy(np.flatnonzero(np.isin(train.indices.numpy(), part)))
+                rows = torch.from_numpy(np.isin(train.indices.numpy(), part))
+                data = x[rows], train.labels[rows], test, val.labels
                 with context.progress(f"logistic regression, {name}, subset {number} of {len(parts)}") as progress:
-                    runs.append(self._score_subset(train, val, rows, classes, context.device, progress))
+                    runs.append(self._logistic(*data, classes, context.device, progress))
+                if self.k:
+                    runs[-1][knn] = knn_accuracy(*data, (self.k,), device=context.device)[knn]
             details[name] = runs
-            for metric in [key for key in runs[0] if key in ("top-1", f"{self.k}-NN")]:
-                title = name if metric == "top-1" else f"{name} {metric}"
+            titles = {"top-1": name} | ({knn: f"{name} {knn}"} if self.k else {})
+            for metric, title in titles.items():
                 accuracies = [run[metric] for run in runs]
                 values[title] = statistics.mean(accuracies)
                 if len(runs) > 1:
                     values[f"{title} spread"] = statistics.stdev(accuracies)
         return Scores(values, {"subsets": details})
 
-    def _score_subset(
-        self,
-        train: ImageFeatures,
-        val: ImageFeatures,
-        rows: Tensor,
-        classes: int,
-        device: torch.device,
-        progress: Progress,
+    def _logistic(
+        self, x: Tensor, y: Tensor, test: Tensor, truth: Tensor, classes: int, device: torch.device, progress: Progress
     ) -> dict[str, Any]:
-        """Return the accuracies of one regression and one k-NN on the training features in `rows`."""
-        assert train.labels is not None
-        assert val.labels is not None
-        x, y, decay = train.features[rows], train.labels[rows], self.regularization / len(rows)
-        fit = fit_logistic(x, y, classes, decay, tolerance=self.tolerance, device=device, progress=progress)
+        """Return the accuracy on the test images of a regression on the features x and labels y."""
+        fit = fit_logistic(x, y, classes, self.regularization / len(x), self.tolerance, device, progress)
         hits = sum(
             int(((part.to(fit.weights) @ fit.weights).argmax(1).cpu() == labels).sum())
-            for part, labels in zip(val.features.split(ROWS), val.labels.split(ROWS), strict=True)
+            for part, labels in zip(test.split(ROWS), truth.split(ROWS), strict=True)
         )
-        top1 = 100 * hits / len(val.labels)
-        result = {"top-1": top1, "images": len(rows), "loss": fit.loss, "gap": fit.gap, "evaluations": fit.evaluations}
-        if self.k:
-            metric = f"{self.k}-NN"
-            result[metric] = knn_accuracy(x, y, val.features, val.labels, (self.k,), device=device)[metric]
-        return result
+        top1 = 100 * hits / len(truth)
+        return {"top-1": top1, "images": len(x), "loss": fit.loss, "gap": fit.gap, "evaluations": fit.evaluations}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,20 +13,6 @@ from dino_ssl.evals.base import EvalContext, PreparedEval, Scores, reference_sco
 from dino_ssl.evals.knn import KNN
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.heads import Network
-
-
-class Trainable(Protocol):
-    """The parts of a method that are evaluated."""
-
-    @property
-    def backbone(self) -> Backbone:
-        """The network whose features are evaluated."""
-        ...
-
-    @property
-    def classifier(self) -> Network | None:
-        """Network with one logit per class, if the method learns from labels."""
-        ...
 
 
 class PreparedOnlineEval(NamedTuple):
@@ -50,7 +36,7 @@ class OnlineEval:
     """Side of the center crop in pixels; default: the size of the global crops."""
     val_fraction: float = 0.1
     """Fraction of every class that is held out for validation if no validation set is given."""
-    max_memory: int = 50_000
+    max_train_images: int = 50_000
     """Maximum number of training images that vote, evenly spaced; more images cost time and change little."""
     batch_size: int = 64
     """Images per forward pass."""
@@ -58,27 +44,28 @@ class OnlineEval:
     def __post_init__(self) -> None:
         check_range(self, "val_fraction", prefix="online_eval.", above=0, below=1)
         check_range(self, "every_epochs", prefix="online_eval.", least=0)
-        check_range(self, "k", "size", "max_memory", "batch_size", prefix="online_eval.", least=1)
+        check_range(self, "k", "size", "max_train_images", "batch_size", prefix="online_eval.", least=1)
 
     def prepare(
-        self, method: Trainable, train: ImageDataset, val: ImageDataset, context: EvalContext
+        self,
+        backbone: Backbone,
+        classifier: Network | None,
+        train: ImageDataset,
+        val: ImageDataset,
+        context: EvalContext,
     ) -> PreparedOnlineEval:
-        """Prepare the accuracy of the method's classifier if it has one, otherwise k-NN on its backbone."""
-        if (classifier := method.classifier) is not None:
+        """Prepare the accuracy of a method's classifier if it has one, otherwise k-NN on its backbone."""
+        if classifier is not None:
             return PreparedOnlineEval(
-                name="accuracy",
-                measure=lambda: classifier_accuracy(classifier, val, self.size or context.size, context),
-                references=lambda build: {"majority_class": majority_class_accuracy(train, val)},
+                "accuracy",
+                lambda: classifier_accuracy(classifier, val, self.size or context.size, context),
+                lambda build: {"majority_class": majority_class_accuracy(train, val)},
             )
         knn = self.prepare_knn(train, val, context)
-        return PreparedOnlineEval(
-            name=knn.name,
-            measure=lambda: knn(method.backbone),
-            references=lambda build: reference_scores(knn, build),
-        )
+        return PreparedOnlineEval(knn.name, lambda: knn(backbone), lambda build: reference_scores(knn, build))
 
     def prepare_knn(self, train: ImageDataset, val: ImageDataset, context: EvalContext) -> PreparedEval:
-        """Prepare the k-NN evaluation, with at most `max_memory` training images."""
-        if len(train) > self.max_memory:
-            train = train.subset(np.linspace(0, len(train) - 1, self.max_memory).round().astype(np.int64))
+        """Prepare the k-NN evaluation, with at most `max_train_images` training images."""
+        if len(train) > self.max_train_images:
+            train = train.subset(np.linspace(0, len(train) - 1, self.max_train_images).round().astype(np.int64))
         return KNN(k=(self.k,), size=self.size).prepare_datasets(train, val, context)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,11 +21,9 @@ from dino_ssl.data.synthetic.landmarks import synthetic_landmarks
 from dino_ssl.data.transforms.native_size import scale_to, scaled
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval, Scores, Source
-from dino_ssl.evals.features import ImageFeatures, extract_resized, skipped_details
-from dino_ssl.evals.pixels import raw_pixels
+from dino_ssl.evals.features import ImageFeatures, extract_resized, raw_pixels, skipped_details
 from dino_ssl.evals.ranking import average_precision, precision_at, remove_junk, sequential_mean, target_ranks
 from dino_ssl.models.backbone import Backbone
-from dino_ssl.progress import Progress
 
 SCALES = (1.0, 2**-0.5, 0.5)
 """Scales of multi-scale descriptors, from the authors' code."""
@@ -42,19 +41,18 @@ SYNTHETIC_QUERIES = 100
 class ProtocolScores(NamedTuple):
     """Scores of a benchmark under one protocol, from 0 to 1."""
 
-    mean_ap: float
+    mean_ap: float  # nan if no query has positives
     precision: tuple[float, ...]  # mean precision at each kappa
     ap: list[float | None]  # per query; None for a query without positives, which is not counted
 
 
 def protocol_scores(ranks: Sequence[Truth], protocol: str, kappas: Sequence[int] = KAPPAS) -> ProtocolScores:
     """Return the scores for the ranks of each query's easy, hard and junk images."""
-    positive_kinds, junk_kinds = PROTOCOLS[protocol]
     aps: list[float | None] = []
     precisions: list[list[float]] = []
     for query in ranks:
         positives, junk = (
-            np.sort(np.concatenate([getattr(query, kind) for kind in kinds])) for kinds in (positive_kinds, junk_kinds)
+            np.sort(np.concatenate([getattr(query, kind) for kind in kinds])) for kinds in PROTOCOLS[protocol]
         )
         if not len(positives):
             aps.append(None)
@@ -71,12 +69,8 @@ def protocol_scores(ranks: Sequence[Truth], protocol: str, kappas: Sequence[int]
 
 def multiscale(backbone: Backbone, images: Tensor, scales: Sequence[float] = SCALES) -> Tensor:
     """Return the mean feature over the scaled images, not normalized: [B, 3, H, W] -> [B, D]."""
-    total = 0
-    for scale in scales:
-        scaled_images = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")
-        total = total + backbone(scaled_images).float()
-    assert isinstance(total, Tensor)
-    return total / len(scales)
+    copies = (images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear") for scale in scales)
+    return torch.stack([backbone(copy).float() for copy in copies]).sum(0) / len(scales)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,20 +105,25 @@ class Retrieval(Evaluation):
         """Open the images and the ground truth of the benchmark."""
         (source,) = sources
         with context.progress("reading the benchmark") as progress:
-            landmarks = _open(source, progress)
-        queries = landmarks.boxed if self.query == "box" else landmarks.queries
-        truth = {"benchmark": landmarks.name, "ground_truth": landmarks.ground_truth.fingerprint}
+            if scenes := synthetic_scenes(source, count=SYNTHETIC_QUERIES, part="test"):
+                marks = synthetic_landmarks(scenes, progress)
+            elif path := folder_path(source):
+                marks = open_revisited(path, progress)
+            else:
+                raise UserError("Retrieval needs ground truth: expected the folder of a benchmark, or `scenes`.")
+        queries = marks.boxed if self.query == "box" else marks.queries
+        truth = {"benchmark": marks.name, "ground_truth": marks.ground_truth.fingerprint}
         return PreparedEval(
             name=self.name,
-            data={"database": described(landmarks.database), "queries": described(landmarks.queries) | truth},
+            data={"database": described(marks.database), "queries": described(marks.queries) | truth},
             score=lambda backbone: _score(
-                landmarks,
-                self._features(backbone, queries, landmarks.queries, context),
-                self._features(backbone, landmarks.database, landmarks.database, context),
+                marks,
+                self._features(backbone, queries, marks.queries, context),
+                self._features(backbone, marks.database, marks.database, context),
                 context,
             ),
             pixel_reference=lambda: _score(
-                landmarks, raw_pixels(queries, context), raw_pixels(landmarks.database, context), context
+                marks, raw_pixels(queries, context), raw_pixels(marks.database, context), context
             ),
         )
 
@@ -140,25 +139,13 @@ class Retrieval(Evaluation):
         return extract_resized(backbone, dataset, shapes, describe, width=width, key=key, context=context)
 
 
-def _open(source: DatasetSource, progress: Progress) -> Landmarks:
-    if scenes := synthetic_scenes(source, count=SYNTHETIC_QUERIES, part="test"):
-        return synthetic_landmarks(scenes, progress)
-    if (path := folder_path(source)) is None:
-        raise UserError("Retrieval needs ground truth: expected the folder of a benchmark, or `scenes`.")
-    return open_revisited(path, progress)
-
-
 def _score(landmarks: Landmarks, queries: ImageFeatures, database: ImageFeatures, context: EvalContext) -> Scores:
     """Rank and score. Unreadable queries are skipped; unreadable database images rank last."""
     indices = queries.indices.tolist()
     truth = [landmarks.ground_truth.truth[q] for q in indices]
+    rows, targets = database.every_row(len(landmarks.database)), [np.concatenate(kinds) for kinds in truth]
     with context.progress("ranking") as progress:
-        ranks = target_ranks(
-            queries.features,
-            database.every_row(len(landmarks.database)),
-            [np.concatenate(kinds) for kinds in truth],
-            progress=progress,
-        )
+        ranks = target_ranks(queries.features, rows, targets, progress)
     cuts = [np.cumsum([len(part) for part in kinds])[:-1] for kinds in truth]
     by_kind = [Truth(*np.split(query, cut)) for query, cut in zip(ranks, cuts, strict=True)]
     scores = {protocol: protocol_scores(by_kind, protocol) for protocol in PROTOCOLS}
@@ -167,8 +154,5 @@ def _score(landmarks: Landmarks, queries: ImageFeatures, database: ImageFeatures
     for protocol, score in scores.items():
         values |= {f"mP@{k} {protocol}": 100 * p for k, p in zip(KAPPAS, score.precision, strict=True)}
     names = [landmarks.queries.names[q] for q in indices]
-    details = {
-        "AP": {protocol: dict(zip(names, score.ap, strict=True)) for protocol, score in scores.items()},
-        "skipped": skipped_details(queries, database),
-    }
-    return Scores(values, details)
+    aps = {protocol: dict(zip(names, score.ap, strict=True)) for protocol, score in scores.items()}
+    return Scores(values, {"AP": aps, "skipped": skipped_details(queries, database)})

@@ -41,7 +41,9 @@ class ScheduledEval:
     @property
     def label(self) -> str:
         """Name of its scores in metrics and reports: `retrieval roxford5k --multiscale`."""
-        return shlex.join([_name(self.evaluation), *map(_source_text, self.sources), *_flags(self.evaluation)])
+        kind = type_name(type(self.evaluation))
+        name = kind if ":" in kind else self.evaluation.name
+        return shlex.join([name, *map(_source_text, self.sources), *_flags(self.evaluation)])
 
     def __str__(self) -> str:
         return f"{self.label} --every-epochs {self.every_epochs:g}" if self.every_epochs else self.label
@@ -85,12 +87,6 @@ def is_due(every_epochs: float, clock: Clock) -> bool:
     if clock.step == clock.steps or not every_epochs:
         return clock.step == clock.steps
     return math.floor(clock.epoch / every_epochs) > math.floor((clock.epoch - 1) / every_epochs)
-
-
-def _name(evaluation: Evaluation) -> str:
-    """Return the name in `dino eval NAME`."""
-    kind = type_name(type(evaluation))
-    return kind if ":" in kind else evaluation.name
 
 
 def _source_text(source: str | DatasetConfig) -> str:

@@ -4,11 +4,10 @@ The first mask is propagated from frame to frame by the similarity of a frozen n
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, repeat
-from pathlib import Path
-from typing import Any, ClassVar
+from itertools import chain
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_ssl import distributed
 from dino_ssl.data.benchmarks.davis import open_davis
 from dino_ssl.data.clips import Clip, SyntheticClip
 from dino_ssl.data.masks import write_mask
@@ -24,17 +22,13 @@ from dino_ssl.data.sources import DatasetSource, folder_path, synthetic_scenes
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval, Scores, Source, evaluating
-from dino_ssl.evals.davis_score import STATISTICS, count_objects, object_name, sequence_statistics, summary
-from dino_ssl.evals.features import gather_rows
+from dino_ssl.evals.davis_score import score_clips
 from dino_ssl.evals.label_propagation import input_size, label_map, one_hot, propagate, resize_nearest
 from dino_ssl.models.backbone import Backbone, Features
 
 SIZE = 480  # short side in pixels: DAVIS-2017 "480p"
 SYNTHETIC_CLIPS, SYNTHETIC_FRAMES = 8, 24
 SYNTHETIC_SIZE = 192  # minimum; at smaller sizes, J mostly measures the coarseness of the patch grid
-
-Propagate = Callable[[Clip, np.ndarray], Iterable[np.ndarray]]
-"""(video, mask of its first frame) -> predicted masks of all later frames."""
 
 
 def resize_frame(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -129,84 +123,41 @@ class VideoSegmentation(Evaluation):
     def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
         """Open the videos."""
         (source,) = sources
+        clips: Sequence[Clip]
         if (path := folder_path(source)) is not None:
             clips, settings = open_davis(path, self.split), self
         else:
-            clips, settings = self._synthetic(source, context.size)
+            size = self.size or min(SIZE, max(SYNTHETIC_SIZE, 2 * context.size))
+            scenes = synthetic_scenes(source, count=SYNTHETIC_CLIPS, size=size, part="val")
+            if scenes is None:
+                raise UserError(f"expected the folder of DAVIS-2017 or `scenes`; got a {type(source).__name__}.")
+            clips = [SyntheticClip(scenes, index, SYNTHETIC_FRAMES) for index in range(scenes.count)]
+            settings = replace(self, size=self.size or scenes.size, multiple=1)
         fingerprint = hashlib.sha256("".join(clip.fingerprint for clip in clips).encode()).hexdigest()[:16]
+        no_files = replace(context, out=None)
         return PreparedEval(
             name=self.name,
             data={"davis": {"sequences": len(clips), "frames": sum(map(len, clips)), "fingerprint": fingerprint}},
             score=lambda backbone: settings._score(backbone, clips, context),
-            score_reference=lambda backbone: settings._score(backbone, clips, replace(context, out=None)),
-            pixel_reference=lambda: settings._score(RawPatches(), clips, replace(context, out=None), False),
+            score_reference=lambda backbone: settings._score(backbone, clips, no_files),
+            pixel_reference=lambda: settings._score(RawPatches(), clips, no_files),
         )
 
-    def _synthetic(self, source: DatasetSource, training_size: int) -> tuple[list[SyntheticClip], "VideoSegmentation"]:
-        size = self.size or min(SIZE, max(SYNTHETIC_SIZE, 2 * training_size))
-        scenes = synthetic_scenes(source, count=SYNTHETIC_CLIPS, size=size, part="val")
-        if scenes is None:
-            raise UserError(
-                f"video-segmentation expected the folder of DAVIS-2017 or `scenes`; got a {type(source).__name__}."
-            )
-        clips = [SyntheticClip(scenes, index, SYNTHETIC_FRAMES) for index in range(scenes.count)]
-        return clips, replace(self, size=self.size or scenes.size, multiple=1)
+    def _score(self, backbone: Backbone, clips: Sequence[Clip], context: EvalContext) -> Scores:
+        """Return {"J&F": percent, "J": ..., ...}, equal on every rank; write masks to OUT/NAME/VIDEO/FRAME.png."""
 
-    def _score(
-        self, backbone: Backbone, clips: Sequence[Clip], context: EvalContext, with_first_mask: bool = True
-    ) -> Scores:
-        """Return {"J&F": percent, "J": ..., ...}, equal on every rank."""
+        def predict(clip: Clip, first: np.ndarray) -> Iterator[np.ndarray]:
+            masks = chain([first], segment(backbone, clip.frames(), first, self, context))
+            for number, (frame, mask) in enumerate(zip(clip.frame_names, masks, strict=True)):
+                if context.out is not None:
+                    write_mask(context.out / self.name / clip.name / f"{frame}.png", mask)
+                if number:
+                    yield mask
 
-        def propagate_mask(clip: Clip, first: np.ndarray) -> Iterator[np.ndarray]:
-            return segment(backbone, clip.frames(), first, self, context)
-
-        with evaluating(backbone):
-            official = _score_clips(clips, propagate_mask, "frames", context, context.out and context.out / self.name)
-        details: dict[str, Any] = {"official": official}
-        if with_first_mask:
-            kept = _score_clips(clips, lambda clip, first: repeat(first, len(clip) - 1), "first mask", context)
-            details["first_mask_kept"] = percent(kept)
-        return Scores(percent(official), details)
-
-
-def _score_clips(
-    clips: Sequence[Clip], propagate_mask: Propagate, label: str, context: EvalContext, out: Path | None = None
-) -> dict[str, Any]:
-    """Predict the masks of every video with `propagate_mask` and return their scores, see `davis_score.summary`.
-
-    Rank r processes videos r, r + world size, ... If `out` is given, masks are written to OUT/VIDEO/FRAME.png.
-    """
-    shard, rows, done = range(distributed.rank(), len(clips), distributed.world_size()), [], 0
-    total = sum(len(clips[index]) - 1 for index in shard)
-
-    def write(clip: Clip, frame: str, mask: np.ndarray) -> None:
-        if out is not None:
-            write_mask(out / clip.name / f"{frame}.png", mask)
-
-    def pairs(
-        clip: Clip, first: np.ndarray, ground_truth: Iterator[np.ndarray]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        nonlocal done
-        masks = zip(clip.frame_names[1:], propagate_mask(clip, first), ground_truth, strict=True)
-        for number, (frame, mask, truth) in enumerate(masks, 2):
-            write(clip, frame, mask)
-            done += 1
-            progress(done, total)
-            if number < len(clip):  # the last frame is not scored
-                yield mask, truth
-
-    with context.progress(label) as progress:
-        for index in shard:
-            clip = clips[index]
-            ground_truth = clip.masks()
-            first = next(ground_truth)
-            write(clip, clip.frame_names[0], first)
-            statistics = sequence_statistics(pairs(clip, first, ground_truth), count_objects(first))
-            rows += [[index, number, *row] for number, row in enumerate(statistics.tolist(), 1)]
-    tensor = torch.tensor(rows, dtype=torch.float64).reshape(-1, 2 + len(STATISTICS))
-    ordered = sorted(gather_rows(tensor, context.device).tolist())
-    names = [object_name(clips[int(index)].name, int(number)) for index, number, *_ in ordered]
-    return summary(names, np.array([row[2:] for row in ordered]))
+        with evaluating(backbone), context.progress("frames") as progress:
+            official = score_clips(clips, predict, progress, context.device)
+        scores = {_percent_name(name): 100 * value for name, value in official.items() if name != "per_object"}
+        return Scores(scores, {"official": official})
 
 
 class RawPatches(Backbone):
@@ -224,10 +175,6 @@ class RawPatches(Backbone):
         return [Features(patches.mean((1, 2)), patches)]
 
 
-def percent(official: Mapping[str, Any]) -> dict[str, float]:
-    """Return the official scores in percent under the paper's names: J&F, J, J recall, J decay, F, ..."""
-    return {
-        name.removesuffix("-Mean").replace("-R", " r").replace("-D", " d"): 100 * value
-        for name, value in official.items()
-        if name != "per_object"
-    }
+def _percent_name(official: str) -> str:
+    """Return the paper's name of an official score: J&F, J, J recall, J decay, F, ..."""
+    return official.removesuffix("-Mean").replace("-R", " r").replace("-D", " d")

@@ -21,7 +21,7 @@ from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.transforms.eval import eval_transform
 from dino_ssl.errors import UserError
 from dino_ssl.evals.features import ImageFeatures
-from dino_ssl.evals.knn import nearest_neighbours
+from dino_ssl.evals.knn import nearest_neighbors
 from dino_ssl.files import read_json, write_json
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.viz.attention import cls_attention_or_similarity
@@ -103,7 +103,7 @@ def write_neighbors(
     rows = {int(index): row for row, index in enumerate(extracted.indices.tolist())}
     queries = [int(query) for query in queries if int(query) in rows]
     features = extracted.features
-    similarity, nearest = nearest_neighbours(features, features[[rows[query] for query in queries]], k + 1)
+    similarity, nearest = nearest_neighbors(features, features[[rows[query] for query in queries]], k + 1)
     results = []
     for query, values, neighbor_rows in zip(queries, similarity.tolist(), nearest.tolist(), strict=True):
         pairs = [(row, value) for row, value in zip(neighbor_rows, values, strict=True) if row != rows[query]]

@@ -20,8 +20,6 @@ _EXPECTED = """Expected:
     jpeg/3/ .. 75/
     strong/"""
 _FOLDER = re.compile(r"(?:copydays[_-])?(original|crop|jpeg|strong)s?", re.IGNORECASE)
-_NAME = re.compile(r"\d{6}")
-_OFFICIAL_NAME = re.compile(r"2[01]\d{4}")  # 200000 to 215699: other datasets have names of six digits, too
 _BLOCK = {"crop": "crops"}  # name of a folder or distortion -> name of its block, if different
 
 
@@ -40,33 +38,32 @@ class Copies(NamedTuple):
 
 
 def find_copies(dataset: ImageDataset) -> Copies | None:
-    """Return the benchmark in a folder of the layout of Copydays; None for another layout.
-
-    If all images are in one folder, names that end with 00 are the originals, and all copies form one block.
-    """
-    stems = [PurePosixPath(name).stem for name in dataset.names]
-    kinds = [_block_of(name) for name in dataset.names]
-    if not any(kinds) and all(map(_OFFICIAL_NAME.fullmatch, stems)) and any(stem.endswith("00") for stem in stems):
-        kinds = [("original" if stem.endswith("00") else "copies", "") for stem in stems]
-    kind_of = {i: kind for i, kind in enumerate(kinds) if kind}
-    originals = [i for i, (block, _) in kind_of.items() if block == "original"]
-    copies = [i for i, (block, _) in kind_of.items() if block != "original"]
-    if not originals or not copies:
-        if any(_NAME.fullmatch(stems[i]) for i in kind_of):
-            raise UserError(f"Found {len(originals)} originals and {len(copies)} copies. {_EXPECTED}")
+    """Return the benchmark in a folder of the layout of Copydays; None for another layout."""
+    images = [(i, PurePosixPath(name).stem, _block_of(name)) for i, name in enumerate(dataset.names)]
+    images = [(i, stem, block) for i, stem, block in images if block]
+    if not any(re.fullmatch(r"\d{6}", stem) for _, stem, _ in images):
         return None
-    if wrong := [dataset.names[i] for i in kind_of if not _NAME.fullmatch(stems[i])]:
-        raise UserError(f"{wrong[0]}: expected a name of six digits. {_EXPECTED}")
-    if wrong := [dataset.names[i] for i in originals if not stems[i].endswith("00")]:
-        raise UserError(f"{wrong[0]}: expected the name of an original to end with 00. {_EXPECTED}")
-    group = {stems[i][:4]: position for position, i in enumerate(originals)}
-    if len(group) < len(originals):
-        raise UserError(f"Two originals have the same first four digits. {_EXPECTED}")
-    if wrong := [dataset.names[i] for i in copies if stems[i][:4] not in group]:
-        raise UserError(f"{len(wrong)} copies have no original: {', '.join(wrong[:3])}, ... {_EXPECTED}")
-    original_of = np.array([group[stems[i][:4]] for i in copies], dtype=np.int64)
-    blocks = [kind_of[i] for i in copies]
-    return Copies("copydays", dataset.subset(originals), dataset.subset(copies), original_of, blocks, None)
+    originals = {stem[:4]: i for i, stem, (block, _) in images if block == "original"}
+    position = {group: n for n, group in enumerate(originals)}
+    copies = [(i, stem[:4], block) for i, stem, block in images if block[0] != "original"]
+    patterns = {"original": r"\d{4}00"}
+    wrong = [i for i, stem, (block, _) in images if not re.fullmatch(patterns.get(block, r"\d{6}"), stem)]
+    if wrong := wrong or [i for i, group, _ in copies if group not in originals]:
+        examples = ", ".join(dataset.names[i] for i in wrong[:3])
+        raise UserError(
+            f"{len(wrong)} images have no name of six digits, or no original that starts with the same four and ends "
+            f"with 00, for example {examples}. {_EXPECTED}"
+        )
+    if not copies or len(originals) + len(copies) < len(images):
+        raise UserError(f"Found {len(copies)} copies, or originals with the same first four digits. {_EXPECTED}")
+    return Copies(
+        "copydays",
+        dataset.subset(list(originals.values())),
+        dataset.subset([i for i, _, _ in copies]),
+        np.array([position[group] for _, group, _ in copies]),
+        [block for _, _, block in copies],
+        None,
+    )
 
 
 def _block_of(name: str) -> tuple[str, str] | None:

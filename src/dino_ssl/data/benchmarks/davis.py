@@ -4,30 +4,31 @@ The pixels of a mask are the labels of the objects; the palette is ignored, as i
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from dino_ssl.data.benchmarks import read_split
 from dino_ssl.data.clips import Clip
 from dino_ssl.data.decode import decode
 from dino_ssl.data.masks import read_mask
-from dino_ssl.errors import UserError, did_you_mean
+from dino_ssl.errors import UserError
 
 LAYOUT = """\
+Expected the layout of DAVIS-2017-trainval-480p.zip from davischallenge.org:
   {root}/
     ImageSets/2017/{split}.txt                      names of the sequences, one per line
     JPEGImages/480p/blackswan/00000.jpg ...     frames of a sequence
     Annotations/480p/blackswan/00000.png ...    masks with the same names: 0 background, 1, 2, ... objects"""
-SOURCE = "Download DAVIS-2017-trainval-480p.zip from davischallenge.org and pass the folder of these three."
 
 
 class DavisClip(Clip):
     """A sequence; frames and masks have the same names."""
 
-    def __init__(self, name: str, files: list[Path], annotations: list[Path]) -> None:
-        self.name, self.files, self.annotations = name, files, annotations
-        self.frame_names = [file.stem for file in files]
+    def __init__(self, name: str, annotations: list[Path], files: Sequence[Path] = ()) -> None:
+        self.name, self.annotations, self.files = name, annotations, files
+        self.frame_names = [file.stem for file in annotations]
 
     def frames(self) -> Iterator[np.ndarray]:
         """Yield the frames, uint8 RGB [H, W, 3]. Raises BadImage if one cannot be read."""
@@ -45,49 +46,20 @@ class DavisClip(Clip):
         return digest.hexdigest()[:16]
 
 
-def open_davis(root: str | Path, split: str = "val") -> list[DavisClip]:
-    """List the sequences of a split, in the order of its list. Raises UserError if frames or masks are missing."""
-    root, clips = Path(root), []
-    for name, annotations in open_annotations(root, split).items():
-        folder = root / "JPEGImages/480p" / name
-        files = sorted(folder.glob("*.jpg")) if folder.is_dir() else []
-        if not files:
-            raise _wrong_layout(root, split, f"there are no frames (*.jpg) of {name} in {folder}")
-        if missing := sorted({file.stem for file in files} ^ {file.stem for file in annotations}):
-            reason = f"{name} has {len(files)} frames and {len(annotations)} masks; one of the two is missing for "
-            raise _wrong_layout(root, split, reason + ", ".join(missing[:5]))
-        clips.append(DavisClip(name, files, annotations))
+def open_davis(root: str | Path, split: str = "val", *, frames: bool = True) -> list[DavisClip]:
+    """List the sequences of a split, in the order of its list. Raises UserError if frames or masks are missing.
+
+    frames: False opens the masks only.
+    """
+    root, layout, clips = Path(root), LAYOUT.format(root=root, split=split), []
+    if below := [folder.parent for folder in sorted(root.glob("*/ImageSets"))]:
+        layout += f"\nDid you mean {below[0]}?"
+    for name in read_split(root / "ImageSets/2017", split, layout):
+        annotations = sorted((root / "Annotations/480p" / name).glob("*.png"))
+        files = sorted((root / "JPEGImages/480p" / name).glob("*.jpg")) if frames else []
+        if not annotations or (frames and not files):
+            raise UserError(f"{name} has {len(files)} frames (*.jpg) and {len(annotations)} masks (*.png).\n{layout}")
+        if frames and (missing := sorted({file.stem for file in files} ^ {file.stem for file in annotations})):
+            raise UserError(f"{name}: a frame or a mask is missing for {', '.join(missing[:5])}.\n{layout}")
+        clips.append(DavisClip(name, annotations, files))
     return clips
-
-
-def open_annotations(root: str | Path, split: str = "val") -> dict[str, list[Path]]:
-    """List the mask files of each sequence, in the order of the split; frames are not needed."""
-    root, files = Path(root), {}
-    for name in sequence_names(root, split):
-        folder = root / "Annotations/480p" / name
-        files[name] = sorted(folder.glob("*.png")) if folder.is_dir() else []
-        if not files[name]:
-            raise _wrong_layout(root, split, f"there are no masks (*.png) of {name} in {folder}")
-    return files
-
-
-def sequence_names(root: Path, split: str) -> list[str]:
-    """Return the names in ImageSets/2017/SPLIT.txt."""
-    if not root.is_dir():
-        raise _wrong_layout(root, split, f"there is no folder {root}")
-    path = root / "ImageSets/2017" / f"{split}.txt"
-    if not path.is_file():
-        hint = did_you_mean(split, sorted(file.stem for file in path.parent.glob("*.txt")))
-        raise _wrong_layout(root, split, f"there is no {path}{hint}")
-    names = path.read_text().split()
-    if not names:
-        raise _wrong_layout(root, split, f"{path} is empty")
-    if invalid := [name for name in names if Path(name).name != name]:
-        raise _wrong_layout(root, split, f"{path} contains {invalid[0]!r}, which is not the name of a folder")
-    return names
-
-
-def _wrong_layout(root: Path, split: str, reason: str) -> UserError:
-    below = [folder.parent for folder in sorted(root.glob("*/ImageSets")) if folder.is_dir()]
-    advice = f"Did you mean {below[0]}?" if below else SOURCE
-    return UserError(f"Not DAVIS-2017: {reason}.\nExpected:\n{LAYOUT.format(root=root, split=split)}\n{advice}")

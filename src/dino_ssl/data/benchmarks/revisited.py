@@ -5,14 +5,15 @@ is hardly visible; ignored) or negatives.
 """
 
 import hashlib
+import io
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dino_ssl.data.benchmarks.plain_pickle import read_plain_pickle
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.transforms.native_size import CroppedImages
@@ -64,77 +65,73 @@ class Landmarks(NamedTuple):
 def open_revisited(path: str | Path, progress: Progress | None = None) -> Landmarks:
     """Open the benchmark in a folder of the official layout, or of a gnd file.
 
-    If the folder has several gnd files, the one whose images all exist is used.
+    If the folder has several gnd files, the first one whose images all exist is used.
     """
     path = Path(path).expanduser()
-    files = _gnd_files(path)
     folder = path if path.is_dir() else path.parent
+    files = [path] if path.is_file() else sorted([*path.glob("gnd_*.pkl"), *path.glob("gnd_*.json")])
+    if not files:
+        below = sorted({file.parent.name for file in path.glob("*/gnd_*")})
+        hint = f"\nPass one of its folders: {', '.join(below)}." if below else ""
+        raise UserError(f"{path} has no gnd_*.pkl or gnd_*.json. Expected:\n{LAYOUT}{hint}")
     jpg = folder / "jpg" if (folder / "jpg").is_dir() else folder
     dataset = Folder(path=str(jpg)).open(progress)
     index = {_stem_of(name): i for i, name in enumerate(dataset.names)}
-    truths = {file: read_ground_truth(file) for file in files}
-    missing = {f: [n for n in (*t.database, *t.queries) if n not in index] for f, t in truths.items()}
-    complete = [file for file in files if not missing[file]]
-    if len(complete) > 1:
-        raise UserError(f"{jpg} has the images of several benchmarks. Pass one of: {', '.join(map(str, complete))}.")
-    if not complete:
-        raise UserError(_describe_missing(jpg, dataset, missing))
-    file, truth = complete[0], truths[complete[0]]
-    database, queries = (dataset.subset([index[name] for name in names]) for names in (truth.database, truth.queries))
-    boxed = _crop_queries(queries, truth.boxes, file)
-    return Landmarks(file.stem.removeprefix("gnd_"), database, queries, boxed, truth)
+    problems = []
+    for file in files:
+        truth = read_ground_truth(file)
+        if missing := [name for name in (*truth.database, *truth.queries) if name not in index]:
+            problems.append(f"\n  {file.name}: {len(missing)} images, such as {', '.join(missing[:3])}")
+            continue
+        database, queries = (dataset.subset([index[name] for name in names]) for names in truth[:2])
+        boxed = _crop_queries(queries, truth.boxes, file)
+        return Landmarks(file.stem.removeprefix("gnd_"), database, queries, boxed, truth)
+    skipped = "".join(f"\n  {name}: {reason}" for name, reason in dataset.skipped[:3])
+    raise UserError(
+        f"Images that a gnd file lists are missing or broken in {jpg}; a score on fewer images is not comparable."
+        f"{''.join(problems)}{skipped}\nExpected:\n{LAYOUT}"
+    )
 
 
-def _gnd_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"There is no {path}. Expected a folder of this layout, or `scenes`:\n{LAYOUT}")
-    if files := sorted(file for suffix in ("pkl", "json") for file in path.glob(f"gnd_*.{suffix}")):
-        return files
-    below = sorted({file.parent.name for file in path.glob("*/gnd_*")})
-    hint = f"\nPass one of its folders: {', '.join(below)}." if below else ""
-    raise UserError(f"{path} has no gnd_*.pkl or gnd_*.json. Expected:\n{LAYOUT}{hint}")
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numbers: a pickle could otherwise import and call any function."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, and could run any program")
 
 
-def _describe_missing(jpg: Path, dataset: ImageDataset, missing: dict[Path, list[str]]) -> str:
-    reasons = {_stem_of(name): reason for name, reason in dataset.skipped}
-    lines = ["Every gnd file lists images that are missing or broken; a score on fewer images is not comparable."]
-    for file, names in missing.items():
-        examples = ", ".join(f"{name} ({reasons[name]})" if name in reasons else name for name in names[:3])
-        lines.append(f"  {file.name}: {len(names)} images are missing or broken in {jpg}: {examples}, ...")
-    return "\n".join([*lines, "Expected:", LAYOUT])
+def read_plain(file: Path) -> Any:
+    """Return the content of a JSON file or of a pickle of plain data. Raises UserError for any other file."""
+    try:
+        data = file.read_bytes()
+        if file.suffix == ".json":
+            return json.loads(data)
+        return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()  # latin1: strings of Python 2
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{file} was not opened: {error or type(error).__name__}. Get the original file.") from error
 
 
 def read_ground_truth(file: Path) -> GroundTruth:
-    """Read and check a gnd file, .json or .pkl; a pickle cannot run code."""
-    if file.suffix == ".json":
-        try:
-            data = json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read as JSON: {error}.") from error
-    else:
-        data = read_plain_pickle(file)
+    """Read and check a gnd file, .json or .pkl."""
+    data = read_plain(file)
     try:
         database, queries = ([_image_stem(name) for name in data[key]] for key in ("imlist", "qimlist"))
-        entries = list(data["gnd"])
-        boxes = np.array([entry["bbx"] for entry in entries], dtype=np.float64).reshape(len(entries), 4)
-        truth = [Truth(*(_indices(entry[kind]) for kind in Truth._fields)) for entry in entries]
+        boxes = np.array([entry["bbx"] for entry in data["gnd"]], dtype=np.float64).reshape(-1, 4)
+        truth = [Truth(*(_indices(entry[kind]) for kind in Truth._fields)) for entry in data["gnd"]]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
             f"{file} is not a ground truth of a revisited benchmark ({type(error).__name__}: {error}). Expected "
             "imlist, qimlist, and gnd with bbx, easy, hard and junk of each query. The original benchmarks have ok "
             "instead of easy and hard."
         ) from error
-    if not queries or len(queries) != len(truth):
+    if not queries or not len(queries) == len(truth) == len(boxes):
         raise UserError(f"{file}: expected one entry of gnd for each query, got {len(truth)} for {len(queries)}.")
     for query, lists in zip(queries, truth, strict=True):
         indices = np.concatenate(lists)
-        if len(indices) and not 0 <= indices.min() <= indices.max() < len(database):
-            got = f"{query} lists images {indices.min()} to {indices.max()}"
-            raise UserError(f"{file}: {got}; imlist has {len(database)}.")
-        if len(np.unique(indices)) != len(indices):
-            raise UserError(f"{file}: an image is listed twice for {query}; expected it in one list only.")
+        if len(np.unique(indices)) != len(indices) or not np.isin(indices, np.arange(len(database))).all():
+            raise UserError(
+                f"{file}: expected different images of {len(database)} for {query}; got {indices.tolist()}."
+            )
     return GroundTruth(database, queries, boxes, truth)
 
 
