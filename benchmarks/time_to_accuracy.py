@@ -25,11 +25,13 @@ from dino_ssl.evals.knn import KNN
 from dino_ssl.events import EpochDone, Logged, Started
 from dino_ssl.presets.benchmark_step import measure
 from dino_ssl.presets.schedule import short_schedule
-from dino_ssl.presets.small import RECIPES
+from dino_ssl.presets.small import narrow_vit, small, small_vit, vit_tiny
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine, machine, start
 from dino_ssl.state import export_backbone
 from dino_ssl.training import train
+
+RECIPES = {"vit-tiny": vit_tiny, "small": small, "small-vit": small_vit, "narrow-vit": narrow_vit}
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from dino_ssl.models.vit import ViT
 from dino_ssl.optim import Optim
 from dino_ssl.presets import resolve
 from dino_ssl.profiling import profile, roofline
-from dino_ssl.profiling.profile import PARTS, choose_batch_size, measure, profile_step, table
+from dino_ssl.profiling.profile import PARTS, Row, choose_batch_size, measure, profile_step, table
 from dino_ssl.profiling.roofline import Throughput, bytes_per_step, matmul_throughput, memory_bandwidth
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine, Runtime
@@ -33,17 +33,7 @@ RUN = Run(
     views=MultiCrop(global_size=32, local_size=16, local=2),
     optim=Optim(batch_size=64),
 )
-STEP = {
-    "batch_size": 8,
-    "times": [0.2, 0.5, 0.1],
-    "seconds": 0.2,
-    "images_per_s": 40.0,
-    "peak_memory": 2**30,
-    "parts": {"student forward and loss": 0.1, "backward": 0.3},
-    "operators": {"aten::addmm": 0.2, "aten::mm": 0.1},
-}
-
-
+SPENT = {"student forward and loss": 0.1, "backward": 0.3, "aten::addmm": 0.2, "aten::mm": 0.1}
 FLOPS = {"teacher forward": 1e9, "student forward": 3e9, "backward": 6e9}
 
 
@@ -52,28 +42,28 @@ def no_progress(done: int, total: int) -> None:
 
 
 @pytest.fixture
-def summary(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """The result for known measurements, in the order in which they are made."""
+def profiled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Run, dict[str, Row]]]:
+    """Return the profiled run, and rows by name, for known measurements: 40 images/s in a step of eight."""
     order: list[str] = []
 
     def known(name: str, value: Callable[..., Any]) -> None:
         monkeypatch.setattr(profile, name, lambda *args: order.append(name) or value(*args))
 
     known("count_flops", lambda *_: FLOPS)
-    known("matmul_throughput", lambda *_: Throughput(1e12, "512 x 512 x 512"))
+    known("matmul_throughput", lambda *_: Throughput(1e12, "512 x 512"))
     known("memory_bandwidth", lambda *_: Throughput(1e10, "copy"))
     known("micro_batch", lambda *_: (2, "reason"))
-    known("profile_step", lambda *_: STEP)
+    known("profile_step", lambda *_: (0.2, 2**30, SPENT))
 
     def measured(
         run: Run = RUN, machine: Machine = CPU, data_seconds: float | None = None, batch_size: int | None = 8
-    ) -> dict[str, Any]:
+    ) -> tuple[Run, dict[str, Row]]:
         order.clear()
         known("time_loading", lambda *_: data_seconds)
         dataset: Any = None if data_seconds is None else object()
-        result = measure(run, machine, dataset, no_progress, batch_size=batch_size, steps=1)
+        run, rows = measure(run, machine, dataset, no_progress, batch_size=batch_size, steps=1)
         assert order.index("profile_step") < order.index("memory_bandwidth"), "its buffers would count in the peak"
-        return result
+        return run, {row.name.strip(): row for row in rows}
 
     return measured
 
@@ -81,7 +71,7 @@ def summary(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "SECONDS", 1e-3)
-    monkeypatch.setattr(roofline, "SHAPES", {"cpu": ((64, 32, 16), (128, 32, 16))})
+    monkeypatch.setattr(roofline, "SIZES", {"cpu": (16, 32)})
     monkeypatch.setattr(roofline, "BUFFER", {"cpu": 2**16})
 
 
@@ -92,12 +82,10 @@ def test_command_prints_a_table_and_json(dino, photos: Path) -> None:
     assert ran.code == 0, ran.err
     result = ran.json
     assert result["format"] == 2
-    assert result["run"]["optim"]["batch_size"] == result["step"]["batch_size"] == 4
-    assert result["run"]["optim"]["micro_batch"] == 2
-    assert len(result["step"]["times"]) == 2
-    assert result["flops_per_image"]["teacher forward"] > 0
-    assert 0 < result["data"]["images_per_s_with_step"] < result["step"]["images_per_s"]
-    assert result["data"]["images_per_s_per_worker"] > 0
+    assert (result["run"]["optim"]["batch_size"], result["run"]["optim"]["micro_batch"]) == (4, 2)
+    values = {row["name"].strip(): row["value"] for row in result["rows"]}
+    assert all(value > 0 for name, value in values.items() if "aten::" not in name)
+    assert values["step with data"] < values["training step"]
     for words in ("teacher forward", "of the roofline", "peak memory", "backward", "one worker", "aten::"):
         assert words in ran.err
 
@@ -158,11 +146,11 @@ def test_precision_is_the_one_that_training_uses() -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "micro_batch"), [(None, 0), (48, 0), (48, "auto")])
-def test_batch_size_is_given_or_chosen(batch_size: int | None, micro_batch: Any, summary) -> None:
-    result = summary(edit(RUN, optim=dict(micro_batch=micro_batch)), batch_size=batch_size)
-    assert result["run"]["optim"]["batch_size"] == (batch_size or choose_batch_size(RUN, CPU, 100.0))
-    assert result["run"]["optim"]["micro_batch"] == (2 if micro_batch else 0)
-    assert result["data"] is None
+def test_batch_size_is_given_or_chosen(batch_size: int | None, micro_batch: Any, profiled) -> None:
+    run, rows = profiled(edit(RUN, optim=dict(micro_batch=micro_batch)), batch_size=batch_size)
+    assert run.optim.batch_size == (batch_size or choose_batch_size(RUN, CPU, 100.0))
+    assert run.optim.micro_batch == (2 if micro_batch else 0)
+    assert "decode and augment" not in rows
 
 
 def test_batch_size_gives_steps_of_two_seconds() -> None:
@@ -177,7 +165,7 @@ def test_throughput_is_the_best_of_all_operations(monkeypatch: pytest.MonkeyPatc
     """With a timer by which every operation takes one second."""
     times = SimpleNamespace(times=[3.0, 1.0, 2.0])
     monkeypatch.setattr(roofline.Timer, "blocked_autorange", lambda *_, **__: times)
-    assert matmul_throughput(CPU.device, "float32") == (2 * 128 * 32 * 16, "128 x 32 x 16")
+    assert matmul_throughput(CPU.device, "float32") == (2 * 32**3, "32 x 32")
     assert memory_bandwidth(CPU.device, 2**33) == (3 * 2**16, "add")
 
 
@@ -193,48 +181,43 @@ def test_throughput_is_the_best_of_all_operations(monkeypatch: pytest.MonkeyPatc
 )
 def test_parts_sum_to_the_step(change: dict, missing: set[str]) -> None:
     run = edit(edit(RUN, optim=dict(batch_size=4)), **change)
-    step = profile_step(run, Runtime(torch.device("cpu"), "float32"), 1, no_progress)
-    assert step["parts"].keys() == {*PARTS.values(), "other"} - missing
-    assert all(seconds > 0 for seconds in step["parts"].values())
-    assert list(step["operators"].values()) == sorted(step["operators"].values(), reverse=True)
-    assert 0 < sum(step["operators"].values()) < sum(step["parts"].values())
-    assert (step["batch_size"], len(step["times"])) == (4, 1)
-    assert step["images_per_s"] == 4 / step["seconds"]
+    seconds, peak, spent = profile_step(run, Runtime(torch.device("cpu"), "float32"), 1, no_progress)
+    operators = {name: spent.pop(name) for name in [*spent] if name.startswith("aten::")}
+    assert spent.keys() == {*PARTS.values(), "other"} - missing
+    assert all(part > 0 for part in spent.values())
+    assert list(operators.values()) == sorted(operators.values(), reverse=True)
+    assert 0 < sum(operators.values()) < sum(spent.values())
+    assert seconds > 0
+    assert peak > 0
 
 
 # -- the result --------------------------------------------------------------------------------------------
 
 
-def test_roofline_is_the_smaller_bound(summary) -> None:
-    result = summary()
-    bound = result["roofline"]
-    assert bound["compute_images_per_s"] == 1e12 / 1e10
-    assert bound["memory_images_per_s"] == 1e10 * 8 / sum(bytes_per_step(RUN, 8).values())
-    assert bound["images_per_s"] == min(bound["compute_images_per_s"], bound["memory_images_per_s"])
-    assert result["step"]["roofline_share"] == 40 / bound["images_per_s"]
+def test_roofline_is_the_smaller_bound(profiled) -> None:
+    _, rows = profiled()
+    moved = sum(bytes_per_step(RUN, 8).values()) / 8
+    assert rows["compute bound"].value == pytest.approx(1e12 / 1e10)
+    assert rows["memory bound"].value == pytest.approx(1e10 / moved)
+    assert rows["training step"] == ("training step", 40.0, "images/s", "40.0% of the roofline")
 
 
-def test_cpu_shares_its_cores_and_gpu_overlaps(summary) -> None:
-    shared = summary(data_seconds=0.1)["data"]
-    assert shared["images_per_s_per_worker"] == 10
-    assert shared["images_per_s_with_step"] == pytest.approx(1 / (0.2 / 8 + 0.1 / 2))  # two cores
-    overlapped = summary(replace(RUN, workers=4), GPU, 0.2)["data"]
-    assert overlapped["images_per_s_with_step"] == pytest.approx(20)  # four workers
-    assert overlapped["wait"] == pytest.approx(0.5)
-    assert summary(replace(RUN, workers=4), GPU, 0.01)["data"]["wait"] == pytest.approx(0)
+def test_cpu_shares_its_cores_and_gpu_overlaps(profiled) -> None:
+    _, shared = profiled(data_seconds=0.1)
+    assert shared["decode and augment"].value == pytest.approx(10)
+    assert shared["step with data"].value == pytest.approx(1 / (0.2 / 8 + 0.1 / 2))  # two cores
+    _, overlapped = profiled(replace(RUN, workers=4), GPU, 0.2)
+    assert overlapped["step with data"].value == pytest.approx(20)  # four workers
+    assert overlapped["step with data"].note == "50% waiting for data"
+    assert profiled(replace(RUN, workers=4), GPU, 0.01)[1]["step with data"].note == "0% waiting for data"
 
 
-def test_table_shows_all_measurements(summary) -> None:
-    result = summary(data_seconds=0.1)
-    rows = {name: (value, note) for name, value, note in table(result)}
-    assert rows["matmul throughput"] == ("1000.0 GFLOP/s", "512 x 512 x 512")
-    assert rows["memory bandwidth"] == ("10.0 GB/s", "copy")
-    assert rows["FLOPs per image"][0] == "10.000 G"
-    assert rows["  student forward"] == ("3.000 G", "30.0%")
-    assert rows["compute bound"][0] == "100.00 images/s"
-    assert rows["training step"] == ("40.00 images/s", "40.0% of the roofline")
-    assert rows["  backward"] == ("300.0 ms", "75.0%")
-    assert rows["  aten::addmm"] == ("200.0 ms", "50.0%")
-    assert rows["peak memory"][0] == "1.00 GiB"
-    assert rows["decode and augment"] == ("10.00 images/s", "one worker")
-    assert rows["step with data"] == (f"{1 / (1 / 40 + 0.1 / 2):.2f} images/s", "67% waiting for data")
+def test_table_shows_values_units_and_shares(profiled) -> None:
+    rows = {name: (value, note) for name, value, note in table([*profiled(data_seconds=0.1)[1].values()])}
+    assert rows["matmul throughput"] == ("1,000.00 GFLOP/s", "512 x 512")
+    assert rows["FLOPs per image"][0] == "10.00 GFLOP"
+    assert rows["  student forward"] == ("3 GFLOP", "30.0%")
+    assert rows["  backward"] == ("300.00 ms", "75.0%")
+    assert rows["  aten::addmm"] == ("200.00 ms", "50.0%")
+    assert rows["peak memory"][0] == "1 GiB"
+    assert rows["step with data"] == ("13.33 images/s", "67% waiting for data")

@@ -149,9 +149,11 @@ def test_the_plan_changes_only_machine_settings_of_a_preset() -> None:
 )
 def test_workers_keep_up_with_the_step(device: str, cores: int, ranks: int, step: float, data: float, workers: int):
     machine = dataclasses.replace(CPU, device=torch.device(device), cores=cores, ranks=ranks)
-    run, reason = with_workers(presets.resolve("small"), machine, Speed(step, data))
-    assert run.workers == workers == int(reason.value)
-    assert ("too few cores" in reason.reason) == (workers * step < data)
+    rows = {}
+    run = with_workers(presets.resolve("small"), machine, Speed(step, data), rows)
+    value, reason = rows["workers"]
+    assert run.workers == workers == int(value)
+    assert ("too few cores" in reason) == (workers * step < data)
 
 
 @pytest.mark.parametrize("world", range(1, 9))

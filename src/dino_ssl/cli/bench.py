@@ -10,7 +10,7 @@ import tyro
 from dino_ssl import runtime
 from dino_ssl.cli.command_line import CommandLine
 from dino_ssl.cli.options import Flag
-from dino_ssl.config import edit
+from dino_ssl.config import edit, to_dict
 from dino_ssl.errors import check_range
 from dino_ssl.methods import MethodName
 from dino_ssl.presets import resolve
@@ -63,10 +63,11 @@ def bench(argv: Sequence[str]) -> int:
         run = options.run
         with runtime.start(run.precision), terminal.progress("profiling") as progress:
             dataset = run.data.open(progress) if run.data.is_given else None
-            measured = measure(run, machine, dataset, progress, batch_size=batch_size, steps=options.steps)
+            run, rows = measure(run, machine, dataset, progress, batch_size=batch_size, steps=options.steps)
         title = f"{machine.name}, {machine.cores} cores, {machine.device}, {run.precision}"
-        terminal.table(title, ("", "", ""), table(measured))
-        give({"format": FORMAT, "date": datetime.date.today().isoformat(), "versions": versions(), **measured})
+        terminal.table(title, ("", "", ""), table(rows))
+        about = {"date": datetime.date.today().isoformat(), "versions": versions(), "machine": title}
+        give({"format": FORMAT, **about, "run": to_dict(run), "rows": [row._asdict() for row in rows]})
     return 0
 
 

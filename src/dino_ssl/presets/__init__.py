@@ -43,18 +43,12 @@ PRESETS: dict[str, Callable[[], Run]] = {
 
 def resolve(name: str) -> Run:
     """Return the Run of a preset or of `module:function`. Raise UserError with similar names if there is none."""
-    if ":" in name:
-        return _imported(name)
-    if name not in PRESETS:
+    if name not in PRESETS and ":" not in name:
         raise UserError(
             f"Unknown preset {name!r}{did_you_mean(name, PRESETS)}\nPresets: {', '.join(PRESETS)}, "
             "or MODULE:FUNCTION for any importable function that returns a dino_ssl.Run."
         )
-    return PRESETS[name]()
-
-
-def _imported(name: str) -> Run:
-    run = import_object(name)()
+    run = PRESETS[name]() if name in PRESETS else import_object(name)()
     if not isinstance(run, Run):
         raise UserError(f"Preset {name!r}: expected a function that returns a dino_ssl.Run, got {type(run).__name__}.")
     return run

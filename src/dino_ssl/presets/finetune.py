@@ -11,11 +11,13 @@ Results: top-1 of ViT-S/16 and ViT-B/16 after pretraining with DINO (Table 6), i
 
 from dino_ssl.config import edit
 from dino_ssl.data.transforms.augment import Augment
-from dino_ssl.evals.online import OnlineEval
 from dino_ssl.methods.supervised import SupervisedConfig
 from dino_ssl.models.vit import ViT
 from dino_ssl.optim import Optim
 from dino_ssl.run import Run
+
+DEIT = Optim(warmup_epochs=5, weight_decay=0.05, weight_decay_end=0.05)
+"""The settings that all recipes share."""
 
 
 def finetune() -> Run:
@@ -24,38 +26,18 @@ def finetune() -> Run:
         backbone=ViT(size="small", patch=16),
         method=SupervisedConfig(),
         views=Augment(scale=(0.3, 1.0)),
-        optim=Optim(
-            epochs=50,
-            batch_size=64,
-            lr=1e-3,
-            warmup_epochs=5,
-            weight_decay=0.05,
-            weight_decay_end=0.05,
-            clip_grad=1.0,
-            layer_decay=0.75,
-        ),
+        optim=edit(DEIT, epochs=50, batch_size=64, lr=1e-3, clip_grad=1.0, layer_decay=0.75),
         out="runs/finetune",
     )
 
 
 def imagenet() -> Run:
     """ImageNet-1k: 81.5 / 82.8 (Tables 6, 11; supervised from random weights 79.9 / 81.8). 300 epochs, peak lr 1e-3."""
-    return Run(
-        backbone=ViT(size="small", patch=16),
-        method=SupervisedConfig(),
+    return edit(
+        finetune(),
         views=Augment(repeats=3),
-        optim=Optim(
-            epochs=300,
-            batch_size=1024,
-            lr=2.5e-4,
-            min_lr=1e-5,
-            warmup_epochs=5,
-            warmup_lr=1e-6,
-            weight_decay=0.05,
-            weight_decay_end=0.05,
-            clip_grad=0.0,
-        ),
-        online_eval=OnlineEval(every_epochs=10),
+        optim=edit(DEIT, epochs=300, batch_size=1024, lr=2.5e-4, min_lr=1e-5, warmup_lr=1e-6, clip_grad=0.0),
+        online_eval=dict(every_epochs=10),
         precision="float16",
         workers=10,
         out="runs/finetune-imagenet",
@@ -64,12 +46,8 @@ def imagenet() -> Run:
 
 def cifar10() -> Run:
     """CIFAR-10 at 224 px: 99.0 / 99.1. 1000 epochs, batch 768, DeiT's lr 7.5e-6; the final lr is our choice."""
-    return edit(
-        imagenet(),
-        views=dict(erase=0.0),
-        optim=dict(epochs=1000, batch_size=768, lr=3.75e-6, min_lr=1e-6),
-        out="runs/finetune-cifar10",
-    )
+    optim = dict(epochs=1000, batch_size=768, lr=3.75e-6, min_lr=1e-6)
+    return edit(imagenet(), views=dict(erase=0.0), optim=optim, out="runs/finetune-cifar10")
 
 
 def cifar100() -> Run:

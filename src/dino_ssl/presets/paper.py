@@ -5,8 +5,6 @@ GPUs.
 """
 
 from dino_ssl.config import edit
-from dino_ssl.data.transforms.multi_crop import MultiCrop
-from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models.timm import Timm
 from dino_ssl.models.vit import ViT
 from dino_ssl.optim import Optim
@@ -78,14 +76,11 @@ def vitb8() -> Run:
 
 def resnet50() -> Run:
     """ResNet-50, 100 epochs, SGD, batch 512: the command of the authors' README, without a reported result."""
-    return Run(
+    return edit(
+        vits16(),
         backbone=Timm(name="resnet50"),
-        optim=Optim(algorithm="sgd", epochs=100, batch_size=512, lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4),
-        method=DINOConfig(),
-        views=MultiCrop(global_scale=(0.14, 1.0), local_scale=(0.05, 0.14)),
-        precision="float16",
-        workers=10,
-        keep_every=20,
+        optim=dict(algorithm="sgd", lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4),
+        views=dict(global_scale=(0.14, 1.0), local_scale=(0.05, 0.14)),
         out="runs/resnet50",
     )
 
@@ -95,18 +90,10 @@ def resnet50_800() -> Run:
 
     Three settings are from third parties: 6 local crops, K 60000 and the final learning rate.
     """
+    optim = dict(algorithm="lars", epochs=800, batch_size=4080, lr=0.3, min_lr=0.0048)
     return edit(
         resnet50(),
-        optim=dict(
-            algorithm="lars",
-            epochs=800,
-            batch_size=4080,
-            lr=0.3,
-            min_lr=0.0048,
-            weight_decay=1e-6,
-            weight_decay_end=1e-6,
-            clip_grad=0.0,
-        ),
+        optim=dict(**optim, weight_decay=1e-6, weight_decay_end=1e-6, clip_grad=0.0),
         method=dict(out_dim=60000, head_norm="batch", teacher_temp=0.07, warmup_teacher_temp_epochs=50),
         views=dict(local=6),
         precision="float32",

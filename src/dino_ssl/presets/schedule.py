@@ -3,18 +3,14 @@
 from dino_ssl.config import edit
 from dino_ssl.run import Run
 
-WARMUP_FRACTION = 0.1
-"""Largest fraction of the epochs that the learning rate may warm up."""
-NUM_EVALS = 15
-"""Evaluations during a run."""
 FULL_SCHEDULE_STEPS = 8000
 """Steps from which on the full schedules of learning rate and momentum are better: two hours on two cores."""
 
 
 def fit_schedule(run: Run, epochs: int) -> Run:
     """Return the run with this many epochs, a warm-up of at most a tenth of them, and about 15 evaluations."""
-    warmup = min(run.optim.warmup_epochs, WARMUP_FRACTION * epochs)
-    every = max(1.0, epochs // NUM_EVALS)
+    warmup = min(run.optim.warmup_epochs, 0.1 * epochs)
+    every = max(1.0, epochs // 15)
     return edit(run, optim=dict(epochs=epochs, warmup_epochs=warmup), online_eval=dict(every_epochs=every))
 
 

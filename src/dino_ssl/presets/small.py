@@ -8,55 +8,11 @@ momentum, and batch norm in the head prevent this (experiments in LOG.md).
 from dino_ssl.config import edit
 from dino_ssl.data.synthetic.scenes import SIMPLE_SCENES
 from dino_ssl.data.transforms.multi_crop import MultiCrop
-from dino_ssl.evals.online import OnlineEval
 from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models.timm import Timm
 from dino_ssl.models.vit import ViT
 from dino_ssl.optim import Optim
 from dino_ssl.run import Run
-
-SMALL_CROPS = MultiCrop(
-    global_size=64,
-    local_size=32,
-    local=4,
-    global_scale=(0.3, 1.0),
-    local_scale=(0.05, 0.3),
-    blur_sigma=(0.03, 0.5),
-)
-
-
-def small() -> Run:
-    """ResNet-10 of half the width on small crops: 62 % 20-NN on Imagenette after an hour on one core.
-
-    The base of `dino train` on a CPU. On 6,500 images of ten classes (Imagenette at 128 px) with one thread, 20-NN
-    accuracy is 52 % after 30 minutes, 62 % after 60 and 65 % after 110 (random weights 26 %, raw pixels 36 %). With
-    batch norm in the head the teacher's outputs differ between images from the first step on. With momentum 0.97 the
-    teacher catches up with the student within a hundred steps.
-    """
-    return Run(
-        backbone=Timm(name="resnet18", args=(("channels", "(32, 64, 128, 256)"), ("layers", "(1, 1, 1, 1)"))),
-        method=DINOConfig(
-            out_dim=1024,
-            momentum=0.97,
-            head_norm="batch",
-            head_hidden=512,
-            head_bottleneck=128,
-            freeze_last_layer=0,
-        ),
-        views=SMALL_CROPS,
-        optim=Optim(
-            epochs=100,
-            batch_size=64,
-            lr=4e-3,
-            min_lr=1e-5,
-            warmup_epochs=2,
-            weight_decay=0.04,
-            weight_decay_end=0.04,
-        ),
-        online_eval=OnlineEval(size=88),
-        workers=1,
-        out="runs/small",
-    )
 
 
 def small_vit() -> Run:
@@ -68,6 +24,27 @@ def small_vit() -> Run:
         optim=Optim(epochs=100, batch_size=64, lr=1e-3, warmup_epochs=5, weight_decay=0.04, weight_decay_end=0.04),
         workers=1,
         out="runs/small-vit",
+    )
+
+
+def small() -> Run:
+    """ResNet-10 of half the width on small crops: 62 % 20-NN on Imagenette after an hour on one core.
+
+    The base of `dino train` on a CPU. On 6,500 images of ten classes (Imagenette at 128 px) with one thread, 20-NN
+    accuracy is 52 % after 30 minutes, 62 % after 60 and 65 % after 110 (random weights 26 %, raw pixels 36 %). With
+    batch norm in the head the teacher's outputs differ between images from the first step on. With momentum 0.97 the
+    teacher catches up with the student within a hundred steps.
+    """
+    crops = dict(global_size=64, local_size=32, global_scale=(0.3, 1.0), local_scale=(0.05, 0.3))
+    head = dict(head_norm="batch", head_hidden=512, head_bottleneck=128)
+    return edit(
+        small_vit(),
+        backbone=Timm(name="resnet18", args=(("channels", "(32, 64, 128, 256)"), ("layers", "(1, 1, 1, 1)"))),
+        method=dict(momentum=0.97, freeze_last_layer=0, **head),
+        views=dict(blur_sigma=(0.03, 0.5), **crops),
+        optim=dict(lr=4e-3, min_lr=1e-5, warmup_epochs=2),
+        online_eval=dict(size=88),
+        out="runs/small",
     )
 
 
@@ -92,27 +69,16 @@ def demo() -> Run:
     For `make demo`. The result varies between machines. Hue is augmented over its whole range, so that the crops of an
     image share only the texture. Final learning rate and momentum are for a few hundred steps.
     """
+    crops = dict(global_size=32, local_size=16, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
+    jitter = dict(jitter=1.0, contrast=0.2, saturation=0.1, hue=0.5, solarize=(0.0, 0.0, 0.0))
     return edit(
         narrow_vit(),
         data=edit(SIMPLE_SCENES, count=3000),
         backbone=ViT(size="tiny", patch=4, image_size=32, drop_path=0.0, width=96, heads=3, depth=3),
         method=dict(out_dim=256, head_hidden=256, head_bottleneck=64, momentum_end=0.99),
-        views=MultiCrop(
-            global_size=32,
-            local_size=16,
-            local=4,
-            global_scale=(0.4, 1.0),
-            local_scale=(0.1, 0.4),
-            blur_sigma=(0.03, 0.5),
-            jitter=1.0,
-            brightness=0.4,
-            contrast=0.2,
-            saturation=0.1,
-            hue=0.5,
-            solarize=(0.0, 0.0, 0.0),
-        ),
+        views=dict(**crops, **jitter),
         optim=dict(epochs=11, lr=4e-3, min_lr=2.5e-4),
-        online_eval=OnlineEval(every_epochs=2),
+        online_eval=dict(every_epochs=2, size=None),
         cache=True,
         out="runs/demo",
     )
@@ -128,7 +94,3 @@ def vit_tiny() -> Run:
         optim=dict(batch_size=32, lr=4e-3, warmup_epochs=0.5),
         out="runs/vit-tiny",
     )
-
-
-RECIPES = {"vit-tiny": vit_tiny, "small": small, "small-vit": small_vit, "narrow-vit": narrow_vit}
-"""The presets that benchmarks/time_to_accuracy.py compares."""

@@ -6,6 +6,7 @@ layer is trained. Algorithms with fewer multiplications (Winograd's convolutions
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,17 +20,12 @@ from dino_ssl.run import Run
 from dino_ssl.runtime import Precision
 from dino_ssl.schedules import Clock
 
-MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}
-"""Values that an optimizer stores for each parameter."""
 NUM_IMAGES = 2
 """Images of the counted batch: batch norm needs at least two."""
 SECONDS = 0.5
 """Duration of the measurement of one operation."""
-SHAPES = {
-    "cpu": ((512, 512, 512), (1024, 1024, 1024), (4096, 384, 1536), (2048, 1024, 1024)),
-    "gpu": ((2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (32768, 1024, 4096)),
-}
-"""(m, k, n) of the measured products [m, k] x [k, n]."""
+SIZES = {"cpu": (512, 1024, 2048), "gpu": (2048, 4096, 8192)}
+"""Sides of the measured square matrices."""
 BUFFER = {"cpu": 2**28, "gpu": 2**30}
 """Bytes of each buffer that is moved: larger than any cache."""
 
@@ -76,11 +72,12 @@ def bytes_per_step(run: Run, batch_size: int) -> dict[str, float]:
     student = sum(p.numel() for p in method.trainable.parameters() if p.requires_grad)
     teacher = sum(p.numel() for name, p in method.named_parameters() if name.startswith("teacher."))
     center = sum(b.numel() for name, b in method.named_buffers() if name == "center")
+    optimizer = student * (3 if run.optim.algorithm == "adamw" else 2)  # the parameter, and two moments or one
     return {
         "views": float(batch_size * sum(n * 3 * side**2 for n, side in run.views.view_shapes)),
         "weights": float(getattr(torch, run.precision).itemsize * (2 * student + teacher)),
         "gradients": float(4 * 2 * student),
-        "optimizer": float(4 * 2 * student * (1 + MOMENTS[run.optim.algorithm])),
+        "optimizer": float(4 * 2 * optimizer),
         "teacher and center": float(4 * 2 * (teacher + center)),
     }
 
@@ -101,11 +98,11 @@ class Throughput(NamedTuple):
 @torch.no_grad()
 def matmul_throughput(device: torch.device, precision: Precision) -> Throughput:
     """Measure FLOP/s of matrix products in this precision (on a GPU, float32 is TF32, as in training)."""
-    dtype, rates = getattr(torch, precision), []
-    for m, k, n in SHAPES["cpu" if device.type == "cpu" else "gpu"]:
-        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
-        out = torch.empty(m, n, device=device, dtype=dtype)
-        rates.append(_rate(f"{m} x {k} x {n}", 2 * m * k * n, lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out)))
+    rates = []
+    for size in SIZES["cpu" if device.type == "cpu" else "gpu"]:
+        a, b, out = (torch.randn(size, size, device=device).to(getattr(torch, precision)) for _ in range(3))
+        product = partial(torch.mm, a, b.T, out=out)
+        rates.append(_rate(f"{size} x {size}", 2 * size**3, product))
     return max(rates)
 
 
@@ -116,8 +113,8 @@ def memory_bandwidth(device: torch.device, memory: int) -> Throughput:
     a, b, out = (torch.ones(size // 4, device=device) for _ in range(3))
     return max(
         _rate("read", size, a.sum),
-        _rate("copy", 2 * size, lambda: out.copy_(a)),
-        _rate("add", 3 * size, lambda: torch.add(a, b, out=out)),
+        _rate("copy", 2 * size, partial(out.copy_, a)),
+        _rate("add", 3 * size, partial(torch.add, a, b, out=out)),
     )
 
 
