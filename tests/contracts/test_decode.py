@@ -11,8 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from dino_ssl.data import decode as module
-from dino_ssl.data.decode import BadImage, decode, probe
-from dino_ssl.data.formats import MAX_PIXELS
+from dino_ssl.data.decode import MAX_PIXELS, BadImage, decode, probe
 
 
 def gradient(height: int = 40, width: int = 60) -> np.ndarray:
@@ -182,10 +181,10 @@ def test_decoders_print_nothing_for_broken_content(tmp_path, capfd):
     [
         (b"", "empty"),
         (b"<html>not found</html>", "not an image"),
-        (bytes(5000), "zeros"),
+        (bytes(5000), "not an image"),
         (b"\xff\xd8\xff", "truncated"),
         (b"\x89PNG\r\n\x1a\n", "truncated"),
-        (b"RIFF\x04\0\0\0WAVEdata", "no WebP"),
+        (b"RIFF\x04\0\0\0WAVEdata", "not a WEBP file"),
     ],
 )
 def test_not_an_image(tmp_path, content, reason):
@@ -228,9 +227,9 @@ def forged(kind: str) -> bytes:
 def test_decompression_bombs_are_rejected_by_their_header(tmp_path, kind, monkeypatch):
     path = tmp_path / "bomb.png"
     path.write_bytes(forged(kind))
-    monkeypatch.setattr(module, "_opencv", lambda data: pytest.fail("decoded"))
-    monkeypatch.setattr(module, "_pillow", lambda file, plugin: pytest.fail("decoded"))
-    with pytest.raises(BadImage, match="too large" if kind != "BMP" else "too large|truncated"):
+    monkeypatch.setattr(module, "_opencv", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(module, "_pillow", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(BadImage, match="too large"):
         decode(path)
 
 

@@ -75,7 +75,7 @@ def dataset_named(name: str) -> "str | DatasetConfig":
 def named_images(names: Sequence[str], terminal: Terminal, skipped: list[dict[str, str]]) -> list[NamedImage]:
     """Return the named image files, and all images of the named datasets; extend `skipped` by what they skip."""
     from dino_ssl.api.calls import read_image
-    from dino_ssl.data.formats import SUFFIXES
+    from dino_ssl.data.decode import SUFFIXES
     from dino_ssl.data.sources import WORDS, open_dataset
 
     images: list[NamedImage] = []

@@ -1,9 +1,8 @@
 """Decoding of image files to uint8 RGB.
 
-Decoders fill missing parts of truncated files with gray and allocate whatever a forged header requests. Therefore
-formats.py checks the structure first: the size, and that the end of the image exists. Then OpenCV decodes the common
-kinds (8-bit RGB or grayscale without transparency) and Pillow's plugin of the format all others (palette, transparency,
-CMYK, 16 bits, TIFF, GIF).
+Pillow's plugin of the format reads the header. Decoders fill missing parts of truncated files with gray and allocate
+whatever a forged header requests, so size and completeness are checked first. Then OpenCV decodes the common kinds
+(8-bit RGB or grayscale without transparency) and Pillow all others (palette, transparency, CMYK, 16 bits, TIFF, GIF).
 
 Transparent images are composited on white, 16 bits are scaled to 8 (x / 257), floats by their own range. The first
 frame of an animation is used. The EXIF orientation is applied.
@@ -13,33 +12,56 @@ import contextlib
 import io
 import os
 import stat
+import warnings
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image, JpegImagePlugin, PngImagePlugin
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from dino_ssl.data.dataset import BadImage, Reduction
-from dino_ssl.data.formats import Bad, check_png, header_of, open_with
 
-__all__ = ["BadImage", "decode", "probe"]
-
-cv2.setNumThreads(0)  # one thread per image; worker processes are the parallelism
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # errors are raised, not printed
-
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff")
+)
+"""File name suffixes of images."""
+MAX_PIXELS = 2**27  # 134 megapixels, 403 MB when decoded; larger headers are rejected as decompression bombs
+PLUGINS: dict[bytes, Any] = {
+    b"\xff\xd8\xff": JpegImageFile,
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"RIFF": WebPImageFile,
+    b"BM": BmpImageFile,
+    b"GIF8": GifImageFile,
+    b"II*\0": TiffImageFile,
+    b"MM\0*": TiffImageFile,
+}
+"""Pillow's plugins by the first bytes of a file; `Image.open` would try other parsers, too."""
+_END = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_PLAIN = {"JPEG": ("L", "RGB"), "PNG": ("L", "RGB"), "BMP": ("BGR",)}
+"""Pillow's names of the pixel layouts that OpenCV decodes."""
 _SMALL = 2**26  # larger files are not read into memory before their header is checked
 _REDUCED = {
     1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8
 }  # fmt: skip
-_RGB = getattr(cv2, "IMREAD_COLOR_RGB", None)  # OpenCV >= 4.11
+
+cv2.setNumThreads(0)  # one thread per image; worker processes are the parallelism
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # errors are raised, not printed
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata; a local filter would not be safe with threads
 
 
 def probe(path: str | os.PathLike, data: bytes | None = None) -> tuple[int, int]:
     """Return (width, height) of the decoded image from the file's structure. Raises BadImage."""
-    with _add_path(path), _open(path, data) as file:
-        header = header_of(file)
-    return (header.height, header.width) if header.orientation >= 5 else (header.width, header.height)
+    with _open(path, data) as (_, image):
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def decode(path: str | os.PathLike, data: bytes | None = None, *, reduce: Reduction = 1) -> np.ndarray:
@@ -51,77 +73,127 @@ def decode(path: str | os.PathLike, data: bytes | None = None, *, reduce: Reduct
         reduce: Factor by which a JPEG is downscaled (sizes are rounded up): its blocks are computed at that size, which
             is faster. Other formats are not downscaled.
     """
-    with _add_path(path), _open(path, data, whole=True) as file:
-        header = header_of(file)
-        file.seek(0)
-        times = reduce if header.plain and header.plugin is JpegImagePlugin.JpegImageFile else 1
-        if header.plain:
-            data = file.read()
-            if header.plugin is PngImagePlugin.PngImageFile:
-                check_png(data)
-            image = _opencv(data, times)
-        else:
-            image = _pillow(file, header.plugin)
-        if image.shape[:2] != (-(-header.height // times), -(-header.width // times)):
-            raise Bad(f"decodes to {image.shape[1]}x{image.shape[0]}, not {header.width}x{header.height} / {times}")
-        return _upright(image, header.orientation)
+    with _open(path, data, whole=True) as (file, image):
+        plain, orientation, (width, height) = _is_plain(image), _orientation(image), image.size
+        times = reduce if plain and image.format == "JPEG" else 1
+        if plain and image.format == "PNG":
+            image.verify()  # checksums, which OpenCV's libpng ignores
+        pixels = _opencv(file, times) if plain else _pillow(image)
+        if pixels.shape[:2] != (-(-height // times), -(-width // times)):
+            raise OSError(f"decodes to {pixels.shape[1]}x{pixels.shape[0]}, not {width}x{height} / {times}")
+        return _upright(pixels, orientation)
 
 
 @contextlib.contextmanager
-def _add_path(path: str | os.PathLike) -> Iterator[None]:
+def _open(path: str | os.PathLike, data: bytes | None, *, whole: bool = False) -> Iterator[tuple[BinaryIO, ImageFile]]:
+    """Open a file and read its header; all errors become BadImage.
+
+    With `whole`, the file is read into memory completely, which is faster if all of it is needed.
+    """
     try:
-        yield
-    except Bad as bad:
-        raise BadImage(path, str(bad)) from None
-    except OSError as error:
-        raise BadImage(path, error.strerror or str(error)) from error
-    except MemoryError as error:
-        raise BadImage(path, "not enough memory to decode it") from error
+        if data is None and not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
+            raise OSError("not a regular file")
+        with io.BytesIO(data) if data is not None else open(path, "rb") as file:
+            if data is None and whole and os.fstat(file.fileno()).st_size < _SMALL:
+                file = io.BytesIO(file.read())
+            yield file, _header(file)
+    except Exception as error:  # Pillow's plugins raise errors of any kind for broken files
+        reason = getattr(error, "strerror", None) or getattr(error, "err", None) or str(error)
+        raise BadImage(path, reason or type(error).__name__) from error
 
 
-@contextlib.contextmanager
-def _open(path: str | os.PathLike, data: bytes | None, *, whole: bool = False) -> Iterator[BinaryIO]:
-    """Open the file; `whole`: read it into memory completely, which is faster if all of it is needed."""
-    if data is not None:
-        yield io.BytesIO(data)
-        return
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
-        raise Bad("not a regular file")
-    with open(path, "rb") as file:
-        yield io.BytesIO(file.read()) if whole and os.fstat(file.fileno()).st_size < _SMALL else file
+def _header(file: BinaryIO) -> ImageFile:
+    """Return the image, not decoded yet; raise OSError if the file is no image, incomplete, or too large to decode."""
+    start = file.read(16)
+    if not start:
+        raise OSError("empty file")
+    plugin = next((plugin for magic, plugin in PLUGINS.items() if start.startswith(magic)), None)
+    if plugin is None:
+        raise OSError("not an image of a known format (JPEG, PNG, WebP, BMP, GIF, TIFF)")
+    file.seek(0)
+    try:
+        image = plugin(file)
+    except (SyntaxError, OSError) as error:
+        raise OSError(f"truncated, or its header is broken: {error}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise OSError(f"{image.width}x{image.height} pixels, over {MAX_PIXELS}: too large to decode safely")
+    if not _is_complete(image, file):
+        raise OSError("truncated")
+    return image
 
 
-def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+def _is_complete(image: ImageFile, file: BinaryIO) -> bool:
+    """Return False if a file ends before its image does. Only GIF is decoded for that."""
+    start, size = file.tell(), file.seek(0, os.SEEK_END)
+    if end := _END.get(image.format or ""):
+        file.seek(max(start, size - 4096))
+        if end in file.read():
+            return True
+        file.seek(start)  # some applications append megabytes after the image
+        return end in file.read()
+    if isinstance(image, WebPImageFile):  # it has no checksum, and zeros are decoded to gray
+        file.seek(4)
+        file.seek(max(12, int.from_bytes(file.read(4), "little") - 56))
+        return any(file.read(64))
+    if isinstance(image, TiffImageFile):
+        tags: Any = image.tag_v2
+        offsets, lengths = ((*tags.get(strips, ()), *tags.get(tiles, ())) for strips, tiles in ((273, 324), (279, 325)))
+        return all(offset + length <= size for offset, length in zip(offsets, lengths, strict=False))
+    if isinstance(image, BmpImageFile) and (tile := image.tile[0]).codec_name == "raw":
+        layout: Any = tile.args  # name, bytes per row, direction
+        return tile.offset + layout[1] * image.height <= size
+    image.load()
+    return True
+
+
+def _is_plain(image: ImageFile) -> bool:
+    """Return True for 8-bit grayscale or RGB without transparency, which OpenCV decodes."""
+    if isinstance(image, WebPImageFile):
+        return image.mode == "RGB" and image.n_frames == 1
+    layouts = _PLAIN.get(image.format or "")
+    if layouts is None or "transparency" in image.info:
+        return False
+    args: Any = image.tile[0].args
+    return (args if isinstance(args, str) else args[0]) in layouts
+
+
+def _orientation(image: ImageFile) -> int:
+    """Return the EXIF orientation, 1 (upright) to 8; from 5 on width and height are swapped."""
+    exif = Image.Exif()
+    with contextlib.suppress(SyntaxError):  # invalid EXIF
+        exif.load(image.info.get("exif", b""))  # `getexif` would decode a PNG; Pillow itself turns TIFFs
+    orientation = exif.get(274, 1)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Apply the EXIF orientation: 5 to 8 swap the axes, others mirror."""
     if orientation >= 5:
-        image = image.transpose(1, 0, 2)
+        pixels = pixels.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
+        pixels = pixels[:, ::-1]
     if orientation in (3, 4, 7, 8):
-        image = image[::-1]
-    return np.ascontiguousarray(image)
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
 
 
-def _opencv(data: bytes, times: int = 1) -> np.ndarray:
-    flags = (cv2.IMREAD_COLOR if _RGB is None else _RGB) | _REDUCED[times] | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error as error:
-        raise Bad(f"cannot be decoded: {error.err}") from None
-    if image is None:
-        raise Bad("cannot be decoded: broken content")
-    return image if _RGB is not None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+def _opencv(file: BinaryIO, times: int) -> np.ndarray:
+    file.seek(0)
+    data = np.frombuffer(file.read(), np.uint8)
+    pixels = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | _REDUCED[times] | cv2.IMREAD_IGNORE_ORIENTATION)
+    if pixels is None:
+        raise OSError("cannot be decoded: broken content")
+    return pixels
 
 
-def _pillow(file: BinaryIO, plugin: type) -> np.ndarray:
-    with open_with(file, plugin) as image:
-        image.load()
-        if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-            return _scaled(np.asarray(image), image.mode)
-        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        return np.array(image.convert("RGB"))
+def _pillow(image: Image.Image) -> np.ndarray:
+    image.load()
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _scaled(np.asarray(image), image.mode)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.array(image.convert("RGB"))
 
 
 def _scaled(values: np.ndarray, mode: str) -> np.ndarray:

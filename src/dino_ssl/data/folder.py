@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Reduction, Skipped
-from dino_ssl.data.decode import decode, probe
-from dino_ssl.data.formats import MAX_PIXELS, SUFFIXES
+from dino_ssl.data.decode import MAX_PIXELS, SUFFIXES, decode, probe
 from dino_ssl.data.shard_index import map_in_order
 from dino_ssl.data.shards import is_shards, open_shards
 from dino_ssl.errors import UserError

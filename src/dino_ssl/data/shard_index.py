@@ -20,8 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from dino_ssl.data.dataset import BadImage, Skipped
-from dino_ssl.data.decode import probe
-from dino_ssl.data.formats import SUFFIXES
+from dino_ssl.data.decode import SUFFIXES, probe
 from dino_ssl.files import atomic_write
 
 INDEX = "index.arrow"

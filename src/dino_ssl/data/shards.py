@@ -22,8 +22,7 @@ import numpy as np
 
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.data.dataset import BadImage, ImageDataset, Reduction, Skipped, StoredNames, fingerprint
-from dino_ssl.data.decode import decode
-from dino_ssl.data.formats import SUFFIXES
+from dino_ssl.data.decode import SUFFIXES, decode
 from dino_ssl.data.shard_index import INDEX, ImageRow, map_in_order, map_index, scan_shard, write_index
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.files import PART, write_errors, write_json
