@@ -359,9 +359,9 @@ MUTANTS = (
     ),
     Mutant(
         "checkpoint runs code",
-        "checkpoint.py",
-        "weights_only=True)",
-        "weights_only=False)",
+        "models/weights.py",
+        "weights_only=True, mmap",
+        "weights_only=False, mmap",
         "contracts/test_checkpoint.py::test_a_malicious_checkpoint_is_rejected_without_running_code",
     ),
     Mutant(

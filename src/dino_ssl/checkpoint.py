@@ -1,7 +1,5 @@
 """Checkpoints: dicts of tensors and plain data, written atomically and loaded with `weights_only=True`."""
 
-import pickle
-import warnings
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -9,6 +7,7 @@ import torch
 
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write
+from dino_ssl.models.weights import read_file
 
 FORMAT = 1
 """Version of the checkpoint's layout."""
@@ -53,25 +52,14 @@ def load(path: Path, *, mmap: bool = False) -> Checkpoint:
     if not path.is_file():
         raise UserError(f"No checkpoint at {path}. A run keeps its newest one in RUN/checkpoints/last.pt.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about old file formats
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # damaged files raise exceptions of many types
+        content = read_file(path, mmap=mmap)
+    except UserError as error:
         others = ", ".join(sorted(other.name for other in path.parent.glob("*.pt") if other != path))
         hint = f" The same folder has {others}: copy one over it to resume from there." if others else ""
-        raise UserError(f"{path} is not a readable checkpoint: {_reason(error)}{hint}") from error
+        raise UserError(f"{error}{hint}") from error
     content = content if isinstance(content, dict) else {}
     if content.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path} has format {content['format']}; this version of dino reads format {FORMAT}.")
     if missing := [key for key in Checkpoint.__annotations__ if key not in content]:
         raise UserError(f"{path} is not a training checkpoint of dino: it lacks {', '.join(missing)}.")
     return content  # pyright: ignore[reportReturnType]
-
-
-def _reason(error: Exception) -> str:
-    """Return why a file could not be read; torch's own message suggests disabling `weights_only`."""
-    if isinstance(error, pickle.UnpicklingError):
-        return "it is truncated, not a torch file, or contains more than tensors and plain data."
-    if "PytorchStreamReader" in str(error):
-        return "it is truncated or damaged."
-    return (str(error) or type(error).__name__).splitlines()[0]

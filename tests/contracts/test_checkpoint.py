@@ -206,7 +206,7 @@ def test_a_malicious_checkpoint_is_rejected_without_running_code(tmp_path: Path,
             torch.save(evil, path, _use_new_zipfile_serialization=False)
         case _:
             torch.save({**saved(), "best": {"value": evil}}, path)
-    with pytest.raises(UserError, match=r"evil\.pt is not a readable checkpoint") as caught:
+    with pytest.raises(UserError, match=r"evil\.pt is not a readable file") as caught:
         checkpoint.load(path)
     assert "weights_only" not in str(caught.value)  # torch would suggest weights_only=False
     assert not mark.exists()

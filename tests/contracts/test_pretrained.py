@@ -107,11 +107,11 @@ def test_saved_vit_loads_in_timm(tmp_path: Path):
     reference.load_state_dict(safetensors.torch.load_file(tmp_path / "v.safetensors"))
 
 
-def test_classifier_is_dropped_and_resnet_inferred(tmp_path: Path):
-    reference = timm.create_model("resnet18", num_classes=10)
+def test_classifier_is_dropped(tmp_path: Path):
+    reference = timm.create_model("test_resnet", num_classes=10)
     torch.save({"state_dict": {f"module.{k}": v for k, v in reference.state_dict().items()}}, tmp_path / "r.pth")
     reference.reset_classifier(0)
-    assert same(load(tmp_path / "r.pth"), reference)
+    assert same(load(tmp_path / "r.pth", backbone=Timm(name="test_resnet")), reference)
 
 
 def test_official_xcit_names_are_converted(tmp_path: Path):
@@ -126,7 +126,7 @@ def test_official_xcit_names_are_converted(tmp_path: Path):
         elif not (name.startswith("cls_attn_blocks") and (".attn.k." in name or ".attn.v." in name)):
             official[name.replace("pos_embed.", "pos_embeder.")] = value
     torch.save(official, tmp_path / "xcit.pth")
-    assert same(load(tmp_path / "xcit.pth"), reference)
+    assert same(load(tmp_path / "xcit.pth", backbone=Timm(name="xcit_nano_12_p8_224")), reference)
 
 
 # ---------------------------------------------------------------- what must not pass
@@ -143,9 +143,9 @@ def test_mismatched_weights_raise_and_load_nothing():
         load_strict(network, state, "some.pth")
     message = str(raised.value)
     assert "some.pth" in message
-    assert "1 missing, 1 unexpected, 1 of another shape" in message
-    assert "missing     norm.bias [64]" in message
-    assert "unexpected  norm.extra [3]" in message
+    assert "3 of " in message
+    assert "norm.bias: expected [64], got nothing" in message
+    assert "norm.extra: expected nothing, got [3]" in message
     assert "cls_token: expected [1, 1, 64], got [1, 1, 32]" in message
     assert (network.norm.weight == 1).all()
 
@@ -161,7 +161,7 @@ def test_one_wrong_name_raises(wrong):
         state["norm.extra"] = torch.zeros(3)
     else:
         state["norm.bias"] = torch.zeros(3)
-    with pytest.raises(UserError, match=rf"{wrong} +norm\."):
+    with pytest.raises(UserError, match=r"norm\.(bias|extra): expected"):
         load_strict(network, state, "some.pth")
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
@@ -258,7 +258,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     torch.manual_seed(0)
     weights, asked = VIT.build().state_dict(), []
 
-    def serve(url: str, path: str, **_) -> None:
+    def serve(url: str, path: str, *_, **__) -> None:
         asked.append(url)
         torch.save(weights, path)
 
@@ -266,20 +266,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def test_released_weights_are_downloaded_once_and_hashed(hub: list[str], tmp_path: Path):
+def test_released_weights_are_downloaded_once(hub: list[str]):
     load("dino_vits16")
     load("dino_vits16")
     assert hub == ["https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"]
-    [note] = (tmp_path / "hub/checkpoints").glob("*.sha256")
-    assert len(note.read_text().split()[0]) == 64
-
-
-def test_changed_cached_file_raises(hub: list[str], tmp_path: Path):
-    load("dino_vits16")
-    cached = tmp_path / "hub/checkpoints/dino_deitsmall16_pretrain.pth"
-    torch.save({name: value + 1 for name, value in VIT.build().state_dict().items()}, cached)
-    with pytest.raises(UserError, match="SHA-256"):
-        load("dino_vits16")
 
 
 def test_error_of_a_failed_download_has_url_and_path(hub: list[str], tmp_path: Path, monkeypatch):

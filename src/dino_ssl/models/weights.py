@@ -7,7 +7,6 @@ module.backbone.* and module.head.*; weights under a key "state_dict" or "model"
 
 import argparse
 import json
-import pickle
 import re
 import warnings
 from collections.abc import Mapping
@@ -22,26 +21,27 @@ from torch import Tensor, nn
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write
-from dino_ssl.models import BackboneConfig
+from dino_ssl.models import Backbone, BackboneConfig
+from dino_ssl.models.timm import TimmBackbone
 
 StateDict = dict[str, Tensor]
 Which = Literal["teacher", "student"]
 """The network of a checkpoint that has two."""
+MAX_LINES = 20
+"""Tensors that an error lists."""
 
 
-def read_file(path: Path) -> Any:
+def read_file(path: Path, *, mmap: bool = False) -> Any:
     """Return the content of a .pth or .pt file: tensors, plain values, and argparse.Namespace as the authors save."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about another pickle protocol
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch raises many types on a damaged file, and suggests `weights_only=False`
         raise UserError(
-            f"{path} was not loaded: expected a file of tensors and plain values. Reading other objects could run "
-            f"code. ({str(error).splitlines()[0]})"
+            f"{path} is not a readable file of tensors and plain values: it is damaged, or reading it could run code "
+            f"({type(error).__name__})."
         ) from error
-    except Exception as error:  # torch raises many types on a damaged file
-        raise UserError(f"{path} cannot be read; it may be truncated. ({type(error).__name__}: {error})") from error
 
 
 def read_safetensors(path: Path, *, trust: bool = False) -> tuple[StateDict, BackboneConfig | None]:
@@ -65,46 +65,28 @@ def save_backbone(config: BackboneConfig | Mapping[str, Any], state: Mapping[str
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load a state dict; raise UserError with the differences, and load nothing, if names or shapes differ."""
-    expected = module.state_dict()
-    missing = [f"  missing     {name} {list(expected[name].shape)}" for name in expected if name not in state]
-    unexpected = [f"  unexpected  {name} {list(state[name].shape)}" for name in state if name not in expected]
-    mismatched = [
-        f"  shape       {name}: expected {list(value.shape)}, got {list(state[name].shape)}"
-        for name, value in expected.items()
-        if name in state and value.shape != state[name].shape
-    ]
-    if not missing and not unexpected and not mismatched:
+    expected, given = ({name: list(value.shape) for name, value in d.items()} for d in (module.state_dict(), state))
+    wrong = [name for name in expected | given if expected.get(name) != given.get(name)]
+    if not wrong:
         module.load_state_dict(state)
         return
-    counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} of another shape"
-    examples = [line for lines in (missing, unexpected, mismatched) for line in _shortened(lines)]
+    lines = [f"  {name}: expected {expected.get(name, 'nothing')}, got {given.get(name, 'nothing')}" for name in wrong]
+    more = f"\n  ... and {len(lines) - MAX_LINES} more" if len(lines) > MAX_LINES else ""
     raise UserError(
-        f"The weights in {source} do not fit the network: {counts}, of {len(expected)} expected.\n"
-        + "\n".join(examples)
-        + "\nNothing was loaded. Check that the file belongs to this network and these settings."
+        f"The weights in {source} do not fit the network: {len(wrong)} of {len(expected | given)} tensors differ.\n"
+        + "\n".join(lines[:MAX_LINES])
+        + f"{more}\nNothing was loaded. Check that the file belongs to this network and these settings."
     )
 
 
-def _shortened(lines: list[str], limit: int = 8) -> list[str]:
-    return lines if len(lines) <= limit else [*lines[:limit], f"  ... and {len(lines) - limit} more"]
+def fit_to_network(state: Mapping[str, Tensor], network: Backbone) -> StateDict:
+    """Return the weights without a classifier (fc, head), and those of the official XCiT with timm's names."""
+    if isinstance(network, TimmBackbone):
+        from timm.models.xcit import checkpoint_filter_fn  # changes the weights of an XCiT only
 
-
-def drop_classifier(state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> StateDict:
-    """Return the weights without a classifier (fc, head), except for names that the network itself has."""
-    classifier = re.compile(r"(fc|head|head\.fc|classifier)\.(weight|bias)$")
+        state = checkpoint_filter_fn(dict(state), network.net)
+    expected, classifier = network.state_dict(), re.compile(r"(fc|head|head\.fc|classifier)\.(weight|bias)$")
     return {name: value for name, value in state.items() if name in expected or not classifier.match(name)}
-
-
-def xcit_to_timm(state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> StateDict:
-    """Return weights of the official XCiT with timm's names; in timm, q, k and v of class attention are separate."""
-    renamed = {}
-    for name, value in state.items():
-        fused = re.fullmatch(r"(cls_attn_blocks\.\d+\.attn\.)qkv\.(weight|bias)", name)
-        if fused and f"{fused[1]}q.{fused[2]}" in expected:
-            renamed |= {f"{fused[1]}{q}.{fused[2]}": part for q, part in zip("qkv", value.chunk(3), strict=True)}
-        else:
-            renamed[name.replace("pos_embeder.", "pos_embed.")] = value
-    return renamed
 
 
 def backbone_weights(content: Any, path: Path, which: Which) -> StateDict:
