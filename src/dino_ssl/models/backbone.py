@@ -87,6 +87,18 @@ class Attentive(Backbone):
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
         """Return softmax(q k / sqrt(d)) of one block, [B, 3, H, W] -> [B, heads, queries, keys]."""
 
+    def block_index(self, layer: int) -> int:
+        """Return the index of a block, from the end if `layer` is negative. Raise UserError if there is none."""
+        count = self.num_blocks
+        if not -count <= layer < count:
+            raise UserError(f"Expected a layer from 0 to {count - 1}, or from -1 (the last) to {-count}, got {layer}.")
+        return layer % count
+
+    def check_layers(self, layers: int) -> None:
+        """Raise UserError if the network does not have this number of blocks."""
+        if not 1 <= layers <= self.num_blocks:
+            raise UserError(f"Expected 1 to {self.num_blocks} layers (blocks of this network), got {layers}.")
+
 
 class BackboneConfig(ABC):
     """Settings of a backbone: a frozen dataclass whose fields become flags, and the properties that other modules need.
@@ -119,9 +131,7 @@ class BackboneConfig(ABC):
 
     def activation_bytes(self, image_size: int) -> float:
         """Estimate the activation memory per image in bytes, for two views of `image_size` and several small ones."""
-        return (
-            3000 * image_size**2
-        )  # a ResNet: about 1000 bytes per pixel; all views together have as many pixels as three global ones
+        return 3000 * image_size**2  # a ResNet: 1000 bytes per pixel of three global views
 
     def untrained(self) -> Self:
         """Return the same architecture without pretrained weights."""

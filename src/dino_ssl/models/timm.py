@@ -58,7 +58,10 @@ class TimmBackbone(Backbone):
         super().__init__()
         self.net: Any = net
         self.embed_dim = getattr(net, "head_hidden_size", None) or self.net.num_features
-        self.patch = _stride(net)
+        size = getattr(getattr(net, "patch_embed", None), "patch_size", 1)  # ConvNets have no patches
+        self.patch_size = (size, size) if isinstance(size, int) else tuple(size)
+        info = getattr(net, "feature_info", None)
+        self.patch = info[-1]["reduction"] if info else self.patch_size[0]
         _drop_net_prefix(self)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -67,15 +70,21 @@ class TimmBackbone(Backbone):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return timm's features before pooling. Raise UserError if the network does not accept this image size."""
-        images = _crop_to_patches(self.net, images)
         try:
-            return self.net.forward_features(images)
+            return self.net.forward_features(self.crop(images))
         except AssertionError as error:  # timm's networks of a fixed image size
-            height, width = images.shape[-2:]
             raise UserError(
-                f"{type(self.net).__name__} does not accept images of {height} x {width}: {error} Views of several "
-                "sizes need a network for any size; for one size, set `img_size` in `backbone.args`."
+                f"{type(self.net).__name__} does not accept images of {tuple(images.shape[-2:])}: {error} Views of "
+                "several sizes need a network for any size; for one size, set `img_size` in `backbone.args`."
             ) from error
+
+    def crop(self, images: Tensor) -> Tensor:
+        """Return the images without incomplete patches at the right and bottom edge, which timm would not accept."""
+        height, width = images.shape[-2:]
+        h, w = self.patch_size
+        if height < h or width < w:
+            raise UserError(f"An image of {height} x {width} is smaller than one patch ({h} x {w} pixels).")
+        return images[..., : height - height % h, : width - width % w]
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Enable timm's activation checkpointing."""
@@ -112,13 +121,13 @@ class TimmNetwork(TimmBackbone):
             final, earlier = self.forward_features(images), []
         else:
             try:
-                cropped = _crop_to_patches(self.net, images)
-                final, stages = self.net.forward_intermediates(cropped, indices=layers, output_fmt="NCHW")
+                final, (*earlier, _) = self.net.forward_intermediates(
+                    self.crop(images), indices=layers, output_fmt="NCHW"
+                )
             except (AssertionError, AttributeError) as error:
                 raise UserError(
                     f"{type(self.net).__name__} cannot return its last {layers} layers: {error}."
                 ) from error
-            earlier = stages[:-1]
         cls = self.net.forward_head(final, pre_logits=True)
         maps = [stage.permute(0, 2, 3, 1) for stage in earlier]
         return [*(Features(x.mean((1, 2)), x) for x in maps), Features(cls, self._spatial_map(final, images))]
@@ -127,7 +136,7 @@ class TimmNetwork(TimmBackbone):
         """Return features before pooling, [B, D, h, w], [B, h, w, D] or tokens [B, N, D], as [B, h, w, D]."""
         if x.ndim == 4:
             return x if getattr(self.net, "output_fmt", "NCHW") == "NHWC" else x.permute(0, 2, 3, 1)
-        size = _crop_to_patches(self.net, images).shape[-2:]
+        size = self.crop(images).shape[-2:]
         if x.ndim == 3:
             patches = x[:, getattr(self.net, "num_prefix_tokens", 0) :]
             for rounded in (math.ceil, math.floor):
@@ -150,10 +159,9 @@ class TimmViT(TimmBackbone, Attentive):
 
     def features(self, images: Tensor, layers: int = 1) -> list[Features]:
         """Return the [CLS] token and the patch tokens of the last `layers` blocks, each after the final norm."""
-        if not 1 <= layers <= self.num_blocks:
-            raise UserError(f"Expected 1 to {self.num_blocks} layers (blocks of this network), got {layers}.")
+        self.check_layers(layers)
         outputs = self.net.forward_intermediates(
-            _crop_to_patches(self.net, images),
+            self.crop(images),
             indices=layers,
             norm=True,
             return_prefix_tokens=True,
@@ -163,10 +171,7 @@ class TimmViT(TimmBackbone, Attentive):
 
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
         """Return the attention weights of a block, [B, 3, H, W] -> [B, heads, N, N] in float32."""
-        if not -self.num_blocks <= layer < self.num_blocks:
-            last = self.num_blocks - 1
-            raise UserError(f"Expected a layer from 0 to {last}, or from -1 (the last) to {-last - 1}, got {layer}.")
-        attn, inputs = self.net.blocks[layer].attn, []
+        attn, inputs = self.net.blocks[self.block_index(layer)].attn, []
         hook = attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         try:
             self.forward_features(images)
@@ -188,27 +193,20 @@ def create(name: str, *, drop_path: float, pretrained: bool, args: Mapping[str, 
         known = timm.list_models() + timm.list_pretrained()
         raise UserError(f"timm {timm.__version__} has no network {name!r}{did_you_mean(name, known) or '.'}")
     given = {key: _literal(value) for key, value in args.items()}
-    defaults: dict[str, Any] = {"drop_path_rate": drop_path, "dynamic_img_size": True, "strict_img_size": False}
-    defaults = {key: value for key, value in defaults.items() if key not in given}
+    defaults: dict[str, Any] = {"drop_path_rate": drop_path, "dynamic_img_size": True, "strict_img_size": False} | given
     while True:
         try:
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, **defaults, **given)
-        except TypeError as error:
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, **defaults)
+        except Exception as error:
             unexpected = str(error).partition("unexpected keyword argument")[2]
-            refused = set(re.findall(r"'(\w+)'", unexpected)) & set(defaults)
-            if not refused:
-                raise UserError(f"timm cannot build {name} with {given}: {error}") from error
+            refused = set(re.findall(r"'(\w+)'", unexpected)) - given.keys()
             if "drop_path_rate" in refused and drop_path > 0:
                 raise UserError(f"{name} has no stochastic depth: expected drop_path 0, got {drop_path}.") from error
+            if not refused:
+                hint = f"\nCheck the connection or choose one of timm.list_pretrained('{name.split('.')[0]}*')."
+                what = f"get pretrained weights of {name}" if pretrained else f"build {name} with {given}"
+                raise UserError(f"timm cannot {what}: {error}{hint if pretrained else ''}") from error
             defaults = {key: value for key, value in defaults.items() if key not in refused}
-        except Exception as error:
-            if not pretrained:
-                raise UserError(f"timm cannot build {name} with {given}: {error}") from error
-            raise UserError(
-                f"Cannot get pretrained weights of {name}: {str(error).strip() or type(error).__name__}\n"
-                "They are downloaded once and then cached. Check the connection, set pretrained=False, or choose one "
-                f"of timm.list_pretrained('{name.split('.')[0]}*')."
-            ) from error
 
 
 def _literal(value: str) -> Any:
@@ -232,40 +230,12 @@ def _is_plain_vit(net: Any) -> bool:
     )
 
 
-def _stride(net: Any) -> int:
-    """Return the pixels per cell of the last feature map."""
-    if info := getattr(net, "feature_info", None):
-        return info[-1]["reduction"]
-    return _patch_size(net)[0] or 1
-
-
-def _patch_size(net: Any) -> tuple[int, int]:
-    """Return (height, width) of the patches; (0, 0) for a ConvNet."""
-    size = getattr(getattr(net, "patch_embed", None), "patch_size", 0)
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _crop_to_patches(net: Any, images: Tensor) -> Tensor:
-    """Return the images without incomplete patches at the right and bottom edge, which timm would not accept."""
-    height, width = images.shape[-2:]
-    h, w = _patch_size(net)
-    if not h or not w:
-        return images
-    if height < h or width < w:
-        raise UserError(f"An image of {height} x {width} is smaller than one patch ({h} x {w} pixels).")
-    return images[..., : height - height % h, : width - width % w]
-
-
 def _drop_net_prefix(module: nn.Module) -> None:
     """Remove the prefix `net.` from the names in the state dict of `module`, in saving and in loading."""
 
-    def drop(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
-        for name in [name for name in state if name.startswith(f"{prefix}net.")]:
-            state[prefix + name.removeprefix(f"{prefix}net.")] = state.pop(name)
+    def rename(state: dict[str, Any], old: str, new: str) -> None:
+        for name in [name for name in state if name.startswith(old)]:
+            state[new + name.removeprefix(old)] = state.pop(name)
 
-    def add(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
-        for name in [name for name in state if name.startswith(prefix)]:
-            state[f"{prefix}net.{name.removeprefix(prefix)}"] = state.pop(name)
-
-    module.register_state_dict_post_hook(drop)
-    module.register_load_state_dict_pre_hook(add)
+    module.register_state_dict_post_hook(lambda _, state, prefix, __: rename(state, f"{prefix}net.", prefix))
+    module.register_load_state_dict_pre_hook(lambda _, state, prefix, *__: rename(state, prefix, f"{prefix}net."))

@@ -179,8 +179,7 @@ class VisionTransformer(Attentive):
 
     def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """Return the normalized tokens of the last n blocks as the authors' method: [B, 1 + registers + h w, D]."""
-        if not 1 <= n <= self.num_blocks:
-            raise UserError(f"Expected 1 to {self.num_blocks} layers (blocks of this network), got {n}.")
+        self.check_layers(n)
         tokens, outputs = self.embed(images), []
         for i, block in enumerate(self.blocks):
             tokens = block(tokens)
@@ -205,10 +204,7 @@ class VisionTransformer(Attentive):
 
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
         """Return the attention weights of a block, [B, 3, H, W] -> [B, heads, N, N] in float32."""
-        if not -self.num_blocks <= layer < self.num_blocks:
-            last = self.num_blocks - 1
-            raise UserError(f"Expected a layer from 0 to {last}, or from -1 (the last) to {-last - 1}, got {layer}.")
-        *earlier, block = list(self.blocks)[: layer % self.num_blocks + 1]
+        *earlier, block = list(self.blocks)[: self.block_index(layer) + 1]
         assert isinstance(block, Block)
         tokens = self.embed(images)
         for previous in earlier:
