@@ -17,7 +17,7 @@ from dino_ssl.data.folder import Folder
 from dino_ssl.errors import UserError
 from dino_ssl.evals.features import ImageFeatures
 from dino_ssl.models.vit import ViT
-from dino_ssl.report.curves import chart, read_history, ticks
+from dino_ssl.report.curves import chart, read_history
 from dino_ssl.report.run_report import write_report
 from dino_ssl.report.snapshots import choose_samples, read_index, read_neighbors, save_snapshot, write_neighbors
 from dino_ssl.run import Run
@@ -248,20 +248,9 @@ def test_a_healthy_run_has_no_findings() -> None:
     assert diagnose(history(7.9, 6.0, 1.9, 8.0)[:3], 4096) == []  # too early to judge
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0, 0), (5, 5), (-3, 7), (-2, -2), (1e-9, 2e-9), (-1e6, 1e6), (0.1, 0.1000001), (0, 8.3)]
-)
-def test_ticks_cover_the_values(low: float, high: float) -> None:
-    result = ticks(low, high)
-    assert result[0] <= low
-    assert result[-1] >= high
-    assert 2 <= len(result) <= 8
-
-
 def test_a_long_curve_is_thinned_and_keeps_its_last_value() -> None:
     xs = list(range(10_000))
-    svg = chart({"loss": (xs, [1.0] * 9_999 + [7.0])}, title="Loss")
-    (points,) = re.findall(r'<polyline class="c0" points="([^"]*)"', svg)
-    assert len(points.split()) < 400
-    assert "<b>7</b>" in svg
+    figure = chart({"loss": (xs, [1.0] * 9_999 + [7.0])}, title="Loss")
+    assert len(figure) < 30_000
+    assert "<b>7</b>" in figure
     assert chart({"loss": ([], [])}, title="Loss") == ""

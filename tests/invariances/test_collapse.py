@@ -17,13 +17,13 @@ from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.augment import Augment
 from dino_ssl.errors import Diverged
 from dino_ssl.events import Logged, Started
+from dino_ssl.files import read_lines
 from dino_ssl.methods.byol import BYOLConfig
 from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.methods.moco import MoCoConfig
 from dino_ssl.methods.supervised import SupervisedConfig
 from dino_ssl.presets import paper
 from dino_ssl.presets.small import demo, narrow_vit, small, small_vit, vit_tiny
-from dino_ssl.report.health_section import read_health_log
 from dino_ssl.schedules import Clock
 from dino_ssl.state import build_method
 from dino_ssl.terminal import Terminal
@@ -194,7 +194,7 @@ def test_rollback_restores_the_last_healthy_checkpoint(
     assert "the last healthy checkpoint" in out
     assert not outcome.finished
     assert outcome.collapse.startswith("Uniform collapse")
-    (row,) = [row for row in read_health_log(tmp_path / "run") if row["name"] == "Rollback"]
+    (row,) = [row for row in read_lines(tmp_path / "run/health.jsonl") if row["name"] == "Rollback"]
     assert 25 < outcome.clock.step < 40 < row["step"] < 60
     saved, kept = (checkpoint.load(tmp_path / f"run/checkpoints/{name}.pt") for name in ("last", "healthy"))
     assert saved["step"] == kept["step"] == outcome.clock.step

@@ -144,7 +144,8 @@ class _Session:
                 progress.show_activity("snapshot")
                 self.snapshot_epochs = [epoch for epoch in self.snapshot_epochs if epoch > clock.epoch]
                 self.snapshot(method.backbone, clock.epoch)
-                write_report(self.folder, self.run)
+                if clock.step < clock.steps:
+                    write_report(self.folder, self.run)
         return None
 
     def start(self, started: Started, resume: bool) -> None:

@@ -66,22 +66,8 @@ def image_table(headings: Iterable[str], rows: Iterable[str]) -> str:
     return f'<div class="scroll">{table}</div>' if body else ""
 
 
-def settings_card(title: str, kind: str, rows: Iterable[tuple[str, str, bool]]) -> str:
-    """Return a card of (name, value, is default); defaults are gray."""
-    items = "".join(
-        f"<dt{css}>{escape(name)}</dt><dd{css}>{escape(value)}</dd>"
-        for name, value, is_default in rows
-        for css in [' class="default"' if is_default else ""]
-    )
-    return f'<div class="card"><h3>{escape(title)} <span>{escape(kind)}</span></h3><dl>{items}</dl></div>'
-
-
-def table(rows: Iterable[Iterable[str]], *, first: str = "") -> str:
-    """Return rows of text as a table, or an empty string without rows. first: CSS class of each row's first cell."""
-    body = "".join(
-        "<tr>"
-        + "".join(f'<td class="{"" if i else first}">{escape(cell)}</td>' for i, cell in enumerate(row))
-        + "</tr>"
-        for row in rows
-    )
-    return f'<div style="overflow-x:auto"><table class="list">{body}</table></div>' if body else ""
+def table(rows: Iterable[Iterable[str]], *, wrap: bool = False) -> str:
+    """Return rows of text as a table, or an empty string without rows. wrap: long texts of the first column too."""
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    kind = "list wrap" if wrap else "list"
+    return f'<div class="scroll"><table class="{kind}">{body}</table></div>' if body else ""

@@ -2,7 +2,6 @@
 
 import math
 import platform
-import re
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -12,16 +11,24 @@ from typing import Any
 
 import numpy as np
 
+from dino_ssl.collapse.monitor import diagnose
 from dino_ssl.files import atomic_write, read_json, read_lines
 from dino_ssl.formatting import duration
 from dino_ssl.report import html
-from dino_ssl.report.curves import History, chart, charts, line, read_history
-from dino_ssl.report.evals_section import ONLINE, REFERENCES, evals_section
-from dino_ssl.report.health_section import current_findings, health_section
-from dino_ssl.report.images_section import attention_section, neighbors_section
-from dino_ssl.report.settings_section import format_setting, plan_section, settings_section
+from dino_ssl.report.curves import History, Line, chart, charts, line, read_history
+from dino_ssl.report.sections import (
+    ONLINE,
+    attention_section,
+    evals_section,
+    health_section,
+    neighbors_section,
+    plan_section,
+    settings_section,
+    shorten,
+)
 from dino_ssl.run import Run, read_run
 
+References = Mapping[str, float]
 MAX_SKIPPED = 300
 """Skipped files that are listed by name."""
 
@@ -37,13 +44,24 @@ def write_report(run_dir: Path | str, run: Run | None = None, *, trust: bool = F
     run_dir = Path(run_dir)
     run = run or read_run(run_dir, trust=trust)
     info, history, snapshots = read_json(run_dir / "run.json"), read_history(run_dir), run_dir / "snapshots"
-    prototypes, data = info.get("prototypes"), info.get("data") or {}
-    findings = current_findings(run, data.get("trained_on"), prototypes, history)
+    prototypes, trained_on = run.method.num_prototypes, info["data"]["trained_on"]
+    findings = diagnose(history.training, prototypes, run, max(1, trained_on // run.optim.batch_size))
+    rows = next((history.evaluations[name] for name in ONLINE if name in history.evaluations), [])
+    metric = next((name for row in rows[-1:] for name in row if name not in ("step", "epoch", "eval")), "")
+    accuracy = line(rows, metric)
+    references = {k.replace("_", " "): row[metric] for k, row in info["reference_scores"].items() if metric in row}
+    epoch = history.training[-1]["epoch"] if history.training else 0
+    of_folder = f" of {run.data.folder}" if run.data.folder else ""
+    lead = (
+        f"{run.backbone.describe()}, trained by {run.method.summary}, on {trained_on:,} images{of_folder}; "
+        f"epoch {epoch:.4g} of {run.optim.epochs:g}."
+    )
     body = [
-        _header(run_dir, run, info, history),
+        '<div class="eyebrow">dino · training report</div>',
+        f'<h1>{escape(run_dir.resolve().name)}</h1><p class="lead">{escape(lead)}</p>\n',
         *(f'<p class="warning">{escape(str(finding))}</p>' for finding in findings),
-        _headline(info, history),
-        _curves(info, history),
+        _headline(history, metric, accuracy, references, prototypes),
+        _curves(history, metric, accuracy, references, prototypes),
         evals_section(history.evaluations),
         attention_section(snapshots),
         neighbors_section(snapshots),
@@ -57,27 +75,13 @@ def write_report(run_dir: Path | str, run: Run | None = None, *, trust: bool = F
     return atomic_write(run_dir / "report.html", lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def _header(run_dir: Path, run: Run, info: Mapping[str, Any], history: History) -> str:
-    epoch = history.training[-1].get("epoch", 0) if history.training else 0
-    data, path = info.get("data") or {}, getattr(run.data, "path", "")
-    images = f"{data['trained_on']:,} images" if data.get("trained_on") else "images"
-    text = (
-        f"{run.backbone.describe()}, trained by {run.method.summary}, on {images}"
-        f"{f' of {path}' if path else ''}; epoch {epoch:.4g} of {run.optim.epochs:g}."
-    )
-    eyebrow = '<div class="eyebrow">dino · training report</div>'
-    return f'{eyebrow}<h1>{escape(run_dir.resolve().name)}</h1><p class="lead">{escape(text)}</p>\n'
-
-
-def _headline(info: Mapping[str, Any], history: History) -> str:
+def _headline(history: History, metric: str, accuracy: Line, references: References, prototypes: int | None) -> str:
     """Return tiles with the best accuracy next to its reference scores, the last losses, and the speed."""
-    prototypes, tiles = info.get("prototypes"), []
-    name, rows = _accuracy(history)
-    if rows:
-        best = max(rows, key=lambda row: row[name])
-        values = {"this run": best[name], **_references(info, history, name)}
-        note = f"Best, at epoch {best.get('epoch', 0):.3g}; the last is {rows[-1][name]:.1f} %."
-        tiles.append(html.bars(f"{name} accuracy on the validation set", values, note))
+    tiles = []
+    if metric:
+        best, epoch = max(zip(accuracy[1], accuracy[0], strict=True), key=lambda pair: pair[0])
+        note = f"Best, at epoch {epoch:.3g}; the last is {accuracy[1][-1]:.1f} %."
+        tiles.append(html.bars(f"{metric} accuracy on the validation set", {"this run": best, **references}, note))
     log_k = f"ln K = {math.log(prototypes):.2f}" if prototypes else ""
     for key, label, note in (
         ("loss", "Loss", log_k and f"chance level: {log_k}"),
@@ -86,23 +90,19 @@ def _headline(info: Mapping[str, Any], history: History) -> str:
     ):
         if values := history.line(key)[1]:
             tiles.append(html.tile(label, f"{values[-1]:.3f}", note))
-    speeds, waits = history.line("images_per_s")[1], history.line("wait")[1]
-    if speeds:
-        note = f"{100 * float(np.median(waits)):.0f} % of the time waiting for data" if waits else ""
+    if speeds := history.line("images_per_s")[1]:
+        note = f"{100 * np.median(history.line('wait')[1]):.0f} % of the time waiting for data"
         tiles.append(html.tile("Speed", f"{np.median(speeds):,.0f}", note, unit="images/s"))
     return f'<div class="grid tiles">{"".join(tiles)}</div>\n' if tiles else ""
 
 
-def _curves(info: Mapping[str, Any], history: History) -> str:
-    log_k = {"ln K": math.log(info["prototypes"])} if info.get("prototypes") else {}
-    name, rows = _accuracy(history)
-    accuracy = {name: line(rows, name)}
-    references = _references(info, history, name)
+def _curves(history: History, metric: str, accuracy: Line, references: References, prototypes: int | None) -> str:
+    log_k = {"ln K": math.log(prototypes)} if prototypes else {}
     entropies = {"teacher": history.line("teacher_entropy"), "mean over the batch": history.line("marginal_entropy")}
     loss_note = "At ln K the student is at chance." if log_k else ""
     entropy_note = "Teacher at 0: one-hot targets. At ln K: uniform targets. A healthy run stays in between."
     figures = charts(
-        chart(accuracy, title="Accuracy", unit=" %", references=references, from_zero=True),
+        chart({metric: accuracy}, title="Accuracy", unit=" %", references=references, from_zero=True),
         chart({"loss": history.line("loss")}, title="Loss", references=log_k, note=loss_note),
         chart(entropies, title="Entropy", references=log_k, from_zero=True, note=entropy_note),
         chart({"KL": history.line("kl")}, title="KL, teacher to student", from_zero=True),
@@ -115,45 +115,21 @@ def _curves(info: Mapping[str, Any], history: History) -> str:
 
 
 def _skipped(run_dir: Path) -> str:
-    entries = dict.fromkeys((str(row["name"]), str(row["reason"])) for row in read_lines(run_dir / "skipped.jsonl"))
-    rows = list(entries)
+    rows = list(dict.fromkeys((str(row["name"]), str(row["reason"])) for row in read_lines(run_dir / "skipped.jsonl")))
     counts = Counter(reason for _, reason in rows).most_common(12)
     more = f" (the first {MAX_SKIPPED}; skipped.jsonl has all)" if len(rows) > MAX_SKIPPED else ""
-    by_name = html.table(rows[:MAX_SKIPPED], first="name")
+    names = html.table(rows[:MAX_SKIPPED], wrap=True)
     return html.section(
         "Skipped files",
         f"{len(rows):,} file{'s' if len(rows) > 1 else ''} could not be read.",
         html.table((f"{count:,}", reason) for reason, count in counts),
-        f"<details{' open' if len(rows) <= 12 else ''}><summary>By name{more}</summary>{by_name}</details>"
-        if rows
-        else "",
+        names and f"<details{' open' if len(rows) <= 12 else ''}><summary>By name{more}</summary>{names}</details>",
     )
 
 
 def _environment(info: Mapping[str, Any], history: History) -> str:
-    rows = list((info.get("versions") or {}).items())
-    if history.seconds:
-        rows.append(("training time", duration(history.seconds)))
-    data = {name: value for name, value in (info.get("data") or {}).items() if value not in (None, "", [])}
-    rows += [(f"data: {name.replace('_', ' ')}", format_setting(value)) for name, value in data.items()]
-    host = f"Python {platform.python_version()}, {platform.machine()}"
-    rows.append(("report", f"{time.strftime('%Y-%m-%d %H:%M')}, {host}"))
-    return html.section("Environment", "Versions, data and time.", html.table(rows))
-
-
-def _accuracy(history: History) -> tuple[str, list[dict[str, Any]]]:
-    """Return the name of the online evaluation's main metric (20-NN if measured), and its rows."""
-    rows = next((history.evaluations[name] for name in ONLINE if name in history.evaluations), [])
-    names = [name for row in rows for name in row if re.fullmatch(r"\d+-NN|top-1", name)]
-    name = "20-NN" if "20-NN" in names else names[0] if names else ""
-    return name, [row for row in rows if isinstance(row.get(name), int | float)]
-
-
-def _references(info: Mapping[str, Any], history: History, name: str) -> dict[str, float]:
-    """Return the reference scores of a metric, from run.json or from the metrics."""
-    scores = {}
-    for key, label in REFERENCES.items():
-        row = (info.get("reference_scores") or {}).get(key) or (history.evaluations.get(key) or [{}])[-1]
-        if isinstance(row.get(name), int | float):
-            scores[label] = float(row[name])
-    return scores
+    data = {f"data: {name.replace('_', ' ')}": value for name, value in info["data"].items()}
+    rows = info["versions"] | {"training time": duration(history.seconds)} | data
+    rows["report"] = f"{time.strftime('%Y-%m-%d %H:%M')}, Python {platform.python_version()}, {platform.machine()}"
+    texts = ((name, shorten(value)) for name, value in rows.items())
+    return html.section("Environment", "Versions, data and time.", html.table(texts))

@@ -1,0 +1,188 @@
+"""Sections of the report: evaluations, health, attention maps, nearest neighbors, and settings."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dino_ssl.config import format_value, type_name
+from dino_ssl.files import read_json, read_lines
+from dino_ssl.report import html
+from dino_ssl.report.curves import History, Line, Rows, chart, charts, line
+from dino_ssl.report.snapshots import epoch_dir, read_index, read_neighbors
+from dino_ssl.run import Run
+
+ONLINE = ("knn", "accuracy")
+"""Names of the online evaluation in metrics.jsonl; its result is at the top of the page."""
+MAX_CURVES = 3
+"""Metrics of one evaluation in its chart; the table has all."""
+MAX_EPOCHS = 6
+"""Epochs of which the attention maps are shown."""
+MAX_TEXT = 120
+"""Characters of a setting."""
+HEALTH_CHARTS: list[tuple[str, dict[str, str], str]] = [
+    (
+        "Prototypes in use",
+        {"used": "prototypes_used"},
+        "Exponential of the entropy of the mean target. 1: all images get one prototype.",
+    ),
+    (
+        "Effective rank of the features",
+        {"rank": "feature_rank"},
+        "(trace C)^2 / |C|^2 of a batch's covariance C; at most twice the batch size minus 1.",
+    ),
+    ("Spread of the features", {"spread": "feature_spread"}, "0: all images have the same feature."),
+    ("Norms", {"features": "feature_norm", "center": "center_norm"}, ""),
+    ("Gradient norm before clipping", {"gradient": "grad_norm"}, ""),
+    (
+        "Distance of teacher and student",
+        {"distance": "teacher_distance"},
+        "Relative to the norm of the student's weights.",
+    ),
+]
+"""Title, metrics by their name in the legend, and note."""
+INFORMATION_NOTE = (
+    "Information of a target about its image within a batch, and the part that the student predicts. Below 0 the "
+    "student is worse than a constant prediction."
+)
+
+
+# -- metrics -----------------------------------------------------------------------------------------------
+
+
+def evals_section(evaluations: Mapping[str, Rows]) -> str:
+    """Return the curves, first and last values of every evaluation of `Run.evals`."""
+    parts = []
+    for name, rows in evaluations.items():
+        if name in ONLINE:
+            continue
+        metrics = [key for key in rows[-1] if key not in ("step", "epoch", "eval")]
+        ends = [rows[0], rows[-1]] if len(rows) > 1 else rows
+        curves = {key: line(rows, key) for key in metrics[:MAX_CURVES]} if len(rows) > 1 else {}
+        cells = [[key, *(f"{row[key]:.1f}" if row.get(key) is not None else "–" for row in ends)] for key in metrics]
+        head = ["", *(f"epoch {row.get('epoch', 0):.4g}" for row in ends)]
+        figure = charts(chart(curves, title="Over epochs", from_zero=True))
+        parts += [f"<h3>{escape(name)}</h3>", figure, html.table([head, *cells], wrap=True)]
+    return html.section("Evaluations", "Run during training. In percent unless the name states a unit.", *parts)
+
+
+def health_section(run_dir: Path, prototypes: int | None, history: History) -> str:
+    """Return charts of the collapse metrics, and the findings logged during training."""
+    line = history.line
+    information = {"of the targets": _difference(line("marginal_entropy"), line("teacher_entropy"))}
+    if line("kl")[0]:
+        information["predicted by the student"] = _difference(line("marginal_entropy"), line("loss"))
+    references = {"Prototypes in use": {"K": prototypes or math.nan}, "Spread of the features": {"all different": 1.0}}
+    figures = [chart(information, title="Mutual information, nats", note=INFORMATION_NOTE)]
+    for title, metrics, note in HEALTH_CHARTS:
+        lines = {name: line(metric) for name, metric in metrics.items()}
+        figures.append(chart(lines, title=title, references=references.get(title), from_zero=True, note=note))
+    findings = [
+        (f"step {row['step']:,}" if row.get("step") else "before training", row["name"], row["message"])
+        for row in read_lines(run_dir / "health.jsonl")
+    ]
+    text = "Metrics and findings that reveal a collapse."
+    return html.section("Health", text, charts(*figures), html.table(findings))
+
+
+def _difference(minuend: Line, subtrahend: Line) -> Line:
+    """Return the difference of two curves at their common points."""
+    values = dict(zip(*subtrahend, strict=True))
+    pairs = [(x, y - values[x]) for x, y in zip(*minuend, strict=True) if x in values]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+# -- images ------------------------------------------------------------------------------------------------
+
+
+def attention_section(folder: Path) -> str:
+    """Return the attention maps of RUN/snapshots: sample images over epochs, then the panels of the latest snapshot."""
+    index = read_index(folder)
+    if not index["images"]:
+        return ""
+    epochs, panels = index["epochs"], index["panels"]
+    columns = np.unique(np.linspace(0, len(epochs) - 1, min(MAX_EPOCHS, len(epochs))).round().astype(int))
+    epochs = [epochs[i] for i in columns]
+    over_epochs, latest = [], []
+    for number, image in index["images"].items():
+        sample = html.image_cell(folder / f"images/{number}.jpg", _caption(image), alt=image["name"])
+        maps = (html.image_cell(folder / epoch_dir(epoch) / f"{number}.jpg") for epoch in epochs)
+        details = (html.image_cell(folder / f"latest/{number}-{panel}.jpg") for panel in range(len(panels)))
+        over_epochs.append(sample + "".join(maps))
+        latest.append(sample + "".join(details))
+    text = "Attention of the [CLS] token in the last block, mean over heads."
+    if index["kind"] == "similarity":
+        text = "Similarity of each patch to the pooled feature, since this network has no attention."
+    return html.section(
+        "Attention maps",
+        text,
+        html.image_table(["", *(f"epoch {epoch:.4g}" for epoch in epochs)], over_epochs),
+        f'<p class="between">Epoch {index["latest"]:.4g}: the fewest patches that hold 60 % of the map, the mean, and '
+        "single heads.</p>",
+        html.image_table(["", *panels], latest),
+    )
+
+
+def neighbors_section(folder: Path) -> str:
+    """Return the nearest images of each sample image; those of the same class are marked."""
+    content, rows = read_neighbors(folder), []
+    for query in content.get("queries", []):
+        cells = html.image_cell(_thumbnail(folder, query), _caption(query), alt=query["name"])
+        for image in query["neighbors"]:
+            kind = "same" if query["label"] and image["label"] == query["label"] else ""
+            caption = f"{image['similarity']:.2f}  {image['label'] or ''}".strip()
+            cells += html.image_cell(_thumbnail(folder, image), caption, alt=image["name"], kind=kind)
+        rows.append(cells)
+    text = f"Among {content.get('images', 0):,} images, by cosine similarity of their features. Green: the same class."
+    return html.section("Nearest neighbors", text, html.image_table(["image", "nearest"], rows))
+
+
+def _thumbnail(folder: Path, image: Mapping[str, Any]) -> Path:
+    return folder / f"thumbs/{image['index']}.jpg"
+
+
+def _caption(image: Mapping[str, Any]) -> str:
+    return image["label"] or Path(image["name"]).name
+
+
+# -- settings ----------------------------------------------------------------------------------------------
+
+
+def plan_section(run_dir: Path) -> str:
+    """Return the settings that the plan chose, with its reasons."""
+    reasons = (read_json(run_dir / "plan.json") or {}).get("plan", [])
+    rows = [[reason[key] for key in ("name", "value", "reason")] for reason in reasons]
+    return html.section("Plan", "Settings chosen for this dataset and machine, with reasons.", html.table(rows))
+
+
+def settings_section(run: Run) -> str:
+    """Return a card for the run's own settings, and one for each nested value."""
+    nested = {name: value for name, value in vars(run).items() if dataclasses.is_dataclass(value)}
+    cards = [_card("Run", "", run), *(_card(name, type_name(type(value)), value) for name, value in nested.items())]
+    grid = f'<div class="grid settings">{"".join(cards)}</div>'
+    return html.section("Settings", "All settings of run.json; defaults are gray.", grid)
+
+
+def _card(title: str, kind: str, settings: Any) -> str:
+    """Return the settings as a card; defaults last and gray."""
+    rows = []
+    for field in dataclasses.fields(settings):
+        value, factory = getattr(settings, field.name), field.default_factory
+        if not dataclasses.is_dataclass(value):
+            default = field.default if factory is dataclasses.MISSING else factory()
+            css = ' class="default"' if value == default else ""
+            name, text = escape(field.name.replace("_", " ")), escape(shorten(value))
+            rows.append((bool(css), f"<dt{css}>{name}</dt><dd{css}>{text}</dd>"))
+    items = "".join(item for _, item in sorted(rows, key=lambda row: row[0]))
+    title = title.replace("_", " ").capitalize()
+    return f'<div class="card"><h3>{escape(title)} <span>{escape(kind)}</span></h3><dl>{items}</dl></div>'
+
+
+def shorten(value: Any) -> str:
+    """Return a setting as text of at most MAX_TEXT characters."""
+    text = format_value(value)
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
