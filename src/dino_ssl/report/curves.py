@@ -21,10 +21,8 @@ MAX_POINTS = 300
 MAX_DOTS = 24
 """Shorter curves also show their points."""
 GRAY = "#85858f"
-COLORS = (
-    "#5b7cfa", "#e8653a", "#1a9c84", "#a86bdc", "#b08400", "#e0559a", "#3a94cc", "#7f9020", "#b07a5c", "#7d8490",
-)  # fmt: skip
-"""Colors with a contrast of 3.3 or more on the light and on the dark page."""
+COLORS = ("#5b7cfa", "#e8653a", "#1a9c84")
+"""Colors of the lines of a chart, with a contrast of 3.3 or more on the light and on the dark page."""
 
 Line = tuple[Sequence[float], Sequence[float]]  # x and y
 Rows = Sequence[Mapping[str, Any]]
@@ -83,8 +81,7 @@ def chart(
     if not lines:
         return ""
     axes, legend = Figure(figsize=(5.2, 2.5)).add_axes((0.1, 0.12, 0.89, 0.84)), ""
-    for number, (name, (xs, ys)) in enumerate(lines.items()):
-        color = COLORS[number % len(COLORS)]
+    for color, (name, (xs, ys)) in zip(COLORS, lines.items(), strict=False):
         axes.plot(xs, ys, color=color, linewidth=1.5, marker="." if len(xs) <= MAX_DOTS else "", markersize=5)
         value = f"<b>{_number(ys[-1])}{unit}</b>"
         legend += f'<span><i style="background:{color}"></i>{escape(name)} {value}</span>'
