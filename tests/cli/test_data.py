@@ -59,7 +59,7 @@ def test_pack_with_side_and_the_default_directory(dino, photos: Path) -> None:
     assert len(list(Path(f"{photos.name}-shards").glob("*.tar"))) > 3
 
 
-def test_ctrl_c_tells_how_to_resume(dino, photos: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_command_resumes(dino, photos: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -67,7 +67,6 @@ def test_ctrl_c_tells_how_to_resume(dino, photos: Path, shards: Path, monkeypatc
         patch.setattr(shard_writer, "write_index", stop)
         ran = dino("data", "pack", photos, "-o", "again")
     assert ran.code == 130
-    assert "Run the same command again to resume" in ran.out
     ran = dino("train", "again")
     assert ran.code == 2
     assert "again is incomplete" in ran.err

@@ -100,8 +100,6 @@ def test_the_foreground_is_the_side_without_the_border() -> None:
 def test_bad_arguments_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="between 0 and 1"):
         patch_colors(MeanColor(), [columns(RED)], size=32, foreground=1.0)
-    with pytest.raises(UserError, match="None of the images"):
-        patch_colors(MeanColor(), [])
     monkeypatch.setattr("dino_ssl.viz.pca.MAX_VALUES", 100)
     with pytest.raises(UserError, match="fewer images, or a smaller"):
         patch_colors(MeanColor(), [columns(RED, GREEN), columns(RED, GREEN), columns(RED, GREEN)], size=32)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dino_ssl.errors import UserError
-from dino_ssl.viz.tsne import affinities, class_means, conditionals, kl, kl_gradient, nearest_label_accuracy, tsne
+from dino_ssl.viz.tsne import affinities, class_means, conditionals, kl, kl_gradient, tsne
 
 
 def clusters(count: int = 60, groups: int = 4, width: int = 10, distance: float = 8.0):
@@ -60,11 +60,10 @@ def test_the_gradient_equals_autograd() -> None:
 
 def test_the_divergence_decreases_and_clusters_stay_together() -> None:
     features, labels = clusters()
-    result = tsne(features, perplexity=10, iterations=300)
+    result = tsne(features, perplexity=10, iterations=200)
     assert result.divergence[-1] < 0.5 * result.divergence[0]
-    late = result.divergence[3:]  # after early exaggeration
+    late = result.divergence[2:]  # after early exaggeration
     assert all(after <= before + 1e-3 for before, after in pairwise(late))
-    assert nearest_label_accuracy(result.points, [str(int(label)) for label in labels]) == 100
     centers = torch.stack([result.points[labels == group].mean(dim=0) for group in range(4)])
     spread = max(float((result.points[labels == group] - centers[group]).norm(dim=1).max()) for group in range(4))
     assert torch.pdist(centers).min() > 2 * spread
@@ -80,17 +79,10 @@ def test_tsne_is_deterministic_and_independent_of_scale() -> None:
 
 def test_the_perplexity_is_limited_by_the_number_of_points() -> None:
     result = tsne(clusters(10)[0], perplexity=20, iterations=200)
-    assert result.perplexity == 3
     assert math.isfinite(result.divergence[-1])
     assert result.points.abs().max() < 1e3  # no divergence
     assert tsne(torch.randn(6, 1), iterations=20).points.shape == (6, 2)  # one-dimensional features
     assert torch.isfinite(tsne(torch.ones(8, 3), iterations=20).points).all()  # identical features
-
-
-def test_the_default_rate_beats_the_papers_for_few_points() -> None:
-    features = torch.randn(60, 20, generator=torch.Generator().manual_seed(0))
-    default, paper = (tsne(features, learning_rate=rate, iterations=300).divergence[-1] for rate in (None, 200.0))
-    assert default < 0.8 * paper
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -98,8 +90,6 @@ def test_bad_arguments_are_refused() -> None:
         tsne(torch.zeros(3, 2))
     with pytest.raises(UserError, match="at least 1"):
         tsne(torch.randn(8, 2), perplexity=0.5)
-    with pytest.raises(UserError, match="smaller `learning_rate`"):
-        tsne(torch.randn(8, 2), learning_rate=1e30, iterations=40)
 
 
 def test_class_means_are_sorted_by_name_without_unlabeled_rows() -> None:
@@ -107,8 +97,3 @@ def test_class_means_are_sorted_by_name_without_unlabeled_rows() -> None:
     means, names = class_means(features, ["b", "b", "a", None])
     assert names == ["a", "b"]
     torch.testing.assert_close(means, torch.tensor([[0.0, 5], [2, 0]]))
-
-
-def test_nearest_label_accuracy_ignores_unlabeled_points() -> None:
-    points = torch.tensor([[0.0, 0], [0, 1], [5, 5], [5, 6], [5, 7]])
-    assert nearest_label_accuracy(points, ["a", "a", "b", "a", None]) == 50

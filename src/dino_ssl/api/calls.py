@@ -18,16 +18,16 @@ from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint, read_image
 from dino_ssl.config import to_dict
 from dino_ssl.data.dataset import Skipped
 from dino_ssl.data.sources import DatasetSource, open_dataset
-from dino_ssl.errors import UserError, check_range
+from dino_ssl.errors import check_range
 from dino_ssl.evals import find_evaluation
 from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.evals.base import EvalContext, Evaluation, reference_scores
 from dino_ssl.evals.features import extract
 from dino_ssl.files import write_json
-from dino_ssl.models.backbone import Attentive, Backbone
+from dino_ssl.models.backbone import Backbone
 from dino_ssl.progress import Progress, StartProgress, no_progress
 from dino_ssl.runtime import start
-from dino_ssl.viz.attention import AttentionMaps, Point, Query, attention_maps, similarity_map
+from dino_ssl.viz.attention import AttentionMaps, Point, Query, attention_maps
 
 FORMAT = 1
 """Version of a result's JSON."""
@@ -201,10 +201,6 @@ def attention(
     pixels = image if isinstance(image, np.ndarray) else read_image(image)
     size = size or attention_size(loaded.size)
     is_single = isinstance(point, str) or (len(point) == 2 and not isinstance(point[0], Sequence))
-    if isinstance(loaded.backbone, Attentive):
-        queries: Any = [point] if is_single else point
-        maps = attention_maps(loaded.backbone, pixels, queries, layer=layer, heads=heads, mass=mass, size=size)
-        return maps[0] if is_single else maps
-    if point != "cls" or layer != -1 or heads:
-        raise UserError(f"{loaded.source} has no attention: `layer`, `heads` and `point` need a Vision Transformer.")
-    return similarity_map(loaded.backbone, pixels, mass=mass, size=size)
+    queries: Any = [point] if is_single else point
+    maps = attention_maps(loaded.backbone, pixels, queries, layer=layer, heads=heads, mass=mass, size=size)
+    return maps[0] if is_single else maps

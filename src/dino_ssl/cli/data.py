@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from dino_ssl.cli.options import Flag, parse
+from dino_ssl.cli.images import Json, report_skipped
+from dino_ssl.cli.options import parse
 from dino_ssl.config import to_dict
 from dino_ssl.errors import UserError, did_you_mean
 from dino_ssl.terminal import Terminal, command_output
@@ -40,8 +41,7 @@ class PackOptions:
     """JPEG quality of downscaled images."""
     shard_size: float = 256.0
     """Size at which a shard is complete, in MiB."""
-    json: Flag = False
-    """Print one JSON object to standard output, and messages to standard error."""
+    json: Json = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +50,14 @@ class InfoOptions:
 
     shards: tyro.conf.Positional[str]
     """Directory of tar shards."""
-    json: Flag = False
-    """Print one JSON object to standard output, and messages to standard error."""
+    json: Json = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckOptions:
+class CheckOptions(InfoOptions):
     """Read all shards once, in order, and list damaged images. The exit code is 2 if there are any.
 
     Afterwards the shards are in the page cache, as far as they fit, so that training from a slow disk starts fast.
     """
-
-    shards: tyro.conf.Positional[str]
-    """Directory of tar shards."""
-    json: Flag = False
-    """Print one JSON object to standard output, and messages to standard error."""
 
 
 def data(argv: Sequence[str]) -> int:
@@ -91,12 +84,8 @@ def _pack(options: PackOptions, terminal: Terminal, give: Give) -> None:
 
     out = options.out or f"{Path(options.folder).resolve().name}-shards"
     settings = PackSettings(side=options.side, quality=options.quality, shard_size=options.shard_size)
-    try:
-        with terminal.progress("packing") as progress:
-            pack(options.folder, out, settings, progress)
-    except KeyboardInterrupt:
-        terminal.print("Stopped. Run the same command again to resume.")
-        raise
+    with terminal.progress("packing") as progress:
+        pack(options.folder, out, settings, progress)
     _info(InfoOptions(shards=out), terminal, give)
 
 
@@ -109,22 +98,17 @@ def _info(options: InfoOptions, terminal: Terminal, give: Give) -> None:
     stored = "files of another program" if settings is None else "the folder's files, unchanged"
     if settings is not None and settings.side is not None:
         stored = f"downscaled to a short side of at most {settings.side}, as JPEG of quality {settings.quality}"
-    nbytes = sum(info.shards.values())
     rows = [
         ("images", f"{len(dataset)}, median short side {dataset.short_side} pixels"),
         ("classes", str(len(dataset.classes)) if dataset.classes else "none"),
-        ("size", f"{format_bytes(nbytes)} in {len(info.shards)} shards"),
+        ("size", f"{format_bytes(sum(info.shards.values()))} in {len(info.shards)} shards"),
         ("source", info.source),
         ("stored", stored),
         ("skipped", str(len(dataset.skipped))),
         ("fingerprint", dataset.fingerprint),
     ]
     terminal.table(options.shards, ("", ""), rows)
-    for item in dataset.skipped[:5]:
-        terminal.print(f"  skipped: {item.name}: {item.reason}", style="yellow")
-    if len(dataset.skipped) > 5:
-        terminal.print(f"  ... {len(dataset.skipped)} skipped in total; --json lists them all", style="yellow")
-    skipped = [item._asdict() for item in dataset.skipped]
+    skipped = report_skipped(dataset.skipped, terminal)
     give({"path": options.shards, **to_dict(info), "short_side": dataset.short_side, "skipped": skipped})
 
 

@@ -1,33 +1,25 @@
-"""Arguments and helpers of the commands that read a checkpoint and images."""
+"""Options and helpers of the commands that read a checkpoint and images."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from dino_ssl.cli.options import parse
 from dino_ssl.config import import_type
-from dino_ssl.terminal import Terminal
+from dino_ssl.errors import UserError
+from dino_ssl.terminal import Terminal, command_output
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from dino_ssl.data.dataset import DatasetConfig, Skipped
+    from dino_ssl.api.calls import Embedding
+    from dino_ssl.api.checkpoints import Checkpoint
+    from dino_ssl.data.dataset import DatasetConfig, ImageDataset, Skipped
 
-Checkpoint = Annotated[
-    tyro.conf.Positional[str],
-    tyro.conf.arg(help="A run folder, a weights file, a released network (dino_vits16) or timm:NAME."),
-]
-DatasetName = Annotated[
-    tyro.conf.Positional[str],
-    tyro.conf.arg(
-        help="A folder of images, with or without class folders, a packed dataset, `scenes`, or MODULE:CLASS."
-    ),
-]
-InputSize = Annotated[
-    int | None, tyro.conf.arg(help="Side in pixels of the network input. Default: the training size.")
-]
 ShortSide = Annotated[
     int | None,
     tyro.conf.arg(
@@ -35,8 +27,6 @@ ShortSide = Annotated[
         "training size if that is below 224."
     ),
 ]
-BatchSize = Annotated[int, tyro.conf.arg(help="Images per forward pass.")]
-Workers = Annotated[int, tyro.conf.arg(help="Worker processes that decode images; 0 decodes in the main process.")]
 Json = Annotated[
     tyro.conf.FlagCreatePairsOff[bool],
     tyro.conf.arg(help="Print one JSON object to standard output, and messages to standard error."),
@@ -48,18 +38,57 @@ Trust = Annotated[
 
 NUM_SCENES = 12
 """Number of images that `scenes` generates in commands that write files for each image."""
+SHEET_IMAGES = 24
+"""Images in the overview that `dino attention` and `dino pca` write."""
 MAX_SKIPPED_LINES = 5
 
 
-class NamedImage(NamedTuple):
-    """An image of the command line."""
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Options of every command that reads a checkpoint."""
 
-    name: str
-    """In messages."""
-    stem: str
-    """Unique path of its output, relative to the output folder and without suffix."""
-    read: Callable[[], "np.ndarray"]
-    """Returns uint8 [H, W, 3] RGB. Raises UserError for a file named on the command line, BadImage otherwise."""
+    checkpoint: tyro.conf.Positional[str]
+    """A run folder, a weights file, a released network (dino_vits16) or timm:NAME."""
+    trust: Trust = False
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions(CheckpointOptions):
+    """Options of every command that computes the features of a dataset."""
+
+    dataset: tyro.conf.Positional[str]
+    """A folder of images, with or without class folders, a packed dataset, `scenes`, or MODULE:CLASS."""
+    size: int | None = None
+    """Side in pixels of the network input. Default: the training size."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    workers: int = 0
+    """Worker processes that decode images; 0 decodes in the main process."""
+
+
+def run_command(
+    command: Callable[[Any, Terminal], dict[str, Any]], kind: type, argv: Sequence[str], prog: str, examples: str
+) -> int:
+    """Call a command with its parsed options, print the result if `--json` is given, and return exit code 0."""
+    options: Any = parse(kind, argv, prog, examples)
+    with command_output(options.json) as (terminal, write_result):
+        write_result(command(options, terminal))
+    return 0
+
+
+def compute_features(
+    options: DatasetOptions, dataset: "str | DatasetConfig | ImageDataset", terminal: Terminal
+) -> "tuple[Checkpoint, Embedding]":
+    """Return the opened checkpoint and its features of a dataset."""
+    from dino_ssl.api.calls import embed, open_checkpoint
+
+    checkpoint = open_checkpoint(options.checkpoint, trust=options.trust)
+    size, batch_size, workers = options.size, options.batch_size, options.workers
+    with terminal.progress("features") as progress:
+        return checkpoint, embed(
+            checkpoint, dataset, size=size, batch_size=batch_size, workers=workers, progress=progress
+        )
 
 
 def dataset_named(name: str) -> "str | DatasetConfig":
@@ -72,28 +101,43 @@ def dataset_named(name: str) -> "str | DatasetConfig":
     return kind()
 
 
-def named_images(names: Sequence[str], terminal: Terminal, skipped: list[dict[str, str]]) -> list[NamedImage]:
-    """Return the named image files, and all images of the named datasets; extend `skipped` by what they skip."""
-    from dino_ssl.api.calls import read_image
+def read_images(
+    names: Sequence[str], terminal: Terminal, label: str, skipped: list[dict[str, str]]
+) -> Iterator[tuple[str, str, "np.ndarray"]]:
+    """Yield (name, stem, uint8 [H, W, 3] RGB) of each named image file and of all images of the named datasets.
+
+    stem: unique path of the output, relative to the output folder and without suffix. Unreadable images of a dataset
+    are printed and appended to `skipped`. Raises UserError for a named file that is no image, and if no image is left.
+    """
+    from dino_ssl.data.dataset import BadImage, Skipped
     from dino_ssl.data.decode import SUFFIXES
     from dino_ssl.data.sources import WORDS, open_dataset
 
-    images: list[NamedImage] = []
+    images: list[tuple[str, str, ImageDataset, int]] = []
     stems: set[str] = set()
     for name in names:
-        path = Path(name)
-        if path.is_file() or (path.suffix.lower() in SUFFIXES and not path.is_dir()):
-            read_image(name)  # report a bad file before any work
-            images.append(NamedImage(name, unique_name(path.stem, stems), lambda name=name: read_image(name)))
-            continue
+        is_file = Path(name).is_file() or (Path(name).suffix.lower() in SUFFIXES and not Path(name).is_dir())
+        source, part = [name] if is_file else dataset_named(name), "val" if name in WORDS else "train"
         with terminal.progress(f"reading {name}") as progress:
-            dataset = open_dataset(dataset_named(name), progress, part="val" if name in WORDS else "train")
+            dataset = open_dataset(source, progress, part=part)
         skipped += report_skipped(dataset.skipped, terminal)
         for index in range(min(len(dataset), NUM_SCENES) if name in WORDS else len(dataset)):
-            inner = dataset.names[index]
-            stem = unique_name(str(Path(inner).with_suffix("")), stems)
-            images.append(NamedImage(f"{name.rstrip('/')}/{inner}", stem, lambda d=dataset, i=index: d.read(i)))
-    return images
+            inner = Path(name).name if is_file else dataset.names[index]
+            full = name if is_file else f"{name.rstrip('/')}/{inner}"
+            images.append((full, unique_name(str(Path(inner).with_suffix("")), stems), dataset, index))
+    num_read = 0
+    with terminal.progress(label) as progress:
+        for done, (name, stem, dataset, index) in enumerate(images, 1):
+            try:
+                pixels = dataset.read(index)
+            except BadImage as error:
+                skipped += report_skipped([Skipped(name, error.reason)], terminal)
+            else:
+                num_read += 1
+                yield name, stem, pixels
+            progress(done, len(images))
+    if not num_read:
+        raise UserError("No image could be read: expected image files or folders.")
 
 
 def unique_name(name: str, taken: set[str]) -> str:
@@ -103,24 +147,6 @@ def unique_name(name: str, taken: set[str]) -> str:
         unique, number = f"{name}-{number}", number + 1
     taken.add(unique)
     return unique
-
-
-def read_images(
-    images: Sequence[NamedImage], terminal: Terminal, label: str, skipped: list[dict[str, str]]
-) -> Iterator[tuple[NamedImage, "np.ndarray"]]:
-    """Yield the readable images with a progress bar; append the others to `skipped` and print them."""
-    from dino_ssl.data.dataset import BadImage
-
-    with terminal.progress(label) as progress:
-        for done, image in enumerate(images, 1):
-            try:
-                pixels = image.read()
-            except BadImage as error:
-                skipped.append({"name": image.name, "reason": error.reason})
-                terminal.print(f"  skipped: {image.name}: {error.reason}", style="yellow")
-            else:
-                yield image, pixels
-            progress(done, len(images))
 
 
 def report_skipped(skipped: Sequence["Skipped"], terminal: Terminal) -> list[dict[str, str]]:

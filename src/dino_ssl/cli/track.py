@@ -1,16 +1,18 @@
 """dino track: objects tracked through a video."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from dino_ssl.cli.images import Checkpoint, Json, ShortSide, Trust
-from dino_ssl.cli.options import parse
+from dino_ssl.cli.images import CheckpointOptions, ShortSide, run_command
 from dino_ssl.errors import UserError
-from dino_ssl.terminal import command_output
+from dino_ssl.terminal import Terminal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 EXAMPLES = """\
   dino track dino_vits8 video.mp4 --mask first.png -o out   a video file, and a mask of its first frame
@@ -22,7 +24,7 @@ object numbers, as in DAVIS). Paint it in any image editor, with a hard brush on
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackOptions:
+class TrackOptions(CheckpointOptions):
     """Track objects through a video from a mask of its first frame, by the similarity of features of a frozen network.
 
     OUT/masks/ gets an indexed PNG for every frame, OUT/overlay.mp4 the video with colored objects, and OUT/strip.png a
@@ -30,7 +32,6 @@ class TrackOptions:
     in the last CONTEXT frames (Table 5).
     """
 
-    checkpoint: Checkpoint
     video: tyro.conf.Positional[str]
     """A video file, or a folder or packed dataset of frames, in natural order of their names."""
     mask: str
@@ -48,66 +49,73 @@ class TrackOptions:
     """Temperature of their softmax weights."""
     fps: float | None = None
     """Frames per second of the overlay. Default: those of the video, 25 for a folder."""
-    trust: Trust = False
-    json: Json = False
 
 
 def track(argv: Sequence[str]) -> int:
     """Run `dino track`."""
-    options = parse(TrackOptions, argv, "dino track", EXAMPLES)
-    with command_output(options.json) as (terminal, write_result):
-        import numpy as np
+    return run_command(_track, TrackOptions, argv, "dino track", EXAMPLES)
 
-        from dino_ssl.api.calls import open_checkpoint
-        from dino_ssl.data.masks import write_mask
-        from dino_ssl.evals.attention_maps import attention_size
-        from dino_ssl.evals.base import EvalContext
-        from dino_ssl.evals.video_segmentation import VideoSegmentation
-        from dino_ssl.viz import tracking
-        from dino_ssl.viz.saving import save_image
-        from dino_ssl.viz.video import open_video
 
-        with terminal.progress(f"reading {options.video}") as progress:
-            video = open_video(options.video, options.fps, progress)
-        first = next(iter(video), None)
-        if first is None:
-            raise UserError(f"{options.video} has no frame that can be read.")
-        mask = tracking.read_first_mask(options.mask, *first.shape[:2])
-        checkpoint = open_checkpoint(options.checkpoint, trust=options.trust)
-        settings = VideoSegmentation(
-            size=options.size or attention_size(checkpoint.size), multiple=1, context=options.context,
-            radius=options.radius, top_k=options.top_k, temperature=options.temperature,
-        )  # fmt: skip
-        too_small = tracking.too_small_objects(mask, checkpoint.backbone.patch, settings)
-        if too_small:
-            terminal.print(
-                f"Object {', '.join(map(str, too_small))}: too small for patches of {checkpoint.backbone.patch} pixels "
-                f"at size {settings.size}, and not tracked. Use a larger --size.",
-                style="yellow",
-            )
-        out, areas = Path(options.out), []
-        context = EvalContext(device=next(checkpoint.backbone.parameters()).device)
+def _track(options: TrackOptions, terminal: Terminal) -> dict[str, Any]:
+    import numpy as np
+
+    from dino_ssl.api.calls import open_checkpoint
+    from dino_ssl.data.masks import write_mask
+    from dino_ssl.evals.attention_maps import attention_size
+    from dino_ssl.evals.base import EvalContext
+    from dino_ssl.evals.video_segmentation import VideoSegmentation
+    from dino_ssl.viz import tracking
+    from dino_ssl.viz.saving import save_image
+    from dino_ssl.viz.video import open_video, write_video
+
+    with terminal.progress(f"reading {options.video}") as progress:
+        video = open_video(options.video, options.fps, progress)
+    first = next(iter(video), None)
+    if first is None:
+        raise UserError(f"{options.video} has no frame that can be read.")
+    mask = tracking.read_first_mask(options.mask, *first.shape[:2])
+    checkpoint = open_checkpoint(options.checkpoint, trust=options.trust)
+    backbone, context = checkpoint.backbone, EvalContext(device=next(checkpoint.backbone.parameters()).device)
+    settings = VideoSegmentation(
+        size=options.size or attention_size(checkpoint.size),
+        multiple=1,
+        context=options.context,
+        radius=options.radius,
+        top_k=options.top_k,
+        temperature=options.temperature,
+    )
+    too_small = tracking.too_small_objects(mask, backbone.patch, settings)
+    if too_small:
+        terminal.print(
+            f"Object {', '.join(map(str, too_small))}: too small for patches of {backbone.patch} pixels at size "
+            f"{settings.size}, and not tracked. Use a larger --size.",
+            style="yellow",
+        )
+    out, areas = Path(options.out), []
+
+    def overlays() -> Iterator["np.ndarray"]:
         with terminal.progress("tracking") as progress:
-            for name, labels in tracking.track(checkpoint.backbone, video, mask, settings, context):
+            for name, frame, labels in tracking.track(backbone, video, mask, settings, context):
                 write_mask(out / "masks" / f"{name}.png", labels)
                 areas.append(np.bincount(labels.ravel(), minlength=256) / labels.size)
                 progress(len(areas), max(len(areas), video.num_frames))
-        with terminal.progress("overlay") as progress:
-            overlay = tracking.write_overlay(out / "overlay.mp4", video, out / "masks", len(areas), progress)
-        frames = tracking.overlay_frames(video, out / "masks")
-        strip = save_image(out / "strip.png", tracking.frame_strip(frames, len(areas)))
-        objects = [
-            {"object": label, "area": [round(float(area[label]), 6) for area in areas], "too_small": label in too_small}
-            for label in np.setdiff1d(mask, 0).tolist()
-        ]
-        for entry in objects:
-            first_area, last_area = entry["area"][0], entry["area"][-1]
-            terminal.print(
-                f"object {entry['object']}: {first_area:.1%} of the first frame, {last_area:.1%} of the last"
-            )
-        terminal.print(f"{len(areas)} masks in {out / 'masks'}/, overlay {overlay}, preview {strip}")
-        write_result({
-            "checkpoint": options.checkpoint, "frames": len(areas), "size": settings.size,
-            "masks": str(out / "masks"), "overlay": str(overlay), "strip": str(strip), "objects": objects,
-        })  # fmt: skip
-    return 0
+                yield tracking.overlay_mask(frame, labels)
+
+    write_video(out / "overlay.mp4", overlays(), video.fps)
+    strip = tracking.frame_strip(open_video(out / "overlay.mp4"), len(areas))
+    save_image(out / "strip.png", strip)
+    objects = []
+    for label in np.setdiff1d(mask, 0).tolist():
+        area = [round(float(area[label]), 6) for area in areas]
+        objects.append({"object": label, "area": area, "too_small": label in too_small})
+        terminal.print(f"object {label}: {area[0]:.1%} of the first frame, {area[-1]:.1%} of the last")
+    terminal.print(f"{len(areas)} frames: masks in {out}/masks/, {out}/overlay.mp4, preview {out}/strip.png")
+    return {
+        "checkpoint": options.checkpoint,
+        "frames": len(areas),
+        "size": settings.size,
+        "masks": f"{out}/masks",
+        "overlay": f"{out}/overlay.mp4",
+        "strip": f"{out}/strip.png",
+        "objects": objects,
+    }

@@ -24,8 +24,8 @@ from dino_ssl.evals.features import ImageFeatures
 from dino_ssl.evals.knn import nearest_neighbors
 from dino_ssl.files import read_json, write_json
 from dino_ssl.models.backbone import Backbone
-from dino_ssl.viz.attention import cls_attention_or_similarity
-from dino_ssl.viz.rendering import center_square, cutout, heat_map, overlay
+from dino_ssl.viz.attention import attention_maps
+from dino_ssl.viz.rendering import cutout, heat_map, overlay
 from dino_ssl.viz.saving import save_image
 
 FORMAT = 1
@@ -62,7 +62,7 @@ def save_snapshot(
             image = eval_transform(dataset.read(i), size)
         except BadImage:
             continue
-        maps = cls_attention_or_similarity(backbone, image, size=size)
+        (maps,) = attention_maps(backbone, image, size=size)
         shape = (maps.image.shape[0], maps.image.shape[1])
         panels = {"mask, 60 %": cutout(maps.image, maps.mask), "mean": heat_map(maps.mean, shape)}
         if len(maps.heads) > 1:
@@ -139,7 +139,7 @@ def _save(path: Path, image: np.ndarray) -> None:
 def _save_thumbnail(dataset: ImageDataset, index: int, path: Path, size: int) -> None:
     with suppress(BadImage):
         if not path.exists():
-            _save(path, center_square(dataset.read(index), size))
+            _save(path, eval_transform(dataset.read(index), size))
 
 
 def _describe(dataset: ImageDataset, index: int) -> dict[str, Any]:

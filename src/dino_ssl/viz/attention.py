@@ -5,7 +5,7 @@ Images are uint8 [H, W, 3] RGB; maps are float32 on the grid of patches. `render
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError
-from dino_ssl.evals.attention_maps import patch_attention, require_attention, resize_to_patches, top_mass_mask
+from dino_ssl.evals.attention_maps import patch_attention, resize_to_patches, top_mass_mask
 from dino_ssl.evals.base import evaluating
 from dino_ssl.models.backbone import Attentive, Backbone, Features
 
@@ -36,18 +36,11 @@ class AttentionMaps:
     masks: np.ndarray  # [heads, h, w] bool: the fewest patches that hold `mass` of each head's attention
     mean: np.ndarray  # [h, w] float32: mean over heads
     mask: np.ndarray  # [h, w] bool: mask of the mean
-    head_ids: tuple[int, ...]
+    head_ids: list[int]
     layer: int  # counted from 0
-    query: Query
-    point: Point | None  # the query in pixels of `image`; None for [CLS]
+    point: Point | None  # the query in pixels of `display`; None for [CLS]
     mass: float
-    kind: Literal["attention", "similarity"] = "attention"  # see `similarity_map`
-
-    @property
-    def marker(self) -> Point | None:
-        """The query point in pixels of `display`; None for [CLS]."""
-        scale = self.display.shape[0] / self.image.shape[0]
-        return None if self.point is None else (self.point[0] * scale, self.point[1] * scale)
+    kind: Literal["attention", "similarity"]
 
 
 def attention_maps(
@@ -65,47 +58,34 @@ def attention_maps(
     queries: "cls", or points of the image. layer: 0 is the first block, -1 the last (the paper's figures). heads: those
     to return and to average, counted from 0; None: all. mass: share of the attention that masks hold, in (0, 1]. size:
     short side of the network input in pixels; 480 in the paper. Maps cover the patches only, without class token and
-    registers. Raises UserError if the backbone has no attention, or a point, head or layer does not exist.
+    registers. A network without attention has one "head": the cosine similarity of each patch to the pooled feature,
+    clipped at 0; `queries`, `layer` and `heads` need attention. Raises UserError if a point, head or layer does not
+    exist.
     """
-    backbone = require_attention(backbone)
     resized = resize_to_patches(image, size, backbone.patch)
-    points = [None if query == "cls" else _to_resized(query, image, resized) for query in queries]
-    columns = resized.shape[1] // backbone.patch
-    tokens = [p and int(p[1]) // backbone.patch * columns + int(p[0]) // backbone.patch for p in points]
-    maps = patch_attention(backbone, resized, tokens, layer=layer)  # [queries, heads, h, w]
+    grid = resized.shape[0] // backbone.patch, resized.shape[1] // backbone.patch
+    positions = [None if query == "cls" else _position(query, image) for query in queries]
+    if isinstance(backbone, Attentive) or positions != [None] or layer != -1 or heads is not None:
+        patches = [p and int(p[1] * grid[0]) * grid[1] + int(p[0] * grid[1]) for p in positions]
+        maps = patch_attention(backbone, resized, patches, layer=layer)  # [queries, heads, h, w]
+        kind, layer = "attention", layer % backbone.num_blocks
+    else:
+        features = last_features(backbone, resized)
+        similarity = torch.cosine_similarity(features.patches.float(), features.cls.float()[:, None, None], dim=-1)
+        maps, kind = similarity.clamp(min=0).cpu().numpy()[None], "similarity"
     head_ids = _check_heads(heads, maps.shape[1])
-    display, layer = display_image(image, resized), layer % backbone.num_blocks
-    return [
-        AttentionMaps(
-            image=resized, display=display, **_with_masks(all_heads[list(head_ids)], mass), head_ids=head_ids,
-            layer=layer, query=query, point=point, mass=mass,
+    display = display_image(image, resized)
+    results = []
+    for position, chosen in zip(positions, maps[:, head_ids], strict=True):
+        with_mean = np.concatenate([chosen, chosen.mean(axis=0, keepdims=True)])
+        masks = top_mass_mask(with_mean.reshape(len(with_mean), -1), mass).reshape(with_mean.shape)
+        point = position and (position[0] * display.shape[1], position[1] * display.shape[0])
+        results.append(
+            AttentionMaps(
+                resized, display, chosen, masks[:-1], with_mean[-1], masks[-1], head_ids, layer, point, mass, kind
+            )
         )
-        for all_heads, query, point in zip(maps, queries, points, strict=True)
-    ]  # fmt: skip
-
-
-def similarity_map(backbone: Backbone, image: np.ndarray, *, mass: float = 0.6, size: int = 480) -> AttentionMaps:
-    """Return the cosine similarity of each patch to the pooled feature, as one "head" [1, h, w].
-
-    Works for every network, and replaces attention maps where there is no attention. Negative values count as 0.
-    """
-    resized = resize_to_patches(image, size, backbone.patch)
-    features = last_features(backbone, resized)
-    similarity = torch.cosine_similarity(features.patches.float(), features.cls.float()[:, None, None], dim=-1)
-    heads = similarity.clamp(min=0).cpu().numpy()
-    return AttentionMaps(
-        image=resized, display=display_image(image, resized), **_with_masks(heads, mass),
-        head_ids=(0,), layer=-1, query="cls", point=None, mass=mass, kind="similarity",
-    )  # fmt: skip
-
-
-def cls_attention_or_similarity(
-    backbone: Backbone, image: np.ndarray, *, mass: float = 0.6, size: int = 480
-) -> AttentionMaps:
-    """Return the last block's [CLS] attention, or `similarity_map` for a network without attention."""
-    if isinstance(backbone, Attentive):
-        return attention_maps(backbone, image, mass=mass, size=size)[0]
-    return similarity_map(backbone, image, mass=mass, size=size)
+    return results
 
 
 def last_features(backbone: Backbone, image: np.ndarray) -> Features:
@@ -129,26 +109,16 @@ def display_image(image: np.ndarray, resized: np.ndarray) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=interpolation)
 
 
-def _with_masks(heads: np.ndarray, mass: float) -> dict[str, Any]:
-    maps = np.concatenate([heads, heads.mean(axis=0, keepdims=True)])
-    masks = top_mass_mask(maps.reshape(len(maps), -1), mass).reshape(maps.shape)
-    return {"heads": heads, "masks": masks[:-1], "mean": maps[-1], "mask": masks[-1]}
-
-
-def _check_heads(heads: Sequence[int] | None, num_heads: int) -> tuple[int, ...]:
-    chosen = tuple(dict.fromkeys(range(num_heads) if heads is None else heads))
+def _check_heads(heads: Sequence[int] | None, num_heads: int) -> list[int]:
+    chosen = list(dict.fromkeys(range(num_heads) if heads is None else heads))
     if not chosen or not all(0 <= head < num_heads for head in chosen):
-        got = ", ".join(map(str, chosen)) or "an empty list"
-        raise UserError(f"`heads` must be in 0 .. {num_heads - 1} for a network of {num_heads} heads; got {got}.")
+        raise UserError(f"`heads` must be in 0 .. {num_heads - 1} for a network of {num_heads} heads; got {chosen}.")
     return chosen
 
 
-def _to_resized(point: Point, image: np.ndarray, resized: np.ndarray) -> Point:
+def _position(point: Point, image: np.ndarray) -> Point:
+    """Return the position of a pixel as fractions of the width and the height."""
     (x, y), (height, width) = point, image.shape[:2]
     if not (0 <= x < width and 0 <= y < height):
-        raise UserError(
-            f"The point ({x:g}, {y:g}) is outside of the image, which is {width} x {height} pixels: expected x in "
-            f"0 .. {width - 1} from the left and y in 0 .. {height - 1} from the top."
-        )
-    x, y = (x + 0.5) * resized.shape[1] / width, (y + 0.5) * resized.shape[0] / height
-    return min(x, resized.shape[1] - 1e-3), min(y, resized.shape[0] - 1e-3)
+        raise UserError(f"The point ({x:g}, {y:g}) is outside of the image, which is {width} x {height} pixels.")
+    return min((x + 0.5) / width, 1 - 1e-6), min((y + 0.5) / height, 1 - 1e-6)

@@ -3,10 +3,11 @@
 N rows, D width, k components, h x w patches of an image.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,11 +42,11 @@ def principal_components(rows: Tensor, count: int) -> Components:
     so that its largest entry is positive: the same rows give the same result on every machine.
     """
     rows = rows.float()
-    mean, total = rows.mean(dim=0), rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    mean, covariance = rows.mean(dim=0), rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
     for part in rows.split(4096):
         centered = (part - mean).double()
-        total = total + centered.T @ centered
-    values, vectors = torch.linalg.eigh(total / max(len(rows), 1))
+        covariance += centered.T @ centered / len(rows)
+    values, vectors = torch.linalg.eigh(covariance)
     k = min(count, *rows.shape)
     directions = vectors.flip(1)[:, :k].T
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
@@ -57,16 +58,19 @@ class PatchColors:
     """One image and the color of each of its patches."""
 
     display: np.ndarray  # the image as `attention.display_image` returns it
-    colors: np.ndarray  # [h, w, 3] float32 in 0 .. 1: the three components
+    colors: np.ndarray  # [h, w, 3] float32 in 0 .. 1: the three components; the background is 0
     foreground: np.ndarray  # [h, w] bool: all True without a threshold
+
+    def draw(self) -> np.ndarray:
+        """Return the colors as square patches, uint8 of the shape of `display`."""
+        height, width = self.display.shape[:2]
+        return cv2.resize(
+            (255 * self.colors).round().astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST
+        )
 
 
 def patch_colors(
-    backbone: Backbone,
-    images: Iterable[np.ndarray],
-    *,
-    size: int = 480,
-    foreground: float | None = None,
+    backbone: Backbone, images: Iterable[np.ndarray], *, size: int = 480, foreground: float | None = None
 ) -> tuple[list[PatchColors], list[float]]:
     """Color the patches of all images by the first three principal components of their last-layer features.
 
@@ -85,48 +89,37 @@ def patch_colors(
         displays.append(display_image(image, resized))
         maps.append(last_features(backbone, resized).patches[0].float().cpu())
         if sum(map(Tensor.numel, maps)) > MAX_VALUES:
-            raise UserError(
-                f"The patch features of {len(maps)} images exceed {MAX_VALUES * 4 / 2**30:.0f} GiB: use fewer images, "
-                "or a smaller `size`."
-            )
-    if not maps:
-        raise UserError("None of the images could be read.")
+            raise UserError(f"The features of {len(maps)} images exceed 1 GiB: use fewer images, or a smaller `size`.")
     rows = torch.cat([patches.flatten(0, 1) for patches in maps])
     kept = torch.ones(len(rows), dtype=torch.bool) if foreground is None else _foreground(rows, maps, foreground)
     components = principal_components(rows[kept], 3)
     colors = torch.zeros(len(rows), 3)
     colors[kept, : len(components.directions)] = unit_range(components.project(rows[kept]))
     variance = rows[kept].var(dim=0, correction=0).sum()
-    shares = (components.variance / variance.clamp(min=1e-12)).tolist()
-    grids = [patches.shape[:2] for patches in maps]
-    counts = [h * w for h, w in grids]
-    return [
-        PatchColors(display, color.reshape(*grid, 3).numpy(), mask.reshape(grid).numpy())
-        for display, grid, color, mask in zip(displays, grids, colors.split(counts), kept.split(counts), strict=True)
-    ], shares
+    counts = [patches[..., 0].numel() for patches in maps]
+    results = [
+        PatchColors(display, color.reshape(*patches.shape[:2], 3).numpy(), mask.reshape(patches.shape[:2]).numpy())
+        for display, patches, color, mask in zip(displays, maps, colors.split(counts), kept.split(counts), strict=True)
+    ]
+    return results, (components.variance / variance.clamp(min=1e-12)).tolist()
 
 
-def unit_range(values: Tensor, clipped: float = CLIPPED) -> Tensor:
+def unit_range(values: Tensor) -> Tensor:
     """Scale each column of [N, k] to 0 .. 1 and clip the outermost rows, so that outliers do not take all the range."""
-    ordered = values.sort(dim=0).values
-    last = len(values) - 1
-    low, high = ordered[round(clipped * last)], ordered[round((1 - clipped) * last)]
+    ordered, last = values.sort(dim=0).values, len(values) - 1
+    low, high = ordered[round(CLIPPED * last)], ordered[round((1 - CLIPPED) * last)]
     return ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
 
 
-def _foreground(rows: Tensor, maps: Sequence[Tensor], threshold: float) -> Tensor:
+def _foreground(rows: Tensor, maps: list[Tensor], threshold: float) -> Tensor:
     """Return which rows are above the threshold along the first component, as bool [N]."""
     first = unit_range(principal_components(rows, 1).project(rows))[:, 0]
-    border = torch.cat([_border(patches.shape[0], patches.shape[1]).flatten() for patches in maps])
-    if border.any() and not border.all() and first[border].mean() > first[~border].mean():
+    borders = [torch.ones(patches.shape[:2], dtype=torch.bool) for patches in maps]
+    for border in borders:
+        border[1:-1, 1:-1] = False
+    border = torch.cat([border.flatten() for border in borders])
+    if not border.all() and first[border].mean() > first[~border].mean():
         first = 1 - first
-    kept = first >= threshold
-    if not kept.any():
+    if not (first >= threshold).any():
         raise UserError(f"No patch is above the `foreground` threshold of {threshold:g}: use a lower one.")
-    return kept
-
-
-def _border(h: int, w: int) -> Tensor:
-    border = torch.ones(h, w, dtype=torch.bool)
-    border[1:-1, 1:-1] = False
-    return border
+    return first >= threshold
