@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 from dino_ssl.data.adapters import AdaptedDataset, ExternalDataset, kind_of, open_paths
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset
 from dino_ssl.data.folder import Folder
-from dino_ssl.data.synthetic.dataset import SyntheticDataset
-from dino_ssl.data.synthetic.scenes import SIMPLE_SCENES, Scenes
+from dino_ssl.data.synthetic.scenes import SIMPLE_SCENES, Scenes, SyntheticDataset
 from dino_ssl.errors import UserError
 from dino_ssl.progress import Progress
 

@@ -70,7 +70,9 @@ def demo() -> Run:
     image share only the texture. Final learning rate and momentum are for a few hundred steps.
     """
     crops = dict(global_size=32, local_size=16, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
-    jitter = dict(jitter=1.0, contrast=0.2, saturation=0.1, hue=0.5, solarize=(0.0, 0.0, 0.0))
+    jitter = dict(
+        jitter=1.0, brightness=0.2, contrast=0.2, saturation=0.1, hue=0.02, gray=0.0, solarize=(0.0, 0.0, 0.0)
+    )
     return edit(
         narrow_vit(),
         data=edit(SIMPLE_SCENES, count=3000),
