@@ -10,9 +10,8 @@ from rich.console import Console
 
 import dino_ssl
 from dino_ssl.api.training_progress import TrainingProgress
-from dino_ssl.cli.command_line import CommandLine
+from dino_ssl.cli.command_line import CommandLine, cli_diff
 from dino_ssl.cli.flags import flag
-from dino_ssl.cli.settings import cli_diff
 from dino_ssl.cli.train import TrainOptions
 from dino_ssl.config import differences, edit
 from dino_ssl.data.folder import Folder
@@ -117,11 +116,14 @@ def test_differences_as_flags_parse_to_the_same_run():
 
 
 def test_synthetic_dataset_is_a_positional_word():
-    assert command_line("--grad-checkpointing", "scenes").dataset == Scenes()
-    assert command_line("--json", "--no-grad-checkpointing", "simple-scenes").dataset == SIMPLE_SCENES
-    assert command_line("--method=byol", "--method.no-predictor", "scenes").dataset == Scenes()
-    assert command_line("--out", "scenes", "photos").dataset is None
-    assert command_line("photos", "--evals", "knn scenes").dataset is None
+    for words, data in (
+        (("scenes", "--data.count", "5"), Scenes(count=5)),
+        (("--grad-checkpointing", "scenes"), Scenes(count=2000)),
+        (("--json", "simple-scenes"), edit(SIMPLE_SCENES, count=2000)),
+        (("--out", "scenes", "photos"), Folder(path="photos")),
+        (("photos", "--evals", "knn scenes"), Folder(path="photos")),
+    ):
+        assert command_line(*words).options().run.data == data
 
 
 def test_val_is_a_folder_or_synthetic():

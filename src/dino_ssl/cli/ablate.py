@@ -170,7 +170,7 @@ def _print_start(study: "Study", terminal: Terminal) -> None:
 
 
 def _print_configurations(study: "Study", runs: Sequence["StudyRun"], terminal: Terminal) -> None:
-    from dino_ssl.cli.settings import cli_diff
+    from dino_ssl.cli.command_line import cli_diff
     from dino_ssl.run import EXECUTION_FIELDS
 
     rows = []

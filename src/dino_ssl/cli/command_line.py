@@ -1,25 +1,27 @@
 """Command line of a training run: flags override the fields of a Run.
 
-The types of its fields, and therefore the flags, depend on the preset, the network and the method.
+The types of its fields, and therefore the flags, depend on the dataset, the preset, the network and the method.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import tyro
 
 from dino_ssl.api.resolve import ExistingRun, find_run, runs_nearby
 from dino_ssl.cli.eval_spec import RUN_TYPES
+from dino_ssl.cli.flags import flag
 from dino_ssl.cli.images import dataset_named
-from dino_ssl.cli.options import Flag, parse, switches
-from dino_ssl.config import edit, import_type
+from dino_ssl.cli.options import Flag, parse
+from dino_ssl.config import differences, edit, format_value, import_type
 from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.data.folder import Folder
-from dino_ssl.data.sources import WORDS
+from dino_ssl.data.sources import dataset_config
 from dino_ssl.errors import UserError
 from dino_ssl.methods import METHODS, method_named
 from dino_ssl.methods.method import MethodConfig
@@ -52,25 +54,25 @@ class SessionOptions:
 
 
 class CommandLine:
-    """Arguments that are parsed twice: with a Run of the right types as defaults, then with the plan."""
+    """Arguments whose flags depend on the types of a Run: those are read first, then tyro parses all flags."""
 
     def __init__(
         self,
         argv: list[str],
         *,
-        kind: Callable[..., Any],
+        kind: type[Any],
         prog: str,
         examples: str,
         base: Callable[[str | None], Run] = lambda preset: resolve(preset) if preset else Run(),
-        data: Callable[["CommandLine"], DatasetConfig | None] = lambda line: line.named_dataset(),
+        dataset: str | None = None,
     ) -> None:
         """Store the arguments and how to parse them.
 
-        kind: the dataclass of the options. base: returns the Run of a preset name or None. data: returns the
-        dataset if its type is not a folder.
+        kind: the dataclass of the options. base: returns the Run of a preset name or None. dataset: the training set;
+        None searches the arguments for one that is not a folder.
         """
         self.argv, self.kind, self.prog, self.examples = argv, kind, prog, examples
-        self._base, self._data = base, data
+        self._base, self._dataset = base, dataset
 
     @cached_property
     def types(self) -> argparse.Namespace:
@@ -101,21 +103,15 @@ class CommandLine:
 
     @cached_property
     def dataset(self) -> DatasetConfig | None:
-        """The dataset, if the positional argument is a name instead of a folder."""
-        return self._data(self)
+        """The dataset of an argument `scenes`, `simple-scenes` or MODULE:CLASS that does not follow a flag."""
+        words = [word for before, word in pairwise(["", *self.argv]) if not before.startswith("-")]
+        datasets = map(self._dataset_named, words if self._dataset is None else [self._dataset])
+        return next((data for data in datasets if data.folder is None), None)
 
-    def named_dataset(self) -> DatasetConfig | None:
-        """Return the dataset of a positional argument `scenes`, `simple-scenes` or MODULE:CLASS; None for a folder."""
-        no_value = switches(self.kind(run=self._with_types(self.preset)))
-        previous = ""
-        for argument in self.argv:
-            if not previous.startswith("--") or "=" in previous or previous in no_value:
-                if argument in WORDS:
-                    return self.preset.data if isinstance(self.preset.data, type(WORDS[argument])) else WORDS[argument]
-                if isinstance(dataset := dataset_named(argument), DatasetConfig):
-                    return dataset
-            previous = argument
-        return None
+    def _dataset_named(self, name: str) -> DatasetConfig:
+        """Return the settings of a dataset; a preset with synthetic images keeps its own."""
+        data, preset = dataset_config(dataset_named(name), "train"), self.preset.data
+        return preset if data.folder is None and type(data) is type(preset) else data
 
     def has(self, flag: str) -> bool:
         """Return whether the command line has this flag."""
@@ -126,10 +122,10 @@ class CommandLine:
         if self.existing is not None:
             return self.parse(self.existing.run)
         run = self.preset
-        if isinstance(run.data, Folder) and ":" not in (self.types.preset or ""):
-            run = edit(run, data=Folder(path=""))  # the folder of a preset of the package is an example
         if self.dataset is not None:
             run = edit(run, data=self.dataset)
+        elif run.data.folder is not None and ":" not in (self.types.preset or ""):
+            run = edit(run, data=Folder(path=""))  # the folder of a preset of the package is an example
         return self.parse(self._with_types(run))
 
     def change(self, run: Run) -> Run:
@@ -138,11 +134,9 @@ class CommandLine:
 
     def parse(self, run: Run) -> Any:
         """Parse the arguments with the fields of `run` as defaults."""
-        options = parse(cast(type[Any], self.kind), self.argv, self.prog, self.examples, self.kind(run=run), RUN_TYPES)
+        options = parse(self.kind, self.argv, self.prog, self.examples, self.kind(run=run), RUN_TYPES)
         if options.folder and self.dataset is None and self.existing is None:
-            data = options.run.data
-            data = edit(data, path=options.folder) if isinstance(data, Folder) else Folder(path=options.folder)
-            options = edit(options, run=edit(options.run, data=data))
+            options = edit(options, run=edit(options.run, data=self._dataset_named(options.folder)))
         return options
 
     def _with_types(self, run: Run) -> Run:
@@ -166,3 +160,29 @@ def network_named(name: str) -> BackboneConfig:
 def method_kind(name: str) -> type[MethodConfig]:
     """Return the settings class of a method's name or of MODULE:CLASS."""
     return import_type(name, MethodConfig) if ":" in name and name not in METHODS else method_named(name)
+
+
+# -- settings as they are typed ------------------------------------------------------------------------------
+
+
+def typed(name: str, value: Any) -> tuple[str, str]:
+    """Return the flag and the value of a setting; a boolean has no value, a method its short name."""
+    if isinstance(value, bool):
+        parent, _, field = name.rpartition(".")
+        return (flag(name) if value else flag(f"{parent}.no-{field}".lstrip(".")), "")
+    if name == "method":
+        value = next((short for short, kind in METHODS.items() if kind.__name__ == value), value)
+    return flag(name), format_value(value)
+
+
+def cli_diff(before: Run, after: Run, omit: Collection[str] = ()) -> str:
+    """Return the flags that turn one run into another, except for some dotted fields."""
+    words = []
+    if type(after.method) is not type(before.method):
+        before = edit(before, method=type(after.method)())
+        words.append(" ".join(typed("method", type(after.method).__name__)))
+    if type(after.backbone) is not type(before.backbone):
+        words.append(f"--network {after.backbone.spec}")
+        before = edit(before, backbone=network_named(after.backbone.spec))
+    changed = [(name, value) for name, _, value in differences(before, after) if name not in omit]
+    return " ".join([*words, *(" ".join(typed(name, value)).rstrip() for name, value in changed)])

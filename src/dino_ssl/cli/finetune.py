@@ -13,8 +13,7 @@ from dino_ssl.cli.command_line import CommandLine, SessionOptions
 from dino_ssl.cli.images import dataset_named
 from dino_ssl.cli.train import run_command
 from dino_ssl.config import edit
-from dino_ssl.data.dataset import DatasetConfig
-from dino_ssl.data.sources import WORDS, dataset_config
+from dino_ssl.data.sources import dataset_config
 from dino_ssl.errors import UserError
 from dino_ssl.presets import resolve
 from dino_ssl.run import Run
@@ -42,12 +41,9 @@ class FinetuneOptions(SessionOptions):
     """Training set: a folder of class folders, or `scenes`."""
     val_folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAL")] = ""
     """Validation set: a folder of class folders. Default: a part of TRAIN is held out."""
+    preset: Annotated[str, tyro.conf.arg(metavar="NAME")] = "finetune"
+    """A preset to start from (`dino presets`), or MODULE:FUNCTION that returns a dino_ssl.Run."""
     run: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=lambda: resolve("finetune"))
-
-    @property
-    def preset_name(self) -> str:
-        """The preset."""
-        return self.preset or "finetune"
 
 
 def finetune(argv: Sequence[str]) -> int:
@@ -61,7 +57,6 @@ def finetune(argv: Sequence[str]) -> int:
     if any(word.partition("=")[0] == "--network" for word in argv):
         raise UserError("--network trains a network from random weights; fine-tuning uses the checkpoint's network.")
     checkpoint, train, val = [*words, "", "", ""][:3]
-    dataset = WORDS.get(train) or dataset_named(train)
 
     def base(preset: str | None) -> Run:
         """Return the preset with the checkpoint's network; the project's preset takes its image size too."""
@@ -69,17 +64,7 @@ def finetune(argv: Sequence[str]) -> int:
         if checkpoint:
             source = open_checkpoint(checkpoint, trust="--trust" in argv)
             run = starting_from(run, source, size=None if preset else source.size)
-        if val:
-            run = edit(run, val=dataset_config(dataset_named(val), "val"))
-        return run
+        return edit(run, val=dataset_config(dataset_named(val), "val")) if val else run
 
-    return run_command(
-        CommandLine(
-            list(argv),
-            kind=FinetuneOptions,
-            prog="dino eval finetune",
-            examples=EXAMPLES,
-            base=base,
-            data=lambda _: dataset if isinstance(dataset, DatasetConfig) else None,
-        )
-    )
+    kind, prog = FinetuneOptions, "dino eval finetune"
+    return run_command(CommandLine(list(argv), kind=kind, prog=prog, examples=EXAMPLES, base=base, dataset=train))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
-from dino_ssl.cli.flags import flag, known_fields
+from dino_ssl.cli.flags import known_fields
 from dino_ssl.terminal import is_rank0
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def parse(
         more["default"] = default
     if registry is not None:
         more["registry"] = registry
-    known_fields.update(name for name, _ in _dotted_fields(kind if default is None else default))
+    known_fields.update(_dotted_fields(kind if default is None else default))
     try:
         return tyro.cli(kind, prog=prog, args=list(argv), config=CONFIG, console_outputs=is_rank0(), **more)
     except SystemExit as stop:
@@ -49,20 +49,13 @@ def parse(
         raise
 
 
-def switches(settings: Any) -> set[str]:
-    """Return the flags of these settings that take no value, `--json` and `--no-json`."""
-    names = [name for name, value in _dotted_fields(settings) if isinstance(value, bool)]
-    parents = [name.rpartition(".") for name in names]
-    return {flag(name) for name in names} | {flag(f"{parent}{dot}no-{field}") for parent, dot, field in parents}
-
-
-def _dotted_fields(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of all fields; those of `run`, `protocol` and `common` are flags without a prefix."""
+def _dotted_fields(settings: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all fields; those of `run`, `protocol` and `common` are flags without a prefix."""
     for field in dataclasses.fields(settings):
         name = "" if field.name in ("run", "protocol", "common") else f"{prefix}{field.name}"
+        if name:
+            yield name
         factory = field.default_factory
         value = getattr(settings, field.name, None if factory is dataclasses.MISSING else factory())
-        if name:
-            yield name, value
         if dataclasses.is_dataclass(value):
             yield from _dotted_fields(value, f"{name}." if name else prefix)

@@ -64,7 +64,7 @@ def show(argv: Sequence[str]) -> int:
     examples = "  dino show vits16\n  dino show runs/photos\n  dino show vits16 --json > run.json"
     options = parse(ShowOptions, argv, "dino show", examples)
     with command_output(options.json) as (terminal, write_result):
-        from dino_ssl.cli.settings import typed
+        from dino_ssl.cli.command_line import typed
         from dino_ssl.config import flatten
         from dino_ssl.presets import resolve
         from dino_ssl.run import read_run

@@ -1,5 +1,6 @@
 """dino train: from a folder of images to a trained backbone."""
 
+import itertools
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +10,16 @@ from typing import Annotated, Any
 import tyro
 
 from dino_ssl import distributed
+from dino_ssl.api.resolve import ExistingRun, find_run
 from dino_ssl.api.session import Outcome
 from dino_ssl.api.training import prepare
 from dino_ssl.cli.command_line import CommandLine, SessionOptions
 from dino_ssl.cli.flags import with_flags
-from dino_ssl.cli.run_dir import choose_run_dir
+from dino_ssl.cli.images import report_skipped
 from dino_ssl.config import edit, to_dict
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset
 from dino_ssl.errors import UserError, check_range
+from dino_ssl.files import check_writable
 from dino_ssl.run import Run
 from dino_ssl.runtime import start
 from dino_ssl.terminal import Terminal, command_output
@@ -55,11 +58,6 @@ class TrainOptions(SessionOptions):
     """The training method (default: dino). The flags --method.* are those of this method: `dino train --method moco
     --help` explains them."""
 
-    @property
-    def preset_name(self) -> str | None:
-        """The preset, if one was chosen."""
-        return self.preset
-
 
 def train(argv: Sequence[str]) -> int:
     """Run `dino train`; return the exit code."""
@@ -71,23 +69,19 @@ def run_command(line: CommandLine) -> int:
     options = line.options()
     _check(options, line)
     with command_output(options.json, with_flags) as (terminal, print_result), start() as rt:
-        folder, existing = distributed.run_on_rank0(
-            lambda: choose_run_dir(options, terminal, line.existing, out=line.types.out)
-        )
+        folder, existing = distributed.run_on_rank0(lambda: choose_run_dir(options, terminal, line))
 
         def change(run: Run) -> Run:
-            if existing is not None:
-                return edit(line.change(run), out=run.out)
-            return edit(line.change(edit(run, data=options.run.data)), out=str(folder))
+            run = run if existing is not None else edit(run, data=options.run.data)
+            return edit(line.change(run), out=str(folder))
 
-        preset = None if options.preset_name is None else edit(line.preset, data=options.run.data)
         prepared = prepare(
             lambda: _open(options.run.data, terminal),
             terminal,
             rt,
             change=change,
             existing=existing,
-            preset=preset,
+            preset=None if options.preset is None else edit(line.preset, data=options.run.data),
             method=type(options.run.method),
             minutes=options.minutes,
         )
@@ -95,7 +89,7 @@ def run_command(line: CommandLine) -> int:
             with terminal.progress("checking the run"):
                 prepared.validate()
             if existing is not None:
-                terminal.print(f"{prepared.run.out} would resume at step {existing.step} of {existing.steps}.")
+                terminal.print(f"{folder} would resume at step {existing.step} of {existing.steps}.")
             print_result({"run": to_dict(prepared.run), "plan": prepared.plan})
             return 0
         outcome = prepared.train(terminal)
@@ -111,15 +105,46 @@ def _check(options: Any, line: CommandLine) -> None:
             raise UserError(
                 f"--resume continues in its own folder, {options.resume}; got --out {line.types.out}. Omit --out."
             )
-        for name in ("preset", "network", "method", "minutes", "name"):
-            if getattr(options, name, None) is not None:
-                raise UserError(f"--{name} is for a new run, --resume for an existing one. Omit one of them.")
+        for flag in ("--preset", "--network", "--method", "--minutes", "--name"):
+            if line.has(flag):
+                raise UserError(f"{flag} is for a new run, --resume for an existing one. Omit one of them.")
     elif not options.run.data.is_given:
         raise UserError(
             "No dataset given. Expected a folder of images: dino train photos/\n"
             "`dino train scenes` trains on synthetic images; `dino train --help` shows more."
         )
     check_range(options, "minutes", above=0)
+
+
+def choose_run_dir(options: Any, terminal: Terminal, line: CommandLine) -> tuple[Path, ExistingRun | None]:
+    """Return the output folder, and the run to resume in it. Never returns the folder of another run."""
+    if line.existing is not None:
+        return Path(options.resume), line.existing
+    preset = (options.preset or "").rpartition(":")[2]
+    name = "-".join(part for part in (options.run.data.short_name or "images", preset) if part)
+    folder = Path(line.types.out or f"runs/{options.name or name}")
+    existing = find_run(folder, trust=options.trust)
+    check_writable(folder)
+    if existing is None or options.dry_run:
+        return folder, None
+    free = next(path for n in itertools.count(2) if not (path := Path(f"{folder}-{n}")).exists())
+    if existing.finished:
+        if line.types.out or options.name:
+            raise UserError(f"{folder} has a finished run. Choose another folder: --out {free}")
+        terminal.print(f"{folder} has a finished run; this one is written to {free}.")
+        return free, None
+    state = f"{folder} has a run that stopped at step {existing.step} of {existing.steps}."
+    if options.yes:
+        terminal.print(f"{state} Resuming it.")
+        return folder, existing
+    if not terminal.is_interactive:
+        raise UserError(f"{state}\nTo resume it:          --resume {folder}\nTo start another run:  --out {free}")
+    match terminal.ask(state, {"r": "resume it", "n": f"start a new run in {free}", "q": "quit"}):
+        case "r":
+            return folder, existing
+        case "n":
+            return free, None
+    raise KeyboardInterrupt
 
 
 def _open(data: DatasetConfig, terminal: Terminal) -> ImageDataset:
@@ -130,28 +155,18 @@ def _open(data: DatasetConfig, terminal: Terminal) -> ImageDataset:
             return data.open(progress)
 
     dataset = distributed.run_on_rank0(scan)
-    if dataset.skipped:
-        terminal.print(f"{len(dataset.skipped)} files are skipped:", style="yellow")
-        for item in dataset.skipped[:5]:
-            terminal.print(f"  {item.name}: {item.reason}")
-        if len(dataset.skipped) > 5:
-            terminal.print("  ... all are listed in the report and in skipped.jsonl")
+    report_skipped(dataset.skipped, terminal)
     return dataset
 
 
 def _result(outcome: Outcome) -> dict[str, Any]:
+    names = ("finished", "metrics", "quality", "evals", "best", "collapse", "reference_scores")
     return {
         "run": str(outcome.folder),
-        "finished": outcome.finished,
+        **{name: getattr(outcome, name) for name in names},
         "step": outcome.clock.step,
         "steps": outcome.clock.steps,
         "epochs": outcome.clock.epochs,
-        "metrics": outcome.metrics,
-        "quality": outcome.quality,
-        "evals": outcome.evals,
-        "best": outcome.best,
-        "collapse": outcome.collapse,
-        "reference_scores": outcome.reference_scores,
         "skipped": len(outcome.skipped),
         "backbone": str(outcome.folder / "backbone.safetensors"),
         "report": str(outcome.report),
