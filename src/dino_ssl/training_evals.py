@@ -8,7 +8,7 @@ from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import relabeled
 from dino_ssl.errors import UserError
-from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.base import EvalContext, reference_scores
 from dino_ssl.evals.scheduled import PreparedScheduledEval, is_due, prepare_all
 from dino_ssl.events import EvalDone, EvalStarted, Evaluated
 from dino_ssl.files import read_json
@@ -40,13 +40,14 @@ class TrainingEvals:
         context = eval_context(run, rt)
         self.online = None
         if val_set is not None:
-            self.online = run.online_eval.prepare(method.backbone, method.classifier, train_set, val_set, context)
+            self.online = run.online_eval.prepare(method.classifier, train_set, val_set, context)
         self.scheduled = prepare_all(run.evals, context, method.backbone)
         described = distributed.run_on_rank0(lambda: read_json(self.folder / "run.json") if resume else None)
         if described is not None:
             self.reference_scores = described.get("reference_scores", {})
         elif self.online is not None:
-            self.reference_scores = self.online.references(lambda: run.backbone.build(drop_path=0.0).to(rt.device))
+            build = None if method.classifier else lambda: run.backbone.build(drop_path=0.0).to(rt.device)
+            self.reference_scores = reference_scores(self.online, build)
         else:
             self.reference_scores = {}
 
@@ -54,7 +55,7 @@ class TrainingEvals:
         """Measure the online accuracy if it is due, and remember the best one in `state`."""
         if self.online is None or not is_due(self.every_epochs, clock):
             return None
-        values = dict(self.online.measure())
+        values = dict(self.online(self.method.backbone))
         name, value = next(iter(values.items()))
         is_best = value > state.best.get("value", -math.inf)
         if is_best:

@@ -163,8 +163,7 @@ def test_unreadable_copies_are_skipped_and_listed(tmp_path: Path) -> None:
     prepared = CopyDetection().prepare([write(tmp_path, OFFICIAL)], EvalContext())
     (tmp_path / "strong/200002.jpg").write_bytes(b"gone")
     (tmp_path / "original/200000.jpg").write_bytes(b"gone")  # the first: the later rows keep their indices
-    assert prepared.pixel_reference is not None
-    scores = prepared.pixel_reference()
+    scores = prepared.references["raw_pixels"]()
     assert sorted(skip["name"] for skip in scores.details["skipped"]) == ["original/200000.jpg", "strong/200002.jpg"]
     ranks = scores.details["rank of the original"]
     assert "strong/200002.jpg" not in ranks

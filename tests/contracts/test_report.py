@@ -205,7 +205,7 @@ def test_snapshots_are_kept_by_epoch_without_bad_images(tmp_path: Path) -> None:
 def test_neighbors_are_the_nearest_other_images(tmp_path: Path) -> None:
     angles = torch.tensor([0.0, 0.1, 0.3, 1.0, 2.0])  # cosine falls with the angle between two
     features = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[1.0], [50], [2], [3], [4]])
-    extracted = ImageFeatures(features, None, torch.tensor([2, 4, 6, 8, 9]), [])
+    extracted = ImageFeatures(features, torch.full((5,), -1), torch.tensor([2, 4, 6, 8, 9]), [])
     write_neighbors(extracted, Blobs(), [4, 5], tmp_path, k=2)  # 5 has no feature
     (query,) = read_neighbors(tmp_path)["queries"]
     assert [near["index"] for near in query["neighbors"]] == [2, 6]

@@ -86,7 +86,7 @@ def test_missing_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere has no gnd_"):
         open_revisited(tmp_path / "nowhere")
     benchmark(tmp_path / "roxford5k")
-    with pytest.raises(UserError, match=r"has no gnd_[\s\S]*jpg/[\s\S]*Pass one of its folders: roxford5k"):
+    with pytest.raises(UserError, match=r"has no gnd_[\s\S]*jpg/"):
         open_revisited(tmp_path)
     with pytest.raises(UserError, match=r"missing or broken[\s\S]*1 images, such as bridge_1"):
         open_revisited(benchmark(tmp_path / "lost", skip="bridge_1"))
@@ -102,8 +102,8 @@ def test_missing_files_are_reported(tmp_path: Path) -> None:
         ({"gnd": GND["gnd"][:1]}, "one entry of gnd for each query, got 1 for 2"),
         ({"imlist": GND["imlist"][:3]}, r"expected different images of 3 for bridge_0; got \[3, 2\]"),
         ({"gnd": [GND["gnd"][0], {**GND["gnd"][1], "hard": [3]}]}, "expected different images of 4 for bridge_0"),
-        ({"gnd": [{"bbx": [0, 0, 9, 9], "ok": [0], "junk": []}] * 2}, "have ok instead of"),
-        ({"gnd": [{**GND["gnd"][0], "easy": [0.5]}, GND["gnd"][1]]}, "expected integers"),
+        ({"gnd": [{"bbx": [0, 0, 9, 9], "ok": [0], "junk": []}] * 2}, "not ok, as the original"),
+        ({"gnd": [{**GND["gnd"][0], "easy": [0.5]}, GND["gnd"][1]]}, "interpreted as an integer"),
         ({"gnd": [{**GND["gnd"][0], "bbx": [500, 3, 900, 20]}, GND["gnd"][1]]}, "pixels of the original files"),
         ({"gnd": [{**GND["gnd"][0], "bbx": [1, 2, 3]}, GND["gnd"][1]]}, "not a ground truth"),
         ({"gnd": 3}, "not a ground truth"),

@@ -117,9 +117,7 @@ def test_a_complete_evaluation(network: ViT | Timm) -> None:
 
 
 def pixel_scores(sources: list, context: EvalContext = EvalContext()) -> Scores:  # noqa: B008
-    pixel_reference = CopyDetection().prepare(sources, context).pixel_reference
-    assert pixel_reference is not None
-    return pixel_reference()
+    return CopyDetection().prepare(sources, context).references["raw_pixels"]()
 
 
 def test_raw_pixels_find_weak_copies_but_not_strong_ones() -> None:

@@ -179,7 +179,6 @@ def test_extract_keeps_the_order_and_skips_unreadable_images(batch_size: int) ->
         ("3.png", "cut short"),
         ("10.png", "cut short"),
     ]
-    assert out.labels is not None
     assert out.labels.tolist() == [0, 1, 0, 0, 1, 0, 1, 0, 1]
     assert (out.features[1:, 0] > out.features[:-1, 0]).all()  # rows belong to their image
     assert calls[-1] == (9, 11)

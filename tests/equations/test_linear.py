@@ -16,7 +16,6 @@ from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.data.transforms.pixel_ops import resize
 from dino_ssl.data.transforms.random_crop import RATIO, SCALE, random_crop
 from dino_ssl.errors import UserError
-from dino_ssl.evals import crop_features
 from dino_ssl.evals.base import EvalContext, PreparedEval, evaluating
 from dino_ssl.evals.linear import FeatureSpec, Linear, LinearHeads, class_rank, frozen_feature
 from dino_ssl.models.backbone import Backbone, Features
@@ -153,7 +152,7 @@ def test_class_rank_equals_a_stable_sort() -> None:
 
 def test_a_diverged_classifier_is_never_correct() -> None:
     logits = torch.tensor([[[0.0, 1.0, 2.0], [torch.nan, torch.nan, torch.nan], [torch.inf, 0.0, 0.0]]])
-    assert class_rank(logits, torch.tensor([2])).tolist() == [[0, 3, 3]]
+    assert class_rank(logits, torch.tensor([2])).tolist() == [[0, 5, 5]]
     scores = prepare(replace(QUICK, lr=(1e42, 1.0)))(Conv())
     table = scores.details["sweep"]
     assert table[0]["top-1 on held-out training images"] == 0
@@ -293,14 +292,10 @@ def test_one_stored_crop_per_epoch_equals_fresh_crops() -> None:
     assert not torch.allclose(fewer, fresh, atol=1e-3)
 
 
-@pytest.mark.parametrize("crops", [0, 2])
-def test_batch_size_and_feature_storage_do_not_matter(crops: int, monkeypatch, tmp_path) -> None:
-    settings, backbone = replace(QUICK, crops=crops, epochs=3), vit(depth=2)
-    expected = fit(settings, backbone)
-    monkeypatch.setattr(crop_features, "IN_MEMORY", 0)
-    context = replace(CONTEXT, batch_size=5, cache=tmp_path / "cache")
-    torch.testing.assert_close(fit(settings, backbone, context=context), expected, atol=1e-5, rtol=1e-5)
-    assert not list(tmp_path.glob("cache/*"))  # the stored features are deleted
+def test_the_batch_size_does_not_matter() -> None:
+    settings, backbone = replace(QUICK, crops=2, epochs=3), vit(depth=2)
+    other = fit(settings, backbone, context=replace(CONTEXT, batch_size=5))
+    torch.testing.assert_close(other, fit(settings, backbone), atol=1e-5, rtol=1e-5)
 
 
 def test_progress_is_reported_and_the_mode_is_restored() -> None:
@@ -318,7 +313,6 @@ def test_progress_is_reported_and_the_mode_is_restored() -> None:
     assert backbone.training
     assert all(done == total for done, total in last.values())
     assert last["training the classifiers"] == (480, 480)
-    assert "features of random crops, 2 of 2" in last
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------

@@ -125,8 +125,7 @@ def test_a_complete_evaluation(vit: Backbone, settings: Retrieval) -> None:
 def test_convnets_and_raw_pixels_are_scored() -> None:
     args = (("channels", "(8,8,16,16)"), ("layers", "(1,1,1,1)"))
     prepared = Retrieval(multiscale=True).prepare([SCENES.open()], EvalContext(size=48))
-    assert prepared.pixel_reference is not None
-    assert set(prepared(Timm(name="resnet18", args=args).build().eval())) == set(prepared.pixel_reference())
+    assert set(prepared(Timm(name="resnet18", args=args).build().eval())) == set(prepared.references["raw_pixels"]())
 
 
 @pytest.mark.parametrize("batch_size", [1, 64])

@@ -14,8 +14,8 @@ from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.augment import Augment
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.errors import UserError
-from dino_ssl.evals.accuracy import classifier_accuracy, majority_class_accuracy
 from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.online import classifier_accuracy, majority_class_accuracy
 from dino_ssl.events import Evaluated, Started
 from dino_ssl.methods.supervised import SupervisedConfig
 from dino_ssl.metrics import read_metrics

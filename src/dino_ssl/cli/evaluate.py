@@ -72,7 +72,7 @@ def eval(argv: Sequence[str]) -> int:
 
 def help_text() -> str:
     """Return the help of `dino eval`."""
-    summaries = {name: entry.summary for name, entry in EVALUATIONS.items()}
+    summaries = {name: find_evaluation(name).__doc__.partition(":")[0].rstrip(".") for name in EVALUATIONS}
     summaries[FINETUNE] = "accuracy of the whole network after training with labels"
     names = "\n".join(f"  {name:<20} {summary}" for name, summary in summaries.items())
     return (

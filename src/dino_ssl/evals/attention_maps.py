@@ -12,8 +12,7 @@ from dino_ssl.errors import UserError
 from dino_ssl.evals.base import Autocast, evaluating
 from dino_ssl.models.backbone import Attentive, Backbone
 
-MAX_PATCHES = 10_000
-"""Attention between this many patches takes 2.4 GB with six heads."""
+MAX_PATCHES = 10_000  # attention between this many patches takes 2.4 GB with six heads
 
 
 def attention_size(training_size: int) -> int:
@@ -42,9 +41,7 @@ def resize_to_patches(image: np.ndarray, size: int, patch: int) -> np.ndarray:
 def require_attention(backbone: Backbone) -> Attentive:
     """Return the network, or raise UserError if it has no attention."""
     if not isinstance(backbone, Attentive):
-        raise UserError(
-            f"{type(backbone).__name__} has no attention: expected a Vision Transformer, for example dino_vits16."
-        )
+        raise UserError(f"{type(backbone).__name__} has no attention: expected a Vision Transformer, as dino_vits16.")
     return backbone
 
 

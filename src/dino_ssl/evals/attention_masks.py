@@ -29,8 +29,7 @@ from dino_ssl.evals.features import gather_rows, unreadable
 from dino_ssl.evals.label_propagation import resize_nearest
 from dino_ssl.models.backbone import Backbone
 
-UNREADABLE = -1
-"""Object number of an image that cannot be read."""
+UNREADABLE = -1  # object number of an image that cannot be read
 
 
 def jaccard(masks: np.ndarray, annotation: np.ndarray, number: int) -> np.ndarray:
@@ -77,7 +76,7 @@ def mean_over_images(scores: Sequence[ObjectScore], field: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMasks(Evaluation):
-    """Jaccard similarity between objects and the masks of the [CLS] token's attention; no labels are used."""
+    """Jaccard similarity between objects and the masks of the [CLS] token's attention: no labels are used."""
 
     name: ClassVar[str] = "attention-masks"
     paper: ClassVar[str] = "Fig. 4; Appendix D, self-attention maps"

@@ -1,14 +1,13 @@
 """The interface of every evaluation, and the context that it runs in.
 
 An `Evaluation` is a frozen dataclass of settings: its fields are the protocol. `prepare` opens and validates the data
-and returns a `PreparedEval`, a function of a backbone. The command line, the Python API and the training loop need
-nothing else, so a new evaluation is one class, inside or outside the package.
+and returns a `PreparedEval`, a function of a backbone. A new evaluation is one class, inside or outside the package.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -73,8 +72,8 @@ class PreparedEval:
     """JSON description of the data by source: number of images, fingerprint."""
     score: Callable[[Backbone], Scores]
     """Returns the same scores on every rank."""
-    pixel_reference: Callable[[], Scores] | None = None
-    """Returns the scores of raw pixels, if the evaluation is defined for them."""
+    references: Mapping[str, Callable[[], Scores]] = field(default_factory=dict)
+    """Return scores to compare with that need no network, such as `raw_pixels`."""
     score_reference: Callable[[Backbone], Scores] | None = None
     """`score` without output files; needed only if `score` writes some."""
     validate: Callable[[Backbone], object] = lambda backbone: None
@@ -134,15 +133,11 @@ class LabeledEvaluation(Evaluation):
 
 
 def reference_scores(prepared: PreparedEval, build: Callable[[], Backbone] | None) -> dict[str, Scores]:
-    """Return the scores of raw pixels (if defined) and of random weights, to compare a result with.
+    """Return the evaluation's own reference scores (raw pixels) and those of random weights.
 
-    The random state is not changed, and no output files are written.
-
-    Args:
-        prepared: The evaluation.
-        build: Builds the network with random weights on the context's device; None if its settings are unknown.
+    build: Builds the network with random weights on the context's device; None omits them.
     """
-    references = {} if prepared.pixel_reference is None else {"raw_pixels": prepared.pixel_reference()}
+    references = {name: measure() for name, measure in prepared.references.items()}
     if build is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -154,14 +149,14 @@ def reference_scores(prepared: PreparedEval, build: Callable[[], Backbone] | Non
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Use eval mode and inference mode inside; restore the mode of every submodule afterwards."""
-    modes = {part: part.training for part in module.modules()}
+    training = [part for part in module.modules() if part.training]
     module.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        for part, mode in modes.items():
-            part.training = mode
+        for part in training:
+            part.training = True
 
 
 @contextmanager

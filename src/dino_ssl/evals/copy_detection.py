@@ -95,11 +95,7 @@ class CopyDetection(Evaluation):
     name: ClassVar[str] = "copy-detection"
     paper: ClassVar[str] = "Table 4, Sec. 4.2.2"
     sources: ClassVar[tuple[Source, ...]] = (
-        Source(
-            "IMAGES",
-            "Copydays (original/, crops/*, jpeg/*, strong/), or any folder: some of its images are edited, "
-            "and the others are distractors; `scenes` generates images.",
-        ),
+        Source("IMAGES", "Copydays, or any folder, of which some images are edited; `scenes` generates images."),
         Source("DISTRACTORS", "Folder of further distractors; `none`: no further ones.", required=False),
         Source("WHITENING", "Folder of other images that the whitening is fitted on.", required=False),
     )
@@ -139,17 +135,16 @@ class CopyDetection(Evaluation):
                 copies = find_copies(dataset) or make_copies(dataset, self.originals, self.seed)
             more = None if str(distractors) == "none" else open_dataset(distractors, progress, part="val")
             whitening = whitening if str(extra) == "none" else open_dataset(extra, progress)
-        database = [part for part in (copies.originals, copies.others, more) if part is not None]
-        datasets = {"copies": copies.copies}
-        datasets |= zip(("originals", "distractors", "distractors2"), database, strict=False)
-        if whitening is not None:
-            datasets["whitening"] = whitening
-        searched = (copies.copies, *database)
+        searched = [part for part in (copies.copies, copies.originals, copies.others, more) if part is not None]
+        names: tuple[str, ...] = ("copies", "originals", "distractors", "distractors2")
+        datasets = dict(zip(names, searched, strict=False)) | ({} if whitening is None else {"whitening": whitening})
         return PreparedEval(
             name=self.name,
             data={name: described(dataset) for name, dataset in datasets.items()},
-            score=lambda backbone: self._score(backbone, copies, searched, datasets.get("whitening"), context),
-            pixel_reference=lambda: _score(copies, [raw_pixels(each, context) for each in searched], searched, context),
+            score=lambda backbone: self._score(backbone, copies, searched, whitening, context),
+            references={
+                "raw_pixels": lambda: _score(copies, [raw_pixels(d, context) for d in searched], searched, context)
+            },
         )
 
     def _score(

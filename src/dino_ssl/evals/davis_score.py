@@ -38,11 +38,8 @@ def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
 
 def contour(mask: np.ndarray) -> np.ndarray:
     """Return the pixels that differ from their right, lower or lower right neighbor; bool [H, W] -> bool [H, W]."""
-    right, below, across = mask.copy(), mask.copy(), mask.copy()  # equal to their neighbor at the border
-    right[:, :-1] = mask[:, 1:]
-    below[:-1] = mask[1:]
-    across[:-1, :-1] = mask[1:, 1:]
-    return (mask ^ right) | (mask ^ below) | (mask ^ across)
+    wide = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    return (mask ^ wide[:-1, 1:]) | (mask ^ wide[1:, :-1]) | (mask ^ wide[1:, 1:])
 
 
 def contour_accuracy(mask: np.ndarray, truth: np.ndarray, tolerance: float = TOLERANCE) -> float:
@@ -130,11 +127,9 @@ def score_clips(
                 done += 1
                 progress(done, total)
 
+    if short := [clip.name for clip in clips if len(clip) < 3]:
+        raise UserError(f"{short[0]}: expected at least 3 frames, since the first and last are not scored.")
     for index in shard:
-        if len(clips[index]) < 3:
-            raise UserError(
-                f"{clips[index].name}: expected at least 3 frames, since the first and last are not scored."
-            )
         truths = clips[index].masks()
         first = next(truths)
         statistics = sequence_statistics(pairs(clips[index], first, truths), count_objects(first))

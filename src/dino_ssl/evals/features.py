@@ -6,6 +6,7 @@ Rank r extracts images r, r + world size, ...; every rank ends with all rows.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class ImageFeatures(NamedTuple):
     """Features of the readable images of a dataset, in the dataset's order, equal on every rank."""
 
     features: Tensor  # [N, D] float32 on the CPU, not normalized
-    labels: Tensor | None  # [N] int64, -1 for an image without a label; None for a dataset without labels
+    labels: Tensor  # [N] int64, -1 for an image without a label
     indices: Tensor  # [N] int64: index of each row's image in the dataset
     skipped: list[Skipped]  # images that could not be read
 
@@ -44,9 +45,10 @@ class ImageFeatures(NamedTuple):
     def of(tensors: Mapping[str, Tensor], dataset: ImageDataset) -> "ImageFeatures":
         """Add labels and skipped images to the tensors `features` and `indices`."""
         indices = tensors["indices"]
-        labels = None if dataset.labels is None else torch.from_numpy(dataset.labels[indices.numpy()])
+        labels = np.full(len(dataset), -1) if dataset.labels is None else dataset.labels
         missing = np.setdiff1d(np.arange(len(dataset)), indices.numpy()).tolist()
-        return ImageFeatures(tensors["features"], labels, indices, [unreadable(dataset, i) for i in missing])
+        known = torch.from_numpy(labels[indices.numpy()])
+        return ImageFeatures(tensors["features"], known, indices, [unreadable(dataset, i) for i in missing])
 
     def every_row(self, count: int) -> Tensor:
         """Return [count, D]: row i belongs to image i of the dataset, zeros if it could not be read."""
@@ -60,10 +62,7 @@ def extract(
 ) -> ImageFeatures:
     """Return the [CLS] (or pooled) feature of the center crop of every image; `size` defaults to the context's."""
     side, pin_memory = size or context.size, context.device.type == "cuda"
-
-    def batches(shard: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        return eval_batches(dataset, side, context.batch_size, context.workers, shard, pin_memory=pin_memory)
-
+    batches = partial(eval_batches, dataset, side, context.batch_size, context.workers, pin_memory=pin_memory)
     return _extract(backbone, dataset, batches, backbone, backbone.embed_dim, (f"cls at {side}",), context)
 
 
@@ -195,7 +194,7 @@ def prepare_on_features(
         name=name,
         data={name: described(dataset) for name, dataset in datasets.items()},
         score=lambda backbone: score(*(extract(backbone, each, context, size=size) for each in datasets.values())),
-        pixel_reference=lambda: score(*(raw_pixels(each, context) for each in datasets.values())),
+        references={"raw_pixels": lambda: score(*(raw_pixels(each, context) for each in datasets.values()))},
     )
 
 

@@ -92,8 +92,7 @@ class KNN(LabeledEvaluation):
     examples: ClassVar[str] = """\
   dino eval knn runs/photos photos/                    one folder: a part of every class is held out
   dino eval knn runs/photos photos_train/ photos_val/
-  dino eval knn dino_vits16 photos/ --json             a released network; scores as JSON
-  dino eval knn timm:resnet18 photos/ --k 5 20"""
+  dino eval knn dino_vits16 photos/ --k 5 20 --json    a released network; scores as JSON"""
 
     k: tuple[int, ...] = KS
     """Numbers of neighbors that vote."""
@@ -111,8 +110,6 @@ class KNN(LabeledEvaluation):
         """Prepare the evaluation of two labeled datasets with the same classes."""
 
         def score(train: ImageFeatures, val: ImageFeatures) -> Scores:
-            assert train.labels is not None
-            assert val.labels is not None
             tensors = train.features, train.labels, val.features, val.labels
             return Scores(knn_accuracy(*tensors, self.k, self.temperature, device=context.device))
 

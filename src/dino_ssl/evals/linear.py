@@ -4,8 +4,9 @@ All learning rates are trained in one pass over the images. The best one is sele
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -15,14 +16,15 @@ from torch import Tensor
 
 from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.data.loader import crop_batches, epoch_order, eval_batches
 from dino_ssl.data.sources import described, labeled_only
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError, check_range
-from dino_ssl.evals.accuracy import accuracies
 from dino_ssl.evals.base import EvalContext, LabeledEvaluation, PreparedEval, Scores, evaluating, full_precision
-from dino_ssl.evals.crop_features import CropPlan, Extract
 from dino_ssl.models.backbone import Attentive, Backbone
 
+Extract = Callable[[Tensor], Tensor]
+"""uint8 images [B, 3, H, W] -> features [B, D] float32 on the device."""
 MOMENTUM = 0.9
 LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 """For a batch of 256. The authors sweep too but publish no values: their script's default is 1e-3, and the log of
@@ -32,10 +34,8 @@ their ResNet-50 starts at 0.3."""
 class FeatureSpec(NamedTuple):
     """The frozen feature that the classifier is trained on."""
 
-    blocks: int
-    """Number of last blocks whose [CLS] tokens are concatenated."""
-    patches: bool
-    """Append the mean of the last block's patch tokens."""
+    blocks: int  # number of last blocks whose [CLS] tokens are concatenated
+    patches: bool  # append the mean of the last block's patch tokens
 
 
 def frozen_feature(backbone: Backbone, images: Tensor, spec: FeatureSpec) -> Tensor:
@@ -75,25 +75,19 @@ class LinearHeads:
         with full_precision(features.device):
             return (_append_one(features) @ self.weights.flatten(1)).unflatten(1, self.weights.shape[1:])
 
-    def gradient(self, features: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return x^T (softmax - one-hot) / n of every classifier: [B, D], [B], [B, T] -> [D + 1, T, C].
+    def step(self, features: Tensor, labels: Tensor, mask: Tensor, factor: float = 1.0) -> None:
+        """Update as torch.optim.SGD does: v <- momentum v + gradient + decay w; w <- w - factor lr v.
 
-        It is the gradient of the mean cross-entropy over the n images of all ranks for which the bool mask is set.
+        The gradient x^T (softmax - one-hot) / n is that of the mean cross-entropy over the n images of all ranks for
+        which `mask` is set: [B, D], [B], bool [B, T]. factor: the learning rate schedule, relative to the peak.
         """
         residual = self.logits(features).softmax(-1)
         residual[torch.arange(len(labels), device=labels.device), :, labels] -= 1
         residual *= (mask / distributed.all_reduce_sum(mask.sum(0)).clamp(min=1))[..., None]
         with full_precision(features.device):
-            gradient = _append_one(features).T @ residual.flatten(1)
-        return distributed.all_reduce_sum(gradient).unflatten(1, self.weights.shape[1:])
-
-    def step(self, features: Tensor, labels: Tensor, mask: Tensor, factor: float = 1.0) -> None:
-        """Update as torch.optim.SGD does: v <- momentum v + gradient + decay w; w <- w - factor lr v.
-
-        mask: as in `gradient`. factor: the learning rate schedule, relative to the peak.
-        """
+            gradient = distributed.all_reduce_sum(_append_one(features).T @ residual.flatten(1))
         with torch.no_grad():
-            gradient = self.gradient(features, labels, mask) + self.weight_decay * self.weights
+            gradient = gradient.unflatten(1, self.weights.shape[1:]) + self.weight_decay * self.weights
             self.velocity.mul_(MOMENTUM).add_(gradient)
             self.weights -= factor * self.lr * self.velocity
 
@@ -105,23 +99,49 @@ def _append_one(features: Tensor) -> Tensor:
 def class_rank(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the rank of the true class, 0 for the largest logit: [B, T, C], [B] -> [B, T].
 
-    Equal logits are ranked by ascending class. A classifier with non-finite logits ranks the true class last.
+    Equal logits are ranked by ascending class. A classifier with non-finite logits ranks the true class after all.
     """
     true_logits = logits.gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1))
     classes = torch.arange(logits.shape[2], device=logits.device)
     before = (logits > true_logits) | ((logits == true_logits) & (classes < labels[:, None, None]))
-    return before.sum(2).masked_fill(~logits.isfinite().all(2), logits.shape[2])
+    return before.sum(2).masked_fill(~logits.isfinite().all(2), max(5, logits.shape[2]))
+
+
+def accuracies(
+    logits: Callable[[Tensor], Tensor],
+    classifiers: int,
+    dataset: ImageDataset,
+    size: int,
+    context: EvalContext,
+    label: str,
+) -> list[list[float]]:
+    """Return [top-1, top-5] of each classifier in percent, on center crops of the readable images with a label.
+
+    logits: uint8 images [B, 3, size, size] -> [B, classifiers, C] on the device.
+    """
+    assert dataset.labels is not None
+    labels, done, total = torch.as_tensor(dataset.labels), 0, torch.zeros(1, dtype=torch.int64, device=context.device)
+    shard = np.flatnonzero(dataset.labels >= 0)[distributed.rank() :: distributed.world_size()]
+    correct = torch.zeros(2, classifiers, dtype=torch.int64, device=context.device)
+    with context.progress(label) as progress:
+        for rows, images in eval_batches(dataset, size, context.batch_size, context.workers, shard):
+            if len(rows):
+                ranks = class_rank(logits(images), labels[rows].to(context.device))
+                correct += torch.stack([(ranks < top).sum(0) for top in (1, 5)])
+            done += len(rows)
+            progress(done, len(shard))
+    correct = distributed.all_reduce_sum(correct).double()
+    return (100 * correct / distributed.all_reduce_sum(total + done).clamp(min=1)).tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(LabeledEvaluation):
-    """Accuracy of a linear classifier on frozen features (Appendix F.2); its learning rate is selected without VAL."""
+    """Accuracy of a linear classifier on frozen features: its learning rate is selected without VAL."""
 
     name: ClassVar[str] = "linear"
     paper: ClassVar[str] = "Table 2, Appendix F.2"
     examples: ClassVar[str] = """\
   dino eval linear runs/photos photos/                 one folder: a part of every class is held out
-  dino eval linear runs/photos photos_train/ photos_val/
   dino eval linear dino_vits16 imagenet/train imagenet/val --crops 0     new crops in every epoch, as in the paper
   dino eval linear timm:resnet50 photos/ --lr 0.1 0.3 1"""
 
@@ -160,9 +180,9 @@ class Linear(LabeledEvaluation):
         The paper: four [CLS] tokens for ViT-S; [CLS] and mean patch token for ViT-B; the pooled feature of a ConvNet.
         Any ViT with fewer than 768 dimensions counts as small. XCiT is not a plain ViT; its [CLS] token is used.
         """
-        is_vit, is_small = isinstance(backbone, Attentive), backbone.embed_dim < 768
+        is_small = backbone.embed_dim < 768
         blocks = min(4, backbone.num_blocks) if isinstance(backbone, Attentive) and is_small else 1
-        patches = is_vit and not is_small and self.blocks is None
+        patches = isinstance(backbone, Attentive) and not is_small and self.blocks is None
         return FeatureSpec(self.blocks or blocks, patches if self.patches is None else self.patches)
 
     def prepare_datasets(self, train: ImageDataset, val: ImageDataset, context: EvalContext) -> PreparedEval:
@@ -182,9 +202,8 @@ class Linear(LabeledEvaluation):
             with context.autocast():
                 return frozen_feature(backbone, normalize(images.to(context.device, non_blocking=True)), spec)
 
-        def hits(images: Tensor, labels: Tensor) -> Tensor:
-            ranks = class_rank(heads.logits(extract(images)), labels)
-            return torch.stack([(ranks < min(top, len(train.classes))).sum(0) for top in (1, 5)])
+        def logits(images: Tensor) -> Tensor:
+            return heads.logits(extract(images))
 
         with evaluating(backbone), torch.random.fork_rng(devices=[]):  # data loaders draw a seed
             width = extract(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
@@ -193,12 +212,12 @@ class Linear(LabeledEvaluation):
             table = [{"lr": lr} for lr in self.lr]
             if tune_mask.any():
                 tune = train.subset(np.flatnonzero(tune_mask))
-                top1, _ = accuracies(hits, count, tune, size, context, "accuracy on held-out training images")
+                top1, _ = accuracies(logits, count, tune, size, context, "accuracy on held-out training images")
                 top1 = top1[: len(table)]  # the classifiers that were not trained on them
                 best = top1.index(max(top1))
                 for row, accuracy in zip(table, top1, strict=True):
                     row["top-1 on held-out training images"] = accuracy
-            top1, top5 = accuracies(hits, count, val, size, context, "accuracy on validation images")
+            top1, top5 = accuracies(logits, count, val, size, context, "accuracy on validation images")
         final = best - len(table)  # the classifier of the same learning rate that was trained on all images
         details = {"feature": {**spec._asdict(), "width": width}, "selected": {"lr": self.lr[best]}, "sweep": table}
         return Scores({"top-1": top1[final], "top-5": top5[final]}, details)
@@ -224,14 +243,51 @@ class Linear(LabeledEvaluation):
         heads = LinearHeads(width, len(train.classes), rates, self.weight_decay, seed=self.seed, device=device)
         mask = torch.ones(n, copies, len(self.lr), dtype=torch.bool)
         mask[torch.from_numpy(tune_mask), 0] = False
-        labels, mask = torch.as_tensor(train.labels), mask.flatten(1)
-        plan = CropPlan(train, self.size or context.size, self.batch, self.epochs, self.seed, extract, width, context)
-        batches = plan.stored_crops(self.crops) if self.crops else plan.fresh_crops()
+        labels, mask, done = torch.as_tensor(train.labels), mask.flatten(1), 0
         with context.progress("training the classifiers") as progress:
-            done = 0
-            for epoch, rows, features in batches:
+            for epoch, rows, features in self.crop_features(train, extract, width, context):
                 factor = 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))  # cosine, one value per epoch
                 heads.step(features.to(device), labels[rows].to(device), mask[rows].to(device), factor)
                 done += len(rows)
-                progress(done, self.epochs * len(plan.shard()))
+                progress(done, -(-self.epochs * n // distributed.world_size()))
         return heads
+
+    def crop_features(
+        self, train: ImageDataset, extract: Extract, width: int, context: EvalContext
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (epoch, indices [b], features [b, D]) of every training step: this rank's readable images.
+
+        Image i belongs to rank i mod world size, so features never move between ranks. Those of the first `crops`
+        epochs are stored and used again in turn; with 0, every epoch has new crops.
+        """
+        world_size, crops = distributed.world_size(), self.crops or self.epochs
+        store = torch.empty(self.crops, -(-len(train) // world_size), width)
+        is_readable = torch.zeros(store.shape[:2], dtype=torch.bool)
+
+        def steps() -> Iterator[tuple[int, np.ndarray]]:
+            for epoch in range(self.epochs):
+                order = epoch_order(self.seed, epoch, len(train))
+                for step in _chunks(order, self.batch):
+                    yield epoch, step[step % world_size == distributed.rank()]
+
+        jobs = ((e, part) for e, indices in steps() if e < crops for part in _chunks(indices, context.batch_size))
+        batches = crop_batches(train, self.size or context.size, jobs, seed=self.seed, workers=context.workers)
+        for epoch, indices in steps():
+            if epoch < crops:
+                parts = [(torch.empty(0, dtype=torch.int64), torch.empty(0, width, device=context.device))]
+                for readable, images in islice(batches, len(_chunks(indices, context.batch_size))):
+                    if len(readable):
+                        parts.append((readable, extract(images)))
+                rows, features = (torch.cat(part) for part in zip(*parts, strict=True))
+                if self.crops:
+                    store[epoch, rows // world_size] = features.cpu()
+                    is_readable[epoch, rows // world_size] = True
+            else:
+                rows = torch.from_numpy(indices)
+                rows = rows[is_readable[epoch % crops, rows // world_size]]
+                features = store[epoch % crops, rows // world_size]
+            yield epoch, rows, features
+
+
+def _chunks(indices: np.ndarray, size: int) -> list[np.ndarray]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]

@@ -35,8 +35,7 @@ def sample_subset(
     A class of n images contributes round(share n) images, at least one, or `per_class` images. For equal seeds, a
     smaller subset is contained in a larger one. Images with a negative label are ignored.
     """
-    rng = np.random.default_rng(np.random.SeedSequence(seed))
-    subset = []
+    rng, subset = np.random.default_rng(np.random.SeedSequence(seed)), []
     for label in np.unique(labels[labels >= 0]):
         members = rng.permutation(np.flatnonzero(labels == label))
         count = max(1, round(share * len(members))) if share is not None else per_class
@@ -53,24 +52,21 @@ def read_subset(names: Sequence[str], file: Path) -> np.ndarray:
     indices = {name.rpartition("/")[2]: i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
     missing = [name for name in listed if name not in indices]
     if missing or not listed:
-        examples = f" ({', '.join(missing[:3])}, ...)" if missing else ""
         raise UserError(
-            f"{file} lists {len(listed)} images; {len(missing)} of them are not in TRAIN{examples}. "
+            f"{file} lists {len(listed)} images; {len(missing)} of them are not in TRAIN ({', '.join(missing[:3])}). "
             f"Expected names such as {', '.join(names[:2])}, one per line."
         )
     return np.unique([indices[name] for name in listed])
 
 
-def logistic_loss(
-    weights: Tensor, features: Tensor, labels: Tensor, decay: float, *, rows: int = ROWS
-) -> tuple[Tensor, Tensor]:
+def logistic_loss(weights: Tensor, features: Tensor, labels: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     """Return (1/n) sum of -log softmax(x W)_y + decay / 2 |W|^2 and its gradient: [D, C], [N, D], [N] -> [], [D, C].
 
     Computed in the weights' precision. Rank r sums rows r, r + world size, ...; every rank returns the same.
     """
     shard = torch.arange(distributed.rank(), len(labels), distributed.world_size())
     loss, gradient = weights.new_zeros(1), torch.zeros_like(weights)
-    for part in shard.split(rows):
+    for part in shard.split(ROWS):
         x, y = features[part].to(weights), labels[part].to(weights.device)[:, None]
         log_p = (x @ weights).log_softmax(1)
         loss -= log_p.gather(1, y).sum() / len(labels)
@@ -142,7 +138,7 @@ class LowShot(LabeledEvaluation):
     share: tuple[float, ...] = (0.01, 0.1)
     """Fractions of every class of TRAIN that are labeled, at least one image; 1 uses all labels (Table 10)."""
     per_class: tuple[int, ...] = ()
-    """Numbers of labeled images per class."""
+    """Numbers of labeled images per class; a smaller class is labeled completely."""
     lists: tuple[str, ...] = ()
     """Text files with the names of the labeled images, one per line: SimCLR's splits, as in Table 12. Give --share
     without numbers to use the lists alone."""
@@ -179,12 +175,6 @@ class LowShot(LabeledEvaluation):
     def sample_subsets(self, train: ImageDataset) -> dict[str, list[np.ndarray]]:
         """Return the image indices of every subset, by the name of its size: {"10 %": [indices, ...], ...}."""
         labels = np.asarray(train.labels)
-        smallest = int(np.bincount(labels)[np.unique(labels)].min())
-        if self.per_class and max(self.per_class) > smallest:
-            raise UserError(
-                f"`per_class` must be at most {smallest}, the size of the smallest class of TRAIN; "
-                f"got {max(self.per_class)}."
-            )
         seeds = range(self.seed, self.seed + self.subsets)
         subsets = {}
         for share in self.share:  # there is only one subset of all images
@@ -203,8 +193,6 @@ class LowShot(LabeledEvaluation):
         val: ImageFeatures,
     ) -> Scores:
         """Return {"1 %": mean top-1, "1 % spread": standard deviation over subsets, "1 % 20-NN": ..., ...}."""
-        assert train.labels is not None
-        assert val.labels is not None
         x, test = (F.normalize(each.features, dim=1) for each in (train, val))
         values, details, knn = {}, {}, f"{self.k}-NN"
         for name, parts in subsets.items():

@@ -1,27 +1,18 @@
 """Accuracy measured during training: it shows progress and selects the best checkpoint."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import check_range
-from dino_ssl.evals.accuracy import classifier_accuracy, majority_class_accuracy
-from dino_ssl.evals.base import EvalContext, PreparedEval, Scores, reference_scores
+from dino_ssl.evals.base import EvalContext, PreparedEval, Scores, evaluating
 from dino_ssl.evals.knn import KNN
-from dino_ssl.models.backbone import Backbone
+from dino_ssl.evals.linear import accuracies
 from dino_ssl.models.heads import Network
-
-
-class PreparedOnlineEval(NamedTuple):
-    """The online evaluation of one method."""
-
-    name: str
-    measure: Callable[[], Scores]
-    references: Callable[[Callable[[], Backbone]], Mapping[str, Mapping[str, float]]]
-    """Returns the reference scores, given a function that builds the network with random weights on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,25 +38,43 @@ class OnlineEval:
         check_range(self, "k", "size", "max_train_images", "batch_size", prefix="online_eval.", least=1)
 
     def prepare(
-        self,
-        backbone: Backbone,
-        classifier: Network | None,
-        train: ImageDataset,
-        val: ImageDataset,
-        context: EvalContext,
-    ) -> PreparedOnlineEval:
+        self, classifier: Network | None, train: ImageDataset, val: ImageDataset, context: EvalContext
+    ) -> PreparedEval:
         """Prepare the accuracy of a method's classifier if it has one, otherwise k-NN on its backbone."""
-        if classifier is not None:
-            return PreparedOnlineEval(
-                "accuracy",
-                lambda: classifier_accuracy(classifier, val, self.size or context.size, context),
-                lambda build: {"majority_class": majority_class_accuracy(train, val)},
-            )
-        knn = self.prepare_knn(train, val, context)
-        return PreparedOnlineEval(knn.name, lambda: knn(backbone), lambda build: reference_scores(knn, build))
+        if classifier is None:
+            return self.prepare_knn(train, val, context)
+        return PreparedEval(
+            name="accuracy",
+            data={},
+            score=lambda backbone: classifier_accuracy(classifier, val, self.size or context.size, context),
+            references={"majority_class": lambda: majority_class_accuracy(train, val)},
+        )
 
     def prepare_knn(self, train: ImageDataset, val: ImageDataset, context: EvalContext) -> PreparedEval:
         """Prepare the k-NN evaluation, with at most `max_train_images` training images."""
         if len(train) > self.max_train_images:
             train = train.subset(np.linspace(0, len(train) - 1, self.max_train_images).round().astype(np.int64))
         return KNN(k=(self.k,), size=self.size).prepare_datasets(train, val, context)
+
+
+def classifier_accuracy(classifier: Network, dataset: ImageDataset, size: int, context: EvalContext) -> Scores:
+    """Return {"top-1": percent, "top-5": percent} of a network with one logit per class, the same on every rank."""
+
+    def logits(images: Tensor) -> Tensor:
+        with context.autocast():
+            (out,) = classifier([normalize(images.to(context.device, non_blocking=True))[None]])
+        return out.float()[:, None]
+
+    with evaluating(classifier), torch.random.fork_rng(devices=[]):  # data loaders draw a seed
+        (top1,), (top5,) = accuracies(logits, 1, dataset, size, context, "accuracy")
+    return Scores({"top-1": top1, "top-5": top5})
+
+
+def majority_class_accuracy(train: ImageDataset, val: ImageDataset) -> Scores:
+    """Return the accuracy of always predicting the classes that are most frequent in `train`."""
+    assert train.labels is not None
+    assert val.labels is not None
+    counts = np.bincount(train.labels[train.labels >= 0], minlength=len(train.classes))
+    frequent = np.argsort(-counts, kind="stable")
+    labels = val.labels[val.labels >= 0]
+    return Scores({f"top-{n}": 100 * float(np.isin(labels, frequent[:n]).mean()) for n in (1, 5)})

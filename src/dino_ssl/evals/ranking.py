@@ -45,11 +45,11 @@ def remove_junk(ranks: np.ndarray, junk: np.ndarray) -> np.ndarray:
 
 
 def sequential_mean(values: Sequence[float]) -> float:
-    """Return the mean, summed in order: pairwise summation differs from the official scorers in the last digit."""
+    """Return the mean, summed in order as the official scorers do: pairwise summation differs in the last digit."""
     total = 0.0
     for value in values:
         total += value
-    return total / len(values)
+    return total / len(values) if values else float("nan")
 
 
 def target_ranks(

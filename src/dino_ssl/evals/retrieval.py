@@ -25,8 +25,7 @@ from dino_ssl.evals.features import ImageFeatures, extract_resized, raw_pixels, 
 from dino_ssl.evals.ranking import average_precision, precision_at, remove_junk, sequential_mean, target_ranks
 from dino_ssl.models.backbone import Backbone
 
-SCALES = (1.0, 2**-0.5, 0.5)
-"""Scales of multi-scale descriptors, from the authors' code."""
+SCALES = (1.0, 2**-0.5, 0.5)  # of multi-scale descriptors, from the authors' code
 KAPPAS = (1, 5, 10)
 PROTOCOLS = {
     "easy": (("easy",), ("junk", "hard")),
@@ -34,8 +33,7 @@ PROTOCOLS = {
     "hard": (("hard",), ("junk", "easy")),
 }
 """Positives of each protocol, and rows that are removed from the ranking before it is scored."""
-SYNTHETIC_QUERIES = 100
-"""Number of queries that `scenes` generates."""
+SYNTHETIC_QUERIES = 100  # of `scenes`
 
 
 class ProtocolScores(NamedTuple):
@@ -60,11 +58,8 @@ def protocol_scores(ranks: Sequence[Truth], protocol: str, kappas: Sequence[int]
         positives = remove_junk(positives, junk)
         aps.append(average_precision(positives, len(positives)))
         precisions.append([precision_at(positives, k) for k in kappas])
-    counted = [ap for ap in aps if ap is not None]
-    if not counted:
-        return ProtocolScores(float("nan"), tuple(float("nan") for _ in kappas), aps)
     precision = tuple(sequential_mean(column) for column in zip(*precisions, strict=True))
-    return ProtocolScores(sequential_mean(counted), precision, aps)
+    return ProtocolScores(sequential_mean([ap for ap in aps if ap is not None]), precision, aps)
 
 
 def multiscale(backbone: Backbone, images: Tensor, scales: Sequence[float] = SCALES) -> Tensor:
@@ -80,10 +75,7 @@ class Retrieval(Evaluation):
     name: ClassVar[str] = "retrieval"
     paper: ClassVar[str] = "Table 3, Sec. 4.2.1"
     sources: ClassVar[tuple[Source, ...]] = (
-        Source(
-            "BENCHMARK",
-            "Folder of a revisited benchmark (gnd_*.pkl and jpg/), or its gnd file; `scenes` generates a small one.",
-        ),
+        Source("BENCHMARK", "Folder with gnd_*.pkl and jpg/, or its gnd file; `scenes` generates a small one."),
     )
     examples: ClassVar[str] = """\
   dino eval retrieval dino_vits16 roxford5k/                            Table 3, Oxford: 224 pixels, one scale
@@ -112,19 +104,15 @@ class Retrieval(Evaluation):
             else:
                 raise UserError("Retrieval needs ground truth: expected the folder of a benchmark, or `scenes`.")
         queries = marks.boxed if self.query == "box" else marks.queries
+        parts = (queries, marks.queries), (marks.database, marks.database)  # (images, the same without a crop)
         truth = {"benchmark": marks.name, "ground_truth": marks.ground_truth.fingerprint}
         return PreparedEval(
             name=self.name,
             data={"database": described(marks.database), "queries": described(marks.queries) | truth},
-            score=lambda backbone: _score(
-                marks,
-                self._features(backbone, queries, marks.queries, context),
-                self._features(backbone, marks.database, marks.database, context),
-                context,
-            ),
-            pixel_reference=lambda: _score(
-                marks, raw_pixels(queries, context), raw_pixels(marks.database, context), context
-            ),
+            score=lambda backbone: _score(marks, context, *(self._features(backbone, *p, context) for p in parts)),
+            references={
+                "raw_pixels": lambda: _score(marks, context, *(raw_pixels(part, context) for part, _ in parts))
+            },
         )
 
     def _features(
@@ -139,7 +127,7 @@ class Retrieval(Evaluation):
         return extract_resized(backbone, dataset, shapes, describe, width=width, key=key, context=context)
 
 
-def _score(landmarks: Landmarks, queries: ImageFeatures, database: ImageFeatures, context: EvalContext) -> Scores:
+def _score(landmarks: Landmarks, context: EvalContext, queries: ImageFeatures, database: ImageFeatures) -> Scores:
     """Rank and score. Unreadable queries are skipped; unreadable database images rank last."""
     indices = queries.indices.tolist()
     truth = [landmarks.ground_truth.truth[q] for q in indices]

@@ -80,10 +80,7 @@ def prepare_all(
 
 
 def is_due(every_epochs: float, clock: Clock) -> bool:
-    """Return True if the epoch that just ended passed a multiple of `every_epochs`, or was the last.
-
-    0 means the last epoch only.
-    """
+    """Return True if the epoch that just ended passed a multiple of `every_epochs` (0: never), or was the last."""
     if clock.step == clock.steps or not every_epochs:
         return clock.step == clock.steps
     return math.floor(clock.epoch / every_epochs) > math.floor((clock.epoch - 1) / every_epochs)

@@ -31,12 +31,6 @@ SYNTHETIC_CLIPS, SYNTHETIC_FRAMES = 8, 24
 SYNTHETIC_SIZE = 192  # minimum; at smaller sizes, J mostly measures the coarseness of the patch grid
 
 
-def resize_frame(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize bilinearly, as the published code does; by area if the image is reduced to less than half."""
-    interpolation = cv2.INTER_AREA if 2 * height < image.shape[0] else cv2.INTER_LINEAR
-    return cv2.resize(image, (width, height), interpolation=interpolation)
-
-
 def segment(
     backbone: Backbone,
     frames: Iterable[np.ndarray],
@@ -51,6 +45,8 @@ def segment(
     height, width = mask.shape
     size = input_size(height, width, size=settings.size or SIZE, patch=backbone.patch, multiple=settings.multiple)
 
+    resize = cv2.INTER_AREA if 2 * size[0] < height else cv2.INTER_LINEAR  # bilinear in the published code
+
     def features() -> Iterator[Tensor]:
         for image in frames:
             if image.shape[:2] != (height, width):
@@ -58,7 +54,7 @@ def segment(
                     f"expected one size for all frames and masks of a video; a frame is {image.shape[1]} x "
                     f"{image.shape[0]} pixels, and the first mask {width} x {height}."
                 )
-            pixels = torch.from_numpy(resize_frame(image, *size)).permute(2, 0, 1)[None]
+            pixels = torch.from_numpy(cv2.resize(image, size[::-1], interpolation=resize)).permute(2, 0, 1)[None]
             with context.autocast():
                 yield backbone.features(normalize(pixels.to(context.device)))[0].patches[0]
 
@@ -88,10 +84,7 @@ class VideoSegmentation(Evaluation):
 
     name: ClassVar[str] = "video-segmentation"
     sources: ClassVar[tuple[Source, ...]] = (
-        Source(
-            "DAVIS",
-            "Folder of DAVIS-2017 at 480p, with ImageSets, JPEGImages, Annotations; `scenes` generates videos.",
-        ),
+        Source("DAVIS", "Folder of DAVIS-2017 (ImageSets, JPEGImages, Annotations); `scenes` generates videos."),
     )
     paper: ClassVar[str] = "Table 5; protocol of Jabri et al., 2020"
     examples: ClassVar[str] = """\
@@ -140,7 +133,7 @@ class VideoSegmentation(Evaluation):
             data={"davis": {"sequences": len(clips), "frames": sum(map(len, clips)), "fingerprint": fingerprint}},
             score=lambda backbone: settings._score(backbone, clips, context),
             score_reference=lambda backbone: settings._score(backbone, clips, no_files),
-            pixel_reference=lambda: settings._score(RawPatches(), clips, no_files),
+            references={"raw_pixels": lambda: settings._score(RawPatches(), clips, no_files)},
         )
 
     def _score(self, backbone: Backbone, clips: Sequence[Clip], context: EvalContext) -> Scores:

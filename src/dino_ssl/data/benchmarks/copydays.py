@@ -11,8 +11,7 @@ from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.transforms import distortions
 from dino_ssl.errors import UserError
 
-BLOCKS = ("strong", "crops", "jpeg")
-"""Groups of distortions that are scored separately; the paper reports strong."""
+BLOCKS = ("strong", "crops", "jpeg")  # distortions that are scored separately; the paper reports strong
 _EXPECTED = """Expected:
   copydays/
     original/            200000.jpg, 200100.jpg, ...: the names end with 00
@@ -26,15 +25,11 @@ _BLOCK = {"crop": "crops"}  # name of a folder or distortion -> name of its bloc
 class Copies(NamedTuple):
     """Copy-detection benchmark: each copy is a query for its original."""
 
-    name: str
     originals: ImageDataset
     copies: ImageDataset
-    original_of: np.ndarray
-    """[Q]: index of the original of each copy."""
-    blocks: list[tuple[str, str]]
-    """(block, strength or kind within it) of each copy, e.g. ("crops", "50")."""
-    others: ImageDataset | None
-    """Distractors that belong to the benchmark."""
+    original_of: np.ndarray  # [Q]: index of the original of each copy
+    blocks: list[tuple[str, str]]  # (block, strength or kind within it) of each copy, e.g. ("crops", "50")
+    others: ImageDataset | None  # distractors that belong to the benchmark
 
 
 def find_copies(dataset: ImageDataset) -> Copies | None:
@@ -57,7 +52,6 @@ def find_copies(dataset: ImageDataset) -> Copies | None:
     if not copies or len(originals) + len(copies) < len(images):
         raise UserError(f"Found {len(copies)} copies, or originals with the same first four digits. {_EXPECTED}")
     return Copies(
-        "copydays",
         dataset.subset(list(originals.values())),
         dataset.subset([i for i, _, _ in copies]),
         np.array([position[group] for _, group, _ in copies]),
@@ -96,7 +90,7 @@ def distort(originals: ImageDataset, pages: ImageDataset, others: ImageDataset |
     copies = DistortedCopies(originals, pages, seed)
     kinds = [kind.split("_") for _, kind in copies.items]
     blocks = [(_BLOCK.get(kind, kind), strength) for kind, strength in kinds]
-    return Copies("edited", originals, copies, np.array([i for i, _ in copies.items]), blocks, others)
+    return Copies(originals, copies, np.array([i for i, _ in copies.items]), blocks, others)
 
 
 class DistortedCopies(ImageDataset):
@@ -113,9 +107,9 @@ class DistortedCopies(ImageDataset):
 
     @property
     def content_key(self) -> str | None:
-        """Key over the images and the current implementation of the distortions."""
+        """Key over the images and the distortions."""
         keys = (self.originals.content_key, self.pages.content_key)
-        return self._digest(*keys, *_implementation()) if all(keys) else None
+        return self._digest(*keys, distortions.VERSION) if all(keys) else None
 
     @property
     def fingerprint(self) -> str:
@@ -141,10 +135,3 @@ class DistortedCopies(ImageDataset):
             page = self.pages.read(original % len(self.pages))
             self._last = (original, distortions.copies(self.originals.read(original), rng, into=page))
         return self._last[1][kind]
-
-
-def _implementation() -> list[str]:
-    """Return hashes of the distortions of a small test image, which change with the implementation."""
-    wave = (127 + 120 * np.sin(np.arange(48 * 32 * 3) / 7)).astype(np.uint8).reshape(48, 32, 3)
-    images = distortions.copies(wave, np.random.default_rng(0), into=wave[::-1].copy())
-    return [f"{kind} {hashlib.sha256(image.tobytes()).hexdigest()}" for kind, image in images.items()]

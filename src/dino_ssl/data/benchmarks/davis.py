@@ -52,8 +52,6 @@ def open_davis(root: str | Path, split: str = "val", *, frames: bool = True) -> 
     frames: False opens the masks only.
     """
     root, layout, clips = Path(root), LAYOUT.format(root=root, split=split), []
-    if below := [folder.parent for folder in sorted(root.glob("*/ImageSets"))]:
-        layout += f"\nDid you mean {below[0]}?"
     for name in read_split(root / "ImageSets/2017", split, layout):
         annotations = sorted((root / "Annotations/480p" / name).glob("*.png"))
         files = sorted((root / "JPEGImages/480p" / name).glob("*.jpg")) if frames else []

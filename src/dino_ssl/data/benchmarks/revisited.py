@@ -9,6 +9,8 @@ import io
 import json
 import os
 import pickle
+import re
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,10 +48,9 @@ class GroundTruth(NamedTuple):
     @property
     def fingerprint(self) -> str:
         """16 hex digits over the content."""
-        digest = hashlib.sha256(json.dumps([self.database, self.queries, self.boxes.tolist()]).encode())
-        for lists in self.truth:
-            digest.update(json.dumps([part.tolist() for part in lists]).encode())
-        return digest.hexdigest()[:16]
+        truth = [[part.tolist() for part in lists] for lists in self.truth]
+        content = json.dumps([self.database, self.queries, self.boxes.tolist(), truth])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 class Landmarks(NamedTuple):
@@ -71,19 +72,17 @@ def open_revisited(path: str | Path, progress: Progress | None = None) -> Landma
     folder = path if path.is_dir() else path.parent
     files = [path] if path.is_file() else sorted([*path.glob("gnd_*.pkl"), *path.glob("gnd_*.json")])
     if not files:
-        below = sorted({file.parent.name for file in path.glob("*/gnd_*")})
-        hint = f"\nPass one of its folders: {', '.join(below)}." if below else ""
-        raise UserError(f"{path} has no gnd_*.pkl or gnd_*.json. Expected:\n{LAYOUT}{hint}")
+        raise UserError(f"{path} has no gnd_*.pkl or gnd_*.json. Expected:\n{LAYOUT}")
     jpg = folder / "jpg" if (folder / "jpg").is_dir() else folder
     dataset = Folder(path=str(jpg)).open(progress)
-    index = {_stem_of(name): i for i, name in enumerate(dataset.names)}
+    rows = {_stem(name): i for i, name in enumerate(dataset.names)}
     problems = []
     for file in files:
         truth = read_ground_truth(file)
-        if missing := [name for name in (*truth.database, *truth.queries) if name not in index]:
+        if missing := [name for name in (*truth.database, *truth.queries) if name not in rows]:
             problems.append(f"\n  {file.name}: {len(missing)} images, such as {', '.join(missing[:3])}")
             continue
-        database, queries = (dataset.subset([index[name] for name in names]) for names in truth[:2])
+        database, queries = (dataset.subset([rows[name] for name in names]) for names in truth[:2])
         boxed = _crop_queries(queries, truth.boxes, file)
         return Landmarks(file.stem.removeprefix("gnd_"), database, queries, boxed, truth)
     skipped = "".join(f"\n  {name}: {reason}" for name, reason in dataset.skipped[:3])
@@ -115,15 +114,15 @@ def read_ground_truth(file: Path) -> GroundTruth:
     """Read and check a gnd file, .json or .pkl."""
     data = read_plain(file)
     try:
-        database, queries = ([_image_stem(name) for name in data[key]] for key in ("imlist", "qimlist"))
+        database, queries = ([_stem(name) for name in data[key]] for key in ("imlist", "qimlist"))
         boxes = np.array([entry["bbx"] for entry in data["gnd"]], dtype=np.float64).reshape(-1, 4)
-        truth = [Truth(*(_indices(entry[kind]) for kind in Truth._fields)) for entry in data["gnd"]]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        kinds = [[[index(i) for i in entry[kind]] for kind in Truth._fields] for entry in data["gnd"]]
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{file} is not a ground truth of a revisited benchmark ({type(error).__name__}: {error}). Expected "
-            "imlist, qimlist, and gnd with bbx, easy, hard and junk of each query. The original benchmarks have ok "
-            "instead of easy and hard."
+            "imlist, qimlist, and gnd with bbx, easy, hard and junk (not ok, as the original benchmarks) of each query."
         ) from error
+    truth = [Truth(*(np.array(indices, dtype=np.int64) for indices in lists)) for lists in kinds]
     if not queries or not len(queries) == len(truth) == len(boxes):
         raise UserError(f"{file}: expected one entry of gnd for each query, got {len(truth)} for {len(queries)}.")
     for query, lists in zip(queries, truth, strict=True):
@@ -135,30 +134,15 @@ def read_ground_truth(file: Path) -> GroundTruth:
     return GroundTruth(database, queries, boxes, truth)
 
 
-def _stem_of(name: str) -> str:
-    return os.path.splitext(os.path.basename(name))[0]
-
-
-def _image_stem(name: Any) -> str:
-    stem, suffix = os.path.splitext(os.path.basename(str(name)))
-    return stem if suffix.lower() in (".jpg", ".jpeg", ".png") else stem + suffix
-
-
-def _indices(values: Any) -> np.ndarray:
-    indices = np.asarray(values).reshape(-1)
-    if len(indices) and not np.issubdtype(indices.dtype, np.integer):
-        raise ValueError(f"expected integers, got {indices[0]!r}")
-    return indices.astype(np.int64)
+def _stem(name: Any) -> str:
+    """Return the name of an image without folder and suffix, as in the lists of a gnd file."""
+    return re.sub(r"\.(jpe?g|png)$", "", os.path.basename(str(name)), flags=re.IGNORECASE)
 
 
 def _crop_queries(queries: ImageDataset, boxes: np.ndarray, file: Path) -> ImageDataset:
     boxed = CroppedImages(queries, boxes)
     area, inside = (np.maximum(b[:, 2:] - b[:, :2], 0).prod(axis=1) for b in (boxes, boxed.boxes))
-    if (bad := np.flatnonzero((inside < 1) | (inside < area / 2))).size:
-        first = int(bad[0])
-        width, height = queries.sizes[first]
-        raise UserError(
-            f"{file}: the box {boxes[first].tolist()} is outside of {queries.names[first]}, which has {width}x{height} "
-            "pixels. Boxes are in pixels of the original files; expected those files, not resized ones."
-        )
+    for i in np.flatnonzero((inside < 1) | (inside < area / 2)).tolist():
+        box = f"the box {boxes[i].tolist()} is outside of {queries.names[i]}"
+        raise UserError(f"{file}: {box}. Boxes are in pixels of the original files; expected those, not resized ones.")
     return boxed

@@ -8,6 +8,8 @@ import numpy as np
 
 Image = np.ndarray  # uint8 [h, w, 3] RGB; a mask is uint8 [h, w]
 Rng = np.random.Generator
+VERSION = 1
+"""Of the distortions, in the cache keys of distorted images."""
 
 
 def crop(image: Image, lost: float, rng: Rng) -> Image:
