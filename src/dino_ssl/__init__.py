@@ -27,46 +27,27 @@ if TYPE_CHECKING:
     from dino_ssl.models.vit import ViT as ViT
     from dino_ssl.run import Run as Run
 
-_HOMES = {
-    "attention": "dino_ssl.api.calls",
-    "embed": "dino_ssl.api.calls",
-    "evaluate": "dino_ssl.api.calls",
-    "train": "dino_ssl.api.training",
-    "edit": "dino_ssl.config",
-    "Folder": "dino_ssl.data.folder",
-    "Scenes": "dino_ssl.data.synthetic.scenes",
-    "UserError": "dino_ssl.errors",
-    "DINO": "dino_ssl.methods.dino",
-    "load": "dino_ssl.models.pretrained",
-    "Timm": "dino_ssl.models.timm",
-    "ViT": "dino_ssl.models.vit",
-    "Run": "dino_ssl.run",
+_MODULES = {
+    "api.calls": ("attention", "embed", "evaluate"),
+    "api.training": ("train",),
+    "config": ("edit",),
+    "data.folder": ("Folder",),
+    "data.synthetic.scenes": ("Scenes",),
+    "errors": ("UserError",),
+    "methods.dino": ("DINO",),
+    "models.pretrained": ("load",),
+    "models.timm": ("Timm",),
+    "models.vit": ("ViT",),
+    "run": ("Run",),
 }
-__all__ = [
-    "DINO",
-    "Folder",
-    "Run",
-    "Scenes",
-    "Timm",
-    "UserError",
-    "ViT",
-    "__version__",
-    "attention",
-    "edit",
-    "embed",
-    "evaluate",
-    "load",
-    "train",
-]
+_HOMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*_HOMES, "__version__"])

@@ -32,13 +32,17 @@ def is_rank0() -> bool:
     return rank() == 0
 
 
+def _all_reduce(tensor: Tensor, op: Any = td.ReduceOp.SUM) -> Tensor:
+    """Return the reduction over ranks; on a single rank, `tensor` itself."""
+    if _active():
+        tensor = tensor.clone()
+        td.all_reduce(tensor, op=op)
+    return tensor
+
+
 def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Return the unweighted mean over ranks; on a single rank, `tensor` itself."""
-    if not _active():
-        return tensor
-    summed = tensor.clone()
-    td.all_reduce(summed)
-    return summed / world_size()
+    """Return the unweighted mean over ranks."""
+    return _all_reduce(tensor) / world_size()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -51,27 +55,16 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        summed = tensor.clone()
-        td.all_reduce(summed)
-        return summed
+        return _all_reduce(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return all_reduce_sum(gradient)
 
 
-def all_reduce_max(tensor: Tensor) -> Tensor:
-    """Return the element-wise maximum over ranks; on a single rank, `tensor` itself."""
-    if not _active():
-        return tensor
-    largest = tensor.clone()
-    td.all_reduce(largest, op=td.ReduceOp.MAX)
-    return largest
-
-
 def all_reduce_logsumexp(tensor: Tensor) -> Tensor:
     """Return the element-wise log-sum-exp over ranks."""
-    top = all_reduce_max(tensor)
+    top = _all_reduce(tensor, td.ReduceOp.MAX)
     return top + all_reduce_sum((tensor - top).exp()).log()
 
 

@@ -12,30 +12,27 @@ from dino_ssl.models.heads import l2_normalize
 
 
 class FeatureStats:
-    """A forward hook on the backbone that keeps its latest features until a log line needs them."""
+    """A forward hook on the backbone that keeps the features of a step's first forward pass, over the global views.
+
+    It references no module, so that a network with it can be copied.
+    """
 
     def __init__(self, backbone: nn.Module) -> None:
-        self._latest = _Latest()
-        backbone.register_forward_hook(self._latest)
+        self._features: Tensor | None = None
+        backbone.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        """Keep the features of the first forward pass in training mode."""
+        if module.training and self._features is None:
+            self._features = output.detach()
 
     def next_step(self) -> None:
-        """Drop the features of the last step; the first forward pass of a step, over the global views, counts."""
-        self._latest.features = None
+        """Drop the features of the last step."""
+        self._features = None
 
     def measure(self) -> dict[str, Tensor]:
         """Return the statistics as scalars on the device; empty without a forward pass."""
-        features = self._latest.features
-        return {} if features is None else feature_statistics(features)
-
-
-class _Latest:
-    """A hook that references no module, so that a network with it can be copied."""
-
-    features: Tensor | None = None
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if module.training and self.features is None:
-            self.features = output.detach()
+        return {} if self._features is None else feature_statistics(self._features)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,20 +20,16 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
 
     Raises UserError if the disk is full or the folder is not writable; the old file is kept.
     """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PART}")
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
-        os.close(handle)
-    temporary = Path(name)
-    try:
-        with write_errors(path):
+        try:
             write(temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -42,12 +38,19 @@ def write_errors(path: Path) -> Iterator[None]:
     """Turn an OSError of a write to `path` into a UserError that gives the reason, as a full disk."""
     try:
         yield
-    except OSError as error:
-        raise UserError(_cannot_write(path, error)) from error
-    except RuntimeError as error:
-        if (cause := _os_error(error)) is None:
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error  # torch's writer raises a RuntimeError while it handles an OSError
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
             raise
-        raise UserError(_cannot_write(path, cause)) from error
+        message = f"Cannot write {path}: {cause.strerror or cause}."
+        if cause.errno == errno.ENOSPC:
+            message += " The disk is full: free some space and run the same command again."
+            message += " The last good file is kept." if path.is_file() else ""
+        elif cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            message += " Choose a writable folder with `out`."
+        raise UserError(message) from error
 
 
 def check_writable(folder: Path) -> None:
@@ -95,27 +98,3 @@ def remove_parts(folder: Path) -> None:
     """Delete the temporary files of killed processes; no other process may be writing to the folder."""
     for part in folder.glob(f".*{PART}"):
         part.unlink(missing_ok=True)
-
-
-def _os_error(error: BaseException) -> OSError | None:
-    """Return the OSError that caused a RuntimeError of torch's writer; None if there was none."""
-    context = error.__context__
-    while context is not None and not isinstance(context, OSError):
-        context = context.__context__
-    return context
-
-
-def _cannot_write(path: Path, error: OSError) -> str:
-    message = f"Cannot write {path}: {error.strerror or error}."
-    if error.errno == errno.ENOSPC:
-        kept = " The last good file is kept." if path.is_file() else ""
-        return f"{message} The disk is full: free some space and run the same command again.{kept}"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{message} Choose a writable folder with `out`."
-    return message
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -119,10 +119,8 @@ def read_run(folder: Path, *, trust: bool = False) -> Run:
         raise UserError(f"No run in {folder}: run.json is missing. Expected a folder made by `dino train`.")
     try:
         content = json.loads(path.read_text())
-        if content.get("format") != FORMAT:
-            raise UserError(f"{path} has format {content.get('format')}; this version of dino reads format {FORMAT}.")
+        if content["format"] != FORMAT:
+            raise UserError(f"{path} has format {content['format']}; this version of dino reads format {FORMAT}.")
         return from_dict(Run, content["run"], trust=trust)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from error
-    except KeyError as error:
-        raise UserError(f"{path} lacks the key {error}.") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the run.json of a training run ({type(error).__name__}: {error}).") from error

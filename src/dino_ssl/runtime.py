@@ -6,11 +6,13 @@ This module does not depend on methods, models or data.
 import ctypes
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -70,11 +72,11 @@ def machine() -> Machine:
     memory = machine_memory() // ranks
     if torch.backends.mps.is_available():
         return Machine(torch.device("mps"), "Apple GPU", cores, memory, "float32", "the reference precision", ranks)
-    if _has_bfloat16():
+    name, has_bfloat16 = _cpu_info()
+    precision, reason = "float32", "the processor has no bfloat16 instructions; emulation is many times slower"
+    if has_bfloat16:
         precision, reason = "bfloat16", "the processor has bfloat16 instructions"
-    else:
-        precision, reason = "float32", "the processor has no bfloat16 instructions; emulation is many times slower"
-    return Machine(torch.device("cpu"), _cpu_name(), cores, memory, precision, reason, ranks)
+    return Machine(torch.device("cpu"), name, cores, memory, precision, reason, ranks)
 
 
 @dataclass(frozen=True)
@@ -184,34 +186,23 @@ def _keep_freed_memory() -> None:
     mallopt(top_pad, 64 * 2**20)
 
 
-def _has_bfloat16() -> bool:
-    """Return whether the processor has bfloat16 instructions (AMX or AVX512-BF16 on x86, BF16 on Arm)."""
+def _cpu_info() -> tuple[str, bool]:
+    """Return the processor's name, and True if it has bfloat16 instructions (x86: AMX or AVX512-BF16; Arm: BF16)."""
     try:
-        with open("/proc/cpuinfo") as file:
-            words = set(file.read().split())
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
-    return bool(words & {"amx_bf16", "avx512_bf16", "bf16"})
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+        text = ""
+    name = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    has_bfloat16 = bool({"amx_bf16", "avx512_bf16", "bf16"} & set(text.split()))
+    return name[1] if name else platform.processor() or platform.machine(), has_bfloat16
 
 
 def machine_memory() -> int:
     """Return the bytes of memory of the computer, or the limit of the container."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        with open("/sys/fs/cgroup/memory.max") as file:
-            limit = file.read().strip()
-        return min(total, int(limit)) if limit.isdigit() else total
-    except OSError:
-        return total
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(total, int(text)) if text.isdigit() else total
 
 
 def synchronize(device: torch.device) -> None:
@@ -232,8 +223,3 @@ def peak_memory(device: torch.device) -> int:
 
         unit = 1 if platform.system() == "Darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to the device; to a GPU from pinned memory, without waiting for its queued work."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

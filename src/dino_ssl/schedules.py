@@ -51,7 +51,11 @@ class Cosine:
 
     def __call__(self, clock: Clock) -> float:
         """Return the value at this step."""
-        return _cosine(self, clock.step, clock.steps)
+        return self.at(clock.step, clock.steps)
+
+    def at(self, step: int, steps: int) -> float:
+        """Return the value at a step of a cosine over `steps` steps."""
+        return self.stop + 0.5 * (self.start - self.stop) * (1 + math.cos(math.pi * step / max(1, steps)))
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Warmup:
         warm = min(round(self.epochs * clock.steps_per_epoch), clock.steps)
         if clock.step < warm:
             return self.start + (self.then.start - self.start) * clock.step / max(1, warm - 1)
-        return _cosine(self.then, clock.step - warm, clock.steps - warm)
+        return self.then.at(clock.step - warm, clock.steps - warm)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,3 @@ class EpochRamp:
 
 
 Schedule = Constant | Cosine | Warmup | EpochRamp
-
-
-def _cosine(curve: Cosine, step: int, steps: int) -> float:
-    return curve.stop + 0.5 * (curve.start - curve.stop) * (1 + math.cos(math.pi * step / max(1, steps)))

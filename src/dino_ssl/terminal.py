@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -85,29 +85,28 @@ class Terminal:
     def progress(self, label: str) -> Iterator[Progress]:
         """Show a progress bar, or a line every ten seconds."""
         if not self.is_tty:
-            yield _plain(self, label)
+            yield self._progress_lines(label)
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with ProgressBar(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task(escape(label), total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
+    def _progress_lines(self, label: str) -> Progress:
+        last = time.monotonic()
+
+        def show(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > QUIET_SECONDS:
+                last = time.monotonic()
+                self.print(f"{label}: {done} of {total}" if total else f"{label}: {done}")
+
+        return show
+
 
 def _plain_text(text: str) -> str:
     """Escape markup, and replace the undecodable bytes of file names."""
     return escape(text.encode("utf-8", "replace").decode())
-
-
-def _plain(terminal: Terminal, label: str) -> Progress:
-    last = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > QUIET_SECONDS:
-            last = time.monotonic()
-            terminal.print(f"{label}: {done} of {total}" if total else f"{label}: {done}")
-
-    return show
 
 
 @contextmanager
@@ -118,16 +117,11 @@ def command_output(
 
     With as_json, everything else that writes to standard output, libraries included, is redirected to standard error.
     """
-    out: TextIO = sys.stdout
-    terminal = Terminal(json=as_json, rewrite=rewrite)
+    out, terminal = sys.stdout, Terminal(json=as_json, rewrite=rewrite)
 
     def print_result(result: dict[str, Any]) -> None:
         if as_json and is_rank0():
-            out.write(json.dumps(result, ensure_ascii=False) + "\n")
-            out.flush()
+            print(json.dumps(result, ensure_ascii=False), file=out, flush=True)
 
-    if not as_json:
-        yield terminal, print_result
-        return
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr if as_json else out):
         yield terminal, print_result

@@ -144,7 +144,6 @@ def test_a_real_full_disk_keeps_the_old_file(small_disk: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_writing_to_dev_full_is_a_user_error(tmp_path: Path) -> None:
     def write(aside: Path) -> None:
-        aside.unlink()
         aside.symlink_to("/dev/full")
         aside.write_bytes(b"x" * 10)
 

@@ -50,7 +50,7 @@ def test_one_resolution_uses_the_reference_implementation() -> None:
 def test_drop_path_skips_dropped_branches_and_rescales_kept_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal to the definition per image, with known random draws."""
     torch.manual_seed(0)
-    block = Block(12, 2, 2.0, True, 1e-6, 0.25).train()
+    block = Block(12, 2, 2.0, 0.25).train()
     stacks = [torch.randn(3, 5, 12), torch.randn(2, 4, 12)]
     shapes = [(3, 5), (2, 4)]
     draws = iter([[0.9, 0.1, 0.3], [0.2, 0.8], [0.1, 0.1, 0.9], [0.3, 0.0]])  # the first branch's, then the second's
@@ -69,7 +69,7 @@ def test_drop_path_skips_dropped_branches_and_rescales_kept_ones(monkeypatch: py
 
 
 def test_all_branches_may_be_dropped() -> None:
-    block = Block(12, 2, 2.0, True, 1e-6, 0.999999).train()
+    block = Block(12, 2, 2.0, 0.999999).train()
     x = torch.randn(3 * 5, 12)
     assert torch.equal(packed_vit.block_forward(block, x, [(3, 5)]), x)
     assert not torch.equal(packed_vit.block_forward(block.eval(), x, [(3, 5)]), x)

@@ -91,19 +91,17 @@ def read(path: Path) -> Any:
 
 def network_of(data: Any) -> Any:
     """Return the Vision Transformer of vit.npz with its weights."""
-    from dino_ssl.models.vit import VisionTransformer
+    from dino_ssl.models.vit import ViT
 
     config = json.loads(str(data["config"]))
-    network = VisionTransformer(
+    network = ViT(
         width=config["embed_dim"],
         depth=config["depth"],
         heads=config["num_heads"],
         patch=config["patch_size"],
         image_size=config["img_size"],
         mlp_ratio=config["mlp_ratio"],
-        qkv_bias=config["qkv_bias"],
-        norm_eps=config["layer_norm_eps"],
-    )
+    ).build(drop_path=0.0)
     network.load_state_dict(tensors(data, "weights"))
     network.eval()
     return network

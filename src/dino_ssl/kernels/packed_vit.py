@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.blocks import Attention, Block
 from dino_ssl.models.vit import VisionTransformer
-from dino_ssl.runtime import to_device
 
 Shapes = list[tuple[int, int]]
 """(images, tokens per image) of each resolution."""
@@ -85,4 +84,7 @@ def sample_kept_rows(shapes: Shapes, rate: float, device: torch.device) -> tuple
         rows.append((offset + selected[:, None] * tokens + torch.arange(tokens)).flatten())
         kept.append((len(selected), tokens))
         offset += images * tokens
-    return to_device(torch.cat(rows), device), kept
+    indices = torch.cat(rows)
+    if device.type == "cuda":  # without waiting for queued work
+        indices = indices.pin_memory()
+    return indices.to(device, non_blocking=True), kept

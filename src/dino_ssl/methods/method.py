@@ -51,9 +51,12 @@ class Method(nn.Module, ABC):
 
     def merge(self, outputs: Sequence[Outputs], weights: Sequence[float]) -> Outputs:
         """Return the outputs of the whole batch from those of its micro-batches, weighted by their shares of images."""
-        metrics = {name: _weighted_mean([o.metrics[name] for o in outputs], weights) for name in outputs[0].metrics}
-        loss = _weighted_mean([o.loss for o in outputs], weights)
-        return Outputs(loss, self.merge_carry([o.carry for o in outputs]), metrics)
+
+        def mean(values: Iterable[Tensor]) -> Any:
+            return sum(value.detach() * weight for value, weight in zip(values, weights, strict=True))
+
+        metrics = {name: mean(out.metrics[name] for out in outputs) for name in outputs[0].metrics}
+        return Outputs(mean(out.loss for out in outputs), self.merge_carry([out.carry for out in outputs]), metrics)
 
     def merge_carry(self, carries: Sequence[Any]) -> Any:
         """Return the carry of the whole batch from those of its micro-batches."""
@@ -85,11 +88,6 @@ class Method(nn.Module, ABC):
     def classifier(self) -> Network | None:
         """The backbone with a linear classifier if the method learns labels; its accuracy is then measured."""
         return None
-
-
-def _weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    products = (value.detach() * weight for value, weight in zip(values, weights, strict=True))
-    return sum(products)  # pyright: ignore[reportReturnType]
 
 
 class Implementations(NamedTuple):

@@ -3,13 +3,16 @@
 import re
 
 from dino_ssl.errors import UserError, did_you_mean
-from dino_ssl.models.backbone import Attentive, Backbone, BackboneConfig, Features
-from dino_ssl.models.heads import DINOHead, MLPHead, Network
-from dino_ssl.models.timm import Timm
-from dino_ssl.models.vit import VisionTransformer, ViT
-
-BACKBONES: dict[str, type[BackboneConfig]] = {"ViT": ViT, "Timm": Timm}
-"""Settings of the package's own backbones by class name."""
+from dino_ssl.models.backbone import Attentive as Attentive
+from dino_ssl.models.backbone import Backbone as Backbone
+from dino_ssl.models.backbone import BackboneConfig as BackboneConfig
+from dino_ssl.models.backbone import Features as Features
+from dino_ssl.models.heads import DINOHead as DINOHead
+from dino_ssl.models.heads import MLPHead as MLPHead
+from dino_ssl.models.heads import Network as Network
+from dino_ssl.models.timm import Timm as Timm
+from dino_ssl.models.vit import VisionTransformer as VisionTransformer
+from dino_ssl.models.vit import ViT as ViT
 
 
 def backbone_named(name: str) -> ViT | Timm:
@@ -21,19 +24,3 @@ def backbone_named(name: str) -> ViT | Timm:
         known = ("vit_tiny/16", "vit_small/16", "vit_small/8", "vit_base/16", "vit_base/8")
         raise UserError(f"Unknown network {name!r}{did_you_mean(name, known)}\nExpected vit_SIZE/PATCH or timm:NAME.")
     return ViT(size=match[1], patch=int(match[2]))  # pyright: ignore[reportArgumentType]
-
-
-__all__ = [
-    "BACKBONES",
-    "Attentive",
-    "Backbone",
-    "BackboneConfig",
-    "DINOHead",
-    "Features",
-    "MLPHead",
-    "Network",
-    "Timm",
-    "ViT",
-    "VisionTransformer",
-    "backbone_named",
-]

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.init import trunc_normal_
 
+NORM_EPS = 1e-6
+
 
 class PatchEmbed(nn.Module):
     """A linear projection of the pixels of each patch, [B, 3, H, W] -> [B, h w, D]."""
@@ -23,13 +25,11 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), each branch with stochastic depth in training."""
 
-    def __init__(
-        self, width: int, heads: int, mlp_ratio: float, qkv_bias: bool, norm_eps: float, drop_path: float
-    ) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attn = Attention(width, heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.drop_path = drop_path
 
@@ -52,11 +52,11 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(q k^T / sqrt(d)) v in each head, d = D / heads."""
 
-    def __init__(self, width: int, heads: int, qkv_bias: bool) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = scaled_dot_product
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
@@ -85,11 +85,9 @@ class Attention(nn.Module):
         The bias of the keys is omitted: it adds q . b to all scores of a query, which softmax cancels. Its gradient is
         rounding error, which AdamW would scale up to a random walk.
         """
-        bias = self.qkv.bias
-        if bias is not None:
-            q_bias, k_bias, v_bias = bias.chunk(3)
-            bias = torch.cat([q_bias, torch.zeros_like(k_bias), v_bias])
-            bias = bias.unflatten(0, (3, -1))[parts].flatten()
+        q_bias, k_bias, v_bias = self.qkv.bias.chunk(3)
+        bias = torch.cat([q_bias, torch.zeros_like(k_bias), v_bias])
+        bias = bias.unflatten(0, (3, -1))[parts].flatten()
         weight = self.qkv.weight.unflatten(0, (3, -1))[parts].flatten(0, 1)
         return F.linear(x, weight, bias).unflatten(-1, (parts.stop - parts.start, self.heads, -1))
 

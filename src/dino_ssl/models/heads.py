@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino_ssl.errors import UserError
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.blocks import init_weights
 from dino_ssl.objectives import l2_normalize
@@ -38,8 +37,6 @@ class DINOHead(nn.Module):
         norm_last: bool = True,
     ) -> None:
         super().__init__()
-        if layers < 1:
-            raise UserError(f"DINOHead: expected at least 1 layer, got {layers}.")
         self.normalised = bool(bottleneck)
         if bottleneck:
             self.mlp = mlp([in_dim, *[hidden] * (layers - 1), bottleneck], norm=norm, act=act)
@@ -77,8 +74,6 @@ class MLPHead(nn.Module):
         act: Activation = "relu",
     ) -> None:
         super().__init__()
-        if layers < 1:
-            raise UserError(f"MLPHead: expected at least 1 layer, got {layers}.")
         self.mlp = mlp([in_dim, *[hidden] * (layers - 1), out_dim], norm=norm, act=act)
         self.apply(init_weights)
 

@@ -34,20 +34,15 @@ class CPUSyncBatchNorm(_BatchNorm):
         mean = sums / count
         centered = x32 - mean.view(shape)
         variance = distributed.all_reduce_sum(centered.square().sum(dims)) / count
-        self._update_running_stats(mean, variance * count / (count - 1))
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+            weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.detach(), weight)
+            self.running_var.lerp_((variance * count / (count - 1)).detach(), weight)
         normalized = centered * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             normalized = normalized * self.weight.view(shape) + self.bias.view(shape)
         return normalized.to(x.dtype)
-
-    @torch.no_grad()
-    def _update_running_stats(self, mean: Tensor, variance: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        self.num_batches_tracked += 1
-        weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, weight)
-        self.running_var.lerp_(variance, weight)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept any number of spatial dimensions, as nn.SyncBatchNorm."""

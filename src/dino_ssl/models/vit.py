@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dino_ssl.errors import UserError
 from dino_ssl.models.backbone import Attentive, BackboneConfig, Features
-from dino_ssl.models.blocks import Block, PatchEmbed, init_weights, scaled_dot_product
+from dino_ssl.models.blocks import NORM_EPS, Block, PatchEmbed, init_weights, scaled_dot_product
 
 
 class Size(NamedTuple):
@@ -68,14 +68,7 @@ class ViT(BackboneConfig):
 
     def build(self, *, drop_path: float | None = None) -> "VisionTransformer":
         """Return the network with initial weights; `drop_path` overrides the setting (0 for a teacher)."""
-        return VisionTransformer(
-            **self.shape._asdict(),
-            patch=self.patch,
-            image_size=self.image_size,
-            registers=self.registers,
-            mlp_ratio=self.mlp_ratio,
-            drop_path=self.drop_path if drop_path is None else drop_path,
-        )
+        return VisionTransformer(self, self.drop_path if drop_path is None else drop_path)
 
     def describe(self) -> str:
         """Return a name such as `ViT-small/16`, with the overrides of `size` in parentheses."""
@@ -110,36 +103,24 @@ class ViT(BackboneConfig):
 class VisionTransformer(Attentive):
     """Patch embedding, [CLS] and register tokens, positions, blocks, norm; [CLS] is the feature vector of an image."""
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        depth: int,
-        heads: int,
-        patch: int,
-        image_size: int = 224,
-        registers: int = 0,
-        drop_path: float = 0.0,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        norm_eps: float = 1e-6,
-    ) -> None:
+    def __init__(self, config: ViT, drop_path: float = 0.0) -> None:
         super().__init__()
+        width, depth, heads = config.shape
         self.embed_dim, self.num_blocks = width, depth
-        self.patch, self.registers = patch, registers
+        self.patch, self.registers = config.patch, config.registers
         self.grad_checkpointing = False
         self._forward_views: Callable[[VisionTransformer, Sequence[Tensor]], Tensor] | None = None
-        self.side = image_size // patch  # of the grid of position embeddings
-        self.patch_embed = PatchEmbed(width, patch)
+        self.side = config.image_size // config.patch  # of the grid of position embeddings
+        self.patch_embed = PatchEmbed(width, config.patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side**2, width))
-        if registers:
-            self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
+        if self.registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, self.registers, width))
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qkv_bias, norm_eps, rate) for rate in rates)
-        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.blocks = nn.ModuleList(Block(width, heads, config.mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.apply(init_weights)
-        for tokens in (self.cls_token, self.pos_embed, *([self.register_tokens] if registers else [])):
+        for tokens in (self.cls_token, self.pos_embed, *([self.register_tokens] if self.registers else [])):
             trunc_normal_(tokens, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -93,29 +93,21 @@ def backbone_weights(content: Any, path: Path, which: Which) -> StateDict:
     """Return the backbone's state dict from the content of a .pth or .pt file (layouts: see the module's docstring)."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: expected names and tensors, got a {type(content).__name__}.")
-    nested = [name for name, value in content.items() if isinstance(value, Mapping)]
+    nested = {name: value for name, value in content.items() if isinstance(value, Mapping)}
     prefix = content.get("backbone")
     if which == "teacher" and isinstance(prefix, str) and "method" in nested:
-        weights = content["method"].items()
+        weights = nested["method"].items()
         return {name.removeprefix(prefix): value for name, value in weights if name.startswith(prefix)}
-    networks = [name for name in ("student", "teacher") if name in nested]
-    if networks and which not in networks:
-        raise UserError(f"{path} has a {networks[0]} but no {which}.")
-    for key in (which, "method", "state_dict", "model"):
-        if key in nested:
-            return backbone_weights(content[key], path, which)
-    weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    if not weights:
-        names = ", ".join(map(repr, list(content)[:8])) or "nothing"
-        raise UserError(f"{path}: expected names and tensors, or a checkpoint, got {names}.")
-    return _strip_prefixes(weights, path, which)
-
-
-def _strip_prefixes(state: StateDict, path: Path, which: Which) -> StateDict:
-    """Return the backbone's weights without `teacher.`, `network.`, `module.` and `backbone.` before their names."""
-    networks = {name.split(".")[0] for name in state} & {"student", "teacher"}
+    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    networks = {name.split(".")[0] for name in [*nested, *state]} & {"student", "teacher"}
     if networks and which not in networks:
         raise UserError(f"{path} has a {' and a '.join(sorted(networks))} but no {which}.")
+    for key in (which, "method", "state_dict", "model"):
+        if key in nested:
+            return backbone_weights(nested[key], path, which)
+    if not state:
+        names = ", ".join(map(repr, list(content)[:8])) or "nothing"
+        raise UserError(f"{path}: expected names and tensors, or a checkpoint, got {names}.")
     for prefix in (f"{which}.", "network.backbone.", "module.", "backbone.", "module."):
         if any(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
