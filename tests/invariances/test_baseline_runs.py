@@ -1,18 +1,16 @@
-"""Runs of BYOL, MoCo-v2 and SwAV are equal after a resume and on two ranks."""
+"""Runs of BYOL, MoCo-v2 and SwAV are equal after a resume."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import RUN, Run, differences, edit, fit, last, run_on_ranks, same_training
+from tiny import RUN, Run, edit, fit, last, same_training
 
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.methods import METHODS, BYOLConfig, MoCoConfig, SwAVConfig
 from dino_ssl.methods.method import MethodConfig
 from dino_ssl.metrics import read_metrics
 from dino_ssl.models.timm import Timm
-from dino_ssl.state import build_method
 
 HERE = Path(__file__).parent
 CONVNET = Timm(name="resnet18", args=(("channels", "(8, 8, 8, 16)"), ("layers", "(1, 1, 1, 1)")))
@@ -36,15 +34,11 @@ def test_resume_is_bit_equal(tmp_path: Path, name: str) -> None:
     whole = baseline(name, tmp_path / "whole", backbone=CONVNET, views=dict(local=1), online_eval=dict(every_epochs=2))
     fit(whole)
     part = edit(whole, out=str(tmp_path / "part"), save_minutes=0)
-    for until in (4, 9):
-        fit(part, until=until, resume=until > 4)
+    fit(part, until=9)
     fit(part, resume=True)
     assert not same_training(part, whole)
     ends = [[line for line in read_metrics(Path(run.out)) if "eval" in line] for run in (part, whole)]
     assert ends[0] == ends[1]
-    other = edit(whole, out=str(tmp_path / "other"), seed=1)
-    fit(other)
-    assert same_training(other, whole)  # check that the comparison can fail
 
 
 def test_queue_is_in_the_checkpoint(tmp_path: Path) -> None:
@@ -54,36 +48,6 @@ def test_queue_is_in_the_checkpoint(tmp_path: Path) -> None:
     assert state["queue.place"] == 5 * 16 % 37
     assert set(state["queue.born"].tolist()) == {2, 3, 4}  # 32 keys of the last two steps, and 5 of the one before
     torch.testing.assert_close(state["queue.rows"].norm(dim=1), torch.ones(37))
-
-
-def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Up to rounding: 1.4e-4 with batch norm over 16 small images, less than the effect of training."""
-    return torch.allclose(one, other, rtol=1e-4, atol=5e-4)
-
-
-def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
-    """Weights, statistics of batch norm, teacher, queue and loss; with batch norm over both ranks in head and network.
-
-    SGD, because AdamW turns rounding errors into full steps.
-    """
-    smooth = dict(algorithm="sgd", lr=0.3, epochs=2)
-    ones = [baseline(name, tmp_path / name, backbone=dict(drop_path=0.0), optim=smooth) for name in BASELINES]
-    calm = smooth | dict(lr=0.02)  # at 0.3 a ConvNet's rounding grows tenfold in two steps
-    ones.append(baseline("swav", tmp_path / "convnet", backbone=CONVNET, optim=calm))
-    twos = [edit(one, out=f"{one.out}-two") for one in ones]
-    for two in twos:
-        Path(f"{two.out}.json").write_text(json.dumps(to_dict(two)))
-    run_on_ranks([str(HERE / "train_runs.py"), *(f"{two.out}.json" for two in twos)], 2)
-    for one, two in zip(ones, twos, strict=True):
-        fit(one)
-        assert not differences(last(two)["method"], last(one)["method"], one.out, same=close)
-        for line, expected in zip(read_metrics(Path(two.out)), read_metrics(Path(one.out)), strict=True):
-            assert line["loss"] == pytest.approx(expected["loss"], abs=1e-4), (one.out, line["step"])
-        heads = {name: value for name, value in build_method(one).state_dict().items() if ".head." in name}
-        assert heads
-        assert not all(
-            close(value, last(one)["method"][name]) for name, value in heads.items()
-        )  # training changed the weights
 
 
 @pytest.mark.parametrize("kind", METHODS.values())

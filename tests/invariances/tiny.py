@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from dino_ssl import checkpoint
 from dino_ssl.config import edit, from_dict, to_dict
+from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.evals.online import OnlineEval
@@ -61,10 +63,19 @@ def tiny(out: Path, **changes: Any) -> Run:
     return edit(edit(RUN, out=str(out)), **changes)
 
 
+@cache
+def dataset_of(data: Scenes) -> ImageDataset:
+    """Return a dataset of which each image is drawn once."""
+    dataset = data.open()
+    dataset.read = cache(dataset.read)
+    return dataset
+
+
 def fit(run: Run, *, resume: bool = False, until: int | None = None, rt: Runtime = CPU) -> list[Event]:
     """Train; stop after the metrics of step `until` are logged and before its checkpoint is saved."""
     events = []
-    for event in train(run, rt, run.data.open(), resume=resume):
+    dataset = dataset_of(run.data) if isinstance(run.data, Scenes) else run.data.open()
+    for event in train(run, rt, dataset, resume=resume):
         events.append(event)
         if until is not None and isinstance(event, Logged) and event.clock.step == until:
             break
@@ -94,15 +105,15 @@ def same_training(one: Run, other: Run) -> list[str]:
     return differences({k: v for k, v in a.items() if k != "run"}, {k: v for k, v in b.items() if k != "run"})
 
 
-def spawn(run: Run, *arguments: str, rank: int = 0, world: int = 1, port: int = 0) -> subprocess.Popen:
-    """Start the run in a new process as rank `rank` of `world`, with the environment of torchrun."""
-    path = Path(f"{run.out}.{rank}.json")
+def spawn(run: Run, *arguments: str) -> subprocess.Popen:
+    """Start the run in a new process."""
+    path = Path(f"{run.out}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(to_dict(run)))
-    return spawn_script([__file__, str(path), *arguments], rank, world, port)
+    return spawn_script([__file__, str(path), *arguments])
 
 
-def spawn_script(words: list[str], rank: int, world: int, port: int) -> subprocess.Popen:
+def spawn_script(words: list[str], rank: int = 0, world: int = 1, port: int = 0) -> subprocess.Popen:
     """Start a script with arguments as rank `rank` of `world`, with the environment of torchrun."""
     env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if world > 1:
@@ -112,22 +123,12 @@ def spawn_script(words: list[str], rank: int, world: int, port: int) -> subproce
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def spawn_ranks(run: Run, world: int, *arguments: str) -> None:
-    """Train the run to its end on `world` gloo ranks."""
-    finish(lambda rank, port: spawn(run, *arguments, rank=rank, world=world, port=port), world)
-
-
 def run_on_ranks(words: list[str], world: int) -> None:
-    """Run the script to its end on `world` gloo ranks."""
-    finish(lambda rank, port: spawn_script(words, rank, world, port), world)
-
-
-def finish(start_one: Callable[[int, int], subprocess.Popen], world: int) -> None:
-    """Start all ranks with a free port and wait for them; fail with the standard error of a rank that failed."""
+    """Run the script to its end on `world` gloo ranks; fail with the standard error of a rank that failed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [start_one(rank, port) for rank in range(world)]
+    started = [spawn_script(words, rank, world, port) for rank in range(world)]
     try:
         outputs = [process.communicate(timeout=600) for process in started]
     finally:
