@@ -24,7 +24,7 @@ from dino_ssl.evals.base import EvalContext
 from dino_ssl.evals.knn import KNN
 from dino_ssl.events import EpochDone, Logged, Started
 from dino_ssl.presets.benchmark_step import measure
-from dino_ssl.presets.schedule import short_schedule
+from dino_ssl.presets.plan import short_schedule
 from dino_ssl.presets.small import narrow_vit, small, small_vit, vit_tiny
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine, machine, start

@@ -110,7 +110,7 @@ def compare(
     entries = run_in_turns(script, versions, options.turns, [*workload.arguments(), *arguments])
     rows, peak = summarize(entries, num_images), None
     if device_info.device.type == "cuda":  # after the turns, when nothing else runs on the GPU
-        peak = matmul_throughput(device_info.device, device_info.precision).per_second
+        peak = matmul_throughput(device_info.device, device_info.precision)[0]
         rows = with_matmul_share(rows, workload, peak)
         columns = columns | {"matmul_share": "% of matmul throughput"}
     description = about(vars(options))

@@ -21,7 +21,7 @@ from dino_ssl.optim import Optim
 from dino_ssl.presets import resolve
 from dino_ssl.profiling import profile, roofline
 from dino_ssl.profiling.profile import PARTS, Row, choose_batch_size, measure, profile_step, table
-from dino_ssl.profiling.roofline import Throughput, bytes_per_step, matmul_throughput, memory_bandwidth
+from dino_ssl.profiling.roofline import bytes_per_step, matmul_throughput, memory_bandwidth
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine, Runtime
 
@@ -50,8 +50,8 @@ def profiled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Run, dict[s
         monkeypatch.setattr(profile, name, lambda *args: order.append(name) or value(*args))
 
     known("count_flops", lambda *_: FLOPS)
-    known("matmul_throughput", lambda *_: Throughput(1e12, "512 x 512"))
-    known("memory_bandwidth", lambda *_: Throughput(1e10, "copy"))
+    known("matmul_throughput", lambda *_: (1e12, "512 x 512"))
+    known("memory_bandwidth", lambda *_: (1e10, "copy"))
     known("micro_batch", lambda *_: (2, "reason"))
     known("profile_step", lambda *_: (0.2, 2**30, SPENT))
 
@@ -61,7 +61,7 @@ def profiled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Run, dict[s
         order.clear()
         known("time_loading", lambda *_: data_seconds)
         dataset: Any = None if data_seconds is None else object()
-        run, rows = measure(run, machine, dataset, no_progress, batch_size=batch_size, steps=1)
+        run, rows = measure(run, machine, dataset, no_progress, batch_size)
         assert order.index("profile_step") < order.index("memory_bandwidth"), "its buffers would count in the peak"
         return run, {row.name.strip(): row for row in rows}
 
@@ -77,7 +77,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick", "tiny_preset")
 def test_command_prints_a_table_and_json(dino, photos: Path) -> None:
-    words = ("--preset", "tiny_recipe:run", "--optim.batch-size", "4", "--optim.micro-batch", "2", "--steps", "2")
+    words = ("--preset", "tiny_recipe:run", "--optim.batch-size", "4", "--optim.micro-batch", "2")
     ran = dino("bench", photos, *words, "--views.local", "2", "--json")
     assert ran.code == 0, ran.err
     result = ran.json
@@ -90,7 +90,9 @@ def test_command_prints_a_table_and_json(dino, photos: Path) -> None:
         assert words in ran.err
 
 
-@pytest.mark.parametrize(("words", "name"), [(("--steps", "0"), "--steps"), (("--preset", "vits61"), "vits16")])
+@pytest.mark.parametrize(
+    ("words", "name"), [(("--optim.batch-size", "0"), "--optim.batch-size"), (("--preset", "vits61"), "vits16")]
+)
 def test_invalid_options_are_errors(dino, words: tuple[str, ...], name: str) -> None:
     ran = dino("bench", *words)
     assert ran.code == 2
@@ -181,7 +183,7 @@ def test_throughput_is_the_best_of_all_operations(monkeypatch: pytest.MonkeyPatc
 )
 def test_parts_sum_to_the_step(change: dict, missing: set[str]) -> None:
     run = edit(edit(RUN, optim=dict(batch_size=4)), **change)
-    seconds, peak, spent = profile_step(run, Runtime(torch.device("cpu"), "float32"), 1, no_progress)
+    seconds, peak, spent = profile_step(run, Runtime(torch.device("cpu"), "float32"), no_progress)
     operators = {name: spent.pop(name) for name in [*spent] if name.startswith("aten::")}
     assert spent.keys() == {*PARTS.values(), "other"} - missing
     assert all(part > 0 for part in spent.values())

@@ -14,8 +14,7 @@ from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.errors import UserError
 from dino_ssl.presets.benchmark_step import Speed, time_loading
-from dino_ssl.presets.plan import Plan, plan, with_workers
-from dino_ssl.presets.schedule import FULL_SCHEDULE_STEPS, short_schedule
+from dino_ssl.presets.plan import FULL_SCHEDULE_STEPS, Plan, plan, short_schedule, with_workers
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine
 

@@ -16,7 +16,7 @@ from dino_ssl.config import edit
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.evals.online import OnlineEval
 from dino_ssl.presets.paper import vits16_300
-from dino_ssl.presets.schedule import fit_schedule
+from dino_ssl.presets.plan import fit_schedule
 from dino_ssl.presets.small import narrow_vit, small
 from dino_ssl.run import Run
 

@@ -13,8 +13,7 @@ from dino_ssl.errors import UserError
 from dino_ssl.files import read_json
 from dino_ssl.methods import DINOConfig
 from dino_ssl.methods.method import MethodConfig
-from dino_ssl.presets.plan import CPU_MINUTES, Plan, Reason, describe_preset, plan
-from dino_ssl.presets.schedule import fit_schedule
+from dino_ssl.presets.plan import CPU_MINUTES, Plan, Reason, describe_preset, fit_schedule, plan
 from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
 from dino_ssl.runtime import Machine
 from dino_ssl.terminal import Terminal

@@ -11,7 +11,6 @@ from dino_ssl import runtime
 from dino_ssl.cli.command_line import CommandLine
 from dino_ssl.cli.options import Flag
 from dino_ssl.config import edit, to_dict
-from dino_ssl.errors import check_range
 from dino_ssl.methods import MethodName
 from dino_ssl.presets import resolve
 from dino_ssl.run import Run
@@ -42,14 +41,9 @@ class BenchOptions:
     """vit_tiny/16, vit_small/8, vit_base/16, ..., or timm:NAME."""
     method: MethodName | None = None
     """Training method: dino (default) or a baseline of the paper."""
-    steps: int = 3
-    """Timed steps after a warm-up step."""
     json: Flag = False
     """Print one JSON object to standard output, and messages to standard error."""
     run: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
-
-    def __post_init__(self) -> None:
-        check_range(self, "steps", least=1)
 
 
 def bench(argv: Sequence[str]) -> int:
@@ -63,7 +57,7 @@ def bench(argv: Sequence[str]) -> int:
         run = options.run
         with runtime.start(run.precision), terminal.progress("profiling") as progress:
             dataset = run.data.open(progress) if run.data.is_given else None
-            run, rows = measure(run, machine, dataset, progress, batch_size=batch_size, steps=options.steps)
+            run, rows = measure(run, machine, dataset, progress, batch_size)
         title = f"{machine.name}, {machine.cores} cores, {machine.device}, {run.precision}"
         terminal.table(title, ("", "", ""), table(rows))
         about = {"date": datetime.date.today().isoformat(), "versions": versions(), "machine": title}

@@ -6,7 +6,7 @@ presets.resolve("mymodule:my_run")        # any importable function that returns
 
 from collections.abc import Callable
 
-from dino_ssl.config import import_object
+from dino_ssl.config import edit, import_object
 from dino_ssl.errors import UserError, did_you_mean
 from dino_ssl.presets.baselines import byol, moco, swav
 from dino_ssl.presets.finetune import cars, cifar10, cifar100, finetune, flowers, imagenet, inat18, inat19
@@ -48,7 +48,9 @@ def resolve(name: str) -> Run:
             f"Unknown preset {name!r}{did_you_mean(name, PRESETS)}\nPresets: {', '.join(PRESETS)}, "
             "or MODULE:FUNCTION for any importable function that returns a dino_ssl.Run."
         )
-    run = PRESETS[name]() if name in PRESETS else import_object(name)()
+    if name in PRESETS:
+        return edit(PRESETS[name](), out=f"runs/{name}")
+    run = import_object(name)()
     if not isinstance(run, Run):
         raise UserError(f"Preset {name!r}: expected a function that returns a dino_ssl.Run, got {type(run).__name__}.")
     return run

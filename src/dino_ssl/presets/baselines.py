@@ -14,7 +14,7 @@ from dino_ssl.run import Run
 
 def byol() -> Run:
     """BYOL, 300 epochs, batch 1024, two views: 66.6 / 71.4 (Tables 2, 7, 13). With 6 local crops 59.8 / 64.8."""
-    return edit(moco(), method=BYOLConfig(), out="runs/byol")
+    return edit(moco(), method=BYOLConfig())
 
 
 def moco() -> Run:
@@ -27,7 +27,6 @@ def moco() -> Run:
         method=MoCoConfig(),
         views=dict(local=0, global_scale=(0.14, 1.0)),
         optim=dict(weight_decay=0.05, weight_decay_end=0.05, clip_grad=0.0),
-        out="runs/moco",
     )
 
 
@@ -36,4 +35,4 @@ def swav() -> Run:
 
     Without local crops 60.5 / 68.5; after 800 epochs 66.3 / 73.5 (Table 2).
     """
-    return edit(vits16_300(), method=SwAVConfig(), views=dict(local=6), out="runs/swav")
+    return edit(vits16_300(), method=SwAVConfig(), views=dict(local=6))

@@ -20,11 +20,9 @@ from dino_ssl.schedules import Clock
 from dino_ssl.state import State, build_method, prepare_model
 from dino_ssl.training import train_step
 
-NUM_TIMED_IMAGES = 12
+NUM_TIMED_STEPS, NUM_TIMED_IMAGES = 3, 12
 MEMORY_FRACTION = 0.7
 """Fraction of the device's memory that a step may use; temporary tensors, workers and evaluations need the rest."""
-BATCH_SIZES = (2, 4)
-"""Images in the two steps that measure memory, which is a constant plus an amount per image."""
 
 
 class BenchmarkStep:
@@ -63,27 +61,26 @@ class Speed(NamedTuple):
         return num_images * max(self.step, self.data / max(1, run.workers))
 
 
-def measure(run: Run, machine: Machine, dataset: ImageDataset, *, steps: int = 3) -> Speed:
+def measure(run: Run, machine: Machine, dataset: ImageDataset) -> Speed:
     """Measure a few training steps and the loading of a few images; some seconds."""
     batch_size = min(run.optim.batch_size, 32 if machine.device.type == "cpu" else 128)
     benchmark = BenchmarkStep(run, Runtime(machine.device, run.precision), batch_size, len(dataset.classes))
-    times = [benchmark.take(Clock(step, steps + 1, run.optim.epochs)) for step in range(steps + 1)]
+    clocks = [Clock(step, NUM_TIMED_STEPS + 1, run.optim.epochs) for step in range(NUM_TIMED_STEPS + 1)]
+    times = [benchmark.take(clock) for clock in clocks]
     return Speed(statistics.median(times[1:]) / batch_size, time_loading(run, dataset))
 
 
 def time_loading(run: Run, dataset: ImageDataset) -> float:
     """Return the median seconds of one worker to load and augment an image; without decoding if images are cached."""
     times, views = [], fastest_transform(run.views)
-    count = min(NUM_TIMED_IMAGES, len(dataset))
-    for index in torch.linspace(0, len(dataset) - 1, count).long().tolist():
+    for index in torch.linspace(0, len(dataset) - 1, min(NUM_TIMED_IMAGES, len(dataset))).long().tolist():
         width, height = dataset.sizes[index].tolist()
         began = time.perf_counter()
         try:
-            image = dataset.read_downscaled(index, run.views.decode_scale(height, width) if not run.cache else 1)
+            image = dataset.read_downscaled(index, 1 if run.cache else run.views.decode_scale(height, width))
         except BadImage:
             continue
-        if run.cache:
-            began = time.perf_counter()
+        began = time.perf_counter() if run.cache else began
         views(image, sample_rng(0, 0, index))
         times.append(time.perf_counter() - began)
     return statistics.median(times) if times else 0.01
@@ -98,9 +95,9 @@ def micro_batch(run: Run, machine: Machine, classes: int, world: int) -> tuple[i
     run = edit(run, optim=dict(micro_batch=0))
     if not run.method.supports_grad_accumulation or has_batch_norm(build_method(run, classes=classes)):
         return 0, "the whole batch: the method or batch norm compares the images of a batch"
-    small, large = (step_memory(run, machine, count, classes) for count in BATCH_SIZES)
-    per_image = max(1.0, (large - small) / (BATCH_SIZES[1] - BATCH_SIZES[0]))
-    fit = int((MEMORY_FRACTION * machine.memory - (small - BATCH_SIZES[0] * per_image)) // per_image)
+    two, four = (step_memory(run, machine, count, classes) for count in (2, 4))  # a constant plus an amount per image
+    per_image = max(1.0, (four - two) / 2)
+    fit = int((MEMORY_FRACTION * machine.memory - (two - 2 * per_image)) // per_image)
     measured = f"measured: {per_image / 2**20:,.0f} MiB per image, {fit:,} fit"
     if fit >= per_rank:
         return 0, f"the whole batch of {per_rank}; {measured}"

@@ -27,7 +27,6 @@ def finetune() -> Run:
         method=SupervisedConfig(),
         views=Augment(scale=(0.3, 1.0)),
         optim=edit(DEIT, epochs=50, batch_size=64, lr=1e-3, clip_grad=1.0, layer_decay=0.75),
-        out="runs/finetune",
     )
 
 
@@ -40,36 +39,35 @@ def imagenet() -> Run:
         online_eval=dict(every_epochs=10),
         precision="float16",
         workers=10,
-        out="runs/finetune-imagenet",
     )
 
 
 def cifar10() -> Run:
     """CIFAR-10 at 224 px: 99.0 / 99.1. 1000 epochs, batch 768, DeiT's lr 7.5e-6; the final lr is our choice."""
     optim = dict(epochs=1000, batch_size=768, lr=3.75e-6, min_lr=1e-6)
-    return edit(imagenet(), views=dict(erase=0.0), optim=optim, out="runs/finetune-cifar10")
+    return edit(imagenet(), views=dict(erase=0.0), optim=optim)
 
 
 def cifar100() -> Run:
     """CIFAR-100 at 224 px: 90.5 / 91.7. As CIFAR-10, with DeiT's lr 5e-6 (stated for ViT-B)."""
-    return edit(cifar10(), optim=dict(lr=2.5e-6), out="runs/finetune-cifar100")
+    return edit(cifar10(), optim=dict(lr=2.5e-6))
 
 
 def flowers() -> Run:
     """Oxford Flowers-102: 98.5 / 98.8. As CIFAR-10: DeiT's lr 7.5e-6, 1000 epochs (iBOT's script for this table)."""
-    return edit(cifar10(), out="runs/finetune-flowers")
+    return cifar10()
 
 
 def cars() -> Run:
     """Stanford Cars: 93.0 / 93.0. As Flowers, with DeiT's lr 7.5e-5 (iBOT's script for this table)."""
-    return edit(cifar10(), optim=dict(lr=3.75e-5), out="runs/finetune-cars")
+    return edit(cifar10(), optim=dict(lr=3.75e-5))
 
 
 def inat18() -> Run:
     """For iNaturalist 2018: 72.0 / 72.6. 300 epochs, 128 images on each of 8 GPUs, DeiT's lr 5e-5, erasing 0.25."""
-    return edit(imagenet(), optim=dict(lr=2.5e-5), out="runs/finetune-inat18")
+    return edit(imagenet(), optim=dict(lr=2.5e-5))
 
 
 def inat19() -> Run:
     """For iNaturalist 2019: 78.2 / 78.6. As 2018 (iBOT's script uses DeiT's lr 2.5e-5 for ViT-S and 360 epochs)."""
-    return edit(inat18(), out="runs/finetune-inat19")
+    return inat18()

@@ -19,7 +19,6 @@ def vits16() -> Run:
         precision="float16",
         workers=10,
         keep_every=20,
-        out="runs/vits16",
     )
 
 
@@ -32,7 +31,6 @@ def vits16_300() -> Run:
         vits16(),
         optim=dict(epochs=300, batch_size=1024),
         method=dict(teacher_temp=0.07, warmup_teacher_temp_epochs=30, norm_last=False),
-        out="runs/vits16-300",
     )
 
 
@@ -43,13 +41,12 @@ def vits16_800() -> Run:
         optim=dict(epochs=800, min_lr=1e-5, clip_grad=0.0),
         views=dict(local=10, global_scale=(0.25, 1.0), local_scale=(0.05, 0.25)),
         precision="float32",
-        out="runs/vits16-800",
     )
 
 
 def vits8() -> Run:
     """ViT-S/8, 800 epochs: 78.3 / 79.7 (Table 2). 785 tokens per image; the authors advise float32."""
-    return edit(vits16_800(), backbone=dict(patch=8), out="runs/vits8")
+    return edit(vits16_800(), backbone=dict(patch=8))
 
 
 def vitb16() -> Run:
@@ -59,7 +56,6 @@ def vitb16() -> Run:
         backbone=dict(size="base"),
         optim=dict(epochs=400, lr=7.5e-4, min_lr=2e-6, clip_grad=0.3),
         method=dict(warmup_teacher_temp_epochs=50, freeze_last_layer=3, norm_last=True),
-        out="runs/vitb16",
     )
 
 
@@ -70,7 +66,6 @@ def vitb8() -> Run:
         backbone=dict(patch=8),
         optim=dict(epochs=300, batch_size=1056, lr=5e-4, clip_grad=3.0),
         method=dict(warmup_teacher_temp=0.03),
-        out="runs/vitb8",
     )
 
 
@@ -81,7 +76,6 @@ def resnet50() -> Run:
         backbone=Timm(name="resnet50"),
         optim=dict(algorithm="sgd", lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4),
         views=dict(global_scale=(0.14, 1.0), local_scale=(0.05, 0.14)),
-        out="runs/resnet50",
     )
 
 
@@ -97,5 +91,4 @@ def resnet50_800() -> Run:
         method=dict(out_dim=60000, head_norm="batch", teacher_temp=0.07, warmup_teacher_temp_epochs=50),
         views=dict(local=6),
         precision="float32",
-        out="runs/resnet50-800",
     )

@@ -19,7 +19,7 @@ from dino_ssl.schedules import Clock
 
 STEP_SECONDS = 2.0
 """Target duration of a step if no batch size is given."""
-NUM_CLASSES = 10
+NUM_STEPS, NUM_CLASSES = 3, 10
 CLOCK = Clock(1001, 10, 10**6)
 """After the epochs in which the last layer is frozen, and not the last step of an epoch."""
 NUM_OPERATORS = 6
@@ -45,29 +45,29 @@ class Row(NamedTuple):
 
 
 def measure(
-    run: Run, machine: Machine, dataset: ImageDataset | None, progress: Progress, *, batch_size: int | None, steps: int
+    run: Run, machine: Machine, dataset: ImageDataset | None, progress: Progress, batch_size: int | None
 ) -> tuple[Run, list[Row]]:
     """Return the profiled run and its roofline, training step and, if there is a dataset, data path.
 
-    batch_size: images of a step; None chooses. steps: timed steps.
+    batch_size: images of a step; None chooses.
     """
-    flops, matmul = count_flops(run), matmul_throughput(machine.device, run.precision)
+    flops, (matmul, shape) = count_flops(run), matmul_throughput(machine.device, run.precision)
     total = sum(flops.values())
-    by_compute = matmul.per_second / total
+    by_compute = matmul / total
     run = edit(run, optim=dict(batch_size=batch_size or choose_batch_size(run, machine, by_compute)))
     if run.optim.micro_batch == "auto":
         run = edit(run, optim=dict(micro_batch=micro_batch(run, machine, NUM_CLASSES, 1)[0]))
-    step_seconds, peak, spent = profile_step(run, Runtime(machine.device, run.precision), steps, progress)
+    step_seconds, peak, spent = profile_step(run, Runtime(machine.device, run.precision), progress)
     # After the step, because its buffers would count in the peak memory.
-    memory = memory_bandwidth(machine.device, machine.memory)
+    bandwidth, operation = memory_bandwidth(machine.device, machine.memory)
     moved = sum(bytes_per_step(run, run.optim.batch_size).values()) / run.optim.batch_size
-    by_memory = memory.per_second / moved
+    by_memory = bandwidth / moved
     images_per_s = run.optim.batch_size / step_seconds
     share = images_per_s / min(by_compute, by_memory)
     whole = sum(seconds for name, seconds in spent.items() if not name.startswith("aten::"))
     rows = [
-        Row("matmul throughput", matmul.per_second / 1e9, "GFLOP/s", matmul.operation),
-        Row("memory bandwidth", memory.per_second / 1e9, "GB/s", memory.operation),
+        Row("matmul throughput", matmul / 1e9, "GFLOP/s", shape),
+        Row("memory bandwidth", bandwidth / 1e9, "GB/s", operation),
         Row("FLOPs per image", total / 1e9, "GFLOP"),
         *(Row(f"  {name}", count / 1e9, "GFLOP", f"{count / total:.1%}") for name, count in flops.items()),
         Row("bytes per image", moved / 1e6, "MB", f"{run.optim.batch_size} images per step"),
@@ -97,18 +97,18 @@ def choose_batch_size(run: Run, machine: Machine, images_per_s: float) -> int:
     return 2 ** int(math.log2(max(2, min(largest, STEP_SECONDS * images_per_s / 2))))
 
 
-def profile_step(run: Run, rt: Runtime, steps: int, progress: Progress) -> tuple[float, int, dict[str, float]]:
-    """Run a warm-up step, `steps` timed steps and one step under torch.profiler, of `optim.batch_size` images.
+def profile_step(run: Run, rt: Runtime, progress: Progress) -> tuple[float, int, dict[str, float]]:
+    """Run a warm-up step, NUM_STEPS timed steps and one step under torch.profiler, of `optim.batch_size` images.
 
     Returns the median seconds of the timed steps, the peak memory in bytes (of the GPU, or of this process), and the
     seconds of the profiled step by part and, after the parts, by the slowest operators. The parts sum to the step.
     """
     step, times = BenchmarkStep(run, rt, run.optim.batch_size, NUM_CLASSES), []
-    for number in range(steps + 1):
-        progress(number, steps + 2)
+    for number in range(NUM_STEPS + 1):
+        progress(number, NUM_STEPS + 2)
         times.append(step.take(CLOCK))
     peak, on_gpu = peak_memory(rt.device), rt.device.type == "cuda"
-    progress(steps + 1, steps + 2)
+    progress(NUM_STEPS + 1, NUM_STEPS + 2)
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         profiled = step.take(CLOCK)
     parts, operators = defaultdict[str, float](float), defaultdict[str, float](float)

@@ -7,7 +7,7 @@ layer is trained. Algorithms with fewer multiplications (Winograd's convolutions
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
@@ -63,10 +63,9 @@ def count_flops(run: Run) -> dict[str, float]:
 def bytes_per_step(run: Run, batch_size: int) -> dict[str, float]:
     """Return the least bytes that a step moves through main memory, by purpose.
 
-    Each pass reads its weights once, in the run's precision (student forward and backward, teacher forward). A gradient
-    is written and read once, in float32, because its norm is needed before it is used. Optimizer and EMA read and write
-    each value once. Views are read once, as uint8. Not counted: activations and logits, which could stay in the cache,
-    copies of the weights in half precision, and communication between ranks.
+    Views are uint8. Each of the three passes reads its weights once, in the run's precision. A gradient is written and
+    read once, in float32, because its norm is needed before it is used. Optimizer and EMA read and write each value
+    once. Not counted: activations and logits, which could stay in the cache, and communication between ranks.
     """
     method = meta_method(run)
     student = sum(p.numel() for p in method.trainable.parameters() if p.requires_grad)
@@ -88,37 +87,29 @@ def meta_method(run: Run) -> Any:
         return run.method.build(BuildContext(run.backbone, classes=1000))
 
 
-class Throughput(NamedTuple):
-    """The best measured rate, and the operation that reached it."""
-
-    per_second: float
-    operation: str
-
-
 @torch.no_grad()
-def matmul_throughput(device: torch.device, precision: Precision) -> Throughput:
-    """Measure FLOP/s of matrix products in this precision (on a GPU, float32 is TF32, as in training)."""
+def matmul_throughput(device: torch.device, precision: Precision) -> tuple[float, str]:
+    """Return FLOP/s and shape of the fastest product in this precision (on a GPU, float32 is TF32, as in training)."""
     rates = []
     for size in SIZES["cpu" if device.type == "cpu" else "gpu"]:
         a, b, out = (torch.randn(size, size, device=device).to(getattr(torch, precision)) for _ in range(3))
-        product = partial(torch.mm, a, b.T, out=out)
-        rates.append(_rate(f"{size} x {size}", 2 * size**3, product))
+        rates.append((2 * size**3 / _fastest(partial(torch.mm, a, b.T, out=out)), f"{size} x {size}"))
     return max(rates)
 
 
 @torch.no_grad()
-def memory_bandwidth(device: torch.device, memory: int) -> Throughput:
-    """Measure the bandwidth of a main memory of `memory` bytes, in bytes/s: reading, copying, adding."""
+def memory_bandwidth(device: torch.device, memory: int) -> tuple[float, str]:
+    """Return bytes/s and name of the fastest of reading, copying and adding in a main memory of `memory` bytes."""
     size = min(BUFFER["cpu" if device.type == "cpu" else "gpu"], memory // 32)
     a, b, out = (torch.ones(size // 4, device=device) for _ in range(3))
     return max(
-        _rate("read", size, a.sum),
-        _rate("copy", 2 * size, partial(out.copy_, a)),
-        _rate("add", 3 * size, partial(torch.add, a, b, out=out)),
+        (size / _fastest(a.sum), "read"),
+        (2 * size / _fastest(partial(out.copy_, a)), "copy"),
+        (3 * size / _fastest(partial(torch.add, a, b, out=out)), "add"),
     )
 
 
-def _rate(name: str, amount: int, call: Callable[[], object]) -> Throughput:
-    """Return amount (FLOPs or bytes) / s of the fastest repetition: a roofline must also hold on an idle machine."""
+def _fastest(call: Callable[[], object]) -> float:
+    """Return the seconds of the fastest repetition: a roofline must also hold on an idle machine."""
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return Throughput(amount / min(timer.blocked_autorange(min_run_time=SECONDS).times), name)
+    return min(timer.blocked_autorange(min_run_time=SECONDS).times)
