@@ -63,6 +63,7 @@ def scale_length(run: Run, epochs: int) -> Run:
     return edit(fit_schedule(run, epochs), online_eval=dict(every_epochs=max(1.0, float(round(every))) if every else 0))
 
 
-def longer(factor: float) -> Callable[[Run], Changes]:
-    """Return a change that multiplies the epochs of the base; the warm-up stays the same."""
-    return lambda run: {"optim": {"epochs": max(1, round(factor * run.optim.epochs))}}
+def longer(factor: float, changes: Changes) -> Callable[[Run], Changes]:
+    """Return these changes with a multiple of the base's epochs; the warm-up stays the same."""
+    optim = changes.get("optim", {})
+    return lambda run: {**changes, "optim": {**optim, "epochs": max(1, round(factor * run.optim.epochs))}}

@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 
 from dino_ssl.ablations.table import SCALES, Configuration, Scale, Table
 from dino_ssl.ablations.tables import TABLES, get_table
-from dino_ssl.config import differences, from_dict, to_dict
+from dino_ssl.config import edit, from_dict, to_dict
 from dino_ssl.errors import UserError, did_you_mean
 from dino_ssl.files import read_json, write_json
 from dino_ssl.report.curves import Line, line, read_history
-from dino_ssl.run import EXECUTION_FIELDS, Run
+from dino_ssl.run import Run
 
 ROOT = Path("runs/ablate")
 FORMAT = 1
 """Version of study.json and result.json."""
 STUDY, RESULT, FAILED = "study.json", "result.json", "failed.json"
 EVALS = {"20-NN": "knn", "student 20-NN": "student"}
-"""Name of the evaluation in metrics.jsonl by metric."""
+"""Name in metrics.jsonl of the evaluation of a metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,9 @@ class Result:
     """The results of one run, and their cost."""
 
     values: Mapping[str, float]
-    """By metric: 20-NN, student 20-NN, linear (percent), entropy (percent of ln K), kl, hours, memory (GB), ..."""
+    """By metric: those of tables in their unit, `images` (seen in training, counted once per epoch), `images/s`."""
     references: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Scores of raw pixels and of random weights."""
-    images_seen: int = 0
-    """Training images, counted once per epoch."""
-    images_per_s: float = 0.0
     machine: str = ""
     """Name of the processor, and threads per run."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -46,13 +43,12 @@ class Result:
 
 
 class Spread(NamedTuple):
-    """Statistics of one metric over the seeds."""
+    """Mean, minimum, maximum, sample standard deviation (0 for one seed) and number of the seeds' results."""
 
     mean: float
     low: float
     high: float
     deviation: float
-    """Sample standard deviation (n - 1); 0 for one seed."""
     n: int
 
 
@@ -60,9 +56,20 @@ class Spread(NamedTuple):
 class StudyRun:
     """One configuration trained with one seed."""
 
+    study: "Study"
     configuration: Configuration
     seed: int
-    folder: Path
+
+    @property
+    def folder(self) -> Path:
+        """Output folder of its Run."""
+        return self.study.folder / self.configuration.name / f"seed{self.seed}"
+
+    @property
+    def run(self) -> Run:
+        """The Run that is trained."""
+        run = self.study.table.run(self.configuration, self.study.scale, self.study.base)
+        return edit(run, seed=run.seed + self.seed, out=str(self.folder))
 
     @property
     def label(self) -> str:
@@ -90,9 +97,11 @@ class StudyRun:
         return "incomplete" if (self.folder / "run.json").is_file() else "not run"
 
     def line(self, name: str) -> Line:
-        """Return a training metric, or a result of the evaluations, over epochs."""
+        """Return a metric that is measured during training, over epochs."""
         history = read_history(self.folder)
-        return line(history.evaluations.get(EVALS[name], []), "20-NN") if name in EVALS else history.line(name)
+        if name in EVALS:
+            return line(history.evaluations.get(EVALS[name], []), "20-NN")
+        return history.line("teacher_entropy" if name == "entropy" else name)
 
 
 @dataclass(frozen=True)
@@ -105,19 +114,13 @@ class Study:
     base: Run
     data: Mapping[str, Any]
     """images, classes, fingerprint, val_fraction."""
-    minutes: float | None = None
-    """Requested minutes per run, if the number of epochs is derived from them."""
-
-    def study_run(self, configuration: Configuration, seed: int) -> StudyRun:
-        """Return the run of a configuration and seed, which need not exist yet."""
-        return StudyRun(configuration, seed, self.folder / configuration.name / f"seed{seed}")
 
     def runs(self, configuration: Configuration | None = None) -> list[StudyRun]:
         """Return all runs that were started, of one or of all configurations, in the order of the table and seeds."""
         runs = []
         for item in self.table.configurations if configuration is None else [configuration]:
             names = [path.name.removeprefix("seed") for path in (self.folder / item.name).glob("seed*")]
-            runs += [self.study_run(item, seed) for seed in sorted(int(name) for name in names if name.isdigit())]
+            runs += [StudyRun(self, item, seed) for seed in sorted(int(name) for name in names if name.isdigit())]
         return runs
 
     def results(self, configuration: Configuration | None = None) -> list[Result]:
@@ -133,45 +136,34 @@ class Study:
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         return Spread(statistics.fmean(values), min(values), max(values), deviation, len(values))
 
-    def differences(self, configuration: Configuration) -> list[tuple[str, Any, Any]]:
-        """Return (field, the base's value, the configuration's) of all settings that differ."""
-        run = self.table.run(configuration, self.scale, self.base)
-        return [item for item in differences(self.base, run) if item[0] not in EXECUTION_FIELDS]
-
     def write(self) -> None:
         """Write study.json."""
         content = {"format": FORMAT, "table": self.table.name, "scale": self.scale, "base": to_dict(self.base)}
-        write_json(self.folder / STUDY, content | {"data": dict(self.data), "minutes": self.minutes})
+        write_json(self.folder / STUDY, content | {"data": dict(self.data)})
 
 
 def read_study(folder: Path) -> Study | None:
     """Return the study in a folder; None if there is none."""
-    content = _read(folder / STUDY)
-    if content is None:
+    if (content := _read(folder / STUDY)) is None:
         return None
-    try:
-        table, base = get_table(content["table"]), from_dict(Run, content["base"])
-        return Study(folder, table, content["scale"], base, content["data"], content["minutes"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / STUDY} does not describe a study: {error} is missing.") from error
+    base = from_dict(Run, content["base"])
+    return Study(folder, get_table(content["table"]), content["scale"], base, content["data"])
 
 
 def find_study(name: str, root: Path = ROOT, scale: Scale | None = None) -> Study:
-    """Return the study of a table under `root`, or in the folder `name`. Raise UserError if there is none."""
-    if (study := read_study(Path(name))) is not None:
-        return study
-    if name not in TABLES:
-        raise UserError(
-            f"{name!r} is neither a run folder nor a table{did_you_mean(name, TABLES)}\n"
-            f"Expected the folder of a run, or one of {', '.join(TABLES)}."
-        )
-    folders = [root / name / option for option in ([scale] if scale else SCALES)]
-    studies = [study for folder in folders if (study := read_study(folder)) is not None]
-    if not studies:
+    """Return the study in the folder `name`, or of the table `name`: at scale small if it was run at both.
+
+    Raises UserError if there is none.
+    """
+    for folder in (Path(name), *(root / name / option for option in ([scale] if scale else SCALES))):
+        if (study := read_study(folder)) is not None:
+            return study
+    if name in TABLES:
         raise UserError(f"{name} was not run yet: there is no result in {root / name}.\nRun it: dino ablate {name}")
-    if len(studies) > 1:
-        raise UserError(f"{root / name} has the scales {' and '.join(SCALES)}: choose one with `scale`.")
-    return studies[0]
+    raise UserError(
+        f"{name!r} is neither a run folder nor a table{did_you_mean(name, TABLES)}\n"
+        f"Expected the folder of a run, or one of {', '.join(TABLES)}."
+    )
 
 
 def _read(path: Path) -> Any:

@@ -1,7 +1,7 @@
-"""One run of a study, from its Run to its results. It can stop at any time and resumes from its folder.
+"""Train the runs of a study: several at a time, each in its own process, or one after another under torchrun.
 
-As a process: `python -m dino_ssl.ablations.runner JOB.json`. Exit code: 0 if all results are measured, 128 + N after
-signal N, LOCKED if another process trains the run, 1 after an error.
+A run can stop at any time and resumes from its folder. Its process, `python -m dino_ssl.ablations.runner STUDY
+CONFIGURATION SEED LINEAR`, writes messages to log.txt, and result.json or failed.json.
 """
 
 import fcntl
@@ -10,153 +10,199 @@ import math
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.markup import escape
+from rich.progress import Progress
 
 from dino_ssl import distributed, environment
-from dino_ssl.ablations.results import EVALS, FAILED, RESULT, Result
+from dino_ssl.ablations.results import EVALS, FAILED, RESULT, Result, StudyRun, read_study
 from dino_ssl.api.resolve import find_run, resumed
 from dino_ssl.api.session import run_session
-from dino_ssl.config import from_dict, to_dict
+from dino_ssl.config import to_dict
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import evaluating
 from dino_ssl.evals.linear import Linear
 from dino_ssl.events import Evaluated, Event, Logged, Started
 from dino_ssl.files import append_jsonl, read_json, write_json
 from dino_ssl.metrics import METRICS
-from dino_ssl.models.backbone import Backbone
 from dino_ssl.report.curves import read_history
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, machine, peak_memory, start
+from dino_ssl.signals import StopSignal
 from dino_ssl.terminal import Terminal
 from dino_ssl.training import train
 from dino_ssl.training_evals import eval_context
 
-LOCKED = 75
-"""Exit code EX_TEMPFAIL of sysexits.h."""
+POLL_SECONDS = 0.5
 FINAL_FRACTION = 0.05
 """Final fraction of the logged lines over which entropy and KL are averaged."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunJob:
-    """A run to train, and what is measured in addition to the training metrics."""
+def run_parallel(runs: Sequence[StudyRun], linear: bool, processes: int, terminal: Terminal) -> tuple[int | None, int]:
+    """Complete each run in its own process; return the signal that stopped them, if any, and the number of failures."""
+    bars = Progress(console=terminal.console, transient=True, disable=not terminal.is_tty)
+    threads = str(max(1, machine().cores // processes))
 
-    run: Run
-    evaluate_student: bool = False
-    """Evaluate the student at every evaluation."""
-    metrics: tuple[str, ...] = ()
-    """Metrics to measure at the end: names of MEASURES."""
+    def complete_in_process(run: StudyRun) -> str:
+        """Start the process and wait for it; after a signal, let it save its state and exit."""
+        if stop.number is not None:
+            return "not run"
+        terminal.print(f"{run.label}: starting; messages in {run.folder}/log.txt")
+        bar, is_stopping = bars.add_task(escape(run.label), total=run.run.optim.epochs), False
+        process = _start(run, linear, {"OMP_NUM_THREADS": threads, **os.environ})
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            bars.update(bar, completed=_epoch(run.folder))
+            if stop.number is not None and not is_stopping:
+                is_stopping = True
+                process.terminate()
+        bars.remove_task(bar)
+        state = final_state(run, process.returncode, is_stopping)
+        error = f": {run.error}" if state == "failed" else ""
+        terminal.print(f"{run.label}: {state}{error}", style="green" if state == "done" else "yellow")
+        return state
+
+    with StopSignal() as stop, bars, ThreadPoolExecutor(processes) as pool:
+        states = list(pool.map(complete_in_process, runs))
+    return stop.number, states.count("failed")
 
 
-class RunLocked(UserError):  # noqa: N818 - not an error
-    """Another process trains this run."""
+def _start(run: StudyRun, linear: bool, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", __name__, run.study.folder, run.configuration.name, str(run.seed), str(linear)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=env,
+            start_new_session=True,  # Ctrl-C reaches only this process, which forwards it once
+        )
 
 
-def complete(job: RunJob, rt: Runtime, terminal: Terminal) -> int | None:
+def _epoch(folder: Path) -> float:
+    """Return the epoch of the last complete line of metrics.jsonl."""
+    with suppress(OSError, ValueError, LookupError), (folder / METRICS).open() as file:
+        return json.loads(deque(file, maxlen=2)[0])["epoch"]
+    return 0.0
+
+
+def final_state(run: StudyRun, code: int, is_stopping: bool) -> str:
+    """Return the state of a run whose process has ended; if it could not write its error, write failed.json."""
+    if code == 0:
+        return "done"
+    if is_stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        return "stopped"
+    if not run.error:
+        reason = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        if code == -signal.SIGKILL:
+            reason = "was killed, probably because memory was full"
+        write_json(run.folder / FAILED, {"error": f"the process {reason}; its messages are in {run.folder}/log.txt"})
+    return "failed"
+
+
+def run_serial(runs: Sequence[StudyRun], linear: bool, terminal: Terminal) -> tuple[int | None, int]:
+    """Complete one run after another on all ranks; return the signal that stopped them and the number of failures."""
+    num_failed = 0
+    for run in runs:
+        terminal.print(run.label, style="bold")
+        try:
+            with start(run.run.precision) as rt:
+                stopped = complete(run, linear, rt, terminal)
+            if stopped is not None:
+                return stopped, num_failed
+        except UserError as error:
+            num_failed += 1
+            terminal.print(f"failed: {error}", style="red")
+    return None, num_failed
+
+
+def main(study_folder: str, name: str, seed: str, linear: str) -> int:
+    """Complete one run as a process; return its exit code: 0, or 128 + N after signal N."""
+    environment.prepare()
+    study = read_study(Path(study_folder))
+    assert study is not None
+    run = StudyRun(study, study.table.select([name])[0], int(seed))
+    with start(run.run.precision) as rt:
+        stopped = complete(run, linear == "True", rt, Terminal())
+    return 0 if stopped is None else 128 + stopped
+
+
+def complete(run: StudyRun, linear: bool, rt: Runtime, terminal: Terminal) -> int | None:
     """Train the remaining steps, measure the missing metrics, and write result.json.
 
-    Returns the signal that stopped it, or None. Raises RunLocked if another process is training the run, and any error
-    of the run after it is written to failed.json.
+    Waits if another process is training the run. Returns the signal that stopped it, or None. An error of the run is
+    written to failed.json.
     """
-    folder = Path(job.run.out)
-    with ExitStack() as stack:
-        distributed.run_on_rank0(lambda: _lock(folder, stack))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / ".lock").open("w") as lock:
+        distributed.run_on_rank0(lambda: fcntl.flock(lock, fcntl.LOCK_EX))
+        (run.folder / FAILED).unlink(missing_ok=True)
         try:
-            stopped = _train(job, rt, terminal)
-            if stopped is None:
-                _measure(job, rt)
+            if (stopped := _train(run, rt, terminal)) is None:
+                _measure(run, linear, rt)
         except Exception as error:
             if rt.is_main:
                 message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                write_json(folder / FAILED, {"error": message})
+                write_json(run.folder / FAILED, {"error": message})
             raise
     return stopped
 
 
-def _lock(folder: Path, stack: ExitStack) -> None:
-    """Hold the lock of a run until the stack is closed, and remove the error of an earlier attempt."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = stack.enter_context((folder / ".lock").open("w"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise RunLocked(f"{folder} is being trained by another process.") from error
-    (folder / FAILED).unlink(missing_ok=True)
-
-
-def _train(job: RunJob, rt: Runtime, terminal: Terminal) -> int | None:
+def _train(study_run: StudyRun, rt: Runtime, terminal: Terminal) -> int | None:
     """Train the remaining steps and write the results of training; return the signal that stopped it, or None."""
-    folder = Path(job.run.out)
-    existing = distributed.run_on_rank0(lambda: find_run(folder))
+    run, path = study_run.run, study_run.folder / RESULT
+    existing = distributed.run_on_rank0(lambda: find_run(study_run.folder))
     if existing is None or not existing.finished:
-        run = job.run if existing is None else resumed(existing, lambda _: job.run)
+        run = run if existing is None else resumed(existing, lambda _: run)
         if rt.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(rt.device)
-        dataset = distributed.run_on_rank0(run.data.open)
-        observer = _Observer(job, rt)
-        outcome = run_session(run, rt, dataset, terminal, resume=existing is not None, observe=observer)
+        dataset, observe = distributed.run_on_rank0(run.data.open), _observer(study_run, rt)
+        outcome = run_session(run, rt, dataset, terminal, resume=existing is not None, observe=observe)
         if not outcome.finished:
             return outcome.signal or signal.SIGTERM
-    if rt.is_main and not (folder / RESULT).is_file():
-        write_json(folder / RESULT, to_dict(_result_of_training(job.run, rt)))
+    if rt.is_main and not path.is_file():
+        write_json(path, to_dict(_result_of_training(run, rt)))
     return None
 
 
-class _Observer:
-    """Evaluates the student if the job requires it, and stops if the parent process has died."""
+def _observer(study_run: StudyRun, rt: Runtime) -> Callable[[Event], None]:
+    """Return a function that evaluates the student if the table has it, and stops if the parent process has died."""
+    parent, run = os.getppid(), study_run.run
+    evaluate: Callable[[], Mapping[str, float]] | None = None
 
-    def __init__(self, job: RunJob, rt: Runtime) -> None:
-        self.job, self.rt, self.parent = job, rt, os.getppid()
-        self.evaluate_student: Callable[[], Mapping[str, float]] | None = None
-
-    def __call__(self, event: Event) -> None:
+    def observe(event: Event) -> None:
+        nonlocal evaluate
         match event:
-            case Started():
-                self.start(event)
-            case Logged() if os.getppid() != self.parent:
+            case Started() if study_run.study.table.evaluates_student and event.val_set is not None:
+                student: Any = event.method.trainable
+                knn = run.online_eval.prepare_knn(event.train_set, event.val_set, eval_context(run, rt))
+                evaluate = partial(knn, student.backbone)
+            case Logged() if os.getppid() != parent:
                 os.kill(os.getpid(), signal.SIGTERM)  # saves and exits
-            case Evaluated(clock) if self.evaluate_student is not None:
-                scores = self.evaluate_student()
-                if self.rt.is_main:
-                    row = {"step": clock.step, "epoch": clock.step / clock.steps_per_epoch, "eval": "student", **scores}
-                    append_jsonl(Path(self.job.run.out) / METRICS, row)
+            case Evaluated(clock) if evaluate is not None:
+                row = {"step": clock.step, "epoch": clock.step / clock.steps_per_epoch, "eval": "student", **evaluate()}
+                if rt.is_main:
+                    append_jsonl(study_run.folder / METRICS, row)
 
-    def start(self, event: Started) -> None:
-        run, student = self.job.run, getattr(event.method.trainable, "backbone", None)
-        if not self.job.evaluate_student or event.val_set is None or not isinstance(student, Backbone):
-            return
-        knn = run.online_eval.prepare_knn(event.train_set, event.val_set, eval_context(run, self.rt))
-        self.evaluate_student = lambda: knn(student)
-
-
-# -- results -----------------------------------------------------------------------------------------------
-
-
-def _measure(job: RunJob, rt: Runtime) -> None:
-    """Measure the metrics of the job that a finished run lacks, and add them to result.json."""
-    run, path = job.run, Path(job.run.out) / RESULT
-    result: Result = from_dict(Result, distributed.run_on_rank0(lambda: read_json(path)))
-    missing = [name for name in job.metrics if name not in result.values]
-    if not missing:
-        return
-    started = next(train(run, rt, distributed.run_on_rank0(run.data.open), resume=True))  # loads the weights only
-    assert isinstance(started, Started)
-    values = {name: MEASURES[name](run, rt, started) for name in missing}
-    if rt.is_main:
-        write_json(path, to_dict(replace(result, values={**result.values, **values})))
+    return observe
 
 
 def _result_of_training(run: Run, rt: Runtime) -> Result:
     """Return the last evaluation, the mean loss, entropy and KL of the last logged lines, and the cost."""
-    folder = Path(run.out)
-    history, description = read_history(folder), json.loads((folder / "run.json").read_text())
+    history, description = read_history(Path(run.out)), read_json(Path(run.out) / "run.json")
     evals = {metric: history.evaluations[name][-1] for metric, name in EVALS.items() if name in history.evaluations}
     values = {metric: scores["20-NN"] for metric, scores in evals.items() if "20-NN" in scores}
     count = max(1, round(FINAL_FRACTION * len(history.training)))
@@ -164,15 +210,32 @@ def _result_of_training(run: Run, rt: Runtime) -> Result:
     values |= {name: statistics.fmean(points) for name, points in curves.items() if points}
     if "teacher_entropy" in values and run.method.num_prototypes:
         values["entropy"] = 100 * values.pop("teacher_entropy") / math.log(run.method.num_prototypes)
-    speeds = history.line("images_per_s")[1]
-    return Result(
-        values=values | {"hours": history.seconds / 3600, "memory": peak_memory(rt.device) / 2**30},
-        references=description["reference_scores"],
-        images_seen=history.training[-1]["step"] * run.optim.batch_size,
-        images_per_s=statistics.median(speeds) if speeds else 0.0,
-        machine=f"{machine().name}, threads per run: {torch.get_num_threads()}",
-        versions=description["versions"],
-    )
+    values |= {"hours": history.seconds / 3600, "memory": peak_memory(rt.device) / 2**30}
+    values |= {"images": history.training[-1]["step"] * run.optim.batch_size}
+    values |= {"images/s": statistics.median(history.line("images_per_s")[1] or [0])}
+    hardware = f"{machine().name}, threads per run: {torch.get_num_threads()}"
+    references, versions = description["reference_scores"], description["versions"]
+    return Result(values=values, references=references, machine=hardware, versions=versions)
+
+
+def missing_metrics(run: StudyRun, linear: bool) -> list[str]:
+    """Return the metrics that are measured after training and are not in the result yet."""
+    metrics = {*run.study.table.metrics} - {"linear"} | ({"linear"} if linear and run.study.data["classes"] else set())
+    return sorted(metrics & MEASURES.keys() - (run.result.values.keys() if run.result else set()))
+
+
+def _measure(study_run: StudyRun, linear: bool, rt: Runtime) -> None:
+    """Add the missing metrics to the result of a finished run."""
+    run, result = study_run.run, distributed.run_on_rank0(lambda: study_run.result)
+    missing = distributed.run_on_rank0(lambda: missing_metrics(study_run, linear))
+    if not missing:
+        return
+    started = next(train(run, rt, distributed.run_on_rank0(run.data.open), resume=True))  # loads the weights only
+    assert isinstance(started, Started)
+    assert result is not None
+    values = {name: MEASURES[name](run, rt, started) for name in missing}
+    if rt.is_main:
+        write_json(study_run.folder / RESULT, to_dict(replace(result, values={**result.values, **values})))
 
 
 def _linear(run: Run, rt: Runtime, started: Started) -> float:
@@ -199,18 +262,5 @@ def _throughput(run: Run, rt: Runtime, started: Started) -> float:
 
 MEASURES = {"linear": _linear, "throughput": _throughput}
 
-
-def main(path: str) -> int:
-    """Run the job described by a JSON file; return the exit code."""
-    environment.prepare()
-    job: RunJob = from_dict(RunJob, json.loads(Path(path).read_text()))
-    with start(job.run.precision) as rt:
-        try:
-            stopped = complete(job, rt, Terminal())
-        except RunLocked:
-            return LOCKED
-    return 0 if stopped is None else 128 + stopped
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -8,15 +8,13 @@ import torch
 
 from dino_ssl import distributed
 from dino_ssl.ablations.bases import IMAGES_SEEN, scale_length
-from dino_ssl.ablations.launch import threads_per_run
 from dino_ssl.ablations.results import ROOT, Study, StudyRun, read_study
-from dino_ssl.ablations.runner import MEASURES, RunJob
 from dino_ssl.ablations.table import Scale, Table
 from dino_ssl.config import differences, edit, format_value
-from dino_ssl.data.dataset import DatasetConfig, ImageDataset
+from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.errors import UserError
 from dino_ssl.presets.plan import measure, num_train_images
-from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
+from dino_ssl.run import EXECUTION_FIELDS, Run
 from dino_ssl.runtime import machine, machine_memory
 
 NOT_LEARNED = {*EXECUTION_FIELDS, "online_eval.every_epochs"} - {"precision"}
@@ -38,7 +36,7 @@ def resolve_study(
 ) -> Study:
     """Return the existing study of a table, or a new one. Call it on all ranks.
 
-    preset: base instead of the table's own. minutes: time per run, with `processes` runs at the same time.
+    preset: base instead of the table's own. minutes: time per run of a new study, with `processes` runs at a time.
     Raises UserError if a new study has no dataset, or if an existing one has another dataset or other settings.
     """
     folder = root / table.name / scale
@@ -61,16 +59,19 @@ def resolve_study(
         workers=base.workers if workers is None else workers,
         on_collapse="warn",  # the collapse is the result
     )
+    num_images = num_train_images(base, dataset)
     if epochs is not None:
         base = scale_length(base, epochs)
-    elif minutes is not None and (existing is None or existing.minutes != minutes):
-        base = scale_length(base, _epochs_in(60 * minutes, base, dataset, processes))
     elif existing is not None:
         optim, online_eval = existing.base.optim, existing.base.online_eval
         base = edit(base, optim=dict(epochs=optim.epochs, warmup_epochs=optim.warmup_epochs))
         base = edit(base, online_eval=dict(every_epochs=online_eval.every_epochs))
+    elif minutes is not None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))  # as many as a run will have
+        seconds = measure(base, machine(), dataset).seconds(base, machine(), num_images) / distributed.world_size()
+        base = scale_length(base, max(1, round(60 * minutes / seconds)))
     elif scale == "small" and preset is None:
-        base = scale_length(base, max(1, round(IMAGES_SEEN / num_train_images(base, dataset))))
+        base = scale_length(base, max(1, round(IMAGES_SEEN / num_images)))
     base = distributed.run_on_rank0(lambda: base)  # each rank has measured its own speed
     summary = {
         "images": len(dataset),
@@ -78,67 +79,38 @@ def resolve_study(
         "fingerprint": dataset.fingerprint,
         "val_fraction": base.online_eval.val_fraction if base.val is None else 0,
     }
-    study = Study(folder, table, scale, base, summary, minutes or (existing.minutes if existing else None))
+    study = Study(folder, table, scale, base, summary)
     if existing is not None:
         _check_same(existing, study)
     return study
 
 
-def _epochs_in(seconds: float, base: Run, dataset: ImageDataset, processes: int) -> int:
-    """Return the number of epochs that take this time, measured with as many threads as a run will have."""
-    torch.set_num_threads(threads_per_run(processes))
-    epoch = measure(base, machine(), dataset).seconds(base, machine(), num_train_images(base, dataset))
-    return max(1, round(seconds * distributed.world_size() / epoch))
-
-
 def _check_same(existing: Study, study: Study) -> None:
     """Raise UserError if dataset or settings differ: the runs of one study must be comparable."""
-    if existing.data["fingerprint"] != study.data["fingerprint"]:
-        raise UserError(
-            f"{existing.folder} has runs on another dataset: {existing.data['images']:,} images there, "
-            f"{study.data['images']:,} now. Set `data` to the same dataset, or `out` to a different folder."
-        )
     changes = [item for item in differences(existing.base, study.base) if item[0] not in EXECUTION_FIELDS]
+    if existing.data["fingerprint"] != study.data["fingerprint"]:
+        changes.append(("data", f"a dataset of {existing.data['images']:,} images", f"{study.data['images']:,} others"))
     if changes:
-        listed = "\n".join(
-            f"  `{name}` is {format_value(old)} there, got {format_value(new)}" for name, old, new in changes
-        )
+        lines = [f"  `{name}` is {format_value(old)} there, got {format_value(new)}" for name, old, new in changes]
         raise UserError(
-            f"{existing.folder} has runs with other settings:\n{listed}\n"
-            "Remove these settings to resume the study, or set `out` to a different folder."
+            "\n".join([f"{existing.folder} has runs with other settings:", *lines])
+            + "\nRemove these settings to resume the study, or set `out` to a different folder."
         )
 
 
-def make_job(study: Study, study_run: StudyRun, *, linear: bool = False) -> RunJob:
-    """Return the job of a run. linear: also evaluate a linear classifier, if the dataset has labels."""
-    run = study.table.run(study_run.configuration, study.scale, study.base)
-    metrics = {*study.table.metrics} - {"linear"} | ({"linear"} if linear and study.data["classes"] else set())
-    return RunJob(
-        run=edit(run, seed=study.base.seed + study_run.seed, out=str(study_run.folder)),
-        evaluate_student="student 20-NN" in study.table.metrics,
-        metrics=tuple(sorted(metrics & MEASURES.keys())),
-    )
-
-
-def is_incomplete(study_run: StudyRun, job: RunJob) -> bool:
-    """Return True if the run has not finished, or if a metric of the job was not measured."""
-    result = study_run.result
-    return result is None or any(name not in result.values for name in job.metrics)
-
-
-def link_shared_runs(runs: Sequence[StudyRun], jobs: Sequence[RunJob], study: Study, root: Path = ROOT) -> int:
+def link_shared_runs(runs: Sequence[StudyRun], root: Path = ROOT) -> int:
     """Link runs that were not started to identical finished runs of other tables; return the number of links."""
+    study = runs[0].study
     others = [other for path in sorted(root.glob(f"*/{study.scale}")) if (other := read_study(path)) is not None]
     finished = [run for other in others if other.data == study.data for run in other.runs() if run.result is not None]
-    for study_run, job in zip(runs, jobs, strict=True):
-        if study_run.folder.exists():
+    for run in runs:
+        if run.folder.exists():
             continue
-        study_run.folder.unlink(missing_ok=True)  # a link to a folder that was removed
+        run.folder.unlink(missing_ok=True)  # a link to a folder that was removed
         for other in finished:
-            changes = {name for name, _, _ in differences(read_run(other.folder), job.run)}
-            has_student = other.result is not None and "student 20-NN" in other.result.values
-            if changes <= NOT_LEARNED and has_student >= job.evaluate_student:
-                study_run.folder.parent.mkdir(parents=True, exist_ok=True)
-                study_run.folder.symlink_to(os.path.relpath(other.folder.resolve(), study_run.folder.parent.resolve()))
+            changes = {name for name, _, _ in differences(other.run, run.run)}
+            if changes <= NOT_LEARNED and (study.table.evaluates_student <= other.study.table.evaluates_student):
+                run.folder.parent.mkdir(parents=True, exist_ok=True)
+                run.folder.symlink_to(os.path.relpath(other.folder.resolve(), run.folder.parent.resolve()))
                 break
     return sum(run.folder.is_symlink() for run in runs)

@@ -27,13 +27,13 @@ METRICS = {
 }
 """Title and decimals of each result of a configuration: the columns of a table."""
 CURVES = {
+    "loss": "Loss",
     "20-NN": "20-NN of the teacher, %",
     "student 20-NN": "20-NN of the student, %",
-    "loss": "Loss",
-    "teacher_entropy": "Entropy of the teacher h(P_t)",
+    "entropy": "Entropy of the teacher h(P_t)",
     "kl": "KL(P_t || P_s)",
 }
-"""Title of each chart: a training metric, or a result of the evaluations, with a line for each configuration."""
+"""Title of the chart of each metric that is measured during training, with a line for each run."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,11 @@ class Table:
     """The base at scale small: one CPU core, minutes per run."""
     metrics: tuple[str, ...] = ("20-NN", "linear")
     """The columns, the most important first: names of METRICS."""
-    curves: tuple[str, ...] = ("20-NN", "loss")
-    """Names of CURVES."""
+
+    @property
+    def evaluates_student(self) -> bool:
+        """True if the student is evaluated as often as the teacher."""
+        return "student 20-NN" in self.metrics
 
     def base(self, scale: Scale) -> Run:
         """Return the base Run at this scale."""

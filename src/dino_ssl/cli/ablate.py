@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from dino_ssl.cli.options import Flag, parse
-from dino_ssl.errors import UserError, check_range
+from dino_ssl.errors import check_range
 from dino_ssl.terminal import Terminal, command_output
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class AblateOptions:
     processes: int = 1
     """Number of runs that are trained in parallel."""
     minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
-    """Training time of the base configuration in minutes; the number of epochs is derived from it."""
+    """Training time of the base configuration in minutes, from which a new table derives its number of epochs."""
     epochs: Annotated[int | None, tyro.conf.arg(metavar="EPOCHS")] = None
     """Epochs of the base configuration; longer configurations are multiples of it."""
     linear: Flag = False
@@ -92,9 +92,10 @@ def _list_tables(terminal: Terminal) -> dict[str, Any]:
 
 def _run(options: AblateOptions, terminal: Terminal, write: Callable[[dict[str, Any]], None]) -> int:
     from dino_ssl import distributed
-    from dino_ssl.ablations.launch import run_parallel, run_serial
     from dino_ssl.ablations.page import write_page
-    from dino_ssl.ablations.study import is_incomplete, link_shared_runs, make_job
+    from dino_ssl.ablations.results import StudyRun
+    from dino_ssl.ablations.runner import missing_metrics, run_parallel, run_serial
+    from dino_ssl.ablations.study import link_shared_runs
     from dino_ssl.ablations.tables import get_table
     from dino_ssl.runtime import start
 
@@ -105,27 +106,28 @@ def _run(options: AblateOptions, terminal: Terminal, write: Callable[[dict[str, 
     selected = table.select(options.only)
     with start() as rt:
         study = _study(options, table, root)
-        runs = [study.study_run(item, seed) for seed in range(options.seeds) for item in selected]
+        runs = [StudyRun(study, item, seed) for seed in range(options.seeds) for item in selected]
         if options.dry_run:
             _print_configurations(study, runs, terminal)
             write(study_json(study))
             return 0
-        jobs = [make_job(study, run, linear=options.linear) for run in runs]
         if rt.is_main:
             study.write()
-        num_shared = distributed.run_on_rank0(lambda: link_shared_runs(runs, jobs, study, root))
-        pending = [(run, job) for run, job in zip(runs, jobs, strict=True) if is_incomplete(run, job)]
-        _print_start(study, terminal)
-        if num_shared:
-            terminal.print(f"{num_shared} runs are shared with other tables and are not run again.")
-        terminal.print(f"{len(pending)} of {len(runs)} runs to do.")
+        num_shared = distributed.run_on_rank0(lambda: link_shared_runs(runs, root))
+        pending = [run for run in runs if run.result is None or missing_metrics(run, options.linear)]
+        terminal.print(table.title, style="bold")
+        terminal.print(
+            f"{study.data['images']:,} images; {study.base.optim.epochs} epochs, batch size "
+            f"{study.base.optim.batch_size}; {study.folder}/\n"
+            f"{len(pending)} of {len(runs)} runs to do, {num_shared} are shared with other tables."
+        )
         if rt.world_size > 1:
-            signal_number, num_failed = run_serial(pending, terminal)
+            signal_number, num_failed = run_serial(pending, options.linear, terminal)
         else:
-            signal_number, num_failed = run_parallel(pending, options.processes, terminal)
+            signal_number, num_failed = run_parallel(pending, options.linear, options.processes, terminal)
         if rt.is_main:
             print_results(study, terminal)
-            page = write_page(study)[0]
+            page = write_page(study)
             terminal.print(f"Report     {page}")
             write({**study_json(study), "report": str(page)})
     if signal_number is not None:
@@ -141,8 +143,7 @@ def _study(options: AblateOptions, table: "Table", root: Path) -> "Study":
     from dino_ssl.presets import resolve
 
     if options.dry_run and options.data is None and options.preset is None:
-        folder = root / table.name / options.scale
-        no_data = {"images": 0, "classes": 0, "fingerprint": "", "val_fraction": 0}
+        folder, no_data = root / table.name / options.scale, {"images": 0}
         return read_study(folder) or Study(folder, table, options.scale, table.base(options.scale), no_data)
     return resolve_study(
         table,
@@ -158,30 +159,16 @@ def _study(options: AblateOptions, table: "Table", root: Path) -> "Study":
     )
 
 
-# -- output ------------------------------------------------------------------------------------------------
-
-
-def _print_start(study: "Study", terminal: Terminal) -> None:
-    optim, data = study.base.optim, study.data
-    terminal.print(study.table.title, style="bold")
-    held_out = f", {data['val_fraction']:.0%} of every class held out" if data["val_fraction"] else ""
-    images = f"{data['images']:,} images{held_out}"
-    terminal.print(f"{images}; {optim.epochs} epochs, batch size {optim.batch_size}; {study.folder}/")
-
-
 def _print_configurations(study: "Study", runs: Sequence["StudyRun"], terminal: Terminal) -> None:
     from dino_ssl.cli.command_line import cli_diff
     from dino_ssl.run import EXECUTION_FIELDS
 
     rows = []
     for run in runs:
-        item = run.configuration
-        changed = study.table.run(item, study.scale, study.base)
-        changes = cli_diff(study.base, changed, EXECUTION_FIELDS) or "the base"
-        rows.append((item.name, str(run.seed), run.state, item.title, changes))
+        item, changes = run.configuration, cli_diff(study.base, run.run, (*EXECUTION_FIELDS, "seed"))
+        rows.append((item.name, str(run.seed), run.state, item.title, changes or "the base"))
     terminal.table(study.table.title, ("name", "seed", "state", "configuration", "difference from the base"), rows)
-    images = f"{study.data['images']:,} images" if study.data["images"] else "the dataset of --data"
-    terminal.print(f"\nBase: {study.base.optim.epochs} epochs of {images}; {study.folder}/")
+    terminal.print(f"\nBase: {study.base.optim.epochs} epochs, {study.data['images']:,} images; {study.folder}/")
 
 
 def print_results(study: "Study", terminal: Terminal) -> None:
@@ -190,9 +177,8 @@ def print_results(study: "Study", terminal: Terminal) -> None:
 
     rows = []
     for item in study.table.configurations:
-        runs = study.runs(item)
-        state = ", ".join(sorted({run.state for run in runs} - {"done"})) or ("" if runs else "not run")
-        rows.append((item.name, item.title, *result_cells(study, item), state))
+        states = {run.state for run in study.runs(item)} or {"not run"}
+        rows.append((item.name, item.title, *result_cells(study, item), ", ".join(sorted(states - {"done"}))))
     terminal.table("", ("name", "configuration", *result_columns(study), "state"), rows)
 
 
@@ -200,13 +186,23 @@ def study_json(study: "Study") -> dict[str, Any]:
     """Return the results of a study for --json."""
     items = []
     for item in study.table.configurations:
-        runs = []
-        for run in study.runs(item):
-            values = {} if (result := run.result) is None else {"values": dict(result.values)}
-            error = {"error": run.error} if run.state == "failed" else {}
-            runs.append({"seed": run.seed, "state": run.state, "folder": str(run.folder), **values, **error})
         spreads = {name: study.spread(item, name) for name in study.table.metrics}
-        ours = {name: spread._asdict() for name, spread in spreads.items() if spread is not None}
-        paper = study.table.paper_results(item)
-        items.append({"name": item.name, "title": item.title, "paper": paper, "ours": ours, "runs": runs})
+        items.append(
+            {
+                "name": item.name,
+                "title": item.title,
+                "paper": study.table.paper_results(item),
+                "ours": {name: spread._asdict() for name, spread in spreads.items() if spread is not None},
+                "runs": [
+                    {
+                        "seed": run.seed,
+                        "state": run.state,
+                        "folder": str(run.folder),
+                        "error": run.error,
+                        "values": {} if run.result is None else dict(run.result.values),
+                    }
+                    for run in study.runs(item)
+                ],
+            }
+        )
     return {"table": study.table.name, "scale": study.scale, "data": dict(study.data), "configurations": items}

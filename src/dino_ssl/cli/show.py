@@ -106,6 +106,6 @@ def _report_table(options: ReportOptions, terminal: Terminal) -> dict[str, Any]:
 
     study = find_study(options.run, Path(options.tables), options.scale)
     print_results(study, terminal)
-    files = write_page(study, None if options.markdown is None else Path(options.markdown))
-    terminal.print(f"Report     {', '.join(map(str, files))}")
-    return {**study_json(study), "report": str(files[0])}
+    page = write_page(study, None if options.markdown is None else Path(options.markdown))
+    terminal.print(f"Report     {page}")
+    return {**study_json(study), "report": str(page)}
