@@ -3,6 +3,8 @@
 import fcntl
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dino_ssl.ablations import runner
 from dino_ssl.ablations.bases import IMAGES_SEEN
-from dino_ssl.ablations.launch import final_state
-from dino_ssl.ablations.results import ROOT, Study, read_study
-from dino_ssl.ablations.runner import LOCKED, RunLocked, complete
-from dino_ssl.ablations.study import is_incomplete, link_shared_runs, make_job, resolve_study
+from dino_ssl.ablations.results import ROOT, Study, StudyRun, read_study
+from dino_ssl.ablations.runner import complete, missing_metrics, run_parallel, run_serial
+from dino_ssl.ablations.study import link_shared_runs, resolve_study
 from dino_ssl.ablations.tables import get_table
 from dino_ssl.config import edit
 from dino_ssl.data.synthetic.scenes import Scenes
@@ -24,6 +26,8 @@ from dino_ssl.runtime import Runtime
 from dino_ssl.terminal import Terminal
 
 SRC = Path(__file__).parents[2] / "src"
+RUNTIME = Runtime(torch.device("cpu"), "float32")
+QUIET = Terminal(quiet=True)
 PRESET = """
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.multi_crop import MultiCrop
@@ -47,53 +51,72 @@ LINE = ("ablate", "table9", "--preset", "tiny_table:run")
 """Batch sizes of 16 to 128 and of 8 on 40 training images: sizes above 40 fail."""
 
 
+def tiny_study(root: Path, name: str, **options) -> Study:
+    namespace: dict = {}
+    exec(PRESET, namespace)
+    study = resolve_study(get_table(name), "small", root, preset=namespace["run"](), **options)
+    study.write()
+    return study
+
+
+def run_of(study: Study, name: str, seed: int = 0) -> StudyRun:
+    return StudyRun(study, study.table.select([name])[0], seed)
+
+
 def losses(folder: Path) -> list[dict]:
     return [line for line in read_metrics(folder) if "loss" in line]
 
 
-def test_a_table_is_resumed_and_a_failed_run_does_not_stop_it(dino, tmp_path, monkeypatch) -> None:
+def interrupt(when) -> threading.Thread:
+    """Send Ctrl-C to this process as soon as the condition holds."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 200
+        while not when() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_a_run_is_resumed_and_a_failed_run_does_not_stop_the_others(dino, tmp_path, monkeypatch) -> None:
+    study = tiny_study(tmp_path / ROOT, "table9", epochs=24)
+    run = run_of(study, "8")
+    thread = interrupt(lambda: len(losses(run.folder)) >= 2)
+    assert runner.main(str(study.folder), "8", "0", "False") == 128 + signal.SIGINT
+    thread.join()
+    assert run.state == "incomplete"
+    assert 2 <= len(losses(run.folder)) < 60
+    assert run_serial([run], False, QUIET) == (None, 0)
+    assert run.state == "done"
+    assert [line["step"] for line in losses(run.folder)] == list(range(1, 61)), "12 epochs of 5 steps, each once"
+
     (tmp_path / "tiny_table.py").write_text(PRESET)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SRC), str(tmp_path)]))
-    folder = tmp_path / ROOT / "table9/small/8/seed0"
-
-    def stop_during_training() -> None:
-        deadline = time.monotonic() + 270
-        while len(losses(folder)) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=stop_during_training)
-    thread.start()
-    ran = dino(*LINE, "--only", "8", "--epochs", "24")
-    thread.join()
-    assert ran.code == 128 + signal.SIGTERM, ran.err
-    assert "batch 8, half the epochs, seed 0: stopped" in ran.out
-    before = [line["step"] for line in losses(folder)]
-    assert 2 <= len(before) < 60
-
+    monkeypatch.setenv("PYTHONPATH", str(SRC))
     ran = dino(*LINE, "--only", "512", "8", "--processes", "2", "--json")
     assert ran.code == 1, ran.err
+    assert "batch 512, seed 0: failed: " in ran.err
     results = {item["name"]: item for item in ran.json["configurations"]}
     assert results["8"]["runs"][0]["state"] == "done"
     assert results["8"]["ours"]["20-NN"]["n"] == 1
     assert results["128"]["runs"] == []
     assert results["512"]["runs"][0]["state"] == "failed"
     assert "batch" in results["512"]["runs"][0]["error"]
-    assert [line["step"] for line in losses(folder)] == list(range(1, 61)), "12 epochs of 5 steps, each once"
-    assert f"Resuming at step {before[-1]}" in (folder / "log.txt").read_text()
+    assert "UserError" in (study.folder / "512/seed0/log.txt").read_text()
     assert "| batch 8, half the epochs |" in Path(ran.json["report"]).read_text()
 
     ran = dino("report", "table9", "--markdown", "docs", "--json")
     assert ran.code == 0
     assert "| batch 8, half the epochs |" in Path("docs/table9.md").read_text()
-
     ran = dino(*LINE, "--only", "8", "--epochs", "6")
     assert ran.code == 2
     assert "`optim.epochs` is 24 there, got 6" in ran.err
     ran = dino("ablate", "table9", "--data", "scenes", "--preset", "small")
     assert ran.code == 2
-    assert "another dataset: 44 images there, 2,000 now" in ran.err
+    assert "--data is 44 images there, got 2,000 other images" in ran.err
 
 
 def test_listing_dry_run_and_error_messages(dino):
@@ -121,20 +144,10 @@ def test_listing_dry_run_and_error_messages(dino):
 # -- one run, in this process -------------------------------------------------------------------------------
 
 
-def tiny_study(root: Path, name: str = "fig6") -> Study:
-    namespace: dict = {}
-    exec(PRESET, namespace)
-    study = resolve_study(get_table(name), "small", root, preset=namespace["run"]())
-    study.write()
-    return study
-
-
 def test_a_run_has_the_metrics_of_its_table_and_is_shared_with_other_tables(tmp_path):
-    study = tiny_study(tmp_path)
-    run = study.study_run(study.table.configurations[0], 0)
-    rt = Runtime(torch.device("cpu"), "float32")
-    job = make_job(study, run)
-    assert complete(job, rt, Terminal(quiet=True)) is None
+    study = tiny_study(tmp_path, "fig6")
+    run = run_of(study, "momentum")
+    assert complete(run, False, RUNTIME, QUIET) is None
     result = run.result
     assert result is not None
     assert {"20-NN", "student 20-NN", "entropy", "kl", "hours", "memory"} <= set(result.values)
@@ -142,43 +155,32 @@ def test_a_run_has_the_metrics_of_its_table_and_is_shared_with_other_tables(tmp_
     assert result.values["memory"] > 0.05
     assert list(run.line("student 20-NN")[0]) == [1, 2]
 
-    more = make_job(study, run, linear=True)
-    assert not is_incomplete(run, job)
-    assert is_incomplete(run, more)
+    assert not missing_metrics(run, linear=False)
+    assert missing_metrics(run, linear=True) == ["linear"]
     trained = read_metrics(run.folder)
-    assert complete(more, rt, Terminal(quiet=True)) is None
-    again = run.result
-    assert again is not None
-    assert again.values["linear"] >= 0
-    assert again.values["20-NN"] == result.values["20-NN"]
+    assert complete(run, True, RUNTIME, QUIET) is None
+    assert run.result is not None
+    assert run.result.values["linear"] >= 0
+    assert run.result.values["20-NN"] == result.values["20-NN"]
     assert read_metrics(run.folder) == trained, "nothing is trained again"
 
     other = tiny_study(tmp_path, "fig7")
-    runs = [other.study_run(item, seed) for seed in (0, 1) for item in other.table.select(["both", "sharpening"])]
-    assert link_shared_runs(runs, [make_job(other, run) for run in runs], other, tmp_path) == 1
+    runs = [run_of(other, name, seed) for seed in (0, 1) for name in ("both", "sharpening")]
+    assert link_shared_runs(runs, tmp_path) == 1
     assert [run.state for run in runs] == ["done", "not run", "not run", "not run"]
     assert runs[0].result == run.result
+    assert run_of(tiny_study(tmp_path, "table7"), "dino").state == "not run"
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
-    study = tiny_study(tmp_path)
-    run = study.study_run(study.table.configurations[1], 0)
+    run = run_of(tiny_study(tmp_path, "fig6"), "student")
     run.folder.mkdir(parents=True)
     with (run.folder / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(RunLocked):
-            complete(make_job(study, run), Runtime(torch.device("cpu"), "float32"), Terminal(quiet=True))
-    assert final_state(run, LOCKED, stopping=False) == "being trained by another process"
-
-
-def test_a_process_that_ends_without_a_result_has_failed(tmp_path):
-    study = tiny_study(tmp_path)
-    for seed, (code, message) in enumerate([(-signal.SIGKILL, "was killed"), (3, "exit code 3"), (-11, "signal 11")]):
-        run = study.study_run(study.table.configurations[0], seed)
-        assert final_state(run, code, stopping=False) == "failed"
-        assert message in run.error
-        assert "log.txt" in run.error
-    assert final_state(run, -signal.SIGTERM, stopping=True) == "stopped"
+        thread = interrupt(lambda: (run.folder / ".lock").is_file())
+        with pytest.raises(KeyboardInterrupt):  # while it waits
+            complete(run, False, RUNTIME, QUIET)
+        thread.join()
 
 
 def test_the_epochs_at_scale_small_follow_from_the_number_of_images(tmp_path):
@@ -189,5 +191,41 @@ def test_the_epochs_at_scale_small_follow_from_the_number_of_images(tmp_path):
     again = resolve_study(table, "small", tmp_path)
     assert again.base == study.base
     assert read_study(study.folder) == again
-    with pytest.raises(UserError, match=r"another dataset: 1,000 images there, 900 now"):
+    with pytest.raises(UserError, match="1,000 images there, got 900 other images"):
         resolve_study(table, "small", tmp_path, preset=edit(study.base, data=Scenes(count=900, size=32)))
+
+
+def processes(monkeypatch, **scripts: str) -> None:
+    """Replace the process of each configuration by a script."""
+
+    def start(run: StudyRun, linear: bool, env) -> subprocess.Popen:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        return subprocess.Popen([sys.executable, "-c", scripts[run.configuration.name]], start_new_session=True)
+
+    monkeypatch.setattr(runner, "_start", start)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
+
+
+def test_processes_that_end_without_a_result_have_failed(tmp_path, monkeypatch):
+    study = tiny_study(tmp_path, "fig7")
+    processes(monkeypatch, both="", sharpening="import os; os.kill(os.getpid(), 9)", centering="exit(3)")
+    runs = [run_of(study, item.name) for item in study.table.configurations]
+    assert run_parallel(runs, False, 2, QUIET) == (None, 2)
+    assert "was killed" in runs[1].error
+    assert "exit code 3" in runs[2].error
+    assert "log.txt" in runs[2].error
+
+
+def test_a_signal_is_forwarded_and_no_further_process_starts(tmp_path, monkeypatch):
+    study = tiny_study(tmp_path, "fig7")
+    runs = [run_of(study, item.name) for item in study.table.configurations]
+    started = [tmp_path / str(number) for number in range(3)]
+    wait = "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit({}))\n"
+    wait += "pathlib.Path({!r}).touch()\ntime.sleep(120)"
+    scripts = [wait.format(143, str(path)) for path in started]
+    processes(monkeypatch, both=scripts[0], sharpening=scripts[1], centering=scripts[2])
+    thread = interrupt(lambda: started[0].exists() and started[1].exists())
+    assert run_parallel(runs, False, 2, QUIET) == (signal.SIGINT, 0)
+    thread.join()
+    assert not started[2].exists()
+    assert not any(run.error for run in runs)

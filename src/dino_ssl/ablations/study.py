@@ -89,7 +89,7 @@ def _check_same(existing: Study, study: Study) -> None:
     """Raise UserError if dataset or settings differ: the runs of one study must be comparable."""
     changes = [item for item in differences(existing.base, study.base) if item[0] not in EXECUTION_FIELDS]
     if existing.data["fingerprint"] != study.data["fingerprint"]:
-        changes.append(("data", f"a dataset of {existing.data['images']:,} images", f"{study.data['images']:,} others"))
+        changes.append(("data", f"{existing.data['images']:,} images", f"{study.data['images']:,} other images"))
     if changes:
         lines = [f"  `{name}` is {format_value(old)} there, got {format_value(new)}" for name, old, new in changes]
         raise UserError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from dino_ssl.cli.options import Flag, parse
-from dino_ssl.errors import check_range
+from dino_ssl.errors import UserError, check_range
 from dino_ssl.terminal import Terminal, command_output
 
 if TYPE_CHECKING:
