@@ -51,11 +51,6 @@ class Terminal:
         """True if a terminal shows the output, so that bars can be drawn."""
         return self.console.is_terminal and not self.console.quiet
 
-    @property
-    def is_interactive(self) -> bool:
-        """True if a user can answer a question."""
-        return self.is_tty and sys.stdin.isatty() and not self.json
-
     def print(self, text: str = "", style: str | None = None) -> None:
         """Print a message literally; brackets are not markup."""
         self.console.print(_plain_text(self.rewrite(text)), style=style, soft_wrap=not self.is_tty)
@@ -70,16 +65,6 @@ class Terminal:
         for row in rows:
             table.add_row(*(_plain_text(self.rewrite(cell)) for cell in row))
         self.console.print(table)
-
-    def ask(self, question: str, answers: dict[str, str]) -> str:
-        """Ask a question and return one of the keys of `answers`; Enter returns the first."""
-        options = ", ".join(f"[bold]{key}[/bold] {escape(meaning)}" for key, meaning in answers.items())
-        self.console.print(f"{escape(question)}\n  {options}")
-        while True:
-            reply = self.console.input("> ").strip().lower() or next(iter(answers))
-            if reply in answers:
-                return reply
-            self.print(f"Please type one of {', '.join(answers)}.")
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Progress]:

@@ -56,7 +56,7 @@ def test_without_a_validation_set_images_are_held_out_and_a_preset_keeps_its_rat
 
 
 def test_stopped_finetuning_is_resumed(trained, photos, dino):
-    output = dino("eval", "finetune", trained[0], photos, *OPTIONS, "--name", "tuned", "--json")
+    output = dino("eval", "finetune", trained[0], photos, *OPTIONS, "--out", "runs/tuned", "--json")
     assert output.code == 0, output.err
     content = json.loads(Path("runs/tuned/run.json").read_text())
     content["run"]["optim"]["epochs"] = 3  # as if it had been stopped after two of three epochs

@@ -8,7 +8,6 @@ import time
 import pytest
 
 from dino_ssl.metrics import read_metrics
-from dino_ssl.terminal import Terminal
 
 LINE = ("--optim.epochs", "12", "--log-every", "1", "--out", "run")
 
@@ -46,20 +45,11 @@ def test_ctrl_c_saves_and_prints_how_to_resume(stopped):
 
 
 @pytest.mark.usefixtures("tiny_preset")
-def test_same_command_again_offers_to_resume_or_to_start_anew(copy, photos, dino):
+def test_same_command_again_names_how_to_resume_or_to_start_anew(copy, photos, dino):
     output = dino("train", photos, "--preset", "tiny_recipe:run", *LINE)
     assert output.code == 2
     assert "--resume run" in output.err
     assert "--out run-2" in output.err
-
-
-@pytest.mark.usefixtures("tiny_preset")
-def test_same_command_again_asks_in_an_interactive_terminal(copy, photos, dino, monkeypatch):
-    monkeypatch.setattr(Terminal, "is_interactive", property(lambda self: True))
-    questions = []
-    monkeypatch.setattr(Terminal, "ask", lambda self, question, answers: questions.append(question) or "q")
-    assert dino("train", photos, "--preset", "tiny_recipe:run", *LINE).code == 130
-    assert "stopped at step" in questions[0]
 
 
 def test_resume_with_other_training_settings_is_refused(copy, dino):

@@ -152,7 +152,7 @@ def test_attention_of_a_point_outside_the_image_is_refused(trained, photos, dino
     image = sorted((photos / "star").glob("train*"))[0]
     output = dino("attention", trained[0], image, "--point", "500", "3")
     assert output.code == 2
-    assert "0 .. 39" in output.err
+    assert "40 x 40 pixels" in output.err
 
 
 def test_report_can_be_written_again(trained, dino):

@@ -42,7 +42,7 @@ def assert_refused(output, *parts):
         (["train", "PHOTOS", "--out", "file"], ["file", "--out"]),
         (["train", "PHOTOS", "--out", "file/deeper"], ["file", "--out"]),
         (["train", "--resume", "nothing"], ["Nothing to resume in nothing"]),
-        (["train", "--resume", "RUN", "--out", "elsewhere"], ["its own folder", "elsewhere"]),
+        (["train", "--resume", "RUN", "--out", "elsewhere"], ["--out is for a new run"]),
         (["train", "--resume", "RUN", "--minutes", "3"], ["--minutes is for a new run"]),
         (["train", "--resume", "RUN"], ["is finished", "--out"]),
         (["embed", "RUN", "PHOTOS", "--size", "0"], ["--size must be at least 1; got 0"]),
@@ -103,10 +103,6 @@ def test_damaged_or_malicious_checkpoint_is_refused(dino, photos, trained, tmp_p
         torch.save({"weights": Harmful()}, path)
     assert_refused(dino("embed", path, photos), name)
     assert not (tmp_path / "harmed").exists()
-
-
-def test_resume_of_a_wrong_name_lists_the_runs_nearby(dino, trained):
-    assert_refused(dino("train", "--resume", trained[0].parent / "rum"), "Nothing to resume", str(trained[0]))
 
 
 def test_finished_run_is_not_overwritten(dino, photos, trained):

@@ -32,8 +32,6 @@ from dino_ssl.viz.attention import AttentionMaps, Point, Query, attention_maps
 FORMAT = 1
 """Version of a result's JSON."""
 
-# -- evaluate ----------------------------------------------------------------------------------------------
-
 
 def evaluate(
     checkpoint: str | Path | Backbone | Checkpoint,
@@ -106,9 +104,6 @@ def save_evaluation(result: Mapping[str, Any], folder: Path) -> Path:
     return write_json(folder / f"{result['evaluation']}-{digest}.json", dict(result))
 
 
-# -- embed -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Embedding:
     """Features of a dataset, one row per readable image."""
@@ -165,9 +160,6 @@ def embed(
             labels=[opened.classes[labels[row]] if labels[row] >= 0 else None for row in rows],
             skipped=[*opened.skipped, *table.skipped],
         )
-
-
-# -- attention ---------------------------------------------------------------------------------------------
 
 
 def attention(

@@ -1,10 +1,10 @@
 """Open checkpoints and image files given by the user."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import numpy as np
 import torch
@@ -88,21 +88,9 @@ def open_checkpoint(
     loaded = load_described(source, trust=trust)
     size, folder = loaded.config.input_size, None
     if not (str(source) in RELEASED or str(source).startswith("timm:")):
-        path = Path(source)
-        folder = path if path.is_dir() else path.parent
-        size = _training_size(loaded.run or _run_of(folder, loaded.config)) or size
+        folder = Path(source) if Path(source).is_dir() else Path(source).parent
+        run = loaded.run or (read_json(folder / "run.json") or {}).get("run") or {}
+        if run.get("backbone") == to_dict(loaded.config):  # trained by this run
+            with suppress(UserError):  # views from outside the package
+                size = from_dict(get_type_hints(Run)["views"], run["views"]).size
     return Checkpoint(str(source), loaded.backbone.to(device), loaded.config, size, folder)
-
-
-def _run_of(folder: Path, config: BackboneConfig) -> Mapping[str, Any] | None:
-    """Return the Run of a folder as JSON data, if it trained this network."""
-    content = read_json(folder / "run.json")
-    run = content.get("run") if isinstance(content, dict) else None
-    return run if isinstance(run, dict) and run.get("backbone") == to_dict(config) else None
-
-
-def _training_size(run: Mapping[str, Any] | None) -> int | None:
-    """Return the size of a run's views. The other settings may be of types from outside the package."""
-    with suppress(UserError):
-        return None if run is None else from_dict(get_type_hints(Run)["views"], run.get("views")).size
-    return None

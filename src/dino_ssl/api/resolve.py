@@ -16,7 +16,6 @@ from dino_ssl.methods.method import MethodConfig
 from dino_ssl.presets.plan import CPU_MINUTES, Plan, Reason, describe_preset, fit_schedule, plan
 from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
 from dino_ssl.runtime import Machine
-from dino_ssl.terminal import Terminal
 
 RESUMABLE_FIELDS = (
     *EXECUTION_FIELDS,
@@ -107,14 +106,6 @@ def _with_changes(planned: Plan, before: Run, change: Change) -> Plan:
     return Plan(run, list(rows.values()))
 
 
-def show_plan(terminal: Terminal, planned: Plan) -> None:
-    """Print the plan as a table."""
-    names = (f"`{reason.name}`" if "." in reason.name else reason.name for reason in planned.reasons)
-    rows = [(name, reason.value, reason.reason) for name, reason in zip(names, planned.reasons, strict=True)]
-    terminal.table("The plan", ("", "choice", "reason"), rows)
-    terminal.print()
-
-
 def starting_from(run: Run, source: Checkpoint, *, size: int | None = None) -> Run:
     """Return the run with a checkpoint's network and weights, and the run's drop-path rate.
 
@@ -140,12 +131,6 @@ class ExistingRun:
     def finished(self) -> bool:
         """True if the last step was taken."""
         return self.step >= self.steps
-
-
-def runs_nearby(folder: Path) -> str:
-    """Return a line that names the runs next to a folder; empty if there are none."""
-    runs = sorted(str(path.parents[1]) for path in folder.parent.glob("*/checkpoints/last.pt"))
-    return f"\nRuns in {folder.parent}: {', '.join(runs)}." if runs else ""
 
 
 def find_run(folder: Path, *, trust: bool = False) -> ExistingRun | None:

@@ -111,7 +111,6 @@ class _Session:
         assert isinstance(started, Started)
         self.observe(started)
         self.start(started, resume)
-        self.policy = CollapsePolicy(self.run, started, is_main=self.rt.is_main)
         self.print_findings(self.policy.config_findings)
         stop = None
         with TrainingProgress(self.terminal, started.clock, self.run.method.num_prototypes) as progress:
@@ -133,8 +132,13 @@ class _Session:
                 findings, stop = self.policy.update(event)
                 self.print_findings(findings)
                 return stop
-            case Evaluated():
-                self.print_online_eval(event)
+            case Evaluated(clock, _, values, is_best):
+                self.outcome.quality = values
+                name, value = _first(values)
+                if is_best:
+                    self.outcome.best = {"name": name, "value": value, "epoch": clock.step / clock.steps_per_epoch}
+                mark, style = ("  best so far", "green") if is_best else ("", None)
+                self.terminal.print(f"epoch {clock.epoch}: {name} {value:.1f} %{mark}", style=style)
             case EvalStarted(_, name):
                 progress.show_activity(name)
             case EvalDone(clock, name, values):
@@ -149,6 +153,7 @@ class _Session:
         return None
 
     def start(self, started: Started, resume: bool) -> None:
+        self.policy = CollapsePolicy(self.run, started, is_main=self.rt.is_main)
         clock, references = started.clock, started.reference_scores
         self.outcome = Outcome(self.folder, self.run, clock, best=dict(started.best), reference_scores=references)
         self.sample_set = started.val_set or started.train_set
@@ -177,16 +182,7 @@ class _Session:
         for finding in findings:
             self.terminal.print(str(finding), style="bold yellow" if finding.fatal else "yellow")
 
-    def print_online_eval(self, event: Evaluated) -> None:
-        self.outcome.quality = event.values
-        name, value = _first(event.values)
-        epoch = event.clock.step / event.clock.steps_per_epoch
-        if event.is_best:
-            self.outcome.best = {"name": name, "value": value, "epoch": epoch}
-        mark, style = ("  best so far", "green") if event.is_best else ("", None)
-        self.terminal.print(f"epoch {epoch:.0f}: {name} {value:.1f} %{mark}", style=style)
-
-    def snapshot(self, backbone: Backbone, epoch: float) -> None:
+    def snapshot(self, backbone: Backbone, epoch: int) -> None:
         folder = self.folder / "snapshots"
         save_snapshot(backbone, self.sample_set, self.samples, folder, epoch, self.run.views.size)
 

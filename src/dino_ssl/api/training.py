@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dino_ssl import distributed
-from dino_ssl.api.resolve import Change, ExistingRun, find_run, resolve_run, resumed, show_plan
+from dino_ssl.api.resolve import Change, ExistingRun, find_run, resolve_run, resumed
 from dino_ssl.api.session import Outcome, run_session
 from dino_ssl.config import edit
 from dino_ssl.data.dataset import ImageDataset
@@ -20,7 +20,6 @@ from dino_ssl.presets.plan import Reason
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, machine, start
 from dino_ssl.terminal import Terminal
-from dino_ssl.training import validate_run
 
 
 def train(
@@ -90,24 +89,19 @@ class PreparedRun:
 
     run: Run
     dataset: ImageDataset
-    rt: Runtime
-    existing: ExistingRun | None
+    existing: ExistingRun | None = None
     reasons: list[Reason] = field(default_factory=list)
 
     @property
     def plan(self) -> list[dict[str, str]]:
         """The plan as JSON data; empty for a resumed run."""
-        return [{"name": reason.name, "value": reason.value, "reason": reason.reason} for reason in self.reasons]
-
-    def validate(self) -> None:
-        """Raise the UserError that training would raise before its first step."""
-        validate_run(self.run, self.rt, self.dataset)
+        return [reason._asdict() for reason in self.reasons]
 
     def train(self, terminal: Terminal) -> Outcome:
         """Train to the end, or until a signal."""
-        if self.rt.is_main and self.existing is None:
-            write_json(Path(self.run.out) / "plan.json", {"format": 1, "plan": self.plan})
         with start(self.run.precision) as rt:
+            if rt.is_main and self.existing is None:
+                write_json(Path(self.run.out) / "plan.json", {"format": 1, "plan": self.plan})
             return run_session(self.run, rt, self.dataset, terminal, resume=self.existing is not None)
 
 
@@ -128,13 +122,14 @@ def prepare(
     resume. preset: None plans a run. method: planned for, without a preset.
     """
     if existing is not None:
-        run = resumed(existing, change)
-        return PreparedRun(run, open_data(), rt, existing)
+        return PreparedRun(resumed(existing, change), open_data(), existing)
     dataset, world = open_data(), rt.world_size
     with terminal.progress("measuring this machine"):
         plan = resolve_run(
             dataset, machine(), preset=preset, change=change, method=method, minutes=minutes, world=world
         )
     plan = distributed.run_on_rank0(lambda: plan)  # every rank measures; the plan of rank 0 is used
-    show_plan(terminal, plan)
-    return PreparedRun(plan.run, dataset, rt, None, plan.reasons)
+    rows = [(f"`{name}`" if "." in name else name, value, reason) for name, value, reason in plan.reasons]
+    terminal.table("The plan", ("", "choice", "reason"), rows)
+    terminal.print()
+    return PreparedRun(plan.run, dataset, reasons=plan.reasons)

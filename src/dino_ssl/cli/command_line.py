@@ -13,10 +13,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from dino_ssl.api.resolve import ExistingRun, find_run, runs_nearby
+from dino_ssl.api.resolve import ExistingRun, find_run
 from dino_ssl.cli.eval_spec import RUN_TYPES
 from dino_ssl.cli.flags import flag
-from dino_ssl.cli.images import dataset_named
+from dino_ssl.cli.images import Json, dataset_named
 from dino_ssl.cli.options import Flag, parse
 from dino_ssl.config import differences, edit, format_value, import_type
 from dino_ssl.data.dataset import DatasetConfig
@@ -38,8 +38,6 @@ class SessionOptions:
     """A preset to start from (`dino presets`), or MODULE:FUNCTION that returns a dino_ssl.Run."""
     minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
     """Training time in minutes; the number of epochs is derived from it."""
-    name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Output folder runs/NAME."""
     resume: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
     """Resume the run in this folder."""
     trust: Flag = False
@@ -47,9 +45,8 @@ class SessionOptions:
     dry_run: Flag = False
     """Print the plan, check it, and stop."""
     yes: Annotated[Flag, tyro.conf.arg(aliases=["-y"])] = False
-    """Do not prompt; take the first choice of every question."""
-    json: Flag = False
-    """Print one JSON object to standard output, and messages to standard error."""
+    """Resume a stopped run in the output folder."""
+    json: Json = False
     run: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
 
 
@@ -95,10 +92,7 @@ class CommandLine:
             return None
         existing = find_run(Path(self.types.resume), trust=self.types.trust)
         if existing is None:
-            raise UserError(
-                f"Nothing to resume in {self.types.resume}: expected a run folder with run.json and "
-                f"checkpoints/last.pt.{runs_nearby(Path(self.types.resume))}"
-            )
+            raise UserError(f"Nothing to resume in {self.types.resume}: expected run.json and checkpoints/last.pt.")
         return existing
 
     @cached_property
@@ -151,15 +145,13 @@ class CommandLine:
 
 def network_named(name: str) -> BackboneConfig:
     """Return the settings of vit_tiny/16, timm:resnet18 or MODULE:CLASS."""
-    if ":" in name and not name.startswith("timm:"):
-        kind: Any = import_type(name, BackboneConfig)
-        return kind()
-    return backbone_named(name)
+    is_builtin = ":" not in name or name.startswith("timm:")
+    return backbone_named(name) if is_builtin else import_type(name, BackboneConfig)()
 
 
 def method_kind(name: str) -> type[MethodConfig]:
     """Return the settings class of a method's name or of MODULE:CLASS."""
-    return import_type(name, MethodConfig) if ":" in name and name not in METHODS else method_named(name)
+    return import_type(name, MethodConfig) if ":" in name else method_named(name)
 
 
 # -- settings as they are typed ------------------------------------------------------------------------------

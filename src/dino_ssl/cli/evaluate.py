@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from dino_ssl.cli.eval_spec import eval_options, positional, sources_of
-from dino_ssl.cli.images import Trust
+from dino_ssl.cli.images import Json, Trust
 from dino_ssl.cli.options import Flag, parse
 from dino_ssl.errors import UserError
 from dino_ssl.evals import EVALUATIONS, FINETUNE, find_evaluation
@@ -33,8 +33,7 @@ class Common:
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""
     """Folder for the result's JSON (and masks); default: evals/ next to the checkpoint."""
     trust: Trust = False
-    json: Flag = False
-    """Print one JSON object to standard output, and messages to standard error."""
+    json: Json = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +46,7 @@ class ScoreOptions:
     """Folder of the benchmark, for its ground truth."""
     split: str = "val"
     """List of the benchmark: val, train, ..."""
-    json: Flag = False
-    """Print one JSON object to standard output, and messages to standard error."""
+    json: Json = False
 
 
 def eval(argv: Sequence[str]) -> int:
@@ -129,13 +127,8 @@ def _evaluate(evaluation: Any, options: Any, terminal: Terminal) -> dict[str, An
     show(result, checkpoint.name, terminal)
     folder = Path(common.out) if common.out else checkpoint.folder and checkpoint.folder / "evals"
     if folder is not None and is_rank0():
-        try:
-            result["file"] = str(save_evaluation(result, folder))
-            terminal.print(f"Written to {result['file']}", style="dim")
-        except UserError as error:
-            if common.out:
-                raise
-            terminal.print(f"{error} The scores are above; -o FOLDER writes them to another folder.", style="yellow")
+        result["file"] = str(save_evaluation(result, folder))
+        terminal.print(f"Written to {result['file']}", style="dim")
     return result
 
 

@@ -22,7 +22,7 @@ EXAMPLES = """\
   dino eval finetune runs/photos photos/                       a tenth of every class is held out
   dino eval finetune runs/photos photos_train/ photos_val/
   dino eval finetune dino_vits16 cifar/train cifar/test --preset finetune-cifar10
-  dino eval finetune runs/photos photos/ --minutes 30 --optim.lr 5e-4 --name gentle
+  dino eval finetune runs/photos photos/ --minutes 30 --optim.lr 5e-4 --out runs/gentle
   dino eval finetune runs/demo scenes                          synthetic images
   dino eval finetune --resume runs/photos-finetune             resume"""
 

@@ -23,6 +23,7 @@ from dino_ssl.files import check_writable
 from dino_ssl.run import Run
 from dino_ssl.runtime import start
 from dino_ssl.terminal import Terminal, command_output
+from dino_ssl.training import validate_run
 
 EXAMPLES = """\
   dino train photos/                                 choose settings for dataset and machine, then train
@@ -87,7 +88,7 @@ def run_command(line: CommandLine) -> int:
         )
         if options.dry_run:
             with terminal.progress("checking the run"):
-                prepared.validate()
+                validate_run(prepared.run, rt, prepared.dataset)
             if existing is not None:
                 terminal.print(f"{folder} would resume at step {existing.step} of {existing.steps}.")
             print_result({"run": to_dict(prepared.run), "plan": prepared.plan})
@@ -101,11 +102,7 @@ def run_command(line: CommandLine) -> int:
 
 def _check(options: Any, line: CommandLine) -> None:
     if options.resume is not None:
-        if line.types.out is not None and Path(line.types.out) != Path(options.resume):
-            raise UserError(
-                f"--resume continues in its own folder, {options.resume}; got --out {line.types.out}. Omit --out."
-            )
-        for flag in ("--preset", "--network", "--method", "--minutes", "--name"):
+        for flag in ("--preset", "--network", "--method", "--minutes", "--out"):
             if line.has(flag):
                 raise UserError(f"{flag} is for a new run, --resume for an existing one. Omit one of them.")
     elif not options.run.data.is_given:
@@ -122,29 +119,22 @@ def choose_run_dir(options: Any, terminal: Terminal, line: CommandLine) -> tuple
         return Path(options.resume), line.existing
     preset = (options.preset or "").rpartition(":")[2]
     name = "-".join(part for part in (options.run.data.short_name or "images", preset) if part)
-    folder = Path(line.types.out or f"runs/{options.name or name}")
+    folder = Path(line.types.out or f"runs/{name}")
     existing = find_run(folder, trust=options.trust)
     check_writable(folder)
     if existing is None or options.dry_run:
         return folder, None
     free = next(path for n in itertools.count(2) if not (path := Path(f"{folder}-{n}")).exists())
     if existing.finished:
-        if line.types.out or options.name:
+        if line.types.out:
             raise UserError(f"{folder} has a finished run. Choose another folder: --out {free}")
         terminal.print(f"{folder} has a finished run; this one is written to {free}.")
         return free, None
     state = f"{folder} has a run that stopped at step {existing.step} of {existing.steps}."
-    if options.yes:
-        terminal.print(f"{state} Resuming it.")
-        return folder, existing
-    if not terminal.is_interactive:
+    if not options.yes:
         raise UserError(f"{state}\nTo resume it:          --resume {folder}\nTo start another run:  --out {free}")
-    match terminal.ask(state, {"r": "resume it", "n": f"start a new run in {free}", "q": "quit"}):
-        case "r":
-            return folder, existing
-        case "n":
-            return free, None
-    raise KeyboardInterrupt
+    terminal.print(f"{state} Resuming it.")
+    return folder, existing
 
 
 def _open(data: DatasetConfig, terminal: Terminal) -> ImageDataset:

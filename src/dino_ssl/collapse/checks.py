@@ -20,7 +20,7 @@ MAX_CENTER_MOMENTUM = 0.99
 
 @dataclass(frozen=True)
 class Finding:
-    """A detected problem: its name, the evidence, and what to tune. fatal: continuing to train is useless."""
+    """A detected problem: its name, the evidence, and what to tune. fatal, of a metric: training on is useless."""
 
     name: str
     message: str
@@ -33,23 +33,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """One check of a `Setup` or of `Curves`."""
+    """One check of a `Setup` or of `Curves`; the message formats their fields: `{0.loss:.2f}`."""
 
     name: str
     test: Callable[[Any], bool]
     message: str
     suggestion: str
-    """Format strings with the fields of the subject: `{0.loss:.2f}`."""
     fatal: bool = True
 
 
 def run_checks(checks: Iterable[Check], subject: "Setup | Curves") -> list[Finding]:
     """Return a finding for each check whose test is true."""
-    return [
-        Finding(check.name, check.message.format(subject), check.suggestion.format(subject), check.fatal)
-        for check in checks
-        if check.test(subject)
-    ]
+    failed = [check for check in checks if check.test(subject)]
+    return [Finding(check.name, check.message.format(subject), check.suggestion, check.fatal) for check in failed]
 
 
 def check_config(run: Run, steps_per_epoch: int, num_images: int) -> list[Finding]:
@@ -85,17 +81,12 @@ class Setup:
         return self.get("targets") == "centering" and self.get("loss") == "cross-entropy"
 
     @property
-    def is_sharpened(self) -> bool:
-        """True if the centered targets have a teacher temperature of their own."""
-        return self.is_centered and bool(self.get("sharpening"))
-
-    @property
-    def hot_epoch(self) -> int | None:
-        """The first epoch, from 1, of a too high teacher temperature while the learning rate still rises."""
-        schedule, optim = self.run.method.schedules()["teacher_temp"], self.run.optim
+    def is_hot(self) -> bool:
+        """True if the teacher temperature is too high, in general or while the learning rate still rises."""
+        temperature, optim = self.run.method.schedules()["teacher_temp"], self.run.optim
         warmup = range(min(optim.epochs, math.ceil(optim.warmup_epochs) or 1))
-        hot = (epoch for epoch in warmup if schedule(Clock(epoch, 1, optim.epochs)) > MAX_START_TEMPERATURE)
-        return next((epoch + 1 for epoch in hot), None)
+        highest = max(temperature(Clock(epoch, 1, optim.epochs)) for epoch in warmup)
+        return highest > MAX_START_TEMPERATURE or self.get("teacher_temp") > MAX_TEMPERATURE
 
     @property
     def steps(self) -> int:
@@ -112,16 +103,6 @@ class Setup:
         steps = (int(self.steps * (i + 0.5) / points) for i in range(points))
         update = sum(1 - momentum(Clock(step, self.steps_per_epoch, self.run.optim.epochs)) for step in steps)
         return math.exp(-update * self.steps / points)
-
-    @property
-    def max_momentum(self) -> float:
-        """A teacher momentum that is low enough for the length of the run."""
-        return max(0.9, 1 - 6 / self.steps)
-
-    @property
-    def max_prototypes(self) -> int:
-        """The largest useful K: four prototypes per image."""
-        return 4 * self.num_images
 
 
 METHOD_CHECKS = (
@@ -157,43 +138,32 @@ METHOD_CHECKS = (
     ),
     Check(
         "Temperature too high",
-        lambda s: s.is_sharpened and s.hot_epoch is not None,
-        "`method.teacher_temp` {0.run.method.teacher_temp:g} is too high in epoch {0.hot_epoch}, during the warm-up of "
-        "the learning rate (App. D: 0.06 works, 0.08 gives 0.1).",
-        "Start at 0.04 (`method.warmup_teacher_temp`) and warm up over ten epochs or more, or keep 0.04.",
-        fatal=False,
-    ),
-    Check(
-        "Temperature too high",
-        lambda s: s.is_sharpened and s.hot_epoch is None and s.get("teacher_temp") > MAX_TEMPERATURE,
-        f"`method.teacher_temp` {{0.run.method.teacher_temp:g}} is above {MAX_TEMPERATURE}.",
-        "Lower it: 0.07 works after a warm-up from 0.04 (App. D).",
-        fatal=False,
+        lambda s: s.is_centered and s.get("sharpening") and s.is_hot,
+        "`method.teacher_temp` {0.run.method.teacher_temp:g} is too high (App. D: in the warm-up of the learning rate "
+        "0.06 works, and 0.08 gives 0.1).",
+        "Start at 0.04 (`method.warmup_teacher_temp`) and warm up to 0.07 over ten epochs or more, or keep 0.04.",
     ),
     Check(
         "Center too slow",
         lambda s: s.is_centered and s.get("center_momentum") > MAX_CENTER_MOMENTUM,
         "`method.center_momentum` {0.run.method.center_momentum:g} lags behind the outputs (App. D: 0.999 gives 0.1).",
         "Set `method.center_momentum` to 0.9.",
-        fatal=False,
     ),
 )
-"""Settings of the method with which runs have collapsed. Fatal: a required part is missing."""
+"""Settings of the method with which runs have collapsed."""
 
 SIZE_CHECKS = (
     Check(
         "Momentum too high",
         lambda s: s.initial_fraction > math.exp(-1),
         "after {0.steps} steps the teacher keeps {0.initial_fraction:.0%} of its initial weights.",
-        "Lower `method.momentum` ({0.max_momentum:.3g} or less), or train for longer.",
-        fatal=False,
+        "Lower `method.momentum`, or train for longer.",
     ),
     Check(
         "K too large",
-        lambda s: (s.run.method.num_prototypes or 0) > s.max_prototypes,
+        lambda s: (s.run.method.num_prototypes or 0) > 4 * s.num_images,
         "most of the {0.run.method.num_prototypes} prototypes stay empty with {0.num_images} images.",
-        "Lower `method.out_dim`, to {0.max_prototypes} or less.",
-        fatal=False,
+        "Lower `method.out_dim`, to four prototypes per image or less.",
     ),
 )
 """Settings that do not fit the length of the run or the size of the dataset."""
@@ -225,10 +195,7 @@ class Curves:
 
 
 DIVERGENCE = "Lower `optim.lr`, set `optim.clip_grad` to 1 or less, or set `precision` to float32."
-FEATURES = (
-    "Lower the learning rate or use a longer warm-up, and check that the parts that prevent a collapse are on: "
-    "centering and sharpening, a predictor, negatives."
-)
+FEATURES = "Lower the learning rate, use a longer warm-up, and check centering and sharpening, predictor or negatives."
 LOSS_CHECKS = (
     Check(
         "Divergence",  # without prototypes; MoCo's loss grows while its queue fills
@@ -258,16 +225,14 @@ OUTPUT_CHECKS = (
         ),
         "teacher entropy {0.teacher_entropy:.3f} and KL {0.kl:.3f} are close to 0, and {0.prototypes_used:.1f} "
         "prototypes are used: all images are assigned to one prototype (Fig. 7, without centering).",
-        "Check that centering is on (`method.targets`); lower `method.center_momentum`, or raise the teacher "
-        "temperature.",
+        "Check centering (`method.targets`); lower `method.center_momentum`, or raise the teacher temperature.",
     ),
     Check(
         "Identical targets",
         lambda c: c.marginal_entropy - c.teacher_entropy < 0.01 * c.ln_k,
         "all images of a batch have the same target: the entropy of the mean target, {0.marginal_entropy:.2f}, equals "
         "that of each target, {0.teacher_entropy:.2f} of ln K = {0.ln_k:.2f}.",
-        "Raise the teacher's momentum (`method.momentum`), lower the learning rate, or use batch norm in the head "
-        "(`method.head_norm` batch).",
+        "Raise `method.momentum`, lower the learning rate, or use batch norm in the head (`method.head_norm` batch).",
     ),
     Check(
         "Divergence",
@@ -283,7 +248,6 @@ OUTPUT_CHECKS = (
         fatal=False,
     ),
 )
-"""Checks of loss and targets."""
 FEATURE_CHECKS = (
     Check(
         "Feature collapse",
@@ -298,7 +262,6 @@ FEATURE_CHECKS = (
         FEATURES,
     ),
 )
-"""Checks of the backbone's features."""
 TEACHER_CHECKS = (
     Check(
         "Teacher not updated",
@@ -308,4 +271,4 @@ TEACHER_CHECKS = (
     ),
 )
 METRIC_CHECKS = (LOSS_CHECKS, OUTPUT_CHECKS, FEATURE_CHECKS, TEACHER_CHECKS)
-"""Groups of checks; only the first finding of each counts."""
+"""Checks of loss, targets, the backbone's features and the teacher; only the first finding of each group counts."""

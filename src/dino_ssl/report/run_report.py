@@ -3,7 +3,6 @@
 import math
 import platform
 import time
-from collections import Counter
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -29,7 +28,7 @@ from dino_ssl.report.sections import (
 from dino_ssl.run import Run, read_run
 
 References = Mapping[str, float]
-MAX_SKIPPED = 300
+MAX_SKIPPED = 100
 """Skipped files that are listed by name."""
 
 
@@ -116,15 +115,10 @@ def _curves(history: History, metric: str, accuracy: Line, references: Reference
 
 def _skipped(run_dir: Path) -> str:
     rows = list(dict.fromkeys((str(row["name"]), str(row["reason"])) for row in read_lines(run_dir / "skipped.jsonl")))
-    counts = Counter(reason for _, reason in rows).most_common(12)
-    more = f" (the first {MAX_SKIPPED}; skipped.jsonl has all)" if len(rows) > MAX_SKIPPED else ""
-    names = html.table(rows[:MAX_SKIPPED], wrap=True)
-    return html.section(
-        "Skipped files",
-        f"{len(rows):,} file{'s' if len(rows) > 1 else ''} could not be read.",
-        html.table((f"{count:,}", reason) for reason, count in counts),
-        names and f"<details{' open' if len(rows) <= 12 else ''}><summary>By name{more}</summary>{names}</details>",
-    )
+    shown = html.table(rows[:MAX_SKIPPED], wrap=True)
+    more = f" The first {MAX_SKIPPED}; skipped.jsonl has all." if len(rows) > MAX_SKIPPED else ""
+    text = f"{len(rows):,} file{'s' if len(rows) > 1 else ''} could not be read.{more}"
+    return html.section("Skipped files", text, shown)
 
 
 def _environment(info: Mapping[str, Any], history: History) -> str:

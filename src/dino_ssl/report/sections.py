@@ -13,7 +13,7 @@ from dino_ssl.config import format_value, type_name
 from dino_ssl.files import read_json, read_lines
 from dino_ssl.report import html
 from dino_ssl.report.curves import History, Line, Rows, chart, charts, line
-from dino_ssl.report.snapshots import epoch_dir, read_index, read_neighbors
+from dino_ssl.report.snapshots import read_index, read_neighbors
 from dino_ssl.run import Run
 
 ONLINE = ("knn", "accuracy")
@@ -25,24 +25,12 @@ MAX_EPOCHS = 6
 MAX_TEXT = 120
 """Characters of a setting."""
 HEALTH_CHARTS: list[tuple[str, dict[str, str], str]] = [
-    (
-        "Prototypes in use",
-        {"used": "prototypes_used"},
-        "Exponential of the entropy of the mean target. 1: all images get one prototype.",
-    ),
-    (
-        "Effective rank of the features",
-        {"rank": "feature_rank"},
-        "(trace C)^2 / |C|^2 of a batch's covariance C; at most twice the batch size minus 1.",
-    ),
+    ("Prototypes in use", {"used": "prototypes_used"}, "Exp of the entropy of the mean target; 1: all images get one."),
+    ("Effective rank of the features", {"rank": "feature_rank"}, "At most twice the batch size minus 1."),
     ("Spread of the features", {"spread": "feature_spread"}, "0: all images have the same feature."),
     ("Norms", {"features": "feature_norm", "center": "center_norm"}, ""),
     ("Gradient norm before clipping", {"gradient": "grad_norm"}, ""),
-    (
-        "Distance of teacher and student",
-        {"distance": "teacher_distance"},
-        "Relative to the norm of the student's weights.",
-    ),
+    ("Distance of teacher and student", {"distance": "teacher_distance"}, "Relative to the norm of the student."),
 ]
 """Title, metrics by their name in the legend, and note."""
 INFORMATION_NOTE = (
@@ -110,7 +98,7 @@ def attention_section(folder: Path) -> str:
     over_epochs, latest = [], []
     for number, image in index["images"].items():
         sample = html.image_cell(folder / f"images/{number}.jpg", _caption(image), alt=image["name"])
-        maps = (html.image_cell(folder / epoch_dir(epoch) / f"{number}.jpg") for epoch in epochs)
+        maps = (html.image_cell(folder / f"epoch_{epoch:04d}/{number}.jpg") for epoch in epochs)
         details = (html.image_cell(folder / f"latest/{number}-{panel}.jpg") for panel in range(len(panels)))
         over_epochs.append(sample + "".join(maps))
         latest.append(sample + "".join(details))

@@ -37,20 +37,14 @@ MAX_HEADS = 6
 
 
 def choose_samples(dataset: ImageDataset, count: int = 6) -> list[int]:
-    """Return the indices of evenly spaced images, from as many classes as possible if there are labels."""
+    """Return the indices of evenly spaced images, in the order of their labels if there are any."""
     total = len(dataset)
-    if dataset.labels is None or not len(dataset.labels):
-        return np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).astype(int)).tolist()
-    members = [np.flatnonzero(dataset.labels == label) for label in np.unique(dataset.labels)]
-    if len(members) > count:
-        members = [members[i] for i in np.linspace(0, len(members) - 1, count).astype(int)]
-    rounds = max(len(indices) for indices in members)
-    ordered = [int(indices[turn]) for turn in range(rounds) for indices in members if turn < len(indices)]
-    return sorted(ordered[:count])
+    order = np.arange(total) if dataset.labels is None else np.argsort(dataset.labels, kind="stable")
+    return np.sort(order[np.linspace(0, total - 1, min(count, total)).astype(int)]).tolist()
 
 
 def save_snapshot(
-    backbone: Backbone, dataset: ImageDataset, indices: Sequence[int], folder: Path, epoch: float, size: int
+    backbone: Backbone, dataset: ImageDataset, indices: Sequence[int], folder: Path, epoch: int, size: int
 ) -> None:
     """Save the attention maps of these images at this epoch to RUN/snapshots. Call it on rank 0.
 
@@ -68,18 +62,13 @@ def save_snapshot(
         if len(maps.heads) > 1:
             panels |= {f"head {head}": heat_map(maps.heads[head], shape) for head in maps.head_ids[:MAX_HEADS]}
         _save(folder / f"images/{i}.jpg", maps.image)
-        _save(folder / epoch_dir(epoch) / f"{i}.jpg", overlay(maps.image, maps.mean))
+        _save(folder / f"epoch_{epoch:04d}/{i}.jpg", overlay(maps.image, maps.mean))
         for number, panel in enumerate(panels.values()):
             _save(folder / f"latest/{i}-{number}.jpg", panel)
         index["images"][str(i)] = _describe(dataset, i)
         index |= {"kind": maps.kind, "panels": list(panels), "latest": epoch}
     index["epochs"] = sorted({*index["epochs"], epoch})
     write_json(folder / "index.json", index)
-
-
-def epoch_dir(epoch: float) -> str:
-    """Return the folder name of an epoch."""
-    return f"epoch_{epoch:08.3f}".rstrip("0").rstrip(".") if epoch % 1 else f"epoch_{int(epoch):04d}"
 
 
 def read_index(folder: Path) -> dict[str, Any]:
