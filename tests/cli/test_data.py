@@ -1,7 +1,7 @@
 """dino data pack, info, check; and shards in place of a folder in other commands."""
 
 import json
-import signal
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,6 +9,8 @@ import pytest
 
 from dino_ssl.data import shard_writer
 from dino_ssl.data.folder import Folder
+from dino_ssl.models.vit import ViT
+from dino_ssl.models.weights import save_backbone
 from dino_ssl.terminal import Terminal
 
 
@@ -74,12 +76,13 @@ def test_an_interrupted_command_resumes(dino, photos: Path, shards: Path, monkey
     assert contents(Path("again")) == contents(shards)
 
 
-def test_a_killed_process_resumes(process, photos: Path, shards: Path, tmp_path: Path, dino) -> None:
-    with process("data", "pack", photos, "-o", "again", cwd=tmp_path) as packing:
-        while packing.poll() is None and not Path("again.part/info.json").exists():
-            pass
-        packing.send_signal(signal.SIGKILL)
-        packing.communicate()
+def test_a_killed_process_resumes(dino, photos: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_writer, "write_index", lambda *_: os._exit(9))
+        if os.fork() == 0:
+            dino("data", "pack", photos, "-o", "again")
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+    assert Path("again.part/info.json").exists()
     assert dino("data", "pack", photos, "-o", "again").code == 0
     assert contents(Path("again")) == contents(shards)
 
@@ -112,8 +115,9 @@ def test_progress_is_shown(dino, photos: Path, shards: Path, monkeypatch: pytest
     assert calls["checking"][-1] == (40, 40)
 
 
-def test_shards_replace_a_folder_in_other_commands(dino, trained, photos: Path, tmp_path: Path) -> None:
-    run, few = trained[0], tmp_path / "few"
+def test_shards_replace_a_folder_in_other_commands(dino, photos: Path, tmp_path: Path) -> None:
+    network, run, few = ViT(width=24, depth=1, heads=1, patch=8, image_size=32), "net.safetensors", tmp_path / "few"
+    save_backbone(network, network.build().state_dict(), Path(run))
     for name in ("star", "ring"):
         (few / name).mkdir(parents=True)
         (few / name / "1.png").symlink_to(min(photos.rglob("*.png")))

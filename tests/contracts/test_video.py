@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dino_ssl.errors import UserError
-from dino_ssl.viz.saving import save_image
+from dino_ssl.viz.rendering import save_image
 from dino_ssl.viz.video import open_video, write_video
 
 

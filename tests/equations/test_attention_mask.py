@@ -11,7 +11,7 @@ from dino_ssl.models.backbone import Attentive, Backbone, Features
 from dino_ssl.models.vit import ViT
 from dino_ssl.viz import rendering
 from dino_ssl.viz.attention import MIN_DISPLAY_SIDE, attention_maps, display_image
-from dino_ssl.viz.saving import save_image
+from dino_ssl.viz.rendering import save_image
 
 
 def masked_by_loop(values: np.ndarray, mass: float) -> np.ndarray:

@@ -4,29 +4,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
+from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.cli.images import SHEET_IMAGES, CheckpointOptions, ShortSide, read_images, run_command, unique_name
-from dino_ssl.errors import UserError
+from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.terminal import Terminal
+from dino_ssl.viz.attention import AttentionMaps, attention_maps
+from dino_ssl.viz.rendering import panels, save_image, sheet, video_frame
+from dino_ssl.viz.video import VIDEO_SUFFIXES, open_video, write_video
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from dino_ssl.viz.attention import AttentionMaps
-
-Attend = Callable[["np.ndarray"], "list[AttentionMaps]"]
+Attend = Callable[[np.ndarray], list[AttentionMaps]]
 """Returns the attention of an image: one map per point, or that of [CLS]."""
 
 EXAMPLES = """\
   dino attention runs/photos cat.jpg dog.jpg         maps in attention/
   dino attention runs/photos photos/ -o maps/        every image of a folder
-  dino attention runs/photos cat.jpg --point 120 80 --point 300 200
-                                                     attention of these two points, one color each (Fig. 8)
+  dino attention runs/photos cat.jpg --point 120 80 --point 300 200      two points, one color each (Fig. 8)
   dino attention dino_vits8 cat.jpg --heads 0 3 5    these heads, and all three in one image (Fig. 3)
-  dino attention dino_vits8 cat.jpg --layer 3 --size 480 -o maps/
   dino attention runs/photos walk.mp4                a video: frame, mean attention, colored heads"""
 
 
@@ -61,16 +59,6 @@ def attention(argv: Sequence[str]) -> int:
 
 
 def _attention(options: AttentionOptions, terminal: Terminal) -> dict[str, Any]:
-    from dino_ssl.api.calls import open_checkpoint
-    from dino_ssl.evals.attention_maps import attention_size
-    from dino_ssl.viz.attention import attention_maps
-    from dino_ssl.viz.video import VIDEO_SUFFIXES
-
-    if not options.images:
-        raise UserError(
-            "No images: expected files, folders or videos: dino attention CHECKPOINT IMAGE ...\n"
-            "Put an option that takes several values after the images: dino attention CHECKPOINT IMAGE --heads 0 3."
-        )
     checkpoint = open_checkpoint(options.checkpoint, trust=options.trust)
     attend = partial(
         attention_maps,
@@ -84,7 +72,7 @@ def _attention(options: AttentionOptions, terminal: Terminal) -> dict[str, Any]:
     out, stems, skipped = Path(options.out), set[str](), list[dict[str, str]]()
     videos = [name for name in options.images if Path(name).suffix.lower() in VIDEO_SUFFIXES]
     names = [name for name in options.images if name not in videos]
-    images = _draw_images(names, attend, out, terminal, skipped) if names else []
+    images = _draw_images(names, attend, out, terminal, skipped) if names or not videos else []
     drawn = [_draw_video(name, attend, out / f"{unique_name(Path(name).stem, stems)}.mp4", terminal) for name in videos]
     result = {"checkpoint": options.checkpoint, "out": options.out, "images": images, "videos": drawn}
     return {**result, "skipped": skipped}
@@ -94,9 +82,6 @@ def _draw_images(
     names: Sequence[str], attend: Attend, out: Path, terminal: Terminal, skipped: list[dict[str, str]]
 ) -> list[dict[str, Any]]:
     """Write the panels of each image, and the overview of the first ones."""
-    from dino_ssl.viz.rendering import panels, sheet
-    from dino_ssl.viz.saving import save_image
-
     results, overview = [], []
     for name, stem, image in read_images(names, terminal, "attention", skipped):
         maps = attend(image)
@@ -115,12 +100,9 @@ def _draw_images(
 
 def _draw_video(name: str, attend: Attend, file: Path, terminal: Terminal) -> dict[str, Any]:
     """Write the video with its mean attention and its heads or points in color next to each frame."""
-    from dino_ssl.viz.rendering import video_frame
-    from dino_ssl.viz.video import open_video, write_video
-
     video = open_video(name)
 
-    def frames() -> Iterator["np.ndarray"]:
+    def frames() -> Iterator[np.ndarray]:
         with terminal.progress(f"attention of {name}") as progress:
             for done, frame in enumerate(video, 1):
                 yield video_frame(attend(frame))

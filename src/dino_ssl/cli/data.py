@@ -10,7 +10,10 @@ import tyro
 from dino_ssl.cli.images import Json, report_skipped
 from dino_ssl.cli.options import parse
 from dino_ssl.config import to_dict
+from dino_ssl.data.shard_writer import pack
+from dino_ssl.data.shards import PackSettings, open_shards
 from dino_ssl.errors import UserError, did_you_mean
+from dino_ssl.formatting import format_bytes
 from dino_ssl.terminal import Terminal, command_output
 
 Give = Callable[[dict[str, Any]], None]
@@ -24,7 +27,7 @@ EXAMPLES = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackOptions:
+class PackOptions(PackSettings):
     """Write the images of a folder into tar shards with an index.
 
     The shards have WebDataset's layout. If the command is stopped, run it again: it resumes.
@@ -34,13 +37,6 @@ class PackOptions:
     """Folder of images, nested or flat, with or without class folders."""
     out: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None
     """Directory to write; by default the folder's name with -shards appended."""
-    side: int | None = None
-    """Downscale images with a longer short side to this many pixels, and store them as JPEG. By default every file is
-    stored unchanged."""
-    quality: int = 95
-    """JPEG quality of downscaled images."""
-    shard_size: float = 256.0
-    """Size at which a shard is complete, in MiB."""
     json: Json = False
 
 
@@ -68,9 +64,7 @@ def data(argv: Sequence[str]) -> int:
         return 0
     name = argv[0]
     if name not in COMMANDS:
-        raise UserError(
-            f"Unknown command 'data {name}'{did_you_mean(name, COMMANDS)}\nCommands: {', '.join(COMMANDS)}."
-        )
+        raise UserError(f"Unknown command 'data {name}'{did_you_mean(name, COMMANDS)}: use {', '.join(COMMANDS)}.")
     _, kind, run = COMMANDS[name]
     options = parse(kind, argv[1:], f"dino data {name}", EXAMPLES)
     with command_output(options.json) as (terminal, give):
@@ -79,9 +73,6 @@ def data(argv: Sequence[str]) -> int:
 
 
 def _pack(options: PackOptions, terminal: Terminal, give: Give) -> None:
-    from dino_ssl.data.shard_writer import pack
-    from dino_ssl.data.shards import PackSettings
-
     out = options.out or f"{Path(options.folder).resolve().name}-shards"
     settings = PackSettings(side=options.side, quality=options.quality, shard_size=options.shard_size)
     with terminal.progress("packing") as progress:
@@ -90,9 +81,6 @@ def _pack(options: PackOptions, terminal: Terminal, give: Give) -> None:
 
 
 def _info(options: InfoOptions, terminal: Terminal, give: Give) -> None:
-    from dino_ssl.data.shards import open_shards
-    from dino_ssl.formatting import format_bytes
-
     dataset = open_shards(Path(options.shards))
     info, settings = dataset.info, dataset.info.settings
     stored = "files of another program" if settings is None else "the folder's files, unchanged"
@@ -113,8 +101,6 @@ def _info(options: InfoOptions, terminal: Terminal, give: Give) -> None:
 
 
 def _check(options: CheckOptions, terminal: Terminal, give: Give) -> None:
-    from dino_ssl.data.shards import open_shards
-
     dataset, damaged = open_shards(Path(options.shards)), []
     with terminal.progress("checking") as progress:
         for done, damage in enumerate(dataset.damaged()):

@@ -4,17 +4,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
 import tyro
 
+from dino_ssl.api.calls import Embedding
 from dino_ssl.cli.images import DatasetOptions, compute_features, dataset_named, report_skipped, run_command
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write, check_writable
 from dino_ssl.terminal import Terminal, is_rank0
-
-if TYPE_CHECKING:
-    from dino_ssl.api.calls import Embedding
 
 EXAMPLES = """\
   dino embed runs/photos photos/ -o features.parquet    columns name, label, feature
@@ -45,12 +47,8 @@ def _embed(options: EmbedOptions, terminal: Terminal) -> dict[str, Any]:
         raise UserError(f"`out` must end in one of {', '.join(SUFFIXES)}; got {options.out!r}.")
     check_writable(path.parent)
     checkpoint, embedding = compute_features(options, dataset_named(options.dataset), terminal)
-    metadata = {
-        "format": FORMAT,
-        "checkpoint": options.checkpoint,
-        "hash": checkpoint.hash,
-        "size": options.size or checkpoint.size,
-    }
+    size = options.size or checkpoint.size
+    metadata = {"format": FORMAT, "checkpoint": options.checkpoint, "hash": checkpoint.hash, "size": size}
     if is_rank0():
         atomic_write(path, lambda part: _write(part, path.suffix.lower(), embedding, metadata))
     count, width = embedding.features.shape
@@ -59,11 +57,7 @@ def _embed(options: EmbedOptions, terminal: Terminal) -> dict[str, Any]:
     return {"file": str(path), "images": count, "width": width, "skipped": skipped, **metadata}
 
 
-def _write(path: Path, suffix: str, embedding: "Embedding", metadata: dict[str, Any]) -> None:
-    import numpy as np
-    import pyarrow
-    import pyarrow.parquet
-
+def _write(path: Path, suffix: str, embedding: Embedding, metadata: dict[str, Any]) -> None:
     names, labels, features = embedding.names, embedding.labels, embedding.features
     if suffix == ".csv":
         write_csv(path, {"name": names, "label": labels, **{f"f{i}": column for i, column in enumerate(features.T)}})
@@ -80,7 +74,4 @@ def _write(path: Path, suffix: str, embedding: "Embedding", metadata: dict[str, 
 
 def write_csv(path: Path, columns: Mapping[str, Any]) -> None:
     """Write columns of strings or numbers as CSV."""
-    import pyarrow
-    import pyarrow.csv
-
     pyarrow.csv.write_csv(pyarrow.table(dict(columns)), str(path))

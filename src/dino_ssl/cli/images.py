@@ -4,37 +4,27 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
-from dino_ssl.cli.options import parse
+from dino_ssl.api.calls import Embedding, embed
+from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint
+from dino_ssl.cli.options import Flag, parse
 from dino_ssl.config import import_type
+from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Skipped
+from dino_ssl.data.decode import SUFFIXES
+from dino_ssl.data.sources import WORDS, open_dataset
 from dino_ssl.errors import UserError
 from dino_ssl.terminal import Terminal, command_output
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from dino_ssl.api.calls import Embedding
-    from dino_ssl.api.checkpoints import Checkpoint
-    from dino_ssl.data.dataset import DatasetConfig, ImageDataset, Skipped
-
 ShortSide = Annotated[
     int | None,
-    tyro.conf.arg(
-        help="Short side in pixels of the network input; larger inputs give finer maps. Default: 480, or twice the "
-        "training size if that is below 224."
-    ),
+    tyro.conf.arg(help="Short side in pixels of the network input. Default: 480, or twice a training size below 224."),
 ]
-Json = Annotated[
-    tyro.conf.FlagCreatePairsOff[bool],
-    tyro.conf.arg(help="Print one JSON object to standard output, and messages to standard error."),
-]
-Trust = Annotated[
-    tyro.conf.FlagCreatePairsOff[bool],
-    tyro.conf.arg(help="Import types from outside the package that the checkpoint names, which runs their code."),
-]
+Json = Annotated[Flag, tyro.conf.arg(help="Print one JSON object to standard output, messages to standard error.")]
+Trust = Annotated[Flag, tyro.conf.arg(help="Import types that the checkpoint names, which runs their code.")]
 
 NUM_SCENES = 12
 """Number of images that `scenes` generates in commands that write files for each image."""
@@ -78,11 +68,9 @@ def run_command(
 
 
 def compute_features(
-    options: DatasetOptions, dataset: "str | DatasetConfig | ImageDataset", terminal: Terminal
-) -> "tuple[Checkpoint, Embedding]":
+    options: DatasetOptions, dataset: str | DatasetConfig | ImageDataset, terminal: Terminal
+) -> tuple[Checkpoint, Embedding]:
     """Return the opened checkpoint and its features of a dataset."""
-    from dino_ssl.api.calls import embed, open_checkpoint
-
     checkpoint = open_checkpoint(options.checkpoint, trust=options.trust)
     size, batch_size, workers = options.size, options.batch_size, options.workers
     with terminal.progress("features") as progress:
@@ -91,28 +79,22 @@ def compute_features(
         )
 
 
-def dataset_named(name: str) -> "str | DatasetConfig":
+def dataset_named(name: str) -> str | DatasetConfig:
     """Return the settings of a dataset from outside the package, MODULE:CLASS; any other name unchanged."""
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) or Path(name).exists():
         return name
-    from dino_ssl.data.dataset import DatasetConfig
-
     kind: Any = import_type(name, DatasetConfig)
     return kind()
 
 
 def read_images(
     names: Sequence[str], terminal: Terminal, label: str, skipped: list[dict[str, str]]
-) -> Iterator[tuple[str, str, "np.ndarray"]]:
+) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yield (name, stem, uint8 [H, W, 3] RGB) of each named image file and of all images of the named datasets.
 
     stem: unique path of the output, relative to the output folder and without suffix. Unreadable images of a dataset
     are printed and appended to `skipped`. Raises UserError for a named file that is no image, and if no image is left.
     """
-    from dino_ssl.data.dataset import BadImage, Skipped
-    from dino_ssl.data.decode import SUFFIXES
-    from dino_ssl.data.sources import WORDS, open_dataset
-
     images: list[tuple[str, str, ImageDataset, int]] = []
     stems: set[str] = set()
     for name in names:
@@ -137,7 +119,9 @@ def read_images(
                 yield name, stem, pixels
             progress(done, len(images))
     if not num_read:
-        raise UserError("No image could be read: expected image files or folders.")
+        raise UserError(
+            "No images: expected image files or folders, before options with several values such as --heads."
+        )
 
 
 def unique_name(name: str, taken: set[str]) -> str:
@@ -149,7 +133,7 @@ def unique_name(name: str, taken: set[str]) -> str:
     return unique
 
 
-def report_skipped(skipped: Sequence["Skipped"], terminal: Terminal) -> list[dict[str, str]]:
+def report_skipped(skipped: Sequence[Skipped], terminal: Terminal) -> list[dict[str, str]]:
     """Print the first skipped images, and return all of them for the JSON result."""
     for item in skipped[:MAX_SKIPPED_LINES]:
         terminal.print(f"  skipped: {item.name}: {item.reason}", style="yellow")

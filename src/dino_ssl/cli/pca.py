@@ -3,15 +3,17 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
+from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.cli.images import SHEET_IMAGES, CheckpointOptions, ShortSide, read_images, run_command
+from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.terminal import Terminal
-
-if TYPE_CHECKING:
-    import numpy as np
+from dino_ssl.viz.pca import patch_colors
+from dino_ssl.viz.rendering import save_image, sheet
 
 EXAMPLES = """\
   dino pca runs/photos cat.jpg dog.jpg               colors in pca/
@@ -43,25 +45,19 @@ def pca(argv: Sequence[str]) -> int:
 
 
 def _pca(options: PcaOptions, terminal: Terminal) -> dict[str, Any]:
-    from dino_ssl.api.calls import open_checkpoint
-    from dino_ssl.evals.attention_maps import attention_size
-    from dino_ssl.viz.pca import patch_colors
-    from dino_ssl.viz.rendering import sheet
-    from dino_ssl.viz.saving import save_image
-
     checkpoint = open_checkpoint(options.checkpoint, trust=options.trust)
     skipped: list[dict[str, str]] = []
-    named: list[tuple[str, str]] = []
+    names: list[tuple[str, str]] = []
 
-    def pixels() -> Iterator["np.ndarray"]:
+    def pixels() -> Iterator[np.ndarray]:
         for name, stem, image in read_images(options.images, terminal, "features", skipped):
-            named.append((name, stem))
+            names.append((name, stem))
             yield image
 
     size = options.size or attention_size(checkpoint.size)
     colored, variance = patch_colors(checkpoint.backbone, pixels(), size=size, foreground=options.foreground)
     out, results, blocks = Path(options.out), [], []
-    for (name, stem), patches in zip(named, colored, strict=True):
+    for (name, stem), patches in zip(names, colored, strict=True):
         drawn = patches.draw()
         file = save_image(out / f"{stem}.png", drawn)
         grid, foreground = list(patches.foreground.shape), float(patches.foreground.mean())
@@ -71,10 +67,5 @@ def _pca(options: PcaOptions, terminal: Terminal) -> dict[str, Any]:
     shares = ", ".join(f"{share:.0%}" for share in variance)
     terminal.print(f"{len(results)} images in {out}/, overview in {overview}")
     terminal.print(f"  red, green and blue have {shares} of the variance of the patches", style="dim")
-    return {
-        "checkpoint": options.checkpoint,
-        "out": options.out,
-        "variance": variance,
-        "images": results,
-        "skipped": skipped,
-    }
+    named = {"checkpoint": options.checkpoint, "out": options.out}
+    return {**named, "variance": variance, "images": results, "skipped": skipped}

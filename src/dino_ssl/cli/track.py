@@ -3,16 +3,22 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
+from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.cli.images import CheckpointOptions, ShortSide, run_command
+from dino_ssl.data.masks import write_mask
 from dino_ssl.errors import UserError
+from dino_ssl.evals.attention_maps import attention_size
+from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.video_segmentation import VideoSegmentation
 from dino_ssl.terminal import Terminal
-
-if TYPE_CHECKING:
-    import numpy as np
+from dino_ssl.viz import tracking
+from dino_ssl.viz.rendering import save_image
+from dino_ssl.viz.video import open_video, write_video
 
 EXAMPLES = """\
   dino track dino_vits8 video.mp4 --mask first.png -o out   a video file, and a mask of its first frame
@@ -43,10 +49,6 @@ class TrackOptions(CheckpointOptions):
     """Number of previous frames that labels are taken from, in addition to the first."""
     radius: int = 12
     """Maximum distance in patches between a patch and those it takes labels from; 0 is unlimited."""
-    top_k: int = 5
-    """Number of most similar patches that labels are taken from."""
-    temperature: float = 0.1
-    """Temperature of their softmax weights."""
     fps: float | None = None
     """Frames per second of the overlay. Default: those of the video, 25 for a folder."""
 
@@ -57,17 +59,6 @@ def track(argv: Sequence[str]) -> int:
 
 
 def _track(options: TrackOptions, terminal: Terminal) -> dict[str, Any]:
-    import numpy as np
-
-    from dino_ssl.api.calls import open_checkpoint
-    from dino_ssl.data.masks import write_mask
-    from dino_ssl.evals.attention_maps import attention_size
-    from dino_ssl.evals.base import EvalContext
-    from dino_ssl.evals.video_segmentation import VideoSegmentation
-    from dino_ssl.viz import tracking
-    from dino_ssl.viz.saving import save_image
-    from dino_ssl.viz.video import open_video, write_video
-
     with terminal.progress(f"reading {options.video}") as progress:
         video = open_video(options.video, options.fps, progress)
     first = next(iter(video), None)
@@ -76,24 +67,15 @@ def _track(options: TrackOptions, terminal: Terminal) -> dict[str, Any]:
     mask = tracking.read_first_mask(options.mask, *first.shape[:2])
     checkpoint = open_checkpoint(options.checkpoint, trust=options.trust)
     backbone, context = checkpoint.backbone, EvalContext(device=next(checkpoint.backbone.parameters()).device)
-    settings = VideoSegmentation(
-        size=options.size or attention_size(checkpoint.size),
-        multiple=1,
-        context=options.context,
-        radius=options.radius,
-        top_k=options.top_k,
-        temperature=options.temperature,
-    )
+    size = options.size or attention_size(checkpoint.size)
+    settings = VideoSegmentation(size=size, multiple=1, context=options.context, radius=options.radius)
     too_small = tracking.too_small_objects(mask, backbone.patch, settings)
     if too_small:
-        terminal.print(
-            f"Object {', '.join(map(str, too_small))}: too small for patches of {backbone.patch} pixels at size "
-            f"{settings.size}, and not tracked. Use a larger --size.",
-            style="yellow",
-        )
+        numbers = ", ".join(map(str, too_small))
+        terminal.print(f"object {numbers}: not tracked, too small for the patches: use a larger --size", style="yellow")
     out, areas = Path(options.out), []
 
-    def overlays() -> Iterator["np.ndarray"]:
+    def overlays() -> Iterator[np.ndarray]:
         with terminal.progress("tracking") as progress:
             for name, frame, labels in tracking.track(backbone, video, mask, settings, context):
                 write_mask(out / "masks" / f"{name}.png", labels)
@@ -102,20 +84,12 @@ def _track(options: TrackOptions, terminal: Terminal) -> dict[str, Any]:
                 yield tracking.overlay_mask(frame, labels)
 
     write_video(out / "overlay.mp4", overlays(), video.fps)
-    strip = tracking.frame_strip(open_video(out / "overlay.mp4"), len(areas))
-    save_image(out / "strip.png", strip)
+    save_image(out / "strip.png", tracking.frame_strip(open_video(out / "overlay.mp4"), len(areas)))
     objects = []
     for label in np.setdiff1d(mask, 0).tolist():
         area = [round(float(area[label]), 6) for area in areas]
         objects.append({"object": label, "area": area, "too_small": label in too_small})
         terminal.print(f"object {label}: {area[0]:.1%} of the first frame, {area[-1]:.1%} of the last")
     terminal.print(f"{len(areas)} frames: masks in {out}/masks/, {out}/overlay.mp4, preview {out}/strip.png")
-    return {
-        "checkpoint": options.checkpoint,
-        "frames": len(areas),
-        "size": settings.size,
-        "masks": f"{out}/masks",
-        "overlay": f"{out}/overlay.mp4",
-        "strip": f"{out}/strip.png",
-        "objects": objects,
-    }
+    files = {"masks": f"{out}/masks", "overlay": f"{out}/overlay.mp4", "strip": f"{out}/strip.png"}
+    return {"checkpoint": options.checkpoint, "frames": len(areas), "size": size, **files, "objects": objects}

@@ -5,13 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import torch
 import tyro
 
 from dino_ssl.cli.embed import write_csv
 from dino_ssl.cli.images import DatasetOptions, compute_features, dataset_named, report_skipped, run_command
+from dino_ssl.data.sources import CLASS_FOLDERS, open_dataset
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.files import atomic_write
 from dino_ssl.terminal import Terminal, is_rank0
+from dino_ssl.viz.pca import principal_components
+from dino_ssl.viz.scatter import scatter
+from dino_ssl.viz.tsne import MAX_POINTS, class_means
+from dino_ssl.viz.tsne import tsne as embed_points
 
 EXAMPLES = """\
   dino tsne runs/photos photos/ -o tsne.png             images, colored by class folder
@@ -47,18 +54,10 @@ def tsne(argv: Sequence[str]) -> int:
 
 
 def _tsne(options: TsneOptions, terminal: Terminal) -> dict[str, Any]:
-    import numpy as np
-    import torch
-
-    from dino_ssl.data.sources import CLASS_FOLDERS, open_dataset
-    from dino_ssl.viz import tsne
-    from dino_ssl.viz.pca import principal_components
-    from dino_ssl.viz.scatter import scatter
-
     path = Path(options.out)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"`out` must end in one of {', '.join(SUFFIXES)}; got {options.out!r}.")
-    check_range(options, "max_points", least=4, most=tsne.MAX_POINTS)
+    check_range(options, "max_points", least=4, most=MAX_POINTS)
     with terminal.progress(f"reading {options.dataset}") as progress:
         dataset = open_dataset(dataset_named(options.dataset), progress)
     of = options.of
@@ -74,26 +73,18 @@ def _tsne(options: TsneOptions, terminal: Terminal) -> dict[str, Any]:
         return {}
     features, names, labels = torch.from_numpy(embedding.features), embedding.names, embedding.labels
     if of == "classes":
-        features, names = tsne.class_means(features, labels)
+        features, names = class_means(features, labels)
         labels = list(names)
     components = principal_components(features, COMPONENTS).project(features)
     iterations = options.iterations or (5000 if of == "classes" else 1000)
     with terminal.progress("t-SNE") as progress:
-        result = tsne.tsne(components, perplexity=options.perplexity, iterations=iterations, progress=progress)
-    points = result.points.numpy()
+        embedded, kl = embed_points(components, perplexity=options.perplexity, iterations=iterations, progress=progress)
+    points = embedded.numpy()
     title = f"{len(points)} {of}, {options.checkpoint}: t-SNE of {features.shape[1]}-dimensional features"
     scatter(path, points, labels, title)
     columns = {"name": names, "label": labels, "x": points[:, 0], "y": points[:, 1]}
     table = atomic_write(path.with_suffix(".csv"), lambda part: write_csv(part, columns))
     terminal.print(f"{len(points)} {of}: {path}, coordinates in {table}")
-    return {
-        "checkpoint": options.checkpoint,
-        "hash": checkpoint.hash,
-        "file": str(path),
-        "table": str(table),
-        "of": of,
-        "points": len(points),
-        "iterations": iterations,
-        "kl": round(result.divergence[-1], 4),
-        "skipped": report_skipped(embedding.skipped, terminal),
-    }
+    skipped = report_skipped(embedding.skipped, terminal)
+    files = {"checkpoint": options.checkpoint, "hash": checkpoint.hash, "file": str(path), "table": str(table)}
+    return {**files, "of": of, "points": len(points), "iterations": iterations, "kl": kl, "skipped": skipped}

@@ -25,8 +25,7 @@ from dino_ssl.evals.knn import nearest_neighbors
 from dino_ssl.files import read_json, write_json
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.viz.attention import attention_maps
-from dino_ssl.viz.rendering import cutout, heat_map, overlay
-from dino_ssl.viz.saving import save_image
+from dino_ssl.viz.rendering import cutout, heat_map, overlay, save_image
 
 FORMAT = 1
 """Version of index.json and neighbors.json."""

@@ -73,7 +73,10 @@ def attention_maps(
         features = last_features(backbone, resized)
         similarity = torch.cosine_similarity(features.patches.float(), features.cls.float()[:, None, None], dim=-1)
         maps, kind = similarity.clamp(min=0).cpu().numpy()[None], "similarity"
-    head_ids = _check_heads(heads, maps.shape[1])
+    num_heads = maps.shape[1]
+    head_ids = list(dict.fromkeys(range(num_heads) if heads is None else heads))
+    if not head_ids or not set(head_ids) <= set(range(num_heads)):
+        raise UserError(f"`heads` must be in 0 .. {num_heads - 1} for a network of {num_heads} heads; got {head_ids}.")
     display = display_image(image, resized)
     results = []
     for position, chosen in zip(positions, maps[:, head_ids], strict=True):
@@ -107,13 +110,6 @@ def display_image(image: np.ndarray, resized: np.ndarray) -> np.ndarray:
     height, width = scale * resized.shape[0], scale * resized.shape[1]
     interpolation = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_CUBIC
     return cv2.resize(image, (width, height), interpolation=interpolation)
-
-
-def _check_heads(heads: Sequence[int] | None, num_heads: int) -> list[int]:
-    chosen = list(dict.fromkeys(range(num_heads) if heads is None else heads))
-    if not chosen or not all(0 <= head < num_heads for head in chosen):
-        raise UserError(f"`heads` must be in 0 .. {num_heads - 1} for a network of {num_heads} heads; got {chosen}.")
-    return chosen
 
 
 def _position(point: Point, image: np.ndarray) -> Point:

@@ -1,6 +1,8 @@
 """Attention maps as images: heat maps, overlays, masks, and sheets of labeled panels."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -8,6 +10,7 @@ from matplotlib import colormaps
 from matplotlib.colors import hsv_to_rgb
 from PIL import Image, ImageDraw, ImageFont
 
+from dino_ssl.files import atomic_write
 from dino_ssl.viz.attention import AttentionMaps, Point
 
 Color = tuple[int, int, int]
@@ -154,6 +157,12 @@ def sheet(blocks: Sequence[Sequence[Panel]]) -> np.ndarray:
             page.paste(image, (x, y + LABEL - 4))
             x += image.width + GAP
     return np.asarray(page)
+
+
+def save_image(path: Path, image: np.ndarray, **options: Any) -> Path:
+    """Write [H, W, 3] or [H, W] uint8 in the format of the suffix, atomically. options: of PIL's `Image.save`."""
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    return atomic_write(path, lambda part: Image.fromarray(image).save(part, format=kind, **options))
 
 
 def shorten(text: str, limit: int) -> str:

@@ -64,8 +64,7 @@ def open_video(source: DatasetSource, fps: float | None = None, progress: Progre
     if isinstance(source, str | Path) and Path(source).is_file():
         capture = cv2.VideoCapture(str(source))
         if not capture.isOpened():
-            suffixes = ", ".join(VIDEO_SUFFIXES)
-            raise UserError(f"OpenCV cannot read the video {source}: expected {suffixes}, or a folder of frames.")
+            raise UserError(f"OpenCV cannot read the video {source}: expected MP4, WebM, ..., or a folder of frames.")
         fps = fps or capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FPS
         return Video(Path(source), fps, max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT))))
     dataset = open_dataset(source, progress)
