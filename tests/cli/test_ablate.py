@@ -14,9 +14,8 @@ import torch
 
 from dino_ssl.ablations import runner
 from dino_ssl.ablations.bases import IMAGES_SEEN
-from dino_ssl.ablations.results import ROOT, Study, StudyRun, read_study
 from dino_ssl.ablations.runner import complete, missing_metrics, run_parallel, run_serial
-from dino_ssl.ablations.study import link_shared_runs, resolve_study
+from dino_ssl.ablations.study import ROOT, Study, StudyRun, link_shared_runs, read_study, resolve_study
 from dino_ssl.ablations.tables import get_table
 from dino_ssl.config import edit
 from dino_ssl.data.synthetic.scenes import Scenes

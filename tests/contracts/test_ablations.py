@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dino_ssl.ablations.page import NO_DISCUSSION, write_page
-from dino_ssl.ablations.results import FAILED, RESULT, Result, Study, StudyRun, find_study, read_study
+from dino_ssl.ablations.study import FAILED, RESULT, Result, Study, StudyRun, find_study, read_study
 from dino_ssl.ablations.table import METRICS, SCALES, Scale
 from dino_ssl.ablations.tables import TABLES, get_table
 from dino_ssl.config import differences, edit, from_dict, to_dict

@@ -1,11 +1,10 @@
 """Page of a study: our results with their spread next to the paper's, as Markdown with an image of the curves."""
 
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dino_ssl.ablations.results import EVALS, Study
+from dino_ssl.ablations.study import EVALS, Study
 from dino_ssl.ablations.table import CURVES, METRICS, Configuration
 from dino_ssl.config import differences, format_value
 from dino_ssl.files import atomic_write
@@ -15,11 +14,10 @@ from dino_ssl.run import Run
 NONE = "–"
 OPEN, CLOSE = "<!-- discussion: written by hand, kept when this page is generated again -->", "<!-- end -->"
 NO_DISCUSSION = "Discussion of these results: not written yet."
-SCALE_NOTES = {
-    "paper": "At the paper scale, network, epochs and crops are those of the paper.",
-    "small": "At the small scale, a small network is trained on small crops for minutes: compare the ranking of the "
-    "configurations with the paper, not the values.",
-}
+SCALE_SMALL = (
+    "A small network is trained on small crops for minutes: compare the ranking of the configurations with the paper, "
+    "not the values."
+)
 
 
 def write_page(study: Study, folder: Path | None = None) -> Path:
@@ -39,7 +37,7 @@ def _page(study: Study, discussion: str) -> str:
     table, data, results = study.table, study.data, study.results()
     fraction = data["val_fraction"]
     val_set = f"{fraction:.0%} of the images of every class, held out by the seed" if fraction else "the validation set"
-    references = "".join(f", {name} {value:.1f} %" for name, value in _reference_scores(study).items())
+    references = ", ".join(f"{name} {value:.1f} %" for name, value in _reference_scores(study).items()) or NONE
     versions = {f"{name} {version}" for result in results for name, version in result.versions.items()}
     total = duration(3600 * sum(result.values["hours"] for result in results))
     parts = [
@@ -49,7 +47,8 @@ def _page(study: Study, discussion: str) -> str:
         "classes.",
         _table(["", *result_columns(study)], ([i.title, *result_cells(study, i)] for i in table.configurations)),
         "Ours: the mean over the seeds, with the minimum, the maximum and the number of seeds n; 20-NN and linear "
-        f"on {val_set}{references}. {SCALE_NOTES[study.scale]}",
+        f"on {val_set}. Reference scores (20-NN): {references}.",
+        SCALE_SMALL if study.scale == "small" else "",
         "\n".join(f"- {message}" for message in _warnings(study)),
         f"Conclusion of the paper: {table.conclusion}",
         f"{OPEN}\n\n{discussion}\n\n{CLOSE}",
@@ -153,13 +152,10 @@ def _draw_curves(study: Study, path: Path) -> None:
                 xs, ys = run.line(name)
                 label, marker = None if i else item.title, "." if len(xs) < 25 else None
                 axes.plot(xs, ys, color=f"C{number}", linewidth=1.4, label=label, marker=marker)
-        references = _reference_scores(study) if name in EVALS else {}
-        if name == "entropy" and (prototypes := study.base.method.num_prototypes):
-            references = {"ln K": math.log(prototypes)}
-        for label, value in references.items():
+        for label, value in (_reference_scores(study) if name in EVALS else {}).items():
             axes.axhline(value, color="0.6", linestyle="--", linewidth=1)
             axes.annotate(label, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
-        axes.set_title(CURVES[name], fontsize=10)
+        axes.set_title(METRICS[name][0], fontsize=10)
         axes.set_xlabel("epoch")
         if name != "loss":
             axes.set_ylim(bottom=0)

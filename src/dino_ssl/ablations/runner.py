@@ -6,7 +6,6 @@ CONFIGURATION SEED LINEAR`, writes messages to log.txt, and result.json or faile
 
 import fcntl
 import json
-import math
 import os
 import signal
 import statistics
@@ -27,7 +26,8 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from dino_ssl import distributed, environment
-from dino_ssl.ablations.results import EVALS, FAILED, RESULT, Result, StudyRun, read_study
+from dino_ssl.ablations.study import EVALS, FAILED, RESULT, Result, StudyRun, read_study
+from dino_ssl.ablations.table import CURVES
 from dino_ssl.api.resolve import find_run, resumed
 from dino_ssl.api.session import run_session
 from dino_ssl.config import to_dict
@@ -174,7 +174,7 @@ def _train(study_run: StudyRun, rt: Runtime, terminal: Terminal) -> int | None:
         if not outcome.finished:
             return outcome.signal or signal.SIGTERM
     if rt.is_main and not path.is_file():
-        write_json(path, to_dict(_result_of_training(run, rt)))
+        write_json(path, to_dict(_result_of_training(study_run, rt)))
     return None
 
 
@@ -186,7 +186,7 @@ def _observer(study_run: StudyRun, rt: Runtime) -> Callable[[Event], None]:
     def observe(event: Event) -> None:
         nonlocal evaluate
         match event:
-            case Started() if study_run.study.table.evaluates_student and event.val_set is not None:
+            case Started() if "student 20-NN" in study_run.study.table.metrics and event.val_set is not None:
                 student: Any = event.method.trainable
                 knn = run.online_eval.prepare_knn(event.train_set, event.val_set, eval_context(run, rt))
                 evaluate = partial(knn, student.backbone)
@@ -200,19 +200,19 @@ def _observer(study_run: StudyRun, rt: Runtime) -> Callable[[Event], None]:
     return observe
 
 
-def _result_of_training(run: Run, rt: Runtime) -> Result:
+def _result_of_training(study_run: StudyRun, rt: Runtime) -> Result:
     """Return the last evaluation, the mean loss, entropy and KL of the last logged lines, and the cost."""
-    history, description = read_history(Path(run.out)), read_json(Path(run.out) / "run.json")
-    evals = {metric: history.evaluations[name][-1] for metric, name in EVALS.items() if name in history.evaluations}
-    values = {metric: scores["20-NN"] for metric, scores in evals.items() if "20-NN" in scores}
-    count = max(1, round(FINAL_FRACTION * len(history.training)))
-    curves = {name: history.line(name)[1][-count:] for name in ("teacher_entropy", "kl", "loss")}
-    values |= {name: statistics.fmean(points) for name, points in curves.items() if points}
-    if "teacher_entropy" in values and run.method.num_prototypes:
-        values["entropy"] = 100 * values.pop("teacher_entropy") / math.log(run.method.num_prototypes)
-    values |= {"hours": history.seconds / 3600, "memory": peak_memory(rt.device) / 2**30}
-    values |= {"images": history.training[-1]["step"] * run.optim.batch_size}
-    values |= {"images/s": statistics.median(history.line("images_per_s")[1] or [0])}
+    history, description = read_history(study_run.folder), read_json(study_run.folder / "run.json")
+    values = {
+        "hours": history.seconds / 3600,
+        "memory": peak_memory(rt.device) / 2**30,
+        "images": history.training[-1]["step"] * study_run.run.optim.batch_size,
+        "images/s": statistics.median(history.line("images_per_s")[1] or [0]),
+    }
+    for name in CURVES:
+        points = study_run.line(name)[1]
+        count = 1 if name in EVALS else max(1, round(FINAL_FRACTION * len(points)))
+        values |= {name: statistics.fmean(points[-count:])} if points else {}
     hardware = f"{machine().name}, threads per run: {torch.get_num_threads()}"
     references, versions = description["reference_scores"], description["versions"]
     return Result(values=values, references=references, machine=hardware, versions=versions)

@@ -24,16 +24,11 @@ METRICS = {
     "throughput": ("throughput, images/s", 0),
     "entropy": ("teacher entropy / ln K, %", 1),
     "kl": ("KL to the student, nats", 2),
+    "loss": ("loss, nats", 2),
 }
 """Title and decimals of each result of a configuration: the columns of a table."""
-CURVES = {
-    "loss": "Loss",
-    "20-NN": "20-NN of the teacher, %",
-    "student 20-NN": "20-NN of the student, %",
-    "entropy": "Entropy of the teacher h(P_t)",
-    "kl": "KL(P_t || P_s)",
-}
-"""Title of the chart of each metric that is measured during training, with a line for each run."""
+CURVES = ("loss", "20-NN", "student 20-NN", "entropy", "kl")
+"""Metrics that are measured during training."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +75,6 @@ class Table:
     """The base at scale small: one CPU core, minutes per run."""
     metrics: tuple[str, ...] = ("20-NN", "linear")
     """The columns, the most important first: names of METRICS."""
-
-    @property
-    def evaluates_student(self) -> bool:
-        """True if the student is evaluated as often as the teacher."""
-        return "student 20-NN" in self.metrics
 
     def base(self, scale: Scale) -> Run:
         """Return the base Run at this scale."""

@@ -12,7 +12,7 @@ from dino_ssl.errors import UserError, check_range
 from dino_ssl.terminal import Terminal, command_output
 
 if TYPE_CHECKING:
-    from dino_ssl.ablations.results import Study, StudyRun
+    from dino_ssl.ablations.study import Study, StudyRun
     from dino_ssl.ablations.table import Table
 
 EXAMPLES = """\
@@ -93,9 +93,8 @@ def _list_tables(terminal: Terminal) -> dict[str, Any]:
 def _run(options: AblateOptions, terminal: Terminal, write: Callable[[dict[str, Any]], None]) -> int:
     from dino_ssl import distributed
     from dino_ssl.ablations.page import write_page
-    from dino_ssl.ablations.results import StudyRun
     from dino_ssl.ablations.runner import missing_metrics, run_parallel, run_serial
-    from dino_ssl.ablations.study import link_shared_runs
+    from dino_ssl.ablations.study import StudyRun, link_shared_runs
     from dino_ssl.ablations.tables import get_table
     from dino_ssl.runtime import start
 
@@ -137,8 +136,7 @@ def _run(options: AblateOptions, terminal: Terminal, write: Callable[[dict[str, 
 
 
 def _study(options: AblateOptions, table: "Table", root: Path) -> "Study":
-    from dino_ssl.ablations.results import Study, read_study
-    from dino_ssl.ablations.study import resolve_study
+    from dino_ssl.ablations.study import Study, read_study, resolve_study
     from dino_ssl.data.sources import dataset_config
     from dino_ssl.presets import resolve
 

@@ -101,7 +101,7 @@ def report(argv: Sequence[str]) -> int:
 
 def _report_table(options: ReportOptions, terminal: Terminal) -> dict[str, Any]:
     from dino_ssl.ablations.page import write_page
-    from dino_ssl.ablations.results import find_study
+    from dino_ssl.ablations.study import find_study
     from dino_ssl.cli.ablate import print_results, study_json
 
     study = find_study(options.run, Path(options.tables), options.scale)
