@@ -81,37 +81,20 @@ def test_evaluations_do_not_change_training(trained: tuple[Run, list], tmp_path:
     assert not same_training(run, plain)
 
 
-def test_a_resumed_run_continues_the_schedule(trained: tuple[Run, list], tmp_path: Path) -> None:
-    """Stopped in the third epoch, after two evaluations; the resumed run adds the last ones, on the same network."""
-    expected, _ = trained
-    run = run_with_evals(tmp_path / "run")
-    fit(run, until=12)
-    assert [line["step"] for line in logged(run)[KNN_LABEL]] == [0, 10]
-    events = fit(read_run(Path(run.out)), resume=True)
-    assert [(e.name, e.clock.step) for e in events if isinstance(e, EvalDone)] == [(KNN_LABEL, 15), (MASKS_LABEL, 15)]
-    assert logged(run) == logged(expected)
-
-
 def test_a_resumed_run_repeats_an_interrupted_evaluation(trained: tuple[Run, list], tmp_path: Path) -> None:
-    """Stopped during the evaluation at the end of the second epoch, and again after it."""
+    """Stopped during the evaluation at the end of the second epoch, for which a checkpoint is saved, and after it."""
     expected, _ = trained
-    run = run_with_evals(tmp_path / "run")
+    run = edit(run_with_evals(tmp_path / "run"), save_minutes=60.0)
     for event in train(run, CPU, run.data.open()):
         if isinstance(event, EvalStarted) and event.clock.step == 10:
+            assert last(run)["step"] == 10
             break
     assert [line["step"] for line in logged(run)[KNN_LABEL]] == [0]
     events = fit(read_run(Path(run.out)), resume=True, until=12)
     assert [(e.name, e.clock.step) for e in events if isinstance(e, EvalDone)] == [(KNN_LABEL, 10)]
-    fit(read_run(Path(run.out)), resume=True)
+    events = fit(read_run(Path(run.out)), resume=True)
+    assert [(e.name, e.clock.step) for e in events if isinstance(e, EvalDone)] == [(KNN_LABEL, 15), (MASKS_LABEL, 15)]
     assert logged(run) == logged(expected)
-
-
-def test_the_checkpoint_is_saved_before_evaluations(tmp_path: Path) -> None:
-    run = edit(run_with_evals(tmp_path / "run"), save_minutes=60.0)
-    for event in train(run, CPU, run.data.open()):
-        if isinstance(event, EvalStarted) and event.clock.step:
-            assert last(run)["step"] == event.clock.step == 10
-            break
 
 
 @pytest.mark.parametrize(
