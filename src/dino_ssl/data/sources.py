@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from dino_ssl.data.adapters import AdaptedDataset, ExternalDataset, kind_of, open_paths
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset
 from dino_ssl.data.folder import Folder
-from dino_ssl.data.synthetic.scenes import SIMPLE_SCENES, Scenes, SyntheticDataset
+from dino_ssl.data.synthetic.scenes import SIMPLE_SCENES, Scenes
 from dino_ssl.errors import UserError
 from dino_ssl.progress import Progress
 
@@ -150,5 +150,4 @@ def synthetic_scenes(source: DatasetSource, **changes: Any) -> Scenes | None:
     """Return the settings of a synthetic source, with `changes` if it is given by name; None for other sources."""
     if isinstance(source, str | Path):
         return replace(WORDS[str(source)], **changes) if str(source) in WORDS else None
-    source = source.scenes if isinstance(source, SyntheticDataset) else source
-    return source if isinstance(source, Scenes) else None
+    return getattr(source, "scenes", None)

@@ -77,6 +77,11 @@ class Scenes(DatasetConfig):
         """The word `scenes`."""
         return "scenes"
 
+    @property
+    def scenes(self) -> "Scenes":
+        """These settings, as an opened `SyntheticDataset` has them."""
+        return self
+
     def __post_init__(self) -> None:
         check_range(self, "count", "seed", "clutter", least=0)
         check_range(self, "size", least=16)
