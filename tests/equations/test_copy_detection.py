@@ -96,7 +96,7 @@ def test_scores_are_averaged_by_block_and_strength() -> None:
     assert strengths == pytest.approx({"crops/10": 100, "crops/80": 10, "jpeg/3": 62.5, "strong": 100})
 
 
-SCENES = Scenes(count=6, size=32, part="test")
+SCENES = Scenes(count=4, size=32, part="test")
 CONVNET = Timm(name="resnet18", args=(("channels", "(8,8,16,16)"), ("layers", "(1,1,1,1)")))
 
 
@@ -108,9 +108,8 @@ def test_a_complete_evaluation(network: ViT | Timm) -> None:
     scores = prepared(backbone)
     assert list(scores) == ["mAP strong", "mAP crops", "mAP jpeg"]
     assert all(0 <= value <= 100 for value in scores.values())
-    assert scores.details["whitened dimensions"] == 29  # one fewer than the 30 whitening images
+    assert scores.details["whitened dimensions"] == 19  # one fewer than the 20 whitening images
     assert set(prepared.data) == {"copies", "originals", "distractors", "whitening"}
-    assert scores == prepared(backbone)
     fewer = CopyDetection(dimensions=8).prepare([SCENES.open()], EvalContext(size=32))(backbone)
     assert fewer.details["whitened dimensions"] == 8
     assert fewer.details["rank of the original"] != scores.details["rank of the original"]
@@ -173,4 +172,4 @@ def test_queries_are_in_the_order_of_the_copies() -> None:
     copies, _ = synthetic_copies(SCENES)
     names = list(pixel_scores([SCENES.open()], EvalContext(batch_size=7)).details["rank of the original"])
     assert names == copies.copies.names
-    assert np.array_equal(copies.original_of, np.repeat(np.arange(6), 15))
+    assert np.array_equal(copies.original_of, np.repeat(np.arange(4), 15))

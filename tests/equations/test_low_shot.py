@@ -39,13 +39,15 @@ def newton(features: Tensor, labels: Tensor, classes: int, decay: float) -> Tens
     for _ in range(50):
         w.requires_grad_()
         (gradient,) = torch.autograd.grad(objective(w), w)
+        if gradient.norm() < 1e-12:
+            break
         hessian = torch.autograd.functional.hessian(objective, w.detach())
         step = torch.linalg.solve(hessian, gradient)
         w, rate = w.detach(), 1.0
         while objective(w - rate * step) > objective(w) and rate > 1e-6:
             rate /= 2
         w = w - rate * step
-    return w.view(x.shape[1], classes)
+    return w.detach().view(x.shape[1], classes)
 
 
 # -- the regression ------------------------------------------------------------------------------------------------
