@@ -41,7 +41,7 @@ def resize_to_patches(image: np.ndarray, size: int, patch: int) -> np.ndarray:
 def require_attention(backbone: Backbone) -> Attentive:
     """Return the network, or raise UserError if it has no attention."""
     if not isinstance(backbone, Attentive):
-        raise UserError(f"{type(backbone).__name__} has no attention: expected a Vision Transformer, as dino_vits16.")
+        raise UserError(f"{type(backbone).__name__} has no attention: expected a Vision Transformer (dino_vits16).")
     return backbone
 
 

@@ -28,7 +28,7 @@ from dino_ssl.files import atomic_write
 from dino_ssl.models.backbone import Backbone
 
 Batches = Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor]]]
-"""Indices of images -> batches of (indices [b], uint8 images [b, 3, h, w])."""
+"""Indices of images -> batches of (indices [b], their uint8 images [b, 3, h, w] or features [b, D])."""
 
 GATHER_ROWS = 16384  # rows per collective: 50 MB at 768 dimensions
 

@@ -99,7 +99,7 @@ def _append_one(features: Tensor) -> Tensor:
 def class_rank(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the rank of the true class, 0 for the largest logit: [B, T, C], [B] -> [B, T].
 
-    Equal logits are ranked by ascending class. A classifier with non-finite logits ranks the true class after all.
+    Equal logits are ranked by ascending class. With non-finite logits, the true class is not among the first five.
     """
     true_logits = logits.gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1))
     classes = torch.arange(logits.shape[2], device=logits.device)

@@ -142,7 +142,7 @@ def _stem(name: Any) -> str:
 def _crop_queries(queries: ImageDataset, boxes: np.ndarray, file: Path) -> ImageDataset:
     boxed = CroppedImages(queries, boxes)
     area, inside = (np.maximum(b[:, 2:] - b[:, :2], 0).prod(axis=1) for b in (boxes, boxed.boxes))
-    for i in np.flatnonzero((inside < 1) | (inside < area / 2)).tolist():
-        box = f"the box {boxes[i].tolist()} is outside of {queries.names[i]}"
+    if outside := np.flatnonzero((inside < 1) | (inside < area / 2)).tolist():
+        box = f"the box {boxes[outside[0]].tolist()} is outside of {queries.names[outside[0]]}"
         raise UserError(f"{file}: {box}. Boxes are in pixels of the original files; expected those, not resized ones.")
     return boxed
