@@ -145,8 +145,10 @@ class CommandLine:
 
 def network_named(name: str) -> BackboneConfig:
     """Return the settings of vit_tiny/16, timm:resnet18 or MODULE:CLASS."""
-    is_builtin = ":" not in name or name.startswith("timm:")
-    return backbone_named(name) if is_builtin else import_type(name, BackboneConfig)()
+    if ":" not in name or name.startswith("timm:"):
+        return backbone_named(name)
+    kind: Any = import_type(name, BackboneConfig)
+    return kind()
 
 
 def method_kind(name: str) -> type[MethodConfig]:

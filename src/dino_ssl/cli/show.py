@@ -1,5 +1,6 @@
 """dino presets, dino show, dino report: lists of presets, settings of a run, and report pages."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +8,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dino_ssl.cli.images import Json, Trust
-from dino_ssl.cli.options import parse
+from dino_ssl.cli.images import Json, Trust, run_command
 from dino_ssl.config import to_dict
-from dino_ssl.terminal import Terminal, command_output
+from dino_ssl.terminal import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,64 +48,60 @@ class ReportOptions:
 
 def presets(argv: Sequence[str]) -> int:
     """Run `dino presets`."""
-    options = parse(PresetsOptions, argv, "dino presets", "  dino presets\n  dino show vits16")
-    with command_output(options.json) as (terminal, write_result):
-        from dino_ssl.presets import PRESETS
+    return run_command(_presets, PresetsOptions, argv, "dino presets", "  dino presets\n  dino show vits16")
 
-        texts = {name: " ".join((preset.__doc__ or "").split()) for name, preset in PRESETS.items()}
-        terminal.table("Presets", ("name", "description and published result"), list(texts.items()))
-        terminal.print("\ndino show NAME prints the settings; dino train photos/ --preset NAME trains with them.")
-        write_result({"presets": texts})
-    return 0
+
+def _presets(options: PresetsOptions, terminal: Terminal) -> dict[str, Any]:
+    from dino_ssl.presets import PRESETS
+
+    texts = {name: " ".join((preset.__doc__ or "").split()) for name, preset in PRESETS.items()}
+    terminal.table("Presets", ("name", "description and published result"), list(texts.items()))
+    terminal.print("\ndino show NAME prints the settings; dino train photos/ --preset NAME trains with them.")
+    return {"presets": texts}
 
 
 def show(argv: Sequence[str]) -> int:
     """Run `dino show`."""
     examples = "  dino show vits16\n  dino show runs/photos\n  dino show vits16 --json > run.json"
-    options = parse(ShowOptions, argv, "dino show", examples)
-    with command_output(options.json) as (terminal, write_result):
-        from dino_ssl.cli.command_line import typed
-        from dino_ssl.config import flatten
-        from dino_ssl.presets import resolve
-        from dino_ssl.run import read_run
+    return run_command(_show, ShowOptions, argv, "dino show", examples)
 
-        folder = Path(options.preset)
-        run = read_run(folder, trust=options.trust) if folder.is_dir() else resolve(options.preset)
-        settings: dict[str, Any] = to_dict(run)
-        rows = [
-            (name, str(value)) if isinstance(settings.get(name), dict) else typed(name, value)
-            for name, value in flatten(run).items()
-        ]
-        terminal.table(options.preset, ("setting", "value"), rows)
-        write_result(settings)
-    return 0
+
+def _show(options: ShowOptions, terminal: Terminal) -> dict[str, Any]:
+    from dino_ssl.cli.command_line import typed
+    from dino_ssl.config import flatten
+    from dino_ssl.presets import resolve
+    from dino_ssl.run import read_run
+
+    folder = Path(options.preset)
+    run = read_run(folder, trust=options.trust) if folder.is_dir() else resolve(options.preset)
+    rows = [
+        (name, value) if dataclasses.is_dataclass(getattr(run, name, None)) else typed(name, value)
+        for name, value in flatten(run).items()
+    ]
+    terminal.table(options.preset, ("setting", "value"), rows)
+    return to_dict(run)
 
 
 def report(argv: Sequence[str]) -> int:
     """Run `dino report`."""
     examples = "  dino report runs/photos\n  dino report table7\n  dino report fig6 --markdown docs/ablations"
-    options = parse(ReportOptions, argv, "dino report", examples)
-    with command_output(options.json) as (terminal, write_result):
-        folder = Path(options.run)
-        is_path = "/" in options.run or folder.exists()
-        if (folder / "run.json").is_file() or (is_path and not (folder / "study.json").is_file()):
-            from dino_ssl.report.run_report import write_report
-
-            path = write_report(folder, trust=options.trust)
-            terminal.print(f"Report     {path}")
-            write_result({"report": str(path)})
-        else:
-            write_result(_report_table(options, terminal))
-    return 0
+    return run_command(_report, ReportOptions, argv, "dino report", examples)
 
 
-def _report_table(options: ReportOptions, terminal: Terminal) -> dict[str, Any]:
+def _report(options: ReportOptions, terminal: Terminal) -> dict[str, Any]:
     from dino_ssl.ablations.page import write_page
     from dino_ssl.ablations.study import find_study
     from dino_ssl.cli.ablate import print_results, study_json
+    from dino_ssl.report.run_report import write_report
 
-    study = find_study(options.run, Path(options.tables), options.scale)
-    print_results(study, terminal)
-    page = write_page(study, None if options.markdown is None else Path(options.markdown))
+    folder, result = Path(options.run), {}
+    is_path = "/" in options.run or folder.exists()
+    if (folder / "run.json").is_file() or (is_path and not (folder / "study.json").is_file()):
+        page = write_report(folder, trust=options.trust)
+    else:
+        study = find_study(options.run, Path(options.tables), options.scale)
+        print_results(study, terminal)
+        page = write_page(study, None if options.markdown is None else Path(options.markdown))
+        result = study_json(study)
     terminal.print(f"Report     {page}")
-    return {**study_json(study), "report": str(page)}
+    return {**result, "report": str(page)}

@@ -87,8 +87,8 @@ def chart(
         legend += f'<span><i style="background:{color}"></i>{escape(name)} {value}</span>'
     for name, value in (references or {}).items():
         axes.axhline(value, color=GRAY, linewidth=0.9, linestyle="--")
-        position = dict(xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="right")
-        axes.annotate(f"{name} {_number(value)}{unit}", (1, value), **position, color=GRAY, fontsize=8)
+        label, right = f"{name} {_number(value)}{unit}", axes.get_yaxis_transform()
+        axes.text(1, value, label, transform=right, ha="right", va="bottom", color=GRAY, fontsize=8)
     axes.margins(x=0, y=0.1)
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     if from_zero:
