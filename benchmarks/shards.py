@@ -124,7 +124,7 @@ def main() -> None:
         dataset = pack(folder, paths["shards"])
         pack_ms = 1e3 * (time.perf_counter() - start) / len(dataset)
         times = measure(paths, options.rounds, options.batch)
-    kilobytes = float(dataset.columns["length"].mean()) / 1e3
+    kilobytes = float(np.mean(dataset.index["length"])) / 1e3
     machine = f"{processor()}, {os.cpu_count()} cores, one used"
     print(f"{machine}; {len(dataset)} images of {kilobytes:.1f} kB; batches of {options.batch}")
     print(f"medians of {options.rounds} interleaved rounds; packing took {pack_ms:.3f} ms per image, once")

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, fingerprint
-from dino_ssl.data.folder import FolderDataset, probe_files
+from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Skipped, fingerprint
+from dino_ssl.data.folder import FolderDataset, printable, readable_images
 from dino_ssl.errors import UserError
 from dino_ssl.progress import Progress
 
@@ -29,12 +29,12 @@ def open_paths(paths: Sequence[str | os.PathLike[str]], progress: Progress | Non
     names = [os.fspath(path) for path in paths]
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"The list of paths contains {repeated[0]} more than once; expected unique paths.")
-    files, sizes, skipped = probe_files(names, progress)
-    if not files:
-        reason = f": {skipped[0].name}: {skipped[0].reason}" if skipped else "."
-        raise UserError(f"None of the {len(names)} paths is a usable image{reason}")
-    printable = [os.fsencode(file).decode("utf-8", "backslashreplace") for file in files]
-    return FolderDataset("", files, printable, sizes, None, (), skipped, Counter())
+    skipped: list[Skipped] = []
+    images = list(readable_images(names, printable, skipped, progress, len(names)))
+    if not images:
+        raise UserError(f"None of the {len(names)} paths is a usable image: {skipped[0].name}: {skipped[0].reason}")
+    files, names, sizes = zip(*images, strict=True)
+    return FolderDataset("", files, names, sizes, None, (), skipped)
 
 
 class AdaptedDataset(ImageDataset):

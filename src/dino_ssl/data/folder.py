@@ -2,17 +2,17 @@
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Reduction, Skipped
 from dino_ssl.data.decode import MAX_PIXELS, SUFFIXES, decode, probe
-from dino_ssl.data.shard_index import map_in_order
 from dino_ssl.data.shards import is_shards, open_shards
+from dino_ssl.data.workers import map_in_order
 from dino_ssl.errors import UserError
 from dino_ssl.progress import Progress
 
@@ -52,52 +52,43 @@ class Folder(DatasetConfig):
         root = self.folder
         if is_shards(root):
             return open_shards(root, progress)
-        if not root.exists():
-            raise UserError(f"There is no folder {self.path}. Check the path.")
-        if not root.is_dir():
-            raise UserError(
-                f"Expected a folder of images, got the file {self.path}. Did you mean its folder, {root.parent}/?"
-            )
         skipped: list[Skipped] = []
-        ignored: Counter[str] = Counter()
-        paths = sorted(walk(root, skipped, ignored), key=os.fsencode)
-        files, sizes, bad = probe_files(paths, progress)
-        skipped += (Skipped(printable(path, root), reason) for path, reason in bad)
-        if not files:
-            raise UserError(_no_images(self.path, skipped, ignored))
-        names = [printable(file, root) for file in files]
+        paths = list(walk(root, skipped))
+        images = list(readable_images(paths, partial(printable, root=root), skipped, progress, len(paths)))
+        if not images:
+            raise no_images(root, skipped)
+        files, names, sizes = zip(*images, strict=True)
         labels, classes = class_folders(names)
-        return FolderDataset(root, files, names, sizes, labels, classes, sorted(skipped), ignored)
+        return FolderDataset(root, files, names, sizes, labels, classes, sorted(skipped))
 
 
-def probe_files(
-    paths: Sequence[str], progress: Progress | None = None
-) -> tuple[list[str], list[tuple[int, int]], list[Skipped]]:
-    """Read the headers of image files; return (usable files, their sizes (width, height), unusable files)."""
-    files: list[str] = []
-    sizes: list[tuple[int, int]] = []
-    bad: list[Skipped] = []
+def readable_images(
+    paths: Iterable[str],
+    name: Callable[[str], str],
+    skipped: list[Skipped],
+    progress: Progress | None = None,
+    total: int = 0,
+) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """Yield (path, name, (width, height)) of the images by their headers, in order; add other files to `skipped`."""
     threads = min(16, 4 + (os.cpu_count() or 1))  # they mostly wait for disks
-    for done, (path, result) in enumerate(zip(paths, map_in_order(_probe, paths, threads, 1000), strict=True), 1):
+    for done, (path, result) in enumerate(map_in_order(_probe, paths, threads, chunk=25), 1):
         if isinstance(result, str):
-            bad.append(Skipped(path, result))
+            skipped.append(Skipped(name(path), result))
         else:
-            files.append(path)
-            sizes.append(result)
+            yield path, name(path), result
         if progress is not None:
-            progress(done, len(paths))
-    return files, sizes, bad
+            progress(done, total)
 
 
-def _probe(path: str) -> tuple[int, int] | str:
+def _probe(path: str) -> tuple[str, tuple[int, int] | str]:
     try:
-        return probe(path)
+        return path, probe(path)
     except BadImage as bad:
-        return bad.reason
+        return path, bad.reason
 
 
 class FolderDataset(ImageDataset):
-    """Image files; `ignored` counts the files of the folder that are "hidden", or are not images ("other")."""
+    """Image files."""
 
     def __init__(
         self,
@@ -108,19 +99,15 @@ class FolderDataset(ImageDataset):
         labels: np.ndarray | None,
         classes: Sequence[str],
         skipped: Sequence[Skipped],
-        ignored: Counter[str],
     ) -> None:
         super().__init__(names=names, sizes=sizes, labels=labels, classes=classes, skipped=skipped)
-        self.root, self.ignored = str(root), ignored
+        self.root = str(root)
         # Only names that are not UTF-8 differ from root/name; a second list of a million paths would take memory.
         self._unprintable = {i: f for i, f in enumerate(files) if os.path.join(root, names[i]) != f}
 
     def encoded(self, index: int) -> bytes:
         """Return the content of the file of image `index`."""
-        try:
-            return Path(self._file(index)).read_bytes()
-        except OSError as error:
-            raise BadImage(self.names[index], error.strerror or str(error)) from error
+        return read_bytes(self._file(index))
 
     def read(self, index: int) -> np.ndarray:
         """Return image `index`, uint8 RGB [height, width, 3]."""
@@ -146,6 +133,14 @@ class FolderDataset(ImageDataset):
         return self._unprintable.get(index) or os.path.join(self.root, self.names[index])
 
 
+def read_bytes(path: str) -> bytes:
+    """Return the content of a file; raise BadImage if it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadImage(path, error.strerror or str(error)) from error
+
+
 def class_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
     """Return (labels [N], classes) of names like `cat/1.jpg`; (None, []) without class folders.
 
@@ -153,86 +148,88 @@ def class_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
     called train, val, test or similar, the second level is used under the same condition.
     """
     level, classes = class_level(names)
-    return (labels_of(names, level, classes) if classes else None), classes
+    label = {name: i for i, name in enumerate(classes)}
+    return (np.array([label[name.split("/")[level]] for name in names]) if classes else None), classes
 
 
 def class_level(names: Iterable[str]) -> tuple[int, list[str]]:
     """Return (level of the class folder in the path, all classes); no classes without class folders."""
-    first: set[str] = set()
-    second: set[str] = set()
-    in_splits = True
+    levels: tuple[set[str], set[str]] = set(), set()
+    depth = 2  # of the shallowest image
     for name in names:
-        parts = name.split("/")
-        if len(parts) < 2:
-            return 0, []
-        in_splits = in_splits and len(parts) > 2 and parts[0].lower() in SPLITS
-        first.add(parts[0])
-        if in_splits:
-            second.add(parts[1])
-    classes = sorted(second if in_splits else first)
-    if len(classes) < 2 or SPLITS.issuperset(c.lower() for c in classes):
-        return 0, []
-    return int(in_splits), classes
+        folders = name.split("/")[:-1][:depth]
+        depth = len(folders)
+        for level, folder in zip(levels, folders, strict=False):
+            level.add(folder)
+    level = int(depth == 2 and SPLITS.issuperset(map(str.lower, levels[0])))
+    classes = sorted(levels[level])
+    is_split = SPLITS.issuperset(map(str.lower, classes))
+    return (0, []) if depth == 0 or len(classes) < 2 or is_split else (level, classes)
 
 
-def labels_of(names: Sequence[str], level: int, classes: Sequence[str]) -> np.ndarray:
-    """Return the label of each image, [N] int64."""
-    label = {name: i for i, name in enumerate(classes)}
-    return np.fromiter((label[name.split("/")[level]] for name in names), np.int64, len(names))
+def printable(file: str, root: Path | None = None) -> str:
+    r"""Return a path (below root) with `/`; bytes that are not UTF-8 become \xNN, so that every output can hold it."""
+    path = file if root is None else os.path.relpath(file, root).replace(os.sep, "/")
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def printable(file: str, root: Path) -> str:
-    r"""Return the path below root with `/`; bytes that are not UTF-8 become \xNN, so that every output can hold it."""
-    relative = os.path.relpath(file, root).replace(os.sep, "/")
-    return os.fsencode(relative).decode("utf-8", "backslashreplace")
+def walk(root: Path, skipped: list[Skipped]) -> Iterator[str]:
+    """Yield the image files below root by their suffixes, sorted by path, and add unreadable folders to `skipped`.
 
-
-def walk(root: Path, skipped: list[Skipped], ignored: Counter[str]) -> Iterator[str]:
-    """Yield the image files below root in no defined order, by their suffixes.
-
-    Adds folders that cannot be listed to `skipped` and counts other files in `ignored`. Each real folder is entered
-    once, so links to a parent do not loop. Links to folders are followed last, so that the name of an image does not
-    depend on links to it.
+    Raises UserError if root is not a folder. Hidden files and folders are ignored. Each real folder is entered once:
+    a link to a folder is followed unless its target is listed anyway, so the name of an image does not depend on links.
+    Memory is that of the names in one folder at a time.
     """
-    visited: set[tuple[int, int]] = set()
-    folders, links = [str(root)], []
-    while folders or links:
-        folder = folders.pop() if folders else links.pop(0)
-        below: list[os.DirEntry[str]] = []
+    if not root.is_dir():
+        parent = f"Expected a folder of images, got the file {root}. Did you mean its folder, {root.parent}/?"
+        raise UserError(parent if root.exists() else f"There is no folder {root}. Check the path.")
+    listed, visited = [Path(os.path.realpath(root))], set()
+
+    def below(folder: str) -> Iterator[str]:
+        names: list[bytes] = []
         try:
             status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in visited:
-                continue
-            visited.add((status.st_dev, status.st_ino))
-            for entry in _entries(folder):
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    ignored["hidden"] += 1
-                elif entry.is_dir():
-                    below.append(entry)
-                elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-                    yield entry.path
-                else:
-                    ignored["other"] += 1
+            if (status.st_dev, status.st_ino) not in visited:
+                visited.add((status.st_dev, status.st_ino))
+                with os.scandir(folder) as entries:  # with a / at the end, folders sort as their files' paths do
+                    names = sorted(os.fsencode(e.name) + b"/" * e.is_dir() for e in entries if not _is_hidden(e.name))
         except OSError as error:
             skipped.append(Skipped(printable(folder, root), f"the folder cannot be listed: {error.strerror}"))
-        for entry in sorted(below, key=lambda entry: entry.name):
-            (links if entry.is_symlink() else folders).append(entry.path)
+        for name in names:
+            path = os.path.join(folder, os.fsdecode(name.rstrip(b"/")))
+            if not name.endswith(b"/"):
+                if os.path.splitext(path)[1].lower() in SUFFIXES:
+                    yield path
+            elif not os.path.islink(path):
+                yield from below(path)
+            elif not _is_below(target := Path(os.path.realpath(path)), listed):
+                listed.append(target)
+                yield from below(path)
+
+    yield from below(str(root))
 
 
-def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        yield from entries
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
-def _no_images(path: str, skipped: Sequence[Skipped], ignored: Counter[str]) -> str:
+def _is_below(target: Path, folders: Iterable[Path]) -> bool:
+    """Return True if the files in `target` are listed as those of one of `folders`."""
+    parts = [target.relative_to(folder).parts for folder in folders if target.is_relative_to(folder)]
+    return any(not any(map(_is_hidden, path)) for path in parts)
+
+
+def no_images(root: Path, skipped: Sequence[Skipped]) -> UserError:
+    """Return the error of a folder without usable images."""
     if not skipped:
-        others = f" It has {ignored.total()} other or hidden files." if ignored.total() else ""
-        return (
-            f"There are no images in {path}.{others} Expected files named {', '.join(sorted(SUFFIXES))}, at any depth."
+        number = sum(len(files) for *_, files in os.walk(root))
+        others = f" It has {number} other or hidden files." if number else ""
+        return UserError(
+            f"There are no images in {root}.{others} Expected files named {', '.join(sorted(SUFFIXES))}, at any depth."
         )
     reasons = "\n".join(f"  {name}: {reason}" for name, reason in sorted(skipped)[:5])
     more = f"\n  ... and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-    return (
-        f"None of the {len(skipped)} files in {path} is a usable image:\n{reasons}{more}\n"
+    return UserError(
+        f"None of the {len(skipped)} files in {root} is a usable image:\n{reasons}{more}\n"
         f"Expected complete JPEG, PNG, WebP, BMP, GIF or TIFF files of at most {MAX_PIXELS} pixels."
     )

@@ -1,8 +1,8 @@
 """The index of tar shards: one row per image, in an uncompressed Arrow file that is memory-mapped.
 
 Columns: `shard` (number of the tar file), `offset` and `length` of the image's bytes in it, `size` (width and height in
-pixels once decoded), `label` (-1 if unknown), `crc32` of the bytes, and `path`. There is one record batch, so that each
-column is one contiguous array, which is mapped and never loaded as a whole.
+pixels once decoded), `label` (-1 if unknown), `crc32` of the bytes, and `path`. Each shard is one record batch, written
+when the shard is complete.
 """
 
 import json
@@ -10,12 +10,11 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,13 +22,12 @@ from dino_ssl.data.dataset import BadImage, Skipped
 from dino_ssl.data.decode import SUFFIXES, probe
 from dino_ssl.files import atomic_write
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 INDEX = "index.arrow"
-DTYPES = {"shard": "int32", "offset": "int64", "length": "int64", "size": "int64", "label": "int64", "crc32": "uint32"}
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 """(key, extension) of a member in WebDataset's layout: the extension begins at the first dot of the file name."""
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 class ImageRow(NamedTuple):
@@ -43,73 +41,75 @@ class ImageRow(NamedTuple):
     class_name: str | None
 
 
-def write_index(
-    directory: Path, shards: Iterable[Sequence[ImageRow]], classes: Sequence[str] | None
-) -> Sequence[str] | None:
-    """Write index.arrow for the images of `shards` in order, and return the classes in the order of their labels.
-
-    If `classes` is None, all class names are taken: numbers by value, then text. Returns None if there is no image.
-    """
+def write_index(directory: Path, shards: Iterable[Sequence[ImageRow]], labels: dict[str, int]) -> None:
+    """Write index.arrow for the images of `shards`, in order; classes that `labels` lacks get the next label."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    types = {name: getattr(pa, dtype)() for name, dtype in DTYPES.items() if name != "label"}
-    types |= {"size": pa.list_(pa.int64(), 2), "path": pa.large_string(), "class_name": pa.large_string()}
-    schema = pa.schema(types.items())
-    batches = (
-        pa.RecordBatch.from_pylist([row._asdict() | {"shard": number} for row in rows], schema)
-        for number, rows in enumerate(shards)
-    )
-    table = pa.Table.from_batches(batches, schema).combine_chunks()
-    if not len(table):
-        return None
-    if classes is None:
-        classes = sorted(table["class_name"].unique().drop_null().to_pylist(), key=_class_order)
-    options = pc.SetLookupOptions(pa.array(classes, pa.large_string()))
-    label = pc.call_function("index_in", [table["class_name"]], options).fill_null(-1).cast(pa.int64())
-    table = table.drop_columns("class_name").append_column("label", label)
+    def batches() -> "Iterator[pa.RecordBatch]":
+        for number, rows in enumerate(shards):
+            label = [-1 if row.class_name is None else labels.setdefault(row.class_name, len(labels)) for row in rows]
+            columns = {name: [getattr(row, name) for row in rows] for name in ImageRow._fields}
+            yield pa.RecordBatch.from_pydict(columns | {"shard": [number] * len(rows), "label": label}, _schema())
 
-    def write(aside: Path) -> None:
-        with pa.ipc.new_file(str(aside), table.schema) as writer:
-            writer.write_table(table)
+    _write(directory / INDEX, batches())
 
-    atomic_write(directory / INDEX, write)
+
+def sort_labels(directory: Path, labels: dict[str, int]) -> list[str]:
+    """Renumber the labels in index.arrow by class, numbers by value, then text; return the classes in this order."""
+    import pyarrow as pa
+
+    classes = sorted(labels, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
+    rank = {name: label for label, name in enumerate(classes)}
+    new_labels = np.array([*map(rank.get, labels), -1])  # indexed by the old labels; the last one is that of -1
+    file = directory / INDEX
+    columns = ((batch, pa.array(new_labels[numbers(batch["label"])])) for batch in read_batches(file))
+    _write(file, (batch.set_column(batch.schema.names.index("label"), "label", column) for batch, column in columns))
     return classes
 
 
-def _class_order(name: str) -> tuple[int, int, str]:
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
-
-
-def map_index(file: Path) -> dict[str, np.ndarray]:
-    """Return the columns of index.arrow as mapped arrays; raise OSError or ValueError if it is damaged.
-
-    `size` is [N, 2]. `path` is UTF-8 text, divided by the N + 1 `path_ends`. Arrays are writable, as torch requires,
-    but changes stay in the process.
-    """
+def _schema() -> "pa.Schema":
     import pyarrow as pa
 
-    mapped = np.asarray(np.memmap(file, np.uint8, "c"))
-    batch = pa.ipc.open_file(pa.py_buffer(mapped)).get_batch(0)
-    batch.validate()
-
-    def view(buffer: Any, dtype: str, count: int) -> np.ndarray:
-        start = buffer.address - mapped.ctypes.data
-        return mapped[start : start + count * np.dtype(dtype).itemsize].view(dtype)
-
-    counts = {name: 2 * len(batch) if name == "size" else len(batch) for name in DTYPES}
-    columns = {name: view(batch[name].buffers()[-1], DTYPES[name], count) for name, count in counts.items()}
-    _, ends, text = batch["path"].buffers()
-    columns |= {"path": view(text, "uint8", text.size), "path_ends": view(ends, "int64", len(batch) + 1)}
-    return columns | {"size": columns["size"].reshape(-1, 2)}
+    types = dict(shard=pa.int32(), offset=pa.int64(), length=pa.int64(), size=pa.list_(pa.int64(), 2))
+    return pa.schema({**types, "label": pa.int64(), "crc32": pa.uint32(), "path": pa.large_string()})
 
 
-def map_in_order(function: Callable[[A], B], items: Iterable[A], threads: int, window: int) -> Iterator[B]:
-    """Yield function(item) in order, computed by threads, at most `window` items ahead."""
-    items = iter(items)
-    with ThreadPoolExecutor(threads) as pool:
-        while chunk := list(islice(items, window)):
-            yield from pool.map(function, chunk)
+def _write(file: Path, batches: "Iterable[pa.RecordBatch]") -> None:
+    import pyarrow as pa
+
+    def write(aside: Path) -> None:
+        with pa.ipc.new_file(str(aside), _schema()) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+
+    atomic_write(file, write)
+
+
+def read_batches(file: Path) -> "Iterator[pa.RecordBatch]":
+    """Yield the record batches of index.arrow, which are read one at a time."""
+    import pyarrow as pa
+
+    with pa.OSFile(str(file)) as source, pa.ipc.open_file(source) as reader:
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+
+
+def map_index(file: Path) -> "pa.Table":
+    """Return index.arrow as a mapped table; raise OSError or ValueError if it is damaged."""
+    import pyarrow as pa
+
+    table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    table.validate()
+    return table
+
+
+def numbers(column: Any) -> np.ndarray:
+    """Return a column of numbers, or [N, 2] sizes, as a writable array in memory."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_fixed_size_list(column.type):
+        return np.array(pc.call_function("list_flatten", [column])).reshape(-1, 2)
+    return np.array(column)
 
 
 def scan_shard(shard: Path) -> tuple[list[ImageRow], list[Skipped]]:
@@ -125,6 +125,7 @@ def scan_shard(shard: Path) -> tuple[list[ImageRow], list[Skipped]]:
             named = ((match, file) for file in tar if file.isreg() and (match := MEMBER.fullmatch(file.name)))
             for _, sample in groupby(named, lambda item: item[0][1]):
                 members = {match[2].lower(): file for match, file in sample}
+                tar.members.clear()  # the list would take a kilobyte for each member
                 image = next((file for extension, file in members.items() if f".{extension}" in SUFFIXES), None)
                 if image is None:
                     continue

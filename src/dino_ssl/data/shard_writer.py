@@ -4,25 +4,39 @@ Shards are written one after the other into `OUT.part`, each of them atomically;
 one. Its result has the same bytes as that of an uninterrupted run. The directory is renamed at the end.
 """
 
+import hashlib
 import io
 import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from dino_ssl.config import differences, to_dict
-from dino_ssl.data.dataset import BadImage, ImageDataset
+from dino_ssl.data.dataset import BadImage, Skipped
 from dino_ssl.data.decode import decode, probe
-from dino_ssl.data.folder import Folder
-from dino_ssl.data.shard_index import ImageRow, map_in_order, scan_shard, write_index
-from dino_ssl.data.shards import INFO, PackSettings, ShardDataset, ShardInfo, read_info, write_info
+from dino_ssl.data.folder import class_level, no_images, printable, read_bytes, readable_images, walk
+from dino_ssl.data.shard_index import ImageRow, scan_shard, write_index
+from dino_ssl.data.shards import (
+    INFO,
+    PackSettings,
+    ShardDataset,
+    ShardInfo,
+    is_shards,
+    open_shards,
+    read_info,
+    write_info,
+)
+from dino_ssl.data.workers import map_in_order
 from dino_ssl.errors import UserError
 from dino_ssl.files import PART, atomic_write, remove_parts, write_errors, write_json
 from dino_ssl.progress import Progress
@@ -31,8 +45,25 @@ SHARD = "shard-{:06d}.tar"
 THREADS = min(16, 4 + (os.cpu_count() or 1))  # mostly waiting for disks
 EXTENSIONS = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "apng": "png", "dib": "bmp", "tif": "tiff"}
 """Extensions of members in the spelling that other readers expect."""
-Stored = tuple[bytes, tuple[int, int], str]
-"""An image file as it is stored: its bytes, (width, height) and extension."""
+
+
+class Source(NamedTuple):
+    """An image to be packed."""
+
+    name: str
+    class_name: str | None
+    read: Callable[[], bytes]
+    """Return the content of its file; raises BadImage."""
+
+
+class Packed(NamedTuple):
+    """An image as it is stored."""
+
+    source: Source
+    data: bytes
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    extension: str
 
 
 def pack(
@@ -41,8 +72,9 @@ def pack(
     """Write the images of the folder `source` as tar shards into the directory `out`, and open it.
 
     The dataset equals that of the folder, except for images that `settings` makes smaller. A run that was stopped is
-    resumed; if `out` is complete, nothing is written. Raises UserError if the folder or the settings are not those that
-    `out` was started with, or if a file cannot be read or written.
+    resumed; if `out` is complete, nothing is written. Memory does not grow with the number of images: the folder is
+    listed twice, first to find its classes and the files that cannot be used. Raises UserError if the folder or the
+    settings are not those that `out` was started with, or if a file cannot be read or written.
 
     Args:
         source: a folder of images, or shards.
@@ -51,15 +83,9 @@ def pack(
         progress: called while the folder is read, then with (packed images, all images).
     """
     source, out, settings = Path(source).expanduser(), Path(out).expanduser(), settings or PackSettings()
-    dataset = Folder(path=str(source)).open(progress)
-    info = ShardInfo(
-        source=source.resolve().name,
-        settings=settings,
-        images=len(dataset),
-        classes=tuple(dataset.classes),
-        skipped=tuple(dataset.skipped),
-        source_key=dataset.content_key,
-    )
+    open_source = _open_shards if is_shards(source) else _open_folder
+    info, images = open_source(source, progress)
+    info = replace(info, source=source.resolve().name, settings=settings)
     if out.exists():
         _check_unchanged(out, info)
         return ShardDataset(out)
@@ -69,13 +95,63 @@ def pack(
         _check_unchanged(part, info)
     else:
         write_json(part / INFO, to_dict(info))
-    write_index(part, _shards(part, dataset, settings, progress), info.classes)
-    if dataset.content_key != info.source_key:
-        raise UserError(f"Images in {source} changed while they were packed. Remove {part} and start again.")
+    labels = {name: label for label, name in enumerate(info.classes)}
+    write_index(part, _shards(part, images, info, labels, progress), labels)
     write_info(part, part, info)
     with write_errors(out):
         os.rename(part, out)
     return ShardDataset(out)
+
+
+def _open_shards(path: Path, progress: Progress | None) -> tuple[ShardInfo, Iterator[Source]]:
+    dataset = open_shards(path, progress)
+    classes, labels = [*dataset.classes, None], dataset.labels
+    images = (
+        Source(dataset.names[i], classes[-1 if labels is None else labels[i]], partial(dataset.encoded, i))
+        for i in range(len(dataset))
+    )
+    return _info(len(dataset), dataset.classes, dataset.skipped, dataset.content_key), images
+
+
+def _open_folder(root: Path, progress: Progress | None) -> tuple[ShardInfo, Iterator[Source]]:
+    """Read all headers; the returned images raise UserError at the end if files were changed, added or removed."""
+    skipped: list[Skipped] = []
+    count, digest = 0, hashlib.sha256()
+
+    def names() -> Iterator[str]:
+        nonlocal count
+        for path, name, _ in readable_images(walk(root, skipped), partial(printable, root=root), skipped, progress):
+            count += 1
+            digest.update(_file_key(path, name))
+            yield name
+
+    level, classes = class_level(names())
+    if not count:
+        raise no_images(root, skipped)
+    skipped.sort()
+    key = digest.hexdigest()
+
+    def images() -> Iterator[Source]:
+        unusable, digest = {name for name, _ in skipped}, hashlib.sha256()
+        for path in walk(root, []):
+            if (name := printable(path, root)) not in unusable:
+                digest.update(_file_key(path, name))
+                yield Source(name, name.split("/")[level] if classes else None, partial(read_bytes, path))
+        if digest.hexdigest() != key:
+            raise UserError(
+                f"Images in {root} changed while they were packed. Remove the incomplete shards and start again."
+            )
+
+    return _info(count, classes, skipped, key), images()
+
+
+def _info(images: int, classes: list[str], skipped: list[Skipped], source_key: str) -> ShardInfo:
+    return ShardInfo(images=images, classes=tuple(classes), skipped=tuple(skipped), source_key=source_key[:16])
+
+
+def _file_key(path: str, name: str) -> bytes:
+    status = os.stat(path)
+    return f"{name} {status.st_size} {status.st_mtime_ns}\0".encode()
 
 
 def _check_unchanged(directory: Path, info: ShardInfo) -> None:
@@ -95,53 +171,53 @@ def _check_unchanged(directory: Path, info: ShardInfo) -> None:
 
 
 def _shards(
-    part: Path, dataset: ImageDataset, settings: PackSettings, progress: Progress | None
+    part: Path, images: Iterator[Source], info: ShardInfo, labels: dict[str, int], progress: Progress | None
 ) -> Iterator[list[ImageRow]]:
     """Yield the rows of each shard: first of those that exist, then of the others, which are written."""
+    assert info.settings is not None
     done, number = 0, 0
     while (tar := part / SHARD.format(number)).exists():
         rows, damage = scan_shard(tar)
         if damage or not rows:
             break
-        yield [
-            row._replace(path=dataset.names[index], class_name=_class_name(dataset, index))
-            for index, row in enumerate(rows, done)
-        ]
+        pairs = zip(rows, images, strict=False)
+        yield [row._replace(path=source.name, class_name=source.class_name) for row, source in pairs]
         done, number = done + len(rows), number + 1
-    images = map_in_order(
-        lambda index: _load(dataset, index, settings), range(done, len(dataset)), THREADS, 4 * THREADS
-    )
-    stream = enumerate(images, done)
-    while done < len(dataset):
-        rows = _write_shard(part / SHARD.format(number), dataset, stream, settings.shard_size * 2**20, progress)
-        yield rows
-        done, number = done + len(rows), number + 1
+    stream = enumerate(map_in_order(partial(_load, info.settings), images, THREADS), done)
+    for first in stream:
+        yield _write_shard(part / SHARD.format(number), chain([first], stream), info, labels, progress)
+        number += 1
 
 
 def _write_shard(
-    shard: Path, dataset: ImageDataset, images: Iterator[tuple[int, Stored]], limit: float, progress: Progress | None
+    shard: Path,
+    images: Iterator[tuple[int, Packed]],
+    info: ShardInfo,
+    labels: dict[str, int],
+    progress: Progress | None,
 ) -> list[ImageRow]:
-    """Write a tar file atomically, with images until it has `limit` bytes; return their rows."""
-    rows: list[ImageRow] = []
+    """Write a tar file atomically, with images until it is complete; return their rows."""
+    assert info.settings is not None
+    limit, rows = info.settings.shard_size * 2**20, []
 
     def write(aside: Path) -> None:
         with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for index, (data, size, extension) in images:
-                path, class_name = dataset.names[index], _class_name(dataset, index)
+            for index, (source, data, size, extension) in images:
                 offset = tar.offset + tarfile.BLOCKSIZE  # the member's header comes first
-                rows.append(ImageRow(path, offset, len(data), size, zlib.crc32(data), class_name))
-                members, description = {extension: data}, {"path": path}
-                if class_name is not None and dataset.labels is not None:
-                    label = int(dataset.labels[index])
+                rows.append(ImageRow(source.name, offset, len(data), size, zlib.crc32(data), source.class_name))
+                members, description = {extension: data}, {"path": source.name}
+                if source.class_name is not None:
+                    label = labels[source.class_name]
                     members["cls"] = str(label).encode()
-                    description |= {"label": label, "class": class_name}
+                    description |= {"label": label, "class": source.class_name}
                 members["json"] = json.dumps(description, ensure_ascii=False).encode()
                 for name, content in members.items():
                     member = tarfile.TarInfo(f"{index:09d}.{name}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
+                tar.members.clear()  # the list would take a kilobyte for each member
                 if progress is not None:
-                    progress(index + 1, len(dataset))
+                    progress(index + 1, info.images)
                 if tar.offset >= limit:
                     break
 
@@ -149,26 +225,20 @@ def _write_shard(
     return rows
 
 
-def _class_name(dataset: ImageDataset, index: int) -> str | None:
-    label = -1 if dataset.labels is None else dataset.labels[index]
-    return dataset.classes[label] if label >= 0 else None
-
-
-def _load(dataset: ImageDataset, index: int, settings: PackSettings) -> Stored:
-    """Return image `index` as it is stored; raise UserError if its file cannot be read or has changed."""
-    name = dataset.names[index]
+def _load(settings: PackSettings, source: Source) -> Packed:
+    """Return the image as it is stored; raise UserError if its file cannot be read."""
     try:
-        data = dataset.encoded(index)
-        size = probe(name, data)
+        data = source.read()
+        size = probe(source.name, data)
     except BadImage as bad:
-        raise UserError(f"{name} cannot be read: {bad.reason}. Make it readable; the same command resumes.") from bad
-    if size != tuple(dataset.sizes[index]):
-        raise UserError(f"{name} changed while it was packed. Remove the incomplete shards and start again.")
+        raise UserError(
+            f"{source.name} cannot be read: {bad.reason}. Make it readable; the same command resumes."
+        ) from bad
     if settings.side is not None and min(size) > settings.side:
         with suppress(BadImage):  # stored unchanged: training skips it, as it does in the folder
-            return *downscale(decode(name, data), settings), "jpg"
-    extension = os.path.splitext(name)[1][1:].lower()
-    return data, size, EXTENSIONS.get(extension, extension)
+            return Packed(source, *downscale(decode(source.name, data), settings), "jpg")
+    extension = os.path.splitext(source.name)[1][1:].lower()
+    return Packed(source, data, size, EXTENSIONS.get(extension, extension))
 
 
 def downscale(image: np.ndarray, settings: PackSettings) -> tuple[bytes, tuple[int, int]]:

@@ -23,7 +23,17 @@ import numpy as np
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.data.dataset import BadImage, ImageDataset, Reduction, Skipped, StoredNames, fingerprint
 from dino_ssl.data.decode import SUFFIXES, decode
-from dino_ssl.data.shard_index import INDEX, ImageRow, map_in_order, map_index, scan_shard, write_index
+from dino_ssl.data.shard_index import (
+    INDEX,
+    ImageRow,
+    map_index,
+    numbers,
+    read_batches,
+    scan_shard,
+    sort_labels,
+    write_index,
+)
+from dino_ssl.data.workers import map_in_order
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.files import PART, write_errors, write_json
 from dino_ssl.progress import Progress
@@ -127,13 +137,13 @@ class ShardDataset(ImageDataset):
             if actual != length:
                 raise UserError(f"{path / name}: expected {length} bytes, got {actual}. Copy the shards again.")
         try:
-            self.columns = map_index(self.directory / INDEX)
+            self.index = map_index(self.directory / INDEX)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.directory / INDEX} is damaged ({error}). Copy it again.") from error
         super().__init__(
-            names=_names(self.columns),
-            sizes=self.columns["size"],
-            labels=self.columns["label"] if self.info.classes else None,
+            names=StoredNames(self.index["path"].cast("large_binary")),
+            sizes=numbers(self.index["size"]),
+            labels=numbers(self.index["label"]) if self.info.classes else None,
             classes=self.info.classes,
             skipped=[Skipped(*item) for item in self.info.skipped],
         )
@@ -154,7 +164,7 @@ class ShardDataset(ImageDataset):
 
     def _location(self, index: int) -> tuple[int, int, int]:
         """Return (shard, offset, length) of an image; raise BadImage if the index is damaged there."""
-        shard, offset, length = (int(self.columns[name][index]) for name in ("shard", "offset", "length"))
+        shard, offset, length = (self.index[name][index].as_py() for name in ("shard", "offset", "length"))
         if (
             not 0 <= shard < len(self.shards)
             or not 0 <= offset < offset + length <= self.info.shards[self.shards[shard]]
@@ -170,7 +180,7 @@ class ShardDataset(ImageDataset):
             data = os.pread(file.descriptor, length, offset)
         except OSError as error:
             raise BadImage(self.names[index], error.strerror or str(error)) from error
-        if zlib.crc32(data) != self.columns["crc32"][index]:
+        if zlib.crc32(data) != self.index["crc32"][index].as_py():
             raise BadImage(self.names[index], f"wrong checksum in {self.shards[shard]}")
         return data
 
@@ -214,13 +224,17 @@ class _File:
 
 def write_info(directory: Path, shards: Path, info: ShardInfo) -> None:
     """Write info.json for the index in `directory`, with all tar files of `shards`, the fingerprint and the digest."""
-    columns = map_index(directory / INDEX)
+    file = directory / INDEX
+    sizes, labels = (
+        np.concatenate([numbers(batch[name]) for batch in read_batches(file)]) for name in ("size", "label")
+    )
+    names = (name for batch in read_batches(file) for name in batch["path"].to_pylist())
     info = replace(
         info,
-        images=len(columns["size"]),
+        images=len(sizes),
         shards={tar.name: tar.stat().st_size for tar in tar_files(shards)},
-        fingerprint=fingerprint(_names(columns), columns["size"], columns["label"] if info.classes else None),
-        index_sha256=_sha256(directory / INDEX),
+        fingerprint=fingerprint(names, sizes, labels if info.classes else None),
+        index_sha256=_sha256(file),
     )
     write_json(directory / INFO, to_dict(info))
 
@@ -228,10 +242,6 @@ def write_info(directory: Path, shards: Path, info: ShardInfo) -> None:
 def tar_files(path: Path) -> list[Path]:
     """Return the tar files in a directory, sorted by name."""
     return sorted(tar for tar in path.glob("*.tar") if not tar.name.startswith("."))
-
-
-def _names(columns: dict[str, np.ndarray]) -> StoredNames:
-    return StoredNames(columns["path"], columns["path_ends"])
 
 
 def _sha256(path: Path) -> str:
@@ -247,7 +257,7 @@ def _build_index(path: Path, directory: Path, progress: Progress | None) -> None
     tars, skipped = tar_files(path), []
 
     def shards() -> Iterator[list[ImageRow]]:
-        for done, (rows, bad) in enumerate(map_in_order(scan_shard, tars, threads=4, window=8), 1):
+        for done, (rows, bad) in enumerate(map_in_order(scan_shard, tars, threads=4), 1):
             skipped.extend(bad)
             if progress is not None:
                 progress(done, len(tars))
@@ -255,8 +265,10 @@ def _build_index(path: Path, directory: Path, progress: Progress | None) -> None
 
     with write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    classes = write_index(directory, shards(), None)
-    if classes is None:
+    labels: dict[str, int] = {}
+    write_index(directory, shards(), labels)
+    classes = sort_labels(directory, labels)
+    if not any(map(len, read_batches(directory / INDEX))):
         examples = "".join(f"\n  {name}: {reason}" for name, reason in skipped[:5])
         raise UserError(f"No usable images in the shards of {path}: expected members KEY.jpg, KEY.png, ....{examples}")
     info = ShardInfo(source=path.resolve().name, classes=tuple(classes), skipped=tuple(sorted(skipped)))

@@ -1,15 +1,20 @@
-"""Worker processes that build batches ahead of the training process."""
+"""Worker processes that build batches ahead of the training process, and threads that wait for disks."""
 
 import os
 import signal
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
 from dino_ssl.errors import UserError
 
+A = TypeVar("A")
+B = TypeVar("B")
 WORKER_DIED = (
     "A data worker process died, most often because memory ran out (in a container: because the shared memory /dev/shm "
     "is too small). Resume with fewer `workers`, a smaller batch, or more shared memory (docker run --shm-size=8g)."
@@ -56,6 +61,19 @@ def make_loader(
         shutdown = getattr(results, "_shutdown_workers", None)
         if shutdown is not None:  # now, not when the iterator is garbage-collected
             shutdown()
+
+
+def map_in_order(function: Callable[[A], B], items: Iterable[A], threads: int, chunk: int = 1) -> Iterator[B]:
+    """Yield function(item) in order, computed by threads in chunks of items, at most four chunks a thread ahead."""
+    items = iter(items)
+    pending: deque[Future[list[B]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        while batch := list(islice(items, chunk)):
+            pending.append(pool.submit(lambda batch=batch: list(map(function, batch))))
+            if len(pending) >= 4 * threads:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
 
 
 class _Jobs(Dataset[Any]):
