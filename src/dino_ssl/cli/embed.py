@@ -62,9 +62,9 @@ def _write(path: Path, suffix: str, embedding: Embedding, metadata: dict[str, An
     if suffix == ".csv":
         write_csv(path, {"name": names, "label": labels, **{f"f{i}": column for i, column in enumerate(features.T)}})
     elif suffix == ".npz":
-        arrays = {"name": np.array(names, np.str_), "label": np.array([label or "" for label in labels], np.str_)}
+        known = np.array([label or "" for label in labels], np.str_)
         with open(path, "wb") as file:
-            np.savez(file, **arrays, feature=features, metadata=np.array(json.dumps(metadata)))
+            np.savez(file, name=np.array(names, np.str_), label=known, feature=features, metadata=json.dumps(metadata))
     else:
         feature = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.ravel()), features.shape[1])
         columns = {"name": names, "label": pyarrow.array(labels, pyarrow.string()), "feature": feature}

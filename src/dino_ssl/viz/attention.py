@@ -13,7 +13,7 @@ import torch
 
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError
-from dino_ssl.evals.attention_maps import patch_attention, resize_to_patches, top_mass_mask
+from dino_ssl.evals.attention_maps import patch_attention, require_attention, resize_to_patches, top_mass_mask
 from dino_ssl.evals.base import evaluating
 from dino_ssl.models.backbone import Attentive, Backbone, Features
 
@@ -65,14 +65,14 @@ def attention_maps(
     resized = resize_to_patches(image, size, backbone.patch)
     grid = resized.shape[0] // backbone.patch, resized.shape[1] // backbone.patch
     positions = [None if query == "cls" else _position(query, image) for query in queries]
-    if isinstance(backbone, Attentive) or positions != [None] or layer != -1 or heads is not None:
-        patches = [p and int(p[1] * grid[0]) * grid[1] + int(p[0] * grid[1]) for p in positions]
-        maps = patch_attention(backbone, resized, patches, layer=layer)  # [queries, heads, h, w]
-        kind, layer = "attention", layer % backbone.num_blocks
-    else:
+    if not isinstance(backbone, Attentive) and positions == [None] and layer == -1 and heads is None:
         features = last_features(backbone, resized)
         similarity = torch.cosine_similarity(features.patches.float(), features.cls.float()[:, None, None], dim=-1)
         maps, kind = similarity.clamp(min=0).cpu().numpy()[None], "similarity"
+    else:
+        patches = [p and int(p[1] * grid[0]) * grid[1] + int(p[0] * grid[1]) for p in positions]
+        maps = patch_attention(backbone, resized, patches, layer=layer)  # [queries, heads, h, w]
+        kind, layer = "attention", layer % require_attention(backbone).num_blocks
     num_heads = maps.shape[1]
     head_ids = list(dict.fromkeys(range(num_heads) if heads is None else heads))
     if not head_ids or not set(head_ids) <= set(range(num_heads)):
