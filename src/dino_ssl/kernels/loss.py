@@ -40,18 +40,10 @@ def loss_from_bottleneck(
     teacher_temp: float,
 ) -> LossTerms:
     """Return the terms of `objectives.loss_from_bottleneck`, which it calls for argmax targets and other layers."""
-    prototypes = isinstance(student_layer, WeightNormLinear) and isinstance(teacher_layer, WeightNormLinear)
-    if not prototypes or (loss == "cross-entropy" and teacher_temp == 0):
-        return objectives.loss_from_bottleneck(
-            student,
-            teacher,
-            student_layer,
-            teacher_layer,
-            center=center,
-            loss=loss,
-            student_temp=student_temp,
-            teacher_temp=teacher_temp,
-        )
+    is_linear = isinstance(student_layer, WeightNormLinear) and isinstance(teacher_layer, WeightNormLinear)
+    if not is_linear or (loss == "cross-entropy" and teacher_temp == 0):
+        layers, temps = (student_layer, teacher_layer), dict(student_temp=student_temp, teacher_temp=teacher_temp)
+        return objectives.loss_from_bottleneck(student, teacher, *layers, center=center, loss=loss, **temps)
     with torch.no_grad():
         teacher_weight = teacher_layer.weight
         logits = teacher_weight @ teacher.float().sum((0, 1))
