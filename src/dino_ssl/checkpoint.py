@@ -1,7 +1,7 @@
 """Checkpoints: dicts of tensors and plain data, written atomically and loaded with `weights_only=True`."""
 
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
@@ -13,37 +13,23 @@ FORMAT = 1
 """Version of the checkpoint's layout."""
 
 
-class Checkpoint(TypedDict):
-    """The content of a checkpoint file."""
-
-    format: int
-    run: dict[str, Any]
-    """The complete Run, from to_dict."""
-    step: int
-    """Optimizer steps taken."""
-    method: dict[str, Any]
-    """State dict of the Method: student, teacher, center."""
-    backbone: str
-    """Prefix in `method` of the backbone that is evaluated and exported: `teacher.backbone.`."""
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any]
-    best: dict[str, Any]
-    """The best online evaluation: name, value, epoch; empty before the first."""
-    data: str
-    """Fingerprint of the training set."""
+KEYS = ("format", "run", "step", "method", "backbone", "optimizer", "scaler", "best", "data")
+"""Content of a checkpoint: the complete Run, from to_dict; optimizer steps taken; state dict of the Method; in it the
+prefix of the backbone that is evaluated and exported, `teacher.backbone.`; states of optimizer and gradient scaler; the
+best online evaluation (name, value, epoch); fingerprint of the training set."""
 
 
-def save(path: Path, content: Checkpoint) -> Path:
+def save(path: Path, content: dict[str, Any]) -> Path:
     """Write a checkpoint atomically. Raises UserError if the disk is full or the folder is not writable."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:  # torch.save to a path keeps the file open after a failed write
-            torch.save(dict(content), file)
+            torch.save(content, file)
 
     return atomic_write(path, write)
 
 
-def load(path: Path, *, mmap: bool = False) -> Checkpoint:
+def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Load a checkpoint on the CPU, without running code from the file.
 
     mmap: read tensors only when they are used. Raises UserError if it is missing, damaged, not a checkpoint of this
@@ -60,6 +46,6 @@ def load(path: Path, *, mmap: bool = False) -> Checkpoint:
     content = content if isinstance(content, dict) else {}
     if content.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path} has format {content['format']}; this version of dino reads format {FORMAT}.")
-    if missing := [key for key in Checkpoint.__annotations__ if key not in content]:
+    if missing := [key for key in KEYS if key not in content]:
         raise UserError(f"{path} is not a training checkpoint of dino: it lacks {', '.join(missing)}.")
-    return content  # pyright: ignore[reportReturnType]
+    return content

@@ -14,14 +14,10 @@ def prepare() -> None:
     spinning threads (OpenMP's default) and 75 with sleeping ones; next to one busy process 40 and 70; at a load of
     seven a step of a small ViT takes 6 to 13 s and 2.1 s.
     """
-    if "GOMP_SPINCOUNT" not in os.environ and load_per_core() > IDLE_LOAD:
+    try:
+        load_per_core = os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (AttributeError, OSError):  # not known on this system
+        load_per_core = 1.0
+    if "GOMP_SPINCOUNT" not in os.environ and load_per_core > IDLE_LOAD:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-
-
-def load_per_core() -> float:
-    """Return the load average of the last minute divided by the number of cores; 1 if the system has none."""
-    try:
-        return os.getloadavg()[0] / (os.cpu_count() or 1)
-    except (AttributeError, OSError):
-        return 1.0

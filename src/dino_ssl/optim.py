@@ -43,11 +43,10 @@ class Optim:
     """Layer-wise learning rate decay for fine-tuning: factor per block; 1 disables it."""
 
     def __post_init__(self) -> None:
-        if self.micro_batch != "auto":
-            check_range(self, "micro_batch", prefix="optim.", least=0)
         check_range(self, "epochs", "batch_size", prefix="optim.", least=1)
         check_range(self, "layer_decay", prefix="optim.", above=0, most=1)
-        nonnegative = ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad")
+        nonnegative = ["lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad"]
+        nonnegative += ["micro_batch"] if self.micro_batch != "auto" else []
         check_range(self, *nonnegative, prefix="optim.", least=0)
 
     def lr_schedule(self) -> Schedule:
@@ -108,17 +107,12 @@ def lr_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
     """
     if layer_decay == 1:
         return {}
-    scales = {}
     for prefix, submodule in module.named_modules():
         if isinstance(submodule, Backbone):
-            layer_ids = submodule.layer_ids()
-            top = 1 + max(layer_ids.values())
-            scales |= {
-                f"{prefix}.{name}".lstrip("."): layer_decay ** (top - layer) for name, layer in layer_ids.items()
-            }
-    if not scales:
-        raise UserError(f"Expected `optim.layer_decay` 1 for a network without a backbone, got {layer_decay}.")
-    return scales
+            layers = {f"{prefix}.{name}".lstrip("."): layer for name, layer in submodule.layer_ids().items()}
+            top = 1 + max(layers.values())
+            return {name: layer_decay ** (top - layer) for name, layer in layers.items()}
+    raise UserError(f"Expected `optim.layer_decay` 1 for a network without a backbone, got {layer_decay}.")
 
 
 def set_lr_and_weight_decay(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:

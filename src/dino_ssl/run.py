@@ -92,21 +92,18 @@ class Run:
         check_range(self, "log_every", least=1)
         views, needed = self.views.view_shapes[0][0], self.method.global_views
         if views < needed:
-            raise UserError(
-                f"{type(self.method).__name__} compares {needed} views of an image; {type(self.views).__name__} makes "
-                f"{views}. Use views=MultiCrop(...)."
-            )
+            raise UserError(f"{self.method.summary} needs {needed} views of an image, got {views}: use MultiCrop.")
         check_labels_differ(self.evals)
         if self.optim.micro_batch and not self.method.supports_grad_accumulation:
             raise UserError(
-                f"The loss of {type(self.method).__name__} depends on the whole batch, so that gradient accumulation "
-                "would change it. Set `optim.micro_batch` to 0 and lower `optim.batch_size` instead."
+                f"The loss of {self.method.summary} depends on the whole batch, which `optim.micro_batch` would split: "
+                "set it to 0, and lower `optim.batch_size` instead."
             )
 
     def schedules(self) -> dict[str, Schedule]:
         """Return every scheduled value by the name under which it is logged."""
         rates = {"lr": self.optim.lr_schedule(), "weight_decay": self.optim.weight_decay_schedule()}
-        return rates | dict(self.method.schedules())
+        return rates | self.method.schedules()
 
 
 def read_run(folder: Path, *, trust: bool = False) -> Run:

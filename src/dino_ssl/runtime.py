@@ -147,19 +147,14 @@ def start(precision: Precision | None = None) -> Iterator[Runtime]:
     """
     hardware = machine()
     device, precision = hardware.device, precision or hardware.precision
-    if precision == "float16" and device.type == "cpu":
-        raise UserError(
-            "`precision` float16 needs a GPU. Use float32 on a CPU, or bfloat16 if it has the instructions."
-        )
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    on_gpu = device.type == "cuda"
     if device.type == "cpu":
+        if precision == "float16":
+            raise UserError("`precision` float16 needs a GPU: use float32 or bfloat16.")
         _keep_freed_memory()
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-    joined = world > 1 and not td.is_initialized()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    joined = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not td.is_initialized()
     if joined:
-        on_gpu = device.type == "cuda"
         td.init_process_group(
             "nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, device_id=device if on_gpu else None
         )

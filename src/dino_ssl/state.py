@@ -35,7 +35,7 @@ class State:
 
     def save(self, path: Path, run: Run, fingerprint: str) -> None:
         """Write a checkpoint atomically. fingerprint: of the training set, compared on resume."""
-        content = checkpoint.Checkpoint(
+        content = dict(
             format=checkpoint.FORMAT,
             run=to_dict(run),
             step=self.step,

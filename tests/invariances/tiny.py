@@ -82,7 +82,7 @@ def fit(run: Run, *, resume: bool = False, until: int | None = None, rt: Runtime
     return events
 
 
-def last(run: Run) -> checkpoint.Checkpoint:
+def last(run: Run) -> dict[str, Any]:
     return checkpoint.load(Path(run.out) / "checkpoints" / "last.pt")
 
 

@@ -1,6 +1,6 @@
 """DINO: self-distillation with no labels (Caron et al., 2021, Sec. 3.1, Fig. 2, Algorithm 1)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -54,10 +54,7 @@ class DINOConfig(TeacherStudentConfig):
     warmup_teacher_temp: float = 0.04
     """Temperature of the teacher, tau_t, in the first epoch."""
     teacher_temp: float = 0.04
-    """Temperature of the teacher, tau_t, after its warm-up.
-
-    Lower is sharper, 0 is argmax; above 0.07 the outputs become uniform (App. D).
-    """
+    """tau_t after its warm-up. Lower is sharper, 0 is argmax; above 0.07 the outputs become uniform (App. D)."""
     warmup_teacher_temp_epochs: int = 0
     """Epochs of the warm-up of the teacher temperature (Sec. 3.2: 30, from 0.04 to 0.07)."""
     center_momentum: float = 0.9
@@ -76,10 +73,7 @@ class DINOConfig(TeacherStudentConfig):
         check_range(self, "center_momentum", prefix="method.", least=0, most=1)
         if self.targets in ("sinkhorn", "batch-softmax"):
             if self.loss == "mse":
-                raise UserError(
-                    f"`method.loss` mse needs `method.targets` centering or none; got {self.targets}, which normalizes "
-                    "over prototypes."
-                )
+                raise UserError(f"`method.loss` mse needs `method.targets` centering or none; got {self.targets}.")
             first = self.warmup_teacher_temp if self.warmup_teacher_temp_epochs else self.teacher_temp
             if self.sharpening and min(first, self.teacher_temp) == 0:
                 raise UserError(f"`method.targets` {self.targets} needs a teacher temperature above 0; got 0 (argmax).")
@@ -90,10 +84,10 @@ class DINOConfig(TeacherStudentConfig):
             return Constant(self.student_temp)
         return EpochRamp(self.warmup_teacher_temp, self.teacher_temp, self.warmup_teacher_temp_epochs)
 
-    def schedules(self) -> Mapping[str, Schedule]:
+    def schedules(self) -> dict[str, Schedule]:
         """Return the schedules of momentum and teacher temperature, if they have an effect."""
         momentum = super().schedules() if self.teacher == "momentum" else {}
-        return {**momentum, **({"teacher_temp": self.teacher_temp_schedule()} if self.loss == "cross-entropy" else {})}
+        return momentum | ({"teacher_temp": self.teacher_temp_schedule()} if self.loss == "cross-entropy" else {})
 
     @property
     def num_prototypes(self) -> int | None:
@@ -107,19 +101,9 @@ class DINOConfig(TeacherStudentConfig):
     def build(self, context: BuildContext) -> "DINO":
         """Return student and teacher; the teacher has neither drop-path nor predictor."""
         student, teacher = context.build_backbones()
-        heads = [
-            DINOHead(
-                student.embed_dim,
-                self.out_dim,
-                layers=self.head_layers,
-                hidden=self.head_hidden,
-                bottleneck=self.head_bottleneck or None,
-                norm=self.head_norm,
-                act=self.head_act,
-                norm_last=self.norm_last,
-            )
-            for _ in range(2)
-        ]
+        mlp = dict(layers=self.head_layers, hidden=self.head_hidden, norm=self.head_norm, act=self.head_act)
+        head = dict(bottleneck=self.head_bottleneck, norm_last=self.norm_last) | mlp
+        heads = [DINOHead(student.embed_dim, self.out_dim, **head) for _ in range(2)]
         predictor = MLPHead(self.out_dim, self.out_dim, hidden=self.head_hidden) if self.predictor else None
         return DINO(Network(student, heads[0], predictor), Network(teacher, heads[1]), self, context.implementations)
 
@@ -132,12 +116,10 @@ class Carry(NamedTuple):
 
 
 class TeacherTargets(NamedTuple):
-    """The teacher's side of a batch or micro-batch."""
+    """The inputs of the teacher's last layer, [G, B, d], and the center of the whole batch, [K] or [G, 1, K]."""
 
     bottleneck: Tensor
-    """[G, B, d], the inputs of the teacher's last layer."""
     center: Tensor
-    """[K] or [G, 1, K], for the whole batch."""
 
 
 class DINO(TeacherStudent):
@@ -186,21 +168,17 @@ class DINO(TeacherStudent):
     @record_function("teacher forward")
     @torch.no_grad()
     def prepare_targets(self, micro_batches: Iterable[Batch], clock: Clock) -> list[TeacherTargets]:
-        """Return the teacher's outputs for the global views of each micro-batch, and the center of the whole batch."""
-        outputs = [_bottleneck(self.teacher, batch.views[:1]) for batch in micro_batches]
-        center = self._batch_center(torch.cat(outputs, dim=1), self._teacher_temp(clock))
-        return [TeacherTargets(output, center) for output in outputs]
+        """Return the teacher's outputs for the global views of each micro-batch, and the center of the whole batch.
 
-    def _batch_center(self, bottleneck: Tensor, temperature: float) -> Tensor:
-        """Return the center: the running one, or that of the batch `bottleneck` [G, B, d] for Table 15's alternatives.
-
-        Sinkhorn-Knopp and the softmax over the batch are equivalent to a center per prototype, computed from the batch
-        in 3 iterations and in 1 iteration.
+        The center is the running one, or for Table 15's alternatives that of the batch: Sinkhorn-Knopp and the softmax
+        over the batch are equivalent to a center per prototype, computed in 3 iterations and in 1 iteration.
         """
-        if self.config.targets in ("centering", "none"):  # without centering the center stays 0
-            return self.center
-        iterations = 3 if self.config.targets == "sinkhorn" else 1
-        return self.implementations.batch_center(bottleneck, _last_layer(self.teacher), temperature, iterations)
+        outputs, center = [_bottleneck(self.teacher, batch.views[:1]) for batch in micro_batches], self.center
+        if self.config.targets in ("sinkhorn", "batch-softmax"):
+            iterations = 3 if self.config.targets == "sinkhorn" else 1
+            whole, last_layer = torch.cat(outputs, dim=1), _last_layer(self.teacher)
+            center = self.implementations.batch_center(whole, last_layer, self._teacher_temp(clock), iterations)
+        return [TeacherTargets(output, center) for output in outputs]
 
     def merge(self, outputs: Sequence[Outputs], weights: Sequence[float]) -> Outputs:
         """Return the outputs of the whole batch; the marginal entropy is that of the merged prototype usage."""

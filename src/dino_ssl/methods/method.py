@@ -169,7 +169,7 @@ class MethodConfig(ABC):
         """Return settings for a run of a few thousand steps; None if the method has none."""
         return None
 
-    def schedules(self) -> Mapping[str, Schedule]:
+    def schedules(self) -> dict[str, Schedule]:
         """Return the method's scheduled values by the name under which they are logged."""
         return {}
 

@@ -64,12 +64,9 @@ class SupervisedConfig(MethodConfig):
 
     def filter_dataset(self, dataset: ImageDataset) -> ImageDataset:
         """Return the labeled images. Raise UserError if there are none."""
-        if dataset.labels is None or not (dataset.labels >= 0).any():
-            raise UserError(
-                "Supervised training needs labels, and this dataset has none: put the images of each class in a folder "
-                "(photos/cat/1.jpg, photos/dog/2.jpg, ...)."
-            )
-        labelled = np.flatnonzero(dataset.labels >= 0)
+        labelled = np.flatnonzero([] if dataset.labels is None else dataset.labels >= 0)
+        if not len(labelled):
+            raise UserError("Supervised training needs labels: put the images of each class in a folder of its own.")
         return dataset if len(labelled) == len(dataset) else dataset.subset(labelled)
 
 
@@ -95,11 +92,9 @@ class Supervised(Method):
         The mix is a function of (seed, step), so that it is equal on all ranks and after a resume.
         """
         assert batch.labels is not None, "filter_dataset selects labeled images"
-        views = batch.views[0]
-        num_classes = self.network.head.out_features
-        assert isinstance(num_classes, int)
+        views, num_classes = batch.views[0], len(self.network.head.get_parameter("bias"))
         smoothed = smooth_labels(batch.labels, num_classes, self.config.smoothing)
-        mix = draw_mix(self.config, views.shape[-2], views.shape[-1], mix_rng(self.seed, clock.step))
+        mix = draw_mix(self.config, *views.shape[-2:], mix_rng(self.seed, clock.step))
         logits = self.network([mix_images(views, mix)])
         loss = H(mix_targets(smoothed, mix), log_P(logits, 1.0)).mean()
         return Outputs(loss, None, {"loss": loss.detach()})

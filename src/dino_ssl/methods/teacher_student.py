@@ -1,6 +1,5 @@
 """Base class of DINO, BYOL and MoCo: a student, and a teacher that is its EMA (Sec. 3.1)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ class TeacherStudentConfig(MethodConfig):
         """Sec. 3.1: a cosine over the whole run, per step."""
         return Cosine(self.momentum, self.momentum_end)
 
-    def schedules(self) -> Mapping[str, Schedule]:
+    def schedules(self) -> dict[str, Schedule]:
         """Return the momentum schedule."""
         return {"momentum": self.momentum_schedule()}
 
@@ -62,9 +61,8 @@ class TeacherStudent(Method):
 
     def after_step(self, carry: Any, clock: Clock) -> None:
         """Sec. 3.1: theta_t <- m theta_t + (1 - m) theta_s."""
-        student = dict(self.student.named_parameters())
-        parameters = [student[name] for name, _ in self.teacher.named_parameters()]
-        momentum_update(list(self.teacher.parameters()), parameters, self._momentum(clock))
+        student = [self.student.get_parameter(name) for name, _ in self.teacher.named_parameters()]
+        momentum_update(list(self.teacher.parameters()), student, self._momentum(clock))
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Return the relative distance between teacher and student."""
@@ -84,7 +82,6 @@ class TeacherStudent(Method):
 @torch.no_grad()
 def relative_distance(teacher: nn.Module, student: nn.Module) -> Tensor:
     """Return |theta_t - theta_s| / |theta_s| over the parameters of the teacher's names."""
-    names = [name for name, _ in teacher.named_parameters()]
-    theta_t, theta_s = ([network.get_parameter(name) for name in names] for network in (teacher, student))
-    differences = torch.stack([(t - s).norm() for t, s in zip(theta_t, theta_s, strict=True)])
-    return differences.norm() / torch.stack([s.norm() for s in theta_s]).norm()
+    pairs = [(theta_t, student.get_parameter(name)) for name, theta_t in teacher.named_parameters()]
+    differences = torch.stack([(theta_t - theta_s).norm() for theta_t, theta_s in pairs])
+    return differences.norm() / torch.stack([theta_s.norm() for _, theta_s in pairs]).norm()

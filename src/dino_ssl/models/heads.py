@@ -20,7 +20,7 @@ ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 class DINOHead(nn.Module):
     """An MLP to a narrow bottleneck, l2 normalization, and a weight-normalized layer of K prototypes: [n, D] -> [n, K].
 
-    With `bottleneck=None` (App. C) there is neither bottleneck nor normalization, but `layers` plain linear layers, the
+    With `bottleneck=0` (App. C) there is neither bottleneck nor normalization, but `layers` plain linear layers, the
     last of which gives the K outputs; `norm_last` has no effect then.
     """
 
@@ -31,7 +31,7 @@ class DINOHead(nn.Module):
         *,
         layers: int = 3,
         hidden: int = 2048,
-        bottleneck: int | None = 256,
+        bottleneck: int = 256,
         norm: Norm = "none",
         act: Activation = "gelu",
         norm_last: bool = True,

@@ -81,8 +81,8 @@ def load_described(
     """Return the backbone of `load` with its settings, and the Run that trained it if known."""
     name, path = str(source), Path(source)
     if name in RELEASED:
-        config = RELEASED[name].backbone
-        return Loaded(build_with_weights(config, download(RELEASED[name].url), name), config)
+        config, weights = RELEASED[name].backbone, download(RELEASED[name].url)
+        return Loaded(build_with_weights(config, weights, name), config)
     if name.startswith("timm:"):
         config = Timm(name=name.removeprefix("timm:"), pretrained=True)
         return Loaded(config.build().eval(), config)
