@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.models.backbone import Backbone
-from dino_ssl.schedules import Constant, Cosine, Schedule, Warmup
+from dino_ssl.schedules import Cosine, Schedule, Warmup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,6 @@ class Optim:
 
     def weight_decay_schedule(self) -> Schedule:
         """Sec. 3.2: a cosine from 0.04 to 0.4, per step."""
-        if self.weight_decay == self.weight_decay_end:
-            return Constant(self.weight_decay)
         return Cosine(self.weight_decay, self.weight_decay_end)
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:

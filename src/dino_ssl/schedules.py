@@ -32,17 +32,6 @@ class Clock(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Constant:
-    """The same value at every step."""
-
-    value: float
-
-    def __call__(self, clock: Clock) -> float:
-        """Return the value at this step."""
-        return self.value
-
-
-@dataclass(frozen=True)
 class Cosine:
     """Half a cosine from `start` at the first step to `stop`, which the step after the last one would reach."""
 
@@ -91,4 +80,4 @@ class EpochRamp:
         return self.start + (self.stop - self.start) * clock.epoch / max(1, self.epochs - 1)
 
 
-Schedule = Constant | Cosine | Warmup | EpochRamp
+Schedule = Cosine | Warmup | EpochRamp

@@ -10,7 +10,7 @@ import pytest
 
 from dino_ssl.config import edit, from_dict, to_dict
 from dino_ssl.errors import UserError
-from dino_ssl.schedules import Constant, Cosine, EpochRamp, Schedule, Warmup
+from dino_ssl.schedules import Cosine, EpochRamp, Schedule, Warmup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class House:
 class Street:
     first: House = field(default_factory=House)
     second: House = field(default_factory=House)
-    curve: Schedule = Constant(1.0)  # noqa: RUF009
+    curve: Schedule = Cosine(1.0, 0.0)  # noqa: RUF009
 
 
 @dataclass(frozen=True, kw_only=True)

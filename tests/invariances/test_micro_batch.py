@@ -54,17 +54,15 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimized", [True, False])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "optimized"), [*((name, True) for name in METHODS), ("centering", False)])
 def test_micro_batches_equal_the_whole_batch(name: str, optimized: bool) -> None:
     rt = Runtime(CPU.device, "float32", optimized=optimized)
     run = edit(STILL, method=METHODS[name])
     whole, expected = train_three_steps(run, rt)
     begun = build_method(run).state_dict()
-    for size in (1, 3):  # 7 images: 3 + 2 + 2
-        state, measured = train_three_steps(edit(run, optim=dict(micro_batch=size)), rt)
-        assert not differences(state, whole, same=close)
-        assert not differences(measured, expected, same=close)
+    state, measured = train_three_steps(edit(run, optim=dict(micro_batch=3)), rt)  # 7 images: 3 + 2 + 2
+    assert not differences(state, whole, same=close)
+    assert not differences(measured, expected, same=close)
     assert len(differences(whole, begun, same=close)) > 10, "nothing was trained"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboardX.event_file_writer import EventsWriter
-from tiny import CPU, Run, edit, fit, last, same_training, spawn, tiny
+from tiny import CPU, Run, dataset_of, edit, fit, last, same_training, spawn, tiny
 
 from dino_ssl import checkpoint
 from dino_ssl.data.synthetic.scenes import Scenes
@@ -27,7 +27,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An uninterrupted run with k-NN evaluations."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run = tiny(tmp_path_factory.mktemp("whole") / "run", online_eval=dict(every_epochs=1))
+    narrow = dict(width=24, depth=1, heads=2)
+    run = tiny(tmp_path_factory.mktemp("whole") / "run", backbone=narrow, online_eval=dict(every_epochs=1))
     ended = fit(run)[-1]
     torch.set_num_threads(threads)
     assert isinstance(ended, Ended)
@@ -59,9 +60,9 @@ def test_a_run_killed_within_an_epoch_resumes_with_the_same_result(tmp_path: Pat
     assert_same(run, whole)
 
 
-@pytest.mark.parametrize("until", [2, 6, 11, 15])
+@pytest.mark.parametrize("until", [2, 6, 15])
 def test_a_run_abandoned_at_any_step_resumes_with_the_same_result(tmp_path: Path, whole: Run, until: int) -> None:
-    """Within epoch 1, at the first step of epoch 2 (5 is saved), after the warm-ups, before the last save."""
+    """Within epoch 1, at the first step of epoch 2 (5 is saved), before the last save."""
     run = edit(whole, out=str(tmp_path / "run"))
     fit(run, until=until)
     assert last(run)["step"] == until - 1
@@ -87,7 +88,7 @@ def test_a_resumed_run_keeps_its_best_score_and_discards_its_export(tmp_path: Pa
     fit(run)
     exported = Path(run.out) / "backbone.safetensors"
     assert weights_file(Path(run.out), "teacher") == exported
-    training = train(edit(run, optim=dict(epochs=2)), CPU, run.data.open(), resume=True)
+    training = train(edit(run, optim=dict(epochs=2)), CPU, dataset_of(run.data), resume=True)
     started = next(training)
     assert isinstance(started, Started)
     assert started.best == last(run)["best"] != {}
@@ -102,7 +103,7 @@ def test_a_signal_saves_a_checkpoint_and_stops(tmp_path: Path, whole: Run, numbe
     run = edit(whole, out=str(tmp_path / "run"), save_minutes=60)
     events = []
     before = signal.getsignal(number)
-    for event in train(run, CPU, run.data.open()):
+    for event in train(run, CPU, dataset_of(run.data)):
         events.append(event)
         if isinstance(event, Logged) and event.clock.step == 8:
             signal.raise_signal(number)
@@ -116,7 +117,7 @@ def test_a_signal_saves_a_checkpoint_and_stops(tmp_path: Path, whole: Run, numbe
 
 def test_a_second_ctrl_c_stops_immediately(tmp_path: Path) -> None:
     run = tiny(tmp_path / "run", save_minutes=60)
-    training = train(run, CPU, run.data.open())
+    training = train(run, CPU, dataset_of(run.data))
 
     def press_twice() -> None:
         for event in training:
@@ -138,7 +139,7 @@ def test_evaluations_do_not_change_training(tmp_path: Path, whole: Run) -> None:
 
     observed = edit(whole, out=str(tmp_path / "observed"), seed=whole.seed)
     method = None
-    for event in train(observed, CPU, observed.data.open()):
+    for event in train(observed, CPU, dataset_of(observed.data)):
         method = getattr(event, "method", method)
         assert method is not None
         method.backbone.eval()
@@ -178,7 +179,7 @@ def test_a_checkpoint_of_another_network_is_rejected_by_name(tmp_path: Path) -> 
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_a_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path: Path, log_every: int) -> None:
     run = tiny(tmp_path / "run", log_every=log_every)
-    training = train(run, CPU, run.data.open())
+    training = train(run, CPU, dataset_of(run.data))
     method = None
 
     def poison() -> None:

@@ -1,13 +1,12 @@
 """Training runs with DINO's switches: bit-identical resume, kinds of teachers, heads of App. C."""
 
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import CPU, RUN, differences, edit, fit, last, same_training
+from tiny import CPU, RUN, dataset_of, differences, edit, fit, last, same_training
 
 from dino_ssl.data.batch import Batch
 from dino_ssl.events import Logged, Started
@@ -35,9 +34,7 @@ SHORT = edit(
         dict(teacher="student", targets="sinkhorn"),
         dict(teacher="previous-step", targets="batch-softmax", predictor=True),
         dict(teacher="previous-epoch", targets="sinkhorn", head_norm="batch"),
-        dict(targets="none", loss="mse", predictor=True),
-        dict(targets="batch-softmax", sharpening=False, head_bottleneck=0, head_act="relu"),
-        dict(teacher_temp=0.0, warmup_teacher_temp_epochs=0, norm_last=False),
+        dict(targets="none", loss="mse", predictor=True, norm_last=False),
     ],
     ids=lambda method: ", ".join(map(str, method.values())),
 )
@@ -67,7 +64,7 @@ def weights(method: DINO, which: str) -> dict[str, torch.Tensor]:
 def steps(run: Run) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
     """(steps taken, teacher, student) at the start and after every step."""
     method = None
-    for event in train(run, CPU, run.data.open()):
+    for event in train(run, CPU, dataset_of(run.data)):
         if isinstance(event, Started | Logged):
             method = event.method if isinstance(event, Started) else method
             assert isinstance(method, DINO)
@@ -107,10 +104,9 @@ def without_statistics(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 # -- heads (App. C) -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("norm", "act", "layers", "bottleneck"),
-    list(product(["none", "batch"], ["gelu", "relu"], [1, 2, 3, 4], [0, 8])),
-)
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("bottleneck", [0, 8])
+@pytest.mark.parametrize(("norm", "act"), [("none", "gelu"), ("batch", "relu")])
 def test_every_head_of_appendix_c_trains(norm: Any, act: Any, layers: int, bottleneck: int) -> None:
     """All parameters get a gradient, and 30 steps on one batch reduce the KL to a constant teacher.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -15,7 +16,7 @@ from dino_ssl.methods.method import BuildContext, Implementations, Outputs
 from dino_ssl.methods.teacher_student import TeacherStudent, TeacherStudentConfig
 from dino_ssl.models.heads import DINOHead, MLPHead, Network
 from dino_ssl.objectives import Layer, h, update_center
-from dino_ssl.schedules import Clock, Constant, EpochRamp, Schedule
+from dino_ssl.schedules import Clock, EpochRamp, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class DINOConfig(TeacherStudentConfig):
     def teacher_temp_schedule(self) -> Schedule:
         """Sec. 3.2: a ramp per epoch, then constant. Without sharpening, the student's temperature (Fig. 7)."""
         if not self.sharpening:
-            return Constant(self.student_temp)
+            return EpochRamp(self.student_temp, self.student_temp, 0)
         return EpochRamp(self.warmup_teacher_temp, self.teacher_temp, self.warmup_teacher_temp_epochs)
 
     def schedules(self) -> dict[str, Schedule]:
@@ -101,9 +102,9 @@ class DINOConfig(TeacherStudentConfig):
     def build(self, context: BuildContext) -> "DINO":
         """Return student and teacher; the teacher has neither drop-path nor predictor."""
         student, teacher = context.build_backbones()
-        mlp = dict(layers=self.head_layers, hidden=self.head_hidden, norm=self.head_norm, act=self.head_act)
-        head = dict(bottleneck=self.head_bottleneck, norm_last=self.norm_last) | mlp
-        heads = [DINOHead(student.embed_dim, self.out_dim, **head) for _ in range(2)]
+        mlp = partial(DINOHead, student.embed_dim, self.out_dim, layers=self.head_layers, hidden=self.head_hidden)
+        head = partial(mlp, bottleneck=self.head_bottleneck, norm=self.head_norm, act=self.head_act)
+        heads = [head(norm_last=self.norm_last) for _ in range(2)]
         predictor = MLPHead(self.out_dim, self.out_dim, hidden=self.head_hidden) if self.predictor else None
         return DINO(Network(student, heads[0], predictor), Network(teacher, heads[1]), self, context.implementations)
 
@@ -141,8 +142,7 @@ class DINO(TeacherStudent):
 
     def forward(self, batch: Batch, clock: Clock, targets: TeacherTargets | None = None) -> Outputs:
         """Algorithm 1, the loss: the teacher encodes the two global views, the student all views."""
-        if targets is None:
-            targets = self.prepare_targets([batch], clock)[0]
+        targets = targets or self.prepare_targets([batch], clock)[0]
         terms = self.implementations.loss_from_bottleneck(
             _bottleneck(self.student, batch.views),
             targets.bottleneck,

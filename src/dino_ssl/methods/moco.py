@@ -6,6 +6,7 @@ Two views of an image should be more similar to each other than to the images of
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -59,8 +60,8 @@ class MoCoConfig(TeacherStudentConfig):
     def build(self, context: BuildContext) -> "MoCo":
         """Return student, teacher and an empty queue."""
         student, teacher = context.build_backbones()
-        head = dict(layers=self.head_layers, hidden=self.head_hidden, norm=self.head_norm)
-        heads = [MLPHead(student.embed_dim, self.head_dim, **head) for _ in range(2)]
+        head = partial(MLPHead, student.embed_dim, self.head_dim, layers=self.head_layers, hidden=self.head_hidden)
+        heads = [head(norm=self.head_norm) for _ in range(2)]
         return MoCo(Network(student, heads[0]), Network(teacher, heads[1]), self)
 
 

@@ -94,7 +94,7 @@ class Supervised(Method):
         assert batch.labels is not None, "filter_dataset selects labeled images"
         views, num_classes = batch.views[0], len(self.network.head.get_parameter("bias"))
         smoothed = smooth_labels(batch.labels, num_classes, self.config.smoothing)
-        mix = draw_mix(self.config, *views.shape[-2:], mix_rng(self.seed, clock.step))
+        mix = draw_mix(self.config, views.shape[-2], views.shape[-1], mix_rng(self.seed, clock.step))
         logits = self.network([mix_images(views, mix)])
         loss = H(mix_targets(smoothed, mix), log_P(logits, 1.0)).mean()
         return Outputs(loss, None, {"loss": loss.detach()})

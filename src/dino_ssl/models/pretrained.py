@@ -169,8 +169,9 @@ def _infer_vit(state: StateDict, path: Path) -> ViT:
     blocks = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
     shape = Size(width, len(blocks), width // 64)
     size = next((size for size, known in SIZES.items() if known == shape), None)
+    architecture: dict[str, Any] = {"size": size} if size else shape._asdict()
     return ViT(
-        **({"size": size} if size else shape._asdict()),
+        **architecture,
         patch=patch,
         image_size=patch * round((state["pos_embed"].shape[1] - 1) ** 0.5),
         registers=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
