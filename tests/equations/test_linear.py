@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.loader import crop_batches, sample_rng
-from dino_ssl.data.transforms.base import crop_box
+from dino_ssl.data.transforms.base import RATIO, SCALE, crop_box, random_crop
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.data.transforms.pixel_ops import resize
-from dino_ssl.data.transforms.random_crop import RATIO, SCALE, random_crop
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext, PreparedEval, evaluating
 from dino_ssl.evals.linear import FeatureSpec, Linear, LinearHeads, class_rank, frozen_feature

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from dino_ssl.data.batch import Batch
 from dino_ssl.data.dataset import BadImage, ImageDataset, Reduction, Skipped
-from dino_ssl.data.transforms.base import Views
+from dino_ssl.data.transforms.base import Views, random_crop
 from dino_ssl.data.transforms.eval import eval_transform
 from dino_ssl.data.transforms.pixel_ops import resize, to_planar
-from dino_ssl.data.transforms.random_crop import random_crop
 from dino_ssl.data.workers import make_loader
 from dino_ssl.errors import UserError
 
@@ -79,29 +78,6 @@ class BatchSpec(NamedTuple):
     """[b] repeat of each image; 0 if images are not repeated."""
 
 
-class EpochPlan(NamedTuple):
-    """Arguments of `train_batches` that decide which images are in which batch."""
-
-    num_images: int
-    repeats: int
-    batch_size: int
-    seed: int
-    epochs: int
-    clock_start: tuple[int, int] = (0, 0)
-    rank: int = 0
-    world: int = 1
-
-    def jobs(self) -> Iterator[BatchSpec]:
-        """Yield one specification per step."""
-        steps, (start, first) = steps_per_epoch(self.num_images, self.batch_size, self.world), self.clock_start
-        for epoch in range(start, self.epochs):
-            order = epoch_order(self.seed, epoch, self.num_images)
-            for step in range(first, steps):
-                positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rank :: self.world]
-                yield BatchSpec(epoch, step, order[positions // self.repeats], positions % self.repeats)
-            first = 0
-
-
 def train_batches(
     dataset: ImageDataset,
     views: Views,
@@ -122,10 +98,17 @@ def train_batches(
     an epoch is dropped. If the views repeat, each image of the order comes that many times in a row, and the number of
     steps per epoch is the same.
     """
-    plan = EpochPlan(len(dataset), views.repeats, batch_size, seed, epochs, clock_start, rank, world)
-    yield from make_loader(
-        partial(_train_step, dataset, views, seed), plan.jobs(), workers, prefetch=prefetch, pin_memory=pin_memory
-    )
+    steps, start = steps_per_epoch(len(dataset), batch_size, world), clock_start[0]
+
+    def jobs() -> Iterator[BatchSpec]:
+        for epoch in range(start, epochs):
+            order = epoch_order(seed, epoch, len(dataset))
+            for step in range(clock_start[1] if epoch == start else 0, steps):
+                positions = np.arange(step * batch_size, (step + 1) * batch_size)[rank::world]
+                yield BatchSpec(epoch, step, order[positions // views.repeats], positions % views.repeats)
+
+    build = partial(_train_step, dataset, views, seed)
+    yield from make_loader(build, jobs(), workers, prefetch=prefetch, pin_memory=pin_memory)
 
 
 def _train_step(dataset: ImageDataset, views: Views, seed: int, job: BatchSpec) -> Step:
@@ -165,10 +148,11 @@ def _read_or_none(dataset: ImageDataset, index: int, skipped: list[Skipped], tim
 
 
 class _ImagesSpec(NamedTuple):
-    """Images of one batch for feature extraction, their shape (height, width), and the epoch of random crops."""
+    """Images of one batch for feature extraction, their shape, and the epoch of random crops."""
 
     indices: np.ndarray
-    shape: tuple[int, int]
+    height: int
+    width: int
     epoch: int = 0
 
 
@@ -180,7 +164,9 @@ def _read_images(
 ) -> tuple[Tensor, Tensor]:
     """Return (indices [b] of the readable images, uint8 [b, 3, h, w])."""
     count, used = len(job.indices), []
-    stack = np.empty((count, *job.shape, 3) if channels_last else (count, 3, *job.shape), np.uint8)
+    stack = np.empty(
+        (count, job.height, job.width, 3) if channels_last else (count, 3, job.height, job.width), np.uint8
+    )
     dataset.prefetch(job.indices)
     for index in job.indices.tolist():
         image = _read_or_none(dataset, index, [])
@@ -210,12 +196,12 @@ def eval_batches(
     as fast with it, and a ViT equally fast.
     """
     order = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
-    jobs = (_ImagesSpec(order[at : at + batch_size], (size, size)) for at in range(0, len(order), batch_size))
+    jobs = (_ImagesSpec(order[at : at + batch_size], size, size) for at in range(0, len(order), batch_size))
     yield from make_loader(partial(_read_images, dataset, _eval, True), jobs, workers, pin_memory=pin_memory)
 
 
 def _eval(image: np.ndarray, index: int, job: _ImagesSpec) -> np.ndarray:
-    return eval_transform(image, job.shape[0])
+    return eval_transform(image, job.height)
 
 
 def crop_batches(
@@ -225,12 +211,12 @@ def crop_batches(
 
     A crop depends on (seed, epoch, index) only, not on batches, workers or ranks.
     """
-    specs = (_ImagesSpec(indices, (size, size), epoch) for epoch, indices in jobs)
+    specs = (_ImagesSpec(indices, size, size, epoch) for epoch, indices in jobs)
     yield from make_loader(partial(_read_images, dataset, partial(_crop, seed), False), specs, workers)
 
 
 def _crop(seed: int, image: np.ndarray, index: int, job: _ImagesSpec) -> np.ndarray:
-    return random_crop(image, job.shape[0], sample_rng(seed, job.epoch, index))
+    return random_crop(image, job.height, sample_rng(seed, job.epoch, index))
 
 
 def shaped_batches(
@@ -248,9 +234,9 @@ def shaped_batches(
     for group in np.split(order, changes) if len(order) else []:
         height, width = shapes[group[0]].tolist()
         count = max(1, pixels // (height * width))
-        jobs += (_ImagesSpec(group[at : at + count], (height, width)) for at in range(0, len(group), count))
+        jobs += (_ImagesSpec(group[at : at + count], height, width) for at in range(0, len(group), count))
     yield from make_loader(partial(_read_images, dataset, _resize, False), jobs, workers)
 
 
 def _resize(image: np.ndarray, index: int, job: _ImagesSpec) -> np.ndarray:
-    return resize(image, *job.shape)
+    return resize(image, job.height, job.width)

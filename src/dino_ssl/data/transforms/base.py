@@ -3,9 +3,11 @@
 import math
 from typing import Any, Protocol
 
+import cv2
 import numpy as np
 
 from dino_ssl.data.dataset import Reduction
+from dino_ssl.data.transforms.pixel_ops import resize
 from dino_ssl.errors import UserError, check_range
 
 
@@ -82,6 +84,20 @@ def crop_box(
     elif width / height > ratio[1]:
         w = max(1, round(height * ratio[1]))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # defaults of torchvision's RandomResizedCrop
+
+
+def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Augment for linear classifiers (Appendix F.2): uint8 [H, W, 3] -> [size, size, 3].
+
+    A crop of 8 to 100 % of the area, flipped with probability 0.5. Bilinear and antialiased, as torchvision resizes by
+    default; the evaluation transform is bicubic.
+    """
+    top, left, height, width = crop_box(image.shape[0], image.shape[1], SCALE, RATIO, rng)
+    crop = resize(image[top : top + height, left : left + width], size, size, "bilinear")
+    return cv2.flip(crop, 1) if rng.random() < 0.5 else crop
 
 
 MARGIN = 3
