@@ -25,8 +25,6 @@ Changes = Mapping[str, Any]
 
 IMAGES_SEEN = 65_000
 """Training images per run at scale small, rounded to complete epochs."""
-EPOCHS = 10
-"""Epochs for the 6,500 images of Imagenette at 128 px; `dino ablate` computes them for other datasets."""
 NUM_EVALS = 5
 """Evaluations during a run at scale small."""
 
@@ -48,7 +46,7 @@ def vit_100(local: int = 6) -> Run:
 def conv() -> Run:
     """Return the base of most tables at scale small: `small()` with crops of 48 and 24 pixels."""
     run = edit(small(), optim=dict(epochs=100, warmup_epochs=2), views=dict(global_size=48, local_size=24))
-    return scale_length(edit(run, online_eval=dict(size=66, every_epochs=100 / NUM_EVALS)), EPOCHS)
+    return scale_length(edit(run, online_eval=dict(size=66, every_epochs=100 / NUM_EVALS)), 10)  # of Imagenette
 
 
 def narrow() -> Run:

@@ -132,8 +132,8 @@ class Study:
         """Return all runs that were started, of one or of all configurations, in the order of the table and seeds."""
         runs = []
         for item in self.table.configurations if configuration is None else [configuration]:
-            names = [path.name.removeprefix("seed") for path in (self.folder / item.name).glob("seed*")]
-            runs += [StudyRun(self, item, seed) for seed in sorted(int(name) for name in names if name.isdigit())]
+            seeds = sorted(int(path.name.removeprefix("seed")) for path in (self.folder / item.name).glob("seed[0-9]*"))
+            runs += [StudyRun(self, item, seed) for seed in seeds]
         return runs
 
     def results(self, configuration: Configuration | None = None) -> list[Result]:
@@ -229,9 +229,9 @@ def resolve_study(
     if epochs is not None:
         base = scale_length(base, epochs)
     elif existing is not None:
-        optim, online_eval = existing.base.optim, existing.base.online_eval
-        base = edit(base, optim=dict(epochs=optim.epochs, warmup_epochs=optim.warmup_epochs))
-        base = edit(base, online_eval=dict(every_epochs=online_eval.every_epochs))
+        optim, every = existing.base.optim, existing.base.online_eval.every_epochs
+        length = dict(epochs=optim.epochs, warmup_epochs=optim.warmup_epochs)
+        base = edit(base, optim=length, online_eval=dict(every_epochs=every))
     elif minutes is not None:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))  # as many as a run will have
         seconds = measure(base, machine(), dataset).seconds(base, machine(), num_images) / distributed.world_size()
