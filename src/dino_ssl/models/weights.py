@@ -55,11 +55,10 @@ def read_safetensors(path: Path, *, trust: bool = False) -> tuple[StateDict, Bac
     return state, from_dict(BackboneConfig, described, trust=trust) if described else None
 
 
-def save_backbone(config: BackboneConfig | Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> Path:
+def save_backbone(config: BackboneConfig, state: Mapping[str, Tensor], path: Path) -> Path:
     """Write weights with the description of their network as .safetensors, which `load(path)` reads."""
-    described = dict(config) if isinstance(config, Mapping) else to_dict(config)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    metadata = {"backbone": json.dumps(described)}
+    metadata = {"backbone": json.dumps(to_dict(config))}
     return atomic_write(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata=metadata))
 
 
