@@ -44,9 +44,9 @@ HEALTHY = edit(
     data=Scenes(count=80, size=32, classes=4),
     method=dict(momentum=0.98),
     views=dict(saturation=0.0, hue=0.0, gray=0.0, solarize=(0.0, 0.0, 0.0), global_scale=(0.5, 1.0)),
-    optim=dict(epochs=8, weight_decay_end=0.04),
+    optim=dict(epochs=6, weight_decay_end=0.04),
 )
-"""80 images that keep their colors; 80 steps."""
+"""80 images that keep their colors; 60 steps."""
 SMALL = dict(head_hidden=32, head_dim=16, momentum=0.98)
 WILD = dict(algorithm="sgd", clip_grad=0.0, warmup_epochs=0)
 
