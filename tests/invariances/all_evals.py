@@ -48,7 +48,7 @@ def evaluate_all(folder: Path) -> dict[str, Any]:
         "knn": (KNN(k=(1, 5)), train, val),
         "linear": (LINEAR, train, val),
         "linear, fresh crops": (Linear(epochs=2, batch=16, lr=(0.3,), crops=0), train, val),
-        "low-shot": (LowShot(share=(0.5,), subsets=2, k=3, regularization=10), train, val),
+        "low-shot": (LowShot(share=(0.5,), subsets=2, k=3, tolerance=1e-2), train, val),
         "retrieval": (Retrieval(multiscale=True), SCENES),
         "copy-detection": (CopyDetection(dimensions=8), SCENES),
         "video-segmentation": (VideoSegmentation(), Scenes(count=2, size=32, part="val")),
