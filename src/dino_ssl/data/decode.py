@@ -159,9 +159,11 @@ def _is_plain(image: ImageFile) -> bool:
 
 def _orientation(image: ImageFile) -> int:
     """Return the EXIF orientation, 1 (upright) to 8; from 5 on width and height are swapped."""
+    if "exif" not in image.info:  # `getexif` would decode a PNG; Pillow itself turns TIFFs
+        return 1
     exif = Image.Exif()
     with contextlib.suppress(SyntaxError):  # invalid EXIF
-        exif.load(image.info.get("exif", b""))  # `getexif` would decode a PNG; Pillow itself turns TIFFs
+        exif.load(image.info["exif"])
     orientation = exif.get(274, 1)
     return orientation if orientation in range(1, 9) else 1
 

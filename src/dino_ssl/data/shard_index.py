@@ -125,7 +125,7 @@ def scan_shard(shard: Path) -> tuple[list[ImageRow], list[Skipped]]:
             named = ((match, file) for file in tar if file.isreg() and (match := MEMBER.fullmatch(file.name)))
             for _, sample in groupby(named, lambda item: item[0][1]):
                 members = {match[2].lower(): file for match, file in sample}
-                tar.members.clear()  # the list would take a kilobyte for each member
+                tar.members.clear()  # type: ignore[attr-defined]  # it would take a kilobyte for each member
                 image = next((file for extension, file in members.items() if f".{extension}" in SUFFIXES), None)
                 if image is None:
                     continue

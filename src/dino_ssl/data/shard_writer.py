@@ -215,7 +215,7 @@ def _write_shard(
                     member = tarfile.TarInfo(f"{index:09d}.{name}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-                tar.members.clear()  # the list would take a kilobyte for each member
+                tar.members.clear()  # type: ignore[attr-defined]  # it would take a kilobyte for each member
                 if progress is not None:
                     progress(index + 1, info.images)
                 if tar.offset >= limit:
