@@ -13,12 +13,19 @@ from dino_ssl.config import edit
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.errors import UserError
+from dino_ssl.presets import plan as planning
 from dino_ssl.presets.benchmark_step import Speed, time_loading
 from dino_ssl.presets.plan import FULL_SCHEDULE_STEPS, Plan, plan, short_schedule, with_workers
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine
 
 CPU = Machine(torch.device("cpu"), "a CPU", 2, 8 * 2**30, "float32", "no bfloat16")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of known speed, so that a plan measures nothing."""
+    monkeypatch.setattr(planning, "measure", lambda *_: Speed(0.01, 0.01))
 
 
 class Gray(ImageDataset):
@@ -105,12 +112,14 @@ def test_the_plan_of_any_dataset_can_be_trained(count: int, side: int) -> None:
     assert all(reason.reason for reason in chosen.reasons)
 
 
+@pytest.mark.usefixtures("quick")
 def test_more_time_gives_more_epochs_and_the_warm_up_is_at_most_a_tenth() -> None:
     short, long = (plan(Gray(200, 48), CPU, minutes=minutes).run.optim for minutes in (0.5, 10))
     assert long.epochs > short.epochs
     assert short.warmup_epochs <= 0.1 * short.epochs
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_short_run_has_other_final_values_than_a_long_one() -> None:
     def planned(minutes: float):
         chosen = plan(Gray(200, 48), CPU, minutes=minutes)
@@ -155,6 +164,7 @@ def test_workers_keep_up_with_the_step(device: str, cores: int, ranks: int, step
     assert ("too few cores" in reason) == (workers * step < data)
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("world", range(1, 9))
 def test_the_batch_is_divisible_by_any_number_of_ranks(world: int) -> None:
     for count in (12, 100, 2000):
@@ -182,6 +192,7 @@ def test_loading_is_timed_as_the_loader_does_it(monkeypatch: pytest.MonkeyPatch)
     assert scales == {1}
 
 
+@pytest.mark.usefixtures("quick")
 def test_k_grows_with_the_dataset() -> None:
     gpu = dataclasses.replace(CPU, memory=2**40)
     few, many = (plan(Gray(count, 32), gpu, minutes=1).run.method.out_dim for count in (1000, 90_000))

@@ -8,9 +8,7 @@ so the pairs need only p W of the targets, which is as narrow as x. The gradient
 
     dH/dx = (q W - p W) / tau_s        dH/dW = (q - p)^T x / tau_s
 
-Both are computed with the loss, in the pass that computes q chunk by chunk; backward only scales them. The reference
-implementation holds logits, their logarithms, targets and their gradients of V + G views and B images, in float32 and K
-wide.
+Both are computed with the loss, in the pass that computes q chunk by chunk; backward only scales them.
 """
 
 from collections.abc import Iterator

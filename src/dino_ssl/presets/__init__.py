@@ -31,13 +31,7 @@ PRESETS: dict[str, Callable[[], Run]] = {
     "moco": moco,
     "swav": swav,
     "finetune": finetune,
-    "finetune-cifar10": cifar10,
-    "finetune-cifar100": cifar100,
-    "finetune-inat18": inat18,
-    "finetune-inat19": inat19,
-    "finetune-flowers": flowers,
-    "finetune-cars": cars,
-    "finetune-imagenet": imagenet,
+    **{f"finetune-{run.__name__}": run for run in (cifar10, cifar100, inat18, inat19, flowers, cars, imagenet)},
 }
 
 
