@@ -178,12 +178,14 @@ def _colors(image: np.ndarray) -> np.ndarray:
 
 def test_neither_raw_pixels_nor_colors_reveal_the_class():
     """Chance is 10 % (standard deviation 1.7); the classifier is checked on the silhouettes without rotation."""
-    images = [[Scenes(size=48, part=part).read(i) for i in range(n)] for part, n in (("train", 800), ("val", 300))]
+    train, val = Scenes(size=48), Scenes(size=48, part="val")
+    images = [[scenes.read(i) for i in range(n)] for scenes, n in ((train, 800), (val, 300))]
     for features, bound in ((_pixels, 0.16), (_colors, 0.145)):
-        assert _vote(*(np.stack([features(image) for image in part]) for part in images)) < bound, features.__name__
-    upright = [
-        np.stack([_pixels(render(48, [Scenes(part=part).scene(i).object._replace(pose=Pose(0, 0, 0, 0.5))])[1] * 255)
-                  for i in range(n)])
-        for part, n in (("train", 300), ("val", 100))
-    ]  # fmt: skip
-    assert _vote(*upright) > 0.9
+        vectors = [np.stack([features(image) for image in part]) for part in images]
+        assert _vote(vectors[0], vectors[1]) < bound, features.__name__
+
+    def upright(scenes: Scenes, count: int) -> np.ndarray:
+        objects = [scenes.scene(i).object._replace(pose=Pose(0, 0, 0, 0.5)) for i in range(count)]
+        return np.stack([_pixels(render(48, [obj])[1] * 255) for obj in objects])
+
+    assert _vote(upright(train, 300), upright(val, 100)) > 0.9

@@ -36,7 +36,7 @@ SRC = Path(__file__).parents[2] / "src"
 
 RUN = Run(
     data=Scenes(
-        count=44, size=32, classes=4
+        count=44, size=32, classes=4, clutter=0
     ),  # with k-NN, 40 are for training and 4 for validation; incomplete batches are dropped
     backbone=ViT(width=48, depth=2, heads=3, patch=8, image_size=32, drop_path=0.2),
     method=DINOConfig(

@@ -60,10 +60,10 @@ def narrow_vit() -> Run:
 
 
 def demo() -> Run:
-    """ViT of 3 blocks on simple synthetic scenes, four minutes on two cores: 35 to 54 % 20-NN (raw pixels 26 %).
+    """ViT of 3 blocks on simple synthetic scenes, four minutes on two cores: 58 % 20-NN (raw pixels 38 %).
 
-    For `make demo`. The result varies between machines. Hue is augmented over its whole range, so that the crops of an
-    image share only the texture. Final learning rate and momentum are for a few hundred steps.
+    For `make demo`; one run, random weights 33 %. All images have the same two colors, so that colors are augmented
+    little. Final learning rate and momentum are for a few hundred steps.
     """
     crops = dict(global_size=32, local_size=16, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
     jitter = dict(

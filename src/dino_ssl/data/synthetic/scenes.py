@@ -146,9 +146,8 @@ class Scenes(DatasetConfig):
             poses = [np.add(layer.pose, time * drift) for layer in scene.background]
             poses += [center + amplitude * np.sin(phase + time * 4 * np.pi / 3) for center, amplitude, phase in paths]
             layers = zip([*scene.background, *objects], poses, strict=False)
-            rendered.append(
-                painting.render(self.size, [layer._replace(pose=Pose(*pose.tolist())) for layer, pose in layers])
-            )
+            posed = [layer._replace(pose=Pose(*pose.tolist())) for layer, pose in layers]
+            rendered.append(painting.render(self.size, posed))
         return Video(*(np.stack(arrays) for arrays in zip(*rendered, strict=True)))
 
     def scene(self, i: int, view: int = 0) -> Scene:
@@ -193,8 +192,7 @@ class Scenes(DatasetConfig):
         )
 
 
-def _sample_color(rng: np.random.Generator) -> np.ndarray:
-    """Return a random color in CIELAB."""
+def _sample_color(rng: np.random.Generator) -> np.ndarray:  # CIELAB
     return np.array([rng.uniform(35, 85), *rng.normal(0, 20, 2)])
 
 
