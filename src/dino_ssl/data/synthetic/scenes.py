@@ -216,7 +216,7 @@ def _sample_bar(
     slims: tuple[float, float],
 ) -> Layer:
     """Return a bar of similar color; `slims`: smallest and largest ratio of its width to its length."""
-    pose = Pose(*center.tolist(), float(rng.uniform(0, np.pi)), float(rng.uniform(*sizes)))
+    pose = Pose(float(center[0]), float(center[1]), float(rng.uniform(0, np.pi)), float(rng.uniform(*sizes)))
     texture = _sample_texture(rng, color + rng.normal(0, 12, 3), pose.size, strength=1.0)
     return Layer(painting.bar_outline(float(rng.uniform(*slims))), texture, pose)
 
