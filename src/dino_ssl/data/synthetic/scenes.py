@@ -7,7 +7,6 @@ any number, in any order, in any process.
 
     Scenes(count=2000).open()                      2000 training images
     Scenes(count=500, part="val").open()           500 other images of the same distribution
-    Scenes(seed=1).write("photos")                 a folder for `dino train photos`
 """
 
 import hashlib
@@ -23,12 +22,14 @@ import numpy as np
 
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset
 from dino_ssl.data.synthetic import painting
-from dino_ssl.data.synthetic.painting import KINDS, Layer, Pose, Texture
+from dino_ssl.data.synthetic.painting import KINDS, Array, Layer, Pose, Texture
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.files import write_errors
 from dino_ssl.progress import Progress
 
 Image = np.ndarray  # uint8 RGB [h, w, 3]; a mask is uint8 [h, w]
+Rng = np.random.Generator
+Range = tuple[float, float]
 PARTS = ("train", "val", "test")
 _OBJECT, _SCENE, _VIDEO = range(3)  # independent random streams of one image
 _PALETTE = np.array([[89.0, 0, 13], [32, 4, -26]])  # CIELAB: cream and indigo
@@ -171,10 +172,10 @@ class Scenes(DatasetConfig):
                 occluders.append(_sample_bar(rng, color, rng.normal((x, y), 0.2), (0.1, 0.16), (0.08, 0.2)))
         return Scene(background, obj._replace(pose=Pose(x, y, turn, size)), occluders)
 
-    def _rng(self, i: int, stream: int, *more: int) -> np.random.Generator:
+    def _rng(self, i: int, stream: int, *more: int) -> Rng:
         return np.random.default_rng([self.seed, PARTS.index(self.part), int(i), stream, *more])
 
-    def _sample_object(self, rng: np.random.Generator, label: int) -> Layer:
+    def _sample_object(self, rng: Rng, label: int) -> Layer:
         """Return an object of a class in the center."""
         color = _sample_color(rng)
         step = [rng.uniform(25, 40) * (1 if color[0] < 60 else -1), *rng.normal(0, 15, 2)]
@@ -192,11 +193,11 @@ class Scenes(DatasetConfig):
         )
 
 
-def _sample_color(rng: np.random.Generator) -> np.ndarray:  # CIELAB
+def _sample_color(rng: Rng) -> Array:  # CIELAB
     return np.array([rng.uniform(35, 85), *rng.normal(0, 20, 2)])
 
 
-def _sample_texture(rng: np.random.Generator, color: np.ndarray, size: float, strength: float) -> Texture:
+def _sample_texture(rng: Rng, color: Array, size: float, strength: float) -> Texture:
     """Return a random pattern for a layer of this size; strength 0 gives a plain color."""
     return Texture(
         pattern=painting.PATTERNS[rng.integers(len(painting.PATTERNS))],
@@ -208,13 +209,7 @@ def _sample_texture(rng: np.random.Generator, color: np.ndarray, size: float, st
     )
 
 
-def _sample_bar(
-    rng: np.random.Generator,
-    color: np.ndarray,
-    center: np.ndarray,
-    sizes: tuple[float, float],
-    slims: tuple[float, float],
-) -> Layer:
+def _sample_bar(rng: Rng, color: Array, center: Array, sizes: Range, slims: Range) -> Layer:
     """Return a bar of similar color; `slims`: smallest and largest ratio of its width to its length."""
     pose = Pose(float(center[0]), float(center[1]), float(rng.uniform(0, np.pi)), float(rng.uniform(*sizes)))
     texture = _sample_texture(rng, color + rng.normal(0, 12, 3), pose.size, strength=1.0)
