@@ -35,8 +35,18 @@ class CompiledMultiCrop:
         out = np.empty((size, 3 * size), np.uint8)
         brightness, contrast, saturation, hue = params.factors
         make_view(
-            *(image, params.top, params.left, params.height, params.width, params.flip),
-            *(np.array(params.order, np.int64), brightness, contrast, saturation, int(hue * 255) % 256, params.gray),
+            image,
+            params.top,
+            params.left,
+            params.height,
+            params.width,
+            params.flip,
+            np.array(params.order, np.int64),
+            brightness,
+            contrast,
+            saturation,
+            int(hue * 255) % 256,
+            params.gray,
             gaussian(round(params.sigma * 256)) if params.sigma else NO_BLUR,
             self.reference.solarize_threshold if params.solarize else NO_SOLARIZE,
             out,
