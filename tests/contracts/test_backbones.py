@@ -219,6 +219,8 @@ def test_error_suggests_the_nearest_name():
 def test_error_names_unsupported_arguments():
     with pytest.raises(UserError, match="no_such_setting"):
         Timm(name="resnet10t", args=(("no_such_setting", "1"),)).build()
+    with pytest.raises(UserError, match="no_such_setting"):  # of a part of the network
+        Timm(name="resnet10t", args=(("block_args", "{'no_such_setting': 1}"),)).build()
     with pytest.raises(UserError, match="stochastic depth"):
         Timm(name="hrnet_w18_small", drop_path=0.1).build()
 

@@ -193,20 +193,20 @@ def create(name: str, *, drop_path: float, pretrained: bool, args: Mapping[str, 
         known = timm.list_models() + timm.list_pretrained()
         raise UserError(f"timm {timm.__version__} has no network {name!r}{did_you_mean(name, known) or '.'}")
     given = {key: _literal(value) for key, value in args.items()}
-    defaults: dict[str, Any] = {"drop_path_rate": drop_path, "dynamic_img_size": True, "strict_img_size": False} | given
+    options: dict[str, Any] = {"drop_path_rate": drop_path, "dynamic_img_size": True, "strict_img_size": False} | given
     while True:
         try:
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, **defaults)
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
         except Exception as error:
             unexpected = str(error).partition("unexpected keyword argument")[2]
-            refused = set(re.findall(r"'(\w+)'", unexpected)) - given.keys()
+            refused = set(re.findall(r"'(\w+)'", unexpected)) & (options.keys() - given.keys())
             if "drop_path_rate" in refused and drop_path > 0:
                 raise UserError(f"{name} has no stochastic depth: expected drop_path 0, got {drop_path}.") from error
             if not refused:
                 hint = f"\nCheck the connection or choose one of timm.list_pretrained('{name.split('.')[0]}*')."
                 what = f"get pretrained weights of {name}" if pretrained else f"build {name} with {given}"
                 raise UserError(f"timm cannot {what}: {error}{hint if pretrained else ''}") from error
-            defaults = {key: value for key, value in defaults.items() if key not in refused}
+            options = {key: value for key, value in options.items() if key not in refused}
 
 
 def _literal(value: str) -> Any:
