@@ -11,6 +11,7 @@ import safetensors.torch
 import timm
 import torch
 
+from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.config import to_dict
 from dino_ssl.errors import UserError
 from dino_ssl.models import DINOHead, Network, Timm, ViT, pretrained
@@ -105,6 +106,13 @@ def test_saved_vit_loads_in_timm(tmp_path: Path):
     save_backbone(ViT(size="tiny", depth=2), ours.state_dict(), tmp_path / "v.safetensors")
     reference = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2)
     reference.load_state_dict(safetensors.torch.load_file(tmp_path / "v.safetensors"))
+
+
+def test_position_embeddings_of_any_name_are_loaded(tmp_path: Path):
+    config = Timm(name="visformer_tiny", args=(("embed_dim", "64"), ("depth", "(1, 1, 1)"), ("num_heads", "2")))
+    state = config.build().state_dict()  # timm's filter for an XCiT would remove pos_embed1
+    save_backbone(config, state, tmp_path / "visformer.safetensors")
+    assert torch.equal(load(tmp_path / "visformer.safetensors").state_dict()["pos_embed1"], state["pos_embed1"])
 
 
 def test_classifier_is_dropped(tmp_path: Path):
@@ -216,6 +224,20 @@ def test_unknown_architecture_raises(tmp_path: Path):
     with pytest.raises(UserError, match="width 48"):
         load(tmp_path / "narrow.pth")
     assert same(load(tmp_path / "narrow.pth", backbone=narrow), network)
+
+
+def test_vit_with_another_mlp_raises(tmp_path: Path):
+    state = VIT.build().state_dict()
+    torch.save({name.replace("mlp.fc1", "mlp.w12"): value for name, value in state.items()}, tmp_path / "swiglu.pth")
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.w12"):
+        load(tmp_path / "swiglu.pth")
+
+
+@pytest.mark.parametrize("run", ["a name", {"backbone": None}])
+def test_run_of_another_program_is_ignored(tmp_path: Path, run):
+    torch.save({"run": run, "state_dict": VIT.build().state_dict()}, tmp_path / "other.pth")
+    (tmp_path / "run.json").write_text("[1]")
+    assert open_checkpoint(tmp_path / "other.pth").size == 32
 
 
 def test_missing_student_raises(networks, tmp_path: Path):

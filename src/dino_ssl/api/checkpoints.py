@@ -1,6 +1,6 @@
 """Open checkpoints and image files given by the user."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +89,9 @@ def open_checkpoint(
     size, folder = loaded.config.input_size, None
     if not (str(source) in RELEASED or str(source).startswith("timm:")):
         folder = Path(source) if Path(source).is_dir() else Path(source).parent
-        run = loaded.run or (read_json(folder / "run.json") or {}).get("run") or {}
-        if run.get("backbone") == to_dict(loaded.config):  # trained by this run
+        content = read_json(folder / "run.json")
+        run = loaded.run or (content.get("run") if isinstance(content, dict) else None)
+        if isinstance(run, Mapping) and run.get("backbone") == to_dict(loaded.config):  # trained by this run
             with suppress(UserError):  # views from outside the package
-                size = from_dict(get_type_hints(Run)["views"], run["views"]).size
+                size = from_dict(get_type_hints(Run)["views"], run.get("views")).size
     return Checkpoint(str(source), loaded.backbone.to(device), loaded.config, size, folder)

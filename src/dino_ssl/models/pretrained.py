@@ -132,8 +132,10 @@ def download(url: str) -> StateDict:
         )
     except Exception as error:  # of the network, the disk or a damaged file
         path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+        reason = error if isinstance(error, OSError) else type(error).__name__  # torch suggests `weights_only=False`
         raise UserError(
-            f"Cannot load {url} ({error}).\nCheck the connection, or download the file yourself to {path}"
+            f"Cannot load {url} ({reason}).\n"
+            f"Check the connection, remove a damaged {path}, or download that file yourself."
         ) from error
 
 
@@ -166,6 +168,7 @@ def _infer_vit(state: StateDict, path: Path) -> ViT:
             f"{path} is a ViT of width {width}; its number of heads cannot be inferred as width / 64.\n"
             f"Pass it: load({str(path)!r}, backbone=ViT(width={width}, heads=...))."
         )
+    hidden = len(state[fc1]) if (fc1 := "blocks.0.mlp.fc1.weight") in state else 4 * width
     blocks = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
     shape = Size(width, len(blocks), width // 64)
     size = next((size for size, known in SIZES.items() if known == shape), None)
@@ -175,7 +178,7 @@ def _infer_vit(state: StateDict, path: Path) -> ViT:
         patch=patch,
         image_size=patch * round((state["pos_embed"].shape[1] - 1) ** 0.5),
         registers=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
-        mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / width,
+        mlp_ratio=hidden / width,
     )
 
 

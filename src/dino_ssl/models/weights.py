@@ -81,9 +81,10 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 def fit_to_network(state: Mapping[str, Tensor], network: Backbone) -> StateDict:
     """Return the weights without a classifier (fc, head), and those of the official XCiT with timm's names."""
     if isinstance(network, TimmBackbone):
-        from timm.models.xcit import checkpoint_filter_fn  # changes the weights of an XCiT only
+        from timm.models.xcit import Xcit, checkpoint_filter_fn
 
-        state = checkpoint_filter_fn(dict(state), network.net)
+        if isinstance(network.net, Xcit):  # it would remove position embeddings with other names, as pos_embed1
+            state = checkpoint_filter_fn(dict(state), network.net)
     expected, classifier = network.state_dict(), re.compile(r"(fc|head|head\.fc|classifier)\.(weight|bias)$")
     return {name: value for name, value in state.items() if name in expected or not classifier.match(name)}
 
