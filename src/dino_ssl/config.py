@@ -133,6 +133,7 @@ def _read(kind: Any, data: Any, field: str, trust: bool) -> Any:
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     expected = getattr(kind, "__name__", kind)
     if origin in (typing.Union, types.UnionType):
+        expected = str(kind).replace("typing.", "")
         classes = [option for option in options if _is_settings(option)]
         if isinstance(data, Mapping) and classes:
             return _read_settings(classes, data, field, trust)

@@ -91,12 +91,13 @@ class Run:
         check_range(self, "workers", "seed", "save_minutes", "keep_every", least=0)
         check_range(self, "log_every", least=1)
         views, needed = self.views.view_shapes[0][0], self.method.global_views
+        method = type(self.method).__name__.removesuffix("Config")
         if views < needed:
-            raise UserError(f"{self.method.summary} needs {needed} views of an image, got {views}: use MultiCrop.")
+            raise UserError(f"{method} needs {needed} views of an image, got {views}: use MultiCrop.")
         check_labels_differ(self.evals)
         if self.optim.micro_batch and not self.method.supports_grad_accumulation:
             raise UserError(
-                f"The loss of {self.method.summary} depends on the whole batch, which `optim.micro_batch` would split: "
+                f"The loss of {method} depends on the whole batch, which `optim.micro_batch` would split: "
                 "set it to 0, and lower `optim.batch_size` instead."
             )
 

@@ -10,6 +10,7 @@ import pytest
 
 from dino_ssl.config import edit, from_dict, to_dict
 from dino_ssl.errors import UserError
+from dino_ssl.optim import Optim
 from dino_ssl.schedules import Cosine, EpochRamp, Schedule, Warmup
 
 
@@ -141,6 +142,7 @@ def test_missing_fields_keep_their_defaults() -> None:
         (Street, {"first": "here"}, ["Street.first", "'here'"]),
         (Street, {"curve": {"type": "Cosine", "start": 1.0}}, ["Street.curve", "stop"]),
         (Strict, {}, ["Strict", "needed"]),
+        (Optim, {"micro_batch": 1.5}, ["Optim.micro_batch", "int", "'auto'", "1.5"]),
     ],
 )
 def test_the_error_for_invalid_data_names_the_field(kind: Any, data: Any, messages: list[str]) -> None:
