@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from dino_ssl.models.vit import ViT as ViT
     from dino_ssl.run import Run as Run
 
+__all__ = ["DINO", "Folder", "Run", "Scenes", "Timm", "UserError", "ViT", "__version__"]
+__all__ += ["attention", "edit", "embed", "evaluate", "load", "train"]
 _MODULES = {
     "api.calls": ("attention", "embed", "evaluate"),
     "api.training": ("train",),
@@ -50,4 +52,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOMES, "__version__"])
+    return sorted(__all__)

@@ -83,6 +83,7 @@ def test_presets_are_listed_with_their_results(dino):
 def test_public_names_can_be_imported():
     for name in dir(dino_ssl):
         assert getattr(dino_ssl, name) is not None
+    assert dir(dino_ssl) == sorted({*dino_ssl._HOMES, "__version__"})  # as `__all__`, a literal for type checkers
     assert callable(dino_ssl.train)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = dino_ssl.nonsense
