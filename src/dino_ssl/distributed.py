@@ -32,11 +32,11 @@ def is_rank0() -> bool:
     return rank() == 0
 
 
-def _all_reduce(tensor: Tensor, op: Any = td.ReduceOp.SUM) -> Tensor:
+def _all_reduce(tensor: Tensor, op: str = "SUM") -> Tensor:
     """Return the reduction over ranks; on a single rank, `tensor` itself."""
     if _active():
         tensor = tensor.clone()
-        td.all_reduce(tensor, op=op)
+        td.all_reduce(tensor, op=getattr(td.ReduceOp, op))  # some builds of torch have no torch.distributed
     return tensor
 
 
@@ -64,7 +64,7 @@ class _AllReduceSum(torch.autograd.Function):
 
 def all_reduce_logsumexp(tensor: Tensor) -> Tensor:
     """Return the element-wise log-sum-exp over ranks."""
-    top = _all_reduce(tensor, td.ReduceOp.MAX)
+    top = _all_reduce(tensor, "MAX")
     return top + all_reduce_sum((tensor - top).exp()).log()
 
 

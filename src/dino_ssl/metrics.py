@@ -59,7 +59,7 @@ class Meter:
         self._images += num_images
 
     def is_finite(self, *, all_ranks: bool = False) -> bool:
-        """Return whether the losses since the last log line are finite, on this rank or on all; synchronizes."""
+        """Return True if the losses since the last log line are finite, on this rank or on all; synchronizes."""
         loss = self._sums.get("loss")
         return loss is None or bool(torch.isfinite(distributed.all_reduce_sum(loss) if all_ranks else loss))
 

@@ -204,7 +204,8 @@ class _Session:
     def end(self, ended: Ended) -> None:
         """Complete the outcome: roll back after a collapse, or find the neighbors; all ranks take part."""
         outcome = self.outcome
-        outcome.clock, outcome.finished, outcome.skipped, outcome.signal = ended[0], *ended[2:]
+        outcome.clock, outcome.finished = ended.clock, ended.finished
+        outcome.skipped, outcome.signal = ended.skipped, ended.signal
         if (finding := self.policy.fatal) is not None:
             outcome.collapse = str(finding)
             if (step := self.roll_back()) is not None:

@@ -86,5 +86,5 @@ def sample_kept_rows(shapes: Shapes, rate: float, device: torch.device) -> tuple
         offset += images * tokens
     indices = torch.cat(rows)
     if device.type == "cuda":  # without waiting for queued work
-        indices = indices.pin_memory()
-    return indices.to(device, non_blocking=True), kept
+        return indices.pin_memory().to(device, non_blocking=True), kept
+    return indices.to(device), kept
