@@ -14,7 +14,15 @@ import torch
 
 from dino_ssl.ablations import runner
 from dino_ssl.ablations.bases import IMAGES_SEEN
-from dino_ssl.ablations.runner import complete, missing_metrics, run_parallel, run_serial
+from dino_ssl.ablations.runner import (
+    LOCKED,
+    RunLocked,
+    complete,
+    final_state,
+    missing_metrics,
+    run_parallel,
+    run_serial,
+)
 from dino_ssl.ablations.study import ROOT, Study, StudyRun, link_shared_runs, read_study, resolve_study
 from dino_ssl.ablations.tables import get_table
 from dino_ssl.config import edit
@@ -176,10 +184,10 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
     run.folder.mkdir(parents=True)
     with (run.folder / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        thread = interrupt(lambda: (run.folder / ".lock").is_file())
-        with pytest.raises(KeyboardInterrupt):  # while it waits
+        with pytest.raises(RunLocked, match="another process"):
             complete(run, False, RUNTIME, QUIET)
-        thread.join()
+    assert not run.error
+    assert final_state(run, LOCKED, False) == "being trained by another process"
 
 
 def test_the_epochs_at_scale_small_follow_from_the_number_of_images(tmp_path):

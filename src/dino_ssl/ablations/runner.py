@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.markup import escape
@@ -45,6 +45,8 @@ from dino_ssl.terminal import Terminal
 from dino_ssl.training import train
 from dino_ssl.training_evals import eval_context
 
+LOCKED = os.EX_TEMPFAIL
+"""Exit code of the process of a run that another process trains."""
 POLL_SECONDS = 0.5
 FINAL_FRACTION = 0.05
 """Final fraction of the logged lines over which entropy and KL are averaged."""
@@ -103,6 +105,8 @@ def final_state(run: StudyRun, code: int, is_stopping: bool) -> str:
     """Return the state of a run whose process has ended; if it could not write its error, write failed.json."""
     if code == 0:
         return "done"
+    if code == LOCKED:
+        return "being trained by another process"
     if is_stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
         return "stopped"
     if not run.error:
@@ -130,25 +134,32 @@ def run_serial(runs: Sequence[StudyRun], linear: bool, terminal: Terminal) -> tu
 
 
 def main(study_folder: str, name: str, seed: str, linear: str) -> int:
-    """Complete one run as a process; return its exit code: 0, or 128 + N after signal N."""
+    """Complete one run as a process; return its exit code: 0, 128 + N after signal N, or LOCKED."""
     environment.prepare()
     study = read_study(Path(study_folder))
     assert study is not None
     run = StudyRun(study, study.table.select([name])[0], int(seed))
-    with start(run.run.precision) as rt:
-        stopped = complete(run, linear == "True", rt, Terminal())
+    try:
+        with start(run.run.precision) as rt:
+            stopped = complete(run, linear == "True", rt, Terminal())
+    except RunLocked:
+        return LOCKED
     return 0 if stopped is None else 128 + stopped
+
+
+class RunLocked(UserError):
+    """Another process trains the run."""
 
 
 def complete(run: StudyRun, linear: bool, rt: Runtime, terminal: Terminal) -> int | None:
     """Train the remaining steps, measure the missing metrics, and write result.json.
 
-    Waits if another process is training the run. Returns the signal that stopped it, or None. An error of the run is
-    written to failed.json.
+    Returns the signal that stopped it, or None. An error of the run is written to failed.json. Raises RunLocked if
+    another process trains the run.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / ".lock").open("w") as lock:
-        distributed.run_on_rank0(lambda: fcntl.flock(lock, fcntl.LOCK_EX))
+        distributed.run_on_rank0(lambda: _acquire(lock, run))
         (run.folder / FAILED).unlink(missing_ok=True)
         try:
             if (stopped := _train(run, rt, terminal)) is None:
@@ -159,6 +170,13 @@ def complete(run: StudyRun, linear: bool, rt: Runtime, terminal: Terminal) -> in
                 write_json(run.folder / FAILED, {"error": message})
             raise
     return stopped
+
+
+def _acquire(lock: TextIO, run: StudyRun) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RunLocked(f"{run.folder} is being trained by another process.") from error
 
 
 def _train(study_run: StudyRun, rt: Runtime, terminal: Terminal) -> int | None:
