@@ -147,7 +147,7 @@ def main(study_folder: str, name: str, seed: str, linear: str) -> int:
     return 0 if stopped is None else 128 + stopped
 
 
-class RunLocked(UserError):
+class RunLocked(UserError):  # noqa: N818 - named by the state
     """Another process trains the run."""
 
 
