@@ -129,6 +129,7 @@ def test_settings_that_are_known_to_collapse_are_found_before_training(changes: 
     assert check_config(run, 100, 6500) == []
     (finding,) = check_config(edit(run, **changes), 100, 6500)
     assert finding.name == name
+    assert finding.fatal == name.startswith("No ")  # a required part is missing
 
 
 def test_presets_have_no_findings() -> None:

@@ -20,7 +20,7 @@ MAX_CENTER_MOMENTUM = 0.99
 
 @dataclass(frozen=True)
 class Finding:
-    """A detected problem: its name, the evidence, and what to tune. fatal, of a metric: training on is useless."""
+    """A detected problem: its name, the evidence, and what to tune. fatal: continuing to train is useless."""
 
     name: str
     message: str
@@ -142,15 +142,17 @@ METHOD_CHECKS = (
         "`method.teacher_temp` {0.run.method.teacher_temp:g} is too high (App. D: in the warm-up of the learning rate "
         "0.06 works, and 0.08 gives 0.1).",
         "Start at 0.04 (`method.warmup_teacher_temp`) and warm up to 0.07 over ten epochs or more, or keep 0.04.",
+        fatal=False,
     ),
     Check(
         "Center too slow",
         lambda s: s.is_centered and s.get("center_momentum") > MAX_CENTER_MOMENTUM,
         "`method.center_momentum` {0.run.method.center_momentum:g} lags behind the outputs (App. D: 0.999 gives 0.1).",
         "Set `method.center_momentum` to 0.9.",
+        fatal=False,
     ),
 )
-"""Settings of the method with which runs have collapsed."""
+"""Settings of the method with which runs have collapsed. Fatal: a required part is missing."""
 
 SIZE_CHECKS = (
     Check(
@@ -158,12 +160,14 @@ SIZE_CHECKS = (
         lambda s: s.initial_fraction > math.exp(-1),
         "after {0.steps} steps the teacher keeps {0.initial_fraction:.0%} of its initial weights.",
         "Lower `method.momentum`, or train for longer.",
+        fatal=False,
     ),
     Check(
         "K too large",
         lambda s: (s.run.method.num_prototypes or 0) > 4 * s.num_images,
         "most of the {0.run.method.num_prototypes} prototypes stay empty with {0.num_images} images.",
         "Lower `method.out_dim`, to four prototypes per image or less.",
+        fatal=False,
     ),
 )
 """Settings that do not fit the length of the run or the size of the dataset."""
