@@ -3,12 +3,12 @@
 from typing import Literal
 
 from dino_ssl.errors import UserError, did_you_mean
-from dino_ssl.methods.byol import BYOLConfig
-from dino_ssl.methods.dino import DINOConfig
-from dino_ssl.methods.method import MethodConfig
-from dino_ssl.methods.moco import MoCoConfig
-from dino_ssl.methods.supervised import SupervisedConfig
-from dino_ssl.methods.swav import SwAVConfig
+from dino_ssl.methods.byol import BYOLConfig as BYOLConfig
+from dino_ssl.methods.dino import DINOConfig as DINOConfig
+from dino_ssl.methods.method import MethodConfig as MethodConfig
+from dino_ssl.methods.moco import MoCoConfig as MoCoConfig
+from dino_ssl.methods.supervised import SupervisedConfig as SupervisedConfig
+from dino_ssl.methods.swav import SwAVConfig as SwAVConfig
 
 MethodName = Literal["dino", "byol", "moco", "swav", "supervised"]
 
