@@ -37,7 +37,9 @@ class TrainingProgress(Progress):
         """prototypes: K, for the maximum of the entropy."""
         self._figures = self._activity = ""  # first: the next line draws
         is_tty = terminal.is_tty
-        super().__init__(*COLUMNS, console=terminal.console, transient=True, expand=True, disable=not is_tty)
+        super().__init__(
+            *COLUMNS, console=terminal.console, transient=True, expand=True, disable=not is_tty, refresh_per_second=4
+        )
         self._terminal, self._first_step = terminal, clock.step
         self._ln_k = math.log(prototypes or math.nan)
         self._started, self._printed = time.monotonic(), -math.inf
