@@ -38,7 +38,7 @@ class BenchOptions:
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """A preset (`dino presets`), or MODULE:FUNCTION that returns a dino_ssl.Run."""
     network: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """vit_tiny/16, vit_small/8, vit_base/16, ..., or timm:NAME."""
+    """vit_tiny/16, vit_small/8, vit_base/16, ..., timm:NAME, or MODULE:CLASS."""
     method: MethodName | None = None
     """Training method: dino (default) or a baseline of the paper."""
     json: Flag = False

@@ -23,7 +23,7 @@ class Common:
     """Options of every evaluation."""
 
     references: Flag = True
-    """Compare with random weights and, where defined, raw pixels; --no-references skips this."""
+    """Compare with random weights and, if defined, raw pixels; --no-references skips this."""
     batch_size: int = 64
     """Images per forward pass."""
     workers: int = 0
@@ -71,7 +71,7 @@ def eval(argv: Sequence[str]) -> int:
 def help_text() -> str:
     """Return the help of `dino eval`."""
     summaries = {name: find_evaluation(name).__doc__.partition(":")[0].rstrip(".") for name in EVALUATIONS}
-    summaries[FINETUNE] = "accuracy of the whole network after training with labels"
+    summaries[FINETUNE] = "Accuracy of the whole network after training with labels"
     names = "\n".join(f"  {name:<20} {summary}" for name, summary in summaries.items())
     return (
         "usage: dino eval NAME CHECKPOINT DATA...\n\n"

@@ -119,9 +119,8 @@ def read_images(
                 yield name, stem, pixels
             progress(done, len(images))
     if not num_read:
-        raise UserError(
-            "No images: expected image files or folders, before options with several values such as --heads."
-        )
+        missing = "No images: expected image files or folders, before options with several values such as --heads."
+        raise UserError(f"None of the {len(images)} images can be read." if images else missing)
 
 
 def unique_name(name: str, taken: set[str]) -> str:

@@ -37,7 +37,7 @@ class ReportOptions:
     run: tyro.conf.Positional[str]
     """A run folder, or the name (table7) or folder of a table."""
     scale: Literal["small", "paper"] | None = None
-    """Scale of the table, if it was run at both."""
+    """Scale of the table. Default: small if it was run at both."""
     markdown: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of the page of a table and the figure of its curves, as in docs/ablations/; default: of its results."""
     tables: str = "runs/ablate"

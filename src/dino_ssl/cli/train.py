@@ -52,7 +52,7 @@ class TrainOptions(SessionOptions):
 
     folder: tyro.conf.Positional[str] = ""
     """Folder of images, nested or flat; with class folders the accuracy is measured during training. `scenes`:
-    synthetic images. MODULE:CLASS: a custom dataset."""
+    synthetic images. MODULE:CLASS: a custom dataset. Write these two before all flags."""
     network: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """vit_tiny/16, vit_small/8, vit_base/16, ..., timm:NAME, or MODULE:CLASS."""
     method: Annotated[str | None, tyro.conf.arg(metavar="{dino,byol,moco,swav,supervised}|MODULE:CLASS")] = None
