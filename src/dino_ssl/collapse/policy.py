@@ -15,7 +15,7 @@ from dino_ssl.collapse.monitor import LINES, Monitor
 from dino_ssl.events import Logged, Started
 from dino_ssl.files import append_jsonl, atomic_write
 from dino_ssl.metrics import read_metrics
-from dino_ssl.models.weights import save_backbone
+from dino_ssl.models.weights import backbone_weights, save_backbone
 from dino_ssl.run import Run
 
 HEALTHY_LINES = 2 * LINES
@@ -71,8 +71,7 @@ class CollapsePolicy:
         if self._healthy.is_file():
             atomic_write(self._last, lambda part: shutil.copyfile(self._healthy, part))
             saved = checkpoint.load(self._last)
-            step, prefix = saved["step"], saved["backbone"]
-            weights = {name.removeprefix(prefix): w for name, w in saved["method"].items() if name.startswith(prefix)}
+            step, weights = saved["step"], backbone_weights(saved, self._last, "teacher")
             save_backbone(self.run.backbone, weights, self.folder / "backbone.safetensors")
             message = f"Rollback from step {self.step} to step {step}, the last healthy checkpoint."
         self._write("Rollback", message)

@@ -64,10 +64,10 @@ class SupervisedConfig(MethodConfig):
 
     def filter_dataset(self, dataset: ImageDataset) -> ImageDataset:
         """Return the labeled images. Raise UserError if there are none."""
-        labelled = np.flatnonzero([] if dataset.labels is None else dataset.labels >= 0)
-        if not len(labelled):
+        labeled = np.flatnonzero([] if dataset.labels is None else dataset.labels >= 0)
+        if not len(labeled):
             raise UserError("Supervised training needs labels: put the images of each class in a folder of its own.")
-        return dataset if len(labelled) == len(dataset) else dataset.subset(labelled)
+        return dataset if len(labeled) == len(dataset) else dataset.subset(labeled)
 
 
 class Mix(NamedTuple):

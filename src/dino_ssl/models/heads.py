@@ -37,7 +37,7 @@ class DINOHead(nn.Module):
         norm_last: bool = True,
     ) -> None:
         super().__init__()
-        self.normalised = bool(bottleneck)
+        self.normalized = bool(bottleneck)
         if bottleneck:
             self.mlp = mlp([in_dim, *[hidden] * (layers - 1), bottleneck], norm=norm, act=act)
             self.last_layer = WeightNormLinear(bottleneck, out_dim, learn_scale=not norm_last)
@@ -54,7 +54,7 @@ class DINOHead(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Return the inputs of the last layer, [n, D] -> [n, d]."""
         x = self.mlp(x)
-        return l2_normalize(x) if self.normalised else x
+        return l2_normalize(x) if self.normalized else x
 
 
 class MLPHead(nn.Module):
