@@ -2,6 +2,7 @@
 
 import builtins
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,9 +185,17 @@ def test_reference_is_used_without_numba(monkeypatch: pytest.MonkeyPatch) -> Non
     assert fastest_transform(SMALL) is SMALL
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no locator available"), OSError(28, "No space left on device")])
-def test_function_is_compiled_again_if_its_cache_fails(error: Exception, monkeypatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("no locator available"), EOFError("out of input")])
+def test_function_is_compiled_again_if_its_cache_fails(error: Exception, monkeypatch, tmp_path: Path) -> None:
+    """And damaged files of the cache are removed, so that the next process writes new ones."""
     cached, real = [], view_kernel.njit
+    files = [tmp_path / "__pycache__" / name for name in ("view.double-1.py311.nbi", "view.other-1.py311.nbi")]
+    files[0].parent.mkdir()
+    for file in files:
+        file.touch()
+
+    def double(number):
+        return 2 * number
 
     def failing(*signature, cache: bool = False, **options):
         cached.append(cache)
@@ -195,6 +204,7 @@ def test_function_is_compiled_again_if_its_cache_fails(error: Exception, monkeyp
         return real(*signature, **options)
 
     monkeypatch.setattr(view_kernel, "njit", failing)
-    doubled = view_kernel.compiled_to_disk(types.int64(types.int64))(lambda number: 2 * number)
-    assert doubled(21) == 42
+    monkeypatch.setattr(view_kernel, "__file__", str(tmp_path / "view.py"))
+    assert view_kernel.compiled_to_disk(types.int64(types.int64))(double)(21) == 42
     assert cached == [True, False]
+    assert [file.exists() for file in files] == [False, True]

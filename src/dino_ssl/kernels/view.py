@@ -6,6 +6,8 @@ compiles again only if the file of the cached function has changed. Importing it
 """
 
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,9 @@ def compiled_to_disk(signature: Any) -> Callable[[Callable], Any]:
         try:
             return njit(signature, cache=True, **OPTIONS)(function)
         except Exception:  # no writable folder, a full disk, a damaged file: numba raises many types
+            for damaged in Path(__file__).parent.glob(f"__pycache__/view.{function.__name__}-*.nb*"):
+                with suppress(OSError):
+                    damaged.unlink()
             return njit(signature, **OPTIONS)(function)
 
     return decorator
