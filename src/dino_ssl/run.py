@@ -120,5 +120,5 @@ def read_run(folder: Path, *, trust: bool = False) -> Run:
         if content["format"] != FORMAT:
             raise UserError(f"{path} has format {content['format']}; this version of dino reads format {FORMAT}.")
         return from_dict(Run, content["run"], trust=trust)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the run.json of a training run ({type(error).__name__}: {error}).") from error

@@ -234,3 +234,14 @@ def test_a_run_is_not_read_from_settings_that_cannot_be() -> None:
     ):
         with pytest.raises(UserError):
             from_dict(Run, wrong)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff", b"{", b"[]", b'{"format": 9}', b'{"format": 1}', b'{"format": 1, "run": []}']
+)
+def test_a_damaged_run_json_is_a_user_error(tmp_path: Path, content: bytes) -> None:
+    from dino_ssl.run import read_run
+
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(UserError):
+        read_run(tmp_path)
