@@ -399,7 +399,7 @@ def test_incomplete_directories_are_refused(photos: Path, tmp_path: Path) -> Non
     originals, info = contents(out), json.loads((out / "info.json").read_text())
     for name, data, message in (
         ("shard-000000.tar", originals["shard-000000.tar"][:-7], "shard-000000.tar: expected .* bytes, got"),
-        ("info.json", json.dumps(info | {"format": 2}).encode(), "format version 2, expected 1"),
+        ("info.json", json.dumps(info | {"format": 1}).encode(), "format version 1, expected 2. Remove it"),
         ("info.json", b"{", "info.json is damaged"),
         ("index.arrow", originals["index.arrow"][:200], "index.arrow is damaged"),
     ):
@@ -472,9 +472,22 @@ def test_the_index_of_other_shards_is_kept_and_follows_changes(tmp_path: Path, m
         patch.setattr(shards, "scan_shard", None)
         dataset = Folder(path=str(tmp_path / "wds")).open()
     assert len(pickle.loads(pickle.dumps(dataset))) == 9
+    (info,) = (tmp_path / "cache").rglob("info.json")
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"format": 1}))  # by an older version of the package
+    assert len(Folder(path=str(tmp_path / "wds")).open()) == 9
     shutil.rmtree(tmp_path / "wds")
     write_webdataset(tmp_path / "wds", 12)
     assert len(Folder(path=str(tmp_path / "wds")).open()) == 11
+
+
+def test_names_that_lead_out_of_a_folder_are_ignored(tmp_path: Path) -> None:
+    data = jpeg(20, 30, 3)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("../x.jpg", "a/../../x.jpg", "a..b/x.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    assert Folder(path=str(tmp_path)).open().names == ["a.tar/a..b/x.jpg"]
 
 
 def test_a_truncated_tar_file_is_used_as_far_as_it_reaches(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def open_paths(paths: Sequence[str | os.PathLike[str]], progress: Progress | Non
     skipped: list[Skipped] = []
     images = list(readable_images(names, printable, skipped, progress, len(names)))
     if not images:
-        raise UserError(f"None of the {len(names)} paths is a usable image: {skipped[0].name}: {skipped[0].reason}")
+        several = f"None of the {len(names)} paths is a usable image: " if len(names) > 1 else ""
+        raise UserError(f"{several}{skipped[0].name}: {skipped[0].reason}")
     files, names, sizes = zip(*images, strict=True)
     return FolderDataset("", files, names, sizes, None, (), skipped)
 

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 INDEX = "index.arrow"
-MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
-"""(key, extension) of a member in WebDataset's layout: the extension begins at the first dot of the file name."""
+MEMBER = re.compile(r"(?!(?:.*/)?\.\./)((?:.*/)?[^./]+)\.([^/]+)")
+"""(key, extension) of a member in WebDataset's layout: the extension begins at the first dot of the file name.
+Names with `..` are ignored: outputs are named after images, and would leave their folder."""
 
 
 class ImageRow(NamedTuple):

@@ -72,7 +72,7 @@ def pack(
     """Write the images of the folder `source` as tar shards into the directory `out`, and open it.
 
     The dataset equals that of the folder, except for images that `settings` makes smaller. A run that was stopped is
-    resumed; if `out` is complete, nothing is written. Memory does not grow with the number of images: the folder is
+    resumed; if `out` is complete, nothing is written. Of all images, only sizes and labels are in memory: the folder is
     listed twice, first to find its classes and the files that cannot be used. Raises UserError if the folder or the
     settings are not those that `out` was started with, or if a file cannot be read or written.
 
@@ -150,7 +150,10 @@ def _info(images: int, classes: list[str], skipped: list[Skipped], source_key: s
 
 
 def _file_key(path: str, name: str) -> bytes:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError:  # removed since it was listed
+        return f"{name} missing\0".encode()
     return f"{name} {status.st_size} {status.st_mtime_ns}\0".encode()
 
 

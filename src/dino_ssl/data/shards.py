@@ -38,7 +38,7 @@ from dino_ssl.errors import UserError, check_range
 from dino_ssl.files import PART, write_errors, write_json
 from dino_ssl.progress import Progress
 
-FORMAT = 1
+FORMAT = 2
 INFO = "info.json"
 MAX_OPEN = 256
 """Shards that are open at a time: systems allow about 1,000 open files."""
@@ -117,7 +117,7 @@ def read_info(directory: Path) -> ShardInfo:
         data = json.loads((directory / INFO).read_text())
         if data["format"] != FORMAT:
             raise UserError(
-                f"{directory} has format version {data['format']}, expected {FORMAT}. Pack the folder again."
+                f"{directory} has format version {data['format']}, expected {FORMAT}. Remove it and pack again."
             )
         return from_dict(ShardInfo, data)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -276,7 +276,14 @@ def _build_index(path: Path, directory: Path, progress: Progress | None) -> None
 
 
 def _is_current(path: Path, directory: Path) -> bool:
-    """Return True if the index is of the shards in `path`, by their names, lengths and modification times."""
+    """Return True if the index is of the shards in `path`, by their names, lengths and modification times.
+
+    Raises UserError for packed shards of another version; an index of other shards is built again.
+    """
+    with suppress(OSError, ValueError, AttributeError):  # reported by `read_info`
+        content = json.loads((directory / INFO).read_text())
+        if content.get("settings") is None and content.get("format") != FORMAT:
+            return False
     info, status = read_info(directory), {tar.name: tar.stat() for tar in tar_files(path)}
     if info.settings is not None:
         return True  # ShardDataset raises if a file is missing
