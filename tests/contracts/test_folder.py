@@ -63,6 +63,7 @@ def test_links_are_followed_and_loops_are_not(photos, tmp_path):
     for name in ("A link", "z link"):  # sort before and after the real folder, which still gives the name
         (photos / name).symlink_to(photos / "real")
     (photos / "real" / "loop").symlink_to(photos)
+    (photos / "real" / "to itself").symlink_to("to itself")
     (photos / "elsewhere").symlink_to(tmp_path / "elsewhere")
     (photos / "c.png").symlink_to(tmp_path / "elsewhere" / "b.png")
     dataset = Folder(path=str(photos)).open()

@@ -192,7 +192,9 @@ def walk(root: Path, skipped: list[Skipped]) -> Iterator[str]:
             if (status.st_dev, status.st_ino) not in visited:
                 visited.add((status.st_dev, status.st_ino))
                 with os.scandir(folder) as entries:  # with a / at the end, folders sort as their files' paths do
-                    names = sorted(os.fsencode(e.name) + b"/" * e.is_dir() for e in entries if not _is_hidden(e.name))
+                    names = sorted(
+                        os.fsencode(e.name) + b"/" * _is_folder(e) for e in entries if not _is_hidden(e.name)
+                    )
         except OSError as error:
             skipped.append(Skipped(printable(folder, root), f"the folder cannot be listed: {error.strerror}"))
         for name in names:
@@ -207,6 +209,11 @@ def walk(root: Path, skipped: list[Skipped]) -> Iterator[str]:
                 yield from below(path)
 
     yield from below(str(root))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return True for a folder or a link to one; False for a link to itself, for which `is_dir` raises."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def _is_hidden(name: str) -> bool:
