@@ -184,6 +184,7 @@ def test_decoders_print_nothing_for_broken_content(tmp_path, capfd):
         (bytes(5000), "not an image"),
         (b"\xff\xd8\xff", "truncated"),
         (b"\x89PNG\r\n\x1a\n", "truncated"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\0IEND\xaeB`\x82", "truncated, or its header is broken"),
         (b"RIFF\x04\0\0\0WAVEdata", "not a WEBP file"),
     ],
 )

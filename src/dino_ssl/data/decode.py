@@ -134,7 +134,7 @@ def _header(file: BinaryIO) -> Header:
             file.seek(0)
             image = plugin(file)
             header = Header(image.size, _is_plain(image), _orientation(image.info.get("exif")), image)
-    except (SyntaxError, OSError, struct.error) as error:
+    except (SyntaxError, OSError, IndexError, struct.error) as error:  # IndexError: a PNG without pixels
         raise OSError(f"truncated, or its header is broken: {error}") from error
     width, height = header.size
     if not 0 < width * height <= MAX_PIXELS:
