@@ -15,6 +15,7 @@ from dino_ssl.data.transforms.base import RATIO, SCALE, crop_box, random_crop
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.data.transforms.pixel_ops import resize
 from dino_ssl.errors import UserError
+from dino_ssl.evals import linear
 from dino_ssl.evals.base import EvalContext, PreparedEval, evaluating
 from dino_ssl.evals.linear import FeatureSpec, Linear, LinearHeads, class_rank, frozen_feature
 from dino_ssl.models.backbone import Backbone, Features
@@ -289,6 +290,12 @@ def test_one_stored_crop_per_epoch_equals_fresh_crops() -> None:
     torch.testing.assert_close(stored, fresh, atol=1e-5, rtol=1e-5)
     fewer = fit(replace(QUICK, crops=1), backbone, train)
     assert not torch.allclose(fewer, fresh, atol=1e-3)
+
+
+def test_stored_crops_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "machine_memory", lambda: 10_000)
+    with pytest.raises(UserError, match="Set `crops` to a smaller number"):
+        fit(replace(QUICK, crops=6), vit(), Tinted(50))
 
 
 def test_the_batch_size_does_not_matter() -> None:

@@ -22,6 +22,7 @@ from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import EvalContext, LabeledEvaluation, PreparedEval, Scores, evaluating, full_precision
 from dino_ssl.models.backbone import Attentive, Backbone
+from dino_ssl.runtime import machine, machine_memory
 
 Extract = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, H, W] -> features [B, D] float32 on the device."""
@@ -148,8 +149,9 @@ class Linear(LabeledEvaluation):
     epochs: int = 100
     """Training epochs."""
     crops: int = 5
-    """Random crops per image whose features are extracted once and reused. 0: new crops in every epoch, as in the
-    paper, with one forward pass per image and epoch."""
+    """Random crops per image whose features are extracted once and kept in memory: 4 bytes x crops x images x
+    dimensions over all ranks. 0: new crops in every epoch, as in the paper, with one forward pass per image and
+    epoch."""
     batch: int = 1024
     """Batch size of the classifier's training, over all ranks; at most the number of images."""
     lr: tuple[float, ...] = LRS
@@ -261,7 +263,13 @@ class Linear(LabeledEvaluation):
         epochs are stored and used again in turn; with 0, every epoch has new crops.
         """
         world_size, crops = distributed.world_size(), self.crops or self.epochs
-        store = torch.empty(self.crops, -(-len(train) // world_size), width)
+        shape, memory = (self.crops, -(-len(train) // world_size), width), machine_memory() / machine().ranks
+        if (size := 4 * math.prod(shape)) > memory:
+            raise UserError(
+                f"The features of {self.crops} crops of {shape[1]} images take {size / 2**30:.1f} GiB of memory; "
+                f"{memory / 2**30:.1f} GiB exist. Set `crops` to a smaller number, or to 0 (new crops in every epoch)."
+            )
+        store = torch.empty(shape)
         is_readable = torch.zeros(store.shape[:2], dtype=torch.bool)
 
         def steps() -> Iterator[tuple[int, np.ndarray]]:
