@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dino_ssl.errors import UserError
-from dino_ssl.files import atomic_write
+from dino_ssl.files import atomic_write, check_format
 from dino_ssl.models.weights import read_file
 
 FORMAT = 1
@@ -44,8 +44,7 @@ def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         hint = f" The same folder has {others}: copy one over it to resume from there." if others else ""
         raise UserError(f"{error}{hint}") from error
     content = content if isinstance(content, dict) else {}
-    if content.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{path} has format {content['format']}; this version of dino reads format {FORMAT}.")
+    check_format(path, content.get("format", FORMAT), FORMAT)
     if missing := [key for key in KEYS if key not in content]:
         raise UserError(f"{path} is not a training checkpoint of dino: it lacks {', '.join(missing)}.")
     return content

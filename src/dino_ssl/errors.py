@@ -23,25 +23,28 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
 
 
-def check_range(
-    settings: Any,
-    *names: str,
-    prefix: str = "",
+def check_value(
+    name: str,
+    value: Any,
+    *,
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raise UserError if one of these fields is outside the bounds; None is always accepted, nan never.
+    """Raise UserError if a number, or one of a tuple, is outside the bounds; None is always accepted, nan never."""
+    bounds = (("at least", least, ge), ("above", above, gt), ("at most", most, le), ("below", below, lt))
+    bounds = [(word, bound, holds) for word, bound, holds in bounds if bound is not None]
+    items = value if isinstance(value, tuple) else (value,)
+    if value is not None and not all(holds(item, bound) for item in items for _, bound, holds in bounds):
+        expected = " and ".join(f"{word} {bound:g}" for word, bound, _ in bounds)
+        raise UserError(f"`{name}` must be {expected}; got {value}.")
+
+
+def check_range(settings: Any, *names: str, prefix: str = "", **bounds: float) -> None:
+    """Check these fields of a settings value by `check_value`.
 
     prefix: of the field's name in the message, e.g. `optim.` for a field of `Run.optim`.
     """
-    bounds = (("at least", least, ge), ("above", above, gt), ("at most", most, le), ("below", below, lt))
-    bounds = [(word, bound, holds) for word, bound, holds in bounds if bound is not None]
     for name in names:
-        value = getattr(settings, name)
-        items = value if isinstance(value, tuple) else (value,)
-        if value is None or all(holds(item, bound) for item in items for _, bound, holds in bounds):
-            continue
-        expected = " and ".join(f"{word} {bound:g}" for word, bound, _ in bounds)
-        raise UserError(f"`{prefix}{name}` must be {expected}; got {value}.")
+        check_value(f"{prefix}{name}", getattr(settings, name), **bounds)

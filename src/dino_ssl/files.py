@@ -11,6 +11,8 @@ from typing import Any
 
 from dino_ssl.errors import UserError
 
+LINES_FORMAT = 1
+"""Version of JSON lines files; every line has it, since several processes append to one file."""
 PART = ".part"
 """Suffix of a file while it is written; a killed process leaves such a file."""
 
@@ -68,11 +70,22 @@ def write_json(path: Path, data: Any) -> Path:
     return atomic_write(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
 
 
+def json_line(row: Mapping[str, Any]) -> str:
+    """Return a line of a JSON lines file: one object, with the format version."""
+    return json.dumps({"format": LINES_FORMAT, **row}, ensure_ascii=False) + "\n"
+
+
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
     """Append one JSON object as a line; the folder is created if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(json_line(row))
+
+
+def check_format(path: Path, version: Any, known: Any) -> None:
+    """Raise UserError if a file has another format version than this code reads."""
+    if version != known:
+        raise UserError(f"{path} has format {version}; this version of dino reads format {known}.")
 
 
 def read_json(path: Path) -> Any:
@@ -84,14 +97,20 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON lines file; incomplete lines are skipped, a missing file has none."""
+    """Return the objects of a JSON lines file; incomplete lines are skipped, a missing file has none.
+
+    Raises UserError if a line has another format version.
+    """
     rows = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(text))
+            row = json.loads(text)
         except ValueError:
             continue
-    return [row for row in rows if isinstance(row, dict)]
+        if isinstance(row, dict):
+            check_format(path, row.pop("format", LINES_FORMAT), LINES_FORMAT)
+            rows.append(row)
+    return rows
 
 
 def remove_parts(folder: Path) -> None:

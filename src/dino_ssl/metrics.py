@@ -1,7 +1,6 @@
 """Metrics of a run: averages between two log lines, and metrics.jsonl with the same values for TensorBoard."""
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dino_ssl import distributed
-from dino_ssl.files import atomic_write, read_lines, write_errors
+from dino_ssl.files import atomic_write, json_line, read_lines, write_errors
 from dino_ssl.objectives import h
 from dino_ssl.schedules import Clock, Schedule
 
@@ -95,8 +94,9 @@ class Log:
 
         if self._path.exists():
             kept = [line for line in read_metrics(folder) if line["step"] <= step and step > 0]
-            atomic_write(self._path, lambda temporary: temporary.write_text("".join(map(_line, kept))))
-        self._file = self._path.open("a", buffering=1)
+            text = "".join(map(_line, kept))
+            atomic_write(self._path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
+        self._file = self._path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
         with write_errors(folder):
             (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
             self._events = EventsWriter(str(folder / "tensorboard/events"))
@@ -139,4 +139,4 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def _line(values: Mapping[str, Any]) -> str:
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    return json.dumps(finite) + "\n"
+    return json_line(finite)

@@ -12,6 +12,7 @@ from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.online import OnlineEval
 from dino_ssl.evals.scheduled import ScheduledEval, check_labels_differ
+from dino_ssl.files import check_format
 from dino_ssl.methods import DINOConfig  # likewise
 from dino_ssl.methods.method import MethodConfig
 from dino_ssl.models import BackboneConfig, ViT  # likewise
@@ -117,8 +118,7 @@ def read_run(folder: Path, *, trust: bool = False) -> Run:
         raise UserError(f"No run in {folder}: run.json is missing. Expected a folder made by `dino train`.")
     try:
         content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise UserError(f"{path} has format {content['format']}; this version of dino reads format {FORMAT}.")
+        check_format(path, content["format"], FORMAT)
         return from_dict(Run, content["run"], trust=trust)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the run.json of a training run ({type(error).__name__}: {error}).") from error

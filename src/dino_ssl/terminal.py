@@ -1,10 +1,13 @@
 """Terminal output: messages, tables, progress bars; plain lines if the output is a file or a pipe.
 
+The library logs its messages to `logger`, on rank 0. They are printed inside `Terminal.show_log`.
+
 Results go to standard output. With JSON output, standard output holds one JSON object and nothing else; messages go to
 standard error. Only rank 0 prints.
 """
 
 import json
+import logging
 import os
 import sys
 import time
@@ -21,6 +24,9 @@ from rich.table import Table
 
 from dino_ssl.progress import Progress
 
+logger = logging.getLogger("dino_ssl")
+STYLES = {logging.WARNING: "yellow", logging.ERROR: "red"}
+"""Style of a logged message by level."""
 QUIET_SECONDS = 10
 """Seconds between two plain lines of one progress."""
 
@@ -28,6 +34,9 @@ QUIET_SECONDS = 10
 def is_rank0() -> bool:
     """Return True if this process prints. Works before a process group exists."""
     return os.environ.get("RANK", "0") == "0"
+
+
+logger.addFilter(lambda record: is_rank0())
 
 
 @dataclass
@@ -54,6 +63,20 @@ class Terminal:
     def print(self, text: str = "", style: str | None = None) -> None:
         """Print a message literally; brackets are not markup."""
         self.console.print(_plain_text(self.rewrite(text)), style=style, soft_wrap=not self.is_tty)
+
+    @contextmanager
+    def show_log(self) -> Iterator[None]:
+        """Print what the library logs inside; `extra={"style": ...}` of a message is its style."""
+        handler, level, propagate = _LogHandler(self), logger.level, logger.propagate
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a title and a table; long cells wrap, except in the first column."""
@@ -89,6 +112,17 @@ class Terminal:
         return show
 
 
+class _LogHandler(logging.Handler):
+    """Prints log messages on a terminal."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._terminal.print(record.getMessage(), style=getattr(record, "style", STYLES.get(record.levelno)))
+
+
 def _plain_text(text: str) -> str:
     """Escape markup, and replace the undecodable bytes of file names."""
     return escape(text.encode("utf-8", "replace").decode())
@@ -108,5 +142,5 @@ def command_output(
         if as_json and is_rank0():
             print(json.dumps(result, ensure_ascii=False), file=out, flush=True)
 
-    with redirect_stdout(sys.stderr if as_json else out):
+    with redirect_stdout(sys.stderr if as_json else out), terminal.show_log():
         yield terminal, print_result

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+import safetensors
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 
 import dino_ssl
+from dino_ssl import checkpoint
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.eval import eval_transform, normalize
@@ -32,6 +35,36 @@ def test_training_writes_all_files_of_a_run(trained):
     assert "not an image.jpg" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
+
+
+def test_every_data_file_of_a_run_has_a_format_version(trained, photos, dino):
+    run, _ = trained
+    assert dino("eval", "knn", run, photos).code == 0
+    versions = {}
+    for path in filter(Path.is_file, run.rglob("*")):
+        match path.suffix:
+            case ".json" | ".jsonl":
+                texts = [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines()
+                versions[path] = [json.loads(text).get("format") for text in texts]
+            case ".safetensors":
+                with safetensors.safe_open(path, framework="np") as file:
+                    metadata = file.metadata()
+                described = json.loads(metadata.get("backbone", "{}"))
+                versions[path] = [described.get("format") or int(metadata["format_version"])]
+            case ".pt":
+                versions[path] = [checkpoint.load(path)["format"]]
+    assert {path.suffix for path in versions} == {".json", ".jsonl", ".safetensors", ".pt"}
+    assert all(set(found) <= {1} for found in versions.values()), versions
+
+
+def test_another_format_version_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"format": 2, "step": 1}\n')
+    with pytest.raises(dino_ssl.UserError, match="has format 2; this version of dino reads format 1"):
+        read_metrics(tmp_path)
+    metadata = {"backbone": '{"format": 2, "type": "ViT"}'}
+    save_file({"x": np.zeros(1)}, tmp_path / "backbone.safetensors", metadata)
+    with pytest.raises(dino_ssl.UserError, match="has format 2; this version of dino reads format 1"):
+        dino_ssl.load(tmp_path)
 
 
 def test_settings_of_the_user_are_trained_and_marked_in_the_plan(trained):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
+import dino_ssl
 from dino_ssl.data.adapters import ExternalDataset
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.loader import train_batches
@@ -95,6 +96,20 @@ def test_training_batches_are_those_of_the_same_files(tmp_path: Path) -> None:
     ]
     for a, b in zip(*runs, strict=True):
         assert all(map(torch.equal, (*a.batch.views, a.batch.labels), (*b.batch.views, b.batch.labels)))
+
+
+def test_attention_accepts_every_kind_of_image_and_dataset(tmp_path: Path) -> None:
+    backbone = dino_ssl.ViT(width=24, depth=1, heads=2, patch=8, image_size=16).build()
+    for i, image in enumerate(IMAGES):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    expected = [dino_ssl.attention(backbone, image, size=16).mean for image in IMAGES]
+    for source in (tmp_path, sorted(tmp_path.iterdir()), IMAGES, Labeled()):
+        found = dino_ssl.attention(backbone, source, size=16)
+        assert all(np.array_equal(maps.mean, mean) for maps, mean in zip(found, expected, strict=True))
+    for image in (tmp_path / "0.png", Image.fromarray(IMAGES[0])):
+        assert np.array_equal(dino_ssl.attention(backbone, image, size=16).mean, expected[0])
+    points = dino_ssl.attention(backbone, Labeled(), point=[(3, 4), (20, 10)], size=16)
+    assert [len(maps) for maps in points] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(

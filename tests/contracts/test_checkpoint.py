@@ -231,6 +231,15 @@ def test_a_truncated_checkpoint_is_rejected(last: Path) -> None:
             checkpoint.load(last)
 
 
+def test_a_changed_byte_of_a_tensor_is_detected_by_the_checksum(last: Path) -> None:
+    content = bytearray(last.read_bytes())
+    start = content.find(torch.arange(10.0).numpy().tobytes())
+    content[start + 8] ^= 1
+    last.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load(last)
+
+
 def test_the_error_for_other_torch_files_lists_the_missing_keys(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"weight": torch.ones(2), "step": 3}, path)

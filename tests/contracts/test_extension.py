@@ -360,7 +360,10 @@ class Noise(Dataset):
 
 
 @pytest.mark.parametrize("kind", ["torch dataset", "list of arrays"])
-def test_dataset_object_trains_and_resumes(kind: str, tmp_path: Path) -> None:
+def test_dataset_object_trains_and_resumes(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO", "dino_ssl")
     dataset, other = (Noise(seed) if kind == "torch dataset" else list(Noise(seed).images) for seed in (0, 1))
     settings: dict[str, Any] = dict(
         preset=Run(
@@ -374,6 +377,8 @@ def test_dataset_object_trains_and_resumes(kind: str, tmp_path: Path) -> None:
     )
     outcome = dino_ssl.train(dataset, **settings, optim=dict(epochs=1, batch_size=8, warmup_epochs=0))
     assert outcome.finished
+    assert capfd.readouterr() == ("", "")
+    assert "Training 1 epoch, 2 steps" in caplog.text
     saved = json.loads((tmp_path / "run/run.json").read_text())
     assert saved["run"]["data"]["type"] == "ExternalDataset"
     assert saved["run"]["data"]["length"] == 20

@@ -169,6 +169,7 @@ def test_the_index_is_arrow_and_mapped(album: Path, tmp_path: Path) -> None:
     assert set(table.column_names) == {"shard", "offset", "length", "size", "label", "crc32", "path"}
     assert table["path"].to_pylist() == list(dataset.names)
     assert pa.total_allocated_bytes() == allocated  # mapped, not read
+    assert table.schema.metadata == {b"format_version": b"2"}
     torch.from_numpy(dataset.labels).add_(1)  # writable, as torch requires
 
 

@@ -98,7 +98,7 @@ def test_the_foreground_is_the_side_without_the_border() -> None:
 
 
 def test_bad_arguments_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="between 0 and 1"):
+    with pytest.raises(UserError, match="above 0 and below 1"):
         patch_colors(MeanColor(), [columns(RED)], size=32, foreground=1.0)
     monkeypatch.setattr("dino_ssl.viz.pca.MAX_VALUES", 100)
     with pytest.raises(UserError, match="fewer images, or a smaller"):

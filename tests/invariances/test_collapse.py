@@ -150,7 +150,8 @@ def test_the_teachers_remaining_initial_weights_are_the_product_of_the_momenta()
 
 
 def session(run: Run, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
-    outcome = run_session(run, CPU, run.data.open(), Terminal())
+    with (terminal := Terminal()).show_log():
+        outcome = run_session(run, CPU, run.data.open(), terminal)
     return outcome, capsys.readouterr().out
 
 

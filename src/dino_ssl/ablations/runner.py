@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from dino_ssl import distributed, environment
-from dino_ssl.ablations.study import EVALS, FAILED, RESULT, Result, StudyRun, read_study
+from dino_ssl.ablations.study import EVALS, FAILED, FORMAT, RESULT, Result, StudyRun, read_study
 from dino_ssl.ablations.table import CURVES
 from dino_ssl.api.resolve import find_run, resumed
 from dino_ssl.api.session import run_session
@@ -41,7 +41,7 @@ from dino_ssl.report.curves import read_history
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, machine, peak_memory, start
 from dino_ssl.signals import StopSignal
-from dino_ssl.terminal import Terminal
+from dino_ssl.terminal import Terminal, logger
 from dino_ssl.training import train
 from dino_ssl.training_evals import eval_context
 
@@ -61,7 +61,7 @@ def run_parallel(runs: Sequence[StudyRun], linear: bool, processes: int, termina
         """Start the process and wait for it; after a signal, let it save its state and exit."""
         if stop.number is not None:
             return "not run"
-        terminal.print(f"{run.label}: starting; messages in {run.folder}/log.txt")
+        logger.info(f"{run.label}: starting; messages in {run.folder}/log.txt")
         bar, is_stopping = bars.add_task(escape(run.label), total=run.run.optim.epochs), False
         process = _start(run, linear, {"OMP_NUM_THREADS": threads, **os.environ})
         while process.poll() is None:
@@ -73,7 +73,7 @@ def run_parallel(runs: Sequence[StudyRun], linear: bool, processes: int, termina
         bars.remove_task(bar)
         state = final_state(run, process.returncode, is_stopping)
         error = f": {run.error}" if state == "failed" else ""
-        terminal.print(f"{run.label}: {state}{error}", style="green" if state == "done" else "yellow")
+        logger.info(f"{run.label}: {state}{error}", extra={"style": "green" if state == "done" else "yellow"})
         return state
 
     with StopSignal() as stop, bars, ThreadPoolExecutor(processes) as pool:
@@ -113,7 +113,8 @@ def final_state(run: StudyRun, code: int, is_stopping: bool) -> str:
         reason = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if code == -signal.SIGKILL:
             reason = "was killed, probably because memory was full"
-        write_json(run.folder / FAILED, {"error": f"the process {reason}; its messages are in {run.folder}/log.txt"})
+        error = f"the process {reason}; its messages are in {run.folder}/log.txt"
+        write_json(run.folder / FAILED, {"format": FORMAT, "error": error})
     return "failed"
 
 
@@ -121,7 +122,7 @@ def run_serial(runs: Sequence[StudyRun], linear: bool, terminal: Terminal) -> tu
     """Complete one run after another on all ranks; return the signal that stopped them and the number of failures."""
     num_failed = 0
     for run in runs:
-        terminal.print(run.label, style="bold")
+        logger.info(run.label, extra={"style": "bold"})
         try:
             with start(run.run.precision) as rt:
                 stopped = complete(run, linear, rt, terminal)
@@ -129,7 +130,7 @@ def run_serial(runs: Sequence[StudyRun], linear: bool, terminal: Terminal) -> tu
                 return stopped, num_failed
         except UserError as error:
             num_failed += 1
-            terminal.print(f"failed: {error}", style="red")
+            logger.error(f"failed: {error}")
     return None, num_failed
 
 
@@ -139,9 +140,10 @@ def main(study_folder: str, name: str, seed: str, linear: str) -> int:
     study = read_study(Path(study_folder))
     assert study is not None
     run = StudyRun(study, study.table.select([name])[0], int(seed))
+    terminal = Terminal()
     try:
-        with start(run.run.precision) as rt:
-            stopped = complete(run, linear == "True", rt, Terminal())
+        with terminal.show_log(), start(run.run.precision) as rt:
+            stopped = complete(run, linear == "True", rt, terminal)
     except RunLocked:
         return LOCKED
     return 0 if stopped is None else 128 + stopped
@@ -167,7 +169,7 @@ def complete(run: StudyRun, linear: bool, rt: Runtime, terminal: Terminal) -> in
         except Exception as error:
             if rt.is_main:
                 message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                write_json(run.folder / FAILED, {"error": message})
+                write_json(run.folder / FAILED, {"format": FORMAT, "error": message})
             raise
     return stopped
 

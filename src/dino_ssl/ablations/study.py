@@ -22,7 +22,7 @@ from dino_ssl.ablations.tables import TABLES, get_table
 from dino_ssl.config import differences, edit, format_value, from_dict, to_dict
 from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.errors import UserError, did_you_mean
-from dino_ssl.files import read_json, write_json
+from dino_ssl.files import check_format, read_json, write_json
 from dino_ssl.presets.plan import measure, num_train_images
 from dino_ssl.report.curves import Line, line, read_history
 from dino_ssl.run import EXECUTION_FIELDS, Run
@@ -30,7 +30,7 @@ from dino_ssl.runtime import machine, machine_memory
 
 ROOT = Path("runs/ablate")
 FORMAT = 1
-"""Version of study.json and result.json."""
+"""Version of study.json, result.json and failed.json."""
 STUDY, RESULT, FAILED = "study.json", "result.json", "failed.json"
 NOT_LEARNED = {*EXECUTION_FIELDS, "online_eval.every_epochs"} - {"precision"}
 """Fields that affect neither the learned weights nor their evaluation at the end."""
@@ -182,8 +182,8 @@ def find_study(name: str, root: Path = ROOT, scale: Scale | None = None) -> Stud
 def _read(path: Path) -> Any:
     """Return the content of study.json or result.json; None if it is missing."""
     content = read_json(path)
-    if content is not None and content.get("format") != FORMAT:
-        raise UserError(f"{path} has format {content.get('format')}; this version of dino reads format {FORMAT}.")
+    if content is not None:
+        check_format(path, content.get("format"), FORMAT)
     return content
 
 

@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from dino_ssl import __version__
 from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint, read_image
 from dino_ssl.config import to_dict
 from dino_ssl.data.dataset import Skipped
 from dino_ssl.data.sources import DatasetSource, open_dataset
-from dino_ssl.errors import check_range
+from dino_ssl.errors import check_value
 from dino_ssl.evals import find_evaluation
 from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.evals.base import EvalContext, Evaluation, reference_scores
@@ -138,9 +138,9 @@ def embed(
         progress: Called with (done, total).
         trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
     """
-    arguments = SimpleNamespace(size=size, batch_size=batch_size, workers=workers)
-    check_range(arguments, "size", "batch_size", least=1)
-    check_range(arguments, "workers", least=0)
+    check_value("size", size, least=1)
+    check_value("batch_size", batch_size, least=1)
+    check_value("workers", workers, least=0)
     with start("float32") as rt:
         loaded = open_checkpoint(checkpoint, rt.device, trust=trust)
         opened = open_dataset(dataset, progress)
@@ -164,7 +164,7 @@ def embed(
 
 def attention(
     checkpoint: str | Path | Backbone | Checkpoint,
-    image: str | Path | np.ndarray,
+    image: str | Path | Image.Image | np.ndarray | DatasetSource,
     *,
     point: Query | Sequence[Point] = "cls",
     layer: int = -1,
@@ -172,12 +172,13 @@ def attention(
     mass: float = 0.6,
     size: int | None = None,
     trust: bool = False,
-) -> AttentionMaps | list[AttentionMaps]:
+) -> AttentionMaps | list[Any]:
     """Return the attention maps of an image: of every head, their mean, and masks.
 
     Args:
         checkpoint: A run folder, a file, a released network, timm:NAME, or a backbone.
-        image: A file, or uint8 [H, W, 3] RGB.
+        image: A file, a PIL image or uint8 [H, W, 3] RGB; or a folder, a list of these, or any map-style torch
+            dataset, for which a list with the result of each image is returned.
         point: "cls" for the [CLS] token, (x, y) in pixels of the image for a patch token, or a list of points, for
             which a list is returned.
         layer: Block; 0 is the first, -1 the last.
@@ -190,9 +191,16 @@ def attention(
         AttentionMaps. For a network without attention, the similarity of each cell to the pooled feature (`kind`).
     """
     loaded = open_checkpoint(checkpoint, trust=trust)
-    pixels = image if isinstance(image, np.ndarray) else read_image(image)
     size = size or attention_size(loaded.size)
+    if isinstance(image, str | Path) and not Path(image).is_dir():
+        image = read_image(image)
+    elif isinstance(image, Image.Image):
+        image = np.array(image.convert("RGB"))
+    if not isinstance(image, np.ndarray):
+        dataset = open_dataset(image)
+        options: Any = dict(point=point, layer=layer, heads=heads, mass=mass, size=size)
+        return [attention(loaded, dataset.read(index), **options) for index in range(len(dataset))]
     is_single = isinstance(point, str) or (len(point) == 2 and not isinstance(point[0], Sequence))
     queries: Any = [point] if is_single else point
-    maps = attention_maps(loaded.backbone, pixels, queries, layer=layer, heads=heads, mass=mass, size=size)
+    maps = attention_maps(loaded.backbone, image, queries, layer=layer, heads=heads, mass=mass, size=size)
     return maps[0] if is_single else maps

@@ -1,6 +1,5 @@
 """A training session: training with progress, snapshots of attention maps, collapse handling and the report."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -19,21 +18,21 @@ from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.errors import Diverged, UserError
 from dino_ssl.evals.features import extract
 from dino_ssl.events import Ended, EpochDone, EvalDone, EvalStarted, Evaluated, Event, Logged, Started
-from dino_ssl.files import atomic_write
+from dino_ssl.files import atomic_write, json_line
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.report.run_report import write_report
 from dino_ssl.report.snapshots import choose_samples, save_snapshot, write_neighbors
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime
 from dino_ssl.schedules import Clock
-from dino_ssl.terminal import Terminal
+from dino_ssl.terminal import Terminal, logger
 from dino_ssl.training import train
 from dino_ssl.training_evals import eval_context
 
 NUM_SNAPSHOTS = 5
 """Epochs, evenly spaced, at which the attention maps of the sample images are saved."""
-MAX_PRINTED_VALUES = 4
-"""Values of an evaluation that are printed."""
+MAX_LOGGED_VALUES = 4
+"""Values of an evaluation that are logged."""
 MAX_NEIGHBOR_IMAGES = 5000
 """Images in which the report's nearest neighbors are searched."""
 
@@ -111,7 +110,7 @@ class _Session:
         assert isinstance(started, Started)
         self.observe(started)
         self.start(started, resume)
-        self.print_findings(self.policy.config_findings)
+        self.log_findings(self.policy.config_findings)
         stop = None
         with TrainingProgress(self.terminal, started.clock, self.run.method.num_prototypes) as progress:
             try:
@@ -124,13 +123,13 @@ class _Session:
         self.end(event)
 
     def handle(self, event: Event, progress: TrainingProgress) -> bool | None:
-        """Print and store what an event reports; return True if training must end."""
+        """Log and store what an event reports; return True if training must end."""
         match event:
             case Logged(clock, metrics):
                 self.outcome.metrics = metrics
                 progress.show(clock, metrics)
                 findings, stop = self.policy.update(event)
-                self.print_findings(findings)
+                self.log_findings(findings)
                 return stop
             case Evaluated(clock, _, values, is_best):
                 self.outcome.quality = values
@@ -138,12 +137,12 @@ class _Session:
                 if is_best:
                     self.outcome.best = {"name": name, "value": value, "epoch": clock.step / clock.steps_per_epoch}
                 mark, style = ("  best so far", "green") if is_best else ("", None)
-                self.terminal.print(f"epoch {clock.epoch}: {name} {value:.1f} %{mark}", style=style)
+                logger.info(f"epoch {clock.epoch}: {name} {value:.1f} %{mark}", extra={"style": style})
             case EvalStarted(_, name):
                 progress.show_activity(name)
             case EvalDone(clock, name, values):
                 self.outcome.evals[name] = values
-                self.terminal.print(f"epoch {clock.epoch}: {_summary(name, values)}")
+                logger.info(f"epoch {clock.epoch}: {_summary(name, values)}")
             case EpochDone(clock, method) if self.rt.is_main and clock.epoch >= self.snapshot_epochs[0]:
                 progress.show_activity("snapshot")
                 self.snapshot_epochs = [epoch for epoch in self.snapshot_epochs if epoch > clock.epoch]
@@ -170,24 +169,24 @@ class _Session:
         validation = f", {len(started.val_set)} validation images" if started.val_set else ""
         epochs = "1 epoch" if clock.epochs == 1 else f"{clock.epochs} epochs"
         action = f"Resuming at step {clock.step} of" if resume else f"Training {epochs},"
-        self.terminal.print(
+        logger.info(
             f"{action} {clock.steps} steps on {len(started.train_set)} images{validation}; output in {self.folder}/"
         )
         if references:
             name, _ = _first(next(iter(references.values())))
             scores = ", ".join(f"{k.replace('_', ' ')} {_first(v)[1]:.1f} %" for k, v in references.items())
-            self.terminal.print(f"Reference scores ({name}): {scores}")
+            logger.info(f"Reference scores ({name}): {scores}")
 
-    def print_findings(self, findings: Sequence[Finding]) -> None:
+    def log_findings(self, findings: Sequence[Finding]) -> None:
         for finding in findings:
-            self.terminal.print(str(finding), style="bold yellow" if finding.fatal else "yellow")
+            logger.warning(str(finding), extra={"style": "bold yellow" if finding.fatal else "yellow"})
 
     def snapshot(self, backbone: Backbone, epoch: int) -> None:
         folder = self.folder / "snapshots"
         save_snapshot(backbone, self.sample_set, self.samples, folder, epoch, self.run.views.size)
 
     def write_skipped(self, skipped: dict[str, str]) -> None:
-        rows = [json.dumps({"name": name, "reason": why}, ensure_ascii=False) + "\n" for name, why in skipped.items()]
+        rows = [json_line({"name": name, "reason": reason}) for name, reason in skipped.items()]
         atomic_write(
             self.folder / "skipped.jsonl",
             lambda temporary: temporary.write_text("".join(rows), "utf-8", "backslashreplace"),
@@ -198,7 +197,7 @@ class _Session:
         if self.run.on_collapse != "rollback":
             return None
         message, step = distributed.run_on_rank0(self.policy.roll_back)
-        self.terminal.print(message, style="bold yellow")
+        logger.warning(message, extra={"style": "bold yellow"})
         return step
 
     def end(self, ended: Ended) -> None:
@@ -225,12 +224,13 @@ class _Session:
             write_neighbors(features, dataset, [kept.index(i) for i in self.samples], self.folder / "snapshots")
 
     def finish(self) -> None:
-        """Write the report and print the results and their paths."""
-        outcome, show = self.outcome, self.terminal.print
+        """Write the report and log the results and their paths."""
+        outcome, show = self.outcome, logger.info
         self.write_skipped(outcome.skipped)
         write_report(self.folder, self.run)
         if outcome.skipped:
-            show(f"{len(outcome.skipped)} files were skipped; {self.folder}/skipped.jsonl has the reasons", "yellow")
+            skipped = f"{len(outcome.skipped)} files were skipped"
+            logger.warning(f"{skipped}; {self.folder}/skipped.jsonl has the reasons")
         clock = outcome.clock
         if not outcome.finished:
             reason = f" ({outcome.collapse.split(':')[0]})" if outcome.collapse else ""
@@ -240,7 +240,7 @@ class _Session:
         if outcome.quality:
             name, value = _first(outcome.quality)
             best = f" (best {outcome.best['value']:.1f} % in epoch {outcome.best['epoch']:.0f})" if outcome.best else ""
-            show(f"{name} {value:.1f} %{best}", style="bold")
+            show(f"{name} {value:.1f} %{best}", extra={"style": "bold"})
         for label, values in outcome.evals.items():
             show(_summary(label, values))
         show(f"Report     {outcome.report}")
@@ -249,7 +249,7 @@ class _Session:
 
 def _summary(name: str, values: Mapping[str, float]) -> str:
     """Return `retrieval roxford5k: mAP easy 40.1, mAP medium 30.2, ...`: the first values of an evaluation."""
-    return f"{name}: {', '.join(f'{key} {value:.1f}' for key, value in list(values.items())[:MAX_PRINTED_VALUES])}"
+    return f"{name}: {', '.join(f'{key} {value:.1f}' for key, value in list(values.items())[:MAX_LOGGED_VALUES])}"
 
 
 def _first(values: Mapping[str, float]) -> tuple[str, float]:

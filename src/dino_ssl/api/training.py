@@ -1,6 +1,7 @@
 """Start or resume a training run: one function for Python and for the command line."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from dino_ssl.api.session import Outcome, run_session
 from dino_ssl.config import edit
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import DatasetSource, config_of, folder_path, open_dataset
-from dino_ssl.errors import UserError
+from dino_ssl.errors import UserError, check_value
 from dino_ssl.files import write_json
 from dino_ssl.methods import DINOConfig, method_named
 from dino_ssl.methods.method import MethodConfig
@@ -44,14 +45,13 @@ def train(
         minutes: Training time in minutes, from which the number of epochs is derived.
         resume: Resume the run in `out`.
         trust: On resume, import types from outside the package that run.json names.
-        quiet: Print no plan and no progress.
+        quiet: Print nothing; messages are only logged, to the logger `dino_ssl`.
         changes: Fields of `Run`; a dict changes fields of a nested one. `method` may be a name, as "byol".
 
     Raises:
         UserError: If a setting is invalid, the dataset cannot be read, or the loss is not finite.
     """
-    if minutes is not None and minutes <= 0:
-        raise UserError(f"`minutes` must be above 0; got {minutes}.")
+    check_value("minutes", minutes, above=0)
     path = folder_path(dataset)
     folder = Path(out or f"runs/{Path(path).resolve().name if path else 'images'}")
     existing = find_run(folder, trust=trust)
@@ -61,7 +61,7 @@ def train(
         raise UserError(f"Nothing to resume in {folder}: expected run.json and checkpoints/last.pt.")
     method = method_named(changes.pop("method")) if isinstance(changes.get("method"), str) else None
     terminal = Terminal(quiet=quiet)
-    with start() as rt:
+    with nullcontext() if quiet else terminal.show_log(), start() as rt:
         opened = distributed.run_on_rank0(lambda: open_dataset(dataset))
         data = config_of(dataset, opened)
 

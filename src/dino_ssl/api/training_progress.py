@@ -10,7 +10,7 @@ from rich.text import Text
 
 from dino_ssl.formatting import duration
 from dino_ssl.schedules import Clock
-from dino_ssl.terminal import QUIET_SECONDS, Terminal
+from dino_ssl.terminal import QUIET_SECONDS, Terminal, logger
 
 COLUMNS = (
     TextColumn("[bold]{task.description}"),
@@ -40,7 +40,7 @@ class TrainingProgress(Progress):
         super().__init__(
             *COLUMNS, console=terminal.console, transient=True, expand=True, disable=not is_tty, refresh_per_second=4
         )
-        self._terminal, self._first_step = terminal, clock.step
+        self._first_step = clock.step
         self._ln_k = math.log(prototypes or math.nan)
         self._started, self._printed = time.monotonic(), -math.inf
         self._task = self.add_task("starting", total=clock.steps, completed=clock.step, left="-")
@@ -61,7 +61,7 @@ class TrainingProgress(Progress):
         self.update(self._task, description=epoch, completed=clock.step, left=left)
         if self.disable and (clock.step == clock.steps or now - self._printed > QUIET_SECONDS):
             self._printed = now
-            self._terminal.print(f"{epoch}  {self._figures}  ETA {left}")
+            logger.info(f"{epoch}  {self._figures}  ETA {left}")
 
     def show_activity(self, activity: str) -> None:
         """Show an activity other than training, until the next line of metrics."""

@@ -77,7 +77,8 @@ class Header(NamedTuple):
 def probe(path: str | os.PathLike, data: bytes | None = None) -> tuple[int, int]:
     """Return (width, height) of the decoded image from the file's structure. Raises BadImage."""
     with _open(path, data) as (_, header):
-        return header.size[::-1] if header.orientation >= 5 else header.size
+        width, height = header.size
+        return (height, width) if header.orientation >= 5 else (width, height)
 
 
 def decode(path: str | os.PathLike, data: bytes | None = None, *, reduce: Reduction = 1) -> np.ndarray:

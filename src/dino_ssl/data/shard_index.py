@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 INDEX = "index.arrow"
+FORMAT = 2
+"""Version of info.json and index.arrow."""
 MEMBER = re.compile(r"(?!(?:.*/)?\.\./)((?:.*/)?[^./]+)\.([^/]+)")
 """(key, extension) of a member in WebDataset's layout: the extension begins at the first dot of the file name.
 Names with `..` are ignored: outputs are named after images, and would leave their folder."""
@@ -72,7 +74,8 @@ def _schema() -> "pa.Schema":
     import pyarrow as pa
 
     types = dict(shard=pa.int32(), offset=pa.int64(), length=pa.int64(), size=pa.list_(pa.int64(), 2))
-    return pa.schema({**types, "label": pa.int64(), "crc32": pa.uint32(), "path": pa.large_string()})
+    types |= dict(label=pa.int64(), crc32=pa.uint32(), path=pa.large_string())
+    return pa.schema(types, metadata={"format_version": str(FORMAT)})
 
 
 def _write(file: Path, batches: "Iterable[pa.RecordBatch]") -> None:

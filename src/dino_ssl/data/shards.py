@@ -24,6 +24,7 @@ from dino_ssl.config import from_dict, to_dict
 from dino_ssl.data.dataset import BadImage, ImageDataset, Reduction, Skipped, StoredNames, fingerprint
 from dino_ssl.data.decode import SUFFIXES, decode
 from dino_ssl.data.shard_index import (
+    FORMAT,
     INDEX,
     ImageRow,
     map_index,
@@ -38,7 +39,6 @@ from dino_ssl.errors import UserError, check_range
 from dino_ssl.files import PART, write_errors, write_json
 from dino_ssl.progress import Progress
 
-FORMAT = 2
 INFO = "info.json"
 MAX_OPEN = 256
 """Shards that are open at a time: systems allow about 1,000 open files."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dino_ssl.data.transforms.eval import normalize
-from dino_ssl.errors import UserError
+from dino_ssl.errors import UserError, check_value
 from dino_ssl.evals.base import Autocast, evaluating
 from dino_ssl.models.backbone import Attentive, Backbone
 
@@ -78,8 +78,7 @@ def top_mass_mask(attention: np.ndarray, mass: float = 0.6) -> np.ndarray:
 
     At least one patch is kept. Among equal patches, later ones are kept first.
     """
-    if not 0 < mass <= 1:
-        raise UserError(f"`mass` must be above 0 and at most 1; got {mass}.")
+    check_value("mass", mass, above=0, most=1)
     order = np.argsort(attention, axis=-1, kind="stable")
     ascending = np.take_along_axis(attention, order, axis=-1)
     total = ascending.sum(axis=-1, keepdims=True)

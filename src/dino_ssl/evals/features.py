@@ -26,10 +26,13 @@ from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext, PreparedEval, Scores, evaluating
 from dino_ssl.files import atomic_write
 from dino_ssl.models.backbone import Backbone
+from dino_ssl.terminal import logger
 
 Batches = Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor]]]
 """Indices of images -> batches of (indices [b], their uint8 images [b, 3, h, w] or features [b, D])."""
 
+METADATA = {"format_version": "1"}
+"""Metadata of a file of cached features; part of its key, so that files of another version are not used."""
 GATHER_ROWS = 16384  # rows per collective: 50 MB at 768 dimensions
 
 
@@ -110,7 +113,9 @@ def _extract(
 
     if context.cache is None or (content := distributed.run_on_rank0(lambda: dataset.content_key)) is None:
         return ImageFeatures.of(compute(), dataset)
-    digest = hashlib.sha256("\0".join((weights_hash(backbone), content, *key)).encode()).hexdigest()
+    digest = hashlib.sha256(
+        "\0".join((METADATA["format_version"], weights_hash(backbone), content, *key)).encode()
+    ).hexdigest()
     return ImageFeatures.of(_cached(context.cache / f"{digest[:24]}.safetensors", compute), dataset)
 
 
@@ -213,7 +218,7 @@ def weights_hash(network: nn.Module) -> str:
 def _cached(file: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors in `file`, or call `compute` on all ranks and save its result there.
 
-    A damaged file is computed again. A file that cannot be written (full disk, read-only folder) is not an error.
+    A damaged file is computed again. A file that cannot be written (full disk, read-only folder) is a warning.
     """
 
     def read() -> dict[str, Tensor] | None:
@@ -224,6 +229,8 @@ def _cached(file: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, T
         return stored
     tensors = compute()
     if distributed.is_rank0():
-        with suppress(UserError):
-            atomic_write(file, lambda temporary: save_file(tensors, temporary))
+        try:
+            atomic_write(file, lambda temporary: save_file(tensors, temporary, metadata=METADATA))
+        except UserError as error:
+            logger.warning("Features are not cached: %s", error)
     return tensors

@@ -6,7 +6,7 @@ ViT), N tokens, embedding dimension D.
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -67,6 +67,10 @@ class Backbone(nn.Module, ABC):
             raise UserError(
                 f"{type(self).__name__} does not support activation checkpointing: set `grad_checkpointing` to False."
             )
+
+    def convert_weights(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return published weights of this architecture with the names of this network; by default unchanged."""
+        return state
 
     def layer_ids(self) -> dict[str, int]:
         """Return the layer of each parameter by name: 0 for the stem, then the number of its block, from 1.

@@ -147,7 +147,7 @@ def infer_config(state: StateDict, path: Path) -> BackboneConfig:
     if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
         return _infer_vit(state, path)
     if {"layer4.0.conv1.weight", "cls_attn_blocks.0.norm1.weight"} & state.keys():
-        for config in (released.backbone for released in RELEASED.values() if isinstance(released.backbone, Timm)):
+        for config in (released.backbone for released in RELEASED.values()):
             with torch.device("meta"):
                 network = config.build()
             weights = fit_to_network(state, network)

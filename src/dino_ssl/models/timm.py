@@ -93,6 +93,13 @@ class TimmBackbone(Backbone):
         except (AttributeError, AssertionError):
             super().set_grad_checkpointing(enable)
 
+    def convert_weights(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the weights of the official XCiT with timm's names, and those of other networks unchanged."""
+        from timm.models.xcit import Xcit, checkpoint_filter_fn
+
+        # it would remove the position embeddings of other networks, as pos_embed1
+        return checkpoint_filter_fn(dict(state), self.net) if isinstance(self.net, Xcit) else state
+
     def layer_ids(self) -> dict[str, int]:
         """Return timm's layer numbers by parameter name."""
         from timm.models import group_parameters

@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.errors import UserError
-from dino_ssl.files import atomic_write
+from dino_ssl.files import atomic_write, check_format
 from dino_ssl.models import Backbone, BackboneConfig
-from dino_ssl.models.timm import TimmBackbone
 
+FORMAT = 1
+"""Version of the metadata of .safetensors files."""
 StateDict = dict[str, Tensor]
 Which = Literal["teacher", "student"]
 """The network of a checkpoint that has two."""
@@ -32,8 +34,15 @@ MAX_LINES = 20
 
 
 def read_file(path: Path, *, mmap: bool = False) -> Any:
-    """Return the content of a .pth or .pt file: tensors, plain values, and argparse.Namespace as the authors save."""
+    """Return the content of a .pth or .pt file: tensors, plain values, and argparse.Namespace as the authors save.
+
+    mmap: read tensors only when they are used, without the checksums. Raises UserError if the file is damaged.
+    """
     try:
+        if not mmap and zipfile.is_zipfile(path):  # torch writes checksums, but does not compare them
+            with zipfile.ZipFile(path) as archive:
+                if name := archive.testzip():
+                    raise zipfile.BadZipFile(f"wrong checksum of {name}")
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about another pickle protocol
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -52,13 +61,16 @@ def read_safetensors(path: Path, *, trust: bool = False) -> tuple[StateDict, Bac
             described = json.loads((file.metadata() or {}).get("backbone", "null"))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as safetensors; it may be truncated. ({error})") from error
-    return state, from_dict(BackboneConfig, described, trust=trust) if described else None
+    if not described:
+        return state, None
+    check_format(path, described.pop("format", FORMAT), FORMAT)
+    return state, from_dict(BackboneConfig, described, trust=trust)
 
 
 def save_backbone(config: BackboneConfig, state: Mapping[str, Tensor], path: Path) -> Path:
     """Write weights with the description of their network as .safetensors, which `load(path)` reads."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    metadata = {"backbone": json.dumps(to_dict(config))}
+    metadata = {"backbone": json.dumps({"format": FORMAT, **to_dict(config)})}
     return atomic_write(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata=metadata))
 
 
@@ -79,12 +91,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 
 
 def fit_to_network(state: Mapping[str, Tensor], network: Backbone) -> StateDict:
-    """Return the weights without a classifier (fc, head), and those of the official XCiT with timm's names."""
-    if isinstance(network, TimmBackbone):
-        from timm.models.xcit import Xcit, checkpoint_filter_fn
-
-        if isinstance(network.net, Xcit):  # it would remove position embeddings with other names, as pos_embed1
-            state = checkpoint_filter_fn(dict(state), network.net)
+    """Return the weights with the network's own names, without a classifier (fc, head)."""
+    state = network.convert_weights(state)
     expected, classifier = network.state_dict(), re.compile(r"(fc|head|head\.fc|classifier)\.(weight|bias)$")
     return {name: value for name, value in state.items() if name in expected or not classifier.match(name)}
 

@@ -19,10 +19,9 @@ import numpy as np
 
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.transforms.eval import eval_transform
-from dino_ssl.errors import UserError
 from dino_ssl.evals.features import ImageFeatures
 from dino_ssl.evals.knn import nearest_neighbors
-from dino_ssl.files import read_json, write_json
+from dino_ssl.files import check_format, read_json, write_json
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.viz.attention import attention_maps
 from dino_ssl.viz.rendering import cutout, heat_map, overlay, save_image
@@ -112,8 +111,8 @@ def read_neighbors(folder: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     content = read_json(path)
-    if content is not None and content.get("format") != FORMAT:
-        raise UserError(f"{path} has format {content.get('format')}; this version of dino reads format {FORMAT}.")
+    if content is not None:
+        check_format(path, content.get("format"), FORMAT)
     return content
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino_ssl.errors import UserError
+from dino_ssl.errors import UserError, check_value
 from dino_ssl.evals.attention_maps import resize_to_patches
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.viz.attention import display_image, last_features
@@ -80,8 +80,7 @@ def patch_colors(
     threshold in (0, 1) on the first component, scaled to 0 .. 1. Patches below it are background, and the components
     are those of the others. The sign of a component is arbitrary: the side with fewer border patches is kept.
     """
-    if foreground is not None and not 0 < foreground < 1:
-        raise UserError(f"`foreground` must be between 0 and 1, e.g. 0.5; got {foreground:g}.")
+    check_value("foreground", foreground, above=0, below=1)
     displays: list[np.ndarray] = []
     maps: list[Tensor] = []  # [h, w, D] each
     for image in images:

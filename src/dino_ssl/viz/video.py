@@ -13,7 +13,7 @@ import numpy as np
 
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import DatasetSource, open_dataset
-from dino_ssl.errors import UserError
+from dino_ssl.errors import UserError, check_value
 from dino_ssl.files import write_errors
 from dino_ssl.progress import Progress
 
@@ -59,8 +59,7 @@ def open_video(source: DatasetSource, fps: float | None = None, progress: Progre
 
     fps: frames per second; None takes the file's, or DEFAULT_FPS. progress: of opening a dataset.
     """
-    if fps is not None and fps <= 0:
-        raise UserError(f"`fps` must be above 0, e.g. 25; got {fps:g}.")
+    check_value("fps", fps, above=0)
     if isinstance(source, str | Path) and Path(source).is_file():
         capture = cv2.VideoCapture(str(source))
         if not capture.isOpened():
