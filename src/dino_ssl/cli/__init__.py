@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dino_ssl import __version__, environment
-from dino_ssl.cli.flags import with_flags
+from dino_ssl.cli.flags import known_fields, with_flags
 from dino_ssl.errors import UserError, did_you_mean
 
 COMMANDS = {
@@ -45,6 +45,7 @@ USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; return the exit code."""
     environment.prepare()
+    known_fields.clear()
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # raises BrokenPipeError here instead of at interpreter exit

@@ -3,7 +3,7 @@
 import re
 
 known_fields: set[str] = set()
-"""Dotted names of the settings of the commands that were parsed."""
+"""Dotted names of the settings of the command that is run."""
 
 
 def flag(field: str) -> str:
