@@ -398,11 +398,16 @@ def test_training_skips_a_damaged_image_and_lists_it(photos: Path, tmp_path: Pat
 def test_incomplete_directories_are_refused(photos: Path, tmp_path: Path) -> None:
     out = pack(photos, tmp_path / "out").path
     originals, info = contents(out), json.loads((out / "info.json").read_text())
+    index = originals["index.arrow"]
+    offsets = pa.ipc.open_file(index).read_all()["path"].chunk(0).buffers()[1].to_pybytes()
+    wrong_offset = index.replace(offsets, offsets[:8] + (2**50).to_bytes(8, "little") + offsets[16:])
     for name, data, message in (
         ("shard-000000.tar", originals["shard-000000.tar"][:-7], "shard-000000.tar: expected .* bytes, got"),
         ("info.json", json.dumps(info | {"format": 1}).encode(), "format version 1, expected 2. Remove it"),
         ("info.json", b"{", "info.json is damaged"),
-        ("index.arrow", originals["index.arrow"][:200], "index.arrow is damaged"),
+        ("index.arrow", index[:200], "index.arrow is damaged"),
+        ("index.arrow", index.replace(b"crc32", b"crc33"), "index.arrow is damaged"),
+        ("index.arrow", wrong_offset, "index.arrow is damaged"),
     ):
         (out / name).write_bytes(data)
         with pytest.raises(UserError, match=message):

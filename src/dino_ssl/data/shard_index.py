@@ -98,11 +98,16 @@ def read_batches(file: Path) -> "Iterator[pa.RecordBatch]":
 
 
 def map_index(file: Path) -> "pa.Table":
-    """Return index.arrow as a mapped table; raise OSError or ValueError if it is damaged."""
+    """Return index.arrow as a mapped table, with `path` as bytes; raise OSError or ValueError if it is damaged."""
     import pyarrow as pa
 
-    table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    table.validate()
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all().cast(_schema())
+        table = table.set_column(len(table.schema) - 1, "path", table["path"].cast("large_binary"))
+        table.validate()
+        table["path"].validate(full=True)  # its offsets: reading by a wrong one would end the process
+    except (KeyError, NotImplementedError) as error:
+        raise ValueError(str(error)) from error
     return table
 
 

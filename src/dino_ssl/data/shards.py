@@ -141,7 +141,7 @@ class ShardDataset(ImageDataset):
         except (OSError, ValueError) as error:
             raise UserError(f"{self.directory / INDEX} is damaged ({error}). Copy it again.") from error
         super().__init__(
-            names=StoredNames(self.index["path"].cast("large_binary")),
+            names=StoredNames(self.index["path"]),
             sizes=numbers(self.index["size"]),
             labels=numbers(self.index["label"]) if self.info.classes else None,
             classes=self.info.classes,
