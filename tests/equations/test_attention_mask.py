@@ -157,6 +157,8 @@ def test_any_shape_fits_whole_patches(height: int, width: int, size: int) -> Non
 
 
 def test_invalid_arguments_raise() -> None:
+    with pytest.raises(UserError, match="`size` must be at least 1; got -5"):
+        resize_to_patches(random_image(40, 40), -5, 8)
     with pytest.raises(UserError, match=r"-3 \.\. 2"):
         attention_maps(EncodedAttention(), random_image(40, 40), layer=3)
     with pytest.raises(UserError, match="outside"):

@@ -26,6 +26,8 @@ def resize_to_patches(image: np.ndarray, size: int, patch: int) -> np.ndarray:
     The authors crop the remainder; here each side is rounded to the nearest multiple, so that the maps cover the whole
     image.
     """
+    if size < 1:
+        raise UserError(f"`size` must be at least 1; got {size}.")
     height, width = image.shape[:2]
     scale = size / min(height, width)
     rows, columns = (max(1, round(side * scale / patch)) for side in (height, width))
