@@ -121,7 +121,8 @@ def test_attention_accepts_every_kind_of_image_and_dataset(tmp_path: Path) -> No
         ([{"image": 1}], "got dict"),
         (3, "got int"),
         (["a.png", "a.png"], "more than once"),
-        (["nowhere.png"], "None of the 1 paths.*No such file"),
+        (["nowhere.png"], "No such file"),
+        (["nowhere.png", "missing.png"], "None of the 2 paths.*No such file"),
         ([(IMAGES[0], 5), (IMAGES[1], 0)], None),
     ],
 )

@@ -134,7 +134,7 @@ def _cost(study: Study) -> list[list[str]]:
         cells = [run.state, *[NONE] * 4]
         if (result := run.result) is not None:
             values, state = result.values, "in another table" if run.folder.is_symlink() else "done"
-            speed, memory = f"{values['images/s']:,.0f}", f"{values['memory']:.2f} GB"
+            speed, memory = f"{values['images/s']:,.0f}", f"{values['memory']:.2f} GiB"
             cells = [state, duration(3600 * values["hours"]), f"{values['images']:,.0f}", speed, memory]
         rows.append([run.label, *cells])
     return rows

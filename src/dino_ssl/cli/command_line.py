@@ -17,7 +17,7 @@ from dino_ssl.api.resolve import ExistingRun, find_run
 from dino_ssl.cli.eval_spec import RUN_TYPES
 from dino_ssl.cli.flags import flag
 from dino_ssl.cli.images import Json, dataset_named
-from dino_ssl.cli.options import Flag, parse
+from dino_ssl.cli.options import Flag, parse, register_fields
 from dino_ssl.config import differences, edit, format_value, import_type
 from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.data.folder import Folder
@@ -70,6 +70,7 @@ class CommandLine:
         """
         self.argv, self.kind, self.prog, self.examples = argv, kind, prog, examples
         self._base, self._dataset = base, dataset
+        register_fields(kind)  # a run to resume is opened, and may be refused, before its flags are parsed
 
     @cached_property
     def types(self) -> argparse.Namespace:

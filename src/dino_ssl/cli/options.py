@@ -40,13 +40,18 @@ def parse(
         more["default"] = default
     if registry is not None:
         more["registry"] = registry
-    known_fields.update(_dotted_fields(kind if default is None else default))
+    register_fields(kind if default is None else default)
     try:
         return tyro.cli(kind, prog=prog, args=list(argv), config=CONFIG, console_outputs=is_rank0(), **more)
     except SystemExit as stop:
         if not stop.code and is_rank0():
             print(f"\nexamples:\n{examples}")
         raise
+
+
+def register_fields(settings: Any) -> None:
+    """Let messages write the fields of these options as flags."""
+    known_fields.update(_dotted_fields(settings))
 
 
 def _dotted_fields(settings: Any, prefix: str = "") -> Iterator[str]:
