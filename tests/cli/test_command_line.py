@@ -141,8 +141,8 @@ def test_plan_of_a_preset_shows_the_users_settings(dino, photos):
     output = dino("train", photos, "--preset", "demo", "--optim.epochs", "2", "--workers", "0", "--dry-run", "--json",
                   "--optim.batch-size", "8")  # fmt: skip
     rows = {row["name"]: row for row in output.json["plan"]}
-    assert "11 epochs, batch 64" in rows["preset"]["value"]
-    assert (rows["epochs"]["value"], rows["epochs"]["reason"]) == ("2", "set by you; the plan had 11")
+    assert "24 epochs, batch 64" in rows["preset"]["value"]
+    assert (rows["epochs"]["value"], rows["epochs"]["reason"]) == ("2", "set by you; the plan had 24")
     assert rows["workers"]["value"] == "0"
     assert rows["workers"]["reason"].startswith("set by you")
 

@@ -67,16 +67,16 @@ def demo() -> Run:
     """
     crops = dict(global_size=32, local_size=16, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
     jitter = dict(
-        jitter=1.0, brightness=0.2, contrast=0.2, saturation=0.1, hue=0.02, gray=0.0, solarize=(0.0, 0.0, 0.0)
+        jitter=1.0, brightness=0.0, contrast=0.1, saturation=0.1, hue=0.02, gray=0.0, solarize=(0.0, 0.0, 0.0)
     )
     return edit(
         narrow_vit(),
         data=edit(SIMPLE_SCENES, count=3000),
-        backbone=ViT(size="tiny", patch=4, image_size=32, drop_path=0.0, width=96, heads=3, depth=3),
+        backbone=ViT(size="tiny", patch=4, image_size=32, drop_path=0.0, width=64, heads=2, depth=2),
         method=dict(out_dim=256, head_hidden=256, head_bottleneck=64, momentum_end=0.99),
         views=dict(**crops, **jitter),
-        optim=dict(epochs=11, lr=4e-3, min_lr=2.5e-4),
-        online_eval=dict(every_epochs=2, size=None),
+        optim=dict(epochs=24, lr=4e-3, min_lr=2.5e-4),
+        online_eval=dict(every_epochs=4, size=None),
         cache=True,
     )
 

@@ -249,5 +249,5 @@ class SyntheticDataset(ImageDataset):
         return self.scenes.draw(*self.items[index])[1]
 
 
-SIMPLE_SCENES = Scenes(size=48, object_size=(0.7, 0.9), rotation=180.0, clutter=0, one_palette=True)
+SIMPLE_SCENES = Scenes(size=48, object_size=(0.85, 1.0), rotation=180.0, clutter=0, one_palette=True)
 """Easy to learn within minutes: crops show the pattern of the class, and little else differs between images."""
