@@ -60,10 +60,10 @@ def narrow_vit() -> Run:
 
 
 def demo() -> Run:
-    """ViT of 3 blocks on simple synthetic scenes, four minutes on two cores: 58 % 20-NN (raw pixels 38 %).
+    """ViT of 2 blocks on simple synthetic scenes, minutes on two cores: 94 % 20-NN (raw pixels 42, random weights 44).
 
-    For `make demo`; one run, random weights 33 %. All images have the same two colors, so that colors are augmented
-    little. Final learning rate and momentum are for a few hundred steps.
+    For `make demo`; one run. All images have the same two colors, so that colors are augmented little. Final learning
+    rate and momentum are for a thousand steps.
     """
     crops = dict(global_size=32, local_size=16, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
     jitter = dict(
