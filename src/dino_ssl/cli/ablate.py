@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dino_ssl.cli.options import Flag, parse
+from dino_ssl.cli.options import Flag, Json, parse
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.terminal import Terminal, command_output
 
@@ -62,8 +62,7 @@ class AblateOptions:
     """Parent folder of the results of all tables."""
     dry_run: Flag = False
     """Print the configurations and exit."""
-    json: Flag = False
-    """Print one JSON object to standard output, and messages to standard error."""
+    json: Json = False
 
 
 def ablate(argv: Sequence[str]) -> int:

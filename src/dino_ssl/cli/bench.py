@@ -9,7 +9,7 @@ import tyro
 
 from dino_ssl import runtime
 from dino_ssl.cli.command_line import CommandLine
-from dino_ssl.cli.options import Flag
+from dino_ssl.cli.options import Json
 from dino_ssl.config import edit, to_dict
 from dino_ssl.methods import MethodName
 from dino_ssl.presets import resolve
@@ -41,8 +41,7 @@ class BenchOptions:
     """vit_tiny/16, vit_small/8, vit_base/16, ..., timm:NAME, or MODULE:CLASS."""
     method: MethodName | None = None
     """Training method: dino (default) or a baseline of the paper."""
-    json: Flag = False
-    """Print one JSON object to standard output, and messages to standard error."""
+    json: Json = False
     run: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
 
 

@@ -16,8 +16,8 @@ import tyro
 from dino_ssl.api.resolve import ExistingRun, find_run
 from dino_ssl.cli.eval_spec import RUN_TYPES
 from dino_ssl.cli.flags import flag
-from dino_ssl.cli.images import Json, dataset_named
-from dino_ssl.cli.options import Flag, parse, register_fields
+from dino_ssl.cli.images import dataset_named
+from dino_ssl.cli.options import Flag, Json, parse, register_fields
 from dino_ssl.config import differences, edit, format_value, import_type
 from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.data.folder import Folder

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from dino_ssl.cli.images import Json, report_skipped
-from dino_ssl.cli.options import parse
+from dino_ssl.cli.images import report_skipped
+from dino_ssl.cli.options import Json, parse
 from dino_ssl.config import to_dict
 from dino_ssl.data.shard_writer import pack
 from dino_ssl.data.shards import PackSettings, open_shards

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from dino_ssl.cli.eval_spec import eval_options, positional, sources_of
-from dino_ssl.cli.images import Json, Trust
-from dino_ssl.cli.options import Flag, parse
+from dino_ssl.cli.options import Flag, Json, Trust, parse
 from dino_ssl.errors import UserError
 from dino_ssl.evals import EVALUATIONS, FINETUNE, find_evaluation
 from dino_ssl.terminal import Terminal, command_output, is_rank0

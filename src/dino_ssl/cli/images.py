@@ -11,7 +11,7 @@ import tyro
 
 from dino_ssl.api.calls import Embedding, embed
 from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint
-from dino_ssl.cli.options import Flag, parse
+from dino_ssl.cli.options import Json, Trust, parse
 from dino_ssl.config import import_type
 from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Skipped
 from dino_ssl.data.decode import SUFFIXES
@@ -23,8 +23,6 @@ ShortSide = Annotated[
     int | None,
     tyro.conf.arg(help="Short side in pixels of the network input. Default: 480, or twice a training size below 224."),
 ]
-Json = Annotated[Flag, tyro.conf.arg(help="Print one JSON object to standard output, messages to standard error.")]
-Trust = Annotated[Flag, tyro.conf.arg(help="Import types that the checkpoint names, which runs their code.")]
 
 NUM_SCENES = 12
 """Number of images that `scenes` generates in commands that write files for each image."""

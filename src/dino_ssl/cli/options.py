@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 """A flag without a negative form: `--json`, and no `--no-json`."""
+Json = Annotated[Flag, tyro.conf.arg(help="Print one JSON object to standard output, messages to standard error.")]
+Trust = Annotated[Flag, tyro.conf.arg(help="Import types that the checkpoint names, which runs their code.")]
 
 CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.PositionalMetavarFromFieldName)
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dino_ssl.cli.images import Json, Trust, run_command
+from dino_ssl.cli.images import run_command
+from dino_ssl.cli.options import Json, Trust
 from dino_ssl.config import to_dict
 from dino_ssl.terminal import Terminal
 
