@@ -26,8 +26,9 @@ demo: .venv/ready
 	$(BIN)/dino eval knn runs/demo simple-scenes simple-scenes
 	@echo "The report: $(CURDIR)/runs/demo/report.html"
 
+# Bytecode is cached even if the environment disables it: the tests start processes that import torch.
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 mutants: .venv/ready
 	$(BIN)/python tests/mutants.py
