@@ -140,15 +140,3 @@ def process():
         return subprocess.Popen(command(*arguments), cwd=cwd, env=environment(), stdout=pipe, stderr=pipe, text=True)
 
     return start
-
-
-@pytest.fixture(scope="session")
-def torchrun():
-    """Run a command on two processes."""
-
-    def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        line = [*launcher, *command(*arguments)[1:]]
-        return subprocess.run(line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
-
-    return run

@@ -92,13 +92,3 @@ def test_closed_standard_output_is_no_error(process, tmp_path):
         helping.stdout.close()
         assert helping.stderr.read() == ""
         assert helping.wait(60) == 141
-
-
-def test_only_rank_0_prints_and_writes(tiny_folder, photos, torchrun):
-    line = ("train", photos, "--preset", "tiny_recipe:run", "--optim.epochs", "1", "--out", "two")
-    done = torchrun(*line, cwd=tiny_folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("The plan") == 1
-    assert done.stdout.count("Training 1 epoch, ") == 1
-    assert json.loads((tiny_folder / "two/run.json").read_text())["run"]["optim"]["epochs"] == 1
-    assert (tiny_folder / "two/backbone.safetensors").is_file()

@@ -1,16 +1,10 @@
-"""Every evaluation of a small network by `dino_ssl.evaluate`, in this process or on several ranks.
+"""Every evaluation of a small network by `dino_ssl.evaluate`, in this process or on several ranks."""
 
-As a script: `all_evals.py FOLDER` evaluates the network in FOLDER/network.safetensors and writes FOLDER/rank0.json, ...
-"""
-
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dino_ssl import distributed
 from dino_ssl.api.calls import evaluate
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.synthetic.scenes import Scenes
@@ -23,7 +17,6 @@ from dino_ssl.evals.retrieval import Retrieval
 from dino_ssl.evals.video_segmentation import VideoSegmentation
 from dino_ssl.models.vit import ViT
 from dino_ssl.models.weights import save_backbone
-from dino_ssl.runtime import start
 
 NETWORK = ViT(width=48, depth=2, heads=3, patch=8, image_size=32)
 SCENES = Scenes(count=7, size=32, part="test")
@@ -56,14 +49,3 @@ def evaluate_all(folder: Path) -> dict[str, Any]:
     }
     network, out = folder / "network.safetensors", folder / "out"
     return {name: evaluate(network, *args, batch_size=5, out=out) for name, args in evaluations.items()}
-
-
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    with start("float32"):
-        results = evaluate_all(folder)
-        (folder / f"rank{distributed.rank()}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

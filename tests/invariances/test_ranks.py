@@ -1,4 +1,4 @@
-"""Two ranks with half the batch each give the result of one rank with the whole batch, for every method."""
+"""Two gloo ranks give the result of one: of training with half the batch each, for every method, and of evaluations."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import all_evals
 import pytest
 import torch
 from timm.layers import BatchNormAct2d  # pyright: ignore[reportPrivateImportUsage]
@@ -15,6 +16,7 @@ from torch import nn
 from dino_ssl.config import to_dict
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.augment import Augment
+from dino_ssl.evals import EVALUATIONS
 from dino_ssl.evals.knn import KNN
 from dino_ssl.evals.scheduled import ScheduledEval
 from dino_ssl.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
@@ -90,16 +92,31 @@ MEANS = {
 """Metrics that are means over images and do not depend on the number of ranks."""
 
 
-def test_two_ranks_with_half_the_batch_equal_one(tmp_path: Path) -> None:
+class Ranks(NamedTuple):
+    """The work of two ranks (on_ranks.py): its folder, and the standard output of each."""
+
+    folder: Path
+    outputs: list[str]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """Train the cases, run all evaluations, and then `dino train`, in one pair of processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, case in CASES.items():
+        run = edit(PLAIN, out=str(folder / name), **case.changes)
+        (folder / f"{name}.json").write_text(json.dumps(to_dict(edit(run, **(case.on_two_ranks or {})))))
+    shutil.copytree(all_evals.make(folder / "evals"), folder / "evals on one")
+    return Ranks(folder, run_on_ranks([str(Path(__file__).with_name("on_ranks.py")), str(folder)], 2))
+
+
+# -- training ----------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_with_half_the_batch_equal_one(ranks: Ranks, tmp_path: Path) -> None:
     """Weights, teacher, center, queue, statistics of batch norm, metrics and evaluations; then resume on one rank."""
-    ones = {name: edit(PLAIN, out=str(tmp_path / name / "one"), **case.changes) for name, case in CASES.items()}
-    twos = {
-        name: edit(one, out=f"{tmp_path / name}/two", **(CASES[name].on_two_ranks or {})) for name, one in ones.items()
-    }
-    files = [tmp_path / f"{name}.json" for name in twos]
-    for file, run in zip(files, twos.values(), strict=True):
-        file.write_text(json.dumps(to_dict(run)))
-    run_on_ranks([str(Path(__file__).with_name("train_runs.py")), *map(str, files)], 2)
+    ones = {name: edit(PLAIN, out=str(tmp_path / name), **case.changes) for name, case in CASES.items()}
+    twos = {name: edit(one, out=str(ranks.folder / name)) for name, one in ones.items()}
     for name, one in ones.items():
         fit(one)
         assert_close(twos[name], one, CASES[name].rounding)
@@ -139,3 +156,65 @@ def test_converted_norms_keep_their_activation(fused: bool) -> None:
     assert not isinstance(changed[1], BatchNormAct2d)  # pyright: ignore[reportIndexIssue]
     assert list(changed.state_dict()) == names
     assert all(a is b for a, b in zip(changed.parameters(), parameters, strict=True))
+
+
+# -- evaluations -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(ranks: Ranks) -> tuple[Path, Path]:
+    """Return (results of one process, results of two): same network and images, separate caches."""
+    one = ranks.folder / "evals on one"
+    (one / "rank0.json").write_text(json.dumps(all_evals.evaluate_all(one)))
+    return one, ranks.folder / "evals"
+
+
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+def eval_differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Return the paths at which two results differ by more than rounding."""
+    if isinstance(one, dict) and isinstance(other, dict) and list(one) == list(other):
+        return [path for key in one for path in eval_differences(one[key], other[key], f"{where}/{key}")]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [path for i, (a, b) in pairs for path in eval_differences(a, b, f"{where}/{i}")]
+    same = one == other if isinstance(one, str | bool | None) else one == pytest.approx(other, rel=1e-3, abs=1e-4)
+    return [] if same else [f"{where}: {one!r} and {other!r}"]
+
+
+@pytest.mark.parametrize("name", [*EVALUATIONS, "linear, fresh crops"])
+def test_two_ranks_give_the_results_of_one(folders: tuple[Path, Path], name: str) -> None:
+    """Values, reference scores, details (queries, objects, skipped files), data and the hash of the weights."""
+    one, two = (read(folder / "rank0.json")[name] for folder in folders)
+    for result in (one, two):
+        result["checkpoint"].pop("source")
+    two["data"] = json.loads(json.dumps(two["data"]).replace(str(folders[1]), str(folders[0])))
+    assert not eval_differences(one, two)
+    assert read(folders[1] / "rank1.json")[name]["values"] == two["values"]
+    assert any(0 < value < 100 for value in one["values"].values())  # sensitive to differences
+    if name != "linear, fresh crops":  # its accuracy may be equal by chance
+        assert one["values"] != one["references"]["random_weights"]
+
+
+def test_files_are_written_once_and_only_for_the_network(folders: tuple[Path, Path]) -> None:
+    one, two = (sorted((folder / "out").rglob("*.png")) for folder in folders)
+    assert len(one) == 2 * 24
+    assert [file.read_bytes() for file in one] == [file.read_bytes() for file in two]
+
+
+def test_features_are_cached_by_rank_0(folders: tuple[Path, Path]) -> None:
+    one, two = (sorted(f.name for f in (folder / "evals/features").iterdir()) for folder in folders)
+    assert one == two != []
+
+
+# -- the command line --------------------------------------------------------------------------------------
+
+
+def test_only_rank_0_prints_and_writes(ranks: Ranks) -> None:
+    output, run = "".join(ranks.outputs), ranks.folder / "command"
+    assert output.count("The plan") == 1
+    assert output.count("Training 1 epoch, ") == 1
+    assert json.loads((run / "run.json").read_text())["run"]["optim"]["epochs"] == 1
+    assert (run / "backbone.safetensors").is_file()

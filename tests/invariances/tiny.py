@@ -123,8 +123,8 @@ def spawn_script(words: list[str], rank: int = 0, world: int = 1, port: int = 0)
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run_on_ranks(words: list[str], world: int) -> None:
-    """Run the script to its end on `world` gloo ranks; fail with the standard error of a rank that failed."""
+def run_on_ranks(words: list[str], world: int) -> list[str]:
+    """Run a script on `world` gloo ranks and return their standard output; fail with the error of one that failed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -136,6 +136,7 @@ def run_on_ranks(words: list[str], world: int) -> None:
             process.kill()
     for process, (_, errors) in zip(started, outputs, strict=True):
         assert process.returncode == 0, errors
+    return [output for output, _ in outputs]
 
 
 def main(arguments: list[str]) -> None:
