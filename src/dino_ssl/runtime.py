@@ -52,31 +52,49 @@ class Machine:
         return self.cores // self.ranks
 
 
-def machine() -> Machine:
-    """Detect the hardware. Raises UserError if there are more processes than GPUs."""
+def machine(device: str | torch.device | None = None) -> Machine:
+    """Detect the hardware. device: cpu, cuda, cuda:1, mps, ...; None chooses a GPU if there is one.
+
+    Raises UserError if the machine does not have the device, or if there are more processes than GPUs.
+    """
+    chosen = _choose_device(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        index, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if index >= num_gpus:
-            raise UserError(
-                f"{ranks} processes on this computer, which has {num_gpus} GPU{'s' if num_gpus > 1 else ''}: expected "
-                f"one process per GPU. Start it with torchrun --nproc-per-node {num_gpus}."
-            )
-        torch.cuda.set_device(index)  # before the queries below
-        gpu = torch.cuda.get_device_properties(index)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # before the queries below
+        gpu = torch.cuda.get_device_properties(chosen)
         precision, reason = "float16", "the GPU supports float16 but not bfloat16"
         if torch.cuda.is_bf16_supported(including_emulation=False):
             precision, reason = "bfloat16", "the GPU supports bfloat16"
-        return Machine(torch.device("cuda", index), gpu.name, cores, gpu.total_memory, precision, reason, ranks)
+        return Machine(chosen, gpu.name, cores, gpu.total_memory, precision, reason, ranks)
     memory = machine_memory() // ranks
-    if torch.backends.mps.is_available():
-        return Machine(torch.device("mps"), "Apple GPU", cores, memory, "float32", "the reference precision", ranks)
+    if chosen.type == "mps":
+        return Machine(chosen, "Apple GPU", cores, memory, "float32", "the reference precision", ranks)
     name, has_bfloat16 = _cpu_info()
     precision, reason = "float32", "the processor has no bfloat16 instructions; emulation is many times slower"
     if has_bfloat16:
         precision, reason = "bfloat16", "the processor has bfloat16 instructions"
-    return Machine(torch.device("cpu"), name, cores, memory, precision, reason, ranks)
+    return Machine(chosen, name, cores, memory, precision, reason, ranks)
+
+
+def _choose_device(device: str | torch.device | None) -> torch.device:
+    """Return the device of this process; `cuda` without a number is the GPU of its rank."""
+    rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = ["cpu", *(f"cuda:{i}" for i in range(num_gpus)), *["mps"] * torch.backends.mps.is_available()]
+    name = str(device or ("cuda" if num_gpus else known[-1]))
+    if name == "cuda" and num_gpus:
+        name = f"cuda:{rank}"
+        if rank >= num_gpus:
+            raise UserError(
+                f"{ranks} processes on this computer, which has {num_gpus} GPU{'s' if num_gpus > 1 else ''}: expected "
+                f"one process per GPU. Start it with torchrun --nproc-per-node {num_gpus}."
+            )
+    if name not in known:
+        raise UserError(f"`device` {name} is not available: torch finds {', '.join(known)} on this machine.")
+    if ranks > 1 and name.startswith("cuda:") and name != f"cuda:{rank}":
+        raise UserError(f"`device` {name} is one GPU for {ranks} processes: expected cuda, which is one GPU for each.")
+    return torch.device(name)
 
 
 @dataclass(frozen=True)
@@ -140,12 +158,12 @@ class Runtime:
 
 
 @contextmanager
-def start(precision: Precision | None = None) -> Iterator[Runtime]:
+def start(precision: Precision | None = None, device: str | torch.device | None = None) -> Iterator[Runtime]:
     """Yield the runtime of this process; under torchrun, join the process group of all ranks.
 
-    precision: None uses the fastest one. Raises UserError if the machine does not support it.
+    precision: None uses the fastest one. device: see `machine`. Raises UserError if the machine does not support one.
     """
-    hardware = machine()
+    hardware = machine(device)
     device, precision = hardware.device, precision or hardware.precision
     on_gpu = device.type == "cuda"
     if device.type == "cpu":

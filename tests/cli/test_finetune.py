@@ -74,6 +74,7 @@ def test_stopped_finetuning_is_resumed(trained, photos, dino):
         ((), "Expected dino eval finetune CHECKPOINT TRAIN"),
         (("RUN",), "No dataset given"),
         (("RUN", "PHOTOS", "--network", "vit_tiny/16"), "fine-tuning uses the checkpoint's network"),
+        (("RUN", "PHOTOS", "--init", "RUN"), "Fine-tuning starts from CHECKPOINT"),
         (("nowhere", "PHOTOS"), "There is no file 'nowhere'"),
         (("RUN", "PHOTOS", "--preset", "finetune-cifar"), "finetune-cifar10"),
         (("RUN", "FLAT"), "put the images of each class in a folder"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from dino_ssl import __version__
@@ -43,6 +44,7 @@ def evaluate(
     cache: bool = True,
     out: str | Path | None = None,
     progress: StartProgress = no_progress,
+    device: str | torch.device | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
     """Run an evaluation: `evaluate("runs/x", KNN(k=(5,)), "train", "val")`, or by name: `"knn"`, `"module:Class"`.
@@ -57,6 +59,7 @@ def evaluate(
         cache: Cache features next to the checkpoint.
         out: Folder for files that the evaluation writes (masks).
         progress: Shows progress.
+        device: cpu, cuda, cuda:1, mps, ...; None: a GPU if there is one.
         trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
 
     Returns:
@@ -64,7 +67,7 @@ def evaluate(
         {...}}, "details", "protocol", "data", "checkpoint", "versions"}.
     """
     settings: Evaluation = find_evaluation(evaluation)() if isinstance(evaluation, str) else evaluation
-    with start("float32") as rt:
+    with start("float32", device) as rt:
         loaded = open_checkpoint(checkpoint, rt.device, trust=trust)
         context = EvalContext(
             device=rt.device,
@@ -125,6 +128,7 @@ def embed(
     batch_size: int = 64,
     workers: int = 0,
     progress: Progress | None = None,
+    device: str | torch.device | None = None,
     trust: bool = False,
 ) -> Embedding:
     """Compute the feature of every image, after a resize and a center crop.
@@ -136,12 +140,13 @@ def embed(
         batch_size: Images per forward pass.
         workers: Worker processes that decode images.
         progress: Called with (done, total).
+        device: cpu, cuda, cuda:1, mps, ...; None: a GPU if there is one.
         trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
     """
     check_value("size", size, least=1)
     check_value("batch_size", batch_size, least=1)
     check_value("workers", workers, least=0)
-    with start("float32") as rt:
+    with start("float32", device) as rt:
         loaded = open_checkpoint(checkpoint, rt.device, trust=trust)
         opened = open_dataset(dataset, progress)
         context = EvalContext(
@@ -171,6 +176,7 @@ def attention(
     heads: Sequence[int] | None = None,
     mass: float = 0.6,
     size: int | None = None,
+    device: str | torch.device | None = None,
     trust: bool = False,
 ) -> AttentionMaps | list[Any]:
     """Return the attention maps of an image: of every head, their mean, and masks.
@@ -185,12 +191,13 @@ def attention(
         heads: Heads to return and to average, from 0. Default: all.
         mass: Share of the attention that the masks hold, in (0, 1].
         size: Short side of the network's input in pixels. Default: chosen from the training size.
+        device: cpu, cuda, cuda:1, mps, ...; None: a GPU if there is one.
         trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
 
     Returns:
         AttentionMaps. For a network without attention, the similarity of each cell to the pooled feature (`kind`).
     """
-    loaded = open_checkpoint(checkpoint, trust=trust)
+    loaded = open_checkpoint(checkpoint, device, trust=trust)
     size = size or attention_size(loaded.size)
     if isinstance(image, str | Path) and not Path(image).is_dir():
         image = read_image(image)

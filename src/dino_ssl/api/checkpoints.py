@@ -70,15 +70,15 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    source: str | Path | Backbone | Checkpoint, device: torch.device | None = None, *, trust: bool = False
+    source: str | Path | Backbone | Checkpoint, device: str | torch.device | None = None, *, trust: bool = False
 ) -> Checkpoint:
-    """Load a run folder, a file, a released network or timm:NAME, and move it to the device.
+    """Load a run folder, a file, a released network or timm:NAME, and move it to the device (see `runtime.machine`).
 
     trust: import a backbone class from outside the package that the checkpoint names, which runs its code.
     """
     if isinstance(source, Checkpoint):
         return source
-    device = device or machine().device
+    device = machine(device).device
     if isinstance(source, Backbone):
         network = None
         with suppress(UserError):  # an unknown architecture has no reference scores of random weights

@@ -13,6 +13,9 @@ from dino_ssl.errors import UserError
 from dino_ssl.files import read_json
 from dino_ssl.methods import DINOConfig
 from dino_ssl.methods.method import MethodConfig
+from dino_ssl.models import BackboneConfig
+from dino_ssl.models.pretrained import load_described
+from dino_ssl.models.weights import load_strict
 from dino_ssl.presets.plan import CPU_MINUTES, Plan, Reason, describe_preset, fit_schedule, plan
 from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
 from dino_ssl.runtime import Machine
@@ -118,6 +121,32 @@ def starting_from(run: Run, source: Checkpoint, *, size: int | None = None) -> R
     return edit(run, backbone=source.network.untrained().with_drop_path(drop_path), init=source.source, views=views)
 
 
+def with_init_network(run: Run, network: BackboneConfig, *, is_named: bool) -> Run:
+    """Return the run with the network of its initial weights.
+
+    is_named: the run's own network was chosen by the user. It is kept, with position embeddings for the image size of
+    the weights; `check_init` refuses another one.
+    """
+    kept = run.backbone.with_image_size(network.input_size)
+    return edit(run, backbone=kept if is_named else network.untrained())
+
+
+def check_init(run: Run) -> None:
+    """Raise UserError if the initial weights that a run names are missing, or belong to another network."""
+    if run.init is None:
+        return
+    source = load_described(run.init)
+    try:
+        load_strict(run.backbone.untrained().build(), source.backbone.state_dict(), run.init)
+    except UserError as error:
+        first_difference = str(error).splitlines()[1].strip()
+        raise UserError(
+            f"The initial weights `init` {run.init} are those of {source.config.describe()}, but the network of this "
+            f"run is {run.backbone.describe()}: {first_difference}.\n"
+            "If neither a network nor a preset is given, the run takes the network of its initial weights."
+        ) from error
+
+
 @dataclass(frozen=True)
 class ExistingRun:
     """A run in its output folder, with a checkpoint."""
@@ -143,7 +172,13 @@ def find_run(folder: Path, *, trust: bool = False) -> ExistingRun | None:
     if not (folder / "run.json").is_file() or not (folder / "checkpoints/last.pt").is_file():
         return None
     run = read_run(folder, trust=trust)
-    per_epoch = steps_per_epoch(read_json(folder / "run.json")["data"]["trained_on"], run.optim.batch_size)
+    data = read_json(folder / "run.json").get("data")
+    if not isinstance(data, dict) or not isinstance(num_images := data.get("trained_on"), int):
+        raise UserError(
+            f"{folder}/run.json lacks data.trained_on, the number of training images, so the run cannot be resumed. "
+            "Restore the file that `dino train` wrote, or start a new run with a different `out`."
+        )
+    per_epoch = steps_per_epoch(num_images, run.optim.batch_size)
     step = checkpoint.load(folder / "checkpoints/last.pt", mmap=True)["step"]
     return ExistingRun(edit(run, out=str(folder)), step, per_epoch * run.optim.epochs)
 

@@ -9,7 +9,7 @@ import tyro
 
 from dino_ssl import runtime
 from dino_ssl.cli.command_line import CommandLine
-from dino_ssl.cli.options import Json
+from dino_ssl.cli.options import Device, Json
 from dino_ssl.config import edit, to_dict
 from dino_ssl.methods import MethodName
 from dino_ssl.presets import resolve
@@ -41,20 +41,22 @@ class BenchOptions:
     """vit_tiny/16, vit_small/8, vit_base/16, ..., timm:NAME, or MODULE:CLASS."""
     method: MethodName | None = None
     """Training method: dino (default) or a baseline of the paper."""
+    device: Device = None
     json: Json = False
     run: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
 
 
 def bench(argv: Sequence[str]) -> int:
     """Run the command; return the exit code."""
-    machine = runtime.machine()
+    line = CommandLine(list(argv), kind=BenchOptions, prog="dino bench", examples=EXAMPLES)
+    machine = runtime.machine(line.types.device)
     options, batch_size = read(argv, machine)
     with command_output(options.json) as (terminal, give):
         from dino_ssl.api.calls import versions
         from dino_ssl.profiling.profile import measure, table
 
         run = options.run
-        with runtime.start(run.precision), terminal.progress("profiling") as progress:
+        with runtime.start(run.precision, machine.device), terminal.progress("profiling") as progress:
             dataset = run.data.open(progress) if run.data.is_given else None
             run, rows = measure(run, machine, dataset, progress, batch_size)
         title = f"{machine.name}, {machine.cores} cores, {machine.device}, {run.precision}"

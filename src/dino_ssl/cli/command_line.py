@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from dino_ssl.api.resolve import ExistingRun, find_run
+from dino_ssl.api.resolve import ExistingRun, find_run, with_init_network
 from dino_ssl.cli.eval_spec import RUN_TYPES
-from dino_ssl.cli.flags import flag
+from dino_ssl.cli.flags import expand_short_flags, flag
 from dino_ssl.cli.images import dataset_named
-from dino_ssl.cli.options import Flag, Json, parse, register_fields
+from dino_ssl.cli.options import Device, Flag, Json, parse, register_fields
 from dino_ssl.config import differences, edit, format_value, import_type
 from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.data.folder import Folder
@@ -26,6 +26,7 @@ from dino_ssl.errors import UserError
 from dino_ssl.methods import METHODS, method_named
 from dino_ssl.methods.method import MethodConfig
 from dino_ssl.models import BackboneConfig, backbone_named
+from dino_ssl.models.pretrained import load_described
 from dino_ssl.presets import resolve
 from dino_ssl.run import Run
 
@@ -44,6 +45,7 @@ class SessionOptions:
     """With --resume: import types from outside the package, which runs their code."""
     dry_run: Flag = False
     """Print the plan, check it, and stop."""
+    device: Device = None
     yes: Annotated[Flag, tyro.conf.arg(aliases=["-y"])] = False
     """Resume a stopped run in the output folder."""
     json: Json = False
@@ -68,7 +70,7 @@ class CommandLine:
         kind: the dataclass of the options. base: returns the Run of a preset name or None. dataset: the training set;
         None searches the arguments for one that is not a folder.
         """
-        self.argv, self.kind, self.prog, self.examples = argv, kind, prog, examples
+        self.argv, self.kind, self.prog, self.examples = expand_short_flags(argv), kind, prog, examples
         self._base, self._dataset = base, dataset
         register_fields(kind)  # a run to resume is opened, and may be refused, before its flags are parsed
 
@@ -76,7 +78,7 @@ class CommandLine:
     def types(self) -> argparse.Namespace:
         """The flags that decide the types of the Run, and therefore which other flags exist."""
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        for name in ("preset", "network", "method", "resume", "out"):
+        for name in ("preset", "network", "init", "method", "device", "resume", "out"):
             parser.add_argument(f"--{name}")
         parser.add_argument("--trust", action="store_true")
         return parser.parse_known_args([arg for arg in self.argv if arg not in ("-h", "--help")])[0]
@@ -95,6 +97,13 @@ class CommandLine:
         if existing is None:
             raise UserError(f"Nothing to resume in {self.types.resume}: expected run.json and checkpoints/last.pt.")
         return existing
+
+    @cached_property
+    def init_network(self) -> BackboneConfig | None:
+        """The network of the weights that --init of a new run names."""
+        if self.types.init in (None, "None") or self.types.resume is not None:
+            return None
+        return load_described(self.types.init, trust=self.types.trust).config
 
     @cached_property
     def dataset(self) -> DatasetConfig | None:
@@ -135,9 +144,12 @@ class CommandLine:
         return options
 
     def _with_types(self, run: Run) -> Run:
-        """Return the run with the network and method given by --network and --method, with default settings."""
+        """Return the run with the network and method given by --network, --init and --method."""
         if self.types.network is not None:
             run = edit(run, backbone=network_named(self.types.network).with_image_size(run.views.size))
+        if self.init_network is not None:
+            is_named = self.types.network is not None or self.types.preset is not None
+            run = with_init_network(run, self.init_network, is_named=is_named)
         name = self.types.method
         if name is not None and (kind := method_kind(name)) is not type(run.method):
             run = edit(run, method=kind())

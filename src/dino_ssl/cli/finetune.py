@@ -67,4 +67,7 @@ def finetune(argv: Sequence[str]) -> int:
         return edit(run, val=dataset_config(dataset_named(val), "val")) if val else run
 
     kind, prog = FinetuneOptions, "dino eval finetune"
-    return run_command(CommandLine(list(argv), kind=kind, prog=prog, examples=EXAMPLES, base=base, dataset=train))
+    line = CommandLine(list(argv), kind=kind, prog=prog, examples=EXAMPLES, base=base, dataset=train)
+    if line.types.init not in (None, "None"):
+        raise UserError("Fine-tuning starts from CHECKPOINT; --init None starts from random weights instead.")
+    return run_command(line)

@@ -1,6 +1,12 @@
 """Names of settings as flags. Nothing heavy is imported here: errors of mistyped commands need it."""
 
 import re
+from collections.abc import Sequence
+
+from dino_ssl.errors import UserError
+
+SHORT_FLAGS = {f"--{name}": f"--optim.{name}" for name in ("epochs", "batch-size", "lr")}
+"""Short forms of the flags of a training run that are used most."""
 
 known_fields: set[str] = set()
 """Dotted names of the settings of the command that is run."""
@@ -9,6 +15,18 @@ known_fields: set[str] = set()
 def flag(field: str) -> str:
     """Return the flag of a dotted field: optim.batch_size -> --optim.batch-size."""
     return f"--{field.replace('_', '-')}"
+
+
+def expand_short_flags(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with short flags written in full. Raise UserError if a setting is given in both forms."""
+    flags = [argument.partition("=")[0].replace("_", "-") for argument in argv]
+    for short, long in SHORT_FLAGS.items():
+        if short in flags and long in flags:
+            raise UserError(f"{short} and {long} are the same setting: give only one of them.")
+    return [
+        SHORT_FLAGS[name] + argument[len(name) :] if name in SHORT_FLAGS else argument
+        for name, argument in zip(flags, argv, strict=True)
+    ]
 
 
 def with_flags(message: str) -> str:

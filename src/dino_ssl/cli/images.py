@@ -11,7 +11,7 @@ import tyro
 
 from dino_ssl.api.calls import Embedding, embed
 from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint
-from dino_ssl.cli.options import Json, Trust, parse
+from dino_ssl.cli.options import Device, Json, Trust, parse
 from dino_ssl.config import import_type
 from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Skipped
 from dino_ssl.data.decode import SUFFIXES
@@ -37,6 +37,7 @@ class CheckpointOptions:
 
     checkpoint: tyro.conf.Positional[str]
     """A run folder, a weights file, a released network (dino_vits16) or timm:NAME."""
+    device: Device = None
     trust: Trust = False
     json: Json = False
 
@@ -69,12 +70,10 @@ def compute_features(
     options: DatasetOptions, dataset: str | DatasetConfig | ImageDataset, terminal: Terminal
 ) -> tuple[Checkpoint, Embedding]:
     """Return the opened checkpoint and its features of a dataset."""
-    checkpoint = open_checkpoint(options.checkpoint, trust=options.trust)
-    size, batch_size, workers = options.size, options.batch_size, options.workers
+    checkpoint = open_checkpoint(options.checkpoint, options.device, trust=options.trust)
+    settings: Any = {name: getattr(options, name) for name in ("size", "batch_size", "workers", "device")}
     with terminal.progress("features") as progress:
-        return checkpoint, embed(
-            checkpoint, dataset, size=size, batch_size=batch_size, workers=workers, progress=progress
-        )
+        return checkpoint, embed(checkpoint, dataset, progress=progress, **settings)
 
 
 def dataset_named(name: str) -> str | DatasetConfig:

@@ -19,6 +19,12 @@ T = TypeVar("T")
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 """A flag without a negative form: `--json`, and no `--no-json`."""
 Json = Annotated[Flag, tyro.conf.arg(help="Print one JSON object to standard output, messages to standard error.")]
+Device = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="NAME", help="cpu, cuda, cuda:1, ... or mps. Default: a GPU if there is one, otherwise the CPU."
+    ),
+]
 Trust = Annotated[Flag, tyro.conf.arg(help="Import types that the checkpoint names, which runs their code.")]
 
 CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.PositionalMetavarFromFieldName)

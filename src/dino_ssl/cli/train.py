@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from dino_ssl import distributed
-from dino_ssl.api.resolve import ExistingRun, find_run
+from dino_ssl.api.resolve import ExistingRun, check_init, find_run
 from dino_ssl.api.session import Outcome
 from dino_ssl.api.training import prepare
 from dino_ssl.cli.command_line import CommandLine, SessionOptions
@@ -69,7 +69,7 @@ def run_command(line: CommandLine) -> int:
     """Plan or resume, train and report; return the exit code."""
     options = line.options()
     _check(options, line)
-    with command_output(options.json, with_flags) as (terminal, print_result), start() as rt:
+    with command_output(options.json, with_flags) as (terminal, print_result), start(device=options.device) as rt:
         folder, existing = distributed.run_on_rank0(lambda: choose_run_dir(options, terminal, line))
 
         def change(run: Run) -> Run:
@@ -111,6 +111,8 @@ def _check(options: Any, line: CommandLine) -> None:
             "`dino train scenes` trains on synthetic images; `dino train --help` shows more."
         )
     check_range(options, "minutes", above=0)
+    if options.resume is None:
+        check_init(options.run)
 
 
 def choose_run_dir(options: Any, terminal: Terminal, line: CommandLine) -> tuple[Path, ExistingRun | None]:
