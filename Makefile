@@ -23,7 +23,7 @@ help:
 demo: .venv/ready
 	rm -rf runs/demo
 	$(BIN)/dino train --preset demo --out runs/demo
-	$(BIN)/dino eval knn runs/demo simple-scenes simple-scenes
+	$(BIN)/dino eval knn runs/demo
 	@echo "The report: $(CURDIR)/runs/demo/report.html"
 
 # Bytecode is cached even if the environment disables it: the tests start processes that import torch.

@@ -102,6 +102,11 @@ class Run:
                 "set it to 0, and lower `optim.batch_size` instead."
             )
 
+    @property
+    def eval_size(self) -> int:
+        """Side in pixels of the center crops of which features of the trained network are computed."""
+        return self.online_eval.size or self.views.size
+
     def schedules(self) -> dict[str, Schedule]:
         """Return every scheduled value by the name under which it is logged."""
         rates = {"lr": self.optim.lr_schedule(), "weight_decay": self.optim.weight_decay_schedule()}

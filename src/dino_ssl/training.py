@@ -206,10 +206,10 @@ def _prepare(run: Run, rt: Runtime, dataset: ImageDataset, resume: bool) -> _Job
 
 def validate_run(run: Run, rt: Runtime, dataset: ImageDataset) -> None:
     """Raise the UserError that `train` would raise before its first step."""
-    train_set, _ = split_dataset(run, run.method.filter_dataset(dataset))
+    train_set, val_set = split_dataset(run, run.method.filter_dataset(dataset))
     steps_per_epoch(len(train_set), run.optim.batch_size, rt.world_size)
     method = build_method(run, classes=len(train_set.classes))
-    prepare_all(run.evals, eval_context(run, rt), method.backbone)
+    prepare_all(run.evals, eval_context(run, rt), method.backbone, train_set, val_set)
 
 
 def _batches(job: _Job) -> Iterator[Step]:

@@ -41,7 +41,7 @@ class TrainingEvals:
         self.online = None
         if val_set is not None:
             self.online = run.online_eval.prepare(method.classifier, train_set, val_set, context)
-        self.scheduled = prepare_all(run.evals, context, method.backbone)
+        self.scheduled = prepare_all(run.evals, context, method.backbone, train_set, val_set)
         described = distributed.run_on_rank0(lambda: read_json(self.folder / "run.json") if resume else None)
         if described is not None:
             self.reference_scores = described.get("reference_scores", {})
@@ -101,11 +101,10 @@ def split_dataset(run: Run, dataset: ImageDataset) -> tuple[ImageDataset, ImageD
 
 
 def eval_context(run: Run, rt: Runtime) -> EvalContext:
-    """Return the context in which a run's network is evaluated."""
+    """Return the context in which a run's network is evaluated: in float32, as by `dino eval`, at any precision."""
     return EvalContext(
         device=rt.device,
         workers=run.workers,
         batch_size=run.online_eval.batch_size,
-        size=run.views.size,
-        autocast=rt.autocast,
+        size=run.eval_size,
     )

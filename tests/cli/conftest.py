@@ -21,7 +21,7 @@ SRC = Path(__file__).parents[2] / "src"
 TINY = """
     --network vit_tiny/8 --backbone.width 48 --backbone.depth 2 --backbone.heads 2
     --method.out-dim 32 --method.head-hidden 32
-    --views.global-size 32 --views.local-size 16 --views.local 2
+    --views.global-size 32 --views.local-size 16 --views.local 2 --online-eval.size 32
     --optim.batch-size 8 --workers 0 --precision float32
 """.split()  # noqa: SIM905 - as typed
 

@@ -8,6 +8,7 @@ from dino_ssl.errors import UserError
 from dino_ssl.evals import EVALUATIONS, find_evaluation
 from dino_ssl.evals.knn import KNN
 from dino_ssl.evals.low_shot import LowShot
+from dino_ssl.evals.retrieval import Retrieval
 from dino_ssl.evals.scheduled import ScheduledEval
 from dino_ssl.run import Run
 
@@ -61,15 +62,15 @@ def test_invalid_specs_are_refused(words, message):
 
 
 def test_missing_sources_and_unknown_flags_are_reported_as_by_dino_eval(dino):
-    for words, message in (("knn", "TRAIN"), ("knn a --kk 5", "--kk"), ("knn a --k five", "five")):
+    for words, message in (("retrieval", "BENCHMARK"), ("knn a --kk 5", "--kk"), ("knn a --k five", "five")):
         ran = dino("train", "scenes", "--evals", words)
         assert ran.code == 2
         assert message in ran.err + ran.out
 
 
 def test_missing_sources_and_duplicates_are_refused_from_python():
-    with pytest.raises(UserError, match=r"knn expected TRAIN \[VAL\]; got nothing"):
-        ScheduledEval(evaluation=KNN(), sources=())
+    with pytest.raises(UserError, match=r"retrieval expected BENCHMARK; got nothing"):
+        ScheduledEval(evaluation=Retrieval(), sources=())
     with pytest.raises(UserError, match="twice: knn a"):
         Run(evals=(parse_scheduled_eval("knn a"), parse_scheduled_eval("knn a --every-epochs 3")))
 

@@ -111,7 +111,7 @@ def test_result_of_an_evaluation_has_scores_protocol_data_and_checkpoint(trained
     result = output.json
     assert set(result["references"]) == {"raw_pixels", "random_weights"}
     assert result["checkpoint"]["size"] == 32
-    assert result["data"]["val"]["images"] == 8
+    assert (result["size"], result["data"]["val"]["images"]) == (32, 4)
     assert json.loads(Path(result["file"]).read_text()) == {k: v for k, v in result.items() if k != "file"}
     assert result["file"].startswith(str(run))
     # The run and its exported backbone are the same checkpoint, and one evaluation gives one value.

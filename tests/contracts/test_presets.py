@@ -15,7 +15,7 @@ from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.errors import UserError
 from dino_ssl.presets import plan as planning
 from dino_ssl.presets.benchmark_step import Speed, time_loading
-from dino_ssl.presets.plan import FULL_SCHEDULE_STEPS, Plan, plan, short_schedule, with_workers
+from dino_ssl.presets.plan import FULL_SCHEDULE_STEPS, Plan, fit_to_size, plan, short_schedule, with_workers
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine
 
@@ -140,6 +140,12 @@ def test_the_plan_changes_only_machine_settings_of_a_preset() -> None:
     assert chosen.precision == "float32"
     kept = dataclasses.replace(chosen, precision=preset.precision, workers=preset.workers, cache=preset.cache)
     assert kept == preset
+
+
+def test_the_size_of_evaluations_follows_the_views() -> None:
+    run = presets.resolve("small")
+    assert (run.views.size, run.eval_size, fit_to_size(run, 32).online_eval.size) == (64, 88, 44)
+    assert fit_to_size(edit(run, online_eval=dict(size=None)), 32).online_eval.size is None
 
 
 @pytest.mark.parametrize(

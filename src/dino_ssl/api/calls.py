@@ -18,16 +18,19 @@ from dino_ssl import __version__
 from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint, read_image
 from dino_ssl.config import to_dict
 from dino_ssl.data.dataset import Skipped
-from dino_ssl.data.sources import DatasetSource, open_dataset
-from dino_ssl.errors import check_value
+from dino_ssl.data.sources import CLASS_FOLDERS, DatasetSource, open_dataset
+from dino_ssl.errors import UserError, check_value
 from dino_ssl.evals import find_evaluation
 from dino_ssl.evals.attention_maps import attention_size
-from dino_ssl.evals.base import EvalContext, Evaluation, reference_scores
+from dino_ssl.evals.base import EvalContext, Evaluation, LabeledEvaluation, reference_scores
 from dino_ssl.evals.features import extract
+from dino_ssl.evals.knn import KNN
 from dino_ssl.files import write_json
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.progress import Progress, StartProgress, no_progress
+from dino_ssl.run import read_run
 from dino_ssl.runtime import start
+from dino_ssl.training_evals import split_dataset
 from dino_ssl.viz.attention import AttentionMaps, Point, Query, attention_maps
 
 FORMAT = 1
@@ -52,7 +55,8 @@ def evaluate(
     Args:
         checkpoint: A run's folder, a file, a released network, timm:NAME, or a backbone.
         evaluation: Settings, or the name of an evaluation with its default settings.
-        sources: Data of the evaluation, in the order of its `sources`.
+        sources: Data of the evaluation, in the order of its `sources`. Default of `LabeledEvaluation`: the training and
+            validation set of the run, which give the accuracy that the run printed.
         references: Evaluate random weights, and raw pixels if the evaluation is defined for them.
         batch_size: Images per forward pass.
         workers: Worker processes that decode images.
@@ -64,7 +68,7 @@ def evaluate(
 
     Returns:
         {"evaluation": name, "values": {"20-NN": percent, ...}, "references": {"raw_pixels": {...}, "random_weights":
-        {...}}, "details", "protocol", "data", "checkpoint", "versions"}.
+        {...}}, "details", "protocol", "data", "checkpoint", "versions", "size" in pixels}.
     """
     settings: Evaluation = find_evaluation(evaluation)() if isinstance(evaluation, str) else evaluation
     with start("float32", device) as rt:
@@ -78,12 +82,15 @@ def evaluate(
             cache=loaded.folder / "evals/features" if cache and loaded.folder is not None else None,
             out=None if out is None else Path(out),
         )
+        if not sources and isinstance(settings, LabeledEvaluation):
+            sources = run_datasets(loaded, settings, trust=trust)
         prepared = settings.prepare(sources, context)
         scores = prepared(loaded.backbone)
         compared = reference_scores(prepared, loaded.fresh) if references else {}
         return {
             "format": FORMAT,
             "evaluation": prepared.name,
+            "size": (settings.size or loaded.size) if isinstance(settings, LabeledEvaluation) else None,
             "values": dict(scores),
             "references": {name: dict(values) for name, values in compared.items()},
             "details": scores.details,
@@ -92,6 +99,19 @@ def evaluate(
             "checkpoint": {"source": loaded.source, "hash": loaded.hash, "size": loaded.size},
             "versions": versions(),
         }
+
+
+def run_datasets(checkpoint: Checkpoint, evaluation: Evaluation, *, trust: bool) -> tuple[DatasetSource, ...]:
+    """Return the training and validation set of a run: those of its online evaluation. Raises UserError for no run."""
+    if checkpoint.folder is None or not (checkpoint.folder / "run.json").is_file():
+        raise UserError(
+            f"{evaluation.name} expected labeled images, TRAIN and optionally VAL; got none.\n"
+            f"Without them, those of a run are used, and {checkpoint.source} is not a run's folder.\n{CLASS_FOLDERS}"
+        )
+    run = read_run(checkpoint.folder, trust=trust)
+    train, val = split_dataset(run, run.method.filter_dataset(run.data.open()))
+    voters = run.online_eval.voters(train) if isinstance(evaluation, KNN) else train
+    return (voters,) if val is None else (voters, val)
 
 
 def versions() -> dict[str, str]:
@@ -136,7 +156,7 @@ def embed(
     Args:
         checkpoint: A run folder, a file, a released network, timm:NAME, or a backbone.
         dataset: A folder, a list of images, or any map-style torch dataset.
-        size: Side of the center crop in pixels. Default: the size that the network was trained at.
+        size: Side of the center crop in pixels. Default: the size at which the run evaluates its network.
         batch_size: Images per forward pass.
         workers: Worker processes that decode images.
         progress: Called with (done, total).

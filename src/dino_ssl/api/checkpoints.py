@@ -42,7 +42,7 @@ class Checkpoint:
     network: BackboneConfig | None
     """The settings of the network; None if they are unknown."""
     size: int
-    """Side in pixels of the images it was trained on."""
+    """Side in pixels of the images it is evaluated on: `Run.eval_size` of the run that trained it."""
     folder: Path | None
     """Folder for results and cached features; None for a released network."""
 
@@ -93,5 +93,6 @@ def open_checkpoint(
         run = loaded.run or (content.get("run") if isinstance(content, dict) else None)
         if isinstance(run, Mapping) and run.get("backbone") == to_dict(loaded.config):  # trained by this run
             with suppress(UserError):  # views from outside the package
-                size = from_dict(get_type_hints(Run)["views"], run.get("views")).size
+                own_size = (run.get("online_eval") or {}).get("size")
+                size = own_size or from_dict(get_type_hints(Run)["views"], run.get("views")).size
     return Checkpoint(str(source), loaded.backbone.to(device), loaded.config, size, folder)

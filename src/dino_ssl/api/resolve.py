@@ -16,7 +16,7 @@ from dino_ssl.methods.method import MethodConfig
 from dino_ssl.models import BackboneConfig
 from dino_ssl.models.pretrained import load_described
 from dino_ssl.models.weights import load_strict
-from dino_ssl.presets.plan import CPU_MINUTES, Plan, Reason, describe_preset, fit_schedule, plan
+from dino_ssl.presets.plan import CPU_MINUTES, Plan, Reason, describe_preset, fit_schedule, fit_to_size, plan
 from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
 from dino_ssl.runtime import Machine
 
@@ -70,7 +70,7 @@ def resolve_run(
     elif minutes is None and machine.device.type == "cpu":
         minutes = CPU_MINUTES
     if changed.views.size != run.views.size:
-        run = edit(run, backbone=run.backbone.with_image_size(changed.views.size))
+        run = fit_to_size(run, changed.views.size)
     second = plan(dataset, machine, preset=change(run), minutes=minutes, world=world)
     measured = {reason.name: reason for reason in second.reasons if reason.name in MEASURED_ROWS}
     reasons = {reason.name: reason for reason in first.reasons} | measured

@@ -145,6 +145,7 @@ def show(result: Mapping[str, Any], checkpoint: str, terminal: Terminal) -> None
         f"{name}: {', '.join(f'{count:,} {unit}' for unit, count in part.items() if isinstance(count, int) and count)}"
         for name, part in result["data"].items()
     )
-    terminal.table(f"{result['evaluation']} ({data}), in percent", columns, rows)
+    size = f" at {result['size']} px" if result["size"] else ""
+    terminal.table(f"{result['evaluation']}{size} ({data}), in percent", columns, rows)
     if skipped := sum(int(part.get("skipped", 0)) for part in result["data"].values()):
         terminal.print(f"{skipped} files could not be read and were skipped.", style="yellow")

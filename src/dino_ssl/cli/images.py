@@ -49,7 +49,7 @@ class DatasetOptions(CheckpointOptions):
     dataset: tyro.conf.Positional[str]
     """A folder of images, with or without class folders, a packed dataset, `scenes`, or MODULE:CLASS."""
     size: int | None = None
-    """Side in pixels of the network input. Default: the training size."""
+    """Side in pixels of the network input. Default: the size at which the run evaluates its network."""
     batch_size: int = 64
     """Images per forward pass."""
     workers: int = 0

@@ -53,7 +53,7 @@ class EvalContext:
     batch_size: int = 64
     """Images per forward pass."""
     size: int = 224
-    """Image size in pixels that the backbone was trained at; used if the protocol fixes no size."""
+    """Image size in pixels at which the backbone is evaluated if the protocol fixes no size."""
     autocast: Autocast = nullcontext
     progress: StartProgress = no_progress
     """`with context.progress("features") as progress: progress(3, 100)`."""
@@ -108,13 +108,15 @@ class LabeledEvaluation(Evaluation):
     """An evaluation that learns from labeled images and is scored on others with the same classes."""
 
     sources: ClassVar[tuple[Source, ...]] = (
-        Source("TRAIN", "Folder of class folders to learn from; `scenes` generates images."),
+        Source(
+            "TRAIN", "Folder of class folders to learn from, or `scenes`; default: the run's images.", required=False
+        ),
         Source("VAL", "Folder of class folders to score; default: a part of every class of TRAIN.", required=False),
     )
 
     size: int | None = None
-    """Side of the crops in pixels; default: the size that the network was trained at."""
-    val_fraction: float = 0.2
+    """Side of the crops in pixels; default: the size at which the run evaluates its network."""
+    val_fraction: float = 0.1
     """Fraction of every class that is held out for validation if VAL is not given."""
 
     def __post_init__(self) -> None:

@@ -90,9 +90,10 @@ class KNN(LabeledEvaluation):
     name: ClassVar[str] = "knn"
     paper: ClassVar[str] = "Tables 2 and 10, Appendix F.1"
     examples: ClassVar[str] = """\
-  dino eval knn runs/photos photos/                    one folder: a part of every class is held out
+  dino eval knn runs/photos                            the run's own images: the accuracy that the run printed
   dino eval knn runs/photos photos_train/ photos_val/
-  dino eval knn dino_vits16 photos/ --k 5 20 --json    a released network; scores as JSON"""
+  dino eval knn dino_vits16 photos/                    one folder: a part of every class is held out
+  dino eval knn dino_vits16 photos/ --k 5 20 --json    scores as JSON"""
 
     k: tuple[int, ...] = KS
     """Numbers of neighbors that vote."""

@@ -24,7 +24,8 @@ class OnlineEval:
     k: int = 20
     """Neighbors that vote (Appendix F.1 reports 20)."""
     size: int | None = None
-    """Side of the center crop in pixels; default: the size of the global crops."""
+    """Side of the center crop in pixels, of this and all later evaluations and features of the run; default: the size
+    of the global crops."""
     val_fraction: float = 0.1
     """Fraction of every class that is held out for validation if no validation set is given."""
     max_train_images: int = 50_000
@@ -52,9 +53,13 @@ class OnlineEval:
 
     def prepare_knn(self, train: ImageDataset, val: ImageDataset, context: EvalContext) -> PreparedEval:
         """Prepare the k-NN evaluation, with at most `max_train_images` training images."""
-        if len(train) > self.max_train_images:
-            train = train.subset(np.linspace(0, len(train) - 1, self.max_train_images).round().astype(np.int64))
-        return KNN(k=(self.k,), size=self.size).prepare_datasets(train, val, context)
+        return KNN(k=(self.k,), size=self.size).prepare_datasets(self.voters(train), val, context)
+
+    def voters(self, train: ImageDataset) -> ImageDataset:
+        """Return at most `max_train_images` of the training images, evenly spaced."""
+        if len(train) <= self.max_train_images:
+            return train
+        return train.subset(np.linspace(0, len(train) - 1, self.max_train_images).round().astype(np.int64))
 
 
 def classifier_accuracy(classifier: Network, dataset: ImageDataset, size: int, context: EvalContext) -> Scores:

@@ -179,8 +179,13 @@ def _with_crops(run: Run, short_side: int, on_cpu: bool, rows: Rows) -> Run:
         views = edit(views, local=0, global_scale=(0.14, 1.0))  # the authors' scale without local views
         reason += "; local crops do not help this method"
     rows["crops"] = " + ".join(f"{number}x{side}" for number, side in views.view_shapes), reason
-    eval_size = run.online_eval.size and round(run.online_eval.size * size / largest)
-    return edit(run, backbone=run.backbone.with_image_size(size), views=views, online_eval=dict(size=eval_size))
+    return edit(fit_to_size(run, size), views=views)
+
+
+def fit_to_size(run: Run, size: int) -> Run:
+    """Return the run with a network for views of this size; the size of evaluations keeps its ratio to the views."""
+    eval_size = run.online_eval.size and round(run.online_eval.size * size / run.views.size)
+    return edit(run, backbone=run.backbone.with_image_size(size), online_eval=dict(size=eval_size))
 
 
 def _batch_size(run: Run, count: int, machine: Machine, world: int) -> int:
