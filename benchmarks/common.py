@@ -1,7 +1,7 @@
 """Shared parts of the benchmarks: interleaved timing, child processes, peak memory, JPEG files, JSON.
 
 Candidates are always interleaved, so that a slow period of the machine affects all of them. Times are medians over
-the rounds, ratios are medians of the ratios within a round.
+the rounds, ratios are medians of the ratios within a round, not ratios of these medians.
 """
 
 import contextlib
@@ -136,7 +136,7 @@ def summarize(results: dict[str, list[dict]], num_images: int) -> list[dict[str,
 
 def print_rows(rows: Sequence[dict[str, Any]], title: str, console: Console, **columns: str) -> None:
     """Print the rows as a table. columns: key=heading of further values, shares in percent and bytes in GiB."""
-    table = Table("version", "images/s", "ratio", *columns.values(), title=title)
+    table = Table("version", "images/s (median)", "ratio (median of each round's)", *columns.values(), title=title)
     for row in rows:
         if "failed" in row:
             table.add_row(row["version"], f"failed: {row['failed']}")

@@ -18,8 +18,9 @@ NOT_MEASURED = "not measured"
 HEAD = """# Benchmark results
 
 `python benchmarks/table.py` writes this page from the JSON files in this folder. Each file is the output of one
-command on one machine. Versions take turns within a run; a ratio is the median of the ratios within a turn. In
-parentheses, if known, the same ratio of CPU time, which is less affected by other processes. `plain` is the published
+command on one machine. Versions take turns within a run; a ratio is the median of the ratios within a turn, which a
+slow period of the machine affects less than the ratio of the speeds, which are medians over the turns. In parentheses,
+if known, the same ratio of CPU time, which is less affected by other processes. `plain` is the published
 method in plain PyTorch ([plain.py](../../benchmarks/plain.py)); `lightly` is the package of that name. Memory is the
 growth of the training process. Rows without a measurement are marked; nothing is estimated. Settings of a measurement
 that differ from the row's are listed after the result.

@@ -125,7 +125,11 @@ class Runtime:
     def distribute(self, module: nn.Module) -> nn.Module:
         """Move a module to the device and wrap it in DistributedDataParallel if there are several ranks."""
         module.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        return module if self.world_size == 1 else DistributedDataParallel(module, broadcast_buffers=False)
+        if self.world_size == 1:
+            return module
+        model = DistributedDataParallel(module)
+        model.broadcast_buffers = False  # an argument whose name depends on torch's version; statistics stay per rank
+        return model
 
     def no_sync(self, model: nn.Module, *, last: bool) -> AbstractContextManager:
         """Return the context of one micro-batch: gradients are averaged over ranks after the last one only."""

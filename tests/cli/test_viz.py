@@ -103,6 +103,10 @@ def test_tsne_of_images_and_of_classes(network, images, dino):
     classes = dino("tsne", network, images, "--of", "classes", "--iterations", "30", "--json", "-o", "classes.svg")
     assert classes.json["points"] == 4
     assert "star" in Path("classes.csv").read_text()
+    again = dino("tsne", network, images, "-o", "classes.png")  # its table would be overwritten
+    assert (again.code, "--out classes-2.png" in again.err) == (2, True)
+    Path("tsne.csv").touch()
+    assert dino("tsne", network, images, "--iterations", "1", "--json").json["table"] == "tsne-2.csv"
 
 
 def test_tsne_errors_name_a_valid_choice(network, images, dino):

@@ -58,6 +58,19 @@ def test_the_official_layout(tmp_path: Path, prefix: str) -> None:
     }
 
 
+def test_the_authors_name_of_jpeg_is_known_and_unknown_folders_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [name.replace("jpeg/", "jpegqual/") for name in OFFICIAL]
+    copies = open_copies(tmp_path, names)
+    assert copies is not None
+    assert ("jpeg", "3") in copies.blocks
+    assert not caplog.messages
+    with caplog.at_level("WARNING", "dino_ssl"):
+        assert open_copies(tmp_path, ["zoom/3/200001.jpg"]) is not None
+    assert "ignored the images in zoom/3. Expected:" in caplog.text
+
+
 @pytest.mark.parametrize(
     "names",
     [

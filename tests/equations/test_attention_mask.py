@@ -241,6 +241,14 @@ def test_the_cutout_shows_the_image_inside_the_mask() -> None:
     assert (drawn[40:] < 60).all()
 
 
+@pytest.mark.parametrize(("count", "columns", "rows"), [(6, 6, 1), (8, 4, 2), (11, 6, 2), (17, 6, 3)])
+def test_the_rows_of_the_figure_are_balanced(count: int, columns: int, rows: int) -> None:
+    square = np.zeros((rendering.PANEL_HEIGHT, rendering.PANEL_HEIGHT, 3), np.uint8)
+    page = rendering.sheet([[("", square)] * count])
+    step, margin = rendering.PANEL_HEIGHT + rendering.GAP, 2 * rendering.MARGIN
+    assert page.shape[:2] == (rows * (step + rendering.LABEL) + margin, columns * step + margin)
+
+
 def test_the_figure_has_a_row_per_image_and_a_panel_per_head(tmp_path) -> None:
     dataset = [
         attention_maps(EncodedAttention(), random_image(40, width), size=40, queries=[(5, 5)])[0] for width in (40, 80)

@@ -119,7 +119,7 @@ def spawn_script(words: list[str], rank: int = 0, world: int = 1, port: int = 0)
     if world > 1:
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, *words]
+    command = [sys.executable, "-W", "error::FutureWarning", *words]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -21,7 +21,7 @@ from dino_ssl.methods.method import MethodConfig
 from dino_ssl.models import BackboneConfig
 from dino_ssl.models.pretrained import load_described
 from dino_ssl.presets import resolve
-from dino_ssl.presets.plan import Reason
+from dino_ssl.presets.plan import FORMAT, Reason
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, machine, start
 from dino_ssl.terminal import Terminal
@@ -139,7 +139,7 @@ class PreparedRun:
         """Train to the end, or until a signal."""
         with start(self.run.precision, self.device) as rt:
             if rt.is_main and self.existing is None:
-                write_json(Path(self.run.out) / "plan.json", {"format": 1, "plan": self.plan})
+                write_json(Path(self.run.out) / "plan.json", {"format": FORMAT, "plan": self.plan})
             return run_session(self.run, rt, self.dataset, terminal, resume=self.existing is not None)
 
 

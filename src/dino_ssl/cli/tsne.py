@@ -10,7 +10,14 @@ import torch
 import tyro
 
 from dino_ssl.cli.embed import write_csv
-from dino_ssl.cli.images import DatasetOptions, compute_features, dataset_named, report_skipped, run_command
+from dino_ssl.cli.images import (
+    DatasetOptions,
+    compute_features,
+    dataset_named,
+    report_skipped,
+    run_command,
+    unique_name,
+)
 from dino_ssl.data.sources import CLASS_FOLDERS, open_dataset
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.files import atomic_write
@@ -45,7 +52,7 @@ class TsneOptions(DatasetOptions):
     max_points: int = 2000
     """Maximum number of images, evenly spaced, at most 5000; time and memory grow with its square."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "tsne.png"
-    """Output figure: .png, .pdf or .svg."""
+    """Output figure: .png, .pdf or .svg. Existing files are kept: tsne-2.png is written instead, or `--out` refused."""
 
 
 def tsne(argv: Sequence[str]) -> int:
@@ -57,6 +64,7 @@ def _tsne(options: TsneOptions, terminal: Terminal) -> dict[str, Any]:
     path = Path(options.out)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"`out` must end in one of {', '.join(SUFFIXES)}; got {options.out!r}.")
+    path = _unused(path, is_default=options.out == TsneOptions.out)
     check_range(options, "max_points", least=4, most=MAX_POINTS)
     with terminal.progress(f"reading {options.dataset}") as progress:
         dataset = open_dataset(dataset_named(options.dataset), progress)
@@ -88,3 +96,13 @@ def _tsne(options: TsneOptions, terminal: Terminal) -> dict[str, Any]:
     skipped = report_skipped(embedding.skipped, terminal)
     files = {"checkpoint": options.checkpoint, "hash": checkpoint.hash, "file": str(path), "table": str(table)}
     return {**files, "of": of, "points": len(points), "iterations": iterations, "kl": kl, "skipped": skipped}
+
+
+def _unused(path: Path, *, is_default: bool) -> Path:
+    """Return the path, with -2, -3, ... if the figure or its table exists; raise UserError if the user chose it."""
+    if not (path.exists() or path.with_suffix(".csv").exists()):
+        return path
+    free = path.with_stem(unique_name(path.stem, {file.stem for file in path.parent.iterdir()}))
+    if not is_default:
+        raise UserError(f"{path} or its table exists. Choose another file: --out {free}")
+    return free

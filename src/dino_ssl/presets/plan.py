@@ -24,6 +24,8 @@ from dino_ssl.runtime import Machine, machine_memory
 PROTOTYPES = ((35, 32), (284, 128), (20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
 """(largest number of images, K): at most four prototypes per training image, since most would stay unused otherwise.
 App. C: 65536 for ImageNet."""
+FORMAT = 1
+"""Version of plan.json."""
 LARGE_DATASET = 200_000
 """Images from which on the paper's settings are used, on a GPU."""
 CPU_MINUTES = 60.0

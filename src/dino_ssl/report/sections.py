@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from dino_ssl.config import format_value, type_name
-from dino_ssl.files import read_json, read_lines
+from dino_ssl.files import check_format, read_json, read_lines
+from dino_ssl.presets.plan import FORMAT
 from dino_ssl.report import html
 from dino_ssl.report.curves import History, Line, Rows, chart, charts, line
 from dino_ssl.report.snapshots import read_index, read_neighbors
@@ -142,8 +143,9 @@ def _caption(image: Mapping[str, Any]) -> str:
 
 def plan_section(run_dir: Path) -> str:
     """Return the settings that the plan chose, with its reasons."""
-    reasons = (read_json(run_dir / "plan.json") or {}).get("plan", [])
-    rows = [[reason[key] for key in ("name", "value", "reason")] for reason in reasons]
+    content = read_json(path := run_dir / "plan.json") or {"format": FORMAT, "plan": []}
+    check_format(path, content.get("format"), FORMAT)
+    rows = [[reason[key] for key in ("name", "value", "reason")] for reason in content["plan"]]
     return html.section("Plan", "Settings chosen for this dataset and machine, with reasons.", html.table(rows))
 
 

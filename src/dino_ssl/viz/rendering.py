@@ -1,5 +1,6 @@
 """Attention maps as images: heat maps, overlays, masks, and sheets of labeled panels."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ Panel = tuple[str, np.ndarray]
 
 EDGE = (255, 214, 84)
 INK = (38, 38, 42)
-GAP, MARGIN, LABEL, PANEL_HEIGHT = 6, 20, 30, 224
+GAP, MARGIN, LABEL, FONT_SIZE, PANEL_HEIGHT = 6, 20, 38, 22, 224
 PANELS_PER_ROW = 6
 
 # -- single maps -------------------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ def color_heads(maps: AttentionMaps) -> np.ndarray:
     """Return every head's mask in its own color in one image, with the head numbers below (Fig. 3)."""
     colors = palette(len(maps.heads))
     page = Image.fromarray(color_maps(maps.display, maps.heads, maps.masks, colors))
-    font_size = max(13, min(page.size) // 22)
+    font_size = max(13, min(page.size) // 16)
     step, top = min(1.7 * font_size, page.width / len(colors)), page.height - 1.7 * font_size
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(font_size)
     draw.rectangle((0, top, step * len(colors), page.height), (16, 16, 18))
@@ -142,18 +143,19 @@ def video_frame(maps: Sequence[AttentionMaps]) -> np.ndarray:
 
 
 def sheet(blocks: Sequence[Sequence[Panel]]) -> np.ndarray:
-    """Return labeled panels as one image [H, W, 3] uint8, PANELS_PER_ROW in a row; each block starts a new row."""
+    """Return labeled panels as one image [H, W, 3] uint8; each block starts a new row, and its rows are balanced."""
     rows: list[list[tuple[str, Image.Image]]] = []
     for block in blocks:
         fitted = [(label, _fit(image)) for label, image in block]
-        rows += [fitted[start : start + PANELS_PER_ROW] for start in range(0, len(fitted), PANELS_PER_ROW)]
+        count = math.ceil(len(fitted) / math.ceil(len(fitted) / PANELS_PER_ROW))  # 4 + 4 instead of 6 + 2
+        rows += [fitted[start : start + count] for start in range(0, len(fitted), count)]
     width, step = max(sum(image.width + GAP for _, image in row) for row in rows), PANEL_HEIGHT + LABEL + GAP
     page = Image.new("RGB", (width + 2 * MARGIN, len(rows) * step + 2 * MARGIN), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(FONT_SIZE)
     for i, row in enumerate(rows):
         x, y = MARGIN, MARGIN + i * step
         for label, image in row:
-            draw.text((x, y + 6), shorten(label, max(image.width // 7, 4)), INK, font)
+            draw.text((x, y + 4), shorten(label, max(image.width // 12, 4)), INK, font)
             page.paste(image, (x, y + LABEL - 4))
             x += image.width + GAP
     return np.asarray(page)

@@ -1,6 +1,7 @@
 """Copy detection (Table 4): the Copydays files, or distorted copies of other images."""
 
 import hashlib
+import os
 import re
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -10,15 +11,16 @@ import numpy as np
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.transforms import distortions
 from dino_ssl.errors import UserError
+from dino_ssl.terminal import logger
 
 BLOCKS = ("strong", "crops", "jpeg")  # distortions that are scored separately; the paper reports strong
 _EXPECTED = """Expected:
   copydays/
     original/            200000.jpg, 200100.jpg, ...: the names end with 00
     crops/10/ .. 80/     200001.jpg, ...: the first four digits name the original
-    jpeg/3/ .. 75/
+    jpeg/3/ .. 75/       or jpegqual/
     strong/"""
-_FOLDER = re.compile(r"(?:copydays[_-])?(original|crop|jpeg|strong)s?", re.IGNORECASE)
+_FOLDER = re.compile(r"(?:copydays[_-])?(original|crop|jpeg|strong)(?:s|qual)?", re.IGNORECASE)
 _BLOCK = {"crop": "crops"}  # name of a folder or distortion -> name of its block, if different
 
 
@@ -35,9 +37,12 @@ class Copies(NamedTuple):
 def find_copies(dataset: ImageDataset) -> Copies | None:
     """Return the benchmark in a folder of the layout of Copydays; None for another layout."""
     images = [(i, PurePosixPath(name).stem, _block_of(name)) for i, name in enumerate(dataset.names)]
+    others = {os.path.dirname(dataset.names[i]) or "." for i, _, block in images if not block}
     images = [(i, stem, block) for i, stem, block in images if block]
     if not any(re.fullmatch(r"\d{6}", stem) for _, stem, _ in images):
         return None
+    if others:
+        logger.warning(f"Copydays: ignored the images in {', '.join(sorted(others))}. {_EXPECTED}")
     originals = {stem[:4]: i for i, stem, (block, _) in images if block == "original"}
     position = {group: n for n, group in enumerate(originals)}
     copies = [(i, stem[:4], block) for i, stem, block in images if block[0] != "original"]
