@@ -18,7 +18,18 @@ LAYERS = [
     ["evals", "methods", "kernels"],
     ["data", "optim", "metrics", "feature_stats", "checkpoint"],
     ["models"],
-    ["runtime", "objectives", "schedules", "distributed", "terminal", "config", "files", "progress", "formatting"],
+    [
+        "runtime",
+        "objectives",
+        "schedules",
+        "distributed",
+        "terminal",
+        "config",
+        "names",
+        "files",
+        "progress",
+        "formatting",
+    ],
     ["errors", "environment"],
 ]
 """From the top. A module may import the layers below, and in its own layer what is to its right."""

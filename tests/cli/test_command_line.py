@@ -1,6 +1,7 @@
 """Help, names, the plan and output of commands: everything that needs no training."""
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 import dino_ssl
 from dino_ssl.api.training_progress import TrainingProgress
 from dino_ssl.cli.command_line import CommandLine, cli_diff
+from dino_ssl.cli.early_checks import check_arguments
 from dino_ssl.cli.flags import flag
 from dino_ssl.cli.train import TrainOptions
 from dino_ssl.config import differences, edit
@@ -34,16 +36,45 @@ def command_line(*arguments: str) -> CommandLine:
 # -- help and names -------------------------------------------------------------------------------------------
 
 
-def test_help_and_import_load_no_heavy_module():
+def test_help_and_errors_about_names_and_paths_load_no_heavy_module():
+    cases = {
+        "--help": "examples:",
+        "--version": "dino",
+        "trian": "did you mean 'train'",
+        "train": "No dataset given",
+        "train /nowhere --minutes 3": "There is no file or folder /nowhere",
+        "bench /nowhere": "There is no file or folder /nowhere",
+        "data pack /nowhere": "There is no file or folder /nowhere",
+        "eval kn x y": "did you mean 'knn'",
+        "eval knn /nowhere x": "There is no file '/nowhere'",
+        "eval knn dino_vits16 /nowhere": "There is no file or folder /nowhere",
+        "embed dino_vits17 x": "did you mean 'dino_vits16'",
+        "attention timm:resnet18 scenes /no.jpg": "There is no file or folder /no.jpg",
+    }
     code = (
         "import sys, dino_ssl, dino_ssl.cli\n"
-        "dino_ssl.cli.main(['--help']); dino_ssl.cli.main(['nonsense']); dir(dino_ssl)\n"
-        "heavy = {'torch', 'numpy', 'cv2', 'timm', 'tyro'} & set(sys.modules)\n"
+        f"for line in {list(cases)}: print('CASE', dino_ssl.cli.main(line.split()), file=sys.stderr)\n"
+        "dir(dino_ssl)\n"
+        "heavy = {'torch', 'numpy', 'cv2', 'timm', 'tyro', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(SRC)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "examples:" in done.stdout
+    process = dict(env={"PYTHONPATH": str(SRC)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run([sys.executable, "-u", "-c", code], **process)
+    assert done.returncode == 0, done.stdout
+    outputs = dict(zip(cases, re.split(r"CASE \d\n", done.stdout), strict=False))
+    for line, message in cases.items():
+        assert message in outputs[line], line
+
+
+def test_early_checks_pass_whatever_a_command_accepts(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards.part").mkdir()  # being written: the command explains it
+    for command, *words in (
+        ("train", photos), ("train", "--cache", "nowhere"), ("train", "mymodule:MyDataset"), ("train", "shards"),
+        ("eval", "copy-detection", "timm:resnet18", "simple-scenes", "none"), ("eval", "mymodule:Mine", photos, "x y"),
+        ("eval", "video-segmentation", "results", photos, "--score"), ("eval", "finetune"), ("report", "table7"),
+    ):  # fmt: skip
+        check_arguments(command, list(map(str, words)))
 
 
 @pytest.mark.parametrize("name", ["train", "eval knn", "eval finetune", "attention", "embed", "report", "show"])

@@ -23,7 +23,7 @@ def assert_refused(output, *parts):
         (["eval", "kn", "x", "y"], ["did you mean 'knn'"]),
         (["eval", "finetun", "x", "y"], ["did you mean 'finetune'"]),
         (["train"], ["No dataset given", "dino train photos/"]),
-        (["train", "nowhere"], ["There is no folder nowhere"]),
+        (["train", "nowhere"], ["There is no file or folder nowhere"]),
         (["train", "empty"], ["There are no images in empty"]),
         (["train", "bad"], ["one.jpg"]),
         (["train", "bad/one.jpg"], ["Expected a folder", "the file bad/one.jpg", "Did you mean its folder, bad/?"]),
@@ -78,7 +78,7 @@ def test_dry_run_refuses_what_training_would(dino, photos, tiny, tmp_path):
     for flags, message in (
         (("--optim.batch-size", "64"), "--optim.batch-size 64 with 36 images"),
         (("--evals", "knn nowhere"), '--evals "knn nowhere" is not possible'),
-        (("--val", "nowhere"), "There is no folder nowhere"),
+        (("--val", "nowhere"), "There is no file or folder nowhere"),
         (("--method.head-norm", "batch", "--optim.micro-batch", "2"), "batch norm"),
     ):
         output = dino("train", photos, *tiny, *flags, "--optim.epochs", "1", "--dry-run")

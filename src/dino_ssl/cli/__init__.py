@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dino_ssl import __version__, environment
+from dino_ssl.cli.early_checks import check_arguments
 from dino_ssl.cli.flags import known_fields, with_flags
 from dino_ssl.errors import UserError, did_you_mean
 
@@ -76,6 +77,7 @@ def _run(argv: list[str]) -> int:
     name, arguments = argv[0], argv[1:]
     if name not in COMMANDS:
         raise UserError(f"Unknown command {name!r}{did_you_mean(name, COMMANDS)}\nCommands: {', '.join(COMMANDS)}.")
+    check_arguments(name, arguments)
     return getattr(importlib.import_module(COMMANDS[name][0]), name)(arguments)
 
 

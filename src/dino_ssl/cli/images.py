@@ -1,6 +1,5 @@
 """Options and helpers of the commands that read a checkpoint and images."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Skipped
 from dino_ssl.data.decode import SUFFIXES
 from dino_ssl.data.sources import WORDS, open_dataset
 from dino_ssl.errors import UserError
+from dino_ssl.names import is_import
 from dino_ssl.terminal import Terminal, command_output
 
 ShortSide = Annotated[
@@ -78,7 +78,7 @@ def compute_features(
 
 def dataset_named(name: str) -> str | DatasetConfig:
     """Return the settings of a dataset from outside the package, MODULE:CLASS; any other name unchanged."""
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) or Path(name).exists():
+    if not is_import(name):
         return name
     kind: Any = import_type(name, DatasetConfig)
     return kind()

@@ -14,12 +14,14 @@ from dino_ssl.api.resolve import ExistingRun, check_init, find_run
 from dino_ssl.api.session import Outcome
 from dino_ssl.api.training import prepare
 from dino_ssl.cli.command_line import CommandLine, SessionOptions
+from dino_ssl.cli.early_checks import NO_DATASET
 from dino_ssl.cli.flags import with_flags
 from dino_ssl.cli.images import report_skipped
 from dino_ssl.config import edit, to_dict
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.files import check_writable
+from dino_ssl.names import check_dataset
 from dino_ssl.run import Run
 from dino_ssl.runtime import start
 from dino_ssl.terminal import Terminal, command_output
@@ -106,13 +108,12 @@ def _check(options: Any, line: CommandLine) -> None:
             if line.has(flag):
                 raise UserError(f"{flag} is for a new run, --resume for an existing one. Omit one of them.")
     elif not options.run.data.is_given:
-        raise UserError(
-            "No dataset given. Expected a folder of images: dino train photos/\n"
-            "`dino train scenes` trains on synthetic images; `dino train --help` shows more."
-        )
+        raise UserError(NO_DATASET)
     check_range(options, "minutes", above=0)
     if options.resume is None:
         check_init(options.run)
+    if options.run.val is not None and options.run.val.folder is not None:
+        check_dataset(str(options.run.val.folder))  # before the training set is read
 
 
 def choose_run_dir(options: Any, terminal: Terminal, line: CommandLine) -> tuple[Path, ExistingRun | None]:

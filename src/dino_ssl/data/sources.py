@@ -15,6 +15,7 @@ from dino_ssl.data.dataset import DatasetConfig, ImageDataset
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.synthetic.scenes import SIMPLE_SCENES, Scenes
 from dino_ssl.errors import UserError
+from dino_ssl.names import SYNTHETIC
 from dino_ssl.progress import Progress
 
 DatasetSource = (
@@ -24,7 +25,7 @@ DatasetSource = (
 CLASS_FOLDERS = "Put the images of each class in a folder: photos/cat/1.jpg, photos/dog/2.jpg, ..."
 DRAWN = {"train": 2000, "val": 500, "test": 500}
 """Number of images of the synthetic datasets that are opened by name."""
-WORDS = {"scenes": Scenes(), "simple-scenes": SIMPLE_SCENES}
+WORDS = dict(zip(SYNTHETIC, (Scenes(), SIMPLE_SCENES), strict=True))
 """Synthetic datasets by name."""
 
 

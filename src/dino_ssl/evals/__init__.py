@@ -1,5 +1,6 @@
 """Registry of the evaluations by name; a module is imported when its evaluation is used."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from dino_ssl.config import import_type
@@ -18,16 +19,21 @@ FINETUNE = "finetune"
 """Name of fine-tuning in `dino eval`; it is a training run, not an `Evaluation`."""
 
 
-def find_evaluation(name: str) -> Any:
-    """Return the `Evaluation` class of a registered name or of `module:Class`; raise UserError if there is none."""
-    from dino_ssl.evals.base import Evaluation
-
-    if ":" not in name and name not in EVALUATIONS:
+def check_name(name: str, known: Iterable[str] = (*EVALUATIONS, FINETUNE)) -> None:
+    """Raise UserError if there is no evaluation of this name."""
+    if ":" not in name and name not in known:
         names = (*EVALUATIONS, FINETUNE)
         raise UserError(
             f"Unknown evaluation {name!r}{did_you_mean(name, names)}\n"
             f"Expected {', '.join(names)}, or module:Class; for example: dino eval knn CHECKPOINT TRAIN VAL"
         )
+
+
+def find_evaluation(name: str) -> Any:
+    """Return the `Evaluation` class of a registered name or of `module:Class`; raise UserError if there is none."""
+    from dino_ssl.evals.base import Evaluation
+
+    check_name(name, EVALUATIONS)
     return import_type(EVALUATIONS.get(name, name), Evaluation)
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dino_ssl.config import from_dict
-from dino_ssl.errors import UserError, did_you_mean
-from dino_ssl.models import Backbone, BackboneConfig, Timm, ViT
+from dino_ssl.errors import UserError
+from dino_ssl.models import Backbone, BackboneConfig, Timm, ViT, backbone_named
 from dino_ssl.models.vit import SIZES, Size
 from dino_ssl.models.weights import (
     StateDict,
@@ -21,6 +21,7 @@ from dino_ssl.models.weights import (
     read_file,
     read_safetensors,
 )
+from dino_ssl.names import RELEASED_NETWORKS, check_checkpoint
 
 
 class Released(NamedTuple):
@@ -37,17 +38,7 @@ class Released(NamedTuple):
 
 
 HOST = "https://dl.fbaipublicfiles.com/dino/"
-RELEASED = {
-    "dino_vits16": Released(ViT(size="small", patch=16), "dino_deitsmall16"),
-    "dino_vits8": Released(ViT(size="small", patch=8), "dino_deitsmall8"),
-    "dino_vitb16": Released(ViT(size="base", patch=16), "dino_vitbase16"),
-    "dino_vitb8": Released(ViT(size="base", patch=8), "dino_vitbase8"),
-    "dino_resnet50": Released(Timm(name="resnet50"), "dino_resnet50"),
-    **{
-        f"dino_xcit_{size}": Released(Timm(name=f"xcit_{size}_224"), f"dino_xcit_{size}")
-        for size in ("small_12_p16", "small_12_p8", "medium_24_p16", "medium_24_p8")
-    },
-}
+RELEASED = {name: Released(backbone_named(network), stem) for name, (network, stem) in RELEASED_NETWORKS.items()}
 """The authors' released backbones by the names of their torch.hub entries."""
 
 
@@ -86,14 +77,9 @@ def load_described(
     if name.startswith("timm:"):
         config = Timm(name=name.removeprefix("timm:"), pretrained=True)
         return Loaded(config.build().eval(), config)
+    check_checkpoint(name)
     if path.is_dir():
         path = weights_file(path, which)
-    if not path.is_file():
-        hint = "" if path.suffix or len(path.parts) > 1 else did_you_mean(name, RELEASED)
-        raise UserError(
-            f"There is no file {name!r}{hint or '.'}\n"
-            f"Expected a run's directory, a file of weights, timm:NAME, or one of {', '.join(RELEASED)}."
-        )
     run = described = None
     if path.suffix == ".safetensors":
         state, described = read_safetensors(path, trust=trust)
