@@ -1,4 +1,8 @@
-"""Durations and sizes as text."""
+"""Durations, sizes and results as text."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from html import escape
 
 
 def duration(seconds: float) -> str:
@@ -22,3 +26,19 @@ def format_bytes(count: int) -> str:
     while value >= 999.5:
         value, units = value / 1000, units[1:]
     return f"{value:.3g} {units[0]}"
+
+
+class Summarized(ABC):
+    """A result that is shown by its summary: as one line, or as a table in a notebook."""
+
+    @property
+    @abstractmethod
+    def summary(self) -> Mapping[str, object]:
+        """Names and values."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}: {value}' for name, value in self.summary.items())})"
+
+    def _repr_html_(self) -> str:
+        cells = ((escape(name), escape(str(value))) for name, value in self.summary.items())
+        return f"<table>{''.join(f'<tr><th>{name}</th><td>{value}</td></tr>' for name, value in cells)}</table>"

@@ -26,6 +26,7 @@ from dino_ssl.evals.base import EvalContext, Evaluation, LabeledEvaluation, refe
 from dino_ssl.evals.features import extract
 from dino_ssl.evals.knn import KNN
 from dino_ssl.files import write_json
+from dino_ssl.formatting import Summarized
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.progress import Progress, StartProgress, no_progress
 from dino_ssl.run import read_run
@@ -127,8 +128,8 @@ def save_evaluation(result: Mapping[str, Any], folder: Path) -> Path:
     return write_json(folder / f"{result['evaluation']}-{digest}.json", dict(result))
 
 
-@dataclass(frozen=True)
-class Embedding:
+@dataclass(frozen=True, repr=False)
+class Embedding(Summarized):
     """Features of a dataset, one row per readable image."""
 
     names: list[str]
@@ -138,6 +139,13 @@ class Embedding:
     """Class names; None for an unlabeled image."""
     skipped: list[Skipped]
     """Images that could not be read."""
+
+    @property
+    def summary(self) -> dict[str, object]:
+        """Names and values to show."""
+        count, width = self.features.shape
+        classes = len({label for label in self.labels if label is not None})
+        return {"images": count, "dimensions": width, "classes": classes, "skipped": len(self.skipped)}
 
 
 def embed(

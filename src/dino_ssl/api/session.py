@@ -19,6 +19,7 @@ from dino_ssl.errors import Diverged, UserError
 from dino_ssl.evals.features import extract
 from dino_ssl.events import Ended, EpochDone, EvalDone, EvalStarted, Evaluated, Event, Logged, Started
 from dino_ssl.files import atomic_write, json_line
+from dino_ssl.formatting import Summarized
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.report.run_report import write_report
 from dino_ssl.report.snapshots import choose_samples, save_snapshot, write_neighbors
@@ -37,8 +38,8 @@ MAX_NEIGHBOR_IMAGES = 5000
 """Images in which the report's nearest neighbors are searched."""
 
 
-@dataclass
-class Outcome:
+@dataclass(repr=False)
+class Outcome(Summarized):
     """The result of a training session."""
 
     folder: Path
@@ -65,6 +66,24 @@ class Outcome:
     def report(self) -> Path:
         """The HTML report."""
         return self.folder / "report.html"
+
+    @property
+    def summary(self) -> dict[str, object]:
+        """Names and values to show."""
+        stopped = self.collapse or f"stopped at step {self.clock.step} of {self.clock.steps}"
+        scores = {"": self.quality, **self.reference_scores}
+        values = {
+            f"{name} {kind}".replace("_", " ").strip(): f"{value:.1f}"
+            for kind, each in scores.items()
+            for name, value in each.items()
+            if name in self.quality
+        }
+        return {
+            "folder": self.folder,
+            "state": "finished" if self.finished else stopped,
+            **values,
+            "report": self.report,
+        }
 
 
 def run_session(

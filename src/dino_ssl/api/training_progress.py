@@ -5,12 +5,12 @@ import time
 from collections.abc import Iterable
 
 from rich.console import RenderableType
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from dino_ssl.formatting import duration
 from dino_ssl.schedules import Clock
-from dino_ssl.terminal import QUIET_SECONDS, Terminal, logger
+from dino_ssl.terminal import QUIET_SECONDS, LiveBars, Terminal, logger
 
 COLUMNS = (
     TextColumn("[bold]{task.description}"),
@@ -30,16 +30,13 @@ METRICS = {
 """Metrics that are shown, and how."""
 
 
-class TrainingProgress(Progress):
+class TrainingProgress(LiveBars):
     """A context manager that shows epoch, remaining time, step and the main metrics."""
 
     def __init__(self, terminal: Terminal, clock: Clock, prototypes: int | None) -> None:
         """prototypes: K, for the maximum of the entropy."""
         self._figures = self._activity = ""  # first: the next line draws
-        is_tty = terminal.is_tty
-        super().__init__(
-            *COLUMNS, console=terminal.console, transient=True, expand=True, disable=not is_tty, refresh_per_second=4
-        )
+        super().__init__(terminal, *COLUMNS, expand=True, refresh_per_second=4)
         self._first_step = clock.step
         self._ln_k = math.log(prototypes or math.nan)
         self._started, self._printed = time.monotonic(), -math.inf
@@ -66,3 +63,4 @@ class TrainingProgress(Progress):
     def show_activity(self, activity: str) -> None:
         """Show an activity other than training, until the next line of metrics."""
         self._activity = activity
+        self.refresh()

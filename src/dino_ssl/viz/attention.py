@@ -5,11 +5,13 @@ Images are uint8 [H, W, 3] RGB; maps are float32 on the grid of patches. `render
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Literal
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError
@@ -26,7 +28,7 @@ MIN_DISPLAY_SIDE = 384
 """Minimum short side in pixels of the images that maps are drawn on."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttentionMaps:
     """Attention of one query. Every map and mask covers the whole image."""
 
@@ -41,6 +43,17 @@ class AttentionMaps:
     point: Point | None  # the query in pixels of `display`; None for [CLS]
     mass: float
     kind: Literal["attention", "similarity"]
+
+    def __repr__(self) -> str:
+        (count, rows, columns), query = self.heads.shape, "[CLS]" if self.point is None else "a point"
+        return f"AttentionMaps({self.kind} of {query}, layer {self.layer}, {count} heads, {columns} x {rows} patches)"
+
+    def _repr_jpeg_(self) -> bytes:
+        """Return the panels as a JPEG, which a notebook shows."""
+        from dino_ssl.viz.rendering import panels, sheet  # imports this module
+
+        Image.fromarray(sheet([panels(self)])).save(file := BytesIO(), "JPEG", quality=85)
+        return file.getvalue()
 
 
 def attention_maps(
