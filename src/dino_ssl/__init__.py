@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dino_ssl.api.calls import attention as attention
     from dino_ssl.api.calls import embed as embed
     from dino_ssl.api.calls import evaluate as evaluate
+    from dino_ssl.api.classify import classify as classify
     from dino_ssl.api.training import train as train
     from dino_ssl.config import edit as edit
     from dino_ssl.data.folder import Folder as Folder
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
     from dino_ssl.run import Run as Run
 
 __all__ = ["DINO", "Folder", "Run", "Scenes", "Timm", "UserError", "ViT", "__version__"]
-__all__ += ["attention", "edit", "embed", "evaluate", "load", "train"]
+__all__ += ["attention", "classify", "edit", "embed", "evaluate", "load", "train"]
 _MODULES = {
     "api.calls": ("attention", "embed", "evaluate"),
+    "api.classify": ("classify",),
     "api.training": ("train",),
     "config": ("edit",),
     "data.folder": ("Folder",),

@@ -21,6 +21,7 @@ COMMANDS = {
     "pca": ("dino_ssl.cli.pca", "color the patches of images by principal components of their features"),
     "track": ("dino_ssl.cli.track", "track objects through a video from one mask"),
     "embed": ("dino_ssl.cli.embed", "write the features of images to a file"),
+    "classify": ("dino_ssl.cli.classify", "predict the class of images from a few labeled ones"),
     "data": ("dino_ssl.cli.data", "pack a folder of images into tar shards, and check them"),
     "bench": ("dino_ssl.cli.bench", "profile training on this machine: roofline, step time, data loading"),
     "ablate": ("dino_ssl.cli.ablate", "run a table of the paper"),
@@ -36,6 +37,7 @@ EXAMPLES = """\
   dino eval knn runs/photos photos/            20-NN accuracy, with raw pixels and random weights as references
   dino attention runs/photos photos/cat.jpg    attention maps of every head, and masks that hold 60 % of the attention
   dino embed runs/photos photos/ -o features.parquet
+  dino classify runs/photos photos/ --labels labeled/  the class of every image, from a few labeled ones
 
 CHECKPOINT is a run folder, a file (.safetensors, .pth), a released network (dino_vits16) or timm:NAME.
 'dino COMMAND --help' shows a command's options and more examples."""

@@ -14,6 +14,7 @@ SKIPPED_WORDS = {
     "train": 0,
     "bench": 0,
     "data": 1,
+    "classify": 0,
     "embed": 0,
     "tsne": 0,
     "attention": 0,

@@ -1,0 +1,90 @@
+"""dino classify: predict the class of images from a few labeled ones."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from dino_ssl.api.classify import Method
+from dino_ssl.api.classify import classify as classify_images
+from dino_ssl.cli.embed import write_csv
+from dino_ssl.cli.images import DatasetOptions, dataset_named, report_skipped, run_command
+from dino_ssl.errors import UserError, check_range
+from dino_ssl.files import atomic_write, check_writable
+from dino_ssl.terminal import Terminal, is_rank0
+
+EXAMPLES = """\
+  dino classify runs/photos photos/ --labels labeled/ -o labels.csv     labeled/cat/1.jpg, labeled/dog/2.jpg, ...
+  dino classify dino_vits16 photos/ --labels labeled/ --method linear   logistic regression"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyOptions(DatasetOptions):
+    """Predict the class of every image from a few labeled images.
+
+    The output is a CSV file with the columns name, label, confidence (0 to 1) and runner_up. The accuracy that is
+    printed is measured on the labeled images, each classified by others.
+    """
+
+    labels: str
+    """Folder of class folders with a few labeled images."""
+    method: Method = "knn"
+    """Weighted k-NN, or logistic regression."""
+    k: int | None = None
+    """Neighbors that vote. Default: 20, at most the median number of labeled images of a class."""
+    threshold: float = 0.5
+    """Confidence below which images are counted as uncertain."""
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "labels.csv"
+    """Output file."""
+
+
+def classify(argv: Sequence[str]) -> int:
+    """Run `dino classify`."""
+    return run_command(_classify, ClassifyOptions, argv, "dino classify", EXAMPLES)
+
+
+def _classify(options: ClassifyOptions, terminal: Terminal) -> dict[str, Any]:
+    path = Path(options.out)
+    if path.suffix.lower() != ".csv":
+        raise UserError(f"`out` must end in .csv; got {options.out!r}.")
+    check_range(options, "threshold", least=0, most=1)
+    check_writable(path.parent)
+    names = ("method", "k", "size", "batch_size", "workers", "device", "trust")
+    result = classify_images(
+        options.checkpoint,
+        dataset_named(options.dataset),
+        dataset_named(options.labels),
+        progress=terminal.progress,
+        **{name: getattr(options, name) for name in names},
+    )
+    if is_rank0():
+        columns = {"name": result.names, "label": result.labels, "confidence": result.confidences}
+        atomic_write(path, lambda part: write_csv(part, {**columns, "runner_up": result.runners_up}))
+    counts, uncertain = Counter(result.labels), int((result.confidences < options.threshold).sum())
+    rows = [[name, f"{labeled:,}", f"{counts[name]:,}"] for name, labeled in result.labeled.items()]
+    terminal.table(f"{result.classifier}, {len(result.names):,} images", ["class", "labeled", "predicted"], rows)
+    terminal.print(f"{uncertain:,} images have a confidence below {options.threshold:g}")
+    if result.tested:
+        how = "leave-one-out" if options.method == "knn" else "cross-validation"
+        terminal.print(
+            f"Accuracy on {result.tested:,} labeled images, by {how}: {result.accuracy:.1f} % "
+            f"(always the largest class: {100 * max(result.labeled.values()) / result.tested:.1f} %)"
+        )
+    else:
+        terminal.print("The accuracy is not known: no class has two labeled images.", style="yellow")
+    terminal.print(f"Written to {path}")
+    return {
+        "file": str(path),
+        "images": len(result.names),
+        "predicted": {name: counts[name] for name in result.labeled},
+        "uncertain": uncertain,
+        "classifier": result.classifier,
+        "labeled": result.labeled,
+        "tested": result.tested,
+        "accuracy": result.accuracy if result.tested else None,
+        "checkpoint": options.checkpoint,
+        "skipped": report_skipped(result.skipped, terminal),
+    }

@@ -1,0 +1,142 @@
+"""Classes from a few labeled images: predictions, confidence, and an accuracy that no label flatters."""
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dino_ssl
+from dino_ssl.api.classify import FOLDS, cross_validate, fit_knn, fit_linear
+from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.models.vit import ViT
+
+
+def clusters(counts: list[int], width: int = 6, noise: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Return features and labels of classes with these numbers of images."""
+    rng = torch.Generator().manual_seed(0)
+    y = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    centers = torch.randn(len(counts), width, generator=rng)
+    return centers[y] + noise * torch.randn(len(y), width, generator=rng), y
+
+
+class Colors(ImageDataset):
+    """Images of one color each, red or blue."""
+
+    def __init__(self, count: int, labels: list[int] | None = None) -> None:
+        names = [f"{i}.png" for i in range(count)]
+        super().__init__(names=names, sizes=[(32, 32)] * count, labels=labels, classes=["blue", "red", "unused"])
+
+    def read(self, index: int) -> np.ndarray:
+        if index == 5:
+            raise dino_ssl.data.dataset.BadImage(self.names[index], "damaged")
+        image = np.full((32, 32, 3), 10 + index, np.uint8)
+        image[..., 0 if index % 2 else 2] = 200
+        return image
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    return ViT(width=64, depth=1, heads=1, patch=16, image_size=32).build()
+
+
+@pytest.mark.parametrize("method", ["knn", "linear"])
+def test_a_separable_dataset_is_classified_without_error(backbone, method: str) -> None:
+    labeled = Colors(5, [0, 1, 0, 1, -1])
+    result = dino_ssl.classify(backbone, Colors(40), labeled, method=method, size=32)
+    assert result.names == [f"{i}.png" for i in range(40) if i != 5]
+    assert [skip.reason for skip in result.skipped] == ["damaged"]
+    assert result.labels == [("blue", "red")[int(name[:-4]) % 2] for name in result.names]
+    assert result.runners_up == [("red", "blue")[int(name[:-4]) % 2] for name in result.names]
+    assert ((result.confidences > 0.5) & (result.confidences <= 1)).all()
+    assert (result.labeled, result.tested, result.accuracy) == ({"blue": 2, "red": 2}, 4, 100)
+    assert result.classifier == {"knn": "2-NN", "linear": "linear"}[method]
+
+
+def test_labels_may_be_features(backbone) -> None:
+    labeled = Colors(4, [0, 1, 0, 1])
+    expected = dino_ssl.classify(backbone, Colors(20), labeled, size=32)
+    result = dino_ssl.classify(backbone, Colors(20), dino_ssl.embed(backbone, labeled, size=32), size=32)
+    assert (result.labels, result.accuracy) == (expected.labels, expected.accuracy)
+
+
+def test_leave_one_out_equals_a_loop(monkeypatch) -> None:
+    x, y = clusters([5, 4, 3], noise=1.0)
+    x[1] = x[0]  # copies
+    expected = []
+    for i in range(len(x)):
+        others = [j for j in range(len(x)) if j != i]
+        cosines = F.normalize(x[others], dim=1) @ F.normalize(x[i], dim=0)
+        near = cosines.argsort(descending=True)[:3]
+        votes = torch.zeros(3).index_add(0, y[others][near], (cosines[near] / 0.07).exp())
+        expected.append(bool(votes.argmax() == y[i]))
+    assert 0 < sum(expected) < len(x)
+    found = cross_validate(lambda *data: fit_knn(*data, k=3), x, y, FOLDS["knn"], lambda done, total: None)
+    assert found.tolist() == expected
+
+
+def test_an_image_is_never_classified_by_a_classifier_that_has_seen_its_label() -> None:
+    x, y = clusters([7, 2, 4])
+    rows = torch.arange(len(x))[:, None].float()
+    folds = []
+
+    def fit(train: Tensor, labels: Tensor, classes: int):
+        assert (classes, set(labels.tolist())) == (3, {0, 1, 2})  # every class stays in the training part
+
+        def classify(test: Tensor) -> Tensor:
+            assert not set(train.ravel().tolist()) & set(test.ravel().tolist())
+            folds.append(len(test))
+            return torch.zeros(len(test), classes)
+
+        return classify
+
+    cross_validate(fit, rows, y, 5, lambda done, total: None)
+    assert sorted(folds) == [2, 2, 3, 3, 3]
+
+
+def test_random_labels_have_the_accuracy_of_chance() -> None:
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(200) % 2
+    for fit, folds in ((lambda *data: fit_knn(*data, k=5), FOLDS["knn"]), (fit_linear, FOLDS["linear"])):
+        assert 0.35 < cross_validate(fit, x, y, folds, lambda done, total: None).float().mean() < 0.65
+
+
+@pytest.fixture
+def labeled(photos, tmp_path):
+    """Folder with three images of each of two classes."""
+    for folder in sorted(photos.iterdir())[-2:]:
+        (tmp_path / "labeled" / folder.name).mkdir(parents=True)
+        for file in sorted(folder.glob("train*"))[:3]:
+            shutil.copy(file, tmp_path / "labeled" / folder.name)
+    return tmp_path / "labeled"
+
+
+def test_the_command_writes_a_line_per_image_and_says_how_good_it_is(trained, photos, labeled, dino, tmp_path) -> None:
+    run, _ = trained
+    output = dino("classify", run, "--labels", labeled, photos, "-o", "out/labels.csv", "--threshold", "0.9")
+    assert output.code == 0, output.err
+    (path,) = (tmp_path / "out").iterdir()
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["name", "label", "confidence", "runner_up"]
+    assert [row["name"] for row in rows] == sorted(row["name"] for row in rows)
+    assert len(rows) == 40
+    uncertain = sum(float(row["confidence"]) < 0.9 for row in rows)
+    assert f"{uncertain} images have a confidence below 0.9" in output.out
+    assert "Accuracy on 6 labeled images, by leave-one-out" in output.out
+    assert "always the largest class: 50.0 %" in output.out
+    assert "skipped: star/empty.png: empty file" in output.out
+    result = dino("classify", run, photos, "--labels", labeled, "--method", "linear", "--json").json
+    assert list(result["labeled"].values()) == [3, 3]
+    assert sum(result["predicted"].values()) == result["images"] == 40
+    assert (result["classifier"], result["tested"], len(result["skipped"])) == ("linear", 6, 2)
+
+
+def test_unlabeled_images_cannot_teach(trained, photos, labeled, dino) -> None:
+    output = dino("classify", trained[0], photos, "--labels", labeled / "star")
+    assert output.code == 2
+    assert "--labels expected images of at least two classes; got 0" in output.err
