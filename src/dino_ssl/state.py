@@ -14,7 +14,7 @@ from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.errors import UserError
 from dino_ssl.methods.method import BuildContext, Implementations, Method
 from dino_ssl.models.backbone import Backbone
-from dino_ssl.models.pretrained import load
+from dino_ssl.models.pretrained import EXPORTS, Weights, load
 from dino_ssl.models.sync_bn import convert_sync_batchnorm, has_batch_norm
 from dino_ssl.models.weights import load_strict, save_backbone
 from dino_ssl.run import Run
@@ -104,6 +104,6 @@ def init_state(run: Run, rt: Runtime, classes: int, *, resume: bool) -> State:
     return State(method, run.optim.build(method.trainable), rt.scaler())
 
 
-def export_backbone(run: Run, backbone: Backbone, folder: Path) -> Path:
+def export_backbone(run: Run, backbone: Backbone, weights: Weights) -> Path:
     """Write the backbone (DINO: the teacher's) as safetensors, as `dino_ssl.load` and timm read it."""
-    return save_backbone(run.backbone, backbone.state_dict(), folder / "backbone.safetensors")
+    return save_backbone(run.backbone, backbone.state_dict(), Path(run.out) / EXPORTS[weights])

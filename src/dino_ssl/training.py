@@ -27,6 +27,7 @@ from dino_ssl.feature_stats import FeatureStats
 from dino_ssl.files import remove_parts, write_json
 from dino_ssl.methods.method import Outputs
 from dino_ssl.metrics import Log, Meter
+from dino_ssl.models.pretrained import EXPORTS, Weights
 from dino_ssl.optim import clip_grad_norm_per_tensor_, set_lr_and_weight_decay
 from dino_ssl.run import FORMAT, Run
 from dino_ssl.runtime import Runtime
@@ -139,6 +140,7 @@ def train(run: Run, rt: Runtime, dataset: ImageDataset, *, resume: bool = False)
                 if epoch_ends and (evaluated := evals.run_online(done, log, state)):
                     if evaluated.is_best:
                         job.save("best.pt")
+                        job.export("best")
                     yield evaluated
                 stopping = stop.should_stop(rt, done.step) or stop_requested
                 due = [item for item in evals.scheduled if epoch_ends and is_due(item.every_epochs, done)]
@@ -154,8 +156,7 @@ def train(run: Run, rt: Runtime, dataset: ImageDataset, *, resume: bool = False)
                     yield EpochDone(done, state.method)
                 if stopping or finished:
                     break
-    if rt.is_main:
-        export_backbone(run, state.method.backbone, job.folder)
+    job.export("last")
     yield Ended(clock._replace(step=state.step), state.method, finished, skipped, stop.number)
 
 
@@ -190,6 +191,11 @@ class _Job:
             self.state.save(self.folder / "checkpoints" / name, self.run, self.train_set.fingerprint)
         if name == "last.pt":
             self.saved_at = time.monotonic()
+
+    def export(self, weights: Weights) -> None:
+        """Write the backbone on rank 0."""
+        if self.rt.is_main:
+            export_backbone(self.run, self.state.method.backbone, weights)
 
 
 def _prepare(run: Run, rt: Runtime, dataset: ImageDataset, resume: bool) -> _Job:
@@ -233,7 +239,7 @@ def _prepare_folder(job: _Job, dataset: ImageDataset, resume: bool) -> None:
     run, folder = job.run, job.folder
     remove_parts(folder / "checkpoints")
     if resume:  # the exported backbone is older than the checkpoints to come, but would be loaded first
-        (folder / "backbone.safetensors").unlink(missing_ok=True)
+        (folder / EXPORTS["last"]).unlink(missing_ok=True)
     data = {
         "images": len(dataset),
         "trained_on": len(job.train_set),

@@ -249,8 +249,14 @@ def test_missing_student_raises(networks, tmp_path: Path):
 def test_error_suggests_the_nearest_name(tmp_path: Path):
     with pytest.raises(UserError, match="did you mean 'dino_vits16'"):
         load("dino_vit16")
-    with pytest.raises(UserError, match="There are no weights in"):
+    with pytest.raises(UserError, match=r"There are no last weights in .*backbone.safetensors or checkpoints/last.pt"):
         load(tmp_path)
+    with pytest.raises(UserError, match=r"There are no best weights in .*\n.*best online evaluation.*`weights` last"):
+        load(tmp_path, weights="best")
+    with pytest.raises(
+        UserError, match="`weights` best selects a file of a run's directory, and 'dino_vits16' is none"
+    ):
+        load("dino_vits16", weights="best")
 
 
 def test_old_file_is_kept_if_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

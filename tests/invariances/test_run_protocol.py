@@ -1,4 +1,4 @@
-"""`dino eval` of a run without data gives the scores of its online evaluation, exactly."""
+"""`dino eval` of a run without data gives exactly the scores of its online evaluation, for last and best weights."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from dino_ssl.evals.knn import KNN
 from dino_ssl.evals.linear import Linear
 from dino_ssl.evals.scheduled import ScheduledEval
 from dino_ssl.events import EvalDone, Evaluated, Started
+from dino_ssl.models.pretrained import Weights, load
 from dino_ssl.models.vit import ViT
 from dino_ssl.models.weights import save_backbone
 from dino_ssl.run import Run
@@ -34,16 +35,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list]:
     return run, fit(run)
 
 
-def test_the_last_weights_have_the_last_scores(trained: tuple[Run, list]) -> None:
+@pytest.mark.parametrize("weights", ["last", "best"])
+def test_the_weights_of_a_run_have_its_scores(trained: tuple[Run, list], weights: Weights) -> None:
     run, events = trained
-    started, scores = events[0], [event.values for event in events if isinstance(event, Evaluated)][-1]
+    started, evaluated = events[0], [event for event in events if isinstance(event, Evaluated)]
+    scores = {"last": evaluated, "best": [event for event in evaluated if event.is_best]}[weights][-1].values
     assert isinstance(started, Started)
-    result = evaluate(run.out, KNN(k=(5, 20)))
+    result = evaluate(run.out, KNN(k=(5, 20)), weights=weights)
     assert result["size"] == run.eval_size == 40
     assert (result["data"]["train"]["images"], result["data"]["val"]["images"]) == (20, 16)
     assert {name: result["values"][name] for name in scores} == scores
     references = {name: {key: row[key] for key in scores} for name, row in result["references"].items()}
     assert references == started.reference_scores
+
+
+def test_the_last_weights_are_not_the_best(trained: tuple[Run, list]) -> None:
+    """The comparison above can fail."""
+    run, events = trained
+    assert [event.is_best for event in events if isinstance(event, Evaluated)][-1] is False
+    last, best = (load(run.out, weights=weights).state_dict() for weights in ("last", "best"))
+    assert any((last[name] != best[name]).any() for name in last)
 
 
 def test_a_scheduled_evaluation_without_data_is_that_of_the_run(trained: tuple[Run, list]) -> None:

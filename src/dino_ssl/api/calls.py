@@ -28,6 +28,7 @@ from dino_ssl.evals.knn import KNN
 from dino_ssl.files import write_json
 from dino_ssl.formatting import Summarized
 from dino_ssl.models.backbone import Backbone
+from dino_ssl.models.pretrained import Weights
 from dino_ssl.progress import Progress, StartProgress, no_progress
 from dino_ssl.run import read_run
 from dino_ssl.runtime import start
@@ -49,6 +50,7 @@ def evaluate(
     out: str | Path | None = None,
     progress: StartProgress = no_progress,
     device: str | torch.device | None = None,
+    weights: Weights = "last",
     trust: bool = False,
 ) -> dict[str, Any]:
     """Run an evaluation: `evaluate("runs/x", KNN(k=(5,)), "train", "val")`, or by name: `"knn"`, `"module:Class"`.
@@ -65,6 +67,7 @@ def evaluate(
         out: Folder for files that the evaluation writes (masks).
         progress: Shows progress.
         device: cpu, cuda, cuda:1, mps, ...; None: a GPU if there is one.
+        weights: Those of a run's folder that are used.
         trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
 
     Returns:
@@ -73,7 +76,7 @@ def evaluate(
     """
     settings: Evaluation = find_evaluation(evaluation)() if isinstance(evaluation, str) else evaluation
     with start("float32", device) as rt:
-        loaded = open_checkpoint(checkpoint, rt.device, trust=trust)
+        loaded = open_checkpoint(checkpoint, rt.device, weights=weights, trust=trust)
         context = EvalContext(
             device=rt.device,
             workers=workers,
@@ -97,7 +100,12 @@ def evaluate(
             "details": scores.details,
             "protocol": to_dict(settings),
             "data": {name: dict(part) for name, part in prepared.data.items()},
-            "checkpoint": {"source": loaded.source, "hash": loaded.hash, "size": loaded.size},
+            "checkpoint": {
+                "source": loaded.source,
+                "weights": loaded.weights,
+                "hash": loaded.hash,
+                "size": loaded.size,
+            },
             "versions": versions(),
         }
 
@@ -157,6 +165,7 @@ def embed(
     workers: int = 0,
     progress: Progress | None = None,
     device: str | torch.device | None = None,
+    weights: Weights = "last",
     trust: bool = False,
 ) -> Embedding:
     """Compute the feature of every image, after a resize and a center crop.
@@ -169,13 +178,14 @@ def embed(
         workers: Worker processes that decode images.
         progress: Called with (done, total).
         device: cpu, cuda, cuda:1, mps, ...; None: a GPU if there is one.
+        weights: Those of a run's folder that are used.
         trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
     """
     check_value("size", size, least=1)
     check_value("batch_size", batch_size, least=1)
     check_value("workers", workers, least=0)
     with start("float32", device) as rt:
-        loaded = open_checkpoint(checkpoint, rt.device, trust=trust)
+        loaded = open_checkpoint(checkpoint, rt.device, weights=weights, trust=trust)
         opened = open_dataset(dataset, progress)
         context = EvalContext(
             device=rt.device,
@@ -205,6 +215,7 @@ def attention(
     mass: float = 0.6,
     size: int | None = None,
     device: str | torch.device | None = None,
+    weights: Weights = "last",
     trust: bool = False,
 ) -> AttentionMaps | list[Any]:
     """Return the attention maps of an image: of every head, their mean, and masks.
@@ -220,12 +231,13 @@ def attention(
         mass: Share of the attention that the masks hold, in (0, 1].
         size: Short side of the network's input in pixels. Default: chosen from the training size.
         device: cpu, cuda, cuda:1, mps, ...; None: a GPU if there is one.
+        weights: Those of a run's folder that are used.
         trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
 
     Returns:
         AttentionMaps. For a network without attention, the similarity of each cell to the pooled feature (`kind`).
     """
-    loaded = open_checkpoint(checkpoint, device, trust=trust)
+    loaded = open_checkpoint(checkpoint, device, weights=weights, trust=trust)
     size = size or attention_size(loaded.size)
     if isinstance(image, str | Path) and not Path(image).is_dir():
         image = read_image(image)

@@ -17,7 +17,7 @@ from dino_ssl.evals.features import weights_hash
 from dino_ssl.files import read_json
 from dino_ssl.models import BackboneConfig
 from dino_ssl.models.backbone import Backbone
-from dino_ssl.models.pretrained import RELEASED, infer_config, load_described
+from dino_ssl.models.pretrained import RELEASED, Weights, infer_config, load_described
 from dino_ssl.run import Run
 from dino_ssl.runtime import machine
 
@@ -45,14 +45,16 @@ class Checkpoint:
     """Side in pixels of the images it is evaluated on: `Run.eval_size` of the run that trained it."""
     folder: Path | None
     """Folder for results and cached features; None for a released network."""
+    weights: Weights | None = None
+    """Those of a run's folder that were loaded; None for other sources."""
 
     @property
     def name(self) -> str:
-        """A short name for tables: `runs/photos`, `photos/best.pt`, `timm:resnet50`."""
+        """A short name for tables: `runs/photos (last)`, `photos/best.pt`, `timm:resnet50`."""
         if self.folder is None:
             return self.source
         parts = [part for part in Path(self.source).resolve().parts if part != "checkpoints"]
-        return "/".join(parts[-2:])
+        return "/".join(parts[-2:]) + (f" ({self.weights})" if self.weights else "")
 
     @property
     def hash(self) -> str:
@@ -70,11 +72,16 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    source: str | Path | Backbone | Checkpoint, device: str | torch.device | None = None, *, trust: bool = False
+    source: str | Path | Backbone | Checkpoint,
+    device: str | torch.device | None = None,
+    *,
+    weights: Weights = "last",
+    trust: bool = False,
 ) -> Checkpoint:
     """Load a run folder, a file, a released network or timm:NAME, and move it to the device (see `runtime.machine`).
 
-    trust: import a backbone class from outside the package that the checkpoint names, which runs its code.
+    weights: of a run's folder. trust: import a backbone class from outside the package that the checkpoint names, which
+    runs its code.
     """
     if isinstance(source, Checkpoint):
         return source
@@ -85,7 +92,7 @@ def open_checkpoint(
             network = infer_config(source.state_dict(), Path(type(source).__name__))
         size = 224 if network is None else network.input_size
         return Checkpoint(type(source).__name__, source.to(device), network, size, None)
-    loaded = load_described(source, trust=trust)
+    loaded = load_described(source, weights=weights, trust=trust)
     size, folder = loaded.config.input_size, None
     if not (str(source) in RELEASED or str(source).startswith("timm:")):
         folder = Path(source) if Path(source).is_dir() else Path(source).parent
@@ -95,4 +102,5 @@ def open_checkpoint(
             with suppress(UserError):  # views from outside the package
                 own_size = (run.get("online_eval") or {}).get("size")
                 size = own_size or from_dict(get_type_hints(Run)["views"], run.get("views")).size
-    return Checkpoint(str(source), loaded.backbone.to(device), loaded.config, size, folder)
+    loaded_weights: Weights | None = weights if Path(source).is_dir() else None
+    return Checkpoint(str(source), loaded.backbone.to(device), loaded.config, size, folder, loaded_weights)

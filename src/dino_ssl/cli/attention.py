@@ -59,7 +59,7 @@ def attention(argv: Sequence[str]) -> int:
 
 
 def _attention(options: AttentionOptions, terminal: Terminal) -> dict[str, Any]:
-    checkpoint = open_checkpoint(options.checkpoint, options.device, trust=options.trust)
+    checkpoint = open_checkpoint(options.checkpoint, options.device, weights=options.weights, trust=options.trust)
     attend = partial(
         attention_maps,
         checkpoint.backbone,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from dino_ssl.cli.eval_spec import eval_options, positional, sources_of
-from dino_ssl.cli.options import Device, Flag, Json, Trust, parse
+from dino_ssl.cli.options import Device, Flag, Json, Trust, Weights, parse
 from dino_ssl.errors import UserError
 from dino_ssl.evals import EVALUATIONS, FINETUNE, find_evaluation
 from dino_ssl.terminal import Terminal, command_output, is_rank0
@@ -31,6 +31,7 @@ class Common:
     """Cache the features next to the checkpoint in evals/features/; --no-cache disables it."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""
     """Folder for the result's JSON (and masks); default: evals/ next to the checkpoint."""
+    weights: Weights = "last"
     device: Device = None
     trust: Trust = False
     json: Json = False
@@ -112,7 +113,7 @@ def _evaluate(evaluation: Any, options: Any, terminal: Terminal) -> dict[str, An
     from dino_ssl.api.calls import evaluate, open_checkpoint, save_evaluation
 
     common: Common = options.common
-    checkpoint = open_checkpoint(options.checkpoint, common.device, trust=common.trust)
+    checkpoint = open_checkpoint(options.checkpoint, common.device, weights=common.weights, trust=common.trust)
     result = evaluate(
         checkpoint,
         options.protocol,

@@ -10,7 +10,7 @@ import tyro
 
 from dino_ssl.api.calls import Embedding, embed
 from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint
-from dino_ssl.cli.options import Device, Json, Trust, parse
+from dino_ssl.cli.options import Device, Json, Trust, Weights, parse
 from dino_ssl.config import import_type
 from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Skipped
 from dino_ssl.data.decode import SUFFIXES
@@ -37,6 +37,7 @@ class CheckpointOptions:
 
     checkpoint: tyro.conf.Positional[str]
     """A run folder, a weights file, a released network (dino_vits16) or timm:NAME."""
+    weights: Weights = "last"
     device: Device = None
     trust: Trust = False
     json: Json = False
@@ -70,7 +71,7 @@ def compute_features(
     options: DatasetOptions, dataset: str | DatasetConfig | ImageDataset, terminal: Terminal
 ) -> tuple[Checkpoint, Embedding]:
     """Return the opened checkpoint and its features of a dataset."""
-    checkpoint = open_checkpoint(options.checkpoint, options.device, trust=options.trust)
+    checkpoint = open_checkpoint(options.checkpoint, options.device, weights=options.weights, trust=options.trust)
     settings: Any = {name: getattr(options, name) for name in ("size", "batch_size", "workers", "device")}
     with terminal.progress("features") as progress:
         return checkpoint, embed(checkpoint, dataset, progress=progress, **settings)

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -24,6 +24,10 @@ Device = Annotated[
     tyro.conf.arg(
         metavar="NAME", help="cpu, cuda, cuda:1, ... or mps. Default: a GPU if there is one, otherwise the CPU."
     ),
+]
+Weights = Annotated[
+    Literal["last", "best"],
+    tyro.conf.arg(help="Of a run: the last weights, or those of the best epoch, which the validation set selected."),
 ]
 Trust = Annotated[Flag, tyro.conf.arg(help="Import types that the checkpoint names, which runs their code.")]
 

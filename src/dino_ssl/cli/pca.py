@@ -45,7 +45,7 @@ def pca(argv: Sequence[str]) -> int:
 
 
 def _pca(options: PcaOptions, terminal: Terminal) -> dict[str, Any]:
-    checkpoint = open_checkpoint(options.checkpoint, options.device, trust=options.trust)
+    checkpoint = open_checkpoint(options.checkpoint, options.device, weights=options.weights, trust=options.trust)
     skipped: list[dict[str, str]] = []
     names: list[tuple[str, str]] = []
 

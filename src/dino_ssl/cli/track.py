@@ -65,7 +65,7 @@ def _track(options: TrackOptions, terminal: Terminal) -> dict[str, Any]:
     if first is None:
         raise UserError(f"{options.video} has no frame that can be read.")
     mask = tracking.read_first_mask(options.mask, *first.shape[:2])
-    checkpoint = open_checkpoint(options.checkpoint, options.device, trust=options.trust)
+    checkpoint = open_checkpoint(options.checkpoint, options.device, weights=options.weights, trust=options.trust)
     backbone, context = checkpoint.backbone, EvalContext(device=next(checkpoint.backbone.parameters()).device)
     size = options.size or attention_size(checkpoint.size)
     settings = VideoSegmentation(size=size, multiple=1, context=options.context, radius=options.radius)

@@ -15,6 +15,7 @@ from dino_ssl.collapse.monitor import LINES, Monitor
 from dino_ssl.events import Logged, Started
 from dino_ssl.files import append_jsonl, atomic_write
 from dino_ssl.metrics import read_metrics
+from dino_ssl.models.pretrained import EXPORTS
 from dino_ssl.models.weights import backbone_weights, save_backbone
 from dino_ssl.run import Run
 
@@ -72,7 +73,7 @@ class CollapsePolicy:
             atomic_write(self._last, lambda part: shutil.copyfile(self._healthy, part))
             saved = checkpoint.load(self._last)
             step, weights = saved["step"], backbone_weights(saved, self._last, "teacher")
-            save_backbone(self.run.backbone, weights, self.folder / "backbone.safetensors")
+            save_backbone(self.run.backbone, weights, self.folder / EXPORTS["last"])
             message = f"Rollback from step {self.step} to step {step}, the last healthy checkpoint."
         self._write("Rollback", message)
         return message, step

@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -22,6 +22,11 @@ from dino_ssl.models.weights import (
     read_safetensors,
 )
 from dino_ssl.names import RELEASED_NETWORKS, check_checkpoint
+
+Weights = Literal["last", "best"]
+"""The weights of a run: those of its last step, or those with the best online evaluation."""
+EXPORTS: dict[Weights, str] = {"last": "backbone.safetensors", "best": "backbone-best.safetensors"}
+"""The files of a run's folder that have the exported backbones."""
 
 
 class Released(NamedTuple):
@@ -52,34 +57,48 @@ class Loaded(NamedTuple):
 
 
 def load(
-    source: str | Path, *, which: Which = "teacher", backbone: BackboneConfig | None = None, trust: bool = False
+    source: str | Path,
+    *,
+    weights: Weights = "last",
+    which: Which = "teacher",
+    backbone: BackboneConfig | None = None,
+    trust: bool = False,
 ) -> Backbone:
     """Return a trained backbone in evaluation mode on the CPU.
 
     Args:
         source: the name of a released network (`RELEASED`), `timm:NAME`, the directory of a run, or a file: weights of
             a backbone (.safetensors, .pth, .pt), a checkpoint of this project, or a full checkpoint of the authors.
+        weights: of a run's directory: those at the end of training (before it, of checkpoints/last.pt), or those with
+            the best online evaluation, which the validation set selected.
         which: the network of a checkpoint that has a student and a teacher.
         backbone: the architecture, if the file does not describe it.
         trust: import the backbone's class if the file names it as `module:Class`, which runs code of that module.
     """
-    return load_described(source, which=which, backbone=backbone, trust=trust).backbone
+    return load_described(source, weights=weights, which=which, backbone=backbone, trust=trust).backbone
 
 
 def load_described(
-    source: str | Path, *, which: Which = "teacher", backbone: BackboneConfig | None = None, trust: bool = False
+    source: str | Path,
+    *,
+    weights: Weights = "last",
+    which: Which = "teacher",
+    backbone: BackboneConfig | None = None,
+    trust: bool = False,
 ) -> Loaded:
     """Return the backbone of `load` with its settings, and the Run that trained it if known."""
     name, path = str(source), Path(source)
+    if weights != "last" and not path.is_dir():
+        raise UserError(f"`weights` {weights} selects a file of a run's directory, and {name!r} is none. Omit it.")
     if name in RELEASED:
-        config, weights = RELEASED[name].backbone, download(RELEASED[name].url)
-        return Loaded(build_with_weights(config, weights, name), config)
+        config = RELEASED[name].backbone
+        return Loaded(build_with_weights(config, download(RELEASED[name].url), name), config)
     if name.startswith("timm:"):
         config = Timm(name=name.removeprefix("timm:"), pretrained=True)
         return Loaded(config.build().eval(), config)
     check_checkpoint(name)
     if path.is_dir():
-        path = weights_file(path, which)
+        path = weights_file(path, which, weights)
     run = described = None
     if path.suffix == ".safetensors":
         state, described = read_safetensors(path, trust=trust)
@@ -100,14 +119,17 @@ def build_with_weights(config: BackboneConfig, state: StateDict, source: str) ->
     return network.eval()
 
 
-def weights_file(run: Path, which: Which) -> Path:
+def weights_file(run: Path, which: Which, weights: Weights = "last") -> Path:
     """Return the file of a run's directory that has the `which` backbone."""
-    names = ["backbone.safetensors"] if which == "teacher" else []
-    names += ["checkpoints/best.pt", "checkpoints/last.pt"]
+    names = [*([EXPORTS[weights]] if which == "teacher" else []), f"checkpoints/{weights}.pt"]
     for path in (run / name for name in names):
         if path.is_file():
             return path
-    raise UserError(f"There are no weights in {run}: expected a run's directory with one of {', '.join(names)}.")
+    hint = "\nThey are those of its best online evaluation. If it had none, use `weights` last."
+    raise UserError(
+        f"There are no {weights} weights in {run}: expected a run's directory with {' or '.join(names)}."
+        f"{hint if weights == 'best' else ''}"
+    )
 
 
 def download(url: str) -> StateDict:
