@@ -25,6 +25,7 @@ from dino_ssl.evals.knn import knn_votes, nearest_neighbors
 from dino_ssl.evals.low_shot import ROWS, fit_logistic
 from dino_ssl.formatting import Summarized
 from dino_ssl.models.backbone import Backbone
+from dino_ssl.models.pretrained import Weights
 from dino_ssl.progress import Progress, StartProgress, no_progress
 
 Method = Literal["knn", "linear"]
@@ -79,6 +80,7 @@ def classify(
     workers: int = 0,
     progress: StartProgress = no_progress,
     device: str | torch.device | None = None,
+    weights: Weights = "last",
     trust: bool = False,
 ) -> Classification:
     """Predict the class of every image from a few labeled ones: `classify("runs/x", "photos", "labeled")`.
@@ -94,10 +96,11 @@ def classify(
         workers: Worker processes that decode images.
         progress: Shows progress.
         device: cpu, cuda, cuda:1, mps, ...; None: a GPU if there is one.
+        weights: Those of a run's folder that are used.
         trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
     """
     check_value("k", k, least=1)
-    loaded = open_checkpoint(checkpoint, device, trust=trust)
+    loaded = open_checkpoint(checkpoint, device, weights=weights, trust=trust)
     options: Any = dict(size=size, batch_size=batch_size, workers=workers, device=device)
 
     def features_of(source: DatasetSource | Embedding, name: str) -> Embedding:

@@ -88,6 +88,7 @@ def load_described(
 ) -> Loaded:
     """Return the backbone of `load` with its settings, and the Run that trained it if known."""
     name, path = str(source), Path(source)
+    check_checkpoint(name)
     if weights != "last" and not path.is_dir():
         raise UserError(f"`weights` {weights} selects a file of a run's directory, and {name!r} is none. Omit it.")
     if name in RELEASED:
@@ -96,7 +97,6 @@ def load_described(
     if name.startswith("timm:"):
         config = Timm(name=name.removeprefix("timm:"), pretrained=True)
         return Loaded(config.build().eval(), config)
-    check_checkpoint(name)
     if path.is_dir():
         path = weights_file(path, which, weights)
     run = described = None
