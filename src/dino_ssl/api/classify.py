@@ -31,7 +31,8 @@ from dino_ssl.progress import Progress, StartProgress, no_progress
 Method = Literal["knn", "linear"]
 Classifier = Callable[[Tensor], Tensor]
 """Features [M, D] -> probabilities of the classes [M, C]."""
-MAX_K = 20  # Appendix F.1
+MIN_K, MAX_K = 2, 20
+"""Default numbers of neighbors: two, since one gives no confidence, to that of Appendix F.1."""
 FOLDS = {"knn": 1000, "linear": 5}
 """Folds by which the accuracy is measured, at most one per labeled image."""
 REGULARIZATION = 0.1  # of the low-shot evaluation
@@ -90,7 +91,7 @@ def classify(
         dataset: Images to classify, or the result of `embed`; their own labels, if any, are not used.
         labels: Labeled images: a folder of class folders, another dataset with labels, or the result of `embed`.
         method: "knn" (Appendix F.1), or "linear" for the logistic regression of the low-shot evaluation.
-        k: Neighbors that vote. Default: 20, at most the median number of labeled images of a class.
+        k: Neighbors that vote. Default: a tenth of the median number of labeled images of a class, 2 to 20.
         size: Side of the center crop in pixels. Default: the size at which the run evaluates its network.
         batch_size: Images per forward pass.
         workers: Worker processes that decode images.
@@ -116,7 +117,7 @@ def classify(
     rows = [row for row, label in enumerate(known.labels) if label is not None]
     x = torch.from_numpy(known.features[rows])
     y = torch.tensor([list(counts).index(str(known.labels[row])) for row in rows])
-    k = k or max(1, min(MAX_K, round(statistics.median(counts.values()))))
+    k = k or min(max(MIN_K, round(statistics.median(counts.values()) / 10)), MAX_K)
     fit = partial(fit_knn, k=k) if method == "knn" else fit_linear
     with progress("accuracy on the labeled images") as show:
         correct = cross_validate(fit, x, y, FOLDS[method], show)[y.bincount()[y] > 1]
@@ -149,9 +150,10 @@ def fit_knn(x: Tensor, y: Tensor, classes: int, *, k: int) -> Classifier:
 
 
 def fit_linear(x: Tensor, y: Tensor, classes: int) -> Classifier:
-    """Return the softmax classifier of the logistic regression of l2-normalized features."""
-    weights = fit_logistic(F.normalize(x, dim=1), y, classes, REGULARIZATION / len(y)).weights
-    return lambda features: (F.normalize(features, dim=1).to(weights) @ weights).softmax(1)
+    """Return the softmax classifier of the logistic regression of l2-normalized features, minus their mean."""
+    center = x.mean(0)  # it has no intercept, and features have much in common
+    weights = fit_logistic(F.normalize(x - center, dim=1), y, classes, REGULARIZATION / len(y)).weights
+    return lambda features: (F.normalize(features - center, dim=1).to(weights) @ weights).softmax(1)
 
 
 def cross_validate(fit: Callable[..., Classifier], x: Tensor, y: Tensor, folds: int, progress: Progress) -> Tensor:

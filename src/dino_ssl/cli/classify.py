@@ -34,8 +34,8 @@ class ClassifyOptions(DatasetOptions):
     method: Method = "knn"
     """Weighted k-NN, or logistic regression."""
     k: int | None = None
-    """Neighbors that vote. Default: 20, at most the median number of labeled images of a class."""
-    threshold: float = 0.5
+    """Neighbors that vote. Default: a tenth of the median number of labeled images of a class, 2 to 20."""
+    threshold: float = 0.8
     """Confidence below which images are counted as uncertain."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "labels.csv"
     """Output file."""
