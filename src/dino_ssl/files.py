@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ LINES_FORMAT = 1
 """Version of JSON lines files; every line has it, since several processes append to one file."""
 PART = ".part"
 """Suffix of a file while it is written; a killed process leaves such a file."""
+OUTPUT_MARK = ".dino-output"
+"""File in a folder of images that a command created: they are not part of a dataset around it."""
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
@@ -53,6 +55,20 @@ def write_errors(path: Path) -> Iterator[None]:
         elif cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             message += " Choose a writable folder with `out`."
         raise UserError(message) from error
+
+
+def is_output(names: Collection[bytes]) -> bool:
+    """Return True for the entries of a folder that dino wrote: a run, or a marked one. Folders end with a slash."""
+    is_run = b"run.json" in names and (b"checkpoints/" in names or b"snapshots/" in names)
+    return is_run or OUTPUT_MARK.encode() in names
+
+
+def mark_output(folder: Path) -> None:
+    """Create the folder and mark it as output, unless it has other content, such as a dataset."""
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            (folder / OUTPUT_MARK).write_text("Images written by dino. Remove this file to use them as a dataset.\n")
 
 
 def check_writable(folder: Path) -> None:

@@ -111,6 +111,13 @@ def test_finished_run_is_not_overwritten(dino, photos, trained):
     assert (trained[0] / "run.json").read_bytes() == before
 
 
+def test_output_is_not_data(dino, photos, trained, tiny):
+    assert_refused(dino("train", trained[0], "--out", "run"), "was written by dino")
+    for out in (photos, photos / "star"):
+        refused = dino("train", photos, *tiny, "--out", out, "--dry-run")
+        assert (refused.code, f"{out} has images of the dataset" in refused.err) == (2, True)
+
+
 def test_unknown_field_in_run_json_is_refused(dino, trained, tmp_path):
     content = json.loads((trained[0] / "run.json").read_text())
     content["run"]["optim"]["bathc_size"] = 8

@@ -9,6 +9,7 @@ from PIL import Image
 
 from dino_ssl.data.folder import Folder, class_folders
 from dino_ssl.errors import UserError
+from dino_ssl.files import mark_output
 
 
 @pytest.fixture
@@ -55,6 +56,25 @@ def test_bad_files_are_listed_and_other_files_ignored(photos):
     assert dataset.names == ["good.png"]
     assert [s.name for s in dataset.skipped] == ["cut.png", "empty.jpg", "gone.png", "page.jpg", "pipe.jpg"]
     assert [s.reason.split(" ")[0] for s in dataset.skipped] == ["truncated", "empty", "No", "not", "not"]
+
+
+def test_what_dino_wrote_into_the_folder_is_not_data(photos, caplog):
+    put(photos, "cat/1.png", "dog/2.png", "checkpoints/3.png")
+    (photos / "cat/run.json").touch()  # without checkpoints, it is any file
+    before = Folder(path=str(photos)).open()
+    assert before.classes == ["cat", "checkpoints", "dog"]
+    put(photos, "runs/demo/snapshots/images/0.png", "runs/demo/figure.png")
+    (photos / "runs/demo/run.json").touch()
+    mark_output(photos / "dog/maps")
+    put(photos, "dog/maps/all.png")
+    mark_output(photos / "dog")  # has images, so it stays a class
+    with caplog.at_level("INFO", "dino_ssl"):
+        after = Folder(path=str(photos)).open()
+    assert (after.names, after.classes, after.fingerprint) == (before.names, before.classes, before.fingerprint)
+    assert caplog.messages == [f"Skipped folders in {photos} that dino wrote: dog/maps, runs/demo"]
+    for output in ("runs/demo", "dog/maps"):
+        with pytest.raises(UserError, match=r"was written by dino: .* Expected the folder of the original images"):
+            Folder(path=str(photos / output)).open()
 
 
 def test_links_are_followed_and_loops_are_not(photos, tmp_path):

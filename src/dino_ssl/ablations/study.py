@@ -22,7 +22,7 @@ from dino_ssl.ablations.tables import TABLES, get_table
 from dino_ssl.config import differences, edit, format_value, from_dict, to_dict
 from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.errors import UserError, did_you_mean
-from dino_ssl.files import check_format, read_json, write_json
+from dino_ssl.files import check_format, mark_output, read_json, write_json
 from dino_ssl.presets.plan import measure, num_train_images
 from dino_ssl.report.curves import Line, line, read_history
 from dino_ssl.run import EXECUTION_FIELDS, Run
@@ -151,6 +151,7 @@ class Study:
 
     def write(self) -> None:
         """Write study.json."""
+        mark_output(self.folder)
         content = {"format": FORMAT, "table": self.table.name, "scale": self.scale, "base": to_dict(self.base)}
         write_json(self.folder / STUDY, content | {"data": dict(self.data)})
 

@@ -1,5 +1,6 @@
 """Start or resume a training run: one function for Python and for the command line."""
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -167,7 +168,17 @@ def prepare(
             dataset, machine(rt.device), preset=preset, change=change, method=method, minutes=minutes, world=world
         )
     plan = distributed.run_on_rank0(lambda: plan)  # every rank measures; the plan of rank 0 is used
+    _check_out(plan.run, dataset)
     rows = [(f"`{name}`" if "." in name else name, value, reason) for name, value, reason in plan.reasons]
     terminal.table("The plan", ("", "choice", "reason"), rows)
     terminal.print()
     return PreparedRun(plan.run, dataset, reasons=plan.reasons, device=rt.device)
+
+
+def _check_out(run: Run, dataset: ImageDataset) -> None:
+    """Raise UserError if there are images of the dataset in the output folder, which a resumed run would not list."""
+    if run.data.folder is None:
+        return
+    inside = Path(os.path.relpath(Path(run.out).resolve(), run.data.folder.resolve())).as_posix()
+    if inside == "." or (inside[:2] != ".." and any(name.startswith(f"{inside}/") for name in dataset.names)):
+        raise UserError(f"The output folder {run.out} has images of the dataset. Choose a different `out`.")

@@ -12,6 +12,7 @@ import tyro
 from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.cli.images import SHEET_IMAGES, CheckpointOptions, ShortSide, read_images, run_command, unique_name
 from dino_ssl.evals.attention_maps import attention_size
+from dino_ssl.files import mark_output
 from dino_ssl.terminal import Terminal
 from dino_ssl.viz.attention import AttentionMaps, attention_maps
 from dino_ssl.viz.rendering import panels, save_image, sheet, video_frame
@@ -85,6 +86,7 @@ def _draw_images(
     results, overview = [], []
     for name, stem, image in read_images(names, terminal, "attention", skipped):
         maps = attend(image)
+        mark_output(out)
         drawn = panels(maps)
         paths = [out / stem / f"{label.replace('%', '').replace(' ', '-')}.png" for label, _ in drawn]
         files = [str(save_image(path, panel)) for path, (_, panel) in zip(paths, drawn, strict=True)]
@@ -101,6 +103,7 @@ def _draw_images(
 def _draw_video(name: str, attend: Attend, file: Path, terminal: Terminal) -> dict[str, Any]:
     """Write the video with its mean attention and its heads or points in color next to each frame."""
     video = open_video(name)
+    mark_output(file.parent)
 
     def frames() -> Iterator[np.ndarray]:
         with terminal.progress(f"attention of {name}") as progress:

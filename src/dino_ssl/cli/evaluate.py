@@ -11,6 +11,7 @@ from dino_ssl.cli.eval_spec import eval_options, positional, sources_of
 from dino_ssl.cli.options import Device, Flag, Json, Trust, Weights, parse
 from dino_ssl.errors import UserError
 from dino_ssl.evals import EVALUATIONS, FINETUNE, find_evaluation
+from dino_ssl.files import mark_output
 from dino_ssl.terminal import Terminal, command_output, is_rank0
 
 SCORED = "video-segmentation"
@@ -114,6 +115,8 @@ def _evaluate(evaluation: Any, options: Any, terminal: Terminal) -> dict[str, An
 
     common: Common = options.common
     checkpoint = open_checkpoint(options.checkpoint, common.device, weights=common.weights, trust=common.trust)
+    if common.out and is_rank0():
+        mark_output(Path(common.out))
     result = evaluate(
         checkpoint,
         options.protocol,

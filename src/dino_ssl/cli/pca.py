@@ -11,6 +11,7 @@ import tyro
 from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.cli.images import SHEET_IMAGES, CheckpointOptions, ShortSide, read_images, run_command
 from dino_ssl.evals.attention_maps import attention_size
+from dino_ssl.files import mark_output
 from dino_ssl.terminal import Terminal
 from dino_ssl.viz.pca import patch_colors
 from dino_ssl.viz.rendering import save_image, sheet
@@ -57,6 +58,7 @@ def _pca(options: PcaOptions, terminal: Terminal) -> dict[str, Any]:
     size = options.size or attention_size(checkpoint.size)
     colored, variance = patch_colors(checkpoint.backbone, pixels(), size=size, foreground=options.foreground)
     out, results, blocks = Path(options.out), [], []
+    mark_output(out)
     for (name, stem), patches in zip(names, colored, strict=True):
         drawn = patches.draw()
         file = save_image(out / f"{stem}.png", drawn)

@@ -15,6 +15,7 @@ from dino_ssl.errors import UserError
 from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.evals.base import EvalContext
 from dino_ssl.evals.video_segmentation import VideoSegmentation
+from dino_ssl.files import mark_output
 from dino_ssl.terminal import Terminal
 from dino_ssl.viz import tracking
 from dino_ssl.viz.rendering import save_image
@@ -74,6 +75,7 @@ def _track(options: TrackOptions, terminal: Terminal) -> dict[str, Any]:
         numbers = ", ".join(map(str, too_small))
         terminal.print(f"object {numbers}: not tracked, too small for the patches: use a larger --size", style="yellow")
     out, areas = Path(options.out), []
+    mark_output(out)
 
     def overlays() -> Iterator[np.ndarray]:
         with terminal.progress("tracking") as progress:

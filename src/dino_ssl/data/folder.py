@@ -14,7 +14,9 @@ from dino_ssl.data.decode import MAX_PIXELS, SUFFIXES, decode, probe
 from dino_ssl.data.shards import is_shards, open_shards
 from dino_ssl.data.workers import map_in_order
 from dino_ssl.errors import UserError
+from dino_ssl.files import OUTPUT_MARK, is_output
 from dino_ssl.progress import Progress
+from dino_ssl.terminal import logger
 
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
 
@@ -173,17 +175,18 @@ def printable(file: str, root: Path | None = None) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def walk(root: Path, skipped: list[Skipped]) -> Iterator[str]:
+def walk(root: Path, skipped: list[Skipped] | None = None) -> Iterator[str]:
     """Yield the image files below root by their suffixes, sorted by path, and add unreadable folders to `skipped`.
 
-    Raises UserError if root is not a folder. Hidden files and folders are ignored. Each real folder is entered once:
-    a link to a folder is followed unless its target is listed anyway, so the name of an image does not depend on links.
-    Memory is that of the names in one folder at a time.
+    Raises UserError if root is not a folder, or an output of dino. Hidden files and folders are ignored, and outputs
+    of dino, which are logged unless `skipped` is None. Each real folder is entered once: a link to a folder is followed
+    unless its target is listed anyway, so the name of an image does not depend on links. Memory is that of the names in
+    one folder at a time.
     """
     if not root.is_dir():
         parent = f"Expected a folder of images, got the file {root}. Did you mean its folder, {root.parent}/?"
         raise UserError(parent if root.exists() else f"There is no folder {root}. Check the path.")
-    listed, visited = [Path(os.path.realpath(root))], set()
+    listed, visited, outputs = [Path(os.path.realpath(root))], set(), []
 
     def below(folder: str) -> Iterator[str]:
         names: list[bytes] = []
@@ -192,14 +195,19 @@ def walk(root: Path, skipped: list[Skipped]) -> Iterator[str]:
             if (status.st_dev, status.st_ino) not in visited:
                 visited.add((status.st_dev, status.st_ino))
                 with os.scandir(folder) as entries:  # with a / at the end, folders sort as their files' paths do
-                    names = sorted(
-                        os.fsencode(e.name) + b"/" * _is_folder(e) for e in entries if not _is_hidden(e.name)
-                    )
+                    names = sorted(os.fsencode(e.name) + b"/" * _is_folder(e) for e in entries)
         except OSError as error:
-            skipped.append(Skipped(printable(folder, root), f"the folder cannot be listed: {error.strerror}"))
-        for name in names:
-            path = os.path.join(folder, os.fsdecode(name.rstrip(b"/")))
-            if not name.endswith(b"/"):
+            if skipped is not None:
+                skipped.append(Skipped(printable(folder, root), f"the folder cannot be listed: {error.strerror}"))
+        if is_output(names):
+            outputs.append(printable(folder, root))
+            return
+        for entry in names:
+            name = os.fsdecode(entry.rstrip(b"/"))
+            path = os.path.join(folder, name)
+            if _is_hidden(name):
+                continue
+            if not entry.endswith(b"/"):
                 if os.path.splitext(path)[1].lower() in SUFFIXES:
                     yield path
             elif not os.path.islink(path):
@@ -209,6 +217,15 @@ def walk(root: Path, skipped: list[Skipped]) -> Iterator[str]:
                 yield from below(path)
 
     yield from below(str(root))
+    if "." in outputs:
+        raise UserError(
+            f"{root} was written by dino: it is a run, or the result of a command. Expected the folder of the original "
+            f"images. To use images that a command wrote, remove the file {OUTPUT_MARK} from their folder."
+        )
+    if outputs and skipped is not None:
+        logger.info(
+            f"Skipped folders in {root} that dino wrote: {', '.join(outputs[:3])}{', ...' * (len(outputs) > 3)}"
+        )
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

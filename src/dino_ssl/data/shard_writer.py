@@ -133,7 +133,7 @@ def _open_folder(root: Path, progress: Progress | None) -> tuple[ShardInfo, Iter
 
     def images() -> Iterator[Source]:
         unusable, digest = {name for name, _ in skipped}, hashlib.sha256()
-        for path in walk(root, []):
+        for path in walk(root):
             if (name := printable(path, root)) not in unusable:
                 digest.update(_file_key(path, name))
                 yield Source(name, name.split("/")[level] if classes else None, partial(read_bytes, path))
