@@ -13,7 +13,7 @@ import dino_ssl
 from dino_ssl.api.training_progress import TrainingProgress
 from dino_ssl.cli.command_line import CommandLine, cli_diff
 from dino_ssl.cli.early_checks import check_arguments
-from dino_ssl.cli.flags import flag
+from dino_ssl.cli.flags import SHORT_FLAGS, flag
 from dino_ssl.cli.train import TrainOptions
 from dino_ssl.config import differences, edit
 from dino_ssl.data.folder import Folder
@@ -40,6 +40,8 @@ def test_help_and_errors_about_names_and_paths_load_no_heavy_module():
     cases = {
         "--help": "examples:",
         "--version": "dino",
+        "train --help": "--help-all",
+        "eval finetune -h": "CHECKPOINT TRAIN",
         "trian": "did you mean 'train'",
         "train": "No dataset given",
         "train /nowhere --minutes 3": "There is no file or folder /nowhere",
@@ -86,7 +88,7 @@ def test_help_of_every_command_ends_with_examples(dino, name):
 
 
 def test_help_of_train_explains_the_settings_of_a_run(dino):
-    text = dino("train", "--help").out
+    text = dino("train", "--help-all").out
     for part in (
         "--method.momentum FLOAT",
         "--views.local INT",
@@ -99,9 +101,22 @@ def test_help_of_train_explains_the_settings_of_a_run(dino):
 
 
 def test_flags_follow_the_types_of_the_run(dino):
-    assert "--backbone.name" in dino("train", "--network", "timm:resnet18", "--help").out
-    assert "--backbone.patch" in dino("train", "--preset", "vits8", "--help").out
-    assert "--data.count" in dino("train", "scenes", "--help").out
+    assert "--backbone.name" in dino("train", "--network", "timm:resnet18", "--help-all").out
+    assert "--backbone.patch" in dino("train", "--preset", "vits8", "--help-all").out
+    assert "--data.count" in dino("train", "scenes", "--help-all").out
+
+
+@pytest.mark.parametrize("name", ["train", "eval finetune", "bench"])
+def test_short_help_fits_two_screens_and_has_existing_flags(dino, name):
+    page, everything = (dino(*name.split(), flag).out for flag in ("--help", "--help-all"))
+    lines, _, examples = page.partition("\nexamples:\n")
+    assert len(page.splitlines()) <= 100
+    assert max(map(len, page.splitlines())) <= 120
+    assert everything.partition("\nexamples:\n")[2] == examples
+    flags = set(re.findall(r"(?<!dino )(--[a-z][\w.-]*\w)", lines)) - {"--help", "--help-all", "--every-epochs"}
+    known = set(re.findall(r"--[a-z][\w.-]*\w", everything)) | set(SHORT_FLAGS)
+    assert flags <= known
+    assert len(flags) > 5
 
 
 def test_presets_are_listed_with_their_results(dino):

@@ -17,6 +17,7 @@ import dino_ssl
 from dino_ssl.cli.command_line import CommandLine
 from dino_ssl.cli.eval_spec import parse_scheduled_eval
 from dino_ssl.cli.evaluate import ScoreOptions, options_of
+from dino_ssl.cli.help_pages import page_examples
 from dino_ssl.cli.options import parse
 from dino_ssl.cli.train import TrainOptions
 from dino_ssl.data import sources
@@ -44,6 +45,7 @@ def documented_commands() -> list[str]:
     """Return every command line of the pages and of the evaluations' help, without comments."""
     texts = [page.read_text() for page in PAGES]
     texts += [find_evaluation(name).examples for name in EVALUATIONS]
+    texts += [page_examples(command) for command in ("train", "eval finetune")]
     lines = (line for text in texts for line in re.findall(r"^ *(dino [a-z]+.*)$", text, re.MULTILINE))
     return list(dict.fromkeys(re.split(r"\s{2,}|\s#", line.strip())[0] for line in lines))
 
@@ -104,7 +106,7 @@ def test_scheduled_evaluations_are_accepted(spec: str) -> None:
 def test_training_commands_are_accepted() -> None:
     lines = [line for line in COMMANDS if line.startswith("dino train ") and "mymodule" not in line]
     for line in lines:
-        arguments = [argument for argument in shlex.split(line)[2:] if argument not in ("--help", "...")]
+        arguments = [argument for argument in shlex.split(line)[2:] if argument not in ("--help", "--help-all", "...")]
         options = CommandLine(arguments, kind=TrainOptions, prog="dino train", examples="").options()
         assert isinstance(options.run, Run), line
     assert len(lines) > 10
@@ -118,7 +120,7 @@ def test_other_commands_have_the_documented_flags(dino) -> None:
             continue
         command = words[:2] if words[0] == "data" and len(words) > 1 else words[:1]
         if " ".join(command) not in helps:
-            helps[" ".join(command)] = dino(*command, "--help").out
+            helps[" ".join(command)] = dino(*command, "--help-all").out
         flags = [word for word in words if word.startswith("--") and word != "--help"]
         missing = [flag for flag in flags if flag.partition("=")[0] not in helps[" ".join(command)]]
         assert not missing, f"{line}: {missing}"

@@ -1,16 +1,20 @@
-"""`--evals`: parsing, formatting, and errors before training."""
+"""`--evals`: parsing, formatting, and errors before training; the output of `dino eval`."""
+
+import json
 
 import pytest
 
 from dino_ssl.cli.eval_spec import parse_scheduled_eval
+from dino_ssl.cli.evaluate import show
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.errors import UserError
-from dino_ssl.evals import EVALUATIONS, find_evaluation
+from dino_ssl.evals import EVALUATIONS, davis_score, find_evaluation
 from dino_ssl.evals.knn import KNN
 from dino_ssl.evals.low_shot import LowShot
 from dino_ssl.evals.retrieval import Retrieval
 from dino_ssl.evals.scheduled import ScheduledEval
 from dino_ssl.run import Run
+from dino_ssl.terminal import Terminal
 
 SPECS = {
     "knn train/ val/": ScheduledEval(evaluation=KNN(), sources=("train/", "val/")),
@@ -83,4 +87,23 @@ def test_the_plan_shows_evals_as_typed(dino, photos, tiny):
     assert [str(scheduled) for scheduled in run.evals] == [words, "retrieval scenes"]
     assert {row["name"] for row in ran.json["plan"]} >= {"evals"}
     assert "knn" in next(row["value"] for row in ran.json["plan"] if row["name"] == "evals")
-    assert '"NAME DATA..."' in dino("train", "--help").out
+    assert '"NAME DATA..."' in dino("train", "--help-all").out
+
+
+# -- output of dino eval ----------------------------------------------------------------------------------------
+
+
+def test_the_selected_learning_rate_is_printed(capsys):
+    details = {"selected": {"lr": 0.3}, "sweep": [{"lr": 0.1}, {"lr": 0.3}]}
+    result = {"evaluation": "linear", "size": 32, "values": {"top-1": 50.0}, "references": {}, "data": {}}
+    show({**result, "details": details}, "run", Terminal())
+    assert "Selected on held-out training images: lr 0.3" in capsys.readouterr().out
+    show({**result, "details": {**details, "sweep": details["sweep"][:1]}}, "run", Terminal())
+    assert "Selected" not in capsys.readouterr().out
+
+
+def test_scores_of_existing_results_are_written(dino, monkeypatch, tmp_path):
+    monkeypatch.setattr(davis_score, "score_results", lambda *arguments, **options: {"J&F-Mean": 0.5})
+    output = dino("eval", "video-segmentation", "results", "DAVIS", "--score", "-o", "scores", "--json")
+    assert output.json == {"J&F-Mean": 0.5, "file": "scores/scores.json"}
+    assert json.loads((tmp_path / "scores/scores.json").read_text()) == {"J&F-Mean": 0.5}

@@ -92,7 +92,7 @@ def test_message_names_what_is_missing(trained, photos, dino, arguments, message
 
 def test_help_has_the_flags_of_finetuning(dino):
     assert "finetune" in dino("eval", "--help").out
-    text = dino("eval", "finetune", "--help").out
+    text = dino("eval", "finetune", "--help-all").out
     for part in ("CHECKPOINT TRAIN VAL", "--method.mixup", "--optim.layer-decay", "--views.magnitude", "examples:"):
         assert part in text
 

@@ -15,7 +15,7 @@ NETWORK = ("--network", "vit_tiny/8", "--backbone.width", "24", "--backbone.dept
     ],
 )
 def test_help_has_the_flags_of_the_method_only(dino, name: str, present: str, absent: str):
-    output = dino("train", "--method", name, "--help")
+    output = dino("train", "--method", name, "--help-all")
     assert output.code == 0
     assert present in output.out
     assert absent not in output.out

@@ -69,9 +69,10 @@ def test_initial_weights_bring_their_network(trained, dino, photos, plan):
     assert named.json["run"]["backbone"]["image_size"] == 32  # that of the position embeddings
 
 
-def test_initial_weights_of_another_network_are_refused_before_data_is_read(trained, dino, plan):
+def test_initial_weights_of_another_network_are_refused_before_data_is_read(trained, dino, plan, tmp_path):
     folder, _ = trained
-    output = dino("train", "nowhere", "--init", folder, "--network", "vit_tiny/16", "--dry-run")
+    (tmp_path / "empty").mkdir()
+    output = dino("train", "empty", "--init", folder, "--network", "vit_tiny/16", "--dry-run")
     assert output.code == 2
     for part in (f"--init {folder} are those of ViT-tiny/8", "run is ViT-tiny/16: cls_token: expected [1, 1, 192]"):
         assert part in output.err

@@ -1,5 +1,7 @@
 """The contract of every backbone, and properties of the Vision Transformer."""
 
+import logging
+
 import pytest
 import timm
 import torch
@@ -234,10 +236,13 @@ def test_teacher_has_no_drop_path():
     assert torch.equal(teacher(x), teacher(x))
 
 
-def test_error_of_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_download_is_one_sentence_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch, caplog):
     def offline(*_, **__):
-        raise OSError("Network is unreachable")
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("Network is unreachable. Please check your connection and so on.")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(UserError, match=r"pretrained weights of resnet10t: Network is unreachable"):
+    message = r"pretrained weights of resnet10t: Network is unreachable\.\nCheck the connection"
+    with pytest.raises(UserError, match=message):
         Timm(name="resnet10t", pretrained=True).build()
+    assert not caplog.records

@@ -20,7 +20,7 @@ from dino_ssl.files import write_json
 from dino_ssl.methods import DINOConfig, method_named
 from dino_ssl.methods.method import MethodConfig
 from dino_ssl.models import BackboneConfig
-from dino_ssl.models.pretrained import load_described
+from dino_ssl.models.pretrained import network_of
 from dino_ssl.presets import resolve
 from dino_ssl.presets.plan import FORMAT, Reason
 from dino_ssl.run import Run
@@ -77,7 +77,7 @@ def train(
     changes = _checked(changes, {"epochs": epochs, "batch_size": batch_size, "lr": lr})
     init_network = None
     if changes.get("init") is not None and not resume:
-        init_network = load_described(changes["init"], trust=trust).config
+        init_network = network_of(changes["init"], trust=trust)
     is_named = preset is not None or isinstance(changes.get("backbone"), BackboneConfig)
     terminal = Terminal(quiet=quiet)
     with nullcontext() if quiet else terminal.show_log(), start(device=device) as rt:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dino_ssl import __version__, environment
 from dino_ssl.cli.early_checks import check_arguments
 from dino_ssl.cli.flags import known_fields, with_flags
+from dino_ssl.cli.help_pages import help_page
 from dino_ssl.errors import UserError, did_you_mean
 
 COMMANDS = {
@@ -79,7 +80,12 @@ def _run(argv: list[str]) -> int:
     name, arguments = argv[0], argv[1:]
     if name not in COMMANDS:
         raise UserError(f"Unknown command {name!r}{did_you_mean(name, COMMANDS)}\nCommands: {', '.join(COMMANDS)}.")
+    page = help_page(name) or help_page(f"{name} {''.join(arguments[:1])}")
+    if page is not None and {"-h", "--help"} & set(arguments):
+        print(page, end="")
+        return 0
     check_arguments(name, arguments)
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     return getattr(importlib.import_module(COMMANDS[name][0]), name)(arguments)
 
 

@@ -9,6 +9,7 @@ import tyro
 
 from dino_ssl import runtime
 from dino_ssl.cli.command_line import CommandLine
+from dino_ssl.cli.help_pages import page_examples
 from dino_ssl.cli.options import Device, Json
 from dino_ssl.config import edit, to_dict
 from dino_ssl.methods import MethodName
@@ -18,11 +19,6 @@ from dino_ssl.terminal import command_output
 
 FORMAT = 2
 """Version of the JSON."""
-EXAMPLES = """\
-  dino bench                                         the default preset of `dino train` on this machine
-  dino bench photos/ --preset small                  include decoding and augmenting these images
-  dino bench --preset vits16 --json                  one JSON object
-  dino bench --preset vits16 --optim.batch-size 8 --optim.micro-batch 2"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +44,7 @@ class BenchOptions:
 
 def bench(argv: Sequence[str]) -> int:
     """Run the command; return the exit code."""
-    line = CommandLine(list(argv), kind=BenchOptions, prog="dino bench", examples=EXAMPLES)
+    line = CommandLine(list(argv), kind=BenchOptions, prog="dino bench", examples=page_examples("bench"))
     machine = runtime.machine(line.types.device)
     options, batch_size = read(argv, machine)
     with command_output(options.json) as (terminal, give):
@@ -73,7 +69,11 @@ def read(argv: Sequence[str], machine: runtime.Machine) -> tuple[Any, int | None
     """
     kind, default = BenchOptions, "small" if machine.device.type == "cpu" else "vits16"
     command_line = CommandLine(
-        list(argv), kind=kind, prog="dino bench", examples=EXAMPLES, base=lambda name: resolve(name or default)
+        list(argv),
+        kind=kind,
+        prog="dino bench",
+        examples=page_examples("bench"),
+        base=lambda name: resolve(name or default),
     )
     options = command_line.options()
     if not command_line.has("--precision") and not (options.preset and options.run.precision == "float32"):

@@ -26,7 +26,7 @@ from dino_ssl.errors import UserError
 from dino_ssl.methods import METHODS, method_named
 from dino_ssl.methods.method import MethodConfig
 from dino_ssl.models import BackboneConfig, backbone_named
-from dino_ssl.models.pretrained import load_described
+from dino_ssl.models.pretrained import network_of
 from dino_ssl.presets import resolve
 from dino_ssl.run import Run
 
@@ -103,7 +103,7 @@ class CommandLine:
         """The network of the weights that --init of a new run names."""
         if self.types.init in (None, "None") or self.types.resume is not None:
             return None
-        return load_described(self.types.init, trust=self.types.trust).config
+        return network_of(self.types.init, trust=self.types.trust)
 
     @cached_property
     def dataset(self) -> DatasetConfig | None:

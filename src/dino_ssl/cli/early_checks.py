@@ -16,6 +16,7 @@ SKIPPED_WORDS = {
     "data": 1,
     "classify": 0,
     "embed": 0,
+    "classify": 0,
     "tsne": 0,
     "attention": 0,
     "pca": 0,

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import tyro
 
 from dino_ssl.cli.eval_spec import eval_options, positional, sources_of
-from dino_ssl.cli.options import Device, Flag, Json, Trust, Weights, parse
+from dino_ssl.cli.options import Device, Flag, Json, Trust, Weights, parse, plain
+from dino_ssl.config import format_value
 from dino_ssl.errors import UserError
 from dino_ssl.evals import EVALUATIONS, FINETUNE, find_evaluation
-from dino_ssl.files import mark_output
+from dino_ssl.files import mark_output, write_json
 from dino_ssl.terminal import Terminal, command_output, is_rank0
 
 SCORED = "video-segmentation"
@@ -22,14 +23,12 @@ SCORED = "video-segmentation"
 class Common:
     """Options of every evaluation."""
 
-    references: Flag = True
-    """Compare with random weights and, if defined, raw pixels; --no-references skips this."""
+    references: Annotated[Flag, plain("Do not evaluate random weights and raw pixels for comparison.")] = True
     batch_size: int = 64
     """Images per forward pass."""
     workers: int = 0
     """Worker processes that decode images."""
-    cache: Flag = True
-    """Cache the features next to the checkpoint in evals/features/; --no-cache disables it."""
+    cache: Annotated[Flag, plain("Do not store the features next to the checkpoint, in evals/features/.")] = True
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""
     """Folder for the result's JSON (and masks); default: evals/ next to the checkpoint."""
     weights: Weights = "last"
@@ -48,6 +47,8 @@ class ScoreOptions:
     """Folder of the benchmark, for its ground truth."""
     split: str = "val"
     """List of the benchmark: val, train, ..."""
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""
+    """Folder for the scores as JSON, scores.json; default: none."""
     json: Json = False
 
 
@@ -106,6 +107,9 @@ def _score(name: str, arguments: Sequence[str]) -> int:
         rows = [[key, f"{value:.3f}"] for key, value in result.items() if isinstance(value, float)]
         rows += [[key, ", ".join(f"{k} {v:.3f}" for k, v in values.items())] for key, values in objects.items()]
         terminal.table(f"{options.results}, scored with {options.root}", ["", "score"], rows)
+        if options.out:
+            result["file"] = str(write_json(Path(options.out) / "scores.json", result))
+            terminal.print(f"Written to {result['file']}", style="dim")
         emit(result)
     return 0
 
@@ -151,5 +155,9 @@ def show(result: Mapping[str, Any], checkpoint: str, terminal: Terminal) -> None
     )
     size = f" at {result['size']} px" if result["size"] else ""
     terminal.table(f"{result['evaluation']}{size} ({data}), in percent", columns, rows)
+    details = result["details"]
+    if len(details.get("sweep", ())) > 1:
+        selected = ", ".join(f"{name} {format_value(value)}" for name, value in details["selected"].items())
+        terminal.print(f"Selected on held-out training images: {selected}")
     if skipped := sum(int(part.get("skipped", 0)) for part in result["data"].values()):
         terminal.print(f"{skipped} files could not be read and were skipped.", style="yellow")

@@ -10,6 +10,7 @@ import tyro
 from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.api.resolve import starting_from
 from dino_ssl.cli.command_line import CommandLine, SessionOptions
+from dino_ssl.cli.help_pages import page_examples
 from dino_ssl.cli.images import dataset_named
 from dino_ssl.cli.train import run_command
 from dino_ssl.config import edit
@@ -17,14 +18,6 @@ from dino_ssl.data.sources import dataset_config
 from dino_ssl.errors import UserError
 from dino_ssl.presets import resolve
 from dino_ssl.run import Run
-
-EXAMPLES = """\
-  dino eval finetune runs/photos photos/                       a tenth of every class is held out
-  dino eval finetune runs/photos photos_train/ photos_val/
-  dino eval finetune dino_vits16 cifar/train cifar/test --preset finetune-cifar10
-  dino eval finetune runs/photos photos/ --minutes 30 --optim.lr 5e-4 --out runs/gentle
-  dino eval finetune runs/demo scenes                          synthetic images
-  dino eval finetune --resume runs/photos-finetune             resume"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +60,9 @@ def finetune(argv: Sequence[str]) -> int:
         return edit(run, val=dataset_config(dataset_named(val), "val")) if val else run
 
     kind, prog = FinetuneOptions, "dino eval finetune"
-    line = CommandLine(list(argv), kind=kind, prog=prog, examples=EXAMPLES, base=base, dataset=train)
+    line = CommandLine(
+        list(argv), kind=kind, prog=prog, examples=page_examples("eval finetune"), base=base, dataset=train
+    )
     if line.types.init not in (None, "None"):
         raise UserError("Fine-tuning starts from CHECKPOINT; --init None starts from random weights instead.")
     return run_command(line)

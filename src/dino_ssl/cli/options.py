@@ -18,18 +18,20 @@ T = TypeVar("T")
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 """A flag without a negative form: `--json`, and no `--no-json`."""
-Json = Annotated[Flag, tyro.conf.arg(help="Print one JSON object to standard output, messages to standard error.")]
-Device = Annotated[
-    str | None,
-    tyro.conf.arg(
-        metavar="NAME", help="cpu, cuda, cuda:1, ... or mps. Default: a GPU if there is one, otherwise the CPU."
-    ),
-]
+
+
+def plain(help: str, metavar: str | None = None) -> Any:
+    """Return the description of an option, without its default; of `--no-NAME` for a flag that is set by default."""
+    return tyro.conf.arg(help=help, metavar=metavar, help_behavior_hint="")
+
+
+Json = Annotated[Flag, plain("Print one JSON object to standard output, messages to standard error.")]
+Device = Annotated[str | None, plain("cpu, cuda, cuda:1, ... or mps. Default: a GPU if there is one.", "NAME")]
 Weights = Annotated[
     Literal["last", "best"],
     tyro.conf.arg(help="Of a run: the last weights, or those of the best epoch, which the validation set selected."),
 ]
-Trust = Annotated[Flag, tyro.conf.arg(help="Import types that the checkpoint names, which runs their code.")]
+Trust = Annotated[Flag, plain("Import types that the checkpoint names, which runs their code.")]
 
 CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.PositionalMetavarFromFieldName)
 

@@ -16,6 +16,7 @@ from dino_ssl.api.training import prepare
 from dino_ssl.cli.command_line import CommandLine, SessionOptions
 from dino_ssl.cli.early_checks import NO_DATASET
 from dino_ssl.cli.flags import with_flags
+from dino_ssl.cli.help_pages import page_examples
 from dino_ssl.cli.images import report_skipped
 from dino_ssl.config import edit, to_dict
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset
@@ -26,19 +27,6 @@ from dino_ssl.run import Run
 from dino_ssl.runtime import start
 from dino_ssl.terminal import Terminal, command_output
 from dino_ssl.training import validate_run
-
-EXAMPLES = """\
-  dino train photos/                                 choose settings for dataset and machine, then train
-  dino train photos/ --dry-run                       print the chosen settings only
-  dino train photos/ --minutes 120                   as many epochs as fit into two hours
-  dino train photos/ --preset vits16 --optim.epochs 300 --optim.batch-size 512
-  dino train photos/ --network timm:resnet18         any timm model; or vit_small/8
-  dino train photos/ --method byol                   a baseline; or moco, swav, supervised
-  dino train photos/ --method mymodule:MyConfig      a custom method
-  dino train scenes --minutes 5                      synthetic images
-  dino train photos/ --evals "retrieval roxford5k/ --every-epochs 10" "linear train/ val/"
-  dino train --resume runs/photos                    resume
-  torchrun --nproc-per-node 2 -m dino_ssl train photos/  on two GPUs, or two processes"""
 
 COLLAPSED = 3
 """Exit code of a run that --on-collapse ended."""
@@ -64,7 +52,7 @@ class TrainOptions(SessionOptions):
 
 def train(argv: Sequence[str]) -> int:
     """Run `dino train`; return the exit code."""
-    return run_command(CommandLine(list(argv), kind=TrainOptions, prog="dino train", examples=EXAMPLES))
+    return run_command(CommandLine(list(argv), kind=TrainOptions, prog="dino train", examples=page_examples("train")))
 
 
 def run_command(line: CommandLine) -> int:

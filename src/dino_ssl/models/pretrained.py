@@ -112,6 +112,13 @@ def load_described(
     return Loaded(build_with_weights(config, state, str(path)), config, run)
 
 
+def network_of(source: str, *, trust: bool = False) -> BackboneConfig:
+    """Return the network of a checkpoint, without downloading weights."""
+    if source in RELEASED:
+        return RELEASED[source].backbone
+    return backbone_named(source) if source.startswith("timm:") else load_described(source, trust=trust).config
+
+
 def build_with_weights(config: BackboneConfig, state: StateDict, source: str) -> Backbone:
     """Return the network with the weights of `state`, in evaluation mode."""
     network = config.untrained().build(drop_path=0.0)  # downloads nothing

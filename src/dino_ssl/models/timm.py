@@ -5,9 +5,11 @@ network is built, because the import takes seconds.
 """
 
 import ast
+import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -203,7 +205,8 @@ def create(name: str, *, drop_path: float, pretrained: bool, args: Mapping[str, 
     options: dict[str, Any] = {"drop_path_rate": drop_path, "dynamic_img_size": True, "strict_img_size": False} | given
     while True:
         try:
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+            with _without_retry_messages():
+                return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
         except Exception as error:
             unexpected = str(error).partition("unexpected keyword argument")[2]
             refused = set(re.findall(r"'(\w+)'", unexpected)) & (options.keys() - given.keys())
@@ -212,8 +215,21 @@ def create(name: str, *, drop_path: float, pretrained: bool, args: Mapping[str, 
             if not refused:
                 hint = f"\nCheck the connection or choose one of timm.list_pretrained('{name.split('.')[0]}*')."
                 what = f"get pretrained weights of {name}" if pretrained else f"build {name} with {given}"
-                raise UserError(f"timm cannot {what}: {error}{hint if pretrained else ''}") from error
+                reason = str(error).partition(". ")[0] + "." if pretrained else error  # the hub's has a paragraph
+                raise UserError(f"timm cannot {what}: {reason}{hint if pretrained else ''}") from error
             options = {key: value for key, value in options.items() if key not in refused}
+
+
+@contextmanager
+def _without_retry_messages() -> Iterator[None]:
+    """Do not print the two lines that the Hugging Face Hub logs for every retry of a download."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
 
 
 def _literal(value: str) -> Any:
