@@ -10,21 +10,11 @@ from dino_ssl.errors import UserError
 from dino_ssl.evals import check_name
 from dino_ssl.names import check_checkpoint, check_dataset
 
-SKIPPED_WORDS = {
-    "train": 0,
-    "bench": 0,
-    "data": 1,
-    "classify": 0,
-    "embed": 0,
-    "classify": 0,
-    "tsne": 0,
-    "attention": 0,
-    "pca": 0,
-    "track": 0,
-    "eval": 1,
-}
-"""Commands whose words are paths, and the number of words before these."""
-WITHOUT_CHECKPOINT = ("train", "bench", "data")
+WITH_CHECKPOINT = ("attention", "classify", "embed", "eval", "pca", "track", "tsne")
+"""Commands whose words are a checkpoint and then paths."""
+WITHOUT_CHECKPOINT = ("bench", "data", "train")
+"""Commands whose words are paths."""
+WITH_SUBCOMMAND = ("data", "eval")
 NO_DATASET = (
     "No dataset given. Expected a folder of images: dino train photos/\n"
     "`dino train scenes` trains on synthetic images; `dino train --help` shows more."
@@ -36,12 +26,12 @@ def check_arguments(command: str, arguments: Sequence[str]) -> None:
     words = list(takewhile(lambda word: not word.startswith("-"), arguments))
     if command == "train" and not arguments:
         raise UserError(NO_DATASET)
-    if command not in SKIPPED_WORDS or "--score" in arguments:
+    if command not in (*WITH_CHECKPOINT, *WITHOUT_CHECKPOINT) or "--score" in arguments:
         return
     if command == "eval" and words:
         check_name(words[0])
-    for number, path in enumerate(words[SKIPPED_WORDS[command] :]):
-        if number == 0 and command not in WITHOUT_CHECKPOINT:
+    for number, path in enumerate(words[command in WITH_SUBCOMMAND :]):
+        if number == 0 and command in WITH_CHECKPOINT:
             check_checkpoint(path)
         elif path != "none" and (command != "eval" or ":" not in words[0]):  # an evaluation from outside reads its own
             check_dataset(path)
