@@ -1,0 +1,136 @@
+"""The demo over several seeds of the initial weights and the order: 20-NN accuracy, attention masks, time.
+
+    python benchmarks/demo.py --json docs/benchmarks/demo.json
+
+Each seed is one `dino train --preset demo` in a process of its own, as in `make demo`, and is evaluated on validation
+images that no setting was chosen with. Seeds that the JSON file already has are skipped, so that an interrupted
+benchmark resumes. `seconds` is the time of training, its evaluations and the report on this machine, whatever else runs
+on it; `cpu_seconds` the processor time of all its processes.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import dino_ssl
+from common import about, save
+from dino_ssl.data.synthetic.scenes import SIMPLE_SCENES
+from dino_ssl.evals.attention_masks import jaccard
+from dino_ssl.evals.knn import KNN
+from dino_ssl.models.backbone import Backbone
+from dino_ssl.run import read_run
+
+SMALL_OBJECTS = replace(SIMPLE_SCENES, count=200, part="val", object_size=(0.4, 0.6))
+"""Images for the attention masks: the objects are smaller than in training, and anywhere."""
+LEAD = 25
+"""Points by which the 20-NN accuracy of every seed exceeds raw pixels and random weights."""
+MEDIAN = 80
+"""Least median of the 20-NN accuracy in percent."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--out", type=Path, default=Path("runs/demo-seeds"), help="folder of the runs")
+    parser.add_argument("--json", type=Path, help="output file")
+    options = parser.parse_args()
+    console = Console()
+    rows = json.loads(options.json.read_text())["seeds"] if options.json and options.json.exists() else []
+    for seed in options.seeds:
+        if seed in [row["seed"] for row in rows]:
+            continue
+        folder = options.out / f"seed-{seed}"
+        times = train(seed, folder)
+        rows.append({"seed": seed, **evaluate(folder, seed), **times})
+        save(options.json, {"benchmark": "demo", **about(vars(options)), "seeds": rows})
+        console.print(rows[-1])
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
+    for claim, holds in claims(rows).items():
+        console.print(f"{'holds' if holds else 'FAILS'}: {claim}")
+
+
+def train(seed: int, folder: Path) -> dict[str, float]:
+    """Train the demo, and return its wall-clock and processor time in seconds."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "dino_ssl", "train", "--preset", "demo", "--seed", str(seed), "--out", str(folder)]
+    start, cpu_start = time.monotonic(), children_cpu_seconds()
+    subprocess.run(command, check=True)
+    return {"seconds": time.monotonic() - start, "cpu_seconds": children_cpu_seconds() - cpu_start}
+
+
+def children_cpu_seconds() -> float:
+    """Return the processor time of all finished child processes in seconds."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def evaluate(folder: Path, seed: int) -> dict[str, float]:
+    """Return the scores of a run in percent, next to raw pixels, random weights of this seed, and centered squares."""
+    torch.manual_seed(seed)
+    random_weights = read_run(folder).backbone.build(drop_path=0.0)
+    knn = dino_ssl.evaluate(folder, KNN(k=(20,)), "simple-scenes", "simple-scenes")
+    random_knn = dino_ssl.evaluate(random_weights, KNN(k=(20,)), "simple-scenes", "simple-scenes", references=False)
+    images = [SMALL_OBJECTS.read(i) for i in range(SMALL_OBJECTS.count)]
+    objects = np.stack([SMALL_OBJECTS.mask(i) for i in range(SMALL_OBJECTS.count)])
+    return {
+        "knn": knn["values"]["20-NN"],
+        "raw_pixels": knn["references"]["raw_pixels"]["20-NN"],
+        "random_weights": random_knn["values"]["20-NN"],
+        "attention_jaccard": attention_jaccard(folder, images, objects),
+        "random_jaccard": attention_jaccard(random_weights, images, objects),
+        "centered_box_jaccard": centered_box_jaccard(objects),
+    }
+
+
+def attention_jaccard(checkpoint: Path | Backbone, images: Sequence[np.ndarray], objects: np.ndarray) -> float:
+    """Return the mean Jaccard similarity in percent of masks of 60 % of the mean attention with objects [n, H, W]."""
+    maps = dino_ssl.attention(checkpoint, images)
+    return 100 * float(np.mean([jaccard(m.mask[None], mask, 1) for m, mask in zip(maps, objects, strict=True)]))
+
+
+def centered_box_jaccard(objects: np.ndarray) -> float:
+    """Return the mean Jaccard similarity in percent of objects [n, s, s] with a centered square, for the best side."""
+    side, inside = objects.shape[-1], objects > 0
+    distance = np.abs(np.arange(side) - (side - 1) / 2)
+    boxes = (np.maximum(distance, distance[:, None]) < width / 2 for width in range(1, side + 1))
+    return max(100 * float(((inside & box).sum((1, 2)) / (inside | box).sum((1, 2))).mean()) for box in boxes)
+
+
+def claims(rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
+    """Return the claims about the demo, and whether the seeds support them."""
+
+    def lead(score: str, *others: str) -> float:
+        return min(row[score] - row[other] for row in rows for other in others)
+
+    return {
+        f"20-NN at least {LEAD} points above raw pixels and random weights in every seed": lead(
+            "knn", "raw_pixels", "random_weights"
+        )
+        >= LEAD,
+        f"median of 20-NN at least {MEDIAN} %": statistics.median(row["knn"] for row in rows) >= MEDIAN,
+        "attention masks above random weights and a centered box in every seed": lead(
+            "attention_jaccard", "random_jaccard", "centered_box_jaccard"
+        )
+        > 0,
+    }
+
+
+if __name__ == "__main__":
+    main()
