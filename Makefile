@@ -23,8 +23,11 @@ help:
 demo: .venv/ready
 	rm -rf runs/demo
 	$(BIN)/dino train --preset demo --out runs/demo
-	$(BIN)/dino eval knn runs/demo
-	@echo "The report: $(CURDIR)/runs/demo/report.html"
+	$(BIN)/dino eval attention-masks runs/demo small-objects
+	$(BIN)/dino attention runs/demo small-objects -o runs/demo/attention
+	@echo "Open in a browser:"
+	@echo "  $(CURDIR)/runs/demo/report.html         the report of the run"
+	@echo "  $(CURDIR)/runs/demo/attention/all.png   attention next to the objects"
 
 # Bytecode is cached even if the environment disables it: the tests start processes that import torch.
 test: .venv/ready

@@ -18,7 +18,7 @@ RELEASED_NETWORKS = {
     },
 }
 """The authors' released backbones by the names of their torch.hub entries: (network, stem of the file)."""
-SYNTHETIC = ("scenes", "simple-scenes")
+SYNTHETIC = ("scenes", "simple-scenes", "small-objects")
 """Synthetic datasets."""
 
 

@@ -1,14 +1,16 @@
 """dino attention, tsne and pca: folders, points, videos, and error messages."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.data.synthetic.scenes import SMALL_OBJECTS, Scenes
 from dino_ssl.models.vit import ViT
 from dino_ssl.models.weights import save_backbone
 
@@ -47,6 +49,18 @@ def test_attention_of_a_folder_skips_broken_files(network, images, dino):
     assert len({file for result in ran.json["images"] for file in result["files"]}) == 16
     assert min(shape(files[1])) >= 384  # maps of a small network are enlarged
     assert shape("maps/all.png")[1] > 2 * 2 * 224
+
+
+def test_attention_of_synthetic_images_shows_their_objects(network, dino, monkeypatch):
+    monkeypatch.setattr("dino_ssl.cli.images.NUM_SCENES", 1)
+    ran = dino("attention", network, "small-objects", "--json", "-o", "maps")
+    assert ran.code == 0, ran.err
+    first, second, *_ = ran.json["images"][0]["files"]
+    assert [Path(file).name for file in (first, second)] == ["image.png", "object.png"]
+    image, drawn = (np.asarray(Image.open(file)) for file in (first, second))
+    inside = cv2.resize(replace(SMALL_OBJECTS, part="val").mask(0), drawn.shape[:2], interpolation=cv2.INTER_NEAREST)
+    assert (drawn == image).all(axis=2)[inside > 0].mean() > 0.8  # all but the line around it
+    assert (drawn == image).all(axis=2)[inside == 0].mean() < 0.1
 
 
 def test_attention_of_points_has_one_color_per_point(network, images, dino):

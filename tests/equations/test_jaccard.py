@@ -71,6 +71,7 @@ def test_the_best_head_is_selected_per_object() -> None:
     first, second = object_scores(9, heads, annotation, (0.6,))
     assert (first.object, first.head, first.best, first.area) == (1, 2, 1.0, 0.25)
     assert (second.object, second.head, second.best) == (2, 0, 1.0)
+    assert (first.mean, second.mean) == (0, 0.5)  # the mean over heads: two of three equal patches
     assert first.image == 9
 
 
@@ -128,13 +129,15 @@ def test_a_complete_evaluation() -> None:
     scores = prepared(Bright())
     assert scores["jaccard 60%"] == pytest.approx(75)  # 60 % of four equal patches are three
     assert scores["jaccard 80%"] == pytest.approx(100)
+    assert scores["mean of heads 60%"] == pytest.approx(400 / 7)  # the bright patches have half of the attention
     assert prepared.data["voc"]["images"] == 6
     details = scores.details
     assert details["skipped"] == [{"name": "2", "reason": "is gone"}]
     assert (details["objects"], details["images with objects"]) == (4, 4)
     assert details["mask of the whole image"] == pytest.approx(25)
     assert {row["head"] for row in details["per object"]} == {0}
-    last = {"image": "5", "object": 6, "mass": 0.8, "area": 0.25, "best": 1.0, "head": 0}
+    last = {"image": "5", "object": 6, "mass": 0.8, "area": 0.25, "best": 1.0, "mean": pytest.approx(1 / 3)}
+    last |= {"head": 0}
     assert details["per object"][-1] == last
 
 

@@ -15,7 +15,7 @@ from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.files import mark_output
 from dino_ssl.terminal import Terminal
 from dino_ssl.viz.attention import AttentionMaps, attention_maps
-from dino_ssl.viz.rendering import panels, save_image, sheet, video_frame
+from dino_ssl.viz.rendering import cutout, panels, save_image, sheet, video_frame
 from dino_ssl.viz.video import VIDEO_SUFFIXES, open_video, write_video
 
 Attend = Callable[[np.ndarray], list[AttentionMaps]]
@@ -39,7 +39,7 @@ class AttentionOptions(CheckpointOptions):
     """
 
     images: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Image files, folders or packed datasets, video files, or `scenes`."""
+    """Image files, folders or packed datasets, video files, or `scenes` (whose objects are drawn as well)."""
     layer: int = -1
     """Block whose attention is drawn: 0 is the first, -1 the last."""
     heads: tuple[int, ...] = ()
@@ -84,10 +84,12 @@ def _draw_images(
 ) -> list[dict[str, Any]]:
     """Write the panels of each image, and the overview of the first ones."""
     results, overview = [], []
-    for name, stem, image in read_images(names, terminal, "attention", skipped):
+    for name, stem, image, mask in read_images(names, terminal, "attention", skipped):
         maps = attend(image)
         mark_output(out)
         drawn = panels(maps)
+        if mask is not None:
+            drawn.insert(1, ("object", cutout(maps[0].display, mask > 0)))
         paths = [out / stem / f"{label.replace('%', '').replace(' ', '-')}.png" for label, _ in drawn]
         files = [str(save_image(path, panel)) for path, (_, panel) in zip(paths, drawn, strict=True)]
         shares = [float(query.mask.mean()) for query in maps]

@@ -12,6 +12,7 @@ from dino_ssl.api.calls import Embedding, embed
 from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint
 from dino_ssl.cli.options import Device, Json, Trust, Weights, parse
 from dino_ssl.config import import_type
+from dino_ssl.data.benchmarks.voc import Masked
 from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Skipped
 from dino_ssl.data.decode import SUFFIXES
 from dino_ssl.data.sources import WORDS, open_dataset
@@ -87,11 +88,12 @@ def dataset_named(name: str) -> str | DatasetConfig:
 
 def read_images(
     names: Sequence[str], terminal: Terminal, label: str, skipped: list[dict[str, str]]
-) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yield (name, stem, uint8 [H, W, 3] RGB) of each named image file and of all images of the named datasets.
+) -> Iterator[tuple[str, str, np.ndarray, np.ndarray | None]]:
+    """Yield (name, stem, uint8 RGB [H, W, 3], mask) of each named image file and of all images of the named datasets.
 
-    stem: unique path of the output, relative to the output folder and without suffix. Unreadable images of a dataset
-    are printed and appended to `skipped`. Raises UserError for a named file that is no image, and if no image is left.
+    stem: unique path of the output, relative to the output folder and without suffix. mask: uint8 [H, W], positive on
+    objects; None if the dataset has no masks. Unreadable images of a dataset are printed and appended to `skipped`.
+    Raises UserError for a named file that is no image, and if no image is left.
     """
     images: list[tuple[str, str, ImageDataset, int]] = []
     stems: set[str] = set()
@@ -109,12 +111,12 @@ def read_images(
     with terminal.progress(label) as progress:
         for done, (name, stem, dataset, index) in enumerate(images, 1):
             try:
-                pixels = dataset.read(index)
+                pixels, mask = dataset.read(index), dataset.mask(index) if isinstance(dataset, Masked) else None
             except BadImage as error:
                 skipped += report_skipped([Skipped(name, error.reason)], terminal)
             else:
                 num_read += 1
-                yield name, stem, pixels
+                yield name, stem, pixels, mask
             progress(done, len(images))
     if not num_read:
         missing = "No images: expected image files or folders, before options with several values such as --heads."

@@ -51,7 +51,7 @@ def _pca(options: PcaOptions, terminal: Terminal) -> dict[str, Any]:
     names: list[tuple[str, str]] = []
 
     def pixels() -> Iterator[np.ndarray]:
-        for name, stem, image in read_images(options.images, terminal, "features", skipped):
+        for name, stem, image, _ in read_images(options.images, terminal, "features", skipped):
             names.append((name, stem))
             yield image
 

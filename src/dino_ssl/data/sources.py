@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from dino_ssl.data.adapters import AdaptedDataset, ExternalDataset, kind_of, open_paths
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset
 from dino_ssl.data.folder import Folder
-from dino_ssl.data.synthetic.scenes import SIMPLE_SCENES, Scenes
+from dino_ssl.data.synthetic.scenes import SIMPLE_SCENES, SMALL_OBJECTS, Scenes
 from dino_ssl.errors import UserError
 from dino_ssl.names import SYNTHETIC
 from dino_ssl.progress import Progress
@@ -25,7 +25,7 @@ DatasetSource = (
 CLASS_FOLDERS = "Put the images of each class in a folder: photos/cat/1.jpg, photos/dog/2.jpg, ..."
 DRAWN = {"train": 2000, "val": 500, "test": 500}
 """Number of images of the synthetic datasets that are opened by name."""
-WORDS = dict(zip(SYNTHETIC, (Scenes(), SIMPLE_SCENES), strict=True))
+WORDS = dict(zip(SYNTHETIC, (Scenes(), SIMPLE_SCENES, SMALL_OBJECTS), strict=True))
 """Synthetic datasets by name."""
 
 

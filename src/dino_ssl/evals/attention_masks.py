@@ -1,7 +1,7 @@
 """Attention masks as segmentations (Fig. 4, Appendix D).
 
 A mask holds the fewest patches with 60 % of the [CLS] token's attention. For each object, the Jaccard similarity of the
-best head counts; it is averaged over the objects of an image, then over images.
+best head counts; it is averaged over the objects of an image, then over images. Next to it, that of the heads' mean.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,6 +50,7 @@ class ObjectScore(NamedTuple):
     mass: float = 0.0
     area: float = 0.0  # fraction of the valid pixels
     best: float = 0.0  # Jaccard similarity of the best head
+    mean: float = 0.0  # that of the mean over heads
     head: int = 0  # index of the best head
 
 
@@ -58,12 +59,13 @@ def object_scores(
 ) -> Iterator[ObjectScore]:
     """Yield one score per mass and object: attention [heads, h, w], annotation uint8 [H, W]."""
     numbers = np.setdiff1d(annotation, (BACKGROUND, VOID)).tolist()
+    maps = np.concatenate([heads, heads.mean(axis=0, keepdims=True)])
     for mass in masses:
-        masks = top_mass_mask(heads.reshape(len(heads), -1), mass).reshape(heads.shape)
+        masks = top_mass_mask(maps.reshape(len(maps), -1), mass).reshape(maps.shape)
         for number in numbers:
             area = float((annotation == number).sum() / (annotation != VOID).sum())
-            by_head = jaccard(masks, annotation, number)
-            yield ObjectScore(image, number, mass, area, float(by_head.max()), int(by_head.argmax()))
+            *by_head, mean = jaccard(masks, annotation, number).tolist()
+            yield ObjectScore(image, number, mass, area, max(by_head), mean, int(np.argmax(by_head)))
 
 
 def mean_over_images(scores: Sequence[ObjectScore], field: str) -> float:
@@ -124,7 +126,7 @@ class AttentionMasks(Evaluation):
         )
 
     def _score(self, backbone: Backbone, dataset: ImageDataset, context: EvalContext) -> Scores:
-        """Return {"jaccard 60%": percent, ...}, equal on every rank."""
+        """Return {"jaccard 60%": percent, ..., "mean of heads 60%": ...}, equal on every rank."""
         assert isinstance(dataset, Masked)
         size = self.size or attention_size(context.size)
 
@@ -145,8 +147,8 @@ class AttentionMasks(Evaluation):
                 progress(done, len(shard))
         table = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(ObjectScore._fields))
         rows = sorted(
-            ObjectScore(int(image), int(number), mass, area, best, int(head))
-            for image, number, mass, area, best, head in gather_rows(table, context.device).tolist()
+            ObjectScore(int(image), int(number), *scores, head=int(head))
+            for image, number, *scores, head in gather_rows(table, context.device).tolist()
         )
         skipped = [unreadable(dataset, row.image, read)._asdict() for row in rows if row.object == UNREADABLE]
         by_mass = {mass: [row for row in rows if row.mass == mass] for mass in self.mass}
@@ -163,6 +165,6 @@ class AttentionMasks(Evaluation):
             ],
             "skipped": skipped,
         }
-        return Scores(
-            {f"jaccard {mass:.0%}": mean_over_images(part, "best") for mass, part in by_mass.items()}, details
-        )
+        best = {f"jaccard {mass:.0%}": mean_over_images(part, "best") for mass, part in by_mass.items()}
+        mean = {f"mean of heads {mass:.0%}": mean_over_images(part, "mean") for mass, part in by_mass.items()}
+        return Scores(best | mean, details)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -251,3 +251,5 @@ class SyntheticDataset(ImageDataset):
 
 SIMPLE_SCENES = Scenes(size=48, object_size=(0.85, 1.0), rotation=180.0, clutter=0, one_palette=True)
 """Easy to learn within minutes: crops show the pattern of the class, and little else differs between images."""
+SMALL_OBJECTS = replace(SIMPLE_SCENES, size=192, object_size=(0.4, 0.6))
+"""The same objects, smaller and at any position, to show where attention falls."""
