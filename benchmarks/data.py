@@ -30,9 +30,9 @@ from common import about, interleave, median_ratio, save, write_images
 from dino_ssl.data.decode import decode
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.loader import sample_rng
-from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.kernels import fastest_transform
+from dino_ssl.preprocessing import normalize
 from lightly_dino import is_installed, lightly_views
 from plain import pillow_views
 

@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader
 
 from common import SIZES, PillowImages, about, interleave, median_ratio, save, write_images
 from dino_ssl.data.folder import Folder
-from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.evals.base import EvalContext, evaluating
 from dino_ssl.evals.features import extract
 from dino_ssl.models.backbone import Backbone
+from dino_ssl.preprocessing import normalize
 from dino_ssl.runtime import Runtime, start
 from lightly_dino import timm_network
 from workload import NETWORKS

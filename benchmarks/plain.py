@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_ssl.data.transforms.eval import MEAN, STD
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.models.timm import Timm, create
 from dino_ssl.models.vit import ViT
+from dino_ssl.preprocessing import MEAN, STD
 
 # -- the networks ----------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common import Memory
 from dino_ssl.data.batch import Batch
-from dino_ssl.data.transforms.eval import normalize
+from dino_ssl.preprocessing import normalize
 from dino_ssl.runtime import machine, start, synchronize
 from dino_ssl.state import State, build_method, prepare_model
 from dino_ssl.training import train_step

@@ -280,9 +280,9 @@ MUTANTS = (
     ),
     Mutant(
         "another mean of the pixels",
-        "data/transforms/eval.py",
-        "MEAN = (0.485, 0.456, 0.406)",
-        "MEAN = (0.5, 0.5, 0.5)",
+        "preprocessing.py",
+        "MEAN: RGB = (0.485, 0.456, 0.406)",
+        "MEAN: RGB = (0.5, 0.5, 0.5)",
         VIEWS + "test_mean_and_standard_deviation_are_imagenets",
     ),
     Mutant(

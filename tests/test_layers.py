@@ -17,7 +17,7 @@ LAYERS = [
     ["training", "training_evals", "state", "events", "signals", "run"],
     ["evals", "methods", "kernels"],
     ["data", "optim", "metrics", "feature_stats", "checkpoint"],
-    ["models"],
+    ["models", "preprocessing"],
     [
         "runtime",
         "objectives",

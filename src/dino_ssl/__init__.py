@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from dino_ssl.models.pretrained import load as load
     from dino_ssl.models.timm import Timm as Timm
     from dino_ssl.models.vit import ViT as ViT
+    from dino_ssl.preprocessing import Preprocessing as Preprocessing
     from dino_ssl.run import Run as Run
 
-__all__ = ["DINO", "Folder", "Run", "Scenes", "Timm", "UserError", "ViT", "__version__"]
+__all__ = ["DINO", "Folder", "Preprocessing", "Run", "Scenes", "Timm", "UserError", "ViT", "__version__"]
 __all__ += ["attention", "classify", "edit", "embed", "evaluate", "load", "train"]
 _MODULES = {
     "api.calls": ("attention", "embed", "evaluate"),
@@ -42,6 +43,7 @@ _MODULES = {
     "models.pretrained": ("load",),
     "models.timm": ("Timm",),
     "models.vit": ("ViT",),
+    "preprocessing": ("Preprocessing",),
     "run": ("Run",),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}

@@ -16,7 +16,8 @@ FORMAT = 1
 KEYS = ("format", "run", "step", "method", "backbone", "optimizer", "scaler", "best", "data")
 """Content of a checkpoint: the complete Run, from to_dict; optimizer steps taken; state dict of the Method; in it the
 prefix of the backbone that is evaluated and exported, `teacher.backbone.`; states of optimizer and gradient scaler; the
-best online evaluation (name, value, epoch); fingerprint of the training set."""
+best online evaluation (name, value, epoch); fingerprint of the training set. `preprocessing`, of the backbone's images,
+is read by `models.pretrained.load` only."""
 
 
 def save(path: Path, content: dict[str, Any]) -> Path:

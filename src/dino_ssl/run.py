@@ -17,6 +17,7 @@ from dino_ssl.methods import DINOConfig  # likewise
 from dino_ssl.methods.method import MethodConfig
 from dino_ssl.models import BackboneConfig, ViT  # likewise
 from dino_ssl.optim import Optim
+from dino_ssl.preprocessing import Preprocessing
 from dino_ssl.runtime import Precision
 from dino_ssl.schedules import Schedule
 
@@ -106,6 +107,11 @@ class Run:
     def eval_size(self) -> int:
         """Side in pixels of the center crops of which features of the trained network are computed."""
         return self.online_eval.size or self.views.size
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Evaluation transform of the trained network."""
+        return Preprocessing(size=self.eval_size)
 
     def schedules(self) -> dict[str, Schedule]:
         """Return every scheduled value by the name under which it is logged."""

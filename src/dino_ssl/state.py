@@ -38,6 +38,7 @@ class State:
         content = dict(
             format=checkpoint.FORMAT,
             run=to_dict(run),
+            preprocessing=to_dict(run.preprocessing),
             step=self.step,
             method=self.method.state_dict(),
             backbone=next(f"{name}." for name, part in self.method.named_modules() if part is self.method.backbone),
@@ -106,4 +107,5 @@ def init_state(run: Run, rt: Runtime, classes: int, *, resume: bool) -> State:
 
 def export_backbone(run: Run, backbone: Backbone, weights: Weights) -> Path:
     """Write the backbone (DINO: the teacher's) as safetensors, as `dino_ssl.load` and timm read it."""
-    return save_backbone(run.backbone, backbone.state_dict(), Path(run.out) / EXPORTS[weights])
+    path = Path(run.out) / EXPORTS[weights]
+    return save_backbone(run.backbone, backbone.state_dict(), path, run.preprocessing)

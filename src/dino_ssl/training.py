@@ -19,7 +19,6 @@ from dino_ssl.config import to_dict
 from dino_ssl.data.batch import Batch
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import Step, steps_per_epoch, train_batches
-from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import Diverged
 from dino_ssl.evals.scheduled import is_due, prepare_all
 from dino_ssl.events import Ended, EpochDone, Event, Logged, Started
@@ -29,6 +28,7 @@ from dino_ssl.methods.method import Outputs
 from dino_ssl.metrics import Log, Meter
 from dino_ssl.models.pretrained import EXPORTS, Weights
 from dino_ssl.optim import clip_grad_norm_per_tensor_, set_lr_and_weight_decay
+from dino_ssl.preprocessing import normalize
 from dino_ssl.run import FORMAT, Run
 from dino_ssl.runtime import Runtime
 from dino_ssl.schedules import Clock

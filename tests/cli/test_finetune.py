@@ -99,7 +99,7 @@ def test_help_has_the_flags_of_finetuning(dino):
 
 def test_drop_path_and_size_of_the_views_come_from_the_preset(trained):
     checkpoint = open_checkpoint(trained[0])
-    run = starting_from(resolve("finetune"), checkpoint, size=checkpoint.size)
+    run = starting_from(resolve("finetune"), checkpoint, size=checkpoint.backbone.transform.size)
     assert run.views.size == 32
     assert run.backbone.drop_path == 0.1
     assert starting_from(resolve("finetune"), checkpoint).views.size == 224

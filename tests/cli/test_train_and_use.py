@@ -17,9 +17,9 @@ import dino_ssl
 from dino_ssl import checkpoint
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.synthetic.scenes import Scenes
-from dino_ssl.data.transforms.eval import eval_transform, normalize
 from dino_ssl.evals.knn import KNN
 from dino_ssl.metrics import read_metrics
+from dino_ssl.preprocessing import Preprocessing, normalize
 
 
 def test_training_writes_all_files_of_a_run(trained):
@@ -159,7 +159,7 @@ def test_embed_writes_the_features_of_the_backbone(trained, photos, dino, tmp_pa
     assert labels == [name.split("/")[0] for name in names]
     dataset = Folder(path=str(photos)).open()
     pixels = dataset.read(dataset.names.index(names[7]))
-    image = torch.from_numpy(eval_transform(pixels, 32))[None].movedim(-1, 1)
+    image = torch.from_numpy(Preprocessing(size=32).center_crop(pixels))[None].movedim(-1, 1)
     with torch.no_grad():
         expected = dino_ssl.load(run)(normalize(image))[0].numpy()
     np.testing.assert_allclose(features[7], expected, atol=1e-5)
@@ -227,3 +227,21 @@ def test_python_calls_train_and_embed_silently(photos, tmp_path, capsys):
     assert dino_ssl.embed(outcome.folder, photos).features.shape == (40, 48)
     with pytest.raises(dino_ssl.UserError, match="resume=True"):
         dino_ssl.train(photos, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["", "moved.safetensors", "checkpoints/best.pt"])
+def test_a_path_and_the_loaded_backbone_give_the_same_results(trained, photos, tmp_path, name):
+    source = trained[0] / name
+    if name == "moved.safetensors":  # without its run.json
+        source = shutil.copy(trained[0] / "backbone.safetensors", tmp_path / name)
+    backbone = dino_ssl.load(source)
+    assert backbone.transform == Preprocessing(size=32)
+    features = [dino_ssl.embed(network, photos).features for network in (source, backbone)]
+    np.testing.assert_array_equal(*features)
+    maps = [dino_ssl.attention(network, Scenes(size=40).read(0)) for network in (source, backbone)]
+    np.testing.assert_array_equal(*(each.heads for each in maps))
+    results = [dino_ssl.evaluate(network, KNN(k=(5,)), photos, cache=False) for network in (source, backbone)]
+    for result in results:
+        result["checkpoint"] = result["checkpoint"]["hash"]
+    assert results[0] == results[1]
+    assert set(results[0]["references"]) == {"raw_pixels", "random_weights"}

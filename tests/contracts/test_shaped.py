@@ -6,7 +6,7 @@ import pytest
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.loader import shaped_batches
 from dino_ssl.data.transforms.native_size import CroppedImages, scale_to, scaled
-from dino_ssl.data.transforms.pixel_ops import resize
+from dino_ssl.preprocessing import resize
 
 
 class Mixed(ImageDataset):

@@ -24,9 +24,9 @@ import table
 import train_step
 import workload
 from dino_ssl.data.batch import Batch
-from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.optim import clip_grad_norm_per_tensor_
+from dino_ssl.preprocessing import normalize
 from dino_ssl.runtime import Machine, start
 from dino_ssl.state import State, build_method, prepare_model
 from dino_ssl.training import train_step as dino_step

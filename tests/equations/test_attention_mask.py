@@ -201,7 +201,7 @@ def test_maps_equal_the_attention_of_a_vit() -> None:
     network = ViT(size="tiny", patch=8, image_size=32, width=24, depth=2, heads=3, registers=2).build().eval()
     image = random_image(32, 48)
     seen = attention_maps(network, image, size=32)[0]
-    from dino_ssl.data.transforms.eval import normalize
+    from dino_ssl.preprocessing import normalize
 
     with torch.no_grad():
         batch = normalize(torch.from_numpy(image.transpose(2, 0, 1).copy())[None])

@@ -13,8 +13,8 @@ from dino_ssl.config import edit
 from dino_ssl.data.loader import sample_rng
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.augment import MAX_MAGNITUDE, Augment, _operations
-from dino_ssl.data.transforms.eval import MEAN, STD, denormalize, normalize
 from dino_ssl.errors import UserError
+from dino_ssl.preprocessing import MEAN, STD, denormalize, normalize
 
 IMAGE = Scenes(count=1, size=64, seed=3).open().read(0)
 IDENTITY = Augment(size=64, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, operations=0, erase=0.0)

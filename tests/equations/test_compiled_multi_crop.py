@@ -14,6 +14,7 @@ from dino_ssl.data.transforms.multi_crop import JITTER_OPS, MultiCrop, ViewParam
 from dino_ssl.data.transforms.pixel_ops import gaussian
 from dino_ssl.kernels import fastest_transform
 from dino_ssl.methods.byol import BYOLConfig
+from dino_ssl.preprocessing import resize
 from dino_ssl.run import Run
 
 pytest.importorskip("numba", reason="needs numba")
@@ -29,7 +30,7 @@ IDENTITY = ViewParams(0, 0, 60, 90, False, (1.0, 1.0, 1.0, 0.0), (), False, 0.0,
 def photo(height: int = 60, width: int = 90, seed: int = 0) -> np.ndarray:
     """An image with smooth colors, hard edges and noise."""
     rng = np.random.default_rng(seed)
-    image = pixel_ops.resize(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8), height, width).astype(float)
+    image = resize(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8), height, width).astype(float)
     image[height // 4 : height // 2, width // 3 : width // 2] = (250, 30, 10)
     return (image + rng.normal(size=image.shape) * 6).clip(0, 255).astype(np.uint8)
 

@@ -201,7 +201,7 @@ def test_patch_attention_equals_the_rows_of_the_network() -> None:
     image = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
     rows = patch_attention(net, image, [None, 0, 23], layer=0)
     assert net.training
-    from dino_ssl.data.transforms.eval import normalize
+    from dino_ssl.preprocessing import normalize
 
     with torch.no_grad():
         attention = net.eval().attention(normalize(torch.from_numpy(image.transpose(2, 0, 1).copy())[None]), 0)[0]

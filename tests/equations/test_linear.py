@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.loader import crop_batches, sample_rng
 from dino_ssl.data.transforms.base import RATIO, SCALE, crop_box, random_crop
-from dino_ssl.data.transforms.eval import normalize
-from dino_ssl.data.transforms.pixel_ops import resize
 from dino_ssl.errors import UserError
 from dino_ssl.evals import linear
 from dino_ssl.evals.base import EvalContext, PreparedEval, evaluating
 from dino_ssl.evals.linear import FeatureSpec, Linear, LinearHeads, class_rank, frozen_feature
 from dino_ssl.models.backbone import Backbone, Features
 from dino_ssl.models.vit import ViT
+from dino_ssl.preprocessing import normalize, resize
 
 
 class Tinted(ImageDataset):

@@ -10,14 +10,13 @@ import torch
 from dino_ssl.data.benchmarks.revisited import Truth, read_ground_truth
 from dino_ssl.data.synthetic.landmarks import synthetic_landmarks
 from dino_ssl.data.synthetic.scenes import Scenes
-from dino_ssl.data.transforms.eval import normalize
-from dino_ssl.data.transforms.pixel_ops import resize
 from dino_ssl.evals.base import EvalContext
 from dino_ssl.evals.features import extract_resized
 from dino_ssl.evals.retrieval import KAPPAS, PROTOCOLS, Retrieval, multiscale, protocol_scores
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.timm import Timm
 from dino_ssl.models.vit import ViT
+from dino_ssl.preprocessing import normalize, resize
 
 LETTERS = {"easy": "E", "medium": "M", "hard": "H"}
 

@@ -14,7 +14,6 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.loader import train_batches
 from dino_ssl.data.transforms.base import crop_box
-from dino_ssl.data.transforms.eval import MEAN, STD, eval_transform, normalize
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.data.transforms.pixel_ops import (
     adjust_brightness,
@@ -23,11 +22,11 @@ from dino_ssl.data.transforms.pixel_ops import (
     adjust_saturation,
     blur,
     gray,
-    resize,
     solarize,
     to_planar,
 )
 from dino_ssl.errors import UserError
+from dino_ssl.preprocessing import MEAN, STD, Preprocessing, normalize, resize
 
 
 def photo(height: int = 150, width: int = 200) -> np.ndarray:
@@ -218,7 +217,7 @@ def test_tiny_images(shape):
         views = transform(image, np.random.default_rng(seed))
         assert [v.shape for v in views] == [(32, 32, 3)] * 2 + [(16, 16, 3)] * 2
         assert all((np.abs(v.astype(int) - 77) <= 1).all() for v in views)
-    assert (eval_transform(image, 32) == 77).all()
+    assert (Preprocessing(size=32).center_crop(image) == 77).all()
 
 
 def test_views_are_a_function_of_the_random_generator():
@@ -231,7 +230,7 @@ def test_views_are_a_function_of_the_random_generator():
 def test_eval_transform_is_resize_and_center_crop(shape):
     image = Image.fromarray(photo(*shape))
     reference = T.CenterCrop(112)(T.Resize(128, interpolation=T.InterpolationMode.BICUBIC)(image))
-    ours = eval_transform(np.asarray(image), 112)
+    ours = Preprocessing(size=112).center_crop(np.asarray(image))
     assert np.abs(ours.astype(int) - np.asarray(reference)).max() <= 1
 
 

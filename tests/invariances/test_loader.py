@@ -13,6 +13,7 @@ from dino_ssl.data.loader import epoch_order, eval_batches, mix_rng, sample_rng,
 from dino_ssl.data.transforms.augment import Augment
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.errors import UserError
+from dino_ssl.preprocessing import Preprocessing
 
 VIEWS = MultiCrop(global_size=16, local_size=8, local=3)
 
@@ -158,12 +159,12 @@ def test_workers_survive_sigint_and_sigterm():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_eval_batches_cover_all_readable_images_in_order(workers):
     dataset = Noise(9, bad=(4,))
-    got = list(eval_batches(dataset, 14, 4, workers))
+    got = list(eval_batches(dataset, Preprocessing(size=14), 4, workers))
     assert torch.cat([i for i, _ in got]).tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
     assert [len(i) for i, _ in got] == [4, 3, 1]
     assert all(images.shape[1:] == (3, 14, 14) for _, images in got)
     assert all(images.is_contiguous(memory_format=torch.channels_last) for _, images in got)
-    some = list(eval_batches(dataset, 14, 4, workers, indices=[7, 2]))
+    some = list(eval_batches(dataset, Preprocessing(size=14), 4, workers, indices=[7, 2]))
     assert some[0][0].tolist() == [7, 2]
     assert torch.equal(some[0][1], torch.stack([got[1][1][2], got[0][1][2]]))
 

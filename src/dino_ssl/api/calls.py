@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dino_ssl import __version__
 from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint, read_image
 from dino_ssl.config import to_dict
 from dino_ssl.data.dataset import Skipped
+from dino_ssl.data.loader import read_or_none
 from dino_ssl.data.sources import CLASS_FOLDERS, DatasetSource, open_dataset
 from dino_ssl.errors import UserError, check_value
 from dino_ssl.evals import find_evaluation
@@ -29,9 +31,11 @@ from dino_ssl.files import write_json
 from dino_ssl.formatting import Summarized
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import Weights
+from dino_ssl.preprocessing import to_rgb
 from dino_ssl.progress import Progress, StartProgress, no_progress
 from dino_ssl.run import read_run
 from dino_ssl.runtime import start
+from dino_ssl.terminal import logger
 from dino_ssl.training_evals import split_dataset
 from dino_ssl.viz.attention import AttentionMaps, Point, Query, attention_maps
 
@@ -81,7 +85,7 @@ def evaluate(
             device=rt.device,
             workers=workers,
             batch_size=batch_size,
-            size=loaded.size,
+            size=loaded.backbone.transform.size,
             progress=progress,
             cache=loaded.folder / "evals/features" if cache and loaded.folder is not None else None,
             out=None if out is None else Path(out),
@@ -94,7 +98,9 @@ def evaluate(
         return {
             "format": FORMAT,
             "evaluation": prepared.name,
-            "size": (settings.size or loaded.size) if isinstance(settings, LabeledEvaluation) else None,
+            "size": (settings.size or loaded.backbone.transform.size)
+            if isinstance(settings, LabeledEvaluation)
+            else None,
             "values": dict(scores),
             "references": {name: dict(values) for name, values in compared.items()},
             "details": scores.details,
@@ -104,7 +110,7 @@ def evaluate(
                 "source": loaded.source,
                 "weights": loaded.weights,
                 "hash": loaded.hash,
-                "size": loaded.size,
+                "size": loaded.backbone.transform.size,
             },
             "versions": versions(),
         }
@@ -191,7 +197,7 @@ def embed(
             device=rt.device,
             workers=workers,
             batch_size=batch_size,
-            size=size or loaded.size,
+            size=size or loaded.backbone.transform.size,
             progress=no_progress if progress is None else lambda label: nullcontext(progress),
         )
         table = extract(loaded.backbone, opened, context)
@@ -207,7 +213,7 @@ def embed(
 
 def attention(
     checkpoint: str | Path | Backbone | Checkpoint,
-    image: str | Path | Image.Image | np.ndarray | DatasetSource,
+    image: str | Path | Image.Image | np.ndarray | Tensor | DatasetSource,
     *,
     point: Query | Sequence[Point] = "cls",
     layer: int = -1,
@@ -222,8 +228,9 @@ def attention(
 
     Args:
         checkpoint: A run folder, a file, a released network, timm:NAME, or a backbone.
-        image: A file, a PIL image or uint8 [H, W, 3] RGB; or a folder, a list of these, or any map-style torch
-            dataset, for which a list with the result of each image is returned.
+        image: A file, a PIL image, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W]; or a folder, a list of these,
+            or any map-style torch dataset, for which a list with the result of each image is returned: None for one
+            that cannot be read, which is logged.
         point: "cls" for the [CLS] token, (x, y) in pixels of the image for a patch token, or a list of points, for
             which a list is returned.
         layer: Block; 0 is the first, -1 the last.
@@ -238,15 +245,20 @@ def attention(
         AttentionMaps. For a network without attention, the similarity of each cell to the pooled feature (`kind`).
     """
     loaded = open_checkpoint(checkpoint, device, weights=weights, trust=trust)
-    size = size or attention_size(loaded.size)
+    size = size or attention_size(loaded.backbone.transform.size)
     if isinstance(image, str | Path) and not Path(image).is_dir():
         image = read_image(image)
-    elif isinstance(image, Image.Image):
-        image = np.array(image.convert("RGB"))
+    elif isinstance(image, Image.Image | np.ndarray | Tensor):
+        image = to_rgb(image)
     if not isinstance(image, np.ndarray):
-        dataset = open_dataset(image)
+        dataset, maps, skipped = open_dataset(image), [], []
         options: Any = dict(point=point, layer=layer, heads=heads, mass=mass, size=size)
-        return [attention(loaded, dataset.read(index), **options) for index in range(len(dataset))]
+        for index in range(len(dataset)):
+            pixels = read_or_none(dataset, index, skipped)
+            maps.append(None if pixels is None else attention(loaded, pixels, **options))
+        for item in skipped:
+            logger.warning("skipped: %s: %s", *item)
+        return maps
     is_single = isinstance(point, str) or (len(point) == 2 and not isinstance(point[0], Sequence))
     queries: Any = [point] if is_single else point
     maps = attention_maps(loaded.backbone, image, queries, layer=layer, heads=heads, mass=mass, size=size)

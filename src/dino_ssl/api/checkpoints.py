@@ -1,24 +1,18 @@
 """Open checkpoints and image files given by the user."""
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 import torch
 
-from dino_ssl.config import from_dict, to_dict
 from dino_ssl.data.dataset import BadImage
 from dino_ssl.data.decode import decode
 from dino_ssl.errors import UserError
 from dino_ssl.evals.features import weights_hash
-from dino_ssl.files import read_json
-from dino_ssl.models import BackboneConfig
 from dino_ssl.models.backbone import Backbone
-from dino_ssl.models.pretrained import RELEASED, Weights, infer_config, load_described
-from dino_ssl.run import Run
+from dino_ssl.models.pretrained import RELEASED, Weights, load
 from dino_ssl.runtime import machine
 
 
@@ -39,10 +33,6 @@ class Checkpoint:
     source: str
     """The checkpoint as given by the user: a path or a name."""
     backbone: Backbone
-    network: BackboneConfig | None
-    """The settings of the network; None if they are unknown."""
-    size: int
-    """Side in pixels of the images it is evaluated on: `Run.eval_size` of the run that trained it."""
     folder: Path | None
     """Folder for results and cached features; None for a released network."""
     weights: Weights | None = None
@@ -64,11 +54,17 @@ class Checkpoint:
     @property
     def fresh(self) -> Callable[[], Backbone] | None:
         """A function that builds the network with random weights; None if its settings are unknown."""
-        if self.network is None:
+        config, transform = self.backbone.config, self.backbone.transform
+        if config is None:
             return None
-        network = self.network.untrained()
         device = next(self.backbone.parameters()).device
-        return lambda: network.build(drop_path=0.0).to(device)
+
+        def build() -> Backbone:
+            network = config.untrained().build(drop_path=0.0).to(device)
+            network.transform = transform
+            return network
+
+        return build
 
 
 def open_checkpoint(
@@ -87,20 +83,8 @@ def open_checkpoint(
         return source
     device = machine(device).device
     if isinstance(source, Backbone):
-        network = None
-        with suppress(UserError):  # an unknown architecture has no reference scores of random weights
-            network = infer_config(source.state_dict(), Path(type(source).__name__))
-        size = 224 if network is None else network.input_size
-        return Checkpoint(type(source).__name__, source.to(device), network, size, None)
-    loaded = load_described(source, weights=weights, trust=trust)
-    size, folder = loaded.config.input_size, None
+        return Checkpoint(type(source).__name__, source.to(device), None)
+    backbone, folder = load(source, weights=weights, trust=trust).to(device), None
     if not (str(source) in RELEASED or str(source).startswith("timm:")):
         folder = Path(source) if Path(source).is_dir() else Path(source).parent
-        content = read_json(folder / "run.json")
-        run = loaded.run or (content.get("run") if isinstance(content, dict) else None)
-        if isinstance(run, Mapping) and run.get("backbone") == to_dict(loaded.config):  # trained by this run
-            with suppress(UserError):  # views from outside the package
-                own_size = (run.get("online_eval") or {}).get("size")
-                size = own_size or from_dict(get_type_hints(Run)["views"], run.get("views")).size
-    loaded_weights: Weights | None = weights if Path(source).is_dir() else None
-    return Checkpoint(str(source), loaded.backbone.to(device), loaded.config, size, folder, loaded_weights)
+    return Checkpoint(str(source), backbone, folder, weights if Path(source).is_dir() else None)

@@ -14,7 +14,7 @@ from dino_ssl.files import read_json
 from dino_ssl.methods import DINOConfig
 from dino_ssl.methods.method import MethodConfig
 from dino_ssl.models import BackboneConfig
-from dino_ssl.models.pretrained import load_described
+from dino_ssl.models.pretrained import load
 from dino_ssl.models.weights import load_strict
 from dino_ssl.presets.plan import CPU_MINUTES, Plan, Reason, describe_preset, fit_schedule, fit_to_size, plan
 from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
@@ -114,11 +114,11 @@ def starting_from(run: Run, source: Checkpoint, *, size: int | None = None) -> R
 
     size: side of the views in pixels; None keeps the run's.
     """
-    if source.network is None:
+    if (network := source.backbone.config) is None:
         raise UserError(f"{source.source} does not say which network its weights belong to, so it cannot be trained.")
     drop_path = getattr(run.backbone, "drop_path", 0.0)
     views = run.views if size is None else run.views.with_size(size)
-    return edit(run, backbone=source.network.untrained().with_drop_path(drop_path), init=source.source, views=views)
+    return edit(run, backbone=network.untrained().with_drop_path(drop_path), init=source.source, views=views)
 
 
 def with_init_network(run: Run, network: BackboneConfig, *, is_named: bool) -> Run:
@@ -135,14 +135,14 @@ def check_init(run: Run) -> None:
     """Raise UserError if the initial weights that a run names are missing, or belong to another network."""
     if run.init is None:
         return
-    source = load_described(run.init)
+    source = load(run.init)
     try:
-        load_strict(run.backbone.untrained().build(), source.backbone.state_dict(), run.init)
+        load_strict(run.backbone.untrained().build(), source.state_dict(), run.init)
     except UserError as error:
         first_difference = str(error).splitlines()[1].strip()
         raise UserError(
-            f"The initial weights `init` {run.init} are those of {source.config.describe()}, but the network of this "
-            f"run is {run.backbone.describe()}: {first_difference}.\n"
+            f"The initial weights `init` {run.init} are those of {source.config and source.config.describe()}, but the "
+            f"network of this run is {run.backbone.describe()}: {first_difference}.\n"
             "If neither a network nor a preset is given, the run takes the network of its initial weights."
         ) from error
 

@@ -68,7 +68,7 @@ def _attention(options: AttentionOptions, terminal: Terminal) -> dict[str, Any]:
         layer=options.layer,
         heads=options.heads or None,
         mass=options.mass,
-        size=options.size or attention_size(checkpoint.size),
+        size=options.size or attention_size(checkpoint.backbone.transform.size),
     )
     out, stems, skipped = Path(options.out), set[str](), list[dict[str, str]]()
     videos = [name for name in options.images if Path(name).suffix.lower() in VIDEO_SUFFIXES]

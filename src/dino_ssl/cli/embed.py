@@ -47,7 +47,7 @@ def _embed(options: EmbedOptions, terminal: Terminal) -> dict[str, Any]:
         raise UserError(f"`out` must end in one of {', '.join(SUFFIXES)}; got {options.out!r}.")
     check_writable(path.parent)
     checkpoint, embedding = compute_features(options, dataset_named(options.dataset), terminal)
-    size = options.size or checkpoint.size
+    size = options.size or checkpoint.backbone.transform.size
     metadata = {"format": FORMAT, "checkpoint": options.checkpoint, "hash": checkpoint.hash, "size": size}
     if is_rank0():
         atomic_write(path, lambda part: _write(part, path.suffix.lower(), embedding, metadata))

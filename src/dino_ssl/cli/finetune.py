@@ -56,7 +56,7 @@ def finetune(argv: Sequence[str]) -> int:
         run = resolve(preset or "finetune")
         if checkpoint:
             source = open_checkpoint(checkpoint, trust="--trust" in argv)
-            run = starting_from(run, source, size=None if preset else source.size)
+            run = starting_from(run, source, size=None if preset else source.backbone.transform.size)
         return edit(run, val=dataset_config(dataset_named(val), "val")) if val else run
 
     kind, prog = FinetuneOptions, "dino eval finetune"

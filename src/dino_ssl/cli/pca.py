@@ -55,7 +55,7 @@ def _pca(options: PcaOptions, terminal: Terminal) -> dict[str, Any]:
             names.append((name, stem))
             yield image
 
-    size = options.size or attention_size(checkpoint.size)
+    size = options.size or attention_size(checkpoint.backbone.transform.size)
     colored, variance = patch_colors(checkpoint.backbone, pixels(), size=size, foreground=options.foreground)
     out, results, blocks = Path(options.out), [], []
     mark_output(out)

@@ -68,7 +68,7 @@ def _track(options: TrackOptions, terminal: Terminal) -> dict[str, Any]:
     mask = tracking.read_first_mask(options.mask, *first.shape[:2])
     checkpoint = open_checkpoint(options.checkpoint, options.device, weights=options.weights, trust=options.trust)
     backbone, context = checkpoint.backbone, EvalContext(device=next(checkpoint.backbone.parameters()).device)
-    size = options.size or attention_size(checkpoint.size)
+    size = options.size or attention_size(checkpoint.backbone.transform.size)
     settings = VideoSegmentation(size=size, multiple=1, context=options.context, radius=options.radius)
     too_small = tracking.too_small_objects(mask, backbone.patch, settings)
     if too_small:

@@ -73,7 +73,8 @@ class CollapsePolicy:
             atomic_write(self._last, lambda part: shutil.copyfile(self._healthy, part))
             saved = checkpoint.load(self._last)
             step, weights = saved["step"], backbone_weights(saved, self._last, "teacher")
-            save_backbone(self.run.backbone, weights, self.folder / EXPORTS["last"])
+            path = self.folder / EXPORTS["last"]
+            save_backbone(self.run.backbone, weights, path, self.run.preprocessing)
             message = f"Rollback from step {self.step} to step {step}, the last healthy checkpoint."
         self._write("Rollback", message)
         return message, step

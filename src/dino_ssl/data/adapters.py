@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
-from torch import Tensor
 
 from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Skipped, fingerprint
 from dino_ssl.data.folder import FolderDataset, printable, readable_images
 from dino_ssl.errors import UserError
+from dino_ssl.preprocessing import to_rgb
 from dino_ssl.progress import Progress
 
 
@@ -119,22 +118,8 @@ def kind_of(source: object) -> str:
 
 def _split_item(item: Any, index: int) -> tuple[np.ndarray, int]:
     image, label = (item[0], item[1]) if isinstance(item, tuple) else (item, -1)
+    pixels = to_rgb(image, f"Item {index} of the dataset", " (or a tuple of one and its label)")
     try:
-        return _to_rgb(image, index), int(label)
+        return pixels, int(label)
     except (TypeError, ValueError):  # e.g. the boxes or the mask of an image
-        return _to_rgb(image, index), -1
-
-
-def _to_rgb(image: Any, index: int) -> np.ndarray:
-    if isinstance(image, Image.Image):
-        return np.array(image.convert("RGB"))
-    pixels = image.movedim(0, -1).numpy() if isinstance(image, Tensor) and image.ndim == 3 else image
-    if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8:
-        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-        if pixels.ndim == 3 and pixels.shape[2] in (1, 3):
-            return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
-    shape = f" of {image.dtype} {tuple(image.shape)}" if isinstance(image, np.ndarray | Tensor) else ""
-    raise UserError(
-        f"Item {index} of the dataset: expected a PIL image, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W] "
-        f"(or a tuple of one and its label), got {type(image).__name__}{shape}."
-    )
+        return pixels, -1

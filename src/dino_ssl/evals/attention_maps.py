@@ -7,7 +7,6 @@ import cv2
 import numpy as np
 import torch
 
-from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError, check_value
 from dino_ssl.evals.base import Autocast, evaluating
 from dino_ssl.models.backbone import Attentive, Backbone
@@ -68,9 +67,9 @@ def patch_attention(
     tokens = [0 if query is None else first_patch + query for query in queries]
     planes = np.ascontiguousarray(image.transpose(2, 0, 1))[None]
     with evaluating(backbone):
-        device = next(backbone.parameters()).device
+        images = torch.from_numpy(planes).to(next(backbone.parameters()).device)
         with autocast():
-            attention = backbone.attention(normalize(torch.from_numpy(planes).to(device)), layer)
+            attention = backbone.attention(backbone.transform.normalize(images), layer)
         rows = attention[0][:, tokens, first_patch:].float().transpose(0, 1).cpu().numpy()
     return rows.reshape(*rows.shape[:2], image.shape[0] // backbone.patch, image.shape[1] // backbone.patch)
 

@@ -6,6 +6,7 @@ Rank r extracts images r, r + world size, ...; every rank ends with all rows.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,6 @@ from dino_ssl import distributed
 from dino_ssl.data.dataset import BadImage, ImageDataset, Skipped
 from dino_ssl.data.loader import eval_batches, shaped_batches
 from dino_ssl.data.sources import described
-from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext, PreparedEval, Scores, evaluating
 from dino_ssl.files import atomic_write
@@ -64,9 +64,10 @@ def extract(
     backbone: Backbone, dataset: ImageDataset, context: EvalContext, *, size: int | None = None
 ) -> ImageFeatures:
     """Return the [CLS] (or pooled) feature of the center crop of every image; `size` defaults to the context's."""
-    side, pin_memory = size or context.size, context.device.type == "cuda"
-    batches = partial(eval_batches, dataset, side, context.batch_size, context.workers, pin_memory=pin_memory)
-    return _extract(backbone, dataset, batches, backbone, backbone.embed_dim, (f"cls at {side}",), context)
+    transform = replace(backbone.transform, size=size or context.size)
+    pin_memory = context.device.type == "cuda"
+    batches = partial(eval_batches, dataset, transform, context.batch_size, context.workers, pin_memory=pin_memory)
+    return _extract(backbone, dataset, batches, backbone, backbone.embed_dim, (f"cls, {transform}",), context)
 
 
 def extract_resized(
@@ -89,7 +90,7 @@ def extract_resized(
         return shaped_batches(dataset, shapes, pixels=pixels, indices=shard, workers=context.workers)
 
     digest = hashlib.sha256(np.ascontiguousarray(shapes, dtype="<i8").tobytes()).hexdigest()
-    return _extract(backbone, dataset, batches, describe, width, (key, digest), context)
+    return _extract(backbone, dataset, batches, describe, width, (key, f"{backbone.transform}", digest), context)
 
 
 def _extract(
@@ -104,7 +105,7 @@ def _extract(
     def features(shard: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         for indices, images in batches(shard):
             with context.autocast():
-                out = describe(normalize(images.to(context.device, non_blocking=True)))
+                out = describe(backbone.transform.normalize(images.to(context.device, non_blocking=True)))
             yield indices, out.float().cpu()
 
     def compute() -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ All learning rates are trained in one pass over the images. The best one is sele
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import ClassVar, NamedTuple
 
@@ -18,10 +18,10 @@ from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import crop_batches, epoch_order, eval_batches
 from dino_ssl.data.sources import described, labeled_only
-from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import EvalContext, LabeledEvaluation, PreparedEval, Scores, evaluating, full_precision
 from dino_ssl.models.backbone import Attentive, Backbone
+from dino_ssl.preprocessing import Preprocessing
 from dino_ssl.runtime import machine, machine_memory
 
 Extract = Callable[[Tensor], Tensor]
@@ -112,7 +112,7 @@ def accuracies(
     logits: Callable[[Tensor], Tensor],
     classifiers: int,
     dataset: ImageDataset,
-    size: int,
+    transform: Preprocessing,
     context: EvalContext,
     label: str,
 ) -> list[list[float]]:
@@ -125,7 +125,7 @@ def accuracies(
     shard = np.flatnonzero(dataset.labels >= 0)[distributed.rank() :: distributed.world_size()]
     correct = torch.zeros(2, classifiers, dtype=torch.int64, device=context.device)
     with context.progress(label) as progress:
-        for rows, images in eval_batches(dataset, size, context.batch_size, context.workers, shard):
+        for rows, images in eval_batches(dataset, transform, context.batch_size, context.workers, shard):
             if len(rows):
                 ranks = class_rank(logits(images), labels[rows].to(context.device))
                 correct += torch.stack([(ranks < top).sum(0) for top in (1, 5)])
@@ -198,28 +198,30 @@ class Linear(LabeledEvaluation):
 
     def _score(self, backbone: Backbone, train: ImageDataset, val: ImageDataset, context: EvalContext) -> Scores:
         """Train the sweep, select a learning rate, and return its top-1 and top-5 accuracy in percent."""
-        spec, size, tune_mask = self.feature_spec(backbone), self.size or context.size, self.tune_mask(train)
+        spec, tune_mask = self.feature_spec(backbone), self.tune_mask(train)
+        transform = replace(backbone.transform, size=self.size or context.size)
 
         def extract(images: Tensor) -> Tensor:
             with context.autocast():
-                return frozen_feature(backbone, normalize(images.to(context.device, non_blocking=True)), spec)
+                pixels = images.to(context.device, non_blocking=True)
+                return frozen_feature(backbone, transform.normalize(pixels), spec)
 
         def logits(images: Tensor) -> Tensor:
             return heads.logits(extract(images))
 
         with evaluating(backbone), torch.random.fork_rng(devices=[]):  # data loaders draw a seed
-            width = extract(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
+            width = extract(torch.zeros(1, 3, transform.size, transform.size, dtype=torch.uint8)).shape[1]
             heads = self.fit(train, tune_mask, extract, width, context)
             count, best = heads.weights.shape[1], 0
             table = [{"lr": lr} for lr in self.lr]
             if tune_mask.any():
                 tune = train.subset(np.flatnonzero(tune_mask))
-                top1, _ = accuracies(logits, count, tune, size, context, "accuracy on held-out training images")
+                top1, _ = accuracies(logits, count, tune, transform, context, "accuracy on held-out training images")
                 top1 = top1[: len(table)]  # the classifiers that were not trained on them
                 best = top1.index(max(top1))
                 for row, accuracy in zip(table, top1, strict=True):
                     row["top-1 on held-out training images"] = accuracy
-            top1, top5 = accuracies(logits, count, val, size, context, "accuracy on validation images")
+            top1, top5 = accuracies(logits, count, val, transform, context, "accuracy on validation images")
         final = best - len(table)  # the classifier of the same learning rate that was trained on all images
         details = {"feature": {**spec._asdict(), "width": width}, "selected": {"lr": self.lr[best]}, "sweep": table}
         return Scores({"top-1": top1[final], "top-5": top5[final]}, details)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import check_range
 from dino_ssl.evals.base import EvalContext, PreparedEval, Scores, evaluating
 from dino_ssl.evals.knn import KNN
 from dino_ssl.evals.linear import accuracies
 from dino_ssl.models.heads import Network
+from dino_ssl.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +64,15 @@ class OnlineEval:
 
 def classifier_accuracy(classifier: Network, dataset: ImageDataset, size: int, context: EvalContext) -> Scores:
     """Return {"top-1": percent, "top-5": percent} of a network with one logit per class, the same on every rank."""
+    transform = Preprocessing(size=size)
 
     def logits(images: Tensor) -> Tensor:
         with context.autocast():
-            (out,) = classifier([normalize(images.to(context.device, non_blocking=True))[None]])
+            (out,) = classifier([transform.normalize(images.to(context.device, non_blocking=True))[None]])
         return out.float()[:, None]
 
     with evaluating(classifier), torch.random.fork_rng(devices=[]):  # data loaders draw a seed
-        (top1,), (top5,) = accuracies(logits, 1, dataset, size, context, "accuracy")
+        (top1,), (top5,) = accuracies(logits, 1, dataset, transform, context, "accuracy")
     return Scores({"top-1": top1, "top-5": top5})
 
 

@@ -19,7 +19,6 @@ from dino_ssl.data.benchmarks.davis import open_davis
 from dino_ssl.data.clips import Clip, SyntheticClip
 from dino_ssl.data.masks import write_mask
 from dino_ssl.data.sources import DatasetSource, folder_path, synthetic_scenes
-from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval, Scores, Source, evaluating
 from dino_ssl.evals.davis_score import score_clips
@@ -56,7 +55,7 @@ def segment(
                 )
             pixels = torch.from_numpy(cv2.resize(image, size[::-1], interpolation=resize)).permute(2, 0, 1)[None]
             with context.autocast():
-                yield backbone.features(normalize(pixels.to(context.device)))[0].patches[0]
+                yield backbone.features(backbone.transform.normalize(pixels.to(context.device)))[0].patches[0]
 
     maps = features()
     first = next(maps, None)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_ssl.errors import UserError
+from dino_ssl.preprocessing import Preprocessing
 
 
 class Features(NamedTuple):
@@ -27,13 +28,17 @@ class Features(NamedTuple):
 class Backbone(nn.Module, ABC):
     """The network f of the paper: images in, one feature vector per image out (Sec. 3.1).
 
-    Images are float [B, 3, H, W] of any size, normalized with ImageNet's mean and standard deviation.
+    Images are float [B, 3, H, W] of any size, normalized as by `transform`.
     """
 
     embed_dim: int
     """D, the width of the feature vector."""
     patch: int
     """Pixels per cell of the spatial feature map: the patch size of a ViT, the total stride of a ConvNet."""
+    transform: Preprocessing = Preprocessing()
+    """The preprocessing of the images that the network was trained on; `load` reads it from the file."""
+    config: "BackboneConfig | None" = None
+    """The settings that built the network; None if they are unknown."""
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from dino_ssl.models.weights import (
     read_safetensors,
 )
 from dino_ssl.names import RELEASED_NETWORKS, check_checkpoint
+from dino_ssl.preprocessing import Preprocessing
 
 Weights = Literal["last", "best"]
 """The weights of a run: those of its last step, or those with the best online evaluation."""
@@ -47,15 +48,6 @@ RELEASED = {name: Released(backbone_named(network), stem) for name, (network, st
 """The authors' released backbones by the names of their torch.hub entries."""
 
 
-class Loaded(NamedTuple):
-    """A trained backbone with its description."""
-
-    backbone: Backbone
-    config: BackboneConfig
-    run: Mapping[str, Any] | None = None
-    """The Run of a training checkpoint of this project, as JSON data."""
-
-
 def load(
     source: str | Path,
     *,
@@ -75,54 +67,49 @@ def load(
         backbone: the architecture, if the file does not describe it.
         trust: import the backbone's class if the file names it as `module:Class`, which runs code of that module.
     """
-    return load_described(source, weights=weights, which=which, backbone=backbone, trust=trust).backbone
-
-
-def load_described(
-    source: str | Path,
-    *,
-    weights: Weights = "last",
-    which: Which = "teacher",
-    backbone: BackboneConfig | None = None,
-    trust: bool = False,
-) -> Loaded:
-    """Return the backbone of `load` with its settings, and the Run that trained it if known."""
     name, path = str(source), Path(source)
     check_checkpoint(name)
     if weights != "last" and not path.is_dir():
         raise UserError(f"`weights` {weights} selects a file of a run's directory, and {name!r} is none. Omit it.")
     if name in RELEASED:
-        config = RELEASED[name].backbone
-        return Loaded(build_with_weights(config, download(RELEASED[name].url), name), config)
+        return build_with_weights(RELEASED[name].backbone, download(RELEASED[name].url), name)
     if name.startswith("timm:"):
-        config = Timm(name=name.removeprefix("timm:"), pretrained=True)
-        return Loaded(config.build().eval(), config)
+        network: Any = Timm(name=name.removeprefix("timm:"), pretrained=True).build().eval()
+        network.transform = network.pretrained_transform()
+        return network
     if path.is_dir():
         path = weights_file(path, which, weights)
-    run = described = None
+    described = transform = None
     if path.suffix == ".safetensors":
-        state, described = read_safetensors(path, trust=trust)
+        state, described, transform = read_safetensors(path, trust=trust)
     else:
         content = read_file(path)
         state = backbone_weights(content, path, which)
         run = content.get("run")
         if isinstance(run, Mapping) and run.get("backbone"):
             described = from_dict(BackboneConfig, run["backbone"], trust=trust)
+            transform = content.get("preprocessing") and from_dict(Preprocessing, content["preprocessing"])
     config = backbone or described or infer_config(state, path)
-    return Loaded(build_with_weights(config, state, str(path)), config, run)
+    return build_with_weights(config, state, str(path), transform)
 
 
-def network_of(source: str, *, trust: bool = False) -> BackboneConfig:
+def network_of(source: str, *, trust: bool = False) -> BackboneConfig | None:
     """Return the network of a checkpoint, without downloading weights."""
     if source in RELEASED:
         return RELEASED[source].backbone
-    return backbone_named(source) if source.startswith("timm:") else load_described(source, trust=trust).config
+    return backbone_named(source) if source.startswith("timm:") else load(source, trust=trust).config
 
 
-def build_with_weights(config: BackboneConfig, state: StateDict, source: str) -> Backbone:
-    """Return the network with the weights of `state`, in evaluation mode."""
+def build_with_weights(
+    config: BackboneConfig, state: StateDict, source: str, transform: Preprocessing | None = None
+) -> Backbone:
+    """Return the network with the weights of `state`, in evaluation mode.
+
+    transform: default: ImageNet's, at the size that the network is designed for.
+    """
     network = config.untrained().build(drop_path=0.0)  # downloads nothing
     load_strict(network, fit_to_network(state, network), source)
+    network.config, network.transform = config, transform or Preprocessing(size=config.input_size)
     return network.eval()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dino_ssl.errors import UserError, did_you_mean
 from dino_ssl.models.backbone import Attentive, Backbone, BackboneConfig, Features
+from dino_ssl.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,9 @@ class Timm(BackboneConfig):
         """Return the network without its classifier; `drop_path` overrides the setting (0 for a teacher)."""
         rate = self.drop_path if drop_path is None else drop_path
         net = create(self.name, drop_path=rate, pretrained=self.pretrained, args=dict(self.args))
-        return TimmViT(net) if _is_plain_vit(net) else TimmNetwork(net)
+        network = TimmViT(net) if _is_plain_vit(net) else TimmNetwork(net)
+        network.config = self
+        return network
 
     def describe(self) -> str:
         """Return timm's name, with the additional arguments in parentheses, such as `(layers 1 1 1 1)`."""
@@ -94,6 +97,20 @@ class TimmBackbone(Backbone):
             self.net.set_grad_checkpointing(enable)
         except (AttributeError, AssertionError):
             super().set_grad_checkpointing(enable)
+
+    def pretrained_transform(self) -> Preprocessing:
+        """Return the preprocessing of timm's pretrained weights of this network."""
+        from timm.data.config import resolve_model_data_config
+
+        known: Any = resolve_model_data_config(self.net)
+        size = known["input_size"][-1]
+        return Preprocessing(
+            size=size,
+            crop=size / math.floor(size / known["crop_pct"]),  # timm rounds the resized side down
+            mean=known["mean"],
+            std=known["std"],
+            interpolation="bilinear" if known["interpolation"] == "bilinear" else "bicubic",
+        )
 
     def convert_weights(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the weights of the official XCiT with timm's names, and those of other networks unchanged."""

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from dino_ssl.errors import UserError
 from dino_ssl.models.backbone import Attentive, BackboneConfig, Features
 from dino_ssl.models.blocks import NORM_EPS, Block, PatchEmbed, init_weights, scaled_dot_product
+from dino_ssl.preprocessing import Preprocessing
 
 
 class Size(NamedTuple):
@@ -105,6 +106,7 @@ class VisionTransformer(Attentive):
 
     def __init__(self, config: ViT, drop_path: float = 0.0) -> None:
         super().__init__()
+        self.config, self.transform = config, Preprocessing(size=config.image_size)
         width, depth, heads = config.shape
         self.embed_dim, self.num_blocks = width, depth
         self.patch, self.registers = config.patch, config.registers

@@ -23,6 +23,7 @@ from dino_ssl.config import from_dict, to_dict
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write, check_format
 from dino_ssl.models import Backbone, BackboneConfig
+from dino_ssl.preprocessing import Preprocessing
 
 FORMAT = 1
 """Version of the metadata of .safetensors files."""
@@ -53,24 +54,37 @@ def read_file(path: Path, *, mmap: bool = False) -> Any:
         ) from error
 
 
-def read_safetensors(path: Path, *, trust: bool = False) -> tuple[StateDict, BackboneConfig | None]:
-    """Return the weights, and the backbone that the file's metadata describes. trust: see `config.from_dict`."""
+def read_safetensors(
+    path: Path, *, trust: bool = False
+) -> tuple[StateDict, BackboneConfig | None, Preprocessing | None]:
+    """Return the weights, and the backbone and the preprocessing that the file's metadata describes.
+
+    trust: see `config.from_dict`.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            described = json.loads((file.metadata() or {}).get("backbone", "null"))
+            metadata = file.metadata() or {}
+            described, transform = (json.loads(metadata.get(key, "null")) for key in ("backbone", "preprocessing"))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as safetensors; it may be truncated. ({error})") from error
     if not described:
-        return state, None
+        return state, None, None
     check_format(path, described.pop("format", FORMAT), FORMAT)
-    return state, from_dict(BackboneConfig, described, trust=trust)
+    return state, from_dict(BackboneConfig, described, trust=trust), transform and from_dict(Preprocessing, transform)
 
 
-def save_backbone(config: BackboneConfig, state: Mapping[str, Tensor], path: Path) -> Path:
-    """Write weights with the description of their network as .safetensors, which `load(path)` reads."""
+def save_backbone(
+    config: BackboneConfig, state: Mapping[str, Tensor], path: Path, transform: Preprocessing | None = None
+) -> Path:
+    """Write weights with the description of network and preprocessing as .safetensors, which `load(path)` reads.
+
+    transform: default: ImageNet's, at the size that the network is designed for.
+    """
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    metadata = {"backbone": json.dumps({"format": FORMAT, **to_dict(config)})}
+    transform = transform or Preprocessing(size=config.input_size)
+    described = {"backbone": {"format": FORMAT, **to_dict(config)}, "preprocessing": to_dict(transform)}
+    metadata = {key: json.dumps(value) for key, value in described.items()}
     return atomic_write(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata=metadata))
 
 

@@ -18,11 +18,11 @@ import cv2
 import numpy as np
 
 from dino_ssl.data.dataset import BadImage, ImageDataset
-from dino_ssl.data.transforms.eval import eval_transform
 from dino_ssl.evals.features import ImageFeatures
 from dino_ssl.evals.knn import nearest_neighbors
 from dino_ssl.files import check_format, read_json, write_json
 from dino_ssl.models.backbone import Backbone
+from dino_ssl.preprocessing import Preprocessing
 from dino_ssl.viz.attention import attention_maps
 from dino_ssl.viz.rendering import cutout, heat_map, overlay, save_image
 
@@ -51,7 +51,7 @@ def save_snapshot(
     index = read_index(folder)
     for i in map(int, indices):
         try:
-            image = eval_transform(dataset.read(i), size)
+            image = Preprocessing(size=size).center_crop(dataset.read(i))
         except BadImage:
             continue
         (maps,) = attention_maps(backbone, image, size=size)
@@ -126,7 +126,7 @@ def _save(path: Path, image: np.ndarray) -> None:
 def _save_thumbnail(dataset: ImageDataset, index: int, path: Path, size: int) -> None:
     with suppress(BadImage):
         if not path.exists():
-            _save(path, eval_transform(dataset.read(index), size))
+            _save(path, Preprocessing(size=size).center_crop(dataset.read(index)))
 
 
 def _describe(dataset: ImageDataset, index: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dino_ssl.data.transforms.eval import normalize
 from dino_ssl.errors import UserError
 from dino_ssl.evals.attention_maps import patch_attention, require_attention, resize_to_patches, top_mass_mask
 from dino_ssl.evals.base import evaluating
@@ -108,8 +107,8 @@ def last_features(backbone: Backbone, image: np.ndarray) -> Features:
     """Return the features of one resized image, batch size 1, on the backbone's device."""
     planes = np.ascontiguousarray(image.transpose(2, 0, 1))[None]
     with evaluating(backbone):
-        device = next(backbone.parameters()).device
-        return backbone.features(normalize(torch.from_numpy(planes).to(device)))[0]
+        images = torch.from_numpy(planes).to(next(backbone.parameters()).device)
+        return backbone.features(backbone.transform.normalize(images))[0]
 
 
 def display_image(image: np.ndarray, resized: np.ndarray) -> np.ndarray:

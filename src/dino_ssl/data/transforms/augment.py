@@ -18,9 +18,8 @@ from PIL import Image
 
 from dino_ssl.data.dataset import Reduction
 from dino_ssl.data.transforms.base import check_interval, crop_box, jpeg_scale
-from dino_ssl.data.transforms.eval import MEAN, denormalize
-from dino_ssl.data.transforms.pixel_ops import resize
 from dino_ssl.errors import check_range
+from dino_ssl.preprocessing import MEAN, denormalize, resize
 
 
 @dataclass(frozen=True, kw_only=True)

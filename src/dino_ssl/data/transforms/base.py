@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 
 from dino_ssl.data.dataset import Reduction
-from dino_ssl.data.transforms.pixel_ops import resize
 from dino_ssl.errors import UserError, check_range
+from dino_ssl.preprocessing import resize
 
 
 class Views(Protocol):

@@ -19,6 +19,7 @@ from dino_ssl.data.dataset import Reduction
 from dino_ssl.data.transforms import pixel_ops as ops
 from dino_ssl.data.transforms.base import RandomSource, check_interval, crop_box, jpeg_scale, uniform
 from dino_ssl.errors import UserError, check_range
+from dino_ssl.preprocessing import resize
 
 JITTER_OPS = (ops.adjust_brightness, ops.adjust_contrast, ops.adjust_saturation, ops.adjust_hue)
 JITTER_ORDERS = tuple(permutations(range(len(JITTER_OPS))))
@@ -154,7 +155,7 @@ class MultiCrop:
 
     def _view(self, image: np.ndarray, params: ViewParams, size: int) -> np.ndarray:
         view = image[params.top : params.top + params.height, params.left : params.left + params.width]
-        view = ops.resize(view, size, size)
+        view = resize(view, size, size)
         if params.flip:
             view = cv2.flip(view, 1)
         for op in params.order:
