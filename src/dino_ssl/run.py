@@ -36,6 +36,7 @@ EXECUTION_FIELDS = (
     "log_every",
     "save_minutes",
     "keep_every",
+    "thumbnails",
     "on_collapse",
     "out",
 )
@@ -83,6 +84,9 @@ class Run:
     """Minutes between two saves of checkpoints/last.pt. A checkpoint is also saved at the end and after Ctrl-C."""
     keep_every: int = 0
     """Epochs between two checkpoints that are kept; 0: keep only the last and the best."""
+    thumbnails: bool = True
+    """Show images of the dataset and paths of files in the report. --no-thumbnails omits both, for a report that may be
+    shared, and saves no snapshots of attention maps."""
     on_collapse: Literal["warn", "stop", "rollback"] = "warn"
     """Action on a collapse: print a warning, stop, or stop and restore the last healthy checkpoint
     (docs/collapse.md)."""

@@ -66,12 +66,14 @@ def test_resume_continues_to_the_end(copy, dino):
     assert output.code == 0, output.err
     assert f"would resume at step {last} of" in output.out
     assert steps_of(copy)[-1] == last
-    output = dino("train", "--resume", copy, "--json")
+    output = dino("train", "--resume", copy, "--json", "--no-thumbnails")
     assert output.code == 0, output.err
     assert f"Resuming at step {last}" in output.err
     assert output.json["finished"]
     assert steps_of(copy) == list(range(1, output.json["steps"] + 1))
     assert json.loads((copy / "run.json").read_text())["run"]["optim"]["epochs"] == 12
+    assert "data:image/jpeg" not in (copy / "report.html").read_text()
+    assert not (copy / "snapshots/neighbors.json").exists()
 
 
 @pytest.mark.usefixtures("tiny_preset")

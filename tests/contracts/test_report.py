@@ -21,7 +21,7 @@ from dino_ssl.report.curves import chart, read_history
 from dino_ssl.report.run_report import write_report
 from dino_ssl.report.sections import attention_section
 from dino_ssl.report.snapshots import choose_samples, read_index, read_neighbors, save_snapshot, write_neighbors
-from dino_ssl.run import Run
+from dino_ssl.run import Run, read_run
 
 K = 1024
 
@@ -148,6 +148,28 @@ def test_the_page_loads_nothing_and_escapes_names(page: str) -> None:
     assert "&lt;weeds&gt;" in page
     assert page.count("data:image/jpeg;base64,") >= 4 * (1 + 3) + 4 * (1 + 2 + 3)  # over epochs, then the panels
     assert len(page) < 3_000_000
+
+
+def test_a_private_report_has_no_images_and_no_paths(run_dir: Path) -> None:
+    content = json.loads((run_dir / "run.json").read_text())
+    content["run"] |= {"data": {"type": "Folder", "path": "/home/ann/xrays"}, "init": "/home/ann/x.pth"}
+    (run_dir / "run.json").write_text(json.dumps(content))
+    write_rows(run_dir, [*rows(), {"step": 120, "epoch": 12, "eval": "retrieval /home/ann/pairs", "mAP": 1.0}])
+    shown, private = (write_report(run_dir, thumbnails=value).read_text() for value in (True, False))
+    images = "data:image/jpeg"
+    for text in ("/home/ann/xrays", "/home/ann/x.pth", "/home/ann/pairs", "a &lt;b&gt;.jpg", images):
+        assert text in shown
+        assert text not in private, text
+    assert "/home" not in private
+    assert "This page has thumbnails of the dataset and paths of files." in shown
+    for text in (
+        "no images of the dataset and no paths",
+        "retrieval pairs",
+        "cut short",
+        "<dt>out dim</dt><dd>1024</dd>",
+    ):
+        assert text in private
+    assert images not in write_report(run_dir, edit(read_run(run_dir), thumbnails=False)).read_text()
 
 
 def test_a_partial_run_gets_its_report(run_dir: Path) -> None:

@@ -175,7 +175,7 @@ class _Session:
         clock, references = started.clock, started.reference_scores
         self.outcome = Outcome(self.folder, self.run, clock, best=dict(started.best), reference_scores=references)
         self.sample_set = started.val_set or started.train_set
-        self.samples = choose_samples(self.sample_set)
+        self.samples = choose_samples(self.sample_set) if self.run.thumbnails else []
         epochs = [clock.epochs * i / (NUM_SNAPSHOTS - 1) for i in range(NUM_SNAPSHOTS)]
         self.snapshot_epochs = [*(epoch for epoch in epochs if epoch > clock.epoch), math.inf]
         if not self.rt.is_main:
@@ -228,7 +228,7 @@ class _Session:
             outcome.collapse = str(finding)
             if (step := self.roll_back()) is not None:
                 outcome.clock, outcome.finished = ended.clock._replace(step=step), False
-        if outcome.finished:
+        if outcome.finished and self.samples:
             self.find_neighbors(ended.method.backbone)
 
     def find_neighbors(self, backbone: Backbone) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dino_ssl.cli.images import run_command
-from dino_ssl.cli.options import Json, Trust
+from dino_ssl.cli.options import Flag, Json, Trust
 from dino_ssl.config import to_dict
 from dino_ssl.terminal import Terminal
 
@@ -43,6 +43,8 @@ class ReportOptions:
     """Folder of the page of a table and the figure of its curves, as in docs/ablations/; default: of its results."""
     tables: str = "runs/ablate"
     """Parent folder of the results of all tables: --out of `dino ablate`."""
+    thumbnails: Flag = True
+    """Show images of the dataset and paths of files in the report of a run; --no-thumbnails omits both."""
     trust: Trust = False
     json: Json = False
 
@@ -98,7 +100,7 @@ def _report(options: ReportOptions, terminal: Terminal) -> dict[str, Any]:
     folder, result = Path(options.run), {}
     is_path = "/" in options.run or folder.exists()
     if (folder / "run.json").is_file() or (is_path and not (folder / "study.json").is_file()):
-        page = write_report(folder, trust=options.trust)
+        page = write_report(folder, thumbnails=options.thumbnails, trust=options.trust)
     else:
         study = find_study(options.run, Path(options.tables), options.scale)
         print_results(study, terminal)

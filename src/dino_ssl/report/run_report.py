@@ -3,6 +3,7 @@
 import math
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -28,16 +29,22 @@ from dino_ssl.report.sections import (
 from dino_ssl.run import Run, read_run
 
 References = Mapping[str, float]
+FOOTER = (
+    "This page has thumbnails of the dataset and paths of files. "
+    "<code>dino report RUN --no-thumbnails</code> writes it without both."
+)
+PRIVATE_FOOTER = "This page has no images of the dataset and no paths of files."
 MAX_SKIPPED = 100
 """Skipped files that are listed by name."""
 
 
-def write_report(run_dir: Path | str, run: Run | None = None, *, trust: bool = False) -> Path:
+def write_report(run_dir: Path | str, run: Run | None = None, *, thumbnails: bool = True, trust: bool = False) -> Path:
     """Write RUN/report.html from the files of the run folder and return its path. Missing files omit their section.
 
     Args:
         run_dir: The run folder, of a finished, stopped or active run.
         run: Its settings. Default: those of run.json.
+        thumbnails: Show images of the dataset and paths of files, unless the run omits them.
         trust: Import types from outside the package that run.json names, which runs their code.
     """
     run_dir = Path(run_dir)
@@ -55,20 +62,23 @@ def write_report(run_dir: Path | str, run: Run | None = None, *, trust: bool = F
         f"{run.backbone.describe()}, trained by {run.method.summary}, on {trained_on:,} images{of_folder}; "
         f"epoch {epoch:.4g} of {run.optim.epochs:g}."
     )
+    private = not (thumbnails and run.thumbnails)
+    if private:
+        lead = lead.replace(of_folder, "")
     body = [
         '<div class="eyebrow">dino · training report</div>',
         f'<h1>{escape(run_dir.resolve().name)}</h1><p class="lead">{escape(lead)}</p>\n',
         *(f'<p class="warning">{escape(str(finding))}</p>' for finding in findings),
         _headline(history, metric, accuracy, references, prototypes),
         _curves(history, metric, accuracy, references, prototypes),
-        evals_section(history.evaluations),
-        attention_section(snapshots),
-        neighbors_section(snapshots),
+        evals_section(history.evaluations, private=private),
+        *(() if private else (attention_section(snapshots), neighbors_section(snapshots))),
         health_section(run_dir, prototypes, history),
-        plan_section(run_dir),
-        settings_section(run),
-        _skipped(run_dir),
+        plan_section(run_dir, private=private),
+        settings_section(run, private=private),
+        _skipped(run_dir, private=private),
         _environment(info, history),
+        f"<footer>{PRIVATE_FOOTER if private else FOOTER}</footer>",
     ]
     text = html.page(f"{run_dir.resolve().name} · dino", body)
     return atomic_write(run_dir / "report.html", lambda part: part.write_text(text, encoding="utf-8"))
@@ -113,12 +123,13 @@ def _curves(history: History, metric: str, accuracy: Line, references: Reference
     return html.section("Curves", "Over epochs.", figures)
 
 
-def _skipped(run_dir: Path) -> str:
+def _skipped(run_dir: Path, *, private: bool) -> str:
     rows = list(dict.fromkeys((str(row["name"]), str(row["reason"])) for row in read_lines(run_dir / "skipped.jsonl")))
-    shown = html.table(rows[:MAX_SKIPPED], wrap=True)
-    more = f" The first {MAX_SKIPPED}; skipped.jsonl has all." if len(rows) > MAX_SKIPPED else ""
+    counts = Counter(reason for _, reason in rows)
+    shown = [(f"{count:,}", reason) for reason, count in counts.most_common()] if private else rows[:MAX_SKIPPED]
+    more = f" The first {MAX_SKIPPED}; skipped.jsonl has all." if len(shown) < len(rows) and not private else ""
     text = f"{len(rows):,} file{'s' if len(rows) > 1 else ''} could not be read.{more}"
-    return html.section("Skipped files", text, shown)
+    return html.section("Skipped files", text, html.table(shown, wrap=True))
 
 
 def _environment(info: Mapping[str, Any], history: History) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ MAX_CURVES = 3
 """Metrics of one evaluation in its chart; the table has all."""
 MAX_EPOCHS = 6
 """Epochs of which the attention maps are shown."""
+PATH_FIELDS = ("data", "val", "init", "evals", "out")
+"""Fields of a Run that have paths, which a private report omits."""
 MAX_TEXT = 120
 """Characters of a setting."""
 HEALTH_CHARTS: list[tuple[str, dict[str, str], str]] = [
@@ -43,8 +45,8 @@ INFORMATION_NOTE = (
 # -- metrics -----------------------------------------------------------------------------------------------
 
 
-def evals_section(evaluations: Mapping[str, Rows]) -> str:
-    """Return the curves, first and last values of every evaluation of `Run.evals`."""
+def evals_section(evaluations: Mapping[str, Rows], *, private: bool = False) -> str:
+    """Return the curves, first and last values of every evaluation of `Run.evals`. private: omit folders."""
     parts = []
     for name, rows in evaluations.items():
         if name in ONLINE:
@@ -55,6 +57,7 @@ def evals_section(evaluations: Mapping[str, Rows]) -> str:
         cells = [[key, *(f"{row[key]:.1f}" if row.get(key) is not None else "–" for row in ends)] for key in metrics]
         head = ["", *(f"epoch {row.get('epoch', 0):.4g}" for row in ends)]
         figure = charts(chart(curves, title="Over epochs", from_zero=True))
+        name = " ".join(Path(word).name for word in name.split()) if private else name
         parts += [f"<h3>{escape(name)}</h3>", figure, html.table([head, *cells], wrap=True)]
     return html.section("Evaluations", "Run during training. In percent unless the name states a unit.", *parts)
 
@@ -141,28 +144,33 @@ def _caption(image: Mapping[str, Any]) -> str:
 # -- settings ----------------------------------------------------------------------------------------------
 
 
-def plan_section(run_dir: Path) -> str:
+def plan_section(run_dir: Path, *, private: bool) -> str:
     """Return the settings that the plan chose, with its reasons."""
     content = read_json(path := run_dir / "plan.json") or {"format": FORMAT, "plan": []}
     check_format(path, content.get("format"), FORMAT)
-    rows = [[reason[key] for key in ("name", "value", "reason")] for reason in content["plan"]]
+    reasons = [row for row in content["plan"] if not (private and row["name"].split(".")[0] in PATH_FIELDS)]
+    rows = [[reason[key] for key in ("name", "value", "reason")] for reason in reasons]
     return html.section("Plan", "Settings chosen for this dataset and machine, with reasons.", html.table(rows))
 
 
-def settings_section(run: Run) -> str:
-    """Return a card for the run's own settings, and one for each nested value."""
-    nested = {name: value for name, value in vars(run).items() if dataclasses.is_dataclass(value)}
-    cards = [_card("Run", "", run), *(_card(name, type_name(type(value)), value) for name, value in nested.items())]
+def settings_section(run: Run, *, private: bool) -> str:
+    """Return a card for the run's own settings, and one for each nested value. private: omit PATH_FIELDS."""
+    omitted = PATH_FIELDS if private else ()
+    nested = {n: value for n, value in vars(run).items() if dataclasses.is_dataclass(value) and n not in omitted}
+    cards = [
+        _card("Run", "", run, omitted),
+        *(_card(name, type_name(type(value)), value) for name, value in nested.items()),
+    ]
     grid = f'<div class="grid settings">{"".join(cards)}</div>'
     return html.section("Settings", "All settings of run.json; defaults are gray.", grid)
 
 
-def _card(title: str, kind: str, settings: Any) -> str:
+def _card(title: str, kind: str, settings: Any, omitted: Collection[str] = ()) -> str:
     """Return the settings as a card; defaults last and gray."""
     rows = []
     for field in dataclasses.fields(settings):
         value, factory = getattr(settings, field.name), field.default_factory
-        if not dataclasses.is_dataclass(value):
+        if not dataclasses.is_dataclass(value) and field.name not in omitted:
             default = field.default if factory is dataclasses.MISSING else factory()
             css = ' class="default"' if value == default else ""
             name, text = escape(field.name.replace("_", " ")), escape(shorten(value))
