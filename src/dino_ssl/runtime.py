@@ -47,6 +47,11 @@ class Machine:
     """Training processes on this computer."""
 
     @property
+    def inference_precision(self) -> Precision:
+        """bfloat16 if the hardware supports it, otherwise float32."""
+        return "bfloat16" if self.precision == "bfloat16" else "float32"
+
+    @property
     def cores_per_rank(self) -> int:
         """CPU cores of each training process."""
         return self.cores // self.ranks

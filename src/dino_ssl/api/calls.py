@@ -27,6 +27,7 @@ from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.evals.base import EvalContext, Evaluation, LabeledEvaluation, reference_scores
 from dino_ssl.evals.features import extract
 from dino_ssl.evals.knn import KNN
+from dino_ssl.evals.resumable import extract_resumable
 from dino_ssl.files import write_json
 from dino_ssl.formatting import Summarized
 from dino_ssl.models.backbone import Backbone
@@ -34,7 +35,7 @@ from dino_ssl.models.pretrained import Weights
 from dino_ssl.preprocessing import to_rgb
 from dino_ssl.progress import Progress, StartProgress, no_progress
 from dino_ssl.run import read_run
-from dino_ssl.runtime import start
+from dino_ssl.runtime import Precision, machine, start
 from dino_ssl.terminal import logger
 from dino_ssl.training_evals import split_dataset
 from dino_ssl.viz.attention import AttentionMaps, Point, Query, attention_maps
@@ -48,6 +49,7 @@ def evaluate(
     evaluation: Evaluation | str,
     *sources: DatasetSource,
     references: bool = True,
+    precision: Precision = "float32",
     batch_size: int = 64,
     workers: int = 0,
     cache: bool = True,
@@ -65,6 +67,7 @@ def evaluate(
         sources: Data of the evaluation, in the order of its `sources`. Default of `LabeledEvaluation`: the training and
             validation set of the run, which give the accuracy that the run printed.
         references: Evaluate random weights, and raw pixels if the evaluation is defined for them.
+        precision: Of forward passes. The published protocols use float32.
         batch_size: Images per forward pass.
         workers: Worker processes that decode images.
         cache: Cache features next to the checkpoint.
@@ -76,16 +79,17 @@ def evaluate(
 
     Returns:
         {"evaluation": name, "values": {"20-NN": percent, ...}, "references": {"raw_pixels": {...}, "random_weights":
-        {...}}, "details", "protocol", "data", "checkpoint", "versions", "size" in pixels}.
+        {...}}, "details", "protocol", "data", "checkpoint", "precision", "versions", "size" in pixels}.
     """
     settings: Evaluation = find_evaluation(evaluation)() if isinstance(evaluation, str) else evaluation
-    with start("float32", device) as rt:
+    with start(precision, device) as rt:
         loaded = open_checkpoint(checkpoint, rt.device, weights=weights, trust=trust)
         context = EvalContext(
             device=rt.device,
             workers=workers,
             batch_size=batch_size,
             size=loaded.backbone.transform.size,
+            autocast=rt.autocast,
             progress=progress,
             cache=loaded.folder / "evals/features" if cache and loaded.folder is not None else None,
             out=None if out is None else Path(out),
@@ -112,6 +116,7 @@ def evaluate(
                 "hash": loaded.hash,
                 "size": loaded.backbone.transform.size,
             },
+            "precision": precision,
             "versions": versions(),
         }
 
@@ -136,8 +141,10 @@ def versions() -> dict[str, str]:
 
 
 def save_evaluation(result: Mapping[str, Any], folder: Path) -> Path:
-    """Write a result to FOLDER/NAME-DIGEST.json; the digest covers dataset, protocol and weights."""
-    key = json.dumps([result["data"], result["protocol"], result["checkpoint"]["hash"]], sort_keys=True)
+    """Write a result to FOLDER/NAME-DIGEST.json; the digest covers dataset, protocol, weights and precision."""
+    key = json.dumps(
+        [result["data"], result["protocol"], result["checkpoint"]["hash"], result["precision"]], sort_keys=True
+    )
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     return write_json(folder / f"{result['evaluation']}-{digest}.json", dict(result))
 
@@ -153,6 +160,8 @@ class Embedding(Summarized):
     """Class names; None for an unlabeled image."""
     skipped: list[Skipped]
     """Images that could not be read."""
+    precision: Precision
+    """Precision of the forward pass."""
 
     @property
     def summary(self) -> dict[str, object]:
@@ -167,8 +176,10 @@ def embed(
     dataset: DatasetSource,
     *,
     size: int | None = None,
+    precision: Precision | None = None,
     batch_size: int = 64,
     workers: int = 0,
+    partial: str | Path | None = None,
     progress: Progress | None = None,
     device: str | torch.device | None = None,
     weights: Weights = "last",
@@ -180,8 +191,11 @@ def embed(
         checkpoint: A run folder, a file, a released network, timm:NAME, or a backbone.
         dataset: A folder, a list of images, or any map-style torch dataset.
         size: Side of the center crop in pixels. Default: the size at which the run evaluates its network.
+        precision: Of the forward pass. Default: bfloat16 if the device supports it, otherwise float32.
         batch_size: Images per forward pass.
         workers: Worker processes that decode images.
+        partial: Folder that keeps the features while they are computed: after an interruption, the same call resumes.
+            `features` is then memory-mapped from it; remove the folder afterwards. Default: features stay in memory.
         progress: Called with (done, total).
         device: cpu, cuda, cuda:1, mps, ...; None: a GPU if there is one.
         weights: Those of a run's folder that are used.
@@ -190,7 +204,7 @@ def embed(
     check_value("size", size, least=1)
     check_value("batch_size", batch_size, least=1)
     check_value("workers", workers, least=0)
-    with start("float32", device) as rt:
+    with start(precision or machine(device).inference_precision, device) as rt:
         loaded = open_checkpoint(checkpoint, rt.device, weights=weights, trust=trust)
         opened = open_dataset(dataset, progress)
         context = EvalContext(
@@ -198,9 +212,13 @@ def embed(
             workers=workers,
             batch_size=batch_size,
             size=size or loaded.backbone.transform.size,
+            autocast=rt.autocast,
             progress=no_progress if progress is None else lambda label: nullcontext(progress),
         )
-        table = extract(loaded.backbone, opened, context)
+        if partial is None:
+            table = extract(loaded.backbone, opened, context)
+        else:
+            table = extract_resumable(loaded.backbone, opened, context, Path(partial))
         rows = table.indices.tolist()
         labels = np.full(len(opened), -1) if opened.labels is None else opened.labels
         return Embedding(
@@ -208,6 +226,7 @@ def embed(
             features=table.features.numpy(),
             labels=[opened.classes[labels[row]] if labels[row] >= 0 else None for row in rows],
             skipped=[*opened.skipped, *table.skipped],
+            precision=rt.precision,
         )
 
 

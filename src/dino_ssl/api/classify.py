@@ -27,6 +27,7 @@ from dino_ssl.formatting import Summarized
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import Weights
 from dino_ssl.progress import Progress, StartProgress, no_progress
+from dino_ssl.runtime import Precision
 
 Method = Literal["knn", "linear"]
 Classifier = Callable[[Tensor], Tensor]
@@ -77,6 +78,7 @@ def classify(
     method: Method = "knn",
     k: int | None = None,
     size: int | None = None,
+    precision: Precision | None = None,
     batch_size: int = 64,
     workers: int = 0,
     progress: StartProgress = no_progress,
@@ -93,6 +95,7 @@ def classify(
         method: "knn" (Appendix F.1), or "linear" for the logistic regression of the low-shot evaluation.
         k: Neighbors that vote. Default: a tenth of the median number of labeled images of a class, 2 to 20.
         size: Side of the center crop in pixels. Default: the size at which the run evaluates its network.
+        precision: Of forward passes. Default: bfloat16 if the device supports it, otherwise float32.
         batch_size: Images per forward pass.
         workers: Worker processes that decode images.
         progress: Shows progress.
@@ -102,7 +105,7 @@ def classify(
     """
     check_value("k", k, least=1)
     loaded = open_checkpoint(checkpoint, device, weights=weights, trust=trust)
-    options: Any = dict(size=size, batch_size=batch_size, workers=workers, device=device)
+    options: Any = dict(size=size, precision=precision, batch_size=batch_size, workers=workers, device=device)
 
     def features_of(source: DatasetSource | Embedding, name: str) -> Embedding:
         if isinstance(source, Embedding):

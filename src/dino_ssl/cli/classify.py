@@ -52,7 +52,7 @@ def _classify(options: ClassifyOptions, terminal: Terminal) -> dict[str, Any]:
         raise UserError(f"`out` must end in .csv; got {options.out!r}.")
     check_range(options, "threshold", least=0, most=1)
     check_writable(path.parent)
-    names = ("method", "k", "size", "batch_size", "workers", "device", "weights", "trust")
+    names = ("method", "k", "size", "precision", "batch_size", "workers", "device", "weights", "trust")
     result = classify_images(
         options.checkpoint,
         dataset_named(options.dataset),

@@ -1,6 +1,7 @@
 """dino embed: write the features of images to a file."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,16 @@ EXAMPLES = """\
 FORMAT = 1
 """Version of the layout of Parquet and npz files, in their metadata."""
 SUFFIXES = (".parquet", ".npz", ".csv")
+ROWS = 16384
+"""Rows that are written at once, a row group of Parquet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedOptions(DatasetOptions):
-    """Write the feature of every image to a file: .parquet, .npz or .csv."""
+    """Write the feature of every image to a file: .parquet, .npz or .csv.
+
+    Until the file is complete, OUT.partial keeps the features; after an interruption, the same command resumes.
+    """
 
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "features.parquet"
     """Output file; the format is chosen by the suffix."""
@@ -46,30 +52,43 @@ def _embed(options: EmbedOptions, terminal: Terminal) -> dict[str, Any]:
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"`out` must end in one of {', '.join(SUFFIXES)}; got {options.out!r}.")
     check_writable(path.parent)
-    checkpoint, embedding = compute_features(options, dataset_named(options.dataset), terminal)
-    size = options.size or checkpoint.backbone.transform.size
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        checkpoint, embedding = compute_features(options, dataset_named(options.dataset), terminal, partial)
+    except KeyboardInterrupt:
+        terminal.print(f"Interrupted; the same command resumes from {partial}.", style="yellow")
+        raise
+    size, precision = options.size or checkpoint.backbone.transform.size, embedding.precision
     metadata = {"format": FORMAT, "checkpoint": options.checkpoint, "hash": checkpoint.hash, "size": size}
+    metadata |= {"precision": precision}
     if is_rank0():
         atomic_write(path, lambda part: _write(part, path.suffix.lower(), embedding, metadata))
+        shutil.rmtree(partial)
     count, width = embedding.features.shape
-    terminal.print(f"{count} features of {width} dimensions: {path}")
+    terminal.print(f"{count} features of {width} dimensions in {precision}: {path}")
     skipped = report_skipped(embedding.skipped, terminal)
     return {"file": str(path), "images": count, "width": width, "skipped": skipped, **metadata}
 
 
 def _write(path: Path, suffix: str, embedding: Embedding, metadata: dict[str, Any]) -> None:
     names, labels, features = embedding.names, embedding.labels, embedding.features
-    if suffix == ".csv":
-        write_csv(path, {"name": names, "label": labels, **{f"f{i}": column for i, column in enumerate(features.T)}})
-    elif suffix == ".npz":
+    if suffix == ".npz":
         known = np.array([label or "" for label in labels], np.str_)
         with open(path, "wb") as file:
             np.savez(file, name=np.array(names, np.str_), label=known, feature=features, metadata=json.dumps(metadata))
-    else:
-        feature = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.ravel()), features.shape[1])
-        columns = {"name": names, "label": pyarrow.array(labels, pyarrow.string()), "feature": feature}
-        table = pyarrow.table(columns).replace_schema_metadata({"dino": json.dumps(metadata)})
-        pyarrow.parquet.write_table(table, path)
+        return
+    text, width, is_csv = pyarrow.string(), features.shape[1], suffix == ".csv"
+    kinds = {"feature": pyarrow.list_(pyarrow.float32(), width)}
+    if is_csv:
+        kinds = {f"f{index}": pyarrow.float32() for index in range(width)}
+    schema = pyarrow.schema({"name": text, "label": text, **kinds}, {"dino": json.dumps(metadata)})
+    open_writer: Any = pyarrow.csv.CSVWriter if is_csv else pyarrow.parquet.ParquetWriter
+    with open_writer(str(path), schema) as writer:
+        for start in range(0, len(names), ROWS):
+            rows = slice(start, start + ROWS)
+            vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features[rows].ravel()), width)
+            columns = features[rows].T if is_csv else [vectors]
+            writer.write_table(pyarrow.table([names[rows], labels[rows], *columns], schema=schema))
 
 
 def write_csv(path: Path, columns: Mapping[str, Any]) -> None:

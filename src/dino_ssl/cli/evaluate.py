@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -24,6 +24,8 @@ class Common:
     """Options of every evaluation."""
 
     references: Annotated[Flag, plain("Do not evaluate random weights and raw pixels for comparison.")] = True
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forward passes. The published protocols use float32."""
     batch_size: int = 64
     """Images per forward pass."""
     workers: int = 0
@@ -126,6 +128,7 @@ def _evaluate(evaluation: Any, options: Any, terminal: Terminal) -> dict[str, An
         options.protocol,
         *sources_of(options, evaluation),
         references=common.references,
+        precision=common.precision,
         batch_size=common.batch_size,
         workers=common.workers,
         cache=common.cache,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -56,6 +56,8 @@ class DatasetOptions(CheckpointOptions):
     """Images per forward pass."""
     workers: int = 0
     """Worker processes that decode images; 0 decodes in the main process."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Precision of forward passes. Default: bfloat16 if the device supports it, otherwise float32."""
 
 
 def run_command(
@@ -69,13 +71,17 @@ def run_command(
 
 
 def compute_features(
-    options: DatasetOptions, dataset: str | DatasetConfig | ImageDataset, terminal: Terminal
+    options: DatasetOptions,
+    dataset: str | DatasetConfig | ImageDataset,
+    terminal: Terminal,
+    partial: Path | None = None,
 ) -> tuple[Checkpoint, Embedding]:
-    """Return the opened checkpoint and its features of a dataset."""
+    """Return the opened checkpoint and its features of a dataset; partial: see `embed`."""
     checkpoint = open_checkpoint(options.checkpoint, options.device, weights=options.weights, trust=options.trust)
-    settings: Any = {name: getattr(options, name) for name in ("size", "batch_size", "workers", "device")}
+    names = ("size", "batch_size", "workers", "device", "precision")
+    settings: Any = {name: getattr(options, name) for name in names}
     with terminal.progress("features") as progress:
-        return checkpoint, embed(checkpoint, dataset, progress=progress, **settings)
+        return checkpoint, embed(checkpoint, dataset, progress=progress, partial=partial, **settings)
 
 
 def dataset_named(name: str) -> str | DatasetConfig:

@@ -115,7 +115,7 @@ def _extract(
     if context.cache is None or (content := distributed.run_on_rank0(lambda: dataset.content_key)) is None:
         return ImageFeatures.of(compute(), dataset)
     digest = hashlib.sha256(
-        "\0".join((METADATA["format_version"], weights_hash(backbone), content, *key)).encode()
+        "\0".join((METADATA["format_version"], weights_hash(backbone), content, precision_of(context), *key)).encode()
     ).hexdigest()
     return ImageFeatures.of(_cached(context.cache / f"{digest[:24]}.safetensors", compute), dataset)
 
@@ -139,6 +139,14 @@ def _collect(features: Batches, count: int, width: int, label: str, context: Eva
     order = indices.argsort(stable=True)
     order = order[indices[order] >= 0]
     return {"features": rows[order], "indices": indices[order]}
+
+
+def precision_of(context: EvalContext) -> str:
+    """Return the data type of matrix products in the context's forward passes: float32, bfloat16, float16."""
+    device = context.device.type
+    with context.autocast():
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return str(dtype).removeprefix("torch.")
 
 
 def gather_rows(rows: Tensor, device: torch.device, chunk: int | None = None) -> Tensor:
