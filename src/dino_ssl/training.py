@@ -23,7 +23,7 @@ from dino_ssl.errors import Diverged
 from dino_ssl.evals.scheduled import is_due, prepare_all
 from dino_ssl.events import Ended, EpochDone, Event, Logged, Started
 from dino_ssl.feature_stats import FeatureStats
-from dino_ssl.files import remove_parts, write_json
+from dino_ssl.files import read_json, remove_parts, write_json
 from dino_ssl.methods.method import Outputs
 from dino_ssl.metrics import Log, Meter
 from dino_ssl.models.pretrained import EXPORTS, Weights
@@ -236,7 +236,7 @@ def _batches(job: _Job) -> Iterator[Step]:
 
 def _prepare_folder(job: _Job, dataset: ImageDataset, resume: bool) -> None:
     """Write run.json: the complete Run, its data and the reference scores. Remove files of an interrupted session."""
-    run, folder = job.run, job.folder
+    run, folder, path = job.run, job.folder, job.folder / "run.json"
     remove_parts(folder / "checkpoints")
     if resume:  # the exported backbone is older than the checkpoints to come, but would be loaded first
         (folder / EXPORTS["last"]).unlink(missing_ok=True)
@@ -256,7 +256,8 @@ def _prepare_folder(job: _Job, dataset: ImageDataset, resume: bool) -> None:
         "reference_scores": job.evals.reference_scores,
         "versions": {"dino": __version__, "torch": str(torch.__version__)},
     }
-    write_json(folder / "run.json", description)
+    corrected = (read_json(path) or {}).get("corrected") if resume else None
+    write_json(path, description | ({"corrected": corrected} if corrected else {}))
 
 
 def _check_finite(is_finite: bool, clock: Clock, folder: Path) -> None:

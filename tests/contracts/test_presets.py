@@ -2,22 +2,27 @@
 
 import dataclasses
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from dino_ssl import presets
+from dino_ssl.api.resolve import resolve_run
 from dino_ssl.collapse.checks import check_config
 from dino_ssl.config import edit
+from dino_ssl.data.batch import Batch
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.errors import UserError
+from dino_ssl.methods import DINOConfig
 from dino_ssl.presets import plan as planning
-from dino_ssl.presets.benchmark_step import Speed, time_loading
+from dino_ssl.presets.benchmark_step import BenchmarkStep, Speed, measure, time_loading
 from dino_ssl.presets.plan import FULL_SCHEDULE_STEPS, Plan, fit_to_size, plan, short_schedule, with_workers
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine
+from dino_ssl.schedules import Clock
 
 CPU = Machine(torch.device("cpu"), "a CPU", 2, 8 * 2**30, "float32", "no bfloat16")
 
@@ -132,6 +137,94 @@ def test_a_short_run_has_other_final_values_than_a_long_one() -> None:
     assert values["learning rate"].endswith("decays to one half")
     small = presets.resolve("small")
     assert short_schedule(small, FULL_SCHEDULE_STEPS) == small != short_schedule(small, FULL_SCHEDULE_STEPS - 1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"optim": {"epochs": 12}}, {"views": {"global_size": 48}, "seed": 3}])
+def test_what_is_learned_does_not_depend_on_the_measured_speed(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine, or one with slow disks, gets the same plan; only the workers differ. It is measured once."""
+    runs, calls = [], []
+    for speed in (Speed(0.001, 0.001), Speed(0.1, 0.001), Speed(0.01, 0.1)):
+        monkeypatch.setattr(planning, "measure", lambda *_, speed=speed: calls.append(1) or speed)
+        chosen = resolve_run(Gray(400, 64), CPU, preset=None, change=lambda run: edit(run, **settings))
+        runs.append(edit(chosen.run, workers=0))
+    assert runs[0] == runs[1] == runs[2]
+    assert len(calls) == 3
+    assert runs[0].backbone == planning.small().backbone.with_image_size(runs[0].views.size)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("epochs", "is_short"), [(20, True), (3000, False)])
+def test_the_number_of_steps_decides_the_schedule(epochs: int, is_short: bool) -> None:
+    def change(run: Run) -> Run:
+        return edit(run, optim=dict(epochs=epochs, lr=1e-3))
+
+    chosen = resolve_run(Gray(200, 48), CPU, preset=None, change=change)
+    optim, method = chosen.run.optim, chosen.run.method
+    assert (optim.epochs, optim.warmup_epochs) == (epochs, 2)
+    assert isinstance(method, DINOConfig)
+    assert (method.momentum_end == 0.98) == is_short
+    assert (optim.min_lr == optim.lr * optim.batch_size / 512) == is_short
+    reasons = {reason.name: reason.reason for reason in chosen.reasons}
+    assert ("only 500 steps" in reasons["teacher"]) == is_short
+    assert reasons["epochs"] == "set by you; the plan had 600"
+    assert chosen.fit(3000).method != chosen.fit(20).method
+
+
+@pytest.mark.usefixtures("quick")
+def test_time_and_epochs_together_are_refused() -> None:
+    for epochs in (600, 7):  # 600 would be chosen
+        with pytest.raises(UserError, match=r"`minutes` and `optim\.epochs` both set the length"):
+            plan(Gray(200, 48), CPU, minutes=3, change=lambda run, n=epochs: edit(run, optim=dict(epochs=n)))
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("minutes", "warning"), [(1, "random weights and raw pixels"), (10, "below raw pixels"), (30, "")]
+)
+def test_the_plan_warns_if_too_few_images_are_seen(minutes: float, warning: str) -> None:
+    def warning_of(**settings: Any) -> str:
+        chosen = plan(Gray(2000, 48), CPU, minutes=minutes, change=lambda run: edit(run, **settings))
+        return next((f"{row.value}: {row.reason}" for row in chosen.reasons if row.name == "warning"), "")
+
+    text = warning_of()
+    assert warning in text
+    assert bool(warning) == ("set `minutes` to 16 or more, add images, or start from released weights" in text)
+    assert not warning_of(init="dino_vits16")
+
+
+@pytest.mark.usefixtures("quick")
+def test_fewer_images_are_trained_on_for_more_epochs() -> None:
+    gpu = dataclasses.replace(CPU, device=torch.device("cuda"), memory=2**40)
+    counts = (100, 500, 2000, 6500, 50_000, 150_000)
+    epochs = {
+        machine.device.type: [plan(Gray(count, 32), machine).run.optim.epochs for count in counts]
+        for machine in (CPU, gpu)
+    }
+    assert epochs == {"cpu": [600, 600, 200, 62, 8, 3], "cuda": [400, 400, 400, 400, 400, 200]}
+
+
+@pytest.mark.parametrize(("seconds", "num_images", "taken"), [(0.01, 32, 6), (0.5, 4, 6), (3.0, 2, 2)])
+def test_the_measurement_is_bounded(
+    seconds: float, num_images: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few images and steps of a slow network; the first step, which is slower, does not count."""
+    times, shown = [], []
+
+    def take(self: BenchmarkStep, clock: Clock, batch: Batch) -> float:
+        times.append(seconds * batch.num_images * (1 if times else 5))
+        return times[-1]
+
+    monkeypatch.setattr(BenchmarkStep, "take", take)
+    preset = edit(presets.resolve("vits16"), optim=dict(batch_size=64), views=dict(local=0, global_size=32))
+    preset = edit(preset, backbone=dict(width=8, depth=1, heads=1), method=dict(out_dim=8))
+    speed = measure(preset, CPU, Gray(20, 64), lambda done, total: shown.append((done, total)))
+    assert (speed.step, speed.num_images) == (pytest.approx(seconds), num_images)
+    assert len(times) == len(shown) == taken
+    assert sum(times[1:]) <= 10
+    row = plan(Gray(90, 64), CPU, preset=preset).reasons[-2]
+    assert f"scaled from steps of {num_images} images" in row.reason
 
 
 def test_the_plan_changes_only_machine_settings_of_a_preset() -> None:

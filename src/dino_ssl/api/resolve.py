@@ -1,6 +1,5 @@
 """Resolve a training run: a new plan with the user's settings, or an existing run that is resumed."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from dino_ssl.methods.method import MethodConfig
 from dino_ssl.models import BackboneConfig
 from dino_ssl.models.pretrained import load
 from dino_ssl.models.weights import load_strict
-from dino_ssl.presets.plan import CPU_MINUTES, Plan, Reason, describe_preset, fit_schedule, fit_to_size, plan
+from dino_ssl.presets.plan import Change, Plan, Reason, describe_preset, plan
+from dino_ssl.progress import Progress
 from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
 from dino_ssl.runtime import Machine
 
@@ -35,11 +35,6 @@ RESUMABLE_FIELDS = (
     "optim.min_lr",
 )
 """Fields that a resumed run may change: those about execution and evaluation, and those that counteract a collapse."""
-MEASURED_ROWS = ("workers", "epochs", "expected time")
-"""Rows of the plan that depend on the measured speed."""
-
-Change = Callable[[Run], Run]
-"""Applies the user's settings to any Run."""
 
 
 def resolve_run(
@@ -51,30 +46,26 @@ def resolve_run(
     method: type[MethodConfig] = DINOConfig,
     minutes: float | None = None,
     world: int = 1,
+    progress: Progress = lambda done, total: None,
 ) -> Plan:
-    """Return the plan for a dataset and a machine, including the user's settings.
+    """Return the plan for a dataset and a machine, in which the user's settings are marked.
 
-    method: planned for, without a preset. The plan is made with the user's settings, so that the number of epochs and
-    the expected time are those of the final run.
+    method: planned for, without a preset.
     """
+    planned = plan(
+        dataset,
+        machine,
+        preset=preset,
+        change=change,
+        method=method,
+        minutes=minutes,
+        world=world,
+        progress=progress,
+    )
     if preset is not None:
-        first = plan(dataset, machine, preset=change(preset), minutes=minutes, world=world)
         recipe = Reason("preset", describe_preset(preset), "chosen by you")
-        return _with_changes(Plan(first.run, [recipe, *first.reasons]), preset, change)
-    first = plan(dataset, machine, method=method, minutes=minutes, world=world)
-    run, changed = first.run, change(first.run)
-    if changed == run:
-        return first
-    if changed.optim.epochs != run.optim.epochs:
-        run, minutes = fit_schedule(run, changed.optim.epochs), None
-    elif minutes is None and machine.device.type == "cpu":
-        minutes = CPU_MINUTES
-    if changed.views.size != run.views.size:
-        run = fit_to_size(run, changed.views.size)
-    second = plan(dataset, machine, preset=change(run), minutes=minutes, world=world)
-    measured = {reason.name: reason for reason in second.reasons if reason.name in MEASURED_ROWS}
-    reasons = {reason.name: reason for reason in first.reasons} | measured
-    return _with_changes(Plan(second.run, list(reasons.values())), first.run, change)
+        planned = planned._replace(reasons=[recipe, *planned.reasons])
+    return planned._replace(reasons=_marked(planned, change))
 
 
 NETWORK_FIELDS = {"backbone", "backbone.name", "backbone.size", "backbone.patch", "backbone.image_size"}
@@ -89,10 +80,13 @@ ROWS = {
 """Fields whose row in the plan has another name."""
 
 
-def _with_changes(planned: Plan, before: Run, change: Change) -> Plan:
-    """Return the plan with the user's settings: in the row of the field, or in a new row."""
-    run, after = change(planned.run), change(before)
+def _marked(planned: Plan, change: Change) -> list[Reason]:
+    """Return the reasons with the user's settings: in the row of the field, or in a new row."""
+    run, before = planned.run, planned.recommended
+    after = change(before)
     changes = {name: (format_value(new), format_value(old)) for name, old, new in differences(before, after)}
+    if after.optim.micro_batch == "auto":
+        del changes["optim.micro_batch"]  # the plan measured it
     for part in [part for part in ("backbone", "method") if part in changes]:  # another type: compare with its defaults
         defaults = edit(after, **{part: type(getattr(after, part))()})
         changes = {name: values for name, values in changes.items() if not name.startswith(f"{part}.")}
@@ -106,7 +100,7 @@ def _with_changes(planned: Plan, before: Run, change: Change) -> Plan:
         if name not in NETWORK_FIELDS and name.split(".")[0] not in ("out", "data"):
             row = ROWS.get(name, name)
             rows[row] = Reason(row, new, f"set by you; the plan had {old}" if old else "set by you")
-    return Plan(run, list(rows.values()))
+    return list(rows.values())
 
 
 def starting_from(run: Run, source: Checkpoint, *, size: int | None = None) -> Run:

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 
 from dino_ssl import distributed
+from dino_ssl.api.time_budget import TimeBudget
 from dino_ssl.api.training_progress import TrainingProgress
 from dino_ssl.collapse.checks import Finding
 from dino_ssl.collapse.policy import CollapsePolicy
+from dino_ssl.config import to_dict
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.errors import Diverged, UserError
 from dino_ssl.evals.features import extract
 from dino_ssl.events import Ended, EpochDone, EvalDone, EvalStarted, Evaluated, Event, Logged, Started
-from dino_ssl.files import atomic_write, json_line
-from dino_ssl.formatting import Summarized
+from dino_ssl.files import atomic_write, json_line, read_json, write_json
+from dino_ssl.formatting import Summarized, duration
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.report.run_report import write_report
 from dino_ssl.report.snapshots import choose_samples, save_snapshot, write_neighbors
@@ -94,14 +96,18 @@ def run_session(
     *,
     resume: bool = False,
     observe: Callable[[Event], None] = lambda event: None,
+    budget: TimeBudget | None = None,
 ) -> Outcome:
     """Train until the end, a signal or a collapse; write snapshots and the report.
 
-    observe: called first with every event but the last. Raises UserError if the device runs out of memory.
+    observe: called first with every event but the last. budget: the time, by which the number of epochs is corrected
+    once. Raises UserError if the device runs out of memory.
     """
-    session = _Session(run, rt, dataset, terminal, observe)
+    session = _Session(run, rt, dataset, terminal, observe, budget)
     try:
         session.train(resume)
+        if session.correct_epochs():
+            session.train(resume=True)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"The device ran out of memory: {str(error).splitlines()[0]}\n"
@@ -116,10 +122,16 @@ def run_session(
 
 class _Session:
     def __init__(
-        self, run: Run, rt: Runtime, dataset: ImageDataset, terminal: Terminal, observe: Callable[[Event], None]
+        self,
+        run: Run,
+        rt: Runtime,
+        dataset: ImageDataset,
+        terminal: Terminal,
+        observe: Callable[[Event], None],
+        budget: TimeBudget | None,
     ) -> None:
         self.run, self.rt, self.dataset, self.terminal, self.observe = run, rt, dataset, terminal, observe
-        self.folder = Path(run.out)
+        self.folder, self.budget = Path(run.out), budget
 
     def train(self, resume: bool) -> None:
         """Run the training loop and handle its events."""
@@ -129,13 +141,14 @@ class _Session:
         assert isinstance(started, Started)
         self.observe(started)
         self.start(started, resume)
+        self.must_correct(started)
         self.log_findings(self.policy.config_findings)
         stop = None
         with TrainingProgress(self.terminal, started.clock, self.run.method.num_prototypes) as progress:
             try:
                 while not isinstance(event := events.send(stop), Ended):
                     self.observe(event)
-                    stop = self.handle(event, progress)
+                    stop = self.handle(event, progress) or self.must_correct(event)
             except Diverged:
                 self.roll_back()
                 raise
@@ -230,6 +243,32 @@ class _Session:
                 outcome.clock, outcome.finished = ended.clock._replace(step=step), False
         if outcome.finished and self.samples:
             self.find_neighbors(ended.method.backbone)
+
+    def must_correct(self, event: Event) -> bool:
+        """Return True if training must stop here, because another number of epochs fits into the time."""
+        return self.budget is not None and self.budget.update(event, self.run.online_eval.every_epochs)
+
+    def correct_epochs(self) -> bool:
+        """Give a run that stopped for it the number of epochs that fits into the time, in run.json too.
+
+        Returns True if training must resume with it; all ranks take part.
+        """
+        outcome, budget, before = self.outcome, self.budget, self.run.optim.epochs
+        if budget is None or budget.epochs in (None, before) or outcome.finished or outcome.collapse:
+            return False
+        signals = torch.tensor([float(outcome.signal is not None)], device=self.rt.device)
+        if distributed.all_reduce_sum(signals).item():
+            return False
+        self.run, self.budget = distributed.run_on_rank0(budget.corrected_run), None
+        after, path = self.run.optim.epochs, self.folder / "run.json"
+        if self.rt.is_main:
+            corrected = {"step": outcome.clock.step, "epochs": [before, after], "minutes": budget.minutes}
+            write_json(path, read_json(path) | {"run": to_dict(self.run), "corrected": corrected})
+        logger.info(
+            f"Measured over the first epochs, {after} epochs fit into {duration(60 * budget.minutes)}, not {before}: "
+            "the run and its schedules now have this length."
+        )
+        return True
 
     def find_neighbors(self, backbone: Backbone) -> None:
         """Find the nearest neighbors of the sample images for the report; all ranks take part."""

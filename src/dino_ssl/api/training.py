@@ -12,6 +12,7 @@ import torch
 from dino_ssl import distributed
 from dino_ssl.api.resolve import Change, ExistingRun, check_init, find_run, resolve_run, resumed, with_init_network
 from dino_ssl.api.session import Outcome, run_session
+from dino_ssl.api.time_budget import TimeBudget
 from dino_ssl.config import edit
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset
 from dino_ssl.data.sources import DatasetSource, config_of, dataset_config, folder_path, open_dataset
@@ -130,6 +131,8 @@ class PreparedRun:
     reasons: list[Reason] = field(default_factory=list)
     device: torch.device | None = None
     """None: a GPU if there is one."""
+    budget: TimeBudget | None = None
+    """The time of a run that is planned by `minutes`."""
 
     @property
     def plan(self) -> list[dict[str, str]]:
@@ -141,7 +144,8 @@ class PreparedRun:
         with start(self.run.precision, self.device) as rt:
             if rt.is_main and self.existing is None:
                 write_json(Path(self.run.out) / "plan.json", {"format": FORMAT, "plan": self.plan})
-            return run_session(self.run, rt, self.dataset, terminal, resume=self.existing is not None)
+            resume = self.existing is not None
+            return run_session(self.run, rt, self.dataset, terminal, resume=resume, budget=self.budget)
 
 
 def prepare(
@@ -162,17 +166,25 @@ def prepare(
     """
     if existing is not None:
         return PreparedRun(resumed(existing, change), open_data(), existing, device=rt.device)
-    dataset, world = open_data(), rt.world_size
-    with terminal.progress("measuring this machine"):
+    dataset = open_data()
+    with terminal.progress("measuring this machine") as progress:
         plan = resolve_run(
-            dataset, machine(rt.device), preset=preset, change=change, method=method, minutes=minutes, world=world
+            dataset,
+            machine(rt.device),
+            preset=preset,
+            change=change,
+            method=method,
+            minutes=minutes,
+            world=rt.world_size,
+            progress=progress,
         )
-    plan = distributed.run_on_rank0(lambda: plan)  # every rank measures; the plan of rank 0 is used
-    _check_out(plan.run, dataset)
-    rows = [(f"`{name}`" if "." in name else name, value, reason) for name, value, reason in plan.reasons]
+    run, reasons = distributed.run_on_rank0(lambda: (plan.run, plan.reasons))  # every rank has measured
+    _check_out(run, dataset)
+    rows = [(f"`{name}`" if "." in name else name, value, reason) for name, value, reason in reasons]
     terminal.table("The plan", ("", "choice", "reason"), rows)
     terminal.print()
-    return PreparedRun(plan.run, dataset, reasons=plan.reasons, device=rt.device)
+    budget = None if minutes is None else TimeBudget(minutes, plan.fit)
+    return PreparedRun(run, dataset, reasons=reasons, device=rt.device, budget=budget)
 
 
 def _check_out(run: Run, dataset: ImageDataset) -> None:

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dino_ssl import distributed
 from dino_ssl.config import edit
 from dino_ssl.data.batch import Batch
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.loader import sample_rng
 from dino_ssl.kernels import fastest_transform
 from dino_ssl.models.sync_bn import has_batch_norm
+from dino_ssl.progress import Progress
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine, Runtime, synchronize
 from dino_ssl.schedules import Clock
@@ -21,6 +23,8 @@ from dino_ssl.state import State, build_method, prepare_model
 from dino_ssl.training import train_step
 
 NUM_TIMED_STEPS, NUM_TIMED_IMAGES = 3, 12
+STEP_SECONDS = 2.0
+"""Longest timed step, which bounds the measurement: a large network on a CPU takes a minute for a batch."""
 MEMORY_FRACTION = 0.7
 """Fraction of the device's memory that a step may use; temporary tensors, workers and evaluations need the rest."""
 
@@ -37,10 +41,10 @@ class BenchmarkStep:
         noise = tuple(torch.randint(0, 256, shape, dtype=torch.uint8) for shape in shapes)
         self.batch = Batch(noise, torch.arange(count) % max(1, classes))
 
-    def take(self, clock: Clock) -> float:
-        """Take one training step; return its seconds, including those of the device."""
+    def take(self, clock: Clock, batch: Batch | None = None) -> float:
+        """Take one training step, of all images or of another batch; return its seconds, with those of the device."""
         began = time.perf_counter()
-        train_step(self.state, self.model, self.batch, clock, self.run, self.rt)
+        train_step(self.state, self.model, batch or self.batch, clock, self.run, self.rt)
         synchronize(self.rt.device)
         return time.perf_counter() - began
 
@@ -50,6 +54,8 @@ class Speed(NamedTuple):
 
     step: float
     data: float
+    num_images: int = 0
+    """Images of the timed step; 0 if unknown."""
 
     def seconds(self, run: Run, machine: Machine, num_images: int) -> float:
         """Return the expected time to train on this many images.
@@ -61,13 +67,28 @@ class Speed(NamedTuple):
         return num_images * max(self.step, self.data / max(1, run.workers))
 
 
-def measure(run: Run, machine: Machine, dataset: ImageDataset) -> Speed:
-    """Measure a few training steps and the loading of a few images; some seconds."""
+def measure(run: Run, machine: Machine, dataset: ImageDataset, progress: Progress = lambda done, total: None) -> Speed:
+    """Measure a few training steps and the loading of a few images: about ten seconds, or two steps of two images.
+
+    A step has as many images as take STEP_SECONDS, judged by a step of two, and at most those of the run. The time per
+    image is that of the timed step, also if the batch of the run is larger. All ranks take the same steps.
+    """
     batch_size = min(run.optim.batch_size, 32 if machine.device.type == "cpu" else 128)
     benchmark = BenchmarkStep(run, Runtime(machine.device, run.precision), batch_size, len(dataset.classes))
-    clocks = [Clock(step, NUM_TIMED_STEPS + 1, run.optim.epochs) for step in range(NUM_TIMED_STEPS + 1)]
-    times = [benchmark.take(clock) for clock in clocks]
-    return Speed(statistics.median(times[1:]) / batch_size, time_loading(run, dataset))
+    clock, done = Clock(0, 1000, run.optim.epochs), 0
+
+    def take(batch: Batch) -> float:
+        nonlocal done
+        progress(done := done + 1, NUM_TIMED_STEPS + 3)
+        return benchmark.take(clock, batch)
+
+    batch = benchmark.batch.micro_batches(2)[0]
+    times = [take(batch) for _ in range(2)][1:]  # the first step allocates memory
+    first = distributed.run_on_rank0(lambda: times[0])
+    if first < STEP_SECONDS:
+        batch = benchmark.batch.micro_batches(int(STEP_SECONDS / first * batch.num_images))[0]
+        times = [take(batch) for _ in range(NUM_TIMED_STEPS + 1)][1:]
+    return Speed(statistics.median(times) / batch.num_images, time_loading(run, dataset), batch.num_images)
 
 
 def time_loading(run: Run, dataset: ImageDataset) -> float:

@@ -4,20 +4,22 @@ Nothing is chosen later: the Run that `plan` returns is trained, and saved with 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dino_ssl.config import edit
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.data.transforms.multi_crop import MultiCrop
+from dino_ssl.errors import UserError
 from dino_ssl.formatting import duration
 from dino_ssl.methods import MethodConfig
 from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models.vit import ViT
 from dino_ssl.presets.benchmark_step import Speed, measure, micro_batch
 from dino_ssl.presets.small import small, small_vit
+from dino_ssl.progress import Progress
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine, machine_memory
 
@@ -28,8 +30,14 @@ FORMAT = 1
 """Version of plan.json."""
 LARGE_DATASET = 200_000
 """Images from which on the paper's settings are used, on a GPU."""
-CPU_MINUTES = 60.0
-"""Training time on a CPU if none is set."""
+CPU_IMAGES, MAX_CPU_EPOCHS = 400_000, 600
+"""Training images, counted in every epoch, on a CPU, and the most epochs. 110 images/s on two cores take an hour;
+`small` reached 62 % on 6,500 photos after 320,000 images and 65 % after 500,000 (README)."""
+GPU_EPOCHS = ((100_000, 400), (500_000, 200))
+"""(largest number of images, epochs) on a GPU; 100, as the paper's shortest run, for more."""
+LEARNING_IMAGES = (("random weights", 25_000), ("raw pixels", 60_000))
+"""(reference scores, training images, counted in every epoch, from which on `small` is above them) on 5,200 to 6,500
+photos (LOG.md). On 400 photos it was below both after 3 minutes. Larger networks need more."""
 FULL_SCHEDULE_STEPS = 8000
 """Steps from which on the full schedules of learning rate and momentum are better: two hours on two cores."""
 WORKER_MARGIN = 1.25
@@ -49,8 +57,14 @@ class Plan(NamedTuple):
 
     run: Run
     reasons: list[Reason]
+    recommended: Run
+    """The Run without the user's settings: the preset, or what is chosen for the dataset."""
+    fit: Callable[[int], Run]
+    """Returns the Run with another number of epochs, and with the schedules for it."""
 
 
+Change = Callable[[Run], Run]
+"""Applies the user's settings to any Run."""
 Rows = dict[str, tuple[str, str]]
 """Value and reason of each choice by its name; the functions below add theirs."""
 
@@ -60,36 +74,53 @@ def plan(
     machine: Machine,
     *,
     preset: Run | None = None,
+    change: Change = lambda run: run,
     method: type[MethodConfig] = DINOConfig,
     world: int = 1,
     minutes: float | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Plan:
-    """Return a Run for this dataset and machine; takes some seconds, to measure the speed.
+    """Return a Run for this dataset and machine, with the user's settings; takes some seconds, to measure the speed.
 
     preset: its settings are kept except those of the machine (precision, workers, cache). method: used if there is no
-    preset. minutes: training time, from which the number of epochs is derived. world: number of ranks.
+    preset. minutes: training time, from which the number of epochs is derived; nothing else that is learned depends on
+    the measured speed. world: number of ranks. Raises UserError if the user sets both time and epochs.
     """
     rows: Rows = {}
-    run = _for_dataset(dataset, machine, world, method, rows) if preset is None else preset
-    run = _for_machine(run, dataset, machine, rows, keep_float32=preset is not None)
+    recipe = _for_dataset(dataset, machine, world, method, rows) if preset is None else preset
+    recipe = _for_machine(recipe, dataset, machine, rows, keep_float32=preset is not None)
+    run = change(recipe)
+    if preset is None and run.views.size != recipe.views.size:
+        recipe = fit_to_size(recipe, run.views.size)
+        run = change(recipe)
     if run.optim.micro_batch == "auto":
         size, reason = micro_batch(run, machine, len(dataset.classes), world)
-        run = edit(run, optim=dict(micro_batch=size))
         rows["micro-batch"] = str(size or "none"), reason
+        user, change = change, lambda run: edit(user(run), optim=dict(micro_batch=size))
+        run = change(run)
     rows["quality"] = _quality(run, dataset)
-    num_images = num_train_images(run, dataset)
-    if num_images >= run.optim.batch_size:  # otherwise training raises the error
-        speed = measure(run, machine, dataset)
+    epochs, steps = run.optim.epochs, num_train_images(run, dataset) // run.optim.batch_size
+    if preset is None:
+        reason = f"for {len(dataset):,} images on this device; `minutes` or `optim.epochs` changes it"
+        rows["epochs"] = f"{epochs}", reason
+    if minutes is not None and change(edit(run, optim=dict(epochs=epochs + 1))).optim.epochs == epochs:
+        raise UserError("`minutes` and `optim.epochs` both set the length of the run. Omit one of them.")
+    if steps:  # otherwise training raises the error
+        speed = measure(run, machine, dataset, progress)
         run = with_workers(run, machine, speed, rows)
-        images_per_epoch = steps_per_epoch(num_images, run.optim.batch_size) * run.optim.batch_size
-        if minutes is not None or preset is None:
-            run = _with_epochs(run, machine, speed, images_per_epoch, minutes, rows)
-        num_images = images_per_epoch * run.optim.epochs
-        if preset is None and machine.device.type == "cpu":
-            run = _with_short_schedule(run, num_images // run.optim.batch_size, rows)
-        rates = f"{1 / speed.step:.0f} images/s in the training step, {1 / speed.data:.0f} images/s per loading worker"
-        rows["expected time"] = duration(speed.seconds(run, machine, num_images) / world), f"measured: {rates}"
-    return Plan(run, [Reason(name, *row) for name, row in rows.items()])
+        recipe = edit(recipe, workers=run.workers)
+        epochs = _choose_length(run, machine, speed, steps, world, minutes, rows)
+    adapts = preset is None and machine.device.type == "cpu"
+
+    def fit(epochs: int, change: Change = change) -> Run:
+        fitted = fit_schedule(change(recipe), epochs)
+        return change(short_schedule(fitted, epochs * steps) if adapts else fitted)
+
+    run = fit(epochs) if preset is None or minutes is not None else change(recipe)
+    if adapts:
+        _explain_schedule(run, epochs * steps, rows)
+    recommended = preset or fit(recipe.optim.epochs, lambda run: run)
+    return Plan(run, [Reason(name, *row) for name, row in rows.items()], recommended, fit)
 
 
 def num_train_images(run: Run, dataset: ImageDataset) -> int:
@@ -144,7 +175,8 @@ def _for_dataset(dataset: ImageDataset, machine: Machine, world: int, kind: type
     run = _with_crops(run, dataset.short_side, on_cpu, rows)
     size = _batch_size(run, count, machine, world)
     rows["batch"] = f"{size}", "images per step over all ranks; fits into memory and gives many steps"
-    run = edit(run, optim=dict(batch_size=size, lr=5e-4, weight_decay_end=0.4) if large else dict(batch_size=size))
+    run = edit(run, optim=dict(batch_size=size, epochs=_num_epochs(count, on_cpu)))
+    run = edit(run, optim=dict(lr=5e-4, weight_decay_end=0.4)) if large else run
     rows["learning rate"] = f"{run.optim.lr:g} per 256", "the paper's" if large else "tuned on small datasets"
     return run
 
@@ -201,6 +233,13 @@ def _batch_size(run: Run, count: int, machine: Machine, world: int) -> int:
     return max(1, 2 ** int(math.log2(max(1, size))) // world) * world
 
 
+def _num_epochs(count: int, on_cpu: bool) -> int:
+    """Return the epochs for this many images: more for fewer images."""
+    if on_cpu:
+        return max(1, min(MAX_CPU_EPOCHS, round(CPU_IMAGES / count)))
+    return next((epochs for limit, epochs in GPU_EPOCHS if count <= limit), 100)
+
+
 def _for_machine(run: Run, dataset: ImageDataset, machine: Machine, rows: Rows, *, keep_float32: bool) -> Run:
     """Choose the precision, and whether one rank keeps decoded images in at most an eighth of the memory."""
     precision, reason = machine.precision, machine.precision_reason
@@ -229,29 +268,38 @@ def with_workers(run: Run, machine: Machine, speed: Speed, rows: Rows) -> Run:
     return edit(run, workers=workers)
 
 
-def _with_epochs(
-    run: Run, machine: Machine, speed: Speed, images_per_epoch: int, minutes: float | None, rows: Rows
-) -> Run:
-    """Choose the epochs that fit into the time; without a time, an hour on a CPU and about the paper's on a GPU."""
-    if minutes is None and machine.device.type != "cpu":
-        epochs = 100 if images_per_epoch > 500_000 else 200 if images_per_epoch > 100_000 else 400
-        reason = "small datasets need more epochs"
-    else:
-        seconds = 60 * (CPU_MINUTES if minutes is None else minutes)
-        epochs = max(1, int(seconds / speed.seconds(run, machine, images_per_epoch)))
-        reason = f"fit into {duration(seconds)}"
-    rows["epochs"] = f"{epochs}", f"{reason}; `minutes` or `optim.epochs` changes the length"
-    return fit_schedule(run, epochs)
+def _choose_length(
+    run: Run, machine: Machine, speed: Speed, steps: int, world: int, minutes: float | None, rows: Rows
+) -> int:
+    """Return the epochs of `steps` steps that fit into the time, or the run's; add the expected time, and a warning."""
+    num_images, epochs = steps * run.optim.batch_size, run.optim.epochs
+    seconds = speed.seconds(run, machine, num_images) / world
+    if minutes is not None:
+        epochs = max(1, int(60 * minutes / seconds))
+        reason = "fit into {} at the measured speed; corrected once by the speed of the first epochs"
+        rows["epochs"] = f"{epochs}", reason.format(duration(60 * minutes))
+    rates = f"{1 / speed.step:,.1f} images/s in the training step, {1 / speed.data:.0f} images/s per loading worker"
+    if 0 < speed.num_images < run.optim.batch_size:
+        rates += f"; scaled from steps of {speed.num_images} images"
+    rows["expected time"] = duration(epochs * seconds), f"measured: {rates}"
+    below = [name for name, needed in LEARNING_IMAGES if epochs * num_images < needed]
+    if below and run.init is None and not run.method.classifies:
+        needed = LEARNING_IMAGES[-1][1]
+        minimum = math.ceil(math.ceil(needed / num_images) * seconds / 60)
+        rows["warning"] = (
+            f"probably ends below {' and '.join(below)}",
+            f"{epochs} epochs are {epochs * num_images:,} images, and `small` needed {needed:,}: set `minutes` to "
+            f"{minimum} or more, add images, or start from released weights, as `init` dino_vits16",
+        )
+    return epochs
 
 
-def _with_short_schedule(run: Run, steps: int, rows: Rows) -> Run:
-    """Choose the final values of learning rate and momentum for this number of steps, and replace their reasons."""
-    short = short_schedule(run, steps)
-    if short != run:
+def _explain_schedule(run: Run, steps: int, rows: Rows) -> None:
+    """Replace the reasons of the final values of learning rate and momentum if they are those for few steps."""
+    if steps < FULL_SCHEDULE_STEPS and run.method.for_few_steps() is not None:
         reason = f"only {steps:,} steps: the usual final values are for {FULL_SCHEDULE_STEPS:,} and more"
-        rows["teacher"] = _describe_teacher(short), reason
-        rows["learning rate"] = f"{short.optim.lr:g} per 256, decays to one half", reason
-    return short
+        rows["teacher"] = _describe_teacher(run), reason
+        rows["learning rate"] = f"{run.optim.lr:g} per 256, decays to one half", reason
 
 
 def _quality(run: Run, dataset: ImageDataset) -> tuple[str, str]:

@@ -150,6 +150,9 @@ def plan_section(run_dir: Path, *, private: bool) -> str:
     check_format(path, content.get("format"), FORMAT)
     reasons = [row for row in content["plan"] if not (private and row["name"].split(".")[0] in PATH_FIELDS)]
     rows = [[reason[key] for key in ("name", "value", "reason")] for reason in reasons]
+    if corrected := (read_json(run_dir / "run.json") or {}).get("corrected"):
+        (_, epochs), minutes, step = corrected["epochs"], corrected["minutes"], corrected["step"]
+        rows.append(["epochs, corrected", f"{epochs}", f"fit into {minutes:g} minutes at the speed until step {step}"])
     return html.section("Plan", "Settings chosen for this dataset and machine, with reasons.", html.table(rows))
 
 
