@@ -50,7 +50,7 @@ class Run:
     data: DatasetConfig = field(default_factory=lambda: Folder(path="photos"))
     """The dataset."""
     val: DatasetConfig | None = None
-    """Labeled validation set; None: a fraction of every class of the dataset is held out."""
+    """Validation set, labeled if the dataset is; None: a fraction of the dataset (of every class) is held out."""
     backbone: BackboneConfig = field(default_factory=ViT)
     """The network that is trained."""
     init: str | None = None
@@ -62,7 +62,7 @@ class Run:
     optim: Optim = field(default_factory=Optim)
     """Optimizer and schedules."""
     online_eval: OnlineEval = field(default_factory=OnlineEval)
-    """Accuracy measured during training, if the dataset has labels."""
+    """Quality measured during training: accuracy, or two-crop retrieval if the dataset has no labels."""
     evals: tuple[ScheduledEval, ...] = ()
     """Evaluations during training, each in quotes, as after `dino eval` but without CHECKPOINT:
     --evals "linear train/ val/" "retrieval roxford5k/ --every-epochs 10". They run at the end of training; with

@@ -1,4 +1,4 @@
-"""Evaluation during training: the online accuracy on a validation set, and the `evals` of a Run."""
+"""Evaluation during training: the online evaluation on a validation set, and the `evals` of a Run."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -52,7 +52,7 @@ class TrainingEvals:
             self.reference_scores = {}
 
     def run_online(self, clock: Clock, log: Log, state: State) -> Evaluated | None:
-        """Measure the online accuracy if it is due, and remember the best one in `state`."""
+        """Run the online evaluation if it is due, and remember the best one in `state`."""
         if self.online is None or not is_due(self.every_epochs, clock):
             return None
         values = dict(self.online(self.method.backbone))
@@ -88,13 +88,16 @@ class TrainingEvals:
 
 
 def split_dataset(run: Run, dataset: ImageDataset) -> tuple[ImageDataset, ImageDataset | None]:
-    """Return the training set and the validation set of the online evaluation; None without labels."""
-    if dataset.labels is None or run.online_eval.every_epochs == 0:
+    """Return the training set and the validation set of the online evaluation; None if it is disabled or impossible."""
+    if run.online_eval.every_epochs == 0:
         return dataset, None
     if run.val is None:
-        train_set, val_set = dataset.split(run.online_eval.val_fraction, run.seed)
-        return train_set, val_set if len(val_set) else None  # no class has two images
+        fraction = run.online_eval.held_out_fraction(dataset)
+        train_set, val_set = dataset.split(fraction, run.seed) if fraction else (dataset, None)
+        return train_set, val_set or None  # no class has two images
     val_set = distributed.run_on_rank0(run.val.open)
+    if dataset.labels is None:
+        return dataset, val_set
     if val_set.labels is None:
         raise UserError("The validation set `val` has no labels: put the images of each class in a folder of its own.")
     return dataset, relabeled(val_set, dataset.classes)

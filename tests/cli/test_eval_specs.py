@@ -29,6 +29,7 @@ SPECS = {
     "linear scenes --lr 0.1 --patches True": None,
     "attention-masks scenes --mass 0.6 --layer 0": None,
     "video-segmentation DAVIS --radius 6": None,
+    "two-crop-retrieval photos/ --max-images 500 --seed 1": None,
 }
 
 

@@ -14,6 +14,7 @@ from dino_ssl.evals.knn import KNN
 from dino_ssl.evals.linear import Linear
 from dino_ssl.evals.low_shot import LowShot
 from dino_ssl.evals.retrieval import Retrieval
+from dino_ssl.evals.two_crop_retrieval import TwoCropRetrieval
 from dino_ssl.evals.video_segmentation import VideoSegmentation
 from dino_ssl.models.vit import ViT
 from dino_ssl.models.weights import save_backbone
@@ -46,6 +47,7 @@ def evaluate_all(folder: Path) -> dict[str, Any]:
         "copy-detection": (CopyDetection(dimensions=8), SCENES),
         "video-segmentation": (VideoSegmentation(), Scenes(count=2, size=32, part="val")),
         "attention-masks": (AttentionMasks(), Scenes(count=5, size=32, part="val")),
+        "two-crop-retrieval": (TwoCropRetrieval(max_images=29), train),
     }
     network, out = folder / "network.safetensors", folder / "out"
     return {name: evaluate(network, *args, batch_size=5, out=out) for name, args in evaluations.items()}

@@ -200,13 +200,13 @@ def _train(study_run: StudyRun, rt: Runtime, terminal: Terminal) -> int | None:
 
 def _observer(study_run: StudyRun, rt: Runtime) -> Callable[[Event], None]:
     """Return a function that evaluates the student if the table has it, and stops if the parent process has died."""
-    parent, run = os.getppid(), study_run.run
+    parent, run, metrics = os.getppid(), study_run.run, study_run.study.table.metrics
     evaluate: Callable[[], Mapping[str, float]] | None = None
 
     def observe(event: Event) -> None:
         nonlocal evaluate
         match event:
-            case Started() if "student 20-NN" in study_run.study.table.metrics and event.val_set is not None:
+            case Started() if "student 20-NN" in metrics and event.val_set and event.train_set.classes:
                 student: Any = event.method.trainable
                 knn = run.online_eval.prepare_knn(event.train_set, event.val_set, eval_context(run, rt))
                 evaluate = partial(knn, student.backbone)

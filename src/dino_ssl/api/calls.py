@@ -20,7 +20,7 @@ from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint, read_image
 from dino_ssl.config import to_dict
 from dino_ssl.data.dataset import Skipped
 from dino_ssl.data.loader import read_or_none
-from dino_ssl.data.sources import CLASS_FOLDERS, DatasetSource, open_dataset
+from dino_ssl.data.sources import DatasetSource, open_dataset
 from dino_ssl.errors import UserError, check_value
 from dino_ssl.evals import find_evaluation
 from dino_ssl.evals.attention_maps import attention_size
@@ -28,6 +28,7 @@ from dino_ssl.evals.base import EvalContext, Evaluation, LabeledEvaluation, refe
 from dino_ssl.evals.features import extract
 from dino_ssl.evals.knn import KNN
 from dino_ssl.evals.resumable import extract_resumable
+from dino_ssl.evals.two_crop_retrieval import TwoCropRetrieval
 from dino_ssl.files import write_json
 from dino_ssl.formatting import Summarized
 from dino_ssl.models.backbone import Backbone
@@ -64,8 +65,8 @@ def evaluate(
     Args:
         checkpoint: A run's folder, a file, a released network, timm:NAME, or a backbone.
         evaluation: Settings, or the name of an evaluation with its default settings.
-        sources: Data of the evaluation, in the order of its `sources`. Default of `LabeledEvaluation`: the training and
-            validation set of the run, which give the accuracy that the run printed.
+        sources: Data of the evaluation, in the order of its `sources`. If none is required, the default is
+            the training and validation set of the run, which give the scores that the run printed.
         references: Evaluate random weights, and raw pixels if the evaluation is defined for them.
         precision: Of forward passes. The published protocols use float32.
         batch_size: Images per forward pass.
@@ -94,7 +95,7 @@ def evaluate(
             cache=loaded.folder / "evals/features" if cache and loaded.folder is not None else None,
             out=None if out is None else Path(out),
         )
-        if not sources and isinstance(settings, LabeledEvaluation):
+        if not sources and not any(source.required for source in settings.sources):
             sources = run_datasets(loaded, settings, trust=trust)
         prepared = settings.prepare(sources, context)
         scores = prepared(loaded.backbone)
@@ -102,8 +103,8 @@ def evaluate(
         return {
             "format": FORMAT,
             "evaluation": prepared.name,
-            "size": (settings.size or loaded.backbone.transform.size)
-            if isinstance(settings, LabeledEvaluation)
+            "size": (settings.size or context.size)
+            if isinstance(settings, LabeledEvaluation | TwoCropRetrieval)
             else None,
             "values": dict(scores),
             "references": {name: dict(values) for name, values in compared.items()},
@@ -122,16 +123,16 @@ def evaluate(
 
 
 def run_datasets(checkpoint: Checkpoint, evaluation: Evaluation, *, trust: bool) -> tuple[DatasetSource, ...]:
-    """Return the training and validation set of a run: those of its online evaluation. Raises UserError for no run."""
+    """Return the sources from a run's online evaluation: training and validation set. Raises UserError for no run."""
     if checkpoint.folder is None or not (checkpoint.folder / "run.json").is_file():
+        sources = "".join(f"\n{source.name}: {source.help}" for source in evaluation.sources)
         raise UserError(
-            f"{evaluation.name} expected labeled images, TRAIN and optionally VAL; got none.\n"
-            f"Without them, those of a run are used, and {checkpoint.source} is not a run's folder.\n{CLASS_FOLDERS}"
+            f"{evaluation.name} expected images; got none, and {checkpoint.source} is not the folder of a run.{sources}"
         )
     run = read_run(checkpoint.folder, trust=trust)
     train, val = split_dataset(run, run.method.filter_dataset(run.data.open()))
     voters = run.online_eval.voters(train) if isinstance(evaluation, KNN) else train
-    return (voters,) if val is None else (voters, val)
+    return evaluation.run_sources(voters, val)
 
 
 def versions() -> dict[str, str]:

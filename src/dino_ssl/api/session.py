@@ -169,7 +169,7 @@ class _Session:
                 if is_best:
                     self.outcome.best = {"name": name, "value": value, "epoch": clock.step / clock.steps_per_epoch}
                 mark, style = ("  best so far", "green") if is_best else ("", None)
-                logger.info(f"epoch {clock.epoch}: {name} {value:.1f} %{mark}", extra={"style": style})
+                logger.info(f"epoch {clock.epoch}: {name} {_quality(values)}{mark}", extra={"style": style})
             case EvalStarted(_, name):
                 progress.show_activity(name)
             case EvalDone(clock, name, values):
@@ -206,7 +206,7 @@ class _Session:
         )
         if references:
             name, _ = _first(next(iter(references.values())))
-            scores = ", ".join(f"{k.replace('_', ' ')} {_first(v)[1]:.1f} %" for k, v in references.items())
+            scores = ", ".join(f"{k.replace('_', ' ')} {_quality(v)}" for k, v in references.items())
             logger.info(f"Reference scores ({name}): {scores}")
 
     def log_findings(self, findings: Sequence[Finding]) -> None:
@@ -296,9 +296,9 @@ class _Session:
             show(f"Resume with:  dino train --resume {self.folder}")
             return
         if outcome.quality:
-            name, value = _first(outcome.quality)
+            name, _ = _first(outcome.quality)
             best = f" (best {outcome.best['value']:.1f} % in epoch {outcome.best['epoch']:.0f})" if outcome.best else ""
-            show(f"{name} {value:.1f} %{best}", extra={"style": "bold"})
+            show(f"{name} {_quality(outcome.quality)}{best}", extra={"style": "bold"})
         for label, values in outcome.evals.items():
             show(_summary(label, values))
         show(f"Report     {outcome.report}")
@@ -308,6 +308,12 @@ class _Session:
 def _summary(name: str, values: Mapping[str, float]) -> str:
     """Return `retrieval roxford5k: mAP easy 40.1, mAP medium 30.2, ...`: the first values of an evaluation."""
     return f"{name}: {', '.join(f'{key} {value:.1f}' for key, value in list(values.items())[:MAX_LOGGED_VALUES])}"
+
+
+def _quality(values: Mapping[str, float]) -> str:
+    """Return the value of an online evaluation, in percent, and the effective rank if it was measured."""
+    rank = f" (effective rank {values['effective rank']:.1f})" if "effective rank" in values else ""
+    return f"{_first(values)[1]:.1f} %{rank}"
 
 
 def _first(values: Mapping[str, float]) -> tuple[str, float]:

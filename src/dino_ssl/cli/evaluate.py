@@ -157,7 +157,7 @@ def show(result: Mapping[str, Any], checkpoint: str, terminal: Terminal) -> None
         for name, part in result["data"].items()
     )
     size = f" at {result['size']} px" if result["size"] else ""
-    terminal.table(f"{result['evaluation']}{size} ({data}), in percent", columns, rows)
+    terminal.table(f"{result['evaluation']}{size} ({data}), in percent unless the name states a unit", columns, rows)
     details = result["details"]
     if len(details.get("sweep", ())) > 1:
         selected = ", ".join(f"{name} {format_value(value)}" for name, value in details["selected"].items())

@@ -153,6 +153,12 @@ class ImageDataset(Dataset[tuple[np.ndarray, int]], ABC):
         """Return the images at these indices, in this order, with the same classes."""
         return _Subset(self, np.asarray(indices, dtype=np.int64))
 
+    def evenly_spaced(self, most: int) -> "ImageDataset":
+        """Return at most this many images, evenly spaced."""
+        if len(self) <= most:
+            return self
+        return self.subset(np.linspace(0, len(self) - 1, most).round().astype(np.int64))
+
     def in_memory(self, threads: int = 2, progress: Progress | None = None) -> "ImageDataset":
         """Decode every image into one block of `nbytes`, shared by forked workers."""
         return _InMemory(self, threads, progress)

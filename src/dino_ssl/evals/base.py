@@ -102,6 +102,10 @@ class Evaluation(ABC):
     def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
         """Open and validate the data. Raise UserError with the expected layout if it does not fit."""
 
+    def run_sources(self, *datasets: ImageDataset | None) -> tuple[ImageDataset, ...]:
+        """Return the sources if none are given, from a run's training and validation set."""
+        return tuple(dataset for dataset in datasets if dataset is not None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledEvaluation(Evaluation):

@@ -1,4 +1,4 @@
-"""Accuracy measured during training: it shows progress and selects the best checkpoint."""
+"""Quality measured during training: it shows progress and selects the best checkpoint."""
 
 from dataclasses import dataclass
 
@@ -11,23 +11,31 @@ from dino_ssl.errors import check_range
 from dino_ssl.evals.base import EvalContext, PreparedEval, Scores, evaluating
 from dino_ssl.evals.knn import KNN
 from dino_ssl.evals.linear import accuracies
+from dino_ssl.evals.two_crop_retrieval import MAX_IMAGES, TwoCropRetrieval
 from dino_ssl.models.heads import Network
 from dino_ssl.preprocessing import Preprocessing
+
+MIN_HELD_OUT = 5
+"""Images without labels that are held out at least: 10 queries. Smaller datasets hold out none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineEval:
-    """Accuracy on labeled images during training: weighted k-NN, or the method's own classifier if it trains one."""
+    """Quality during training: weighted k-NN accuracy, or that of the method's classifier if it trains one.
+
+    Without labels: two-crop retrieval.
+    """
 
     every_epochs: float = 1.0
     """Epochs between two evaluations; 0 disables them."""
     k: int = 20
     """Neighbors that vote (Appendix F.1 reports 20)."""
     size: int | None = None
-    """Side of the center crop in pixels, of this and all later evaluations and features of the run; default: the size
+    """Side of the crops in pixels, of this and all later evaluations and features of the run; default: the size
     of the global crops."""
     val_fraction: float = 0.1
-    """Fraction of every class that is held out for validation if no validation set is given."""
+    """Fraction of every class that is held out for validation if no validation set is given. Without labels: of all
+    images, at most 2,000, and none if these would be fewer than 5."""
     max_train_images: int = 50_000
     """Maximum number of training images that vote, evenly spaced; more images cost time and change little."""
     batch_size: int = 64
@@ -38,10 +46,21 @@ class OnlineEval:
         check_range(self, "every_epochs", prefix="online_eval.", least=0)
         check_range(self, "k", "size", "max_train_images", "batch_size", prefix="online_eval.", least=1)
 
+    def held_out_fraction(self, dataset: ImageDataset) -> float:
+        """Return the fraction of a dataset that is held out if no validation set is given; 0 for none."""
+        if not self.every_epochs:
+            return 0.0
+        if dataset.labels is not None:
+            return self.val_fraction
+        is_enough = round(self.val_fraction * len(dataset)) >= MIN_HELD_OUT
+        return min(self.val_fraction, MAX_IMAGES / len(dataset)) if is_enough else 0.0
+
     def prepare(
         self, classifier: Network | None, train: ImageDataset, val: ImageDataset, context: EvalContext
     ) -> PreparedEval:
-        """Prepare the accuracy of a method's classifier if it has one, otherwise k-NN on its backbone."""
+        """Prepare the accuracy of a method's classifier, k-NN on its backbone, or two-crop retrieval without labels."""
+        if train.labels is None:
+            return TwoCropRetrieval().prepare_dataset(val, context)
         if classifier is None:
             return self.prepare_knn(train, val, context)
         return PreparedEval(
@@ -57,9 +76,7 @@ class OnlineEval:
 
     def voters(self, train: ImageDataset) -> ImageDataset:
         """Return at most `max_train_images` of the training images, evenly spaced."""
-        if len(train) <= self.max_train_images:
-            return train
-        return train.subset(np.linspace(0, len(train) - 1, self.max_train_images).round().astype(np.int64))
+        return train.evenly_spaced(self.max_train_images)
 
 
 def classifier_accuracy(classifier: Network, dataset: ImageDataset, size: int, context: EvalContext) -> Scores:

@@ -11,7 +11,7 @@ from dino_ssl.config import type_name
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals import import_all
-from dino_ssl.evals.base import EvalContext, Evaluation, LabeledEvaluation, PreparedEval
+from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.schedules import Clock
 
@@ -69,13 +69,13 @@ def prepare_all(
 ) -> list[PreparedScheduledEval]:
     """Open the data of every evaluation before training. Raise UserError if one does not fit its data or backbone.
 
-    run_datasets: the run's training and validation set, for labeled evaluations without sources.
+    run_datasets: the run's training and validation set, for evaluations without sources.
     """
     prepared = []
     for scheduled in evals:
         try:
-            default = run_datasets if isinstance(scheduled.evaluation, LabeledEvaluation) else ()
-            evaluation = scheduled.evaluation.prepare(scheduled.sources or default, context)
+            sources = scheduled.sources or scheduled.evaluation.run_sources(*run_datasets)
+            evaluation = scheduled.evaluation.prepare(sources, context)
             evaluation.validate(backbone)
         except UserError as error:
             raise UserError(f'`evals` "{scheduled.label}" is not possible: {error}') from error

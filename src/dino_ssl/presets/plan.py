@@ -125,8 +125,8 @@ def plan(
 
 def num_train_images(run: Run, dataset: ImageDataset) -> int:
     """Return the number of training images, without the held-out ones; at least 1."""
-    is_split = dataset.labels is not None and run.val is None
-    return max(1, len(dataset) - (round(run.online_eval.val_fraction * len(dataset)) if is_split else 0))
+    fraction = run.online_eval.held_out_fraction(dataset) if run.val is None else 0
+    return max(1, len(dataset) - round(fraction * len(dataset)))
 
 
 def describe_preset(run: Run) -> str:
@@ -303,9 +303,16 @@ def _explain_schedule(run: Run, steps: int, rows: Rows) -> None:
 
 
 def _quality(run: Run, dataset: ImageDataset) -> tuple[str, str]:
-    """Return which accuracy is measured during training, and on which images."""
-    labels = dataset.labels
-    if labels is None or (run.val is None and np.bincount(labels[labels >= 0]).max(initial=0) < 2):
+    """Return what is measured during training, and on which images."""
+    labels, num_held_out = dataset.labels, round(run.online_eval.held_out_fraction(dataset) * len(dataset))
+    if not run.online_eval.every_epochs:
+        return "loss and entropies", "`online_eval.every_epochs` is 0"
+    if labels is None:
+        if run.val is None and not num_held_out:
+            return "loss and entropies", f"{len(dataset)} images without labels are too few to hold out some of them"
+        held_out = f"{num_held_out:,} images are held out" if run.val is None else "on the validation set"
+        return "two-crop retrieval", f"no labels; {held_out}"
+    if run.val is None and np.bincount(labels[labels >= 0]).max(initial=0) < 2:
         return "loss and entropies", "accuracy cannot be measured without class folders of two images"
     metric = "accuracy of the classifier" if run.method.classifies else f"{run.online_eval.k}-NN accuracy"
     held_out = f"{run.online_eval.val_fraction:.0%} of each of {len(dataset.classes)} classes is held out"

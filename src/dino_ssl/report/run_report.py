@@ -55,7 +55,11 @@ def write_report(run_dir: Path | str, run: Run | None = None, *, thumbnails: boo
     rows = next((history.evaluations[name] for name in ONLINE if name in history.evaluations), [])
     metric = next((name for row in rows[-1:] for name in row if name not in ("step", "epoch", "eval")), "")
     accuracy = line(rows, metric)
-    references = {k.replace("_", " "): row[metric] for k, row in info["reference_scores"].items() if metric in row}
+    references, ranks = (
+        {k.replace("_", " "): row[name] for k, row in info["reference_scores"].items() if name in row}
+        for name in (metric, "effective rank")
+    )
+    rank, label = line(rows, "effective rank"), metric if metric.startswith("two-crop") else f"{metric} accuracy"
     epoch = history.training[-1]["epoch"] if history.training else 0
     of_folder = f" of {run.data.folder}" if run.data.folder else ""
     lead = (
@@ -69,8 +73,13 @@ def write_report(run_dir: Path | str, run: Run | None = None, *, thumbnails: boo
         '<div class="eyebrow">dino · training report</div>',
         f'<h1>{escape(run_dir.resolve().name)}</h1><p class="lead">{escape(lead)}</p>\n',
         *(f'<p class="warning">{escape(str(finding))}</p>' for finding in findings),
-        _headline(history, metric, accuracy, references, prototypes),
-        _curves(history, metric, accuracy, references, prototypes),
+        _headline(history, label, accuracy, references, prototypes),
+        _curves(
+            history,
+            prototypes,
+            chart({metric: accuracy}, title=label, unit=" %", references=references, from_zero=True),
+            chart({"rank": rank}, title="Effective rank of the validation set", references=ranks, from_zero=True),
+        ),
         evals_section(history.evaluations, private=private),
         *(() if private else (attention_section(snapshots), neighbors_section(snapshots))),
         health_section(run_dir, prototypes, history),
@@ -84,34 +93,35 @@ def write_report(run_dir: Path | str, run: Run | None = None, *, thumbnails: boo
     return atomic_write(run_dir / "report.html", lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def _headline(history: History, metric: str, accuracy: Line, references: References, prototypes: int | None) -> str:
+def _headline(history: History, label: str, accuracy: Line, references: References, prototypes: int | None) -> str:
     """Return tiles with the best accuracy next to its reference scores, the last losses, and the speed."""
     tiles = []
-    if metric:
+    if accuracy[0]:
         best, epoch = max(zip(accuracy[1], accuracy[0], strict=True), key=lambda pair: pair[0])
         note = f"Best, at epoch {epoch:.3g}; the last is {accuracy[1][-1]:.1f} %."
-        tiles.append(html.bars(f"{metric} accuracy on the validation set", {"this run": best, **references}, note))
+        tiles.append(html.bars(f"{label} on the validation set", {"this run": best, **references}, note))
     log_k = f"ln K = {math.log(prototypes):.2f}" if prototypes else ""
-    for key, label, note in (
+    for key, title, note in (
         ("loss", "Loss", log_k and f"chance level: {log_k}"),
         ("teacher_entropy", "Teacher entropy", log_k and f"maximum: {log_k}"),
         ("kl", "KL, teacher to student", "0: the student equals the teacher"),
     ):
         if values := history.line(key)[1]:
-            tiles.append(html.tile(label, f"{values[-1]:.3f}", note))
+            tiles.append(html.tile(title, f"{values[-1]:.3f}", note))
     if speeds := history.line("images_per_s")[1]:
         note = f"{100 * np.median(history.line('wait')[1]):.0f} % of the time waiting for data"
         tiles.append(html.tile("Speed", f"{np.median(speeds):,.0f}", note, unit="images/s"))
     return f'<div class="grid tiles">{"".join(tiles)}</div>\n' if tiles else ""
 
 
-def _curves(history: History, metric: str, accuracy: Line, references: References, prototypes: int | None) -> str:
+def _curves(history: History, prototypes: int | None, *online: str) -> str:
+    """Return the charts of the online evaluation and of training."""
     log_k = {"ln K": math.log(prototypes)} if prototypes else {}
     entropies = {"teacher": history.line("teacher_entropy"), "mean over the batch": history.line("marginal_entropy")}
     loss_note = "At ln K the student is at chance." if log_k else ""
     entropy_note = "Teacher at 0: one-hot targets. At ln K: uniform targets. A healthy run stays in between."
     figures = charts(
-        chart({metric: accuracy}, title="Accuracy", unit=" %", references=references, from_zero=True),
+        *online,
         chart({"loss": history.line("loss")}, title="Loss", references=log_k, note=loss_note),
         chart(entropies, title="Entropy", references=log_k, from_zero=True, note=entropy_note),
         chart({"KL": history.line("kl")}, title="KL, teacher to student", from_zero=True),

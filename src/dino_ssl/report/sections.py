@@ -17,7 +17,7 @@ from dino_ssl.report.curves import History, Line, Rows, chart, charts, line
 from dino_ssl.report.snapshots import read_index, read_neighbors
 from dino_ssl.run import Run
 
-ONLINE = ("knn", "accuracy")
+ONLINE = ("knn", "accuracy", "two-crop-retrieval")
 """Names of the online evaluation in metrics.jsonl; its result is at the top of the page."""
 MAX_CURVES = 3
 """Metrics of one evaluation in its chart; the table has all."""
