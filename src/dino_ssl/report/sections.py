@@ -165,7 +165,8 @@ def settings_section(run: Run, *, private: bool) -> str:
         *(_card(name, type_name(type(value)), value) for name, value in nested.items()),
     ]
     grid = f'<div class="grid settings">{"".join(cards)}</div>'
-    return html.section("Settings", "All settings of run.json; defaults are gray.", grid)
+    extent = "Settings of run.json without paths" if private else "All settings of run.json"
+    return html.section("Settings", f"{extent}; defaults are gray.", grid)
 
 
 def _card(title: str, kind: str, settings: Any, omitted: Collection[str] = ()) -> str:
