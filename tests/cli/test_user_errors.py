@@ -31,7 +31,7 @@ def assert_refused(output, *parts):
         (["train", "PHOTOS", "--network", "vit_smal/16"], ["did you mean", "'vit_small/16'", "timm:NAME"]),
         (["train", "PHOTOS", "--method", "simclr"], ["'simclr'", "byol"]),
         (["train", "PHOTOS", "--optim.epoch", "3"], ["--optim.epochs"]),
-        (["train", "PHOTOS", "--optim.epochs", "0"], ["--optim.epochs must be at least 1; got 0"]),
+        (["train", "PHOTOS", "--optim.epochs", "0"], ["--epochs must be at least 1; got 0"]),
         (["train", "PHOTOS", "--minutes", "-3"], ["--minutes must be above 0; got -3"]),
         (["train", "PHOTOS", "--log-every", "0"], ["--log-every must be at least 1; got 0"]),
         (["train", "PHOTOS", "--workers", "-1"], ["--workers must be at least 0; got -1"]),
@@ -71,12 +71,12 @@ def test_message_names_what_is_wrong_and_what_to_do(dino, photos, trained, tmp_p
 @pytest.mark.usefixtures("tiny_preset")
 def test_batch_larger_than_the_dataset_is_refused(dino, photos):
     output = dino("train", photos, "--preset", "tiny_recipe:run", "--optim.batch-size", "37", "--json")
-    assert_refused(output, "37", "36", "--optim.batch-size")
+    assert_refused(output, "37", "36", "dino: --batch-size")
 
 
 def test_dry_run_refuses_what_training_would(dino, photos, tiny, tmp_path):
     for flags, message in (
-        (("--optim.batch-size", "64"), "--optim.batch-size 64 with 36 images"),
+        (("--optim.batch-size", "64"), "--batch-size 64 with 36 images"),
         (("--evals", "knn nowhere"), '--evals "knn nowhere" is not possible'),
         (("--val", "nowhere"), "There is no file or folder nowhere"),
         (("--method.head-norm", "batch", "--optim.micro-batch", "2"), "batch norm"),

@@ -95,7 +95,8 @@ def _marked(planned: Plan, change: Change) -> list[Reason]:
         changes["method"] = (run.method.summary, before.method.summary)
     rows = {reason.name: reason for reason in planned.reasons}
     if changes.keys() & NETWORK_FIELDS:
-        rows["network"] = Reason("network", run.backbone.describe(), "set by you")
+        reason = "that of the initial weights" if run.init else "set by you"
+        rows["network"] = Reason("network", run.backbone.describe(), reason)
     for name, (new, old) in changes.items():
         if name not in NETWORK_FIELDS and name.split(".")[0] not in ("out", "data"):
             row = ROWS.get(name, name)

@@ -30,5 +30,10 @@ def expand_short_flags(argv: Sequence[str]) -> list[str]:
 
 
 def with_flags(message: str) -> str:
-    """Return a library's message with the settings of this command, `optim.batch_size`, written as flags."""
-    return re.sub(r"`([a-z_.]+)`", lambda match: flag(match[1]) if match[1] in known_fields else match[0], message)
+    """Return a library's message with the settings of this command, `optim.batch_size`, written as (short) flags."""
+    short = {long: name for name, long in SHORT_FLAGS.items()}
+
+    def written(match: re.Match[str]) -> str:
+        return short.get(flag(match[1]), flag(match[1])) if match[1] in known_fields else match[0]
+
+    return re.sub(r"`([a-z_.]+)`", written, message)

@@ -25,7 +25,7 @@ DatasetSource = (
 CLASS_FOLDERS = "Put the images of each class in a folder: photos/cat/1.jpg, photos/dog/2.jpg, ..."
 DRAWN = {"train": 2000, "val": 500, "test": 500}
 """Number of images of the synthetic datasets that are opened by name."""
-WORDS = dict(zip(SYNTHETIC, (Scenes(), SIMPLE_SCENES, SMALL_OBJECTS), strict=True))
+WORDS: dict[str, Scenes] = dict(zip(SYNTHETIC, (Scenes(), SIMPLE_SCENES, SMALL_OBJECTS), strict=True))
 """Synthetic datasets by name."""
 
 
