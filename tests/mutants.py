@@ -301,6 +301,13 @@ MUTANTS = (
         "equations/test_knn.py::test_closer_neighbors_have_larger_votes",
     ),
     Mutant(
+        "a labeled image votes for itself",
+        "api/classify.py",
+        "fit(x[~test], y[~test], ",
+        "fit(x, y, ",
+        "cli/test_classify.py::test_an_image_is_never_classified_by_a_classifier_that_has_seen_its_label",
+    ),
+    Mutant(
         "query among its neighbors",
         "report/snapshots.py",
         " if row != rows[query]",

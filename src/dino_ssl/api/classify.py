@@ -104,6 +104,8 @@ def classify(
         trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
     """
     check_value("k", k, least=1)
+    if method not in FOLDS:
+        raise UserError(f"`method` must be {' or '.join(FOLDS)}; got {method!r}.")
     loaded = open_checkpoint(checkpoint, device, weights=weights, trust=trust)
     options: Any = dict(size=size, precision=precision, batch_size=batch_size, workers=workers, device=device)
 
@@ -117,18 +119,18 @@ def classify(
     counts = Counter(sorted(label for label in known.labels if label is not None))
     if len(counts) < 2:
         raise UserError(f"`labels` expected images of at least two classes; got {len(counts)}.\n{CLASS_FOLDERS}")
-    rows = [row for row, label in enumerate(known.labels) if label is not None]
+    classes, rows = list(counts), [row for row, label in enumerate(known.labels) if label is not None]
     x = torch.from_numpy(known.features[rows])
-    y = torch.tensor([list(counts).index(str(known.labels[row])) for row in rows])
+    y = torch.tensor([classes.index(str(known.labels[row])) for row in rows])
     k = k or min(max(MIN_K, round(statistics.median(counts.values()) / 10)), MAX_K)
     fit = partial(fit_knn, k=k) if method == "knn" else fit_linear
     with progress("accuracy on the labeled images") as show:
         correct = cross_validate(fit, x, y, FOLDS[method], show)[y.bincount()[y] > 1]
     images = features_of(dataset, "images")
-    classifier = fit(x, y, len(counts))
+    classifier = fit(x, y, len(classes))
     parts = [classifier(part).topk(2) for part in torch.from_numpy(images.features).split(ROWS)]
     confidences, indices = (torch.cat(column) for column in zip(*parts, strict=True))
-    best, second = ([list(counts)[label] for label in column] for column in indices.T.tolist())
+    best, second = ([classes[label] for label in column] for column in indices.T.tolist())
     return Classification(
         images.names,
         best,
