@@ -12,7 +12,9 @@ from torch import Tensor
 import dino_ssl
 from dino_ssl.api.classify import FOLDS, cross_validate, fit_knn, fit_linear
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.models.vit import ViT
+from dino_ssl.evals import resumable
+from dino_ssl.models.vit import VisionTransformer, ViT
+from dino_ssl.models.weights import save_backbone
 
 
 def clusters(counts: list[int], width: int = 6, noise: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -134,6 +136,49 @@ def test_the_command_writes_a_line_per_image_and_says_how_good_it_is(trained, ph
     assert list(result["labeled"].values()) == [3, 3]
     assert sum(result["predicted"].values()) == result["images"] == 40
     assert (result["classifier"], result["tested"], len(result["skipped"])) == ("linear", 6, 2)
+
+
+def test_an_interrupted_command_resumes_and_writes_the_same_file(
+    trained, photos, labeled, dino, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(resumable, "FIRST_CHUNK", 16)
+    line = ("classify", trained[0], photos, "--labels", labeled, "--batch-size", "8", "-o")
+    assert dino(*line, "whole.csv").code == 0
+    forward, seen = VisionTransformer.forward, []
+
+    def interrupt(self: VisionTransformer, images: Tensor) -> Tensor:
+        seen.append(len(images))
+        if sum(seen) == 6 + 32:  # labeled images, and the last batch of the second chunk
+            raise KeyboardInterrupt
+        return forward(self, images)
+
+    monkeypatch.setattr(VisionTransformer, "forward", interrupt)
+    stopped = dino(*line, "parts.csv")
+    assert stopped.code != 0
+    assert "the same command resumes from parts.csv.partial" in stopped.out
+    assert not (tmp_path / "parts.csv").exists()
+    seen.clear()
+    assert "Resuming after 16 of 40 images" in dino(*line, "parts.csv").out
+    assert sum(seen) == 6 + 24
+    assert (tmp_path / "parts.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not (tmp_path / "parts.csv.partial").exists()
+
+
+def test_features_in_a_file_replace_the_images_of_the_same_weights(trained, photos, labeled, dino, tmp_path) -> None:
+    run, _ = trained
+    for folder, name in ((photos, "photos.parquet"), (labeled, "labeled.parquet")):
+        assert dino("embed", run, folder, "-o", name).code == 0
+    assert dino("classify", run, photos, "--labels", labeled, "-o", "one.csv").code == 0
+    output = dino("classify", run, "photos.parquet", "--labels", "labeled.parquet", "-o", "two.csv")
+    assert output.code == 0, output.err
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    network = ViT(width=64, depth=1, heads=1, patch=16, image_size=32)
+    other = save_backbone(network, network.build().state_dict(), tmp_path / "other.safetensors")
+    output = dino("classify", other, photos, "--labels", "labeled.parquet")
+    assert output.code == 2
+    assert "labeled.parquet has features of other weights" in output.err
+    (tmp_path / "bad.parquet").write_text("no table")
+    assert "is not a Parquet file of `dino embed`" in dino("classify", run, photos, "--labels", "bad.parquet").err
 
 
 def test_unlabeled_images_cannot_teach(trained, photos, labeled, dino) -> None:

@@ -3,11 +3,11 @@
 Shapes: n labeled images, M images to classify, D feature dimensions, C classes.
 """
 
+import functools
 import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +81,7 @@ def classify(
     precision: Precision | None = None,
     batch_size: int = 64,
     workers: int = 0,
+    partial: str | Path | None = None,
     progress: StartProgress = no_progress,
     device: str | torch.device | None = None,
     weights: Weights = "last",
@@ -98,6 +99,7 @@ def classify(
         precision: Of forward passes. Default: bfloat16 if the device supports it, otherwise float32.
         batch_size: Images per forward pass.
         workers: Worker processes that decode images.
+        partial: Folder that keeps the features of the images, so that the same call resumes (see `embed`).
         progress: Shows progress.
         device: cpu, cuda, cuda:1, mps, ...; None: a GPU if there is one.
         weights: Those of a run's folder that are used.
@@ -109,11 +111,11 @@ def classify(
     loaded = open_checkpoint(checkpoint, device, weights=weights, trust=trust)
     options: Any = dict(size=size, precision=precision, batch_size=batch_size, workers=workers, device=device)
 
-    def features_of(source: DatasetSource | Embedding, name: str) -> Embedding:
+    def features_of(source: DatasetSource | Embedding, name: str, partial: str | Path | None = None) -> Embedding:
         if isinstance(source, Embedding):
             return source
         with progress(f"features of {name}") as show:
-            return embed(loaded, source, progress=show, **options)
+            return embed(loaded, source, partial=partial, progress=show, **options)
 
     known = features_of(labels, "labeled images")
     counts = Counter(sorted(label for label in known.labels if label is not None))
@@ -123,10 +125,10 @@ def classify(
     x = torch.from_numpy(known.features[rows])
     y = torch.tensor([classes.index(str(known.labels[row])) for row in rows])
     k = k or min(max(MIN_K, round(statistics.median(counts.values()) / 10)), MAX_K)
-    fit = partial(fit_knn, k=k) if method == "knn" else fit_linear
+    fit = functools.partial(fit_knn, k=k) if method == "knn" else fit_linear
     with progress("accuracy on the labeled images") as show:
         correct = cross_validate(fit, x, y, FOLDS[method], show)[y.bincount()[y] > 1]
-    images = features_of(dataset, "images")
+    images = features_of(dataset, "images", partial)
     classifier = fit(x, y, len(classes))
     parts = [classifier(part).topk(2) for part in torch.from_numpy(images.features).split(ROWS)]
     confidences, indices = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -8,17 +8,20 @@ from typing import Annotated, Any
 
 import tyro
 
+from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.api.classify import Method
 from dino_ssl.api.classify import classify as classify_images
-from dino_ssl.cli.embed import write_csv
-from dino_ssl.cli.images import DatasetOptions, dataset_named, report_skipped, run_command
+from dino_ssl.cli.embed import read_features, write_csv
+from dino_ssl.cli.images import DatasetOptions, dataset_named, partial_features, report_skipped, run_command
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.files import atomic_write, check_writable
 from dino_ssl.terminal import Terminal, is_rank0
 
 EXAMPLES = """\
   dino classify runs/photos photos/ --labels labeled/ -o labels.csv     labeled/cat/1.jpg, labeled/dog/2.jpg, ...
-  dino classify dino_vits16 photos/ --labels labeled/ --method linear   logistic regression"""
+  dino classify dino_vits16 photos/ --labels labeled/ --method linear   logistic regression
+  dino embed runs/photos labeled/ -o labeled.parquet                    keep the features of the labeled images, and
+  dino classify runs/photos new/ --labels labeled.parquet -o new.csv    classify other images with them"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +29,12 @@ class ClassifyOptions(DatasetOptions):
     """Predict the class of every image from a few labeled images.
 
     The output is a CSV file with the columns name, label, confidence (0 to 1) and runner_up. The accuracy that is
-    printed is measured on the labeled images, each classified by others.
+    printed is measured on the labeled images, each classified by others. After an interruption, the same command
+    resumes. DATASET and --labels may also be .parquet files of `dino embed`.
     """
 
     labels: str
-    """Folder of class folders with a few labeled images."""
+    """A few labeled images: a folder of class folders, or their features."""
     method: Method = "knn"
     """Weighted k-NN, or logistic regression."""
     k: int | None = None
@@ -52,17 +56,18 @@ def _classify(options: ClassifyOptions, terminal: Terminal) -> dict[str, Any]:
         raise UserError(f"`out` must end in .csv; got {options.out!r}.")
     check_range(options, "threshold", least=0, most=1)
     check_writable(path.parent)
-    names = ("method", "k", "size", "precision", "batch_size", "workers", "device", "weights", "trust")
-    result = classify_images(
-        options.checkpoint,
-        dataset_named(options.dataset),
-        dataset_named(options.labels),
-        progress=terminal.progress,
-        **{name: getattr(options, name) for name in names},
+    checkpoint = open_checkpoint(options.checkpoint, options.device, weights=options.weights, trust=options.trust)
+    dataset, labels = (
+        read_features(Path(name), checkpoint) if name.endswith(".parquet") else dataset_named(name)
+        for name in (options.dataset, options.labels)
     )
-    if is_rank0():
-        columns = {"name": result.names, "label": result.labels, "confidence": result.confidences}
-        atomic_write(path, lambda part: write_csv(part, {**columns, "runner_up": result.runners_up}))
+    names = ("method", "k", "size", "precision", "batch_size", "workers", "device")
+    settings: Any = {name: getattr(options, name) for name in names}
+    with partial_features(path, terminal) as partial:
+        result = classify_images(checkpoint, dataset, labels, partial=partial, progress=terminal.progress, **settings)
+        if is_rank0():
+            columns = {"name": result.names, "label": result.labels, "confidence": result.confidences}
+            atomic_write(path, lambda part: write_csv(part, {**columns, "runner_up": result.runners_up}))
     counts, uncertain = Counter(result.labels), int((result.confidences < options.threshold).sum())
     rows = [[name, f"{labeled:,}", f"{counts[name]:,}"] for name, labeled in result.labeled.items()]
     terminal.table(f"{result.classifier}, {len(result.names):,} images", ["class", "labeled", "predicted"], rows)

@@ -1,7 +1,6 @@
 """dino embed: write the features of images to a file."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,17 @@ import pyarrow.parquet
 import tyro
 
 from dino_ssl.api.calls import Embedding
-from dino_ssl.cli.images import DatasetOptions, compute_features, dataset_named, report_skipped, run_command
+from dino_ssl.api.checkpoints import Checkpoint
+from dino_ssl.cli.images import (
+    DatasetOptions,
+    compute_features,
+    dataset_named,
+    partial_features,
+    report_skipped,
+    run_command,
+)
 from dino_ssl.errors import UserError
-from dino_ssl.files import atomic_write, check_writable
+from dino_ssl.files import atomic_write, check_format, check_writable
 from dino_ssl.terminal import Terminal, is_rank0
 
 EXAMPLES = """\
@@ -52,18 +59,13 @@ def _embed(options: EmbedOptions, terminal: Terminal) -> dict[str, Any]:
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"`out` must end in one of {', '.join(SUFFIXES)}; got {options.out!r}.")
     check_writable(path.parent)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+    with partial_features(path, terminal) as partial:
         checkpoint, embedding = compute_features(options, dataset_named(options.dataset), terminal, partial)
-    except KeyboardInterrupt:
-        terminal.print(f"Interrupted; the same command resumes from {partial}.", style="yellow")
-        raise
-    size, precision = options.size or checkpoint.backbone.transform.size, embedding.precision
-    metadata = {"format": FORMAT, "checkpoint": options.checkpoint, "hash": checkpoint.hash, "size": size}
-    metadata |= {"precision": precision}
-    if is_rank0():
-        atomic_write(path, lambda part: _write(part, path.suffix.lower(), embedding, metadata))
-        shutil.rmtree(partial)
+        size, precision = options.size or checkpoint.backbone.transform.size, embedding.precision
+        metadata = {"format": FORMAT, "checkpoint": options.checkpoint, "hash": checkpoint.hash, "size": size}
+        metadata |= {"precision": precision}
+        if is_rank0():
+            atomic_write(path, lambda part: _write(part, path.suffix.lower(), embedding, metadata))
     count, width = embedding.features.shape
     terminal.print(f"{count} features of {width} dimensions in {precision}: {path}")
     skipped = report_skipped(embedding.skipped, terminal)
@@ -89,6 +91,24 @@ def _write(path: Path, suffix: str, embedding: Embedding, metadata: dict[str, An
             vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features[rows].ravel()), width)
             columns = features[rows].T if is_csv else [vectors]
             writer.write_table(pyarrow.table([names[rows], labels[rows], *columns], schema=schema))
+
+
+def read_features(path: Path, checkpoint: Checkpoint) -> Embedding:
+    """Return the features in a Parquet file of this command. Raises UserError for any other file or other weights."""
+    try:
+        table = pyarrow.parquet.read_table(path)
+        metadata = json.loads(table.schema.metadata[b"dino"])
+    except (OSError, pyarrow.ArrowException, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a Parquet file of `dino embed`: {error}") from error
+    check_format(path, metadata["format"], FORMAT)
+    if metadata["hash"] != checkpoint.hash:
+        raise UserError(
+            f"{path} has features of other weights, {metadata['checkpoint']} ({metadata['hash']}), than "
+            f"{checkpoint.source} ({checkpoint.hash}). Use that checkpoint, or compute the features again."
+        )
+    names, labels, features = table.columns
+    array = features.combine_chunks().flatten().to_numpy().reshape(len(table), -1).copy()  # writable, as torch expects
+    return Embedding(names.to_pylist(), array, labels.to_pylist(), [], metadata["precision"])
 
 
 def write_csv(path: Path, columns: Mapping[str, Any]) -> None:

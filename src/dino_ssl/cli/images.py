@@ -1,6 +1,8 @@
 """Options and helpers of the commands that read a checkpoint and images."""
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +20,7 @@ from dino_ssl.data.decode import SUFFIXES
 from dino_ssl.data.sources import WORDS, open_dataset
 from dino_ssl.errors import UserError
 from dino_ssl.names import is_import
-from dino_ssl.terminal import Terminal, command_output
+from dino_ssl.terminal import Terminal, command_output, is_rank0
 
 ShortSide = Annotated[
     int | None,
@@ -82,6 +84,19 @@ def compute_features(
     settings: Any = {name: getattr(options, name) for name in names}
     with terminal.progress("features") as progress:
         return checkpoint, embed(checkpoint, dataset, progress=progress, partial=partial, **settings)
+
+
+@contextmanager
+def partial_features(path: Path, terminal: Terminal) -> Iterator[Path]:
+    """Yield the folder that keeps the features until `path` is written; after an interruption, it stays."""
+    folder = path.with_name(f"{path.name}.partial")
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        terminal.print(f"Interrupted; the same command resumes from {folder}.", style="yellow")
+        raise
+    if is_rank0():
+        shutil.rmtree(folder, ignore_errors=True)  # there is none if the features are read from a file
 
 
 def dataset_named(name: str) -> str | DatasetConfig:
