@@ -23,8 +23,10 @@ from dino_ssl.events import Ended, EpochDone, EvalDone, EvalStarted, Evaluated, 
 from dino_ssl.files import atomic_write, json_line, read_json, write_json
 from dino_ssl.formatting import Summarized, duration
 from dino_ssl.models.backbone import Backbone
+from dino_ssl.models.pretrained import EXPORTS
 from dino_ssl.report.run_report import write_report
 from dino_ssl.report.snapshots import choose_samples, save_snapshot, write_neighbors
+from dino_ssl.report.verdict import Verdict, below_initial, read_results
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime
 from dino_ssl.schedules import Clock
@@ -36,6 +38,8 @@ NUM_SNAPSHOTS = 5
 """Epochs, evenly spaced, at which the attention maps of the sample images are saved."""
 MAX_LOGGED_VALUES = 4
 """Values of an evaluation that are logged."""
+NUM_SCORE_LINES = 10
+"""New best scores of the online evaluation that are logged at most; the progress line shows all."""
 MAX_NEIGHBOR_IMAGES = 5000
 """Images in which the report's nearest neighbors are searched."""
 
@@ -63,6 +67,8 @@ class Outcome(Summarized):
     """Skipped files with the reasons."""
     collapse: str | None = None
     """The collapse that ended training, with a suggestion."""
+    verdict: Verdict = field(default_factory=lambda: Verdict("unmeasured", "The session has not ended."))
+    """Whether it learned, why, and what to do next."""
 
     @property
     def report(self) -> Path:
@@ -83,6 +89,7 @@ class Outcome(Summarized):
         return {
             "folder": self.folder,
             "state": "finished" if self.finished else stopped,
+            "verdict": self.verdict.sentence,
             **values,
             "report": self.report,
         }
@@ -114,9 +121,7 @@ def run_session(
             f"Set `optim.micro_batch` to auto for gradient accumulation over the {run.optim.batch_size} images of a "
             "step, set `grad_checkpointing`, or lower `optim.batch_size`."
         ) from error
-    if rt.is_main:
-        session.finish()
-    distributed.barrier()
+    session.outcome.verdict = distributed.run_on_rank0(session.finish)
     return session.outcome
 
 
@@ -131,7 +136,7 @@ class _Session:
         budget: TimeBudget | None,
     ) -> None:
         self.run, self.rt, self.dataset, self.terminal, self.observe = run, rt, dataset, terminal, observe
-        self.folder, self.budget = Path(run.out), budget
+        self.folder, self.budget, self.next_score_line = Path(run.out), budget, 0
 
     def train(self, resume: bool) -> None:
         """Run the training loop and handle its events."""
@@ -168,8 +173,10 @@ class _Session:
                 name, value = _first(values)
                 if is_best:
                     self.outcome.best = {"name": name, "value": value, "epoch": clock.step / clock.steps_per_epoch}
-                mark, style = ("  best so far", "green") if is_best else ("", None)
-                logger.info(f"epoch {clock.epoch}: {name} {_quality(values)}{mark}", extra={"style": style})
+                progress.show_score(f"{name} {value:.1f} %")
+                if is_best and self.next_score_line <= clock.step < clock.steps:
+                    self.next_score_line = clock.step + clock.steps // NUM_SCORE_LINES
+                    logger.info(f"epoch {clock.epoch}: {name} {_quality(values)}", extra={"style": "green"})
             case EvalStarted(_, name):
                 progress.show_activity(name)
             case EvalDone(clock, name, values):
@@ -207,7 +214,7 @@ class _Session:
         if references:
             name, _ = _first(next(iter(references.values())))
             scores = ", ".join(f"{k.replace('_', ' ')} {_quality(v)}" for k, v in references.items())
-            logger.info(f"Reference scores ({name}): {scores}")
+            logger.info(f"Reference scores ({name} at {self.run.eval_size} px): {scores}")
 
     def log_findings(self, findings: Sequence[Finding]) -> None:
         for finding in findings:
@@ -281,11 +288,12 @@ class _Session:
         if self.rt.is_main:
             write_neighbors(features, dataset, [kept.index(i) for i in self.samples], self.folder / "snapshots")
 
-    def finish(self) -> None:
+    def finish(self) -> Verdict:
         """Write the report and log the results and their paths."""
         outcome, show = self.outcome, logger.info
         self.write_skipped(outcome.skipped)
         write_report(self.folder, self.run)
+        results = read_results(self.folder, self.run)
         if outcome.skipped:
             skipped = f"{len(outcome.skipped)} files were skipped"
             logger.warning(f"{skipped}; {self.folder}/skipped.jsonl has the reasons")
@@ -294,15 +302,23 @@ class _Session:
             reason = f" ({outcome.collapse.split(':')[0]})" if outcome.collapse else ""
             show(f"Stopped at step {clock.step} of {clock.steps}{reason}; saved in {self.folder}/checkpoints/last.pt")
             show(f"Resume with:  dino train --resume {self.folder}")
-            return
+            return results.verdict
+        style = "bold green" if results.verdict.kind in ("learned", "rising") else "bold yellow"
+        show(results.verdict.sentence, extra={"style": style})
         if outcome.quality:
             name, _ = _first(outcome.quality)
-            best = f" (best {outcome.best['value']:.1f} % in epoch {outcome.best['epoch']:.0f})" if outcome.best else ""
-            show(f"{name} {_quality(outcome.quality)}{best}", extra={"style": "bold"})
+            best, epoch = outcome.best["value"], outcome.best["epoch"]
+            best = f"best {best:.1f} % in epoch {epoch:.0f} (selected on the validation set)"
+            show(f"{name} at {self.run.eval_size} px: last {_quality(outcome.quality)}, {best}")
         for label, values in outcome.evals.items():
             show(_summary(label, values))
+            if below := below_initial(results.history.evaluations[label]):
+                logger.warning(below)
         show(f"Report     {outcome.report}")
-        show(f"Backbone   {self.folder}/backbone.safetensors    in Python: dino_ssl.load({str(self.folder)!r})")
+        for weights, option in (("last", ""), ("best", ", weights='best'")) if outcome.best else (("last", ""),):
+            file = f"{self.folder}/{EXPORTS[weights]}"
+            show(f"{weights.capitalize()}       {file}    in Python: dino_ssl.load({str(self.folder)!r}{option})")
+        return results.verdict
 
 
 def _summary(name: str, values: Mapping[str, float]) -> str:

@@ -35,7 +35,7 @@ class TrainingProgress(LiveBars):
 
     def __init__(self, terminal: Terminal, clock: Clock, prototypes: int | None) -> None:
         """prototypes: K, for the maximum of the entropy."""
-        self._figures = self._activity = ""  # first: the next line draws
+        self._figures = self._activity = self._score = ""  # first: the next line draws
         super().__init__(terminal, *COLUMNS, expand=True, refresh_per_second=4)
         self._first_step = clock.step
         self._ln_k = math.log(prototypes or math.nan)
@@ -54,11 +54,16 @@ class TrainingProgress(LiveBars):
         left = duration((now - self._started) / (clock.step - self._first_step) * (clock.steps - clock.step))
         epoch = f"epoch {max(1, math.ceil(clock.step / clock.steps_per_epoch))}/{clock.epochs}"
         figures = (text.format(metrics[name], ln_k=self._ln_k) for name, text in METRICS.items() if name in metrics)
-        self._figures, self._activity = "  ".join([f"step {clock.step}/{clock.steps}", *figures]), ""
+        score = [self._score] if self._score else []
+        self._figures, self._activity = "  ".join([f"step {clock.step}/{clock.steps}", *score, *figures]), ""
         self.update(self._task, description=epoch, completed=clock.step, left=left)
         if self.disable and (clock.step == clock.steps or now - self._printed > QUIET_SECONDS):
             self._printed = now
             logger.info(f"{epoch}  {self._figures}  ETA {left}")
+
+    def show_score(self, score: str) -> None:
+        """Show the online evaluation with the next lines of metrics."""
+        self._score = score
 
     def show_activity(self, activity: str) -> None:
         """Show an activity other than training, until the next line of metrics."""

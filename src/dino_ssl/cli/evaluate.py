@@ -12,6 +12,7 @@ from dino_ssl.cli.options import Device, Flag, Json, Trust, Weights, parse, plai
 from dino_ssl.config import format_value
 from dino_ssl.errors import UserError
 from dino_ssl.evals import EVALUATIONS, FINETUNE, find_evaluation
+from dino_ssl.evals.base import below_references
 from dino_ssl.files import mark_output, write_json
 from dino_ssl.terminal import Terminal, command_output, is_rank0
 
@@ -162,5 +163,7 @@ def show(result: Mapping[str, Any], checkpoint: str, terminal: Terminal) -> None
     if len(details.get("sweep", ())) > 1:
         selected = ", ".join(f"{name} {format_value(value)}" for name, value in details["selected"].items())
         terminal.print(f"Selected on held-out training images: {selected}")
+    if below := below_references(result["values"], references):
+        terminal.print(below, style="yellow")
     if skipped := sum(int(part.get("skipped", 0)) for part in result["data"].values()):
         terminal.print(f"{skipped} files could not be read and were skipped.", style="yellow")

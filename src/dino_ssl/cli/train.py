@@ -144,6 +144,7 @@ def _result(outcome: Outcome) -> dict[str, Any]:
     names = ("finished", "metrics", "quality", "evals", "best", "collapse", "reference_scores")
     return {
         "run": str(outcome.folder),
+        "verdict": outcome.verdict._asdict(),
         **{name: getattr(outcome, name) for name in names},
         "step": outcome.clock.step,
         "steps": outcome.clock.steps,

@@ -4,6 +4,7 @@ An `Evaluation` is a frozen dataclass of settings: its fields are the protocol. 
 and returns a `PreparedEval`, a function of a backbone. A new evaluation is one class, inside or outside the package.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -150,6 +151,15 @@ def reference_scores(prepared: PreparedEval, build: Callable[[], Backbone] | Non
             backbone = build()
         references["random_weights"] = (prepared.score_reference or prepared)(backbone)
     return references
+
+
+def below_references(values: Mapping[str, float], references: Mapping[str, Mapping[str, float]]) -> str:
+    """Return in one line which scores are below which reference scores; an empty string if none is."""
+    lines = []
+    for name, scores in references.items():
+        if below := [key for key, value in values.items() if value < scores.get(key, -math.inf)]:
+            lines.append(f"Below {name.replace('_', ' ')}: {', '.join(below)}.")
+    return " ".join(lines)
 
 
 @contextmanager

@@ -58,6 +58,11 @@ def read_history(run_dir: Path) -> History:
     return History(training, evaluations)
 
 
+def score_names(row: Mapping[str, Any]) -> list[str]:
+    """Return the names of the scores in a line of an evaluation."""
+    return [name for name in row if name not in ("step", "epoch", "eval")]
+
+
 def line(rows: Rows, name: str) -> Line:
     """Return a value over epochs (over steps, if a row has no epoch)."""
     pairs = [(row.get("epoch", row["step"]), row[name]) for row in rows if _is_finite(row.get(name))]

@@ -1,6 +1,7 @@
 """Pieces of HTML for the report, and its style sheet. Images are inlined: a page loads nothing."""
 
 import base64
+import re
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
@@ -17,6 +18,11 @@ def page(title: str, body: Iterable[str]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f"<style>{STYLE}</style></head>\n<body><main>\n{''.join(body)}\n</main></body></html>\n"
     )
+
+
+def message(text: str) -> str:
+    """Return a message of the library as HTML; names in backticks become code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def section(title: str, text: str, *parts: str) -> str:

@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from dino_ssl.collapse.monitor import diagnose
-from dino_ssl.files import atomic_write, read_json, read_lines
+from dino_ssl.files import atomic_write, read_lines
 from dino_ssl.formatting import duration
 from dino_ssl.report import html
-from dino_ssl.report.curves import History, Line, chart, charts, line, read_history
+from dino_ssl.report.curves import History, chart, charts, line
 from dino_ssl.report.sections import (
-    ONLINE,
     attention_section,
     evals_section,
     health_section,
@@ -26,9 +24,9 @@ from dino_ssl.report.sections import (
     settings_section,
     shorten,
 )
+from dino_ssl.report.verdict import EFFECTIVE_RANK, Results, read_results, references_of
 from dino_ssl.run import Run, read_run
 
-References = Mapping[str, float]
 FOOTER = (
     "This page has thumbnails of the dataset and paths of files. "
     "<code>dino report RUN --no-thumbnails</code> writes it without both."
@@ -49,18 +47,11 @@ def write_report(run_dir: Path | str, run: Run | None = None, *, thumbnails: boo
     """
     run_dir = Path(run_dir)
     run = run or read_run(run_dir, trust=trust)
-    info, history, snapshots = read_json(run_dir / "run.json"), read_history(run_dir), run_dir / "snapshots"
-    prototypes, trained_on = run.method.num_prototypes, info["data"]["trained_on"]
-    findings = diagnose(history.training, prototypes, run, max(1, trained_on // run.optim.batch_size))
-    rows = next((history.evaluations[name] for name in ONLINE if name in history.evaluations), [])
-    metric = next((name for row in rows[-1:] for name in row if name not in ("step", "epoch", "eval")), "")
-    accuracy = line(rows, metric)
-    references, ranks = (
-        {k.replace("_", " "): row[name] for k, row in info["reference_scores"].items() if name in row}
-        for name in (metric, "effective rank")
-    )
-    rank, label = line(rows, "effective rank"), metric if metric.startswith("two-crop") else f"{metric} accuracy"
+    results, snapshots, prototypes = read_results(run_dir, run), run_dir / "snapshots", run.method.num_prototypes
+    info, history, verdict = results.info, results.history, results.verdict
+    trained_on = info["data"]["trained_on"]
     epoch = history.training[-1]["epoch"] if history.training else 0
+    so_far = f"At epoch {epoch:.4g} of {run.optim.epochs:g}: " if epoch < run.optim.epochs else ""
     of_folder = f" of {run.data.folder}" if run.data.folder else ""
     lead = (
         f"{run.backbone.describe()}, trained by {run.method.summary}, on {trained_on:,} images{of_folder}; "
@@ -72,14 +63,10 @@ def write_report(run_dir: Path | str, run: Run | None = None, *, thumbnails: boo
     body = [
         '<div class="eyebrow">dino · training report</div>',
         f'<h1>{escape(run_dir.resolve().name)}</h1><p class="lead">{escape(lead)}</p>\n',
-        *(f'<p class="warning">{escape(str(finding))}</p>' for finding in findings),
-        _headline(history, label, accuracy, references, prototypes),
-        _curves(
-            history,
-            prototypes,
-            chart({metric: accuracy}, title=label, unit=" %", references=references, from_zero=True),
-            chart({"rank": rank}, title="Effective rank of the validation set", references=ranks, from_zero=True),
-        ),
+        f'<p class="verdict {verdict.kind}">{html.message(so_far + verdict.sentence)}</p>\n',
+        *(f'<p class="warning">{html.message(str(finding))}</p>' for finding in results.findings),
+        _headline(results, run),
+        _curves(results, prototypes),
         evals_section(history.evaluations, private=private),
         *(() if private else (attention_section(snapshots), neighbors_section(snapshots))),
         health_section(run_dir, prototypes, history),
@@ -93,13 +80,15 @@ def write_report(run_dir: Path | str, run: Run | None = None, *, thumbnails: boo
     return atomic_write(run_dir / "report.html", lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def _headline(history: History, label: str, accuracy: Line, references: References, prototypes: int | None) -> str:
-    """Return tiles with the best accuracy next to its reference scores, the last losses, and the speed."""
-    tiles = []
-    if accuracy[0]:
-        best, epoch = max(zip(accuracy[1], accuracy[0], strict=True), key=lambda pair: pair[0])
-        note = f"Best, at epoch {epoch:.3g}; the last is {accuracy[1][-1]:.1f} %."
-        tiles.append(html.bars(f"{label} on the validation set", {"this run": best, **references}, note))
+def _headline(results: Results, run: Run) -> str:
+    """Return tiles with the last and best score next to the reference scores, the last losses, and the speed."""
+    tiles, history, prototypes = [], results.history, run.method.num_prototypes
+    epochs, values = results.scores
+    if values:
+        best, epoch = max(zip(values, epochs, strict=True), key=lambda pair: pair[0])
+        bars = {"last": values[-1], "best": best, **results.references}
+        note = f"Best: at epoch {epoch:.3g}, selected on the validation set. Size: {run.eval_size} px."
+        tiles.append(html.bars(f"{results.label} on the validation set", bars, note))
     log_k = f"ln K = {math.log(prototypes):.2f}" if prototypes else ""
     for key, title, note in (
         ("loss", "Loss", log_k and f"chance level: {log_k}"),
@@ -114,14 +103,16 @@ def _headline(history: History, label: str, accuracy: Line, references: Referenc
     return f'<div class="grid tiles">{"".join(tiles)}</div>\n' if tiles else ""
 
 
-def _curves(history: History, prototypes: int | None, *online: str) -> str:
-    """Return the charts of the online evaluation and of training."""
+def _curves(results: Results, prototypes: int | None) -> str:
+    history, scores = results.history, {results.metric: results.scores}
+    rank, ranks = {"rank": line(results.rows, EFFECTIVE_RANK)}, references_of(results.info, EFFECTIVE_RANK)
     log_k = {"ln K": math.log(prototypes)} if prototypes else {}
     entropies = {"teacher": history.line("teacher_entropy"), "mean over the batch": history.line("marginal_entropy")}
     loss_note = "At ln K the student is at chance." if log_k else ""
     entropy_note = "Teacher at 0: one-hot targets. At ln K: uniform targets. A healthy run stays in between."
     figures = charts(
-        *online,
+        chart(scores, title=results.label, unit=" %", references=results.references, from_zero=True),
+        chart(rank, title="Effective rank of the validation set", references=ranks, from_zero=True),
         chart({"loss": history.line("loss")}, title="Loss", references=log_k, note=loss_note),
         chart(entropies, title="Entropy", references=log_k, from_zero=True, note=entropy_note),
         chart({"KL": history.line("kl")}, title="KL, teacher to student", from_zero=True),

@@ -13,12 +13,11 @@ from dino_ssl.config import format_value, type_name
 from dino_ssl.files import check_format, read_json, read_lines
 from dino_ssl.presets.plan import FORMAT
 from dino_ssl.report import html
-from dino_ssl.report.curves import History, Line, Rows, chart, charts, line
+from dino_ssl.report.curves import History, Line, Rows, chart, charts, line, score_names
 from dino_ssl.report.snapshots import read_index, read_neighbors
+from dino_ssl.report.verdict import ONLINE, below_initial
 from dino_ssl.run import Run
 
-ONLINE = ("knn", "accuracy", "two-crop-retrieval")
-"""Names of the online evaluation in metrics.jsonl; its result is at the top of the page."""
 MAX_CURVES = 3
 """Metrics of one evaluation in its chart; the table has all."""
 MAX_EPOCHS = 6
@@ -49,16 +48,17 @@ def evals_section(evaluations: Mapping[str, Rows], *, private: bool = False) -> 
     """Return the curves, first and last values of every evaluation of `Run.evals`. private: omit folders."""
     parts = []
     for name, rows in evaluations.items():
-        if name in ONLINE:
+        if name in ONLINE:  # at the top of the page
             continue
-        metrics = [key for key in rows[-1] if key not in ("step", "epoch", "eval")]
+        metrics = score_names(rows[-1])
         ends = [rows[0], rows[-1]] if len(rows) > 1 else rows
         curves = {key: line(rows, key) for key in metrics[:MAX_CURVES]} if len(rows) > 1 else {}
         cells = [[key, *(f"{row[key]:.1f}" if row.get(key) is not None else "–" for row in ends)] for key in metrics]
         head = ["", *(f"epoch {row.get('epoch', 0):.4g}" for row in ends)]
         figure = charts(chart(curves, title="Over epochs", from_zero=True))
         name = " ".join(Path(word).name for word in name.split()) if private else name
-        parts += [f"<h3>{escape(name)}</h3>", figure, html.table([head, *cells], wrap=True)]
+        warning = f'<p class="warning">{escape(below)}</p>' if (below := below_initial(rows)) else ""
+        parts += [f"<h3>{escape(name)}</h3>", warning, figure, html.table([head, *cells], wrap=True)]
     return html.section("Evaluations", "Run during training. In percent unless the name states a unit.", *parts)
 
 
