@@ -26,7 +26,7 @@ def test_training_writes_all_files_of_a_run(trained):
     run, output = trained
     assert output.json["finished"]
     assert output.json["step"] == output.json["steps"] == 2 * (36 // 8)  # 40 images, a tenth of each class held out
-    names = """run.json plan.json metrics.jsonl skipped.jsonl backbone.safetensors report.html
+    names = """run.json plan.json metrics.jsonl skipped.jsonl backbone.safetensors report.html backbone-best.safetensors
         checkpoints/last.pt checkpoints/best.pt snapshots/neighbors.json"""
     for name in names.split():
         assert (run / name).is_file(), name
@@ -90,9 +90,21 @@ def test_skipped_files_are_printed_and_listed(trained):
 
 
 def test_accuracy_is_reported_with_its_reference_scores(trained):
-    result = trained[1].json
+    run, output = trained
+    result = output.json
+    last, best = result["quality"]["20-NN"], result["best"]
     assert set(result["reference_scores"]) == {"raw_pixels", "random_weights"}
-    assert 0 <= result["quality"]["20-NN"] <= result["best"]["value"] <= 100
+    assert 0 <= last <= best["value"] <= 100
+    sentence = result["verdict"]["sentence"]
+    summary = output.err[output.err.index(sentence.partition("`")[0]) :].splitlines()  # fields are written as flags
+    assert summary[1] == (
+        f"20-NN at 32 px: last {last:.1f} %, best {best['value']:.1f} % in epoch {best['epoch']:.0f} "
+        "(selected on the validation set)"
+    )
+    assert [line.split()[0] for line in summary[2:]] == ["Report", "Last", "Best"]
+    assert "Reference scores (20-NN at 32 px): raw pixels" in output.err
+    page = (run / "report.html").read_text()
+    assert f'<p class="verdict {result["verdict"]["kind"]}">{sentence}</p>' in page
 
 
 def test_classes_of_one_image_train_without_an_accuracy(dino, tmp_path, tiny):
