@@ -20,6 +20,7 @@ from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.evals.knn import KNN
 from dino_ssl.metrics import read_metrics
 from dino_ssl.preprocessing import Preprocessing, normalize
+from dino_ssl.report import html
 
 
 def test_training_writes_all_files_of_a_run(trained):
@@ -104,7 +105,7 @@ def test_accuracy_is_reported_with_its_reference_scores(trained):
     assert [line.split()[0] for line in summary[2:]] == ["Report", "Last", "Best"]
     assert "Reference scores (20-NN at 32 px): raw pixels" in output.err
     page = (run / "report.html").read_text()
-    assert f'<p class="verdict {result["verdict"]["kind"]}">{sentence}</p>' in page
+    assert f'<p class="verdict {result["verdict"]["kind"]}">{html.message(sentence)}</p>' in page
 
 
 def test_classes_of_one_image_train_without_an_accuracy(dino, tmp_path, tiny):
