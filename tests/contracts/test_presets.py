@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dino_ssl import presets
-from dino_ssl.api.resolve import resolve_run
+from dino_ssl.api.resolve import mark_changes
 from dino_ssl.collapse.checks import check_config
 from dino_ssl.config import edit
 from dino_ssl.data.batch import Batch
@@ -147,7 +147,7 @@ def test_what_is_learned_does_not_depend_on_the_measured_speed(
     runs, calls = [], []
     for speed in (Speed(0.001, 0.001), Speed(0.1, 0.001), Speed(0.01, 0.1)):
         monkeypatch.setattr(planning, "measure", lambda *_, speed=speed: calls.append(1) or speed)
-        chosen = resolve_run(Gray(400, 64), CPU, preset=None, change=lambda run: edit(run, **settings))
+        chosen = plan(Gray(400, 64), CPU, change=lambda run: edit(run, **settings))
         runs.append(edit(chosen.run, workers=0))
     assert runs[0] == runs[1] == runs[2]
     assert len(calls) == 3
@@ -160,13 +160,13 @@ def test_the_number_of_steps_decides_the_schedule(epochs: int, is_short: bool) -
     def change(run: Run) -> Run:
         return edit(run, optim=dict(epochs=epochs, lr=1e-3))
 
-    chosen = resolve_run(Gray(200, 48), CPU, preset=None, change=change)
+    chosen = plan(Gray(200, 48), CPU, change=change)
     optim, method = chosen.run.optim, chosen.run.method
     assert (optim.epochs, optim.warmup_epochs) == (epochs, 2)
     assert isinstance(method, DINOConfig)
     assert (method.momentum_end == 0.98) == is_short
     assert (optim.min_lr == optim.lr * optim.batch_size / 512) == is_short
-    reasons = {reason.name: reason.reason for reason in chosen.reasons}
+    reasons = {reason.name: reason.reason for reason in mark_changes(chosen, change)}
     assert ("only 500 steps" in reasons["teacher"]) == is_short
     assert reasons["epochs"] == "set by you; the plan had 600"
     assert chosen.fit(3000).method != chosen.fit(20).method
@@ -190,7 +190,7 @@ def test_the_plan_warns_if_too_few_images_are_seen(minutes: float, warning: str)
 
     text = warning_of()
     assert warning in text
-    assert bool(warning) == ("set `minutes` to 16 or more, add images, or start from released weights" in text)
+    assert bool(warning) == ("which take 15 min here: train longer (`minutes`), add images, or start from" in text)
     assert not warning_of(init="dino_vits16")
 
 

@@ -6,19 +6,14 @@ from pathlib import Path
 from dino_ssl import checkpoint
 from dino_ssl.api.checkpoints import Checkpoint
 from dino_ssl.config import differences, edit, format_value
-from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.errors import UserError
 from dino_ssl.files import read_json
-from dino_ssl.methods import DINOConfig
-from dino_ssl.methods.method import MethodConfig
 from dino_ssl.models import BackboneConfig
 from dino_ssl.models.pretrained import load
 from dino_ssl.models.weights import load_strict
-from dino_ssl.presets.plan import Change, Plan, Reason, describe_preset, plan
-from dino_ssl.progress import Progress
+from dino_ssl.presets.plan import Change, Plan, Reason, describe_preset
 from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
-from dino_ssl.runtime import Machine
 
 RESUMABLE_FIELDS = (
     *EXECUTION_FIELDS,
@@ -37,37 +32,6 @@ RESUMABLE_FIELDS = (
 """Fields that a resumed run may change: those about execution and evaluation, and those that counteract a collapse."""
 
 
-def resolve_run(
-    dataset: ImageDataset,
-    machine: Machine,
-    *,
-    preset: Run | None,
-    change: Change,
-    method: type[MethodConfig] = DINOConfig,
-    minutes: float | None = None,
-    world: int = 1,
-    progress: Progress = lambda done, total: None,
-) -> Plan:
-    """Return the plan for a dataset and a machine, in which the user's settings are marked.
-
-    method: planned for, without a preset.
-    """
-    planned = plan(
-        dataset,
-        machine,
-        preset=preset,
-        change=change,
-        method=method,
-        minutes=minutes,
-        world=world,
-        progress=progress,
-    )
-    if preset is not None:
-        recipe = Reason("preset", describe_preset(preset), "chosen by you")
-        planned = planned._replace(reasons=[recipe, *planned.reasons])
-    return planned._replace(reasons=_marked(planned, change))
-
-
 NETWORK_FIELDS = {"backbone", "backbone.name", "backbone.size", "backbone.patch", "backbone.image_size"}
 """Fields that the row `network` of the plan shows."""
 ROWS = {
@@ -80,8 +44,8 @@ ROWS = {
 """Fields whose row in the plan has another name."""
 
 
-def _marked(planned: Plan, change: Change) -> list[Reason]:
-    """Return the reasons with the user's settings: in the row of the field, or in a new row."""
+def mark_changes(planned: Plan, change: Change, preset: Run | None = None) -> list[Reason]:
+    """Return the reasons of a plan with the user's settings: in the row of the field, or in a new row."""
     run, before = planned.run, planned.recommended
     after = change(before)
     changes = {name: (format_value(new), format_value(old)) for name, old, new in differences(before, after)}
@@ -93,7 +57,8 @@ def _marked(planned: Plan, change: Change) -> list[Reason]:
         changes |= {name: (format_value(new), "") for name, _, new in differences(defaults, after)}
     if "method" in changes:
         changes["method"] = (run.method.summary, before.method.summary)
-    rows = {reason.name: reason for reason in planned.reasons}
+    rows = {} if preset is None else {"preset": Reason("preset", describe_preset(preset), "chosen by you")}
+    rows |= {reason.name: reason for reason in planned.reasons}
     if changes.keys() & NETWORK_FIELDS:
         reason = "that of the initial weights" if run.init else "set by you"
         rows["network"] = Reason("network", run.backbone.describe(), reason)

@@ -261,14 +261,15 @@ class _Session:
         Returns True if training must resume with it; all ranks take part.
         """
         outcome, budget, before = self.outcome, self.budget, self.run.optim.epochs
-        if budget is None or budget.epochs in (None, before) or outcome.finished or outcome.collapse:
+        after = None if budget is None else budget.epochs
+        if budget is None or after in (None, before) or outcome.finished or outcome.collapse:
             return False
         signals = torch.tensor([float(outcome.signal is not None)], device=self.rt.device)
         if distributed.all_reduce_sum(signals).item():
             return False
-        self.run, self.budget = distributed.run_on_rank0(budget.corrected_run), None
-        after, path = self.run.optim.epochs, self.folder / "run.json"
+        self.run, self.budget = distributed.run_on_rank0(lambda: budget.fit(after)), None
         if self.rt.is_main:
+            path = self.folder / "run.json"
             corrected = {"step": outcome.clock.step, "epochs": [before, after], "minutes": budget.minutes}
             write_json(path, read_json(path) | {"run": to_dict(self.run), "corrected": corrected})
         logger.info(

@@ -45,11 +45,6 @@ class TimeBudget:
                 return self.epochs not in (None, clock.epochs)
         return False
 
-    def corrected_run(self) -> Run:
-        """Return the run with the number of epochs that fits into the time."""
-        assert self.epochs is not None
-        return self.fit(self.epochs)
-
     def _epochs(self, clock: Clock, every_epochs: float) -> int | None:
         """Return the number of epochs that fits into the time, at least one more; None if it is too early."""
         now, seconds = time.monotonic(), 60 * self.minutes

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dino_ssl import distributed
-from dino_ssl.api.resolve import Change, ExistingRun, check_init, find_run, resolve_run, resumed, with_init_network
+from dino_ssl.api.resolve import ExistingRun, check_init, find_run, mark_changes, resumed, with_init_network
 from dino_ssl.api.session import Outcome, run_session
 from dino_ssl.api.time_budget import TimeBudget
 from dino_ssl.config import edit
@@ -23,7 +23,7 @@ from dino_ssl.methods.method import MethodConfig
 from dino_ssl.models import BackboneConfig
 from dino_ssl.models.pretrained import network_of
 from dino_ssl.presets import resolve
-from dino_ssl.presets.plan import FORMAT, Reason
+from dino_ssl.presets.plan import FORMAT, Change, Reason, plan
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, machine, start
 from dino_ssl.terminal import Terminal
@@ -168,7 +168,7 @@ def prepare(
         return PreparedRun(resumed(existing, change), open_data(), existing, device=rt.device)
     dataset = open_data()
     with terminal.progress("measuring this machine") as progress:
-        plan = resolve_run(
+        planned = plan(
             dataset,
             machine(rt.device),
             preset=preset,
@@ -178,12 +178,13 @@ def prepare(
             world=rt.world_size,
             progress=progress,
         )
-    run, reasons = distributed.run_on_rank0(lambda: (plan.run, plan.reasons))  # every rank has measured
+    reasons = mark_changes(planned, change, preset)
+    run, reasons = distributed.run_on_rank0(lambda: (planned.run, reasons))  # every rank has measured
     _check_out(run, dataset)
     rows = [(f"`{name}`" if "." in name else name, value, reason) for name, value, reason in reasons]
     terminal.table("The plan", ("", "choice", "reason"), rows)
     terminal.print()
-    budget = None if minutes is None else TimeBudget(minutes, plan.fit)
+    budget = None if minutes is None else TimeBudget(minutes, planned.fit)
     return PreparedRun(run, dataset, reasons=reasons, device=rt.device, budget=budget)
 
 

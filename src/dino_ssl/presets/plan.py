@@ -285,11 +285,11 @@ def _choose_length(
     below = [name for name, needed in LEARNING_IMAGES if epochs * num_images < needed]
     if below and run.init is None and not run.method.classifies:
         needed = LEARNING_IMAGES[-1][1]
-        minimum = math.ceil(math.ceil(needed / num_images) * seconds / 60)
         rows["warning"] = (
             f"probably ends below {' and '.join(below)}",
-            f"{epochs} epochs are {epochs * num_images:,} images, and `small` needed {needed:,}: set `minutes` to "
-            f"{minimum} or more, add images, or start from released weights, as `init` dino_vits16",
+            f"it sees {epochs * num_images:,} images, epoch by epoch; `small` needed {needed:,}, which take "
+            f"{duration(needed / num_images * seconds)} here: train longer (`minutes`), add images, or start from "
+            "released weights (`init` dino_vits16)",
         )
     return epochs
 
