@@ -38,7 +38,7 @@ class SessionOptions:
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """A preset to start from (`dino presets`), or MODULE:FUNCTION that returns a dino_ssl.Run."""
     minutes: Annotated[float | None, tyro.conf.arg(metavar="MINUTES")] = None
-    """Training time in minutes; the number of epochs is derived from it."""
+    """Training time in minutes, from which the number of epochs is derived; corrected once by the real speed."""
     resume: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
     """Resume the run in this folder."""
     trust: Flag = False
