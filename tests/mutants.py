@@ -379,6 +379,20 @@ MUTANTS = (
         "invariances/test_resume.py::test_a_run_abandoned_at_any_step_resumes_with_the_same_result[2]",
     ),
     Mutant(
+        "evaluations during training have another size",
+        "training_evals.py",
+        "size=run.eval_size,",
+        "size=run.views.size,",
+        "invariances/test_run_protocol.py::test_a_scheduled_evaluation_without_data_is_that_of_the_run",
+    ),
+    Mutant(
+        "verdict ignores the margin",
+        "report/verdict.py",
+        "if last < reference + MARGIN:",
+        "if last < reference:",
+        "contracts/test_verdict.py::test_verdicts",
+    ),
+    Mutant(
         "metrics are not truncated on resume",
         "metrics.py",
         'if line["step"] <= step and step > 0]',

@@ -316,9 +316,9 @@ class _Session:
             if below := below_initial(results.history.evaluations[label]):
                 logger.warning(below)
         show(f"Report     {outcome.report}")
-        for weights, option in (("last", ""), ("best", ", weights='best'")) if outcome.best else (("last", ""),):
-            file = f"{self.folder}/{EXPORTS[weights]}"
-            show(f"{weights.capitalize()}       {file}    in Python: dino_ssl.load({str(self.folder)!r}{option})")
+        for weights, file in list(EXPORTS.items())[: 2 if outcome.best else 1]:
+            call = f"dino_ssl.load({str(self.folder)!r}, weights={weights!r})"
+            show(f"{weights.capitalize()}       {self.folder}/{file}    in Python: {call}")
         return results.verdict
 
 
