@@ -294,6 +294,27 @@ MUTANTS = (
     ),
     # -- evaluations
     Mutant(
+        "preprocessing of the file is ignored",
+        "models/pretrained.py",
+        "transform or Preprocessing(size=config.input_size)",
+        "Preprocessing()",
+        "contracts/test_preprocessing.py::test_weights_are_saved_with_their_preprocessing",
+    ),
+    Mutant(
+        "rows of a killed process are kept",
+        "evals/resumable.py",
+        "            file.truncate(row * values.strides[0])\n",
+        "",
+        "contracts/test_resumable.py::test_an_interrupted_command_resumes[npz]",
+    ),
+    Mutant(
+        "cached features of another precision",
+        "evals/features.py",
+        "precision_of(context), *key",
+        "*key",
+        "contracts/test_resumable.py::test_cached_features_have_the_precision_of_the_evaluation",
+    ),
+    Mutant(
         "k-NN votes without temperature",
         "evals/knn.py",
         "(similarity / temperature).exp()",
