@@ -61,10 +61,9 @@ def link(source: Path, folder: Path, count: int, seed: int) -> None:
     classes = [rng.permutation(np.flatnonzero(dataset.labels == label)) for label in range(len(dataset.classes))]
     for number, images in enumerate(sorted(classes, key=len)):  # small classes first: the others fill up
         share = math.ceil((count - taken) / (len(classes) - number))
-        for index in images[:share].tolist():
-            target = folder / dataset.names[index]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to((source / dataset.names[index]).resolve())
+        for name in (dataset.names[int(index)] for index in images[:share]):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to((source / name).resolve())
         taken += min(share, len(images))
 
 

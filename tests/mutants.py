@@ -112,6 +112,28 @@ MUTANTS = (
         "weight = 1 / len(micro_batches)",
         "invariances/test_micro_batch.py::test_micro_batches_equal_the_whole_batch[centering-True]",
     ),
+    # -- the length of a run
+    Mutant(
+        "schedule for the planned steps",
+        "presets/plan.py",
+        "short_schedule(fitted, epochs * steps)",
+        "short_schedule(fitted, recipe.optim.epochs * steps)",
+        "contracts/test_presets.py::test_the_number_of_steps_decides_the_schedule[20-True]",
+    ),
+    Mutant(
+        "a corrected run ends within an epoch",
+        "api/time_budget.py",
+        "max(fitting, min(clock.epoch + 2, clock.epochs))",
+        "fitting",
+        "invariances/test_time_budget.py::test_the_number_of_epochs_is_known_after_the_first_percents[60-10-1-1-3]",
+    ),
+    Mutant(
+        "correction is forgotten on resume",
+        "training.py",
+        'description | ({"corrected": corrected} if corrected else {})',
+        "description",
+        "invariances/test_time_budget.py::test_the_corrected_run_fits_into_the_time_and_resumes_exactly",
+    ),
     # -- the equations
     Mutant(
         "center is added",
