@@ -167,7 +167,7 @@ def test_the_number_of_steps_decides_the_schedule(epochs: int, is_short: bool) -
     assert (method.momentum_end == 0.98) == is_short
     assert (optim.min_lr == optim.lr * optim.batch_size / 512) == is_short
     reasons = {reason.name: reason.reason for reason in mark_changes(chosen, change)}
-    assert ("only 500 steps" in reasons["teacher"]) == is_short
+    assert ("only 440 steps" in reasons["teacher"]) == is_short
     assert reasons["epochs"] == "set by you; the plan had 600"
     assert chosen.fit(3000).method != chosen.fit(20).method
 
