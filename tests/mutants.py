@@ -392,6 +392,20 @@ MUTANTS = (
         "deque(maxlen=context + 1)",
         "equations/test_video_segmentation.py::test_keys_are_the_first_frame_and_the_preceding_frames",
     ),
+    Mutant(
+        "only first crops are queries",
+        "evals/two_crop_retrieval.py",
+        ", *target_ranks(second, first, targets)]",
+        "]",
+        "equations/test_two_crop_retrieval.py::test_scores_equal_a_loop_over_all_crops",
+    ),
+    Mutant(
+        "a tenth of any number of images without labels is held out",
+        "evals/online.py",
+        "min(self.val_fraction, MAX_IMAGES / len(dataset))",
+        "self.val_fraction",
+        "invariances/test_unlabeled_runs.py::test_the_number_of_held_out_images_is_limited",
+    ),
     # -- files
     Mutant(
         "checkpoint is not flushed to disk",

@@ -155,6 +155,21 @@ def test_what_is_learned_does_not_depend_on_the_measured_speed(
 
 
 @pytest.mark.usefixtures("quick")
+def test_the_plan_states_what_is_measured_without_labels() -> None:
+    """And counts the images that are held out."""
+
+    def quality(count: int, **online_eval: float) -> tuple[str, str]:
+        chosen = plan(Gray(count, 48), CPU, change=lambda run: edit(run, online_eval=online_eval))
+        ((value, reason),) = [row[1:] for row in chosen.reasons if row.name == "quality"]
+        return value, reason
+
+    assert quality(200) == ("two-crop retrieval", "no labels; 20 images are held out")
+    assert quality(40)[0] == quality(200, every_epochs=0)[0] == "loss and entropies"
+    assert "40 images without labels are too few" in quality(40)[1]
+    assert "`online_eval.every_epochs` is 0" in quality(200, every_epochs=0)[1]
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("epochs", "is_short"), [(20, True), (3000, False)])
 def test_the_number_of_steps_decides_the_schedule(epochs: int, is_short: bool) -> None:
     def change(run: Run) -> Run:

@@ -74,8 +74,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained: tuple[Run, list[Even
 
 def test_the_report_shows_both_figures_next_to_the_reference_scores(trained: tuple[Run, list[Event]]) -> None:
     page = write_report(trained[0].out).read_text()
-    assert "two-crop retrieval on the validation set" in page
-    assert 'alt="two-crop retrieval"' in page
+    assert "Two-crop retrieval on the validation set" in page
+    assert 'alt="Two-crop retrieval"' in page
     assert 'alt="Effective rank of the validation set"' in page
     assert "<h2>Evaluations</h2>" not in page
 

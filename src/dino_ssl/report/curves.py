@@ -90,10 +90,11 @@ def chart(
         axes.plot(xs, ys, color=color, linewidth=1.5, marker="." if len(xs) <= MAX_DOTS else "", markersize=5)
         value = f"<b>{_number(ys[-1])}{unit}</b>"
         legend += f'<span><i style="background:{color}"></i>{escape(name)} {value}</span>'
-    for name, value in (references or {}).items():
+    for number, (name, value) in enumerate((references or {}).items()):
         axes.axhline(value, color=GRAY, linewidth=0.9, linestyle="--")
-        label, right = f"{name} {_number(value)}{unit}", axes.get_yaxis_transform()
-        axes.text(1, value, label, transform=right, ha="right", va="bottom", color=GRAY, fontsize=8)
+        x, align = ((1, "right"), (0, "left"))[number % 2]  # similar values would overlap
+        label, transform = f"{name} {_number(value)}{unit}", axes.get_yaxis_transform()
+        axes.text(x, value, label, transform=transform, ha=align, va="bottom", color=GRAY, fontsize=8)
     axes.margins(x=0, y=0.1)
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     if from_zero:

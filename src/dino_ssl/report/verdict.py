@@ -52,8 +52,8 @@ class Results(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The metric with its kind: `20-NN accuracy`."""
-        return self.metric if self.metric.startswith("two-crop") else f"{self.metric} accuracy"
+        """A title, the metric with its kind: `20-NN accuracy`, `Two-crop retrieval`."""
+        return self.metric.capitalize() if self.metric.startswith("two-crop") else f"{self.metric} accuracy"
 
 
 def read_results(run_dir: Path, run: Run) -> Results:
