@@ -92,9 +92,8 @@ def _draw_images(
             drawn.insert(1, ("object", cutout(maps[0].display, mask > 0)))
         paths = [out / stem / f"{label.replace('%', '').replace(' ', '-')}.png" for label, _ in drawn]
         files = [str(save_image(path, panel)) for path, (_, panel) in zip(paths, drawn, strict=True)]
-        shares = [float(query.mask.mean()) for query in maps]
         described = {"image": name, "kind": maps[0].kind, "layer": maps[0].layer, "grid": list(maps[0].mean.shape)}
-        results.append({**described, "files": files, "mask_share": shares})
+        results.append({**described, "files": files, "mask_share": [float(query.mask.mean()) for query in maps]})
         if len(overview) < SHEET_IMAGES:
             overview.append([(Path(name).name, drawn[0][1]), *drawn[1:]])
     file = save_image(out / "all.png", sheet(overview))
