@@ -1,7 +1,10 @@
 """In a notebook: one output for all bars of a call, plain messages, and short results."""
 
+import ast
 import io
+import json
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,6 +19,8 @@ from dino_ssl import terminal
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.models.vit import ViT
 from dino_ssl.terminal import LiveBars, Terminal
+
+NOTEBOOK = Path(__file__).parents[2] / "docs/notebooks/first_run.ipynb"
 
 
 @pytest.fixture
@@ -67,3 +72,17 @@ def test_results_are_short() -> None:
     maps = dino_ssl.attention(backbone, scenes.open().read(0), size=32)
     assert repr(maps) == "AttentionMaps(attention of [CLS], layer 0, 1 heads, 2 x 2 patches)"
     assert np.asarray(Image.open(io.BytesIO(maps._repr_jpeg_()))).std() > 10
+
+
+def test_the_stored_notebook_was_executed_and_names_no_path_of_a_machine() -> None:
+    assert NOTEBOOK.stat().st_size < 300_000
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    images = [out["data"].pop("image/jpeg", None) for cell in cells for out in cell["outputs"] if "data" in out]
+    assert sum(image is not None for image in images) == 3
+    text = json.dumps(cells)
+    assert not [part for part in ("/tmp", "/home", "/root", "/work", "image/png", "Traceback") if part in text]
+    for cell in cells:  # what it calls exists
+        for node in ast.walk(ast.parse("".join(cell["source"]))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dino_ssl":
+                assert hasattr(dino_ssl, node.attr), node.attr

@@ -79,12 +79,11 @@ class Outcome(Summarized):
     def summary(self) -> dict[str, object]:
         """Names and values to show."""
         stopped = self.collapse or f"stopped at step {self.clock.step} of {self.clock.steps}"
-        scores = {"": self.quality, **self.reference_scores}
+        metric, results = next(iter(self.quality), ""), {"": self.quality, **self.reference_scores}
         values = {
-            f"{name} {kind}".replace("_", " ").strip(): f"{value:.1f}"
-            for kind, each in scores.items()
-            for name, value in each.items()
-            if name in self.quality
+            f"{metric} {name}".replace("_", " ").strip(): f"{scores[metric]:.1f}"
+            for name, scores in results.items()
+            if metric in scores
         }
         return {
             "folder": self.folder,
