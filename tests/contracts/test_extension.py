@@ -321,7 +321,7 @@ def test_installed_command_finds_modules_in_the_working_directory(folder: Path) 
     line = ("train", "mydata:Squares", "--method", "mymethod:VICRegConfig", "--network", "mynet:ConvNetConfig")
     environment = {"PYTHONPATH": str(Path(dino_ssl.__file__).parents[1]), "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code, *line, "--help"],
+        [sys.executable, "-P", "-c", code, *line, "--help-all"],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
