@@ -77,8 +77,8 @@ def test_weights_are_saved_with_their_preprocessing(tmp_path: Path):
     torch.save(weights, tmp_path / "d.pth")
     assert load(tmp_path / "c.safetensors").transform == Preprocessing(size=32)
     assert load(tmp_path / "d.pth", backbone=VIT).transform == Preprocessing(size=32)
-    bgr = json.dumps({**to_dict(OTHER), "channels": "BGR"})
-    save_file(weights, tmp_path / "e.safetensors", {"backbone": json.dumps(description), "preprocessing": bgr})
+    description["preprocessing"] = {**to_dict(OTHER), "channels": "BGR"}
+    save_file(weights, tmp_path / "e.safetensors", {"backbone": json.dumps(description)})
     with pytest.raises(UserError, match=r"channels: expected one of 'RGB', got 'BGR'"):
         load(tmp_path / "e.safetensors")
 

@@ -64,13 +64,13 @@ def read_safetensors(
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            metadata = file.metadata() or {}
-            described, transform = (json.loads(metadata.get(key, "null")) for key in ("backbone", "preprocessing"))
+            described = json.loads((file.metadata() or {}).get("backbone", "null"))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as safetensors; it may be truncated. ({error})") from error
     if not described:
         return state, None, None
     check_format(path, described.pop("format", FORMAT), FORMAT)
+    transform = described.pop("preprocessing", None)
     return state, from_dict(BackboneConfig, described, trust=trust), transform and from_dict(Preprocessing, transform)
 
 
@@ -83,8 +83,8 @@ def save_backbone(
     """
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     transform = transform or Preprocessing(size=config.input_size)
-    described = {"backbone": {"format": FORMAT, **to_dict(config)}, "preprocessing": to_dict(transform)}
-    metadata = {key: json.dumps(value) for key, value in described.items()}
+    described = {"format": FORMAT, **to_dict(config), "preprocessing": to_dict(transform)}
+    metadata = {"backbone": json.dumps(described)}  # one key: safetensors writes several in random order
     return atomic_write(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata=metadata))
 
 
