@@ -92,7 +92,7 @@ def test_command_prints_a_table_and_json(dino, photos: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "name"), [(("--optim.batch-size", "0"), "--optim.batch-size"), (("--preset", "vits61"), "vits16")]
+    ("words", "name"), [(("--optim.batch-size", "0"), "--batch-size"), (("--preset", "vits61"), "vits16")]
 )
 def test_invalid_options_are_errors(dino, words: tuple[str, ...], name: str) -> None:
     ran = dino("bench", *words)

@@ -139,7 +139,7 @@ def test_impossible_commands_are_explained(dino, photos: Path, shards: Path) -> 
         (("data", "pack", photos, "-o", "x", "--side", "0"), "--side must be at least 1"),
         (("data", "pack", photos, "-o", "x", "--quality", "0"), "--quality must be at least 1 and at most 100"),
         (("data", "info", photos), "has no tar shards"),
-        (("data", "check", "nowhere"), "has no tar shards"),
+        (("data", "check", "nowhere"), "There is no file or folder nowhere"),
         (("train", shards / "shard-000000.tar"), "got the file"),
     ):
         ran = dino(*words)

@@ -238,6 +238,7 @@ def test_the_measurement_is_bounded(
     assert (speed.step, speed.num_images) == (pytest.approx(seconds), num_images)
     assert len(times) == len(shown) == taken
     assert sum(times[1:]) <= 10
+    monkeypatch.setattr(planning, "measure", measure)  # tests of the command line replace it for the session
     row = plan(Gray(90, 64), CPU, preset=preset).reasons[-2]
     assert f"scaled from steps of {num_images} images" in row.reason
 

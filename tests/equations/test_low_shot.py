@@ -218,7 +218,7 @@ def test_only_images_of_a_subset_are_read() -> None:
 
 def test_a_part_of_train_is_held_out_without_val() -> None:
     prepared = LowShot(share=(0.5,), subsets=1).prepare((Tinted(90),), CONTEXT)
-    assert (prepared.data["train"]["images"], prepared.data["val"]["images"]) == (72, 18)
+    assert (prepared.data["train"]["images"], prepared.data["val"]["images"]) == (81, 9)
     assert set(prepared.references["raw_pixels"]()) == set(prepared(Colors())) == {"50 %", "50 % 20-NN"}
 
 
