@@ -246,6 +246,27 @@ def test_samples_cover_every_class() -> None:
     assert len(choose_samples(Blobs(3), 6)) == 3
 
 
+def test_a_report_without_labels_names_no_classes(run_dir: Path) -> None:
+    path = run_dir / "snapshots/neighbors.json"
+    assert "Green: the same class" in write_report(run_dir).read_text()
+    content = json.loads(path.read_text())
+    for query in content["queries"]:
+        query["label"] = None
+    path.write_text(json.dumps(content))
+    assert "Green" not in write_report(run_dir).read_text()
+
+
+def test_a_hint_about_a_low_loss_does_not_contradict_the_verdict(run_dir: Path) -> None:
+    """A loss near chance is a hint only if the scores do not show that the network learned."""
+    near_chance = [row | {"loss": 6.9, "marginal_entropy": 6.91} for row in rows() if "loss" in row]
+    for best, shown in ((61.25, False), (25.0, True)):
+        scores = [row for row in rows(best=best) if "eval" in row]
+        write_rows(run_dir, sorted([*near_chance, *scores], key=lambda row: row["step"]))
+        html = write_report(run_dir).read_text()
+        assert ("Not learning yet" in html) == shown
+        assert ('class="verdict below"' in html) == shown
+
+
 def history(loss: float, entropy: float, kl: float, marginal: float, *, first: float | None = None) -> list[dict]:
     values = np.linspace(loss if first is None else first, loss, 40).tolist()
     constant = {"teacher_entropy": entropy, "kl": kl, "marginal_entropy": marginal}

@@ -303,7 +303,7 @@ class _Session:
             show(f"Stopped at step {clock.step} of {clock.steps}{reason}; saved in {self.folder}/checkpoints/last.pt")
             show(f"Resume with:  dino train --resume {self.folder}")
             return results.verdict
-        style = "bold green" if results.verdict.kind in ("learned", "rising") else "bold yellow"
+        style = "bold green" if results.verdict.learned else "bold yellow"
         show(results.verdict.sentence, extra={"style": style})
         if outcome.quality:
             name, _ = _first(outcome.quality)
@@ -315,9 +315,11 @@ class _Session:
             if below := below_initial(results.history.evaluations[label]):
                 logger.warning(below)
         show(f"Report     {outcome.report}")
-        for weights, file in list(EXPORTS.items())[: 2 if outcome.best else 1]:
+        exports = dict(list(EXPORTS.items())[: 2 if outcome.best else 1])
+        for weights, file in exports.items():
             call = f"dino_ssl.load({str(self.folder)!r}, weights={weights!r})"
-            show(f"{weights.capitalize()}       {self.folder}/{file}    in Python: {call}")
+            padding = " " * (max(map(len, exports.values())) - len(file))
+            show(f"{weights.capitalize()}       {self.folder}/{file}{padding}    in Python: {call}")
         return results.verdict
 
 

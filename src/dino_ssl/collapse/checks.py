@@ -247,8 +247,9 @@ OUTPUT_CHECKS = (
     Check(
         "Not learning yet",
         lambda c: c.loss > 0.9 * c.ln_k and c.marginal_entropy - c.loss < 0.01 * c.ln_k,
-        "the loss is {0.loss:.2f}, near chance (ln K = {0.ln_k:.2f}). Early in training this is usual. If it stays:",
-        "Raise the learning rate, lower the teacher's momentum (0.99 for small datasets), or use fewer prototypes.",
+        "the loss is {0.loss:.2f}, near chance (ln K = {0.ln_k:.2f}). Early in training this is usual.",
+        "If it persists, raise the learning rate, lower the teacher's momentum (0.99 for small datasets), or use fewer "
+        "prototypes.",
         fatal=False,
     ),
 )

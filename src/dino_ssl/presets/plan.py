@@ -287,9 +287,9 @@ def _choose_length(
         needed = LEARNING_IMAGES[-1][1]
         rows["warning"] = (
             f"probably ends below {' and '.join(below)}",
-            f"it sees {epochs * num_images:,} images, epoch by epoch; `small` needed {needed:,}, which take "
-            f"{duration(needed / num_images * seconds)} here: train longer (`minutes`), add images, or start from "
-            "released weights (`init` dino_vits16)",
+            f"its epochs have {epochs * num_images:,} images in all; about {needed:,} were needed in our measurements, "
+            f"which take {duration(needed / num_images * seconds)} here: train longer (`minutes`), add images, or "
+            "start from released weights (`init` dino_vits16)",
         )
     return epochs
 

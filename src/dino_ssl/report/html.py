@@ -74,6 +74,6 @@ def image_table(headings: Iterable[str], rows: Iterable[str]) -> str:
 
 def table(rows: Iterable[Iterable[str]], *, wrap: bool = False) -> str:
     """Return rows of text as a table, or an empty string without rows. wrap: long texts of the first column too."""
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(f'<td>{message(cell)}</td>' for cell in row)}</tr>" for row in rows)
     kind = "list wrap" if wrap else "list"
     return f'<div class="scroll"><table class="{kind}">{body}</table></div>' if body else ""

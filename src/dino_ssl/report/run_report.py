@@ -64,7 +64,11 @@ def write_report(run_dir: Path | str, run: Run | None = None, *, thumbnails: boo
         '<div class="eyebrow">dino · training report</div>',
         f'<h1>{escape(run_dir.resolve().name)}</h1><p class="lead">{escape(lead)}</p>\n',
         f'<p class="verdict {verdict.kind}">{html.message(so_far + verdict.sentence)}</p>\n',
-        *(f'<p class="warning">{html.message(str(finding))}</p>' for finding in results.findings),
+        *(
+            f'<p class="warning">{html.message(str(finding))}</p>'
+            for finding in results.findings
+            if not verdict.learned
+        ),
         _headline(results, run),
         _curves(results, prototypes),
         evals_section(history.evaluations, private=private),

@@ -129,7 +129,8 @@ def neighbors_section(folder: Path) -> str:
             caption = f"{image['similarity']:.2f}  {image['label'] or ''}".strip()
             cells += html.image_cell(_thumbnail(folder, image), caption, alt=image["name"], kind=kind)
         rows.append(cells)
-    text = f"Among {content.get('images', 0):,} images, by cosine similarity of their features. Green: the same class."
+    text = f"Among {content.get('images', 0):,} images, by cosine similarity of their features."
+    text += " Green: the same class." * any(query["label"] for query in content.get("queries", []))
     return html.section("Nearest neighbors", text, html.image_table(["image", "nearest"], rows))
 
 

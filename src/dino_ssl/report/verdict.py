@@ -31,6 +31,11 @@ class Verdict(NamedTuple):
     sentence: str
     """What happened, the reason, and the next step."""
 
+    @property
+    def learned(self) -> bool:
+        """True if the network is better than its reference scores."""
+        return self.kind in ("learned", "rising")
+
 
 class Results(NamedTuple):
     """The measurements of a run, read from its folder."""
