@@ -66,3 +66,4 @@ def test_scores_below_a_reference_are_named() -> None:
         == "Below raw pixels: 20-NN. Below random weights: rank."
     )
     assert below_references({"20-NN": 30.0, "rank": 3.0, "20-NN top-5": 0.0}, references) == ""
+    assert below_references({"effective rank": 2.0}, {"raw_pixels": {"effective rank": 9.0}}) == ""  # no score

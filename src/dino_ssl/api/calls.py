@@ -131,6 +131,11 @@ def run_datasets(checkpoint: Checkpoint, evaluation: Evaluation, *, trust: bool)
         )
     run = read_run(checkpoint.folder, trust=trust)
     train, val = split_dataset(run, run.method.filter_dataset(run.data.open()))
+    if isinstance(evaluation, LabeledEvaluation) and train.labels is None:
+        raise UserError(
+            f"{evaluation.name} needs labels, and the images of {checkpoint.folder} have none. Expected folders of "
+            f"labeled images after the run; without labels: dino eval two-crop-retrieval {checkpoint.folder}"
+        )
     voters = run.online_eval.voters(train) if isinstance(evaluation, KNN) else train
     return evaluation.run_sources(voters, val)
 

@@ -98,6 +98,10 @@ def _draw_images(
             overview.append([(Path(name).name, drawn[0][1]), *drawn[1:]])
     file = save_image(out / "all.png", sheet(overview))
     terminal.print(f"{len(results)} images in {out}/, overview in {file}")
+    if results[0]["kind"] == "similarity":
+        terminal.print(
+            "This network has no attention: the maps are the similarity of each patch to the pooled feature."
+        )
     return results
 
 

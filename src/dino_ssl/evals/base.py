@@ -154,10 +154,13 @@ def reference_scores(prepared: PreparedEval, build: Callable[[], Backbone] | Non
 
 
 def below_references(values: Mapping[str, float], references: Mapping[str, Mapping[str, float]]) -> str:
-    """Return in one line which scores are below which reference scores; an empty string if none is."""
+    """Return in one line which scores are below which reference scores; an empty string if none is.
+
+    The effective rank is no score: that of raw pixels or noise is high, and means nothing.
+    """
     lines = []
     for name, scores in references.items():
-        if below := [key for key, value in values.items() if value < scores.get(key, -math.inf)]:
+        if below := [k for k, value in values.items() if k != "effective rank" and value < scores.get(k, -math.inf)]:
             lines.append(f"Below {name.replace('_', ' ')}: {', '.join(below)}.")
     return " ".join(lines)
 
