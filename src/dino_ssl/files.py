@@ -63,6 +63,12 @@ def is_output(names: Collection[bytes]) -> bool:
     return is_run or OUTPUT_MARK.encode() in names
 
 
+IS_OUTPUT = (
+    "{} was written by dino: it is a run, or the result of a command. Expected the folder of the original images. To "
+    f"use images that a command wrote, remove the file {OUTPUT_MARK} from their folder."
+)
+
+
 def mark_output(folder: Path) -> None:
     """Create the folder and mark it as output, unless it has other content, such as a dataset."""
     with write_errors(folder):

@@ -19,6 +19,7 @@ from dino_ssl.config import differences, edit
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.synthetic.scenes import SIMPLE_SCENES, Scenes
 from dino_ssl.errors import UserError
+from dino_ssl.files import mark_output
 from dino_ssl.formatting import duration
 from dino_ssl.methods.byol import BYOLConfig
 from dino_ssl.models import Timm, ViT, backbone_named
@@ -78,6 +79,10 @@ def test_early_checks_pass_whatever_a_command_accepts(photos, tmp_path, monkeypa
         ("eval", "video-segmentation", "results", photos, "--score"), ("eval", "finetune"), ("report", "table7"),
     ):  # fmt: skip
         check_arguments(command, list(map(str, words)))
+    mark_output(tmp_path / "attention")
+    check_arguments("data", ["check", "attention"])
+    with pytest.raises(UserError, match="attention was written by dino"):
+        check_arguments("train", ["attention"])
 
 
 @pytest.mark.parametrize("name", ["train", "eval knn", "eval finetune", "attention", "embed", "report", "show"])

@@ -36,6 +36,13 @@ def test_short_flags_are_the_long_ones():
     assert (long.optim.epochs, long.optim.batch_size, long.optim.lr) == (3, 8, 1e-3)
 
 
+@pytest.mark.parametrize("flag", ["--epoch", "--epcohs", "--batchsize"])
+def test_a_misspelled_short_flag_is_refused_with_the_right_one(dino, photos, flag):
+    output = dino("train", photos, flag, "4")
+    right = "--batch-size" if "size" in flag else "--epochs"
+    assert (output.code, output.err) == (2, f"dino: Unknown flag {flag}; did you mean {right}?\n")
+
+
 def test_a_setting_in_both_forms_is_refused(dino, photos, plan):
     output = dino("train", photos, "--lr", "1", "--optim.lr=1")
     assert (output.code, output.err) == (2, "dino: --lr and --optim.lr are the same setting: give only one of them.\n")

@@ -3,11 +3,14 @@
 Only the words before the first flag are checked; the command itself checks all of them.
 """
 
+import os
 from collections.abc import Sequence
 from itertools import takewhile
+from pathlib import Path
 
 from dino_ssl.errors import UserError
 from dino_ssl.evals import check_name
+from dino_ssl.files import IS_OUTPUT, is_output
 from dino_ssl.names import check_checkpoint, check_dataset
 
 WITH_CHECKPOINT = ("attention", "classify", "embed", "eval", "pca", "track", "tsne")
@@ -22,7 +25,7 @@ NO_DATASET = (
 
 
 def check_arguments(command: str, arguments: Sequence[str]) -> None:
-    """Raise UserError for a missing dataset, an unknown evaluation, or a path that does not exist."""
+    """Raise UserError for no dataset, an unknown evaluation, a path that does not exist, or a run as images."""
     words = list(takewhile(lambda word: not word.startswith("-"), arguments))
     if command == "train" and not arguments:
         raise UserError(NO_DATASET)
@@ -35,3 +38,13 @@ def check_arguments(command: str, arguments: Sequence[str]) -> None:
             check_checkpoint(path)
         elif path != "none" and (command != "eval" or ":" not in words[0]):  # an evaluation from outside reads its own
             check_dataset(path)
+            if command == "train":
+                _check_no_output(Path(path))
+
+
+def _check_no_output(folder: Path) -> None:
+    if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK):
+        with os.scandir(folder) as entries:
+            names = {os.fsencode(entry.name) + b"/" * entry.is_dir() for entry in entries}
+        if is_output(names):
+            raise UserError(IS_OUTPUT.format(folder))

@@ -1,5 +1,6 @@
 """Names of settings as flags. Nothing heavy is imported here: errors of mistyped commands need it."""
 
+import difflib
 import re
 from collections.abc import Sequence
 
@@ -18,11 +19,14 @@ def flag(field: str) -> str:
 
 
 def expand_short_flags(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with short flags written in full. Raise UserError if a setting is given in both forms."""
+    """Return the arguments with short flags in full. Raise UserError if one is misspelled, or given in both forms."""
     flags = [argument.partition("=")[0].replace("_", "-") for argument in argv]
     for short, long in SHORT_FLAGS.items():
         if short in flags and long in flags:
             raise UserError(f"{short} and {long} are the same setting: give only one of them.")
+    for name in flags:
+        if name not in SHORT_FLAGS and (close := difflib.get_close_matches(name, SHORT_FLAGS, n=1, cutoff=0.85)):
+            raise UserError(f"Unknown flag {name}; did you mean {close[0]}?")
     return [
         SHORT_FLAGS[name] + argument[len(name) :] if name in SHORT_FLAGS else argument
         for name, argument in zip(flags, argv, strict=True)

@@ -14,7 +14,7 @@ from dino_ssl.data.decode import MAX_PIXELS, SUFFIXES, decode, probe
 from dino_ssl.data.shards import is_shards, open_shards
 from dino_ssl.data.workers import map_in_order
 from dino_ssl.errors import UserError
-from dino_ssl.files import OUTPUT_MARK, is_output
+from dino_ssl.files import IS_OUTPUT, is_output
 from dino_ssl.progress import Progress
 from dino_ssl.terminal import logger
 
@@ -218,10 +218,7 @@ def walk(root: Path, skipped: list[Skipped] | None = None) -> Iterator[str]:
 
     yield from below(str(root))
     if "." in outputs:
-        raise UserError(
-            f"{root} was written by dino: it is a run, or the result of a command. Expected the folder of the original "
-            f"images. To use images that a command wrote, remove the file {OUTPUT_MARK} from their folder."
-        )
+        raise UserError(IS_OUTPUT.format(root))
     if outputs and skipped is not None:
         logger.info(
             f"Skipped folders in {root} that dino wrote: {', '.join(outputs[:3])}{', ...' * (len(outputs) > 3)}"
