@@ -188,6 +188,16 @@ def test_the_number_of_steps_decides_the_schedule(epochs: int, is_short: bool) -
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_named_network_of_the_planned_type_is_shown_as_set_by_you() -> None:
+    def change(run: Run) -> Run:
+        return edit(run, backbone=dict(args={}))  # the plan has a smaller resnet18
+
+    rows = {reason.name: reason for reason in mark_changes(plan(Gray(200, 48), CPU, change=change), change)}
+    assert rows["network"][1:] == ("resnet18", "set by you")
+    assert "backbone.args" not in rows
+
+
+@pytest.mark.usefixtures("quick")
 def test_time_and_epochs_together_are_refused() -> None:
     for epochs in (600, 7):  # 600 would be chosen
         with pytest.raises(UserError, match=r"`minutes` and `optim\.epochs` both set the length"):

@@ -32,7 +32,7 @@ RESUMABLE_FIELDS = (
 """Fields that a resumed run may change: those about execution and evaluation, and those that counteract a collapse."""
 
 
-NETWORK_FIELDS = {"backbone", "backbone.name", "backbone.size", "backbone.patch", "backbone.image_size"}
+NETWORK_FIELDS = {"backbone", *(f"backbone.{name}" for name in ("name", "args", "size", "patch", "image_size"))}
 """Fields that the row `network` of the plan shows."""
 ROWS = {
     "method.out_dim": "K",
