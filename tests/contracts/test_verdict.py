@@ -32,7 +32,7 @@ NOT_YET = Finding("Not learning yet", "the loss is near chance.", "Raise `optim.
          "No better than its reference scores: 20-NN 20.0 % is not clearly above random weights, 20.0 %; "
          "the best weights, of epoch 2 (22.0 %), are better."),
         (curve(60, 20 + MARGIN - 0.1), REFERENCES, (), "below", "is not clearly above random weights"),
-        (curve(20 + MARGIN), REFERENCES, (), "learned",
+        (curve(20 + MARGIN, 20 + MARGIN), REFERENCES, (), "learned",
          "Learned: 20-NN 22.0 % is 2.0 points above random weights; the features are ready to use."),
         (curve(30, 50, 51, 49.5), REFERENCES, (), "learned", "29.5 points above random weights; the features"),
         (curve(30, 60, 50, 50), REFERENCES, (), "learned", "; the best weights, of epoch 2 (60.0 %), are better."),
@@ -41,6 +41,7 @@ NOT_YET = Finding("Not learning yet", "the loss is near chance.", "Raise `optim.
          "and rose by 2.0 points in the last 25 % of the epochs; train longer."),
         (curve(30, 50, 48, 50 + MARGIN - 0.1), REFERENCES, (), "learned", "ready"),
         (curve(30, 20, 20, 50.5, 50, 50), REFERENCES, (), "learned", "ready"),  # rose before the last quarter
+        (curve(80.0), REFERENCES, (NOT_YET,), "learned", "train longer: one evaluation does not show whether it still"),
         (curve(80.0), REFERENCES, (NOT_YET, COLLAPSE), "collapsed", "Collapsed (uniform collapse): Lower `method"),
         (curve(), {}, (COLLAPSE,), "collapsed", "Collapsed (uniform collapse): Lower `method.teacher_temp`."),
         (curve(), REFERENCES, (NOT_YET,), "unmeasured", "Not judged without online evaluation: look at"),

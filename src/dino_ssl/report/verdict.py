@@ -110,6 +110,8 @@ def verdict(metric: str, scores: Line, references: Mapping[str, float], findings
             step = "train longer, on more images, or from trained weights (`init`)"
             step = f"it {rise}: train longer" if gain >= MARGIN else step
         return Verdict("below", f"{judged}; {step}.")
+    if len(values) == 1:
+        step = "train longer: one evaluation does not show whether it still rises"
     judged = f"{metric} {last:.1f} % is {last - reference:.1f} points above {name}"
     if gain >= MARGIN:
         return Verdict("rising", f"Learned and still rising: {judged}, and {rise}; train longer.")
