@@ -34,6 +34,8 @@ RESUMABLE_FIELDS = (
 
 NETWORK_FIELDS = {"backbone", *(f"backbone.{name}" for name in ("name", "args", "size", "patch", "image_size"))}
 """Fields that the row `network` of the plan shows."""
+VAL_FIELDS = {"val", "val.path"}
+"""Fields that the row `quality` of the plan shows."""
 ROWS = {
     "method.out_dim": "K",
     "optim.batch_size": "batch",
@@ -63,7 +65,7 @@ def mark_changes(planned: Plan, change: Change, preset: Run | None = None) -> li
         reason = "that of the initial weights" if run.init else "set by you"
         rows["network"] = Reason("network", run.backbone.describe(), reason)
     for name, (new, old) in changes.items():
-        if name not in NETWORK_FIELDS and name.split(".")[0] not in ("out", "data"):
+        if name not in NETWORK_FIELDS | VAL_FIELDS and name.split(".")[0] not in ("out", "data"):
             row = ROWS.get(name, name)
             rows[row] = Reason(row, new, f"set by you; the plan had {old}" if old else "set by you")
     return list(rows.values())

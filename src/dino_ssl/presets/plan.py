@@ -310,10 +310,12 @@ def _quality(run: Run, dataset: ImageDataset) -> tuple[str, str]:
     if labels is None:
         if run.val is None and not num_held_out:
             return "loss and entropies", f"{len(dataset)} images without labels are too few to hold out some of them"
-        held_out = f"{num_held_out:,} images are held out" if run.val is None else "on the validation set"
+        held_out = (
+            f"{num_held_out:,} images are held out" if run.val is None else f"on the validation set, {run.val.spec}"
+        )
         return "two-crop retrieval", f"no labels; {held_out}"
     if run.val is None and np.bincount(labels[labels >= 0]).max(initial=0) < 2:
         return "loss and entropies", "accuracy cannot be measured without class folders of two images"
     metric = "accuracy of the classifier" if run.method.classifies else f"{run.online_eval.k}-NN accuracy"
     held_out = f"{run.online_eval.val_fraction:.0%} of each of {len(dataset.classes)} classes is held out"
-    return metric, held_out if run.val is None else "on the validation set"
+    return metric, held_out if run.val is None else f"on the validation set, {run.val.spec}"
