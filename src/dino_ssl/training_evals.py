@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.sources import relabeled
+from dino_ssl.data.sources import check_distinct, relabeled
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext, reference_scores
 from dino_ssl.evals.scheduled import PreparedScheduledEval, is_due, prepare_all
@@ -100,6 +100,7 @@ def split_dataset(run: Run, dataset: ImageDataset) -> tuple[ImageDataset, ImageD
         return dataset, val_set
     if val_set.labels is None:
         raise UserError("The validation set `val` has no labels: put the images of each class in a folder of its own.")
+    check_distinct(dataset, val_set, run.val.spec)
     return dataset, relabeled(val_set, dataset.classes)
 
 

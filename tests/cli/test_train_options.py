@@ -11,9 +11,11 @@ from dino_ssl import runtime
 from dino_ssl.api.training import PreparedRun
 from dino_ssl.cli.command_line import CommandLine
 from dino_ssl.cli.train import TrainOptions
+from dino_ssl.config import edit
 from dino_ssl.data.folder import Folder
 from dino_ssl.errors import UserError
 from dino_ssl.run import Run
+from dino_ssl.training_evals import split_dataset
 
 
 @pytest.fixture
@@ -121,3 +123,9 @@ def test_run_json_without_its_data_is_refused(trained, dino, tmp_path):
     (tmp_path / "run/run.json").write_text(json.dumps(content))
     output = dino("train", "--resume", "run")
     assert (output.code, "run/run.json lacks data.trained_on" in output.err) == (2, True)
+
+
+def test_the_training_images_are_no_labeled_validation_set(photos):
+    run = edit(dino_ssl.Run(data=Folder(path=str(photos))), val=Folder(path=str(photos)))
+    with pytest.raises(UserError, match="is the training set: each image would match itself"):
+        split_dataset(run, run.data.open())

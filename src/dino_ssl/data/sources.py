@@ -88,16 +88,18 @@ def labeled_pair(
     val_set = open_dataset(val, progress, part="val")
     if val_set.labels is None:
         raise UserError(f"Accuracy needs labels, and {source_name(val)} has none.\n{CLASS_FOLDERS}")
-    if (
-        val_set.fingerprint == train_set.fingerprint
-        and train_set.content_key is not None
-        and val_set.content_key == train_set.content_key
-    ):
+    check_distinct(train_set, val_set, source_name(val))
+    return train_set, relabeled(val_set, train_set.classes)
+
+
+def check_distinct(train: ImageDataset, val: ImageDataset, name: str) -> None:
+    """Raise UserError if the labeled validation set, called `name`, has the images of the training set."""
+    same = val.fingerprint == train.fingerprint and val.content_key == train.content_key
+    if same and train.content_key is not None:
         raise UserError(
-            f"The validation set {source_name(val)} is the training set: each image would match itself.\n"
+            f"The validation set {name} is the training set: each image would match itself.\n"
             "Omit it to hold out a part of every class, or pass other images."
         )
-    return train_set, relabeled(val_set, train_set.classes)
 
 
 def labeled_only(pair: tuple[ImageDataset, ImageDataset], method: str) -> tuple[ImageDataset, ImageDataset]:
