@@ -209,14 +209,15 @@ def test_time_and_epochs_together_are_refused() -> None:
     ("minutes", "warning"), [(1, "random weights and raw pixels"), (10, "below raw pixels"), (30, "")]
 )
 def test_the_plan_warns_if_too_few_images_are_seen(minutes: float, warning: str) -> None:
-    def warning_of(**settings: Any) -> str:
-        chosen = plan(Gray(2000, 48), CPU, minutes=minutes, change=lambda run: edit(run, **settings))
+    def warning_of(preset: Run | None = None, **settings: Any) -> str:
+        chosen = plan(Gray(2000, 48), CPU, preset=preset, minutes=minutes, change=lambda run: edit(run, **settings))
         return next((f"{row.value}: {row.reason}" for row in chosen.reasons if row.name == "warning"), "")
 
     text = warning_of()
     assert warning in text
     assert bool(warning) == ("which take 15 min here: train longer (`minutes`), add images, or start from" in text)
     assert not warning_of(init="dino_vits16")
+    assert not warning_of(preset=presets.resolve("demo"))
 
 
 @pytest.mark.usefixtures("quick")
@@ -249,8 +250,8 @@ def test_the_measurement_is_bounded(
     assert len(times) == len(shown) == taken
     assert sum(times[1:]) <= 10
     monkeypatch.setattr(planning, "measure", measure)  # tests of the command line replace it for the session
-    row = plan(Gray(90, 64), CPU, preset=preset).reasons[-2]
-    assert f"scaled from steps of {num_images} images" in row.reason
+    reasons = {row.name: row.reason for row in plan(Gray(90, 64), CPU, preset=preset).reasons}
+    assert f"scaled from steps of {num_images} images" in reasons["expected time"]
 
 
 def test_the_plan_changes_only_machine_settings_of_a_preset() -> None:

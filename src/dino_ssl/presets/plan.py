@@ -110,6 +110,8 @@ def plan(
         run = with_workers(run, machine, speed, rows)
         recipe = edit(recipe, workers=run.workers)
         epochs = _choose_length(run, machine, speed, steps, world, minutes, rows)
+        if preset is not None:  # the numbers of images were measured with the networks and settings of a plan
+            rows.pop("warning", None)
     adapts = preset is None and machine.device.type == "cpu"
 
     def fit(epochs: int, change: Change = change) -> Run:
