@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.cli.images import SHEET_IMAGES, CheckpointOptions, ShortSide, read_images, run_command, unique_name
 from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.files import mark_output
@@ -60,7 +59,7 @@ def attention(argv: Sequence[str]) -> int:
 
 
 def _attention(options: AttentionOptions, terminal: Terminal) -> dict[str, Any]:
-    checkpoint = open_checkpoint(options.checkpoint, options.device, weights=options.weights, trust=options.trust)
+    checkpoint = options.open_checkpoint()
     attend = partial(
         attention_maps,
         checkpoint.backbone,

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.api.classify import Method
 from dino_ssl.api.classify import classify as classify_images
 from dino_ssl.cli.embed import read_features, write_csv
@@ -56,7 +55,7 @@ def _classify(options: ClassifyOptions, terminal: Terminal) -> dict[str, Any]:
         raise UserError(f"`out` must end in .csv; got {options.out!r}.")
     check_range(options, "threshold", least=0, most=1)
     check_writable(path.parent)
-    checkpoint = open_checkpoint(options.checkpoint, options.device, weights=options.weights, trust=options.trust)
+    checkpoint = options.open_checkpoint()
     dataset, labels = (
         read_features(Path(name), checkpoint) if name.endswith(".parquet") else dataset_named(name)
         for name in (options.dataset, options.labels)

@@ -45,6 +45,10 @@ class CheckpointOptions:
     trust: Trust = False
     json: Json = False
 
+    def open_checkpoint(self) -> Checkpoint:
+        """Load the checkpoint, and move it to the device."""
+        return open_checkpoint(self.checkpoint, self.device, weights=self.weights, trust=self.trust)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetOptions(CheckpointOptions):
@@ -79,7 +83,7 @@ def compute_features(
     partial: Path | None = None,
 ) -> tuple[Checkpoint, Embedding]:
     """Return the opened checkpoint and its features of a dataset; partial: see `embed`."""
-    checkpoint = open_checkpoint(options.checkpoint, options.device, weights=options.weights, trust=options.trust)
+    checkpoint = options.open_checkpoint()
     names = ("size", "batch_size", "workers", "device", "precision")
     settings: Any = {name: getattr(options, name) for name in names}
     with terminal.progress("features") as progress:

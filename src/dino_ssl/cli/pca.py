@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.cli.images import SHEET_IMAGES, CheckpointOptions, ShortSide, read_images, run_command
 from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.files import mark_output
@@ -46,7 +45,7 @@ def pca(argv: Sequence[str]) -> int:
 
 
 def _pca(options: PcaOptions, terminal: Terminal) -> dict[str, Any]:
-    checkpoint = open_checkpoint(options.checkpoint, options.device, weights=options.weights, trust=options.trust)
+    checkpoint = options.open_checkpoint()
     skipped: list[dict[str, str]] = []
     names: list[tuple[str, str]] = []
 

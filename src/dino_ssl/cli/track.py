@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.cli.images import CheckpointOptions, ShortSide, run_command
 from dino_ssl.data.masks import write_mask
 from dino_ssl.errors import UserError
@@ -66,7 +65,7 @@ def _track(options: TrackOptions, terminal: Terminal) -> dict[str, Any]:
     if first is None:
         raise UserError(f"{options.video} has no frame that can be read.")
     mask = tracking.read_first_mask(options.mask, *first.shape[:2])
-    checkpoint = open_checkpoint(options.checkpoint, options.device, weights=options.weights, trust=options.trust)
+    checkpoint = options.open_checkpoint()
     backbone, context = checkpoint.backbone, EvalContext(device=next(checkpoint.backbone.parameters()).device)
     size = options.size or attention_size(checkpoint.backbone.transform.size)
     settings = VideoSegmentation(size=size, multiple=1, context=options.context, radius=options.radius)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import tyro
 
@@ -75,7 +74,7 @@ def _tsne(options: TsneOptions, terminal: Terminal) -> dict[str, Any]:
         )
     if of == "images" and len(dataset) > options.max_points:
         terminal.print(f"{options.max_points} of {len(dataset)} images, evenly spaced (--max-points)", style="dim")
-        dataset = dataset.subset(np.linspace(0, len(dataset) - 1, options.max_points).round().astype(np.int64))
+        dataset = dataset.evenly_spaced(options.max_points)
     checkpoint, embedding = compute_features(options, dataset, terminal)
     if not is_rank0():
         return {}

@@ -110,8 +110,9 @@ def plan(
         run = with_workers(run, machine, speed, rows)
         recipe = edit(recipe, workers=run.workers)
         epochs = _choose_length(run, machine, speed, steps, world, minutes, rows)
-        if preset is not None:  # the numbers of images were measured with the networks and settings of a plan
-            rows.pop("warning", None)
+        if preset is None:  # LEARNING_IMAGES were measured with the networks and settings of a plan
+            seconds = speed.seconds(run, machine, LEARNING_IMAGES[-1][1]) / world
+            _warn_of_few_images(run, epochs * steps * run.optim.batch_size, seconds, rows)
     adapts = preset is None and machine.device.type == "cpu"
 
     def fit(epochs: int, change: Change = change) -> Run:
@@ -273,7 +274,7 @@ def with_workers(run: Run, machine: Machine, speed: Speed, rows: Rows) -> Run:
 def _choose_length(
     run: Run, machine: Machine, speed: Speed, steps: int, world: int, minutes: float | None, rows: Rows
 ) -> int:
-    """Return the epochs of `steps` steps that fit into the time, or the run's; add the expected time, and a warning."""
+    """Return the epochs of `steps` steps that fit into the time, or the run's; add the expected time."""
     num_images, epochs = steps * run.optim.batch_size, run.optim.epochs
     seconds = speed.seconds(run, machine, num_images) / world
     if minutes is not None:
@@ -284,16 +285,19 @@ def _choose_length(
     if 0 < speed.num_images < run.optim.batch_size:
         rates += f"; scaled from steps of {speed.num_images} images"
     rows["expected time"] = duration(epochs * seconds), f"measured: {rates}"
-    below = [name for name, needed in LEARNING_IMAGES if epochs * num_images < needed]
+    return epochs
+
+
+def _warn_of_few_images(run: Run, num_images: int, seconds: float, rows: Rows) -> None:
+    """Add a warning if the run sees too few images to learn. seconds: the time of the most of LEARNING_IMAGES."""
+    below = [name for name, needed in LEARNING_IMAGES if num_images < needed]
     if below and run.init is None and not run.method.classifies:
-        needed = LEARNING_IMAGES[-1][1]
         rows["warning"] = (
             f"probably ends below {' and '.join(below)}",
-            f"its epochs have {epochs * num_images:,} images in all; about {needed:,} were needed in our measurements, "
-            f"which take {duration(needed / num_images * seconds)} here: train longer (`minutes`), add images, or "
-            "start from released weights (`init` dino_vits16)",
+            f"its epochs have {num_images:,} images in all; about {LEARNING_IMAGES[-1][1]:,} were needed in our "
+            f"measurements, which take {duration(seconds)} here: train longer (`minutes`), add images, or start from "
+            "released weights (`init` dino_vits16)",
         )
-    return epochs
 
 
 def _explain_schedule(run: Run, steps: int, rows: Rows) -> None:
