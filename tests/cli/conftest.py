@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -17,7 +14,6 @@ from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.presets import plan as planning
 from dino_ssl.presets.benchmark_step import Speed
 
-SRC = Path(__file__).parents[2] / "src"
 TINY = """
     --network vit_tiny/8 --backbone.width 48 --backbone.depth 2 --backbone.heads 2
     --method.out-dim 32 --method.head-hidden 32
@@ -40,17 +36,9 @@ class Output(NamedTuple):
         return json.loads(self.out)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "COLUMNS": "110"}
-
-
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "dino_ssl", *map(str, arguments)]
-
-
 @pytest.fixture(scope="session", autouse=True)
 def known_speed() -> Iterator[None]:
-    """Skip the measurement of the machine when a run is planned in this process; subprocesses measure."""
+    """Skip the measurement of the machine when a run is planned."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "measure", lambda *_: Speed(0.01, 0.01))
         yield
@@ -129,14 +117,3 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_preset(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tiny_folder))
-
-
-@pytest.fixture(scope="session")
-def process():
-    """Start a command in a process, both outputs in pipes."""
-
-    def start(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command(*arguments), cwd=cwd, env=environment(), stdout=pipe, stderr=pipe, text=True)
-
-    return start

@@ -1,12 +1,19 @@
 """Stopped runs: a signal saves, and the same command again never loses a run."""
 
 import json
+import multiprocessing
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pytest
 
+from dino_ssl import cli
 from dino_ssl.metrics import read_metrics
 
 LINE = ("--optim.epochs", "12", "--log-every", "1", "--out", "run")
@@ -17,16 +24,25 @@ def steps_of(run):
 
 
 @pytest.fixture(scope="module")
-def stopped(tiny_folder, photos, process):
+def stopped(tiny_folder, photos):
     """A run that SIGINT (Ctrl-C) stopped: (its folder, exit code, output)."""
-    run = tiny_folder / "run"
-    with process("train", photos, "--preset", "tiny_recipe:run", *LINE, cwd=tiny_folder) as training:
-        deadline = time.monotonic() + 240
-        while training.poll() is None and time.monotonic() < deadline and len(steps_of(run)) < 2:
-            time.sleep(0.05)
-        training.send_signal(signal.SIGINT)
-        output = "".join(training.communicate(timeout=120))
-    return run, training.returncode, output
+    run, outputs = tiny_folder / "run", tiny_folder / "output.txt"
+
+    def train() -> None:
+        os.chdir(tiny_folder)
+        sys.path.insert(0, str(tiny_folder))
+        with outputs.open("w") as output, redirect_stdout(output), redirect_stderr(output):
+            code = cli.main(["train", str(photos), "--preset", "tiny_recipe:run", *LINE])
+        sys.exit(code)
+
+    training = multiprocessing.get_context("fork").Process(target=train)  # has imported torch already
+    training.start()
+    deadline = time.monotonic() + 240
+    while training.is_alive() and time.monotonic() < deadline and len(steps_of(run)) < 2:
+        time.sleep(0.05)
+    os.kill(training.pid, signal.SIGINT)
+    training.join(timeout=120)
+    return run, training.exitcode, outputs.read_text()
 
 
 @pytest.fixture
@@ -89,8 +105,9 @@ def test_run_without_a_checkpoint_is_started_again(copy, photos, dino):
     assert json.loads((copy / "snapshots/index.json").read_text())["epochs"] == [0, 1]
 
 
-def test_closed_standard_output_is_no_error(process, tmp_path):
-    with process("--help", cwd=tmp_path) as helping:
+def test_closed_standard_output_is_no_error():
+    command, source = [sys.executable, "-m", "dino_ssl", "--help"], {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    with subprocess.Popen(command, env=os.environ | source, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as helping:
         helping.stdout.close()
-        assert helping.stderr.read() == ""
+        assert helping.stderr.read() == b""
         assert helping.wait(60) == 141

@@ -10,10 +10,10 @@ import all_evals
 import pytest
 import torch
 from timm.layers import BatchNormAct2d  # pyright: ignore[reportPrivateImportUsage]
-from tiny import RUN, Run, differences, edit, fit, last, run_on_ranks
+from tiny import RUN, Run, dataset_of, differences, edit, fit, last, run_on_ranks
 from torch import nn
 
-from dino_ssl.config import to_dict
+from dino_ssl import cli, distributed
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.augment import Augment
 from dino_ssl.evals import EVALUATIONS
@@ -23,7 +23,9 @@ from dino_ssl.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfi
 from dino_ssl.metrics import read_metrics
 from dino_ssl.models.sync_bn import convert_sync_batchnorm
 from dino_ssl.models.timm import Timm
+from dino_ssl.runtime import start
 from dino_ssl.state import build_method
+from dino_ssl.training import train
 
 CONVNET = Timm(name="resnet18", args=(("channels", "(8, 8, 8, 16)"), ("layers", "(1, 1, 1, 1)")))
 NARROW = dict(width=24, depth=1, heads=2, drop_path=0.0)
@@ -93,21 +95,37 @@ MEANS = {
 
 
 class Ranks(NamedTuple):
-    """The work of two ranks (on_ranks.py): its folder, and the standard output of each."""
+    """The work of two ranks: its folder, and the output of each."""
 
     folder: Path
     outputs: list[str]
 
 
+def preset() -> Run:
+    """Return the settings of `dino train`, which are for two ranks."""
+    return edit(RUN, optim=dict(batch_size=18, warmup_epochs=0), online_eval=dict(every_epochs=1))
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """Train the cases, run all evaluations, and then `dino train`, in one pair of processes."""
+    """Train the cases, run all evaluations, and then `dino train`, in one process group."""
     folder = tmp_path_factory.mktemp("ranks")
-    for name, case in CASES.items():
-        run = edit(PLAIN, out=str(folder / name), **case.changes)
-        (folder / f"{name}.json").write_text(json.dumps(to_dict(edit(run, **(case.on_two_ranks or {})))))
-    shutil.copytree(all_evals.make(folder / "evals"), folder / "evals on one")
-    return Ranks(folder, run_on_ranks([str(Path(__file__).with_name("on_ranks.py")), str(folder)], 2))
+    evals = all_evals.make(folder / "evals")
+    shutil.copytree(evals, folder / "evals on one")
+
+    def work() -> None:
+        with start("float32") as rt:
+            for name, case in CASES.items():
+                run = edit(PLAIN, out=str(folder / name), **case.changes)
+                run = edit(run, **(case.on_two_ranks or {}))
+                for _ in train(run, rt, dataset_of(run.data)):
+                    pass
+            results = json.dumps(all_evals.evaluate_all(evals))
+            (evals / f"rank{distributed.rank()}.json").write_text(results)
+            line = ("--preset", "test_ranks:preset", "--optim.epochs", "1", "--out", f"{folder / 'command'}")
+            assert cli.main(["train", f"{evals / 'train'}", *line]) == 0
+
+    return Ranks(folder, run_on_ranks(work, folder))
 
 
 # -- training ----------------------------------------------------------------------------------------------

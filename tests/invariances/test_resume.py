@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboardX.event_file_writer import EventsWriter
-from tiny import CPU, Run, dataset_of, edit, fit, last, same_training, spawn, tiny
+from tiny import CPU, Run, dataset_of, edit, fit, killed_at, last, same_training, tiny
 
 from dino_ssl import checkpoint
 from dino_ssl.data.synthetic.scenes import Scenes
@@ -50,9 +50,7 @@ def assert_same(run: Run, whole: Run) -> None:
 def test_a_run_killed_within_an_epoch_resumes_with_the_same_result(tmp_path: Path, whole: Run) -> None:
     """The process is killed after the checkpoint of step 8 is written and before it is renamed."""
     run = edit(whole, out=str(tmp_path / "run"))
-    killed = spawn(run, "--kill-at", "8")
-    killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL
+    assert killed_at(run, 8) == -signal.SIGKILL
     assert last(run)["step"] == 7  # 2 of 5 steps into the second epoch
     assert len(list((Path(run.out) / "checkpoints").glob(".last.pt*.part"))) == 1
     assert [line["step"] for line in metrics(run)][-1] == 8

@@ -1,14 +1,9 @@
-"""A training run that takes about a second, in this process or in a child process that can be killed.
+"""A training run that takes about a second, in this process or in child processes."""
 
-As a script: `tiny.py RUN.json [--kill-at STEP]` trains the Run in the file; the process kills itself
-while it saves the checkpoint of STEP.
-"""
-
-import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -18,7 +13,7 @@ from typing import Any
 import torch
 
 from dino_ssl import checkpoint
-from dino_ssl.config import edit, from_dict, to_dict
+from dino_ssl.config import edit
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.multi_crop import MultiCrop
@@ -28,11 +23,12 @@ from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models.vit import ViT
 from dino_ssl.optim import Optim
 from dino_ssl.run import Run
-from dino_ssl.runtime import Runtime, start
+from dino_ssl.runtime import Runtime
 from dino_ssl.training import train
 
 CPU = Runtime(torch.device("cpu"), "float32")
-SRC = Path(__file__).parents[2] / "src"
+FORK = multiprocessing.get_context("fork")
+"""A fork has imported torch already, which takes a new process seconds."""
 
 RUN = Run(
     data=Scenes(
@@ -105,49 +101,49 @@ def same_training(one: Run, other: Run) -> list[str]:
     return differences({k: v for k, v in a.items() if k != "run"}, {k: v for k, v in b.items() if k != "run"})
 
 
-def spawn(run: Run, *arguments: str) -> subprocess.Popen:
-    """Start the run in a new process."""
-    path = Path(f"{run.out}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(to_dict(run)))
-    return spawn_script([__file__, str(path), *arguments])
+def killed_at(run: Run, step: int) -> int | None:
+    """Train in a process that is killed while it saves the checkpoint of `step`; return its exit code."""
+
+    def train_until() -> None:
+        for event in train(run, CPU, dataset_of(run.data)):  # pyright: ignore[reportArgumentType]
+            if isinstance(event, Logged) and event.clock.step == step:
+                os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+    process = FORK.Process(target=train_until)
+    process.start()
+    process.join(timeout=120)
+    return process.exitcode
 
 
-def spawn_script(words: list[str], rank: int = 0, world: int = 1, port: int = 0) -> subprocess.Popen:
-    """Start a script with arguments as rank `rank` of `world`, with the environment of torchrun."""
-    env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if world > 1:
-        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-W", "error::FutureWarning", *words]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def run_on_ranks(work: Callable[[], None], folder: Path, ranks: int = 2) -> list[str]:
+    """Call `work` in gloo ranks with the environment of torchrun, and return the output of each.
 
-
-def run_on_ranks(words: list[str], world: int) -> list[str]:
-    """Run a script on `world` gloo ranks and return their standard output; fail with the error of one that failed."""
+    The outputs are files in `folder`. Raises AssertionError with the output of a rank that failed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [spawn_script(words, rank, world, port) for rank in range(world)]
+    outputs = [folder / f"output-{rank}.txt" for rank in range(ranks)]
+
+    def start(rank: int) -> None:
+        os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{ranks}"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "GLOO_SOCKET_IFNAME": "lo"}
+        with outputs[rank].open("w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        work()
+
+    processes = [FORK.Process(target=start, args=(rank,)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
     try:
-        outputs = [process.communicate(timeout=600) for process in started]
+        for process in processes:
+            process.join(timeout=600)
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
-    for process, (_, errors) in zip(started, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [output for output, _ in outputs]
-
-
-def main(arguments: list[str]) -> None:
-    torch.set_num_threads(1)
-    run = from_dict(Run, json.loads(Path(arguments[0]).read_text()))
-    at = int(arguments[-1]) if "--kill-at" in arguments else None
-    with start(run.precision) as rt:
-        for event in train(run, rt, run.data.open()):
-            if isinstance(event, Logged) and event.clock.step == at:
-                os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    texts = [output.read_text() for output in outputs]
+    for process, text in zip(processes, texts, strict=True):
+        assert process.exitcode == 0, text
+    return texts
