@@ -37,6 +37,7 @@ def stopped(tiny_folder, photos):
 
     training = multiprocessing.get_context("fork").Process(target=train)  # has imported torch already
     training.start()
+    assert training.pid
     deadline = time.monotonic() + 240
     while training.is_alive() and time.monotonic() < deadline and len(steps_of(run)) < 2:
         time.sleep(0.05)
@@ -108,6 +109,8 @@ def test_run_without_a_checkpoint_is_started_again(copy, photos, dino):
 def test_closed_standard_output_is_no_error():
     command, source = [sys.executable, "-m", "dino_ssl", "--help"], {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
     with subprocess.Popen(command, env=os.environ | source, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as helping:
+        assert helping.stdout
+        assert helping.stderr
         helping.stdout.close()
         assert helping.stderr.read() == b""
         assert helping.wait(60) == 141
