@@ -28,6 +28,11 @@ def format_bytes(count: int) -> str:
     return f"{value:.3g} {units[0]}"
 
 
+def plural(count: int, noun: str) -> str:
+    """Return `1 image`, `2,000 images`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 class Summarized(ABC):
     """A result that is shown by its summary: as one line, or as a table in a notebook."""
 

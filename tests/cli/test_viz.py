@@ -48,13 +48,25 @@ def test_attention_of_a_folder_skips_broken_files(network, images, dino):
     ]  # fmt: skip
     assert len({file for result in ran.json["images"] for file in result["files"]}) == 16
     assert min(shape(files[1])) >= 384  # maps of a small network are enlarged
-    assert shape("maps/all.png")[1] > 2 * 2 * 224
+    assert shape("maps/all.png")[0] > 1300
+    assert "Overview of 2 images: maps/all.png" in ran.err
+    assert f"Panels of 2 images: {Path(files[0]).parent}/, ..." in ran.err
+
+
+def test_the_overview_has_the_first_images_and_is_written_first(network, images, dino, monkeypatch):
+    monkeypatch.setattr("dino_ssl.cli.attention.SHEET_PANELS", 10)  # of 8 per image
+    ran = dino("attention", network, images / "star", "--size", "32", "--json", "-o", "maps")
+    assert ran.code == 0, ran.err
+    assert "Overview of 1 image: maps/all.png" in ran.err
+    _, second = ran.json["images"]
+    assert Path("maps/all.png").stat().st_mtime_ns < Path(second["files"][0]).stat().st_mtime_ns
 
 
 def test_attention_of_synthetic_images_shows_their_objects(network, dino, monkeypatch):
     monkeypatch.setattr("dino_ssl.cli.images.NUM_SCENES", 1)
     ran = dino("attention", network, "small-objects", "--json", "-o", "maps")
     assert ran.code == 0, ran.err
+    assert "Panels of 1 image: maps/" in ran.err
     first, second, *_ = ran.json["images"][0]["files"]
     assert [Path(file).name for file in (first, second)] == ["image.png", "object.png"]
     image, drawn = (np.asarray(Image.open(file)) for file in (first, second))

@@ -70,7 +70,7 @@ def test_results_are_short() -> None:
     assert repr(embedding).startswith("Embedding(images: 3, dimensions: 64, ")
     assert "<tr><th>dimensions</th><td>64</td></tr>" in embedding._repr_html_()
     maps = dino_ssl.attention(backbone, scenes.open().read(0), size=32)
-    assert repr(maps) == "AttentionMaps(attention of [CLS], layer 0, 1 heads, 2 x 2 patches)"
+    assert repr(maps) == "AttentionMaps(attention of [CLS], layer 0, 1 head, 2 x 2 patches)"
     assert np.asarray(Image.open(io.BytesIO(maps._repr_jpeg_()))).std() > 10
 
 

@@ -16,6 +16,7 @@ from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.folder import Folder
 from dino_ssl.errors import UserError
 from dino_ssl.evals.features import ImageFeatures
+from dino_ssl.models.backbone import Backbone, Features
 from dino_ssl.models.vit import ViT
 from dino_ssl.report.curves import chart, read_history
 from dino_ssl.report.run_report import write_report
@@ -224,6 +225,31 @@ def test_snapshots_are_kept_by_epoch_without_bad_images(tmp_path: Path) -> None:
     assert set(index["images"]) == {"0", "7"}
     assert index["panels"] == ["mask, 60 %", "mean", "head 0", "head 1", "head 2"]
     assert network.training  # the mode is restored
+
+
+class Pooled(Backbone):
+    """A network without attention: patches of 8 pixels and their mean."""
+
+    embed_dim, patch = 3, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def features(self, images: torch.Tensor, layers: int = 1) -> list[Features]:
+        patches = torch.nn.functional.avg_pool2d(images, 8).movedim(1, -1)
+        return [Features(patches.mean((1, 2)), patches)]
+
+
+def test_maps_of_a_network_without_attention_are_not_called_attention(tmp_path: Path) -> None:
+    save_snapshot(Pooled(), Blobs(), [0, 7], tmp_path, 3, 64)
+    section = re.sub(r"<[^>]*>", " ", attention_section(tmp_path))
+    for text in ("Similarity maps", "similarity of each patch to the pooled feature", "mask, 60 %  similarity"):
+        assert text in section
+    assert not re.search(r"attention|head|mean|CLS", section, re.IGNORECASE)
 
 
 def test_neighbors_are_the_nearest_other_images(tmp_path: Path) -> None:

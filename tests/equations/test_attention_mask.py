@@ -190,6 +190,8 @@ class Halves(Backbone):
 def test_similarity_replaces_attention_in_other_networks() -> None:
     (seen,) = attention_maps(Halves(), random_image(32, 64), size=32)
     assert seen.kind == "similarity"
+    assert [name for name, _ in rendering.panels(seen)] == ["image", "similarity", "overlay", "mask 60%"]
+    assert repr(seen) == "AttentionMaps(similarity to the pooled feature, 8 x 4 patches)"
     np.testing.assert_allclose(seen.mean[:, :4], 1, atol=1e-6)
     np.testing.assert_allclose(seen.mean[:, 4:], 0, atol=1e-6)
     assert seen.mask[:, 4:].sum() == 0
@@ -241,26 +243,40 @@ def test_the_cutout_shows_the_image_inside_the_mask() -> None:
     assert (drawn[40:] < 60).all()
 
 
-@pytest.mark.parametrize(("count", "columns", "rows"), [(6, 6, 1), (8, 4, 2), (11, 6, 2), (17, 6, 3)])
-def test_the_rows_of_the_figure_are_balanced(count: int, columns: int, rows: int) -> None:
-    square = np.zeros((rendering.PANEL_HEIGHT, rendering.PANEL_HEIGHT, 3), np.uint8)
-    page = rendering.sheet([[("", square)] * count])
-    step, margin = rendering.PANEL_HEIGHT + rendering.GAP, 2 * rendering.MARGIN
-    assert page.shape[:2] == (rows * (step + rendering.LABEL) + margin, columns * step + margin)
+@pytest.mark.parametrize(
+    ("images", "count", "columns", "rows"),
+    [
+        (1, 4, 4, 1), (1, 8, 4, 2), (1, 11, 6, 2), (1, 17, 6, 3),  # 4 + 4 instead of 6 + 2
+        (12, 8, 8, 12), (24, 4, 8, 12), (24, 2, 8, 6), (3, 2, 6, 1), (2, 17, 9, 4),  # small images side by side
+    ],
+)  # fmt: skip
+def test_the_figure_fills_the_width_of_a_screen(images: int, count: int, columns: int, rows: int) -> None:
+    """Black panels on white: their columns and rows are counted."""
+    page = rendering.sheet([[("", np.zeros((40, 40, 3), np.uint8))] * count] * images)
+    dark = page[..., 0] < 128
+    lines = [np.diff(np.flatnonzero(np.diff(dark.any(axis=axis), prepend=False, append=False)))[::2] for axis in (0, 1)]
+    assert [len(sides) for sides in lines] == [columns, rows]
+    assert len({*lines[0], *lines[1]}) == 1  # all panels have one size
+    assert page.shape[1] <= rendering.SHEET_WIDTH
+    assert lines[0][0] == rendering.MAX_PANEL_HEIGHT or page.shape[1] > 0.95 * rendering.SHEET_WIDTH
 
 
-def test_the_figure_has_a_row_per_image_and_a_panel_per_head(tmp_path) -> None:
+def test_panels_of_any_shape_are_complete_in_the_figure() -> None:
+    tall, wide = (np.zeros((*shape, 3), np.uint8) for shape in ((80, 40), (40, 80)))
+    page = rendering.sheet([[("", tall)], [("", wide)]])
+    dark = page[..., 0] < 128
+    for image, half in ((tall, dark[:, : page.shape[1] // 2]), (wide, dark[:, page.shape[1] // 2 :])):
+        drawn = half.any(axis=1).sum() / half.any(axis=0).sum()
+        assert drawn == pytest.approx(image.shape[0] / image.shape[1], rel=0.02)
+
+
+def test_an_image_has_a_panel_per_head_and_the_figure_is_saved_without_loss(tmp_path) -> None:
     dataset = [
         attention_maps(EncodedAttention(), random_image(40, width), size=40, queries=[(5, 5)])[0] for width in (40, 80)
     ]
     names = [name for name, _ in rendering.panels(dataset[0])]
     assert names == ["image", "mean", "overlay", "mask 60%", "heads", "head 0", "head 1"]
-    one, both = (
-        rendering.sheet([rendering.panels(maps) for maps in dataset[:1]]),
-        rendering.sheet([rendering.panels(maps) for maps in dataset]),
-    )
-    assert both.shape[0] > one.shape[0]
-    assert both.shape[1] > one.shape[1]  # as wide as the wider image
+    both = rendering.sheet([rendering.panels(maps) for maps in dataset])
     path = save_image(tmp_path / "deep/figure.png", both)
     from PIL import Image
 

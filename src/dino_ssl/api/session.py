@@ -21,7 +21,7 @@ from dino_ssl.errors import Diverged, UserError
 from dino_ssl.evals.features import extract
 from dino_ssl.events import Ended, EpochDone, EvalDone, EvalStarted, Evaluated, Event, Logged, Started
 from dino_ssl.files import atomic_write, json_line, read_json, write_json
-from dino_ssl.formatting import Summarized, duration
+from dino_ssl.formatting import Summarized, duration, plural
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import EXPORTS
 from dino_ssl.report.run_report import write_report
@@ -205,8 +205,7 @@ class _Session:
                 shutil.rmtree(self.folder / "snapshots", ignore_errors=True)
             self.snapshot(started.method.backbone, 0)
         validation = f", {len(started.val_set)} validation images" if started.val_set else ""
-        epochs = "1 epoch" if clock.epochs == 1 else f"{clock.epochs} epochs"
-        action = f"Resuming at step {clock.step} of" if resume else f"Training {epochs},"
+        action = f"Resuming at step {clock.step} of" if resume else f"Training {plural(clock.epochs, 'epoch')},"
         logger.info(
             f"{action} {clock.steps} steps on {len(started.train_set)} images{validation}; output in {self.folder}/"
         )

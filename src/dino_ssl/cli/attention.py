@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from dino_ssl.cli.images import SHEET_IMAGES, CheckpointOptions, ShortSide, read_images, run_command, unique_name
+from dino_ssl.cli.images import SHEET_PANELS, CheckpointOptions, ShortSide, read_images, run_command, unique_name
 from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.files import mark_output
+from dino_ssl.formatting import plural
 from dino_ssl.terminal import Terminal
 from dino_ssl.viz.attention import AttentionMaps, attention_maps
 from dino_ssl.viz.rendering import cutout, panels, save_image, sheet, video_frame
@@ -32,9 +33,9 @@ EXAMPLES = """\
 class AttentionOptions(CheckpointOptions):
     """Draw attention maps: each head, their mean, an overlay, and the mask that holds 60 % of the attention.
 
-    Each image gets a folder with one file per panel; all.png shows all panels. A video becomes an MP4 of frame, mean
-    and heads side by side. For a network without attention (a ResNet), the similarity of each patch to the pooled
-    feature is drawn instead.
+    all.png shows the first images, with up to 120 panels. Every image gets a folder with one file per panel. A video
+    becomes an MP4 of frame, mean and heads side by side. For a network without attention (a ResNet), the similarity of
+    each patch to the pooled feature is drawn instead.
     """
 
     images: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -81,8 +82,13 @@ def _attention(options: AttentionOptions, terminal: Terminal) -> dict[str, Any]:
 def _draw_images(
     names: Sequence[str], attend: Attend, out: Path, terminal: Terminal, skipped: list[dict[str, str]]
 ) -> list[dict[str, Any]]:
-    """Write the panels of each image, and the overview of the first ones."""
-    results, overview = [], []
+    """Write the panels of each image, and the overview of the first ones as soon as it is complete."""
+    results, overview, is_complete = [], [], False
+
+    def write_overview() -> None:
+        file = save_image(out / "all.png", sheet(overview))
+        terminal.print(f"Overview of {plural(len(overview), 'image')}: {file}")
+
     for name, stem, image, mask in read_images(names, terminal, "attention", skipped):
         maps = attend(image)
         mark_output(out)
@@ -93,10 +99,14 @@ def _draw_images(
         files = [str(save_image(path, panel)) for path, (_, panel) in zip(paths, drawn, strict=True)]
         described = {"image": name, "kind": maps[0].kind, "layer": maps[0].layer, "grid": list(maps[0].mean.shape)}
         results.append({**described, "files": files, "mask_share": [float(query.mask.mean()) for query in maps]})
-        if len(overview) < SHEET_IMAGES:
+        if not is_complete:
             overview.append([(Path(name).name, drawn[0][1]), *drawn[1:]])
-    file = save_image(out / "all.png", sheet(overview))
-    terminal.print(f"{len(results)} images in {out}/, overview in {file}")
+            if is_complete := (len(overview) + 1) * len(drawn) > SHEET_PANELS:
+                write_overview()
+    if not is_complete:
+        write_overview()
+    folder = Path(results[0]["files"][0]).parent
+    terminal.print(f"Panels of {plural(len(results), 'image')}: {folder}/{', ...' if len(results) > 1 else ''}")
     if results[0]["kind"] == "similarity":
         terminal.print(
             "This network has no attention: the maps are the similarity of each patch to the pooled feature."

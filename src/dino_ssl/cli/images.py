@@ -29,8 +29,8 @@ ShortSide = Annotated[
 
 NUM_SCENES = 12
 """Number of images that `scenes` generates in commands that write files for each image."""
-SHEET_IMAGES = 24
-"""Images in the overview that `dino attention` and `dino pca` write."""
+SHEET_PANELS = 120
+"""Panels in the overview that `dino attention` and `dino pca` write: those of the first images."""
 MAX_SKIPPED_LINES = 5
 
 

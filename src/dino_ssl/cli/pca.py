@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from dino_ssl.cli.images import SHEET_IMAGES, CheckpointOptions, ShortSide, read_images, run_command
+from dino_ssl.cli.images import SHEET_PANELS, CheckpointOptions, ShortSide, read_images, run_command
 from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.files import mark_output
+from dino_ssl.formatting import plural
 from dino_ssl.terminal import Terminal
 from dino_ssl.viz.pca import patch_colors
 from dino_ssl.viz.rendering import save_image, sheet
@@ -64,9 +65,9 @@ def _pca(options: PcaOptions, terminal: Terminal) -> dict[str, Any]:
         grid, foreground = list(patches.foreground.shape), float(patches.foreground.mean())
         results.append({"image": name, "grid": grid, "file": str(file), "foreground": foreground})
         blocks.append([(Path(name).name, patches.display), ("components", drawn)])
-    overview = save_image(out / "all.png", sheet(blocks[:SHEET_IMAGES]))
+    overview = save_image(out / "all.png", sheet(blocks[: SHEET_PANELS // 2]))
     shares = ", ".join(f"{share:.0%}" for share in variance)
-    terminal.print(f"{len(results)} images in {out}/, overview in {overview}")
+    terminal.print(f"{plural(len(results), 'image')} in {out}/, overview in {overview}")
     terminal.print(f"  red, green and blue have {shares} of the variance of the patches", style="dim")
     named = {"checkpoint": options.checkpoint, "out": options.out}
     return {**named, "variance": variance, "images": results, "skipped": skipped}

@@ -157,7 +157,7 @@ class ImageDataset(Dataset[tuple[np.ndarray, int]], ABC):
         """Return at most this many images, evenly spaced."""
         if len(self) <= most:
             return self
-        return self.subset(np.linspace(0, len(self) - 1, most).round().astype(np.int64))
+        return self.subset(spaced_indices(len(self), most))
 
     def in_memory(self, threads: int = 2, progress: Progress | None = None) -> "ImageDataset":
         """Decode every image into one block of `nbytes`, shared by forked workers."""
@@ -208,6 +208,11 @@ class DatasetConfig(ABC):
     @abstractmethod
     def open(self, progress: Progress | None = None) -> ImageDataset:
         """Return the dataset; `progress` receives (done, total) while images are listed."""
+
+
+def spaced_indices(count: int, most: int) -> np.ndarray:
+    """Return at most this many of the indices 0 .. count - 1, evenly spaced, with both ends: int64, ascending."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)
 
 
 def fingerprint(names: Iterable[str], sizes: np.ndarray, labels: np.ndarray | None) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dino_ssl import distributed
 from dino_ssl.config import edit
 from dino_ssl.data.batch import Batch
-from dino_ssl.data.dataset import BadImage, ImageDataset
+from dino_ssl.data.dataset import BadImage, ImageDataset, spaced_indices
 from dino_ssl.data.loader import sample_rng
 from dino_ssl.kernels import fastest_transform
 from dino_ssl.models.sync_bn import has_batch_norm
@@ -94,7 +94,7 @@ def measure(run: Run, machine: Machine, dataset: ImageDataset, progress: Progres
 def time_loading(run: Run, dataset: ImageDataset) -> float:
     """Return the median seconds of one worker to load and augment an image; without decoding if images are cached."""
     times, views = [], fastest_transform(run.views)
-    for index in torch.linspace(0, len(dataset) - 1, min(NUM_TIMED_IMAGES, len(dataset))).long().tolist():
+    for index in spaced_indices(len(dataset), NUM_TIMED_IMAGES).tolist():
         width, height = dataset.sizes[index].tolist()
         began = time.perf_counter()
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dino_ssl.files import atomic_write, read_lines
-from dino_ssl.formatting import duration
+from dino_ssl.formatting import duration, plural
 from dino_ssl.report import html
 from dino_ssl.report.curves import History, chart, charts, line
 from dino_ssl.report.sections import (
@@ -133,7 +133,7 @@ def _skipped(run_dir: Path, *, private: bool) -> str:
     counts = Counter(reason for _, reason in rows)
     shown = [(f"{count:,}", reason) for reason, count in counts.most_common()] if private else rows[:MAX_SKIPPED]
     more = f" The first {MAX_SKIPPED}; skipped.jsonl has all." if len(shown) < len(rows) and not private else ""
-    text = f"{len(rows):,} file{'s' if len(rows) > 1 else ''} could not be read.{more}"
+    text = f"{plural(len(rows), 'file')} could not be read.{more}"
     return html.section("Skipped files", text, html.table(shown, wrap=True))
 
 

@@ -7,9 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dino_ssl.config import format_value, type_name
+from dino_ssl.data.dataset import spaced_indices
 from dino_ssl.files import check_format, read_json, read_lines
 from dino_ssl.presets.plan import FORMAT
 from dino_ssl.report import html
@@ -92,13 +91,12 @@ def _difference(minuend: Line, subtrahend: Line) -> Line:
 
 
 def attention_section(folder: Path) -> str:
-    """Return the attention maps of RUN/snapshots: sample images over epochs, then the panels of the latest snapshot."""
+    """Return the attention or similarity maps of RUN/snapshots: over epochs, then the panels of the latest snapshot."""
     index = read_index(folder)
     if not index["images"]:
         return ""
     epochs, panels = index["epochs"], index["panels"]
-    columns = np.unique(np.linspace(0, len(epochs) - 1, min(MAX_EPOCHS, len(epochs))).round().astype(int))
-    epochs = [epochs[i] for i in columns]
+    epochs = [epochs[i] for i in spaced_indices(len(epochs), MAX_EPOCHS)]
     over_epochs, latest = [], []
     for number, image in index["images"].items():
         sample = html.image_cell(folder / f"images/{number}.jpg", _caption(image), alt=image["name"])
@@ -108,13 +106,12 @@ def attention_section(folder: Path) -> str:
         latest.append(sample + "".join(details))
     text = "Attention of the [CLS] token in the last block, mean over heads."
     if index["kind"] == "similarity":
-        text = "Similarity of each patch to the pooled feature, since this network has no attention."
+        text = "Cosine similarity of each patch to the pooled feature."
     return html.section(
-        "Attention maps",
+        f"{index['kind'].capitalize()} maps",
         text,
         html.image_table(["", *(f"epoch {epoch:.4g}" for epoch in epochs)], over_epochs),
-        f'<p class="between">Epoch {index["latest"]:.4g}: the fewest patches that hold 60 % of the map, the mean, and '
-        "single heads.</p>",
+        f'<p class="between">Epoch {index["latest"]:.4g}. The mask: the fewest patches that hold 60 % of the map.</p>',
         html.image_table(["", *panels], latest),
     )
 

@@ -1,11 +1,11 @@
-"""Attention maps of sample images at several epochs, and their nearest neighbors, saved during training.
+"""Attention or similarity maps of sample images at several epochs, and their nearest neighbors, saved during training.
 
 RUN/snapshots holds small JPEG files and two indices:
 
     index.json            the sample images, the epochs, and the panels of the latest snapshot
     images/0.jpg          a sample as the network gets it (resized, center crop)
-    epoch_0010/0.jpg      the mean attention over heads, on the sample
-    latest/0-1.jpg        panel 1 of the latest snapshot: mask, mean, then each head
+    epoch_0010/0.jpg      the mean attention over heads, or the similarity, on the sample
+    latest/0-1.jpg        panel 1 of the latest snapshot: mask, mean or similarity, then each head
     neighbors.json        the nearest images of each sample; thumbs/ holds them
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from dino_ssl.data.dataset import BadImage, ImageDataset
+from dino_ssl.data.dataset import BadImage, ImageDataset, spaced_indices
 from dino_ssl.evals.features import ImageFeatures
 from dino_ssl.evals.knn import nearest_neighbors
 from dino_ssl.files import check_format, read_json, write_json
@@ -36,9 +36,8 @@ MAX_HEADS = 6
 
 def choose_samples(dataset: ImageDataset, count: int = 6) -> list[int]:
     """Return the indices of evenly spaced images, in the order of their labels if there are any."""
-    total = len(dataset)
-    order = np.arange(total) if dataset.labels is None else np.argsort(dataset.labels, kind="stable")
-    return np.sort(order[np.linspace(0, total - 1, min(count, total)).astype(int)]).tolist()
+    order = np.arange(len(dataset)) if dataset.labels is None else np.argsort(dataset.labels, kind="stable")
+    return np.sort(order[spaced_indices(len(dataset), count)]).tolist()
 
 
 def save_snapshot(
@@ -56,7 +55,8 @@ def save_snapshot(
             continue
         (maps,) = attention_maps(backbone, image, size=size)
         shape = (maps.image.shape[0], maps.image.shape[1])
-        panels = {"mask, 60 %": cutout(maps.image, maps.mask), "mean": heat_map(maps.mean, shape)}
+        mean = "similarity" if maps.kind == "similarity" else "mean"
+        panels = {"mask, 60 %": cutout(maps.image, maps.mask), mean: heat_map(maps.mean, shape)}
         if len(maps.heads) > 1:
             panels |= {f"head {head}": heat_map(maps.heads[head], shape) for head in maps.head_ids[:MAX_HEADS]}
         _save(folder / f"images/{i}.jpg", maps.image)

@@ -97,7 +97,9 @@ def verdict(metric: str, scores: Line, references: Mapping[str, float], findings
     epochs, values = scores
     if not values or not references:
         missing = "reference scores" if values else "online evaluation"
-        return Verdict("unmeasured", f"Not judged without {missing}: look at the attention maps and nearest neighbors.")
+        return Verdict(
+            "unmeasured", f"Not judged without {missing}: look at the maps and nearest neighbors in the report."
+        )
     last, (best, epoch) = values[-1], max(zip(values, epochs, strict=True), key=lambda pair: pair[0])
     name, reference = max(references.items(), key=lambda item: item[1])
     gain = last - max((y for x, y in zip(epochs, values, strict=True) if x <= LATE * epochs[-1]), default=last)

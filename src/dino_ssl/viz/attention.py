@@ -16,6 +16,7 @@ from PIL import Image
 from dino_ssl.errors import UserError
 from dino_ssl.evals.attention_maps import patch_attention, require_attention, resize_to_patches, top_mass_mask
 from dino_ssl.evals.base import evaluating
+from dino_ssl.formatting import plural
 from dino_ssl.models.backbone import Attentive, Backbone, Features
 
 Point = tuple[float, float]
@@ -45,7 +46,10 @@ class AttentionMaps:
 
     def __repr__(self) -> str:
         (count, rows, columns), query = self.heads.shape, "[CLS]" if self.point is None else "a point"
-        return f"AttentionMaps({self.kind} of {query}, layer {self.layer}, {count} heads, {columns} x {rows} patches)"
+        described = f"attention of {query}, layer {self.layer}, {plural(count, 'head')}"
+        if self.kind == "similarity":
+            described = "similarity to the pooled feature"
+        return f"AttentionMaps({described}, {columns} x {rows} patches)"
 
     def _repr_jpeg_(self) -> bytes:
         """Return the panels as a JPEG, which a notebook shows."""

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import hsv_to_rgb
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dino_ssl.files import atomic_write
 from dino_ssl.viz.attention import AttentionMaps, Point
@@ -20,8 +20,12 @@ Panel = tuple[str, np.ndarray]
 
 EDGE = (255, 214, 84)
 INK = (38, 38, 42)
-GAP, MARGIN, LABEL, FONT_SIZE, PANEL_HEIGHT = 6, 20, 38, 22, 224
-PANELS_PER_ROW = 6
+GAP, MARGIN, SHEET_WIDTH = 6, 20, 1440
+MAX_PANEL_HEIGHT = 320
+PANELS_PER_ROW, MAX_PANELS_PER_ROW = 6, 12
+"""Panels in a row of the sheet of one image, and at most in a row of several images, side by side if they are few."""
+PNG_LEVEL = 1
+"""Of zlib: a quarter of the time of the default, level 6, for files that are a fifth larger."""
 
 # -- single maps -------------------------------------------------------------------------------------------
 
@@ -106,13 +110,13 @@ def color_heads(maps: AttentionMaps) -> np.ndarray:
 def panels(maps: AttentionMaps | Sequence[AttentionMaps]) -> list[Panel]:
     """Return the panels of one image.
 
-    Of one query: the input, mean, overlay, mask, the colored heads, and each head. Of several points: the input with
-    the points, their mean attention in their colors in one image (Fig. 8), and that of each point.
+    Of one query: the input, mean (or similarity), overlay, mask, the colored heads, and each head. Of several points:
+    the input with the points, their mean attention in their colors in one image (Fig. 8), and that of each point.
     """
     if not isinstance(maps, AttentionMaps):
         return panels(maps[0]) if len(maps) == 1 else _point_panels(maps)
     shape, several = maps.display.shape[:2], len(maps.heads) > 1
-    mean = "mean" if several or maps.kind == "similarity" else f"head {maps.head_ids[0]}"
+    mean = maps.kind if maps.kind == "similarity" else "mean" if several else f"head {maps.head_ids[0]}"
     result = [
         ("image", draw_marker(maps.display, maps.point)),
         (mean, heat_map(maps.mean, shape)),
@@ -143,38 +147,42 @@ def video_frame(maps: Sequence[AttentionMaps]) -> np.ndarray:
 
 
 def sheet(blocks: Sequence[Sequence[Panel]]) -> np.ndarray:
-    """Return labeled panels as one image [H, W, 3] uint8; each block starts a new row, and its rows are balanced."""
-    rows: list[list[tuple[str, Image.Image]]] = []
-    for block in blocks:
-        fitted = [(label, _fit(image)) for label, image in block]
-        count = math.ceil(len(fitted) / math.ceil(len(fitted) / PANELS_PER_ROW))  # 4 + 4 instead of 6 + 2
-        rows += [fitted[start : start + count] for start in range(0, len(fitted), count)]
-    width, step = max(sum(image.width + GAP for _, image in row) for row in rows), PANEL_HEIGHT + LABEL + GAP
-    page = Image.new("RGB", (width + 2 * MARGIN, len(rows) * step + 2 * MARGIN), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(FONT_SIZE)
-    for i, row in enumerate(rows):
-        x, y = MARGIN, MARGIN + i * step
-        for label, image in row:
-            draw.text((x, y + 4), shorten(label, max(image.width // 12, 4)), INK, font)
-            page.paste(image, (x, y + LABEL - 4))
-            x += image.width + GAP
+    """Return labeled panels as one image [H, W <= SHEET_WIDTH, 3] uint8; a block has the panels of one image.
+
+    A block has rows of equal length, as 4 + 4; blocks of few panels are next to each other. All panels have one size.
+    """
+    count, per_row = max(map(len, blocks)), PANELS_PER_ROW if len(blocks) == 1 else MAX_PANELS_PER_ROW
+    rows = math.ceil(count / per_row)
+    columns = math.ceil(count / rows)
+    across = min(len(blocks), max(1, round(0.75 * MAX_PANELS_PER_ROW / columns)))
+    aspect = float(np.mean([image.shape[1] / image.shape[0] for block in blocks for _, image in block]))
+    available = (SHEET_WIDTH - (across + 1) * MARGIN) // (across * columns) - GAP
+    width = max(24, min(available, round(MAX_PANEL_HEIGHT * aspect)))
+    height, font_size = round(width / aspect), min(22, max(13, width // 9))
+    label_height = round(1.6 * font_size)
+    step, line = width + GAP, height + label_height + GAP
+    block_width, block_height = columns * step - GAP + MARGIN, rows * line + (MARGIN if rows > 1 else 0)
+    size = (MARGIN + across * block_width, 2 * MARGIN + math.ceil(len(blocks) / across) * block_height)
+    page = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(font_size)
+    for number, block in enumerate(blocks):
+        for i, (label, image) in enumerate(block):
+            x = MARGIN + number % across * block_width + i % columns * step
+            y = MARGIN + number // across * block_height + i // columns * line
+            draw.text((x, y), shorten(label, round(1.8 * width / font_size)), INK, font)
+            page.paste(ImageOps.contain(Image.fromarray(image), (width, height)), (x, y + label_height))
     return np.asarray(page)
 
 
 def save_image(path: Path, image: np.ndarray, **options: Any) -> Path:
     """Write [H, W, 3] or [H, W] uint8 in the format of the suffix, atomically. options: of PIL's `Image.save`."""
-    kind = Image.registered_extensions()[path.suffix.lower()]
-    return atomic_write(path, lambda part: Image.fromarray(image).save(part, format=kind, **options))
+    options = {"format": Image.registered_extensions()[path.suffix.lower()], "compress_level": PNG_LEVEL, **options}
+    return atomic_write(path, lambda part: Image.fromarray(image).save(part, **options))
 
 
 def shorten(text: str, limit: int) -> str:
     """Return the text, cut to `limit` characters with an ellipsis."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
-def _fit(image: np.ndarray) -> Image.Image:
-    width = max(24, round(image.shape[1] * PANEL_HEIGHT / image.shape[0]))
-    return Image.fromarray(image).resize((width, PANEL_HEIGHT))
 
 
 def _gray(image: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from dino_ssl.data.dataset import spaced_indices
 from dino_ssl.data.masks import PALETTE, VOID
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext, evaluating
@@ -87,7 +88,7 @@ def overlay_mask(frame: np.ndarray, mask: np.ndarray, strength: float = 0.45) ->
 
 def frame_strip(frames: Iterable[np.ndarray], count: int, *, num_tiles: int = 6, height: int = 160) -> np.ndarray:
     """Return about `num_tiles` of `count` evenly spaced frames side by side: [height, W, 3] uint8."""
-    indices = np.linspace(0, count - 1, min(num_tiles, count)).round()
+    indices = spaced_indices(count, num_tiles)
     tiles = []
     for frame in (frame for index, frame in enumerate(frames) if index in indices):
         width = max(1, round(frame.shape[1] * height / frame.shape[0]))
