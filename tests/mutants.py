@@ -445,7 +445,7 @@ MUTANTS = (
     Mutant(
         "verdict ignores the margin",
         "report/verdict.py",
-        "if last < reference + MARGIN:",
+        "if last < reference + needed:",
         "if last < reference:",
         "contracts/test_verdict.py::test_verdicts",
     ),

@@ -243,6 +243,7 @@ def _prepare_folder(job: _Job, dataset: ImageDataset, resume: bool) -> None:
     data = {
         "images": len(dataset),
         "trained_on": len(job.train_set),
+        "validated_on": len(job.val_set or ()),
         "classes": dataset.classes,
         "skipped": len(dataset.skipped),
         "fingerprint": job.train_set.fingerprint,

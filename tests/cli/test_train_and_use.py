@@ -97,6 +97,7 @@ def test_accuracy_is_reported_with_its_reference_scores(trained):
     assert set(result["reference_scores"]) == {"raw_pixels", "random_weights"}
     assert 0 <= last <= best["value"] <= 100
     sentence = result["verdict"]["sentence"]
+    assert "for 4 validation images)" in sentence
     summary = output.err[output.err.index(sentence.partition("`")[0]) :].splitlines()  # fields are written as flags
     assert summary[1] == (
         f"20-NN at 32 px: last {last:.1f} %, best {best['value']:.1f} % in epoch {best['epoch']:.0f} "

@@ -3,6 +3,7 @@
 It compares the online evaluation (20-NN accuracy; without labels, two-crop retrieval) with its reference scores.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,10 +19,10 @@ ONLINE = ("knn", "accuracy", "two-crop-retrieval")
 """Names of the online evaluation in metrics.jsonl; its result is at the top of the page."""
 EFFECTIVE_RANK = "effective rank"
 """Name of the second score of two-crop retrieval."""
-MARGIN = 2.0
-"""Points of percent that count as a difference; the standard error of an accuracy on 500 images is at most 2.2."""
+MIN_MARGIN = 2.0
+"""Points of percent that count as a difference at least."""
 LATE = 0.75
-"""Fraction of the evaluated epochs after which a gain of `MARGIN` means that the score still rises."""
+"""Fraction of the evaluated epochs after which a gain of the margin means that the score still rises."""
 
 
 class Verdict(NamedTuple):
@@ -70,7 +71,7 @@ def read_results(run_dir: Path, run: Run) -> Results:
     metric = next((name for row in rows[-1:] for name in score_names(row)), "")
     scores = line(rows, metric)
     references = references_of(info, metric)
-    judged = verdict(metric, scores, references, findings)
+    judged = verdict(metric, scores, references, info["data"].get("validated_on", math.inf), findings)
     return Results(info, history, findings, rows, metric, scores, references, judged)
 
 
@@ -87,10 +88,26 @@ def below_initial(rows: Rows) -> str:
     return below_references(last, {"initial weights": first}) if rows[0]["step"] == 0 else ""
 
 
-def verdict(metric: str, scores: Line, references: Mapping[str, float], findings: Sequence[Finding] = ()) -> Verdict:
+def margin(score: float, num_images: float) -> float:
+    """Return the points of percent by which another score of the same validation images must exceed `score` to count.
+
+    One standard error of an accuracy, that of the difference if the correlation of both is one half; at least one image
+    and MIN_MARGIN.
+    """
+    return max(MIN_MARGIN, 100 / num_images, math.sqrt(score * (100 - score) / num_images))
+
+
+def verdict(
+    metric: str,
+    scores: Line,
+    references: Mapping[str, float],
+    num_images: float,
+    findings: Sequence[Finding] = (),
+) -> Verdict:
     """Judge a run by its scores in percent and its reference scores; docs/report.md explains the thresholds.
 
-    scores: epochs, and the value of `metric` after each. findings: problems at the end of training.
+    scores: epochs, and the value of `metric` after each. num_images: of the validation set. findings: problems at the
+    end of training.
     """
     if (fatal := next((finding for finding in findings if finding.fatal), None)) is not None:
         return Verdict("collapsed", f"Collapsed ({fatal.name.lower()}): {fatal.suggestion}")
@@ -102,19 +119,23 @@ def verdict(metric: str, scores: Line, references: Mapping[str, float], findings
         )
     last, (best, epoch) = values[-1], max(zip(values, epochs, strict=True), key=lambda pair: pair[0])
     name, reference = max(references.items(), key=lambda item: item[1])
-    gain = last - max((y for x, y in zip(epochs, values, strict=True) if x <= LATE * epochs[-1]), default=last)
-    rise = f"rose by {gain:.1f} points in the last {100 - 100 * LATE:.0f} % of the epochs"
-    step = f"the best weights, of epoch {epoch:.4g} ({best:.1f} %), are better" if best - last >= MARGIN else ""
-    if last < reference + MARGIN:
+    before = max((y for x, y in zip(epochs, values, strict=True) if x <= LATE * epochs[-1]), default=last)
+    is_rising = last >= before + margin(before, num_images)
+    rise = f"rose by {last - before:.1f} points in the last {100 - 100 * LATE:.0f} % of the epochs"
+    is_worse = last + margin(last, num_images) <= best
+    step = f"the best weights, of epoch {epoch:.4g} ({best:.1f} %), are better" if is_worse else ""
+    needed = margin(reference, num_images)
+    explained = f"(margin {needed:.1f} for {num_images:,} validation images)"
+    if last < reference + needed:
         relation = "is below" if last < reference else "is not clearly above"
-        judged = f"No better than its reference scores: {metric} {last:.1f} % {relation} {name}, {reference:.1f} %"
-        if best < reference + MARGIN:
+        compared = f"{metric} {last:.1f} % {relation} {name}, {reference:.1f} % {explained}"
+        if best < reference + needed:
             step = "train longer, on more images, or from trained weights (`init`)"
-            step = f"it {rise}: train longer" if gain >= MARGIN else step
-        return Verdict("below", f"{judged}; {step}.")
+            step = f"it {rise}: train longer" if is_rising else step
+        return Verdict("below", f"No better than its reference scores: {compared}; {step}.")
     if len(values) == 1:
         step = "train longer: one evaluation does not show whether it still rises"
-    judged = f"{metric} {last:.1f} % is {last - reference:.1f} points above {name}"
-    if gain >= MARGIN:
-        return Verdict("rising", f"Learned and still rising: {judged}, and {rise}; train longer.")
-    return Verdict("learned", f"Learned: {judged}; {step or 'the features are ready to use'}.")
+    compared = f"{metric} {last:.1f} % is {last - reference:.1f} points above {name} {explained}"
+    if is_rising:
+        return Verdict("rising", f"Learned and still rising: {compared}, and {rise}; train longer.")
+    return Verdict("learned", f"Learned: {compared}; {step or 'the features are ready to use'}.")
