@@ -1,10 +1,13 @@
 """The contract of every backbone, and properties of the Vision Transformer."""
 
-import logging
+import time
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from dino_ssl.errors import UserError
@@ -236,13 +239,46 @@ def test_teacher_has_no_drop_path():
     assert torch.equal(teacher(x), teacher(x))
 
 
-def test_a_failed_download_is_one_sentence_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch, caplog):
-    def offline(*_, **__):
-        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s [Retry 1/5].")
-        raise OSError("Network is unreachable. Please check your connection and so on.")
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Make the Hugging Face Hub unreachable, refuse to wait for a retry, and return its empty cache."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    return tmp_path
 
-    monkeypatch.setattr(timm, "create_model", offline)
-    message = r"pretrained weights of resnet10t: Network is unreachable\.\nCheck the connection"
+
+def test_without_a_connection_pretrained_weights_fail_at_once(offline: Path, monkeypatch: pytest.MonkeyPatch):
+    message = (
+        rf"weights of test_resnet: http://127.0.0.1:9 cannot be reached, and .* not in {offline}\.\nCheck the conn"
+    )
+    with pytest.raises(UserError, match=message):
+        Timm(name="test_resnet", pretrained=True).build()
+    assert not constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="weights of test_resnet: HF_HUB_OFFLINE is set, and they are not in"):
+        Timm(name="test_resnet", pretrained=True).build()
+    assert constants.HF_HUB_OFFLINE
+
+
+def test_without_a_connection_cached_weights_are_loaded(offline: Path):
+    repository, commit = offline / "models--timm--test_resnet.r160_in1k", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    network = timm.create_model("test_resnet")
+    save_file(network.state_dict(), repository / "snapshots" / commit / "model.safetensors")
+    x = images(64, 64)
+    with torch.no_grad():
+        expected = network.eval().forward_head(network.forward_features(x), pre_logits=True)
+        assert torch.equal(Timm(name="test_resnet", pretrained=True).build().eval()(x), expected)
+
+
+def test_a_failed_download_is_one_sentence_that_says_what_to_do(offline: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_, **__):
+        raise OSError("No space left on device. Please free some and so on.")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    message = r"pretrained weights of resnet10t: No space left on device\.\nCheck the connection"
     with pytest.raises(UserError, match=message):
         Timm(name="resnet10t", pretrained=True).build()
-    assert not caplog.records

@@ -5,11 +5,10 @@ network is built, because the import takes seconds.
 """
 
 import ast
-import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -18,6 +17,9 @@ from torch import Tensor, nn
 from dino_ssl.errors import UserError, did_you_mean
 from dino_ssl.models.backbone import Attentive, Backbone, BackboneConfig, Features
 from dino_ssl.preprocessing import Preprocessing
+
+CONNECT_SECONDS = 5
+"""Time in which the Hugging Face Hub must answer; otherwise only cached weights are used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +224,10 @@ def create(name: str, *, drop_path: float, pretrained: bool, args: Mapping[str, 
     options: dict[str, Any] = {"drop_path_rate": drop_path, "dynamic_img_size": True, "strict_img_size": False} | given
     while True:
         try:
-            with _without_retry_messages():
+            with _cached_if_offline(name) if pretrained else nullcontext():
                 return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        except UserError:
+            raise
         except Exception as error:
             unexpected = str(error).partition("unexpected keyword argument")[2]
             refused = set(re.findall(r"'(\w+)'", unexpected)) & (options.keys() - given.keys())
@@ -238,15 +242,25 @@ def create(name: str, *, drop_path: float, pretrained: bool, args: Mapping[str, 
 
 
 @contextmanager
-def _without_retry_messages() -> Iterator[None]:
-    """Do not print the two lines that the Hugging Face Hub logs for every retry of a download."""
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
-    hub.setLevel(logging.ERROR)
+def _cached_if_offline(name: str) -> Iterator[None]:
+    """Use only cached weights if the Hugging Face Hub cannot be reached: its library would retry for 85 seconds."""
+    from huggingface_hub import constants, errors, get_session
+
+    is_set = constants.HF_HUB_OFFLINE  # by the environment, which is read only once, on import
+    try:
+        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
+    except Exception:  # its type depends on the library's version
+        constants.HF_HUB_OFFLINE = True
     try:
         yield
+    except errors.LocalEntryNotFoundError as error:
+        reason = "HF_HUB_OFFLINE is set" if is_set else f"{constants.ENDPOINT} cannot be reached"
+        raise UserError(
+            f"timm cannot get pretrained weights of {name}: {reason}, and they are not in {constants.HF_HUB_CACHE}.\n"
+            "Check the connection, copy that folder from a computer that has them, or give a file of weights instead."
+        ) from error
     finally:
-        hub.setLevel(level)
+        constants.HF_HUB_OFFLINE = is_set
 
 
 def _literal(value: str) -> Any:
