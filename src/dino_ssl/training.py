@@ -34,7 +34,7 @@ from dino_ssl.runtime import Runtime
 from dino_ssl.schedules import Clock
 from dino_ssl.signals import StopSignal
 from dino_ssl.state import State, build_method, export_backbone, init_state, prepare_model
-from dino_ssl.training_evals import TrainingEvals, eval_context, split_dataset
+from dino_ssl.training_evals import TrainingEvals, eval_context, run_datasets, split_dataset
 
 # -- the step ----------------------------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ def validate_run(run: Run, rt: Runtime, dataset: ImageDataset) -> None:
     train_set, val_set = split_dataset(run, run.method.filter_dataset(dataset))
     steps_per_epoch(len(train_set), run.optim.batch_size, rt.world_size)
     method = build_method(run, classes=len(train_set.classes))
-    prepare_all(run.evals, eval_context(run, rt), method.backbone, train_set, val_set)
+    prepare_all(run.evals, eval_context(run, rt), method.backbone, run_datasets(run, train_set, val_set))
 
 
 def _batches(job: _Job) -> Iterator[Step]:

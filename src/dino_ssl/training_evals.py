@@ -8,7 +8,7 @@ from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import check_distinct, relabeled
 from dino_ssl.errors import UserError
-from dino_ssl.evals.base import EvalContext, reference_scores
+from dino_ssl.evals.base import EvalContext, RunDatasets, reference_scores
 from dino_ssl.evals.scheduled import PreparedScheduledEval, is_due, prepare_all
 from dino_ssl.events import EvalDone, EvalStarted, Evaluated
 from dino_ssl.files import read_json
@@ -41,7 +41,7 @@ class TrainingEvals:
         self.online = None
         if val_set is not None:
             self.online = run.online_eval.prepare(method.classifier, train_set, val_set, context)
-        self.scheduled = prepare_all(run.evals, context, method.backbone, train_set, val_set)
+        self.scheduled = prepare_all(run.evals, context, method.backbone, run_datasets(run, train_set, val_set))
         described = distributed.run_on_rank0(lambda: read_json(self.folder / "run.json") if resume else None)
         if described is not None:
             self.reference_scores = described.get("reference_scores", {})
@@ -102,6 +102,11 @@ def split_dataset(run: Run, dataset: ImageDataset) -> tuple[ImageDataset, ImageD
         raise UserError("The validation set `val` has no labels: put the images of each class in a folder of its own.")
     check_distinct(dataset, val_set, run.val.spec)
     return dataset, relabeled(val_set, dataset.classes)
+
+
+def run_datasets(run: Run, train_set: ImageDataset, val_set: ImageDataset | None) -> RunDatasets:
+    """Return the images that evaluations of a run have by default."""
+    return RunDatasets(train_set, val_set, run.online_eval.voters(train_set))
 
 
 def eval_context(run: Run, rt: Runtime) -> EvalContext:

@@ -149,10 +149,13 @@ class Spread(Evaluation):
     """Share of the variance of the features in their largest dimension."""
 
     name = "spread"
-    sources = (Source("DATA", "Folder of images."),)
+    sources = (Source("DATA", "Folder of images.", required=False),)
 
     percent: bool = True
     """Return percent instead of a fraction."""
+
+    def run_sources(self, run):
+        return (run.val,)
 
     def prepare(self, sources, context):
         dataset = open_dataset(sources[0])
@@ -162,7 +165,8 @@ class Spread(Evaluation):
             share = float(variance.max() / variance.sum())
             return Scores({"largest": 100 * share if self.percent else share})
 
-        return PreparedEval(name=self.name, data={"data": {"images": len(dataset)}}, score=score)
+        data = {"data": {"images": len(dataset)}}
+        return PreparedEval(name=self.name, data=data, score=score, size=context.size)
 '''
 
 MODULES = {"mydata": DATASET, "mynet": NETWORK, "mymethod": METHOD, "myeval": EVALUATION}
@@ -282,6 +286,10 @@ def test_trusted_run_evaluates_embeds_and_reports(
         result = dino("eval", evaluation, "run", "photos", "--trust", "--json")
         assert result.code == 0, result.err
         assert "random_weights" in json.loads(result.out)["references"]
+    result = dino("eval", "myeval:Spread", "run", "--trust", "--json", "--no-references")
+    assert result.code == 0, result.err
+    result = json.loads(result.out)
+    assert (result["data"]["data"]["images"], result["size"]) == (3, 32)  # those that the run held out
     result = dino("eval", "knn", "run", "mydata:Squares", "--trust", "--json", "--no-references")
     assert result.code == 0, result.err
     result = dino("embed", "run", "mydata:Squares", "--trust", "-o", "features.npz", "--json")

@@ -24,11 +24,9 @@ from dino_ssl.data.sources import DatasetSource, open_dataset
 from dino_ssl.errors import UserError, check_value
 from dino_ssl.evals import find_evaluation
 from dino_ssl.evals.attention_maps import attention_size
-from dino_ssl.evals.base import EvalContext, Evaluation, LabeledEvaluation, reference_scores
+from dino_ssl.evals.base import EvalContext, Evaluation, reference_scores
 from dino_ssl.evals.features import extract
-from dino_ssl.evals.knn import KNN
 from dino_ssl.evals.resumable import extract_resumable
-from dino_ssl.evals.two_crop_retrieval import TwoCropRetrieval
 from dino_ssl.files import write_json
 from dino_ssl.formatting import Summarized
 from dino_ssl.models.backbone import Backbone
@@ -38,7 +36,7 @@ from dino_ssl.progress import Progress, StartProgress, no_progress
 from dino_ssl.run import read_run
 from dino_ssl.runtime import Precision, machine, start
 from dino_ssl.terminal import logger
-from dino_ssl.training_evals import split_dataset
+from dino_ssl.training_evals import run_datasets, split_dataset
 from dino_ssl.viz.attention import AttentionMaps, Point, Query, attention_maps
 
 FORMAT = 1
@@ -96,16 +94,14 @@ def evaluate(
             out=None if out is None else Path(out),
         )
         if not sources and not any(source.required for source in settings.sources):
-            sources = run_datasets(loaded, settings, trust=trust)
+            sources = sources_of_run(loaded, settings, trust=trust)
         prepared = settings.prepare(sources, context)
         scores = prepared(loaded.backbone)
         compared = reference_scores(prepared, loaded.fresh) if references else {}
         return {
             "format": FORMAT,
             "evaluation": prepared.name,
-            "size": (settings.size or context.size)
-            if isinstance(settings, LabeledEvaluation | TwoCropRetrieval)
-            else None,
+            "size": prepared.size,
             "values": dict(scores),
             "references": {name: dict(values) for name, values in compared.items()},
             "details": scores.details,
@@ -122,7 +118,7 @@ def evaluate(
         }
 
 
-def run_datasets(checkpoint: Checkpoint, evaluation: Evaluation, *, trust: bool) -> tuple[DatasetSource, ...]:
+def sources_of_run(checkpoint: Checkpoint, evaluation: Evaluation, *, trust: bool) -> tuple[DatasetSource, ...]:
     """Return the sources from a run's online evaluation: training and validation set. Raises UserError for no run."""
     if checkpoint.folder is None or not (checkpoint.folder / "run.json").is_file():
         sources = "".join(f"\n{source.name}: {source.help}" for source in evaluation.sources)
@@ -131,13 +127,7 @@ def run_datasets(checkpoint: Checkpoint, evaluation: Evaluation, *, trust: bool)
         )
     run = read_run(checkpoint.folder, trust=trust)
     train, val = split_dataset(run, run.method.filter_dataset(run.data.open()))
-    if isinstance(evaluation, LabeledEvaluation) and train.labels is None:
-        raise UserError(
-            f"{evaluation.name} needs labels, and the images of {checkpoint.folder} have none. Expected folders of "
-            f"labeled images after the run; without labels: dino eval two-crop-retrieval {checkpoint.folder}"
-        )
-    voters = run.online_eval.voters(train) if isinstance(evaluation, KNN) else train
-    return evaluation.run_sources(voters, val)
+    return evaluation.run_sources(run_datasets(run, train, val))
 
 
 def versions() -> dict[str, str]:

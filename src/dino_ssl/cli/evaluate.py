@@ -136,6 +136,7 @@ def _evaluate(evaluation: Any, options: Any, terminal: Terminal) -> dict[str, An
         device=common.device,
         out=common.out or None,
         progress=terminal.progress,
+        trust=common.trust,
     )
     show(result, checkpoint.name, terminal)
     folder = Path(common.out) if common.out else checkpoint.folder and checkpoint.folder / "evals"

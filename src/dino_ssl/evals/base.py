@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import DatasetSource, labeled_pair
-from dino_ssl.errors import check_range
+from dino_ssl.errors import UserError, check_range
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.progress import StartProgress, no_progress
 
@@ -79,11 +79,22 @@ class PreparedEval:
     """`score` without output files; needed only if `score` writes some."""
     validate: Callable[[Backbone], object] = lambda backbone: None
     """Raises UserError if the evaluation is not defined for this backbone."""
+    size: int | None = None
+    """Side of the network's input in pixels, to be printed; None if images differ in it."""
 
     def __call__(self, backbone: Backbone) -> Scores:
         """Evaluate a backbone."""
         self.validate(backbone)
         return self.score(backbone)
+
+
+class RunDatasets(NamedTuple):
+    """The images of a training run, from which an evaluation takes those that are not given."""
+
+    train: ImageDataset
+    val: ImageDataset | None
+    voters: ImageDataset
+    """The training images that vote in the online evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +114,9 @@ class Evaluation(ABC):
     def prepare(self, sources: Sequence[DatasetSource], context: EvalContext) -> PreparedEval:
         """Open and validate the data. Raise UserError with the expected layout if it does not fit."""
 
-    def run_sources(self, *datasets: ImageDataset | None) -> tuple[ImageDataset, ...]:
-        """Return the sources if none are given, from a run's training and validation set."""
-        return tuple(dataset for dataset in datasets if dataset is not None)
+    def run_sources(self, run: RunDatasets) -> tuple[ImageDataset, ...]:
+        """Return the sources if none are given. Raise UserError if the images of the run do not fit."""
+        return (run.train,) if run.val is None else (run.train, run.val)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +143,16 @@ class LabeledEvaluation(Evaluation):
         """Open the labeled images."""
         with context.progress("reading the datasets") as progress:
             train, val = labeled_pair(*sources, val_fraction=self.val_fraction, progress=progress)
-        return self.prepare_datasets(train, val, context)
+        return replace(self.prepare_datasets(train, val, context), size=self.size or context.size)
+
+    def run_sources(self, run: RunDatasets) -> tuple[ImageDataset, ...]:
+        """Return the training and validation set. Raise UserError if they have no labels."""
+        if run.train.labels is None:
+            raise UserError(
+                f"{self.name} needs labels, and the images of the run have none. Expected folders of labeled images; "
+                "two-crop-retrieval evaluates images without labels."
+            )
+        return super().run_sources(run)
 
     @abstractmethod
     def prepare_datasets(self, train: ImageDataset, val: ImageDataset, context: EvalContext) -> PreparedEval:

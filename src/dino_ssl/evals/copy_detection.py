@@ -145,6 +145,7 @@ class CopyDetection(Evaluation):
             references={
                 "raw_pixels": lambda: _score(copies, [raw_pixels(d, context) for d in searched], searched, context)
             },
+            size=self.size or context.size,
         )
 
     def _score(

@@ -14,7 +14,7 @@ from torch import Tensor
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import CLASS_FOLDERS
 from dino_ssl.errors import UserError, check_range
-from dino_ssl.evals.base import EvalContext, LabeledEvaluation, PreparedEval, Scores, full_precision
+from dino_ssl.evals.base import EvalContext, LabeledEvaluation, PreparedEval, RunDatasets, Scores, full_precision
 from dino_ssl.evals.features import ImageFeatures, prepare_on_features
 
 KS = (10, 20, 100, 200)  # Appendix F.1; the paper reports 20
@@ -106,6 +106,10 @@ class KNN(LabeledEvaluation):
             raise UserError("`k` needs at least one number of neighbors, for example 20.")
         check_range(self, "k", least=1)
         check_range(self, "temperature", above=0)
+
+    def run_sources(self, run: RunDatasets) -> tuple[ImageDataset, ...]:
+        """Return the images that vote in the run, and the validation set."""
+        return super().run_sources(run._replace(train=run.voters))
 
     def prepare_datasets(self, train: ImageDataset, val: ImageDataset, context: EvalContext) -> PreparedEval:
         """Prepare the evaluation of two labeled datasets with the same classes."""

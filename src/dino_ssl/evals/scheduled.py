@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dino_ssl.config import type_name
-from dino_ssl.data.dataset import DatasetConfig, ImageDataset
+from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals import import_all
-from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval
+from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval, RunDatasets
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.schedules import Clock
 
@@ -65,16 +65,13 @@ def check_labels_differ(evals: Sequence[ScheduledEval]) -> None:
 
 
 def prepare_all(
-    evals: Sequence[ScheduledEval], context: EvalContext, backbone: Backbone, *run_datasets: ImageDataset | None
+    evals: Sequence[ScheduledEval], context: EvalContext, backbone: Backbone, run_datasets: RunDatasets
 ) -> list[PreparedScheduledEval]:
-    """Open the data of every evaluation before training. Raise UserError if one does not fit its data or backbone.
-
-    run_datasets: the run's training and validation set, for evaluations without sources.
-    """
+    """Open the data of every evaluation before training. Raise UserError if one does not fit its data or backbone."""
     prepared = []
     for scheduled in evals:
         try:
-            sources = scheduled.sources or scheduled.evaluation.run_sources(*run_datasets)
+            sources = scheduled.sources or scheduled.evaluation.run_sources(run_datasets)
             evaluation = scheduled.evaluation.prepare(sources, context)
             evaluation.validate(backbone)
         except UserError as error:

@@ -15,7 +15,7 @@ from dino_ssl.data.loader import sample_rng
 from dino_ssl.data.sources import DatasetSource, described, open_dataset
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.errors import UserError, check_range
-from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval, Scores, Source
+from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval, RunDatasets, Scores, Source
 from dino_ssl.evals.features import ImageFeatures, extract_resized, raw_pixels, skipped_details
 from dino_ssl.evals.ranking import target_ranks
 from dino_ssl.feature_stats import effective_rank
@@ -87,9 +87,9 @@ class TwoCropRetrieval(Evaluation):
             dataset = open_dataset(sources[0], progress, part="val")
         return self.prepare_dataset(dataset, context)
 
-    def run_sources(self, *datasets: ImageDataset | None) -> tuple[ImageDataset, ...]:
-        """Return the validation set."""
-        return super().run_sources(*datasets[1:])
+    def run_sources(self, run: RunDatasets) -> tuple[ImageDataset, ...]:
+        """Return the validation set, if the run has one."""
+        return () if run.val is None else (run.val,)
 
     def prepare_dataset(self, dataset: ImageDataset, context: EvalContext) -> PreparedEval:
         """Prepare the evaluation of at most `max_images` images. Raises UserError for fewer than two."""
@@ -109,6 +109,7 @@ class TwoCropRetrieval(Evaluation):
             data={"images": described(images)},
             score=lambda backbone: two_crop_scores(features(backbone)),
             references={"raw_pixels": lambda: two_crop_scores(raw_pixels(crops, context))},
+            size=side,
         )
 
 
