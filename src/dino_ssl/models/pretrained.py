@@ -115,14 +115,18 @@ def build_with_weights(
 
 def weights_file(run: Path, which: Which, weights: Weights = "last") -> Path:
     """Return the file of a run's directory that has the `which` backbone."""
-    names = [*([EXPORTS[weights]] if which == "teacher" else []), f"checkpoints/{weights}.pt"]
-    for path in (run / name for name in names):
-        if path.is_file():
-            return path
-    hint = "\nThey are those of its best online evaluation. If it had none, use `weights` last."
+    files = {kind: [export] * (which == "teacher") + [f"checkpoints/{kind}.pt"] for kind, export in EXPORTS.items()}
+    present = [name for kind in files for name in files[kind] if (run / name).is_file()]
+    if named := [name for name in files[weights] if name in present]:
+        return run / named[0]
+    hint = {
+        "best": "\nThey are those of the best evaluation during training. If it had none, or they were deleted, use "
+        "`weights` last.",
+        "last": "\nUse `weights` best.",
+    }
     raise UserError(
-        f"There are no {weights} weights in {run}: expected a run's directory with {' or '.join(names)}."
-        f"{hint if weights == 'best' else ''}"
+        f"There are no {weights} weights in {run}: expected a run's directory with {' or '.join(files[weights])}; it "
+        f"has {' and '.join(present) or 'no weights'}.{hint[weights] if present else ''}"
     )
 
 
