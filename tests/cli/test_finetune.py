@@ -45,10 +45,10 @@ def test_finetuning_trains_the_network_of_the_checkpoint_and_measures_the_classi
 
 def test_without_a_validation_set_images_are_held_out_and_a_preset_keeps_its_rates(trained, photos, dino):
     line = ("eval", "finetune", trained[0], photos, "--preset", "finetune-cifar100", "--optim.batch-size", "12")
-    output = dino(*line, "--views.size", "32", "--dry-run", "--json")
+    output = dino(*line, "--views.size", "32", "--weights", "best", "--dry-run", "--json")
     assert output.code == 0, output.err
     run = output.json["run"]
-    assert run["val"] is None
+    assert (run["val"], run["init"]) == (None, str(trained[0] / "backbone-best.safetensors"))
     assert (run["optim"]["epochs"], run["optim"]["lr"], run["views"]["repeats"]) == (1000, 2.5e-6, 3)
     assert run["backbone"]["width"] == 48
     assert "held out" in output.err
@@ -75,6 +75,7 @@ def test_stopped_finetuning_is_resumed(trained, photos, dino):
         (("RUN",), "No dataset given"),
         (("RUN", "PHOTOS", "--network", "vit_tiny/16"), "fine-tuning uses the checkpoint's network"),
         (("RUN", "PHOTOS", "--init", "RUN"), "Fine-tuning starts from CHECKPOINT"),
+        (("RUN", "PHOTOS", "--weights", "first"), "Invalid choice"),
         (("nowhere", "PHOTOS"), "There is no file 'nowhere'"),
         (("RUN", "PHOTOS", "--preset", "finetune-cifar"), "finetune-cifar10"),
         (("RUN", "FLAT"), "put the images of each class in a folder"),

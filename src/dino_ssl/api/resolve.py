@@ -10,7 +10,7 @@ from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.errors import UserError
 from dino_ssl.files import read_json
 from dino_ssl.models import BackboneConfig
-from dino_ssl.models.pretrained import load
+from dino_ssl.models.pretrained import load, weights_file
 from dino_ssl.models.weights import load_strict
 from dino_ssl.presets.plan import Change, Plan, Reason, describe_preset
 from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
@@ -78,9 +78,11 @@ def starting_from(run: Run, source: Checkpoint, *, size: int | None = None) -> R
     """
     if (network := source.backbone.config) is None:
         raise UserError(f"{source.source} does not say which network its weights belong to, so it cannot be trained.")
+    is_best = source.weights == "best"
+    init = str(weights_file(Path(source.source), "teacher", "best")) if is_best else source.source
     drop_path = getattr(run.backbone, "drop_path", 0.0)
     views = run.views if size is None else run.views.with_size(size)
-    return edit(run, backbone=network.untrained().with_drop_path(drop_path), init=source.source, views=views)
+    return edit(run, backbone=network.untrained().with_drop_path(drop_path), init=init, views=views)
 
 
 def with_init_network(run: Run, network: BackboneConfig, *, is_named: bool) -> Run:

@@ -78,7 +78,7 @@ class CommandLine:
     def types(self) -> argparse.Namespace:
         """The flags that decide the types of the Run, and therefore which other flags exist."""
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        for name in ("preset", "network", "init", "method", "device", "resume", "out"):
+        for name in ("preset", "network", "init", "method", "device", "resume", "out", "weights"):
             parser.add_argument(f"--{name}")
         parser.add_argument("--trust", action="store_true")
         return parser.parse_known_args([arg for arg in self.argv if arg not in ("-h", "--help")])[0]

@@ -12,6 +12,7 @@ from dino_ssl.api.resolve import starting_from
 from dino_ssl.cli.command_line import CommandLine, SessionOptions
 from dino_ssl.cli.help_pages import page_examples
 from dino_ssl.cli.images import dataset_named
+from dino_ssl.cli.options import Weights
 from dino_ssl.cli.train import run_command
 from dino_ssl.config import edit
 from dino_ssl.data.sources import dataset_config
@@ -34,6 +35,7 @@ class FinetuneOptions(SessionOptions):
     """Training set: a folder of class folders, or `scenes`."""
     val_folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAL")] = ""
     """Validation set: a folder of class folders. Default: a part of TRAIN is held out."""
+    weights: Weights = "last"
     preset: Annotated[str, tyro.conf.arg(metavar="NAME")] = "finetune"
     """A preset to start from (`dino presets`), or MODULE:FUNCTION that returns a dino_ssl.Run."""
     run: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=lambda: resolve("finetune"))
@@ -55,7 +57,8 @@ def finetune(argv: Sequence[str]) -> int:
         """Return the preset with the checkpoint's network; the project's preset takes its image size too."""
         run = resolve(preset or "finetune")
         if checkpoint:
-            source = open_checkpoint(checkpoint, trust="--trust" in argv)
+            weights = "best" if line.types.weights == "best" else "last"  # other values are refused in parsing
+            source = open_checkpoint(checkpoint, weights=weights, trust="--trust" in argv)
             run = starting_from(run, source, size=None if preset else source.backbone.transform.size)
         return edit(run, val=dataset_config(dataset_named(val), "val")) if val else run
 
