@@ -84,6 +84,59 @@ def test_float_tiff_is_scaled_by_its_range(tmp_path):
     assert np.abs(decode(path)[0, :, 0].astype(int) - np.arange(256)).max() <= 1
 
 
+@pytest.mark.parametrize("size", [20, 100])
+@pytest.mark.parametrize("value", [-9999, 3.4e38, np.inf, -np.inf, np.nan])
+def test_float_tiff_is_scaled_without_outliers_and_missing_values(tmp_path, value, size):
+    values = np.linspace(100, 600, size * size, dtype=np.float32).reshape(size, size)
+    broken = values.copy()
+    broken[0, 0] = value
+    names = (saved(tmp_path, Image.fromarray(array), f"{i}.tif") for i, array in enumerate((values, broken)))
+    expected, decoded = (decode(name).astype(int) for name in names)
+    assert np.abs(decoded - expected)[0, 1:].max() <= 2  # the range may lack half a percent of the values
+    assert np.abs(decoded - expected)[1:].max() <= 2
+
+
+def test_pixels_without_data_are_black(tmp_path):
+    values = np.linspace(100, 600, 10_000, dtype=np.float32).reshape(100, 100)
+    values[:20, :20] = -9999
+    path = tmp_path / "a.tif"
+    Image.fromarray(values).save(path, tiffinfo={42113: "-9999"})
+    decoded = decode(path)[..., 0].astype(int)
+    assert (decoded[:20, :20] == 0).all()
+    expected = (values - values[0, 20]) * 255 / (600 - values[0, 20])
+    assert np.abs(decoded - expected)[20:].max() <= 1
+
+
+@pytest.mark.parametrize(("extra_samples", "is_alpha"), [(None, False), (0, False), (1, True), (2, True)])
+def test_a_fourth_band_is_alpha_only_if_the_file_says_so(extra_samples, is_alpha):
+    bands = np.random.default_rng(0).integers(0, 128, (8, 8, 4), dtype=np.uint8)  # R, G, B, infrared
+    decoded = decode("a.tif", tiff(bands, extra_samples))
+    if not is_alpha:
+        np.testing.assert_array_equal(decoded, bands[..., :3])
+    else:
+        assert decoded.mean() > bands[..., :3].mean() + 50, "composited on white"
+
+
+def test_bigtiff_is_read(tmp_path):
+    image = Image.fromarray(gradient())
+    image.save(tmp_path / "a.tif", big_tiff=True)
+    assert (tmp_path / "a.tif").read_bytes()[:4] == b"II+\0"
+    assert probe(tmp_path / "a.tif") == image.size
+    np.testing.assert_array_equal(decode(tmp_path / "a.tif"), gradient())
+
+
+def tiff(bands: np.ndarray, extra_samples: int | None) -> bytes:
+    """Return an uncompressed TIFF of uint8 [height, width, bands]; Pillow cannot write ExtraSamples of its own."""
+    height, width, count = bands.shape
+    tags = {256: width, 257: height, 259: 1, 262: 2, 277: count, 278: height, 279: bands.nbytes}
+    tags |= {} if extra_samples is None else {338: extra_samples}
+    start = 8 + 2 + 12 * (len(tags) + 2) + 4  # of the bits of each band, then of the pixels
+    entries = {tag: struct.pack("<HHII", tag, 4, 1, value) for tag, value in (tags | {273: start + 2 * count}).items()}
+    entries[258] = struct.pack("<HHII", 258, 3, count, start)
+    directory = struct.pack("<H", len(entries)) + b"".join(entries[tag] for tag in sorted(entries)) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8) + directory + struct.pack(f"<{count}H", *[8] * count) + bands.tobytes()
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
 def test_exif_orientation(tmp_path, name, orientation):
@@ -157,6 +210,43 @@ def test_files_that_end_in_zeros_are_rejected(tmp_path, kind):
         decode(path)
 
 
+def damaged_jpegs() -> dict[str, bytes]:
+    """Files in which libjpeg notices the damage: it fills the rest with gray or noise, and warns on the terminal."""
+    rng, data = np.random.default_rng(0), encoded("JPEG")
+    half, noise, zeros = len(data) // 2, bytearray(data), bytearray(data)
+    noise[half : half + 60] = rng.bytes(60)
+    zeros[half : half + 800] = bytes(800)
+    return {
+        "cut, with an end": data[:half] + b"\xff\xd9",
+        "zeros": bytes(zeros),
+        "noise": bytes(noise),
+        "another file after the first half": data[:half] + encoded("JPEG"),
+        "cut progressive, with an end": encoded("progressive")[:half] + b"\xff\xd9",
+    }
+
+
+@pytest.mark.parametrize("kind", damaged_jpegs())
+def test_damaged_jpegs_are_rejected_and_nothing_is_printed(tmp_path, kind, capfd):
+    with pytest.raises(BadImage, match="JPEG"):
+        decode("damaged.jpg", damaged_jpegs()[kind])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_cmyk_jpeg_is_rejected():
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 4), dtype=np.uint8), "CMYK").save(out, "JPEG")
+    assert decode("cmyk.jpg", out.getvalue()).shape == (64, 96, 3)
+    with pytest.raises(BadImage, match="JPEG"):
+        decode("cmyk.jpg", out.getvalue()[: len(out.getvalue()) // 2] + b"\xff\xd9")
+
+
+def test_a_jpeg_of_thousands_of_scans_is_rejected_before_it_is_decoded():
+    data = encoded("progressive")
+    scan = data[data.rindex(b"\xff\xda") : -2]  # the last one refines coefficients, and may be repeated
+    with pytest.raises(BadImage, match=r"10\d\d scans"):
+        decode("scans.jpg", data[:-2] + scan * 1000 + data[-2:])
+
+
 def test_data_after_the_image_is_ignored(tmp_path):
     path = tmp_path / "motion.jpg"
     path.write_bytes(encoded("JPEG") + b"\0\0\0\x18ftypmp42" + bytes(200_000))
@@ -228,7 +318,8 @@ def forged(kind: str) -> bytes:
 def test_decompression_bombs_are_rejected_by_their_header(tmp_path, kind, monkeypatch):
     path = tmp_path / "bomb.png"
     path.write_bytes(forged(kind))
-    monkeypatch.setattr(module, "_opencv", lambda *_: pytest.fail("decoded"))
+    for decoder in ("_jpeg", "_opencv"):
+        monkeypatch.setattr(module, decoder, lambda *_: pytest.fail("decoded"))
     monkeypatch.setattr(module, "_pillow", lambda *_: pytest.fail("decoded"))
     with pytest.raises(BadImage, match="too large"):
         decode(path)

@@ -2,11 +2,11 @@
 
 Decoders fill missing parts of truncated files with gray and allocate whatever a forged header requests, so size and
 completeness are checked first: in the header of a JPEG, which is read here, or with Pillow's plugin of the format. Then
-OpenCV decodes the common kinds (8-bit RGB or grayscale without transparency) and Pillow all others (palette,
-transparency, CMYK, 16 bits, TIFF, GIF).
+simplejpeg decodes JPEGs, because it reports what libjpeg only warns of, OpenCV the common kinds of others (8-bit RGB or
+grayscale without transparency) and Pillow the rest (palette, transparency, CMYK, 16 bits, TIFF, GIF).
 
-Transparent images are composited on white, 16 bits are scaled to 8 (x / 257), floats by their own range. The first
-frame of an animation is used. The EXIF orientation is applied.
+Transparent images are composited on white, 16 bits are scaled to 8 (x / 257), floats by the range of their values. The
+first frame of an animation is used. The EXIF orientation is applied.
 """
 
 import contextlib
@@ -15,11 +15,12 @@ import os
 import stat
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
+import simplejpeg
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -35,7 +36,9 @@ SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff")
 )
 """File name suffixes of images."""
-MAX_PIXELS = 2**27  # 134 megapixels, 403 MB when decoded; larger headers are rejected as decompression bombs
+MAX_PIXELS = 2**27
+"""134 megapixels, 403 MB when decoded and about 1 GB while a transparent image is; larger headers are rejected as
+decompression bombs."""
 PLUGINS: dict[bytes, Any] = {
     b"\xff\xd8\xff": JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImageFile,
@@ -44,6 +47,8 @@ PLUGINS: dict[bytes, Any] = {
     b"GIF8": GifImageFile,
     b"II*\0": TiffImageFile,
     b"MM\0*": TiffImageFile,
+    b"II+\0": TiffImageFile,  # BigTIFF
+    b"MM\0+": TiffImageFile,
 }
 """Pillow's plugins by the first bytes of a file; `Image.open` would try other parsers, too."""
 _JPEG_END, _PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
@@ -52,9 +57,9 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PLAIN = {"PNG": ("L", "RGB"), "BMP": ("BGR",)}
 """Pillow's names of the pixel layouts that OpenCV decodes."""
 _SMALL = 2**26  # larger files are not read into memory before their header is checked
-_REDUCED = {
-    1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8
-}  # fmt: skip
+_STRIP = 256  # rows that are converted at a time
+_MAX_SCANS = 100
+"""Scans of a progressive JPEG: encoders write about ten, and a small file with thousands takes minutes to decode."""
 
 cv2.setNumThreads(0)  # one thread per image; worker processes are the parallelism
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # errors are raised, not printed
@@ -93,11 +98,15 @@ def decode(path: str | os.PathLike, data: bytes | None = None, *, reduce: Reduct
     with _open(path, data, whole=True) as (file, header):
         (width, height), image = header.size, header.image
         times = reduce if header.plain and image is None else 1
+        shape = (-(-height // times), -(-width // times))
         if header.plain and isinstance(image, PngImageFile):
             image.verify()  # checksums, which OpenCV's libpng ignores
         file.seek(0)
-        pixels = _opencv(file, times) if header.plain else _pillow(image or JpegImageFile(file))
-        if pixels.shape[:2] != (-(-height // times), -(-width // times)):
+        if image is None:
+            pixels = _jpeg(file.read(), shape, header.plain)
+        else:
+            pixels = _opencv(file) if header.plain else _pillow(image)
+        if pixels.shape[:2] != shape:
             raise OSError(f"decodes to {pixels.shape[1]}x{pixels.shape[0]}, not {width}x{height} / {times}")
         return _upright(pixels, header.orientation)
 
@@ -227,29 +236,76 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _opencv(file: BinaryIO, times: int) -> np.ndarray:
-    data = np.frombuffer(file.read(), np.uint8)
-    pixels = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | _REDUCED[times] | cv2.IMREAD_IGNORE_ORIENTATION)
+def _jpeg(data: bytes, shape: tuple[int, int], plain: bool) -> np.ndarray:
+    """Decode a JPEG to this height and width; raise ValueError for damage, of which libjpeg only warns."""
+    if (scans := data.count(b"\xff\xda")) > _MAX_SCANS:
+        raise OSError(f"{scans} scans: more than {_MAX_SCANS} take too long to decode")
+    height, width = shape
+    pixels = simplejpeg.decode_jpeg(data, "RGB" if plain else "CMYK", min_height=height, min_width=width, strict=True)
+    return pixels if plain else _pillow(JpegImageFile(io.BytesIO(data)))
+
+
+def _opencv(file: BinaryIO) -> np.ndarray:
+    pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     if pixels is None:
         raise OSError("cannot be decoded: broken content")
     return pixels
 
 
 def _pillow(image: Image.Image) -> np.ndarray:
+    """Decode and convert to RGB, in strips: a copy of all pixels in each step would take 20 bytes per pixel."""
     image.load()
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return _scaled(np.asarray(image), image.mode)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return np.array(image.convert("RGB"))
+        convert = _to_8_bits(image)
+    else:
+        convert = _on_white if _has_alpha(image) else lambda strip: strip.convert("RGB")
+    for top in range(0, image.height, _STRIP):
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
+        pixels[top : top + _STRIP] = np.asarray(convert(strip))
+    return pixels
 
 
-def _scaled(values: np.ndarray, mode: str) -> np.ndarray:
-    """Convert gray values of more than 8 bits; wider integers and floats are scaled by their own range."""
-    values = np.nan_to_num(values.astype(np.float32))
-    low, high = 0.0, 65535.0
-    if mode == "F" or (mode == "I" and (values.min() < 0 or values.max() > high)):
-        low, high = float(values.min()), float(values.max())
-    gray = np.rint((values - low) * (255 / max(high - low, 1e-12))).clip(0, 255).astype(np.uint8)
-    return np.repeat(gray[:, :, None], 3, axis=2)
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    """Return True for transparency; a fourth band of a TIFF is alpha only if the tag ExtraSamples says so."""
+    if isinstance(image, TiffImageFile) and image.mode == "RGBA" and image.tag_v2.get(338) not in ((1,), (2,)):
+        return False
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _no_data(image: Image.Image) -> float | None:
+    """Return the value of pixels without data, the tag GDAL_NODATA of a TIFF; None if there is none."""
+    try:
+        return float(image.tag_v2[42113]) if isinstance(image, TiffImageFile) else None
+    except (KeyError, ValueError):
+        return None
+
+
+def _to_8_bits(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
+    """Return the conversion of a gray image of more than 8 bits, float or integer, to RGB; missing pixels are black.
+
+    Integers of more than 16 bits and floats are scaled by the range of the values, without outliers: if the range is
+    ten times that of 99 % of the values, by the latter.
+    """
+    no_data, low, high = _no_data(image), 0.0, 65535.0
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        known = values[np.isfinite(values) & (values != no_data)]
+        if known.size and (image.mode == "F" or known.min() < 0 or known.max() > high):
+            low, *inner, high = (float(v) for v in np.quantile(known, (0, 0.005, 0.995, 1), method="nearest"))
+            if high - low > 10 * (inner[1] - inner[0]) > 0:
+                low, high = inner
+
+    def convert(strip: Image.Image) -> np.ndarray:
+        values = np.asarray(strip).astype(np.float32)
+        with np.errstate(over="ignore"):
+            gray = np.rint((values - low) * (255 / max(high - low, 1e-12))).clip(0, 255)
+        gray[np.isnan(values) | (values == no_data)] = 0
+        return gray.astype(np.uint8)[:, :, None]
+
+    return convert
