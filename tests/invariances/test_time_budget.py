@@ -54,11 +54,19 @@ def session(run: Run, *, minutes: float | None = None, resume: bool = False, sto
     return run_session(run, CPU, data, terminal, resume=resume, observe=observe, budget=budget)
 
 
-def test_the_corrected_run_fits_into_the_time_and_resumes_exactly(tmp_path: Path) -> None:
+def test_the_corrected_run_fits_into_the_time_and_resumes_exactly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Four epochs of five seconds, planned for 30 seconds: known after 15 %, at the end of the first epoch."""
     whole, part = narrow(tmp_path / "whole"), narrow(tmp_path / "part")
-    outcome = session(whole, minutes=0.5)
+    with caplog.at_level("INFO", "dino_ssl"):
+        outcome = session(whole, minutes=0.5)
     assert outcome.finished
+    assert [line for line in caplog.messages if line.startswith(("Training", "Resuming", "The number"))] == [
+        f"Training 4 epochs, 20 steps on 44 images; output in {whole.out}/",
+        "The number of epochs is corrected from 4 to 6, which fit into 30 s at the measured speed. "
+        "Training continues at step 6 of 30.",
+    ]
     assert now == outcome.clock.step == 30
     content = json.loads((tmp_path / "whole/run.json").read_text())
     assert content["corrected"] == {"step": 6, "epochs": [4, 6], "minutes": 0.5}

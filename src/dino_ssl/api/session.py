@@ -113,7 +113,7 @@ def run_session(
     try:
         session.train(resume)
         if session.correct_epochs():
-            session.train(resume=True)
+            session.train(resume=True, announce=False)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"The device ran out of memory: {str(error).splitlines()[0]}\n"
@@ -137,16 +137,17 @@ class _Session:
         self.run, self.rt, self.dataset, self.terminal, self.observe = run, rt, dataset, terminal, observe
         self.folder, self.budget, self.next_score_line = Path(run.out), budget, 0
 
-    def train(self, resume: bool) -> None:
-        """Run the training loop and handle its events."""
+    def train(self, resume: bool, *, announce: bool = True) -> None:
+        """Run the training loop and handle its events; announce: log the settings of the session first."""
         events = train(self.run, self.rt, self.dataset, resume=resume)
         with self.terminal.progress("preparing"):  # measures the reference scores
             started = next(events)
         assert isinstance(started, Started)
         self.observe(started)
-        self.start(started, resume)
+        self.start(started)
+        if announce:
+            self.announce(started, resume)
         self.must_correct(started)
-        self.log_findings(self.policy.config_findings)
         stop = None
         with TrainingProgress(self.terminal, started.clock, self.run.method.num_prototypes) as progress:
             try:
@@ -189,10 +190,10 @@ class _Session:
                     write_report(self.folder, self.run)
         return None
 
-    def start(self, started: Started, resume: bool) -> None:
+    def start(self, started: Started) -> None:
         self.policy = CollapsePolicy(self.run, started, is_main=self.rt.is_main)
-        clock, references = started.clock, started.reference_scores
-        self.outcome = Outcome(self.folder, self.run, clock, best=dict(started.best), reference_scores=references)
+        clock, best = started.clock, dict(started.best)
+        self.outcome = Outcome(self.folder, self.run, clock, best=best, reference_scores=started.reference_scores)
         self.sample_set = started.val_set or started.train_set
         self.samples = choose_samples(self.sample_set) if self.run.thumbnails else []
         epochs = [clock.epochs * i / (NUM_SNAPSHOTS - 1) for i in range(NUM_SNAPSHOTS)]
@@ -204,6 +205,9 @@ class _Session:
             if (self.folder / "run.json").exists():  # an earlier attempt that saved no checkpoint
                 shutil.rmtree(self.folder / "snapshots", ignore_errors=True)
             self.snapshot(started.method.backbone, 0)
+
+    def announce(self, started: Started, resume: bool) -> None:
+        clock, references = started.clock, started.reference_scores
         validation = f", {len(started.val_set)} validation images" if started.val_set else ""
         action = f"Resuming at step {clock.step} of" if resume else f"Training {plural(clock.epochs, 'epoch')},"
         logger.info(
@@ -213,6 +217,7 @@ class _Session:
             name, _ = _first(next(iter(references.values())))
             scores = ", ".join(f"{k.replace('_', ' ')} {_quality(v)}" for k, v in references.items())
             logger.info(f"Reference scores ({name} at {self.run.eval_size} px): {scores}")
+        self.log_findings(self.policy.config_findings)
 
     def log_findings(self, findings: Sequence[Finding]) -> None:
         for finding in findings:
@@ -270,9 +275,10 @@ class _Session:
             path = self.folder / "run.json"
             corrected = {"step": outcome.clock.step, "epochs": [before, after], "minutes": budget.minutes}
             write_json(path, read_json(path) | {"run": to_dict(self.run), "corrected": corrected})
+        clock, available = outcome.clock._replace(epochs=after), duration(60 * budget.minutes)
         logger.info(
-            f"Measured over the first epochs, {after} epochs fit into {duration(60 * budget.minutes)}, not {before}: "
-            "the run and its schedules now have this length."
+            f"The number of epochs is corrected from {before} to {after}, which fit into {available} at the measured "
+            f"speed. Training continues at step {clock.step} of {clock.steps}."
         )
         return True
 
