@@ -264,6 +264,26 @@ def test_progress_shows_metrics_and_remaining_time():
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("width", "last"), [(140, "5% waiting for data"), (110, "rank 43.2"), (80, "2.50 of 6.93"), (60, "loss 3.250")]
+)
+def test_a_narrow_terminal_shows_the_remaining_time_and_whole_metrics(width, last):
+    metrics = {"loss": 3.25, "kl": 0.31, "feature_rank": 43.2, "teacher_entropy": 2.5, "images_per_s": 99, "wait": 0.05}
+    terminal = Terminal()
+    terminal.console = Console(force_terminal=True, width=width, record=True, file=io.StringIO())
+    progress = TrainingProgress(terminal, Clock(0, 128, 300), prototypes=1024)
+    progress.show_score("20-NN 43.3 %")
+    progress.show(Clock(12800, 128, 300), metrics)
+    terminal.console.print(progress.get_renderable())
+    bar, line = terminal.console.export_text().splitlines()
+    assert bar.rstrip().endswith("left")
+    assert line.startswith("step 12800/38400  20-NN 43.3 %  loss 3.250")
+    assert line.rstrip().endswith(last)
+    progress.show_activity("knn")
+    terminal.console.print(progress.get_renderable())
+    assert terminal.console.export_text().rstrip().endswith("knn …")
+
+
 def test_durations_have_at_most_two_units():
     texts = {8: "8 s", 200: "3 min 20 s", 599.7: "10 min", 1500: "25 min", 7500: "2 h 05 min", 360_000: "4 d 4 h"}
     assert {seconds: duration(seconds) for seconds in texts} == texts

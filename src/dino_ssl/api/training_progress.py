@@ -22,12 +22,12 @@ COLUMNS = (
 METRICS = {
     "loss": "loss {:.3f}",
     "teacher_entropy": "teacher entropy {:.2f} of {ln_k:.2f}",
+    "images_per_s": "{:.0f} images/s",
     "kl": "KL {:.2f}",
     "feature_rank": "rank {:.1f}",
-    "images_per_s": "{:.0f} images/s",
     "wait": "{:.0%} waiting for data",
 }
-"""Metrics that are shown, and how."""
+"""Metrics that are shown, and how. A narrow terminal shows the first ones."""
 
 
 class TrainingProgress(LiveBars):
@@ -35,7 +35,7 @@ class TrainingProgress(LiveBars):
 
     def __init__(self, terminal: Terminal, clock: Clock, prototypes: int | None) -> None:
         """prototypes: K, for the maximum of the entropy."""
-        self._figures = self._activity = self._score = ""  # first: the next line draws
+        self._figures, self._activity, self._score = [], "", ""  # first: the next line draws
         super().__init__(terminal, *COLUMNS, expand=True, refresh_per_second=4)
         self._first_step = clock.step
         self._ln_k = math.log(prototypes or math.nan)
@@ -43,10 +43,12 @@ class TrainingProgress(LiveBars):
         self._task = self.add_task("starting", total=clock.steps, completed=clock.step, left="-")
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Yield the bar, and a line of metrics below it."""
+        """Yield the bar, and below it as many metrics as fit into a line."""
         yield from super().get_renderables()
-        line = Text(self._figures, overflow="ellipsis", no_wrap=True)
-        yield line.append(f"  {self._activity} …", style="dim") if self._activity else line
+        figures, activity = self._figures, f"  {self._activity} …" if self._activity else ""
+        while len(figures) > 1 and len("  ".join(figures) + activity) > self.console.width:
+            figures = figures[:-1]
+        yield Text("  ".join(figures), overflow="ellipsis", no_wrap=True).append(activity, style="dim")
 
     def show(self, clock: Clock, metrics: dict[str, float]) -> None:
         """Show a line of metrics; the remaining time includes evaluations."""
@@ -55,11 +57,11 @@ class TrainingProgress(LiveBars):
         epoch = f"epoch {max(1, math.ceil(clock.step / clock.steps_per_epoch))}/{clock.epochs}"
         figures = (text.format(metrics[name], ln_k=self._ln_k) for name, text in METRICS.items() if name in metrics)
         score = [self._score] if self._score else []
-        self._figures, self._activity = "  ".join([f"step {clock.step}/{clock.steps}", *score, *figures]), ""
+        self._figures, self._activity = [f"step {clock.step}/{clock.steps}", *score, *figures], ""
         self.update(self._task, description=epoch, completed=clock.step, left=left)
         if self.disable and (clock.step == clock.steps or now - self._printed > QUIET_SECONDS):
             self._printed = now
-            logger.info(f"{epoch}  {self._figures}  ETA {left}")
+            logger.info("  ".join([epoch, f"ETA {left}", *self._figures]))
 
     def show_score(self, score: str) -> None:
         """Show the online evaluation with the next lines of metrics."""
