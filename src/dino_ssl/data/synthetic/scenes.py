@@ -249,7 +249,7 @@ class SyntheticDataset(ImageDataset):
         return self.scenes.draw(*self.items[index])[1]
 
 
-SIMPLE_SCENES = Scenes(size=48, object_size=(0.85, 1.0), rotation=180.0, clutter=0, one_palette=True)
+SIMPLE_SCENES = Scenes(size=48, object_size=(0.7, 1.0), rotation=180.0, clutter=0, one_palette=True)
 """Easy to learn within minutes: crops show the pattern of the class, and little else differs between images."""
 SMALL_OBJECTS = replace(SIMPLE_SCENES, size=192, object_size=(0.4, 0.6))
 """The same objects, smaller and at any position, to show where attention falls."""
