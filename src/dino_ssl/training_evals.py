@@ -96,11 +96,11 @@ def split_dataset(run: Run, dataset: ImageDataset) -> tuple[ImageDataset, ImageD
         train_set, val_set = dataset.split(fraction, run.seed) if fraction else (dataset, None)
         return train_set, val_set or None  # no class has two images
     val_set = distributed.run_on_rank0(run.val.open)
+    check_distinct(run.data, dataset, run.val, val_set)
     if dataset.labels is None:
         return dataset, val_set
     if val_set.labels is None:
         raise UserError("The validation set `val` has no labels: put the images of each class in a folder of its own.")
-    check_distinct(dataset, val_set, run.val.spec)
     return dataset, relabeled(val_set, dataset.classes)
 
 

@@ -142,7 +142,7 @@ def test_validation_set_equal_to_the_training_set_is_refused(trained, photos, di
     assert dino(*line, tmp_path / "again", *options).json["values"]["1-NN"] == 100
     output = dino(*line, photos, *options)
     assert output.code == 2
-    assert "each image would match itself" in output.err
+    assert "has images of the training set" in output.err
 
 
 def test_evaluation_prints_a_table(trained, photos, dino):

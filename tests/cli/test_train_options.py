@@ -125,7 +125,13 @@ def test_run_json_without_its_data_is_refused(trained, dino, tmp_path):
     assert (output.code, "run/run.json lacks data.trained_on" in output.err) == (2, True)
 
 
-def test_the_training_images_are_no_labeled_validation_set(photos):
-    run = edit(dino_ssl.Run(data=Folder(path=str(photos))), val=Folder(path=str(photos)))
-    with pytest.raises(UserError, match="is the training set: each image would match itself"):
-        split_dataset(run, run.data.open())
+def test_the_training_images_are_no_validation_set(photos):
+    star = photos / "star"  # without class folders
+    for train, val in ((photos, photos), (star, star), (photos, star), (star, photos)):
+        run = edit(dino_ssl.Run(data=Folder(path=str(train))), val=Folder(path=str(val)))
+        with pytest.raises(UserError, match=f"The validation set {val} has images of the training set"):
+            split_dataset(run, run.data.open())
+    other = next(path for path in photos.iterdir() if path.is_dir() and path != star)
+    run = edit(dino_ssl.Run(data=Folder(path=str(star))), val=Folder(path=str(other)))
+    _, val_set = split_dataset(run, run.data.open())
+    assert val_set is not None

@@ -1,6 +1,5 @@
 """Start or resume a training run: one function for Python and for the command line."""
 
-import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from dino_ssl.api.session import Outcome, run_session
 from dino_ssl.api.time_budget import TimeBudget
 from dino_ssl.config import edit
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset
-from dino_ssl.data.sources import DatasetSource, config_of, dataset_config, folder_path, open_dataset
+from dino_ssl.data.sources import DatasetSource, config_of, dataset_config, folder_path, has_images_in, open_dataset
 from dino_ssl.errors import UserError, check_value
 from dino_ssl.files import write_json
 from dino_ssl.methods import DINOConfig, method_named
@@ -192,6 +191,6 @@ def _check_out(run: Run, dataset: ImageDataset) -> None:
     """Raise UserError if there are images of the dataset in the output folder, which a resumed run would not list."""
     if run.data.folder is None:
         return
-    inside = Path(os.path.relpath(Path(run.out).resolve(), run.data.folder.resolve())).as_posix()
-    if inside == "." or (inside[:2] != ".." and any(name.startswith(f"{inside}/") for name in dataset.names)):
+    out, folder = Path(run.out), run.data.folder
+    if out.resolve() == folder.resolve() or has_images_in(dataset, folder, out):
         raise UserError(f"The output folder {run.out} has images of the dataset. Choose a different `out`.")

@@ -1,5 +1,6 @@
 """Datasets by what the user passes: a path, the name of a synthetic dataset, settings, or a Python object."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
@@ -88,18 +89,27 @@ def labeled_pair(
     val_set = open_dataset(val, progress, part="val")
     if val_set.labels is None:
         raise UserError(f"Accuracy needs labels, and {source_name(val)} has none.\n{CLASS_FOLDERS}")
-    check_distinct(train_set, val_set, source_name(val))
+    check_distinct(train, train_set, val, val_set)
     return train_set, relabeled(val_set, train_set.classes)
 
 
-def check_distinct(train: ImageDataset, val: ImageDataset, name: str) -> None:
-    """Raise UserError if the labeled validation set, called `name`, has the images of the training set."""
-    same = val.fingerprint == train.fingerprint and val.content_key == train.content_key
-    if same and train.content_key is not None:
+def check_distinct(train: DatasetSource, train_set: ImageDataset, val: DatasetSource, val_set: ImageDataset) -> None:
+    """Raise UserError if a validation set has images of the training set: the same ones, or a folder in the other's."""
+    key, folder, val_folder = train_set.content_key, folder_path(train), folder_path(val)
+    same = key is not None and (key, train_set.fingerprint) == (val_set.content_key, val_set.fingerprint)
+    if not same and folder is not None and val_folder is not None:
+        same = has_images_in(train_set, folder, val_folder) or has_images_in(val_set, val_folder, folder)
+    if same:
         raise UserError(
-            f"The validation set {name} is the training set: each image would match itself.\n"
-            "Omit it to hold out a part of every class, or pass other images."
+            f"The validation set {source_name(val)} has images of the training set, so it would not measure the quality "
+            "on new images.\nOmit it to hold out a part of the training set, or pass other images."
         )
+
+
+def has_images_in(dataset: ImageDataset, folder: Path, subfolder: Path) -> bool:
+    """Return True if the dataset of `folder` has images below `subfolder`, another folder."""
+    relative = Path(os.path.relpath(subfolder.resolve(), folder.resolve())).as_posix()
+    return relative[:2] not in (".", "..") and any(name.startswith(f"{relative}/") for name in dataset.names)
 
 
 def labeled_only(pair: tuple[ImageDataset, ImageDataset], method: str) -> tuple[ImageDataset, ImageDataset]:
