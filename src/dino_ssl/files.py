@@ -63,6 +63,11 @@ def is_output(names: Collection[bytes]) -> bool:
     return is_run or OUTPUT_MARK.encode() in names
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Return True for a run with a checkpoint, which can be resumed unless it is finished."""
+    return (folder / "run.json").is_file() and (folder / "checkpoints/last.pt").is_file()
+
+
 IS_OUTPUT = (
     "{} was written by dino: it is a run, or the result of a command. Expected the folder of the original images. To "
     f"use images that a command wrote, remove the file {OUTPUT_MARK} from their folder."

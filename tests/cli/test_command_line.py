@@ -38,7 +38,16 @@ def command_line(*arguments: str) -> CommandLine:
 # -- help and names -------------------------------------------------------------------------------------------
 
 
-def test_help_and_errors_about_names_and_paths_load_no_heavy_module():
+@pytest.fixture
+def run_folder(tmp_path):
+    """What early checks see of a run."""
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for name in ("run.json", "checkpoints/last.pt"):
+        (tmp_path / "run" / name).touch()
+    return tmp_path / "run"
+
+
+def test_help_and_errors_about_names_and_paths_load_no_heavy_module(run_folder):
     cases = {
         "--help": "examples:",
         "--version": "dino",
@@ -47,6 +56,10 @@ def test_help_and_errors_about_names_and_paths_load_no_heavy_module():
         "trian": "did you mean 'train'",
         "train": "No dataset given",
         "train /nowhere --minutes 3": "There is no file or folder /nowhere",
+        "train scenes --epoch 3": "Unknown flag --epoch; did you mean --epochs?",
+        "train scenes --epochs 3 --val /no/val": "There is no file or folder /no/val",
+        f"train scenes --out={run_folder} --epochs 3": f"another run:         --out {run_folder}-2",
+        f"eval finetune dino_vits16 scenes --out {run_folder}": f"if it stopped:  --resume {run_folder}",
         "bench /nowhere": "There is no file or folder /nowhere",
         "data pack /nowhere": "There is no file or folder /nowhere",
         "eval kn x y": "did you mean 'knn'",
@@ -70,13 +83,15 @@ def test_help_and_errors_about_names_and_paths_load_no_heavy_module():
         assert message in outputs[line], line
 
 
-def test_early_checks_pass_whatever_a_command_accepts(photos, tmp_path, monkeypatch):
+def test_early_checks_pass_whatever_a_command_accepts(photos, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shards.part").mkdir()  # being written: the command explains it
     for command, *words in (
         ("train", photos), ("train", "--cache", "nowhere"), ("train", "mymodule:MyDataset"), ("train", "shards"),
         ("eval", "copy-detection", "timm:resnet18", "simple-scenes", "none"), ("eval", "mymodule:Mine", photos, "x y"),
         ("eval", "video-segmentation", "results", photos, "--score"), ("eval", "finetune"), ("report", "table7"),
+        *(("train", photos, "--out", run_folder, word) for word in ("-y", "--yes", "--dry-run", "--dry_run")),
+        ("train", photos, "--val", "scenes"), ("train", photos, "--out"), ("embed", "dino_vits16", "--out", run_folder),
     ):  # fmt: skip
         check_arguments(command, list(map(str, words)))
     mark_output(tmp_path / "attention")

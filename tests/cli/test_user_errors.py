@@ -107,7 +107,8 @@ def test_damaged_or_malicious_checkpoint_is_refused(dino, photos, trained, tmp_p
 
 def test_finished_run_is_not_overwritten(dino, photos, trained):
     before = (trained[0] / "run.json").read_bytes()
-    assert_refused(dino("train", photos, "--out", trained[0]), "finished run", "run-2")
+    assert_refused(dino("train", photos, "--out", trained[0]), "has a run already", f"--resume {trained[0]}", "run-2")
+    assert_refused(dino("train", photos, "--out", trained[0], "-y"), "has a finished run", "run-2")
     assert (trained[0] / "run.json").read_bytes() == before
 
 

@@ -8,7 +8,7 @@ from dino_ssl.api.checkpoints import Checkpoint
 from dino_ssl.config import differences, edit, format_value
 from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.errors import UserError
-from dino_ssl.files import read_json
+from dino_ssl.files import has_checkpoint, read_json
 from dino_ssl.models import BackboneConfig
 from dino_ssl.models.pretrained import load, weights_file
 from dino_ssl.models.weights import load_strict
@@ -133,7 +133,7 @@ def find_run(folder: Path, *, trust: bool = False) -> ExistingRun | None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"The output folder {folder} is a file. Choose a different `out`.")
-    if not (folder / "run.json").is_file() or not (folder / "checkpoints/last.pt").is_file():
+    if not has_checkpoint(folder):
         return None
     run = read_run(folder, trust=trust)
     data = read_json(folder / "run.json").get("data")

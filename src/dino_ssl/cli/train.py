@@ -1,6 +1,5 @@
 """dino train: from a folder of images to a trained backbone."""
 
-import itertools
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from dino_ssl.api.resolve import ExistingRun, check_init, find_run
 from dino_ssl.api.session import Outcome
 from dino_ssl.api.training import prepare
 from dino_ssl.cli.command_line import CommandLine, SessionOptions
-from dino_ssl.cli.early_checks import NO_DATASET
+from dino_ssl.cli.early_checks import NO_DATASET, unused
 from dino_ssl.cli.flags import with_flags
 from dino_ssl.cli.help_pages import page_examples
 from dino_ssl.cli.images import report_skipped
@@ -115,7 +114,7 @@ def choose_run_dir(options: Any, terminal: Terminal, line: CommandLine) -> tuple
     check_writable(folder)
     if existing is None or options.dry_run:
         return folder, None
-    free = next(path for n in itertools.count(2) if not (path := Path(f"{folder}-{n}")).exists())
+    free = unused(folder)
     if existing.finished:
         if line.types.out:
             raise UserError(f"{folder} has a finished run. Choose another folder: --out {free}")
