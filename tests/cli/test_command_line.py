@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,18 @@ def test_help_of_train_explains_the_settings_of_a_run(dino):
     ):
         assert part in text
     assert "{fixed}" not in text  # a setting that the command line cannot set
+
+
+@pytest.mark.parametrize("columns", [70, 110])
+def test_help_fills_the_width_of_the_terminal(dino, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    page, _, _ = dino("train", "--help-all").out.partition("\nexamples:")
+    assert max(map(len, page.splitlines())) == columns
+    rows = [line.strip("│").rstrip() for line in page.splitlines()]
+    texts = [(row, below.split()[0]) for row, below in pairwise(rows) if row[:3].isspace() and below[:3].isspace()]
+    assert len(texts) > 20
+    for row, word in texts:  # the first word of the next row has no space
+        assert len(f"{row} {word}") > columns - 3
 
 
 def test_flags_follow_the_types_of_the_run(dino):

@@ -8,7 +8,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from dino_ssl.cli.images import dataset_named
-from dino_ssl.cli.options import parse
+from dino_ssl.cli.options import one_line_help, parse
 from dino_ssl.data.dataset import DatasetConfig
 from dino_ssl.data.sources import dataset_config
 from dino_ssl.errors import UserError
@@ -17,6 +17,7 @@ from dino_ssl.evals.scheduled import ScheduledEval
 
 RUN_TYPES = ConstructorRegistry()
 """Lets tyro parse the types of a Run that it does not know: `ScheduledEval` and `DatasetConfig | None`."""
+RUN_TYPES.struct_rule(one_line_help)
 
 
 @RUN_TYPES.primitive_rule

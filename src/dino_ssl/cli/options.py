@@ -3,16 +3,16 @@
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from dino_ssl.cli.flags import known_fields
 from dino_ssl.terminal import is_rank0
-
-if TYPE_CHECKING:
-    from tyro.constructors import ConstructorRegistry
 
 T = TypeVar("T")
 
@@ -34,6 +34,24 @@ Weights = Annotated[
 Trust = Annotated[Flag, plain("Import types that the checkpoint names, which runs their code.")]
 
 CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.PositionalMetavarFromFieldName)
+RULES = ConstructorRegistry()
+"""Changes how tyro reads options."""
+
+
+@RULES.struct_rule
+def one_line_help(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Return tyro's fields of a type, with docstrings in one line, which tyro wraps; it would keep line breaks."""
+    if one_line_help in info.markers:  # in the call below; tyro's own rule is next
+        return None
+    spec: Any = ConstructorRegistry.get_struct_spec(dataclasses.replace(info, markers=(*info.markers, one_line_help)))
+    if not isinstance(spec, StructConstructorSpec):
+        return spec
+
+    def one_line(text: str | Callable[[], str | None] | None) -> Callable[[], str]:
+        return lambda: " ".join(((text() if callable(text) else text) or "").split())
+
+    fields = (dataclasses.replace(field, helptext=one_line(field.helptext)) for field in spec.fields)
+    return dataclasses.replace(spec, fields=tuple(fields))
 
 
 def parse(
@@ -42,21 +60,23 @@ def parse(
     prog: str,
     examples: str,
     default: Any = None,
-    registry: "ConstructorRegistry | None" = None,
+    registry: ConstructorRegistry = RULES,
 ) -> T:
     """Return the options in argv. Help and invalid options end the process with exit code 0 or 2, as tyro does.
 
     registry: parsers of types that tyro does not know.
     """
     paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(kind.__doc__ or ""))
-    more: dict[str, Any] = {"description": "\n\n".join(" ".join(text.split()) for text in paragraphs)}
+    columns, indent = shutil.get_terminal_size().columns, "  "  # tyro joins lines that are not indented
+    wrapped = [textwrap.fill(text, columns, subsequent_indent=indent) for text in paragraphs]
+    more: dict[str, Any] = {"description": "\n\n".join(wrapped)}
     if default is not None:
         more["default"] = default
-    if registry is not None:
-        more["registry"] = registry
     register_fields(kind if default is None else default)
     try:
-        return tyro.cli(kind, prog=prog, args=list(argv), config=CONFIG, console_outputs=is_rank0(), **more)
+        return tyro.cli(
+            kind, prog=prog, args=list(argv), config=CONFIG, registry=registry, console_outputs=is_rank0(), **more
+        )
     except SystemExit as stop:
         if not stop.code and is_rank0():
             print(f"\nexamples:\n{examples}")
