@@ -72,7 +72,7 @@ def write_rows(run_dir: Path, lines: list[dict], tail: str = "") -> None:
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
 
 
-def backbone() -> torch.nn.Module:
+def backbone() -> Backbone:
     torch.manual_seed(0)
     return ViT(size="tiny", patch=8, image_size=64, width=24, depth=2, heads=3).build()
 

@@ -101,7 +101,7 @@ def check_distinct(train: DatasetSource, train_set: ImageDataset, val: DatasetSo
         same = has_images_in(train_set, folder, val_folder) or has_images_in(val_set, val_folder, folder)
     if same:
         raise UserError(
-            f"The validation set {source_name(val)} has images of the training set, so it would not measure the quality "
+            f"The validation set {source_name(val)} has images of the training set, so it cannot measure the quality "
             "on new images.\nOmit it to hold out a part of the training set, or pass other images."
         )
 
