@@ -53,7 +53,7 @@ NOT_YET = Finding("Not learning yet", "the loss is near chance.", "Raise `optim.
         (curve(80.0), REFERENCES, (NOT_YET, COLLAPSE), "collapsed", "Collapsed (uniform collapse): Lower `method"),
         (curve(), {}, (COLLAPSE,), "collapsed", "Collapsed (uniform collapse): Lower `method.teacher_temp`."),
         (curve(), REFERENCES, (NOT_YET,), "unmeasured", "Not judged without online evaluation: look at"),
-        (curve(80.0), {}, (), "unmeasured", "Not judged without reference scores: look at the maps"),
+        (curve(80.0), {}, (), "unmeasured", "Not judged without reference scores: look at the report's maps"),
     ],
 )  # fmt: skip
 def test_verdicts(scores: Line, references: dict, findings: tuple, kind: str, sentence: str) -> None:

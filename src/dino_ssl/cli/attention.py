@@ -83,28 +83,23 @@ def _draw_images(
     names: Sequence[str], attend: Attend, out: Path, terminal: Terminal, skipped: list[dict[str, str]]
 ) -> list[dict[str, Any]]:
     """Write the panels of each image, and the overview of the first ones as soon as it is complete."""
-    results, overview, is_complete = [], [], False
-
-    def write_overview() -> None:
-        file = save_image(out / "all.png", sheet(overview))
-        terminal.print(f"Overview of {plural(len(overview), 'image')}: {file}")
-
+    results, overview, file = [], [], None
     for name, stem, image, mask in read_images(names, terminal, "attention", skipped):
         maps = attend(image)
         mark_output(out)
         drawn = panels(maps)
         if mask is not None:
             drawn.insert(1, ("object", cutout(maps[0].display, mask > 0)))
+        if file is None and (not overview or (len(overview) + 1) * len(drawn) <= SHEET_PANELS):
+            overview.append([(Path(name).name, drawn[0][1]), *drawn[1:]])
+        elif file is None:
+            file = save_image(out / "all.png", sheet(overview))
         paths = [out / stem / f"{label.replace('%', '').replace(' ', '-')}.png" for label, _ in drawn]
         files = [str(save_image(path, panel)) for path, (_, panel) in zip(paths, drawn, strict=True)]
         described = {"image": name, "kind": maps[0].kind, "layer": maps[0].layer, "grid": list(maps[0].mean.shape)}
         results.append({**described, "files": files, "mask_share": [float(query.mask.mean()) for query in maps]})
-        if not is_complete:
-            overview.append([(Path(name).name, drawn[0][1]), *drawn[1:]])
-            if is_complete := (len(overview) + 1) * len(drawn) > SHEET_PANELS:
-                write_overview()
-    if not is_complete:
-        write_overview()
+    file = file or save_image(out / "all.png", sheet(overview))
+    terminal.print(f"Overview of {plural(len(overview), 'image')}: {file}")
     folder = Path(results[0]["files"][0]).parent
     terminal.print(f"Panels of {plural(len(results), 'image')}: {folder}/{', ...' if len(results) > 1 else ''}")
     if results[0]["kind"] == "similarity":

@@ -89,20 +89,15 @@ def below_initial(rows: Rows) -> str:
 
 
 def margin(score: float, num_images: float) -> float:
-    """Return the points of percent by which another score of the same validation images must exceed `score` to count.
+    """Return the points of percent by which another score of the same images must exceed `score` to count.
 
-    One standard error of an accuracy, that of the difference if the correlation of both is one half; at least one image
-    and MIN_MARGIN.
+    One standard error of an accuracy (of the difference, if both correlate by 1/2), at least one image and MIN_MARGIN.
     """
     return max(MIN_MARGIN, 100 / num_images, math.sqrt(score * (100 - score) / num_images))
 
 
 def verdict(
-    metric: str,
-    scores: Line,
-    references: Mapping[str, float],
-    num_images: float,
-    findings: Sequence[Finding] = (),
+    metric: str, scores: Line, references: Mapping[str, float], num_images: float, findings: Sequence[Finding] = ()
 ) -> Verdict:
     """Judge a run by its scores in percent and its reference scores; docs/report.md explains the thresholds.
 
@@ -114,9 +109,7 @@ def verdict(
     epochs, values = scores
     if not values or not references:
         missing = "reference scores" if values else "online evaluation"
-        return Verdict(
-            "unmeasured", f"Not judged without {missing}: look at the maps and nearest neighbors in the report."
-        )
+        return Verdict("unmeasured", f"Not judged without {missing}: look at the report's maps and nearest neighbors.")
     last, (best, epoch) = values[-1], max(zip(values, epochs, strict=True), key=lambda pair: pair[0])
     name, reference = max(references.items(), key=lambda item: item[1])
     before = max((y for x, y in zip(epochs, values, strict=True) if x <= LATE * epochs[-1]), default=last)
