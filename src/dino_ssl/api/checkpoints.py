@@ -72,19 +72,20 @@ def open_checkpoint(
     device: str | torch.device | None = None,
     *,
     weights: Weights = "last",
+    num_heads: int | None = None,
     trust: bool = False,
 ) -> Checkpoint:
     """Load a run folder, a file, a released network or timm:NAME, and move it to the device (see `runtime.machine`).
 
-    weights: of a run's folder. trust: import a backbone class from outside the package that the checkpoint names, which
-    runs its code.
+    weights: of a run's folder. num_heads: of a ViT that the file does not describe. trust: import a backbone class from
+    outside the package that the checkpoint names, which runs its code.
     """
     if isinstance(source, Checkpoint):
         return source
     device = machine(device).device
     if isinstance(source, Backbone):
         return Checkpoint(type(source).__name__, source.to(device), None)
-    backbone, folder = load(source, weights=weights, trust=trust).to(device), None
+    backbone, folder = load(source, weights=weights, num_heads=num_heads, trust=trust), None
     if not (str(source) in RELEASED or str(source).startswith("timm:")):
         folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    return Checkpoint(str(source), backbone, folder, weights if Path(source).is_dir() else None)
+    return Checkpoint(str(source), backbone.to(device), folder, weights if Path(source).is_dir() else None)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dino_ssl.cli.eval_spec import eval_options, positional, sources_of
-from dino_ssl.cli.options import Device, Flag, Json, Trust, Weights, parse, plain
+from dino_ssl.cli.options import Device, Flag, Json, NumHeads, Trust, Weights, parse, plain
 from dino_ssl.config import format_value
 from dino_ssl.errors import UserError
 from dino_ssl.evals import EVALUATIONS, FINETUNE, find_evaluation
@@ -35,6 +35,7 @@ class Common:
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""
     """Folder for the result's JSON (and masks); default: evals/ next to the checkpoint."""
     weights: Weights = "last"
+    num_heads: NumHeads = None
     device: Device = None
     trust: Trust = False
     json: Json = False
@@ -121,7 +122,8 @@ def _evaluate(evaluation: Any, options: Any, terminal: Terminal) -> dict[str, An
     from dino_ssl.api.calls import evaluate, open_checkpoint, save_evaluation
 
     common: Common = options.common
-    checkpoint = open_checkpoint(options.checkpoint, common.device, weights=common.weights, trust=common.trust)
+    weights: dict[str, Any] = dict(weights=common.weights, num_heads=common.num_heads, trust=common.trust)
+    checkpoint = open_checkpoint(options.checkpoint, common.device, **weights)
     if common.out and is_rank0():
         mark_output(Path(common.out))
     result = evaluate(

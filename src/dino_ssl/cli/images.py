@@ -12,7 +12,7 @@ import tyro
 
 from dino_ssl.api.calls import Embedding, embed
 from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint
-from dino_ssl.cli.options import Device, Json, Trust, Weights, parse
+from dino_ssl.cli.options import Device, Json, NumHeads, Trust, Weights, parse
 from dino_ssl.config import import_type
 from dino_ssl.data.benchmarks.voc import Masked
 from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Skipped
@@ -41,13 +41,15 @@ class CheckpointOptions:
     checkpoint: tyro.conf.Positional[str]
     """A run folder, a weights file, a released network (dino_vits16) or timm:NAME."""
     weights: Weights = "last"
+    num_heads: NumHeads = None
     device: Device = None
     trust: Trust = False
     json: Json = False
 
     def open_checkpoint(self) -> Checkpoint:
         """Load the checkpoint, and move it to the device."""
-        return open_checkpoint(self.checkpoint, self.device, weights=self.weights, trust=self.trust)
+        settings: dict[str, Any] = dict(weights=self.weights, num_heads=self.num_heads, trust=self.trust)
+        return open_checkpoint(self.checkpoint, self.device, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

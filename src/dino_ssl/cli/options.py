@@ -31,6 +31,9 @@ Weights = Annotated[
     Literal["last", "best"],
     tyro.conf.arg(help="Of a run: the last weights, or those of the best epoch, which the validation set selected."),
 ]
+NumHeads = Annotated[
+    int | None, plain("Heads of a ViT of which the file has only weights. Default: of 64 channels.", "N")
+]
 Trust = Annotated[Flag, plain("Import types that the checkpoint names, which runs their code.")]
 
 CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.PositionalMetavarFromFieldName)

@@ -1,8 +1,10 @@
 """Trained backbones: by name, from a run's directory, or from a file."""
 
+import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +14,7 @@ from dino_ssl.config import from_dict
 from dino_ssl.errors import UserError
 from dino_ssl.models import Backbone, BackboneConfig, Timm, ViT, backbone_named
 from dino_ssl.models.vit import SIZES, Size
+from dino_ssl.models.vit_weights import convert_vit_weights
 from dino_ssl.models.weights import (
     StateDict,
     Which,
@@ -23,11 +26,16 @@ from dino_ssl.models.weights import (
 )
 from dino_ssl.names import RELEASED_NETWORKS, check_checkpoint
 from dino_ssl.preprocessing import Preprocessing
+from dino_ssl.terminal import logger
 
 Weights = Literal["last", "best"]
 """The weights of a run: those of its last step, or those with the best online evaluation."""
 EXPORTS: dict[Weights, str] = {"last": "backbone.safetensors", "best": "backbone-best.safetensors"}
 """The files of a run's folder that have the exported backbones."""
+
+
+PUBLISHED = ("model.safetensors", "pytorch_model.bin")
+"""The weights in a directory of Hugging Face, next to its config.json."""
 
 
 class Released(NamedTuple):
@@ -54,17 +62,21 @@ def load(
     weights: Weights = "last",
     which: Which = "teacher",
     backbone: BackboneConfig | None = None,
+    num_heads: int | None = None,
     trust: bool = False,
 ) -> Backbone:
     """Return a trained backbone in evaluation mode on the CPU.
 
     Args:
-        source: the name of a released network (`RELEASED`), `timm:NAME`, the directory of a run, or a file: weights of
-            a backbone (.safetensors, .pth, .pt), a checkpoint of this project, or a full checkpoint of the authors.
+        source: the name of a released network (`RELEASED`), `timm:NAME`, the directory of a run or of a Hugging Face
+            model, or a file (.safetensors, .pth, .pt, .bin): weights of a backbone, a checkpoint of this project, or
+            one of others, in which the backbone is found by its names (weights.py).
         weights: of a run's directory: those at the end of training (before it, of checkpoints/last.pt), or those with
             the best online evaluation, which the validation set selected.
         which: the network of a checkpoint that has a student and a teacher.
         backbone: the architecture, if the file does not describe it.
+        num_heads: attention heads of a ViT, if the file does not describe it; default: of 64 channels each, which is
+            logged.
         trust: import the backbone's class if the file names it as `module:Class`, which runs code of that module.
     """
     name, path = str(source), Path(source)
@@ -82,6 +94,7 @@ def load(
     described = transform = None
     if path.suffix == ".safetensors":
         state, described, transform = read_safetensors(path, trust=trust)
+        state = state if described else backbone_weights(state, path, which)
     else:
         content = read_file(path)
         state = backbone_weights(content, path, which)
@@ -89,7 +102,13 @@ def load(
         if isinstance(run, Mapping) and run.get("backbone"):
             described = from_dict(BackboneConfig, run["backbone"], trust=trust)
             transform = content.get("preprocessing") and from_dict(Preprocessing, content["preprocessing"])
-    config = backbone or described or infer_config(state, path)
+    if num_heads is not None and (backbone or described):
+        raise UserError(f"`num_heads` is for a ViT that {path} does not describe; its heads are known. Omit it.")
+    published = _published_settings(path)
+    config = backbone or described or infer_config(state, path, num_heads or published.get("num_attention_heads"))
+    if transform is None and {"image_mean", "image_std"} <= published.keys():
+        mean, std = tuple(published["image_mean"]), tuple(published["image_std"])
+        transform = Preprocessing(size=config.input_size, mean=mean, std=std)
     return build_with_weights(config, state, str(path), transform)
 
 
@@ -119,6 +138,8 @@ def weights_file(run: Path, which: Which, weights: Weights = "last") -> Path:
     present = [name for kind in files for name in files[kind] if (run / name).is_file()]
     if named := [name for name in files[weights] if name in present]:
         return run / named[0]
+    if not present and (published := [name for name in PUBLISHED if (run / name).is_file()]):
+        return run / published[0]
     hint = {
         "best": "\nThey are those of the best evaluation during training. If it had none, or they were deleted, use "
         "`weights` last.",
@@ -145,13 +166,14 @@ def download(url: str) -> StateDict:
         ) from error
 
 
-def infer_config(state: StateDict, path: Path) -> BackboneConfig:
+def infer_config(state: StateDict, path: Path, num_heads: int | None = None) -> BackboneConfig:
     """Return the network of weights without a description: a ViT of any size, or a released ResNet or XCiT.
 
     Raises UserError if it is another one.
     """
-    if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
-        return _infer_vit(state, path)
+    vit = convert_vit_weights(state)
+    if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= vit.keys():
+        return _infer_vit(vit, path, num_heads)
     if {"layer4.0.conv1.weight", "cls_attn_blocks.0.norm1.weight"} & state.keys():
         for config in (released.backbone for released in RELEASED.values()):
             with torch.device("meta"):
@@ -166,17 +188,20 @@ def infer_config(state: StateDict, path: Path) -> BackboneConfig:
     )
 
 
-def _infer_vit(state: StateDict, path: Path) -> ViT:
-    """Return the ViT of these shapes with 64 channels per head, as in the paper."""
+def _infer_vit(state: StateDict, path: Path, num_heads: int | None) -> ViT:
+    """Return the ViT of these shapes, by default with 64 channels per head, as in the paper."""
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
-    if width % 64:
+    if num_heads is None and width % 64:
         raise UserError(
             f"{path} is a ViT of width {width}; its number of heads cannot be inferred as width / 64.\n"
-            f"Pass it: load({str(path)!r}, backbone=ViT(width={width}, heads=...))."
+            "Set `num_heads` to the number with which it was trained."
         )
+    heads = num_heads or width // 64
+    if num_heads is None:
+        logger.info(f"{path}: assumed {heads} attention heads of 64 channels; set `num_heads` if it has others.")
     hidden = len(state[fc1]) if (fc1 := "blocks.0.mlp.fc1.weight") in state else 4 * width
     blocks = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
-    shape = Size(width, len(blocks), width // 64)
+    shape = Size(width, len(blocks), heads)
     size = next((size for size, known in SIZES.items() if known == shape), None)
     architecture: dict[str, Any] = {"size": size} if size else shape._asdict()
     return ViT(
@@ -186,6 +211,24 @@ def _infer_vit(state: StateDict, path: Path) -> ViT:
         registers=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
         mlp_ratio=hidden / width,
     )
+
+
+def _published_settings(path: Path) -> dict[str, Any]:
+    """Return the heads and the normalization in the JSON files next to weights of Hugging Face, those that are valid."""
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "num_attention_heads": lambda value: isinstance(value, int) and value > 0,
+        "image_mean": _is_rgb,
+        "image_std": lambda value: _is_rgb(value) and min(value) > 0,
+    }
+    found: dict[str, Any] = {}
+    for name in ("config.json", "preprocessor_config.json") if path.name in PUBLISHED else ():
+        with suppress(OSError, ValueError, TypeError):
+            found |= dict(json.loads((path.parent / name).read_text()))
+    return {name: found[name] for name, is_valid in kinds.items() if name in found and is_valid(found[name])}
+
+
+def _is_rgb(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(number, float) for number in value)
 
 
 def _shapes(state: StateDict) -> dict[str, torch.Size]:

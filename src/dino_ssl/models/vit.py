@@ -3,7 +3,7 @@
 Parameter names match those of the authors' released files and of timm.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Self
 
@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
-from dino_ssl.errors import UserError
+from dino_ssl.errors import UserError, check_range
 from dino_ssl.models.backbone import Attentive, BackboneConfig, Features
 from dino_ssl.models.blocks import NORM_EPS, Block, PatchEmbed, init_weights, scaled_dot_product
+from dino_ssl.models.vit_weights import convert_vit_weights
 from dino_ssl.preprocessing import Preprocessing
 
 
@@ -55,10 +56,11 @@ class ViT(BackboneConfig):
     """Width of the MLPs in the blocks divided by the width of the network."""
 
     def __post_init__(self) -> None:
+        check_range(self, "width", "depth", "heads", least=1)
         width, _, heads = self.shape
         if self.patch < 1 or self.image_size < self.patch:
             raise UserError(f"ViT: expected 1 <= patch <= image_size, got {self.patch} and {self.image_size}.")
-        if heads < 1 or width % heads:
+        if width % heads:
             raise UserError(f"ViT: expected a width that is a multiple of the heads, got {width} and {heads}.")
 
     @property
@@ -178,6 +180,10 @@ class VisionTransformer(Attentive):
         """Return the [CLS] token and the patch tokens of the last `layers` blocks, each after the final norm."""
         outputs, grid = self.get_intermediate_layers(images, layers), self.grid(images)
         return [Features(x[:, 0], x[:, 1 + self.registers :].unflatten(1, grid)) for x in outputs]
+
+    def convert_weights(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the weights of Hugging Face's, DINOv2's or timm's ViTs with the names of this network."""
+        return convert_vit_weights(state)
 
     def layer_ids(self) -> dict[str, int]:
         """Return 0 for the embeddings, the number of the block from 1, and the last block's for the final norm."""

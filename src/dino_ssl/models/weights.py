@@ -1,8 +1,8 @@
 """Weights in files: read without running code, matched by name and shape, written atomically.
 
-Known layouts of a .pth or .pt file: weights of a backbone; this project's checkpoints, whose "backbone" is the prefix
-of the exported backbone in "method"; the authors' full checkpoints, whose "student" and "teacher" hold
-module.backbone.* and module.head.*; weights under a key "state_dict" or "model".
+Known layouts of a file: weights of a backbone; this project's checkpoints, whose "backbone" is the prefix of the
+exported backbone in "method"; checkpoints of others, such as the authors' full ones, with the weights at any depth,
+under any prefix, next to heads and optimizers: the backbone is found by a weight that every ViT, ResNet or XCiT has.
 """
 
 import argparse
@@ -10,9 +10,10 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import safetensors
 import safetensors.torch
@@ -24,6 +25,7 @@ from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write, check_format
 from dino_ssl.models import Backbone, BackboneConfig
 from dino_ssl.preprocessing import Preprocessing
+from dino_ssl.terminal import logger
 
 FORMAT = 1
 """Version of the metadata of .safetensors files."""
@@ -32,6 +34,15 @@ Which = Literal["teacher", "student"]
 """The network of a checkpoint that has two."""
 MAX_LINES = 20
 """Tensors that an error lists."""
+KNOWN_WEIGHTS = (
+    "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.weight",
+    "layer1.0.conv1.weight",
+    "cls_attn_blocks.0.norm1.weight",
+)
+"""A weight of every ViT, of Hugging Face's ViTs, of every ResNet and XCiT."""
+WRAPPER = re.compile(r"^_orig_mod$|module$|model|net$|network|encoder|state_dict|student|teacher")
+"""Parts of names that modules around a backbone add."""
 
 
 def read_file(path: Path, *, mmap: bool = False) -> Any:
@@ -89,7 +100,16 @@ def save_backbone(
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict; raise UserError with the differences, and load nothing, if names or shapes differ."""
+    """Load a state dict.
+
+    Raises UserError, and loads nothing, if names or shapes differ, or if values are not finite or not floating point.
+    """
+    broken = [name for name, value in state.items() if not _is_usable(value, module.state_dict().get(name))]
+    if broken:
+        raise UserError(
+            f"The weights in {source} cannot be used: {len(broken)} of {len(state)} tensors have NaN or infinite "
+            f"values, or another type than the network's: {', '.join(broken[:3])}{', ...' * (len(broken) > 3)}."
+        )
     expected, given = ({name: list(value.shape) for name, value in d.items()} for d in (module.state_dict(), state))
     wrong = [name for name in expected | given if expected.get(name) != given.get(name)]
     if not wrong:
@@ -104,33 +124,68 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     )
 
 
+def _is_usable(value: Tensor, expected: Tensor | None) -> bool:
+    """Return True for finite values, floating point if the network's are."""
+    if expected is not None and value.is_floating_point() != expected.is_floating_point():
+        return False
+    return bool(value.isfinite().all())
+
+
 def fit_to_network(state: Mapping[str, Tensor], network: Backbone) -> StateDict:
-    """Return the weights with the network's own names, without a classifier (fc, head)."""
+    """Return the weights with the network's own names, without a classifier (fc, head).
+
+    Counts of batches of batch norm, which files of old versions of torch lack, are 0.
+    """
     state = network.convert_weights(state)
     expected, classifier = network.state_dict(), re.compile(r"(fc|head|head\.fc|classifier)\.(weight|bias)$")
-    return {name: value for name, value in state.items() if name in expected or not classifier.match(name)}
+    counts = {name: torch.zeros_like(value) for name, value in expected.items() if name.endswith("num_batches_tracked")}
+    return counts | {name: value for name, value in state.items() if name in expected or not classifier.match(name)}
 
 
 def backbone_weights(content: Any, path: Path, which: Which) -> StateDict:
-    """Return the backbone's state dict from the content of a .pth or .pt file (layouts: see the module's docstring)."""
+    """Return the backbone's state dict from the content of a file (layouts: see the module's docstring)."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: expected names and tensors, got a {type(content).__name__}.")
-    nested = {name: value for name, value in content.items() if isinstance(value, Mapping)}
-    prefix = content.get("backbone")
-    if which == "teacher" and isinstance(prefix, str) and "method" in nested:
-        weights = nested["method"].items()
-        return {name.removeprefix(prefix): value for name, value in weights if name.startswith(prefix)}
-    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    networks = {name.split(".")[0] for name in [*nested, *state]} & {"student", "teacher"}
-    if networks and which not in networks:
-        raise UserError(f"{path} has a {' and a '.join(sorted(networks))} but no {which}.")
-    for key in (which, "method", "state_dict", "model"):
-        if key in nested:
-            return backbone_weights(nested[key], path, which)
+    state, prefix = dict(_flatten(content)), content.get("backbone")
+    if isinstance(prefix, str):
+        return _below(state, f"method.{prefix.replace('teacher', which)}")
     if not state:
         names = ", ".join(map(repr, list(content)[:8])) or "nothing"
         raise UserError(f"{path}: expected names and tensors, or a checkpoint, got {names}.")
-    for prefix in (f"{which}.", "network.backbone.", "module.", "backbone.", "module."):
-        if any(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return state
+    networks = {word for word in get_args(Which) for name in state if word in name}
+    if networks and which not in networks:
+        raise UserError(f"{path} has a {' and a '.join(sorted(networks))} but no {which}.")
+    if networks:
+        state = {name: value for name, value in state.items() if which in name}
+    prefixes = {name[: -len(known)] for known in KNOWN_WEIGHTS for name in state if f".{name}".endswith(f".{known}")}
+    prefix = min(prefixes, key=_priority, default=_wrappers(state))
+    if prefix:
+        logger.info(f"{path}: the backbone's weights are those named {prefix}*.")
+    return _below(state, prefix)
+
+
+def _flatten(content: Mapping[Any, Any], prefix: str = "", depth: int = 8) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of nested dicts with their names joined by dots."""
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(name, str) and isinstance(value, Mapping) and depth:
+            yield from _flatten(value, f"{prefix}{name}.", depth - 1)
+
+
+def _below(state: StateDict, prefix: str) -> StateDict:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _priority(prefix: str) -> tuple[bool, int]:
+    """Return the order of prefixes if a file has several networks: MoCo's trained encoder is before its average."""
+    return not ("base_encoder" in prefix or "encoder_q" in prefix), len(prefix)
+
+
+def _wrappers(state: StateDict) -> str:
+    """Return the prefix that all names share, of wrappers such as `module.` and `state_dict.model.`."""
+    columns = zip(*(name.split(".")[:-1] for name in state), strict=False)
+    shared = takewhile(lambda column: len(set(column)) == 1 and WRAPPER.search(column[0]), columns)
+    prefix = "".join(f"{column[0]}." for column in shared)
+    has_head = any(name.startswith(f"{prefix}backbone.") for name in state)
+    return f"{prefix}backbone." if has_head else prefix
