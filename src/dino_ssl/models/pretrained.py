@@ -214,7 +214,7 @@ def _infer_vit(state: StateDict, path: Path, num_heads: int | None) -> ViT:
 
 
 def _published_settings(path: Path) -> dict[str, Any]:
-    """Return the heads and the normalization in the JSON files next to weights of Hugging Face, those that are valid."""
+    """Return the heads and the normalization in the JSON files next to weights of Hugging Face, if they are valid."""
     kinds: dict[str, Callable[[Any], bool]] = {
         "num_attention_heads": lambda value: isinstance(value, int) and value > 0,
         "image_mean": _is_rgb,
