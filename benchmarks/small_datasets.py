@@ -4,7 +4,9 @@
 
 DATA has the folders train/ and val/ (or validation/, or test/) with a folder per class. The training images are an
 equal number per class of train/, linked into a temporary folder; every run is evaluated on the same validation images.
-The command is that of a user: without settings, for a time. `warning` is what the plan says before training.
+The command is that of a user: without settings, for a time. `--images-seen 90000` instead of `--minutes` trains for the
+epochs that show so many images, which does not depend on what else runs on the machine. `warning` is what the plan says
+before training.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[200, 500, 2000], help="numbers of training images")
     parser.add_argument("--val-images", type=int, default=1500, help="largest number of validation images")
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--images-seen", type=int, help="images in all epochs of a run, instead of --minutes")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images and of the run")
     parser.add_argument("--json", type=Path, help="output file")
     options = parser.parse_args()
@@ -44,13 +48,16 @@ def main() -> None:
             folder = Path(temporary)
             link(options.dataset / "train", folder / "train", count, options.seed)
             link(val, folder / "val", options.val_images, options.seed)
-            runs.append(train(folder, options.minutes, options.seed))
+            seen = options.images_seen
+            length = ["--epochs", round(seen / count)] if seen else ["--minutes", options.minutes]
+            runs.append(train(folder, length, options.seed))
         console.print_json(data=runs[-1])
-    table = Table("images", *COLUMNS, "warning", title=f"{options.dataset.name}, {options.minutes:g} minutes")
+        save(options.json, {"benchmark": "small_datasets", **about(vars(options)), "runs": runs})
+    length = f"{options.images_seen:,} images seen" if options.images_seen else f"{options.minutes:g} minutes"
+    table = Table("images", *COLUMNS, "warning", title=f"{options.dataset.name}, {length}")
     for run in runs:
         table.add_row(f"{run['images']:,}", *(f"{run[name]:.1f}" for name in COLUMNS), run["warning"])
     console.print(table)
-    save(options.json, {"benchmark": "small_datasets", **about(vars(options)), "runs": runs})
 
 
 def link(source: Path, folder: Path, count: int, seed: int) -> None:
@@ -67,10 +74,10 @@ def link(source: Path, folder: Path, count: int, seed: int) -> None:
         taken += min(share, len(images))
 
 
-def train(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
+def train(folder: Path, length: Sequence[Any], seed: int) -> dict[str, Any]:
     """Run `dino train` on the folder; return its last and best accuracy in percent, and its reference scores."""
     command = [sys.executable, "-m", "dino_ssl", "train", folder / "train", "--val", folder / "val", "--json"]
-    options = ["--minutes", f"{minutes}", "--seed", f"{seed}", "--out", folder / "run"]
+    options = [*length, "--seed", seed, "--out", folder / "run"]
     began = time.monotonic()
     done = subprocess.run([*map(str, command), *map(str, options)], stdout=subprocess.PIPE, text=True, check=True)
     result, spent = json.loads(done.stdout), time.monotonic() - began
