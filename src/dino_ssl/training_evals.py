@@ -6,8 +6,7 @@ from pathlib import Path
 
 from dino_ssl import distributed
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.sources import check_distinct, relabeled
-from dino_ssl.errors import UserError
+from dino_ssl.data.sources import check_distinct, relabeled, source_name
 from dino_ssl.evals.base import EvalContext, RunDatasets, reference_scores
 from dino_ssl.evals.scheduled import PreparedScheduledEval, is_due, prepare_all
 from dino_ssl.events import EvalDone, EvalStarted, Evaluated
@@ -99,9 +98,7 @@ def split_dataset(run: Run, dataset: ImageDataset) -> tuple[ImageDataset, ImageD
     check_distinct(run.data, dataset, run.val, val_set)
     if dataset.labels is None:
         return dataset, val_set
-    if val_set.labels is None:
-        raise UserError("The validation set `val` has no labels: put the images of each class in a folder of its own.")
-    return dataset, relabeled(val_set, dataset.classes)
+    return dataset, relabeled(val_set, dataset.classes, source_name(run.val))
 
 
 def run_datasets(run: Run, train_set: ImageDataset, val_set: ImageDataset | None) -> RunDatasets:

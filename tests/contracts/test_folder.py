@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from dino_ssl.data.folder import Folder, class_folders
+from dino_ssl.data.sources import labeled_pair
 from dino_ssl.errors import UserError
 from dino_ssl.files import mark_output
 
@@ -184,3 +185,18 @@ def test_error_messages(photos):
     (photos / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"None of the 1 files(.|\n)*a.png: empty file"):
         Folder(path=str(photos)).open()
+
+
+def test_a_validation_folder_of_one_class_has_its_label(tmp_path):
+    """`val/c` next to `train/a`, `train/b` and `train/c`: a single folder is a class if the training set has it."""
+    put(tmp_path, "train/a/1.png", "train/b/1.png", "train/c/1.png", "val/c/2.png")
+    train, val = labeled_pair(tmp_path / "train", tmp_path / "val", val_fraction=0.1)
+    assert val.classes == train.classes == ["a", "b", "c"]
+    assert val.labels is not None
+    assert val.labels.tolist() == [2]
+    (tmp_path / "val/c").rename(tmp_path / "val/d")
+    with pytest.raises(UserError, match="classes that the training set lacks: d"):
+        labeled_pair(tmp_path / "train", tmp_path / "val", val_fraction=0.1)
+    (tmp_path / "val/d/2.png").rename(tmp_path / "val/2.png")
+    with pytest.raises(UserError, match="validation set .*/val has none"):
+        labeled_pair(tmp_path / "train", tmp_path / "val", val_fraction=0.1)

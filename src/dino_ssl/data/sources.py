@@ -87,10 +87,8 @@ def labeled_pair(
     if val is None:
         return train_set.split(val_fraction, seed)
     val_set = open_dataset(val, progress, part="val")
-    if val_set.labels is None:
-        raise UserError(f"Accuracy needs labels, and {source_name(val)} has none.\n{CLASS_FOLDERS}")
     check_distinct(train, train_set, val, val_set)
-    return train_set, relabeled(val_set, train_set.classes)
+    return train_set, relabeled(val_set, train_set.classes, source_name(val))
 
 
 def check_distinct(train: DatasetSource, train_set: ImageDataset, val: DatasetSource, val_set: ImageDataset) -> None:
@@ -121,18 +119,28 @@ def labeled_only(pair: tuple[ImageDataset, ImageDataset], method: str) -> tuple[
     return train_set, val_set
 
 
-def relabeled(dataset: ImageDataset, classes: list[str]) -> ImageDataset:
-    """Return the dataset with labels as indices into `classes`, matched by name. Raises UserError for other classes."""
-    if dataset.classes == classes or dataset.labels is None:
+def relabeled(dataset: ImageDataset, classes: list[str], name: str) -> ImageDataset:
+    """Return a validation set with labels as indices into `classes`, those of the training set, matched by name.
+
+    The folder of a single class is its label too, if the training set has this class. Raises UserError, with the
+    `name` of the validation set, for other classes or without labels.
+    """
+    if dataset.classes == classes:
         return dataset
-    if unknown := [name for name in dataset.classes if name not in classes]:
+    labels, own = dataset.labels, dataset.classes
+    if labels is None:
+        folders = {path.split("/")[0] for path in dataset.names if "/" in path}
+        if len(folders) != 1 or not all("/" in path for path in dataset.names):
+            raise UserError(f"Accuracy needs labels, and the validation set {name} has none.\n{CLASS_FOLDERS}")
+        labels, own = np.zeros(len(dataset), dtype=np.int64), list(folders)
+    if unknown := [name for name in own if name not in classes]:
         raise UserError(
             f"The validation set has classes that the training set lacks: {', '.join(unknown[:8])}.\n"
             f"Training classes: {', '.join(classes[:12])}."
         )
-    new_labels = np.array([classes.index(name) for name in dataset.classes], dtype=np.int64)
+    new_labels = np.array([classes.index(name) for name in own], dtype=np.int64)
     copy = dataset.subset(np.arange(len(dataset)))
-    copy.labels = np.where(dataset.labels >= 0, new_labels[np.maximum(dataset.labels, 0)], -1)
+    copy.labels = np.where(labels >= 0, new_labels[np.maximum(labels, 0)], -1)
     copy.classes = classes
     return copy
 
