@@ -198,5 +198,5 @@ def test_a_validation_folder_of_one_class_has_its_label(tmp_path):
     with pytest.raises(UserError, match="classes that the training set lacks: d"):
         labeled_pair(tmp_path / "train", tmp_path / "val", val_fraction=0.1)
     (tmp_path / "val/d/2.png").rename(tmp_path / "val/2.png")
-    with pytest.raises(UserError, match="validation set .*/val has none"):
+    with pytest.raises(UserError, match=r"validation set .*/val has none"):
         labeled_pair(tmp_path / "train", tmp_path / "val", val_fraction=0.1)
