@@ -1,8 +1,20 @@
-"""Durations, sizes and results as text."""
+"""Durations, sizes, results and foreign names as text."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from html import escape
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters that move the cursor, change a terminal's state, or reverse the order of a text."""
+
+
+def visible(text: str, keep: str = "") -> str:
+    r"""Return a foreign text with control characters, except those in `keep`, as escapes such as \x1b.
+
+    A file name may have newlines and terminal commands, which would forge lines of the output.
+    """
+    return CONTROL.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
 
 
 def duration(seconds: float) -> str:

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextCol
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
+from dino_ssl.formatting import visible
 from dino_ssl.progress import Progress
 
 logger = logging.getLogger("dino_ssl")
@@ -175,8 +176,8 @@ class _LogHandler(logging.Handler):
 
 
 def _plain_text(text: str) -> str:
-    """Escape markup, and replace the undecodable bytes of file names."""
-    return escape(text.encode("utf-8", "replace").decode())
+    """Escape markup and control characters, and replace the undecodable bytes of file names."""
+    return escape(visible(text.encode("utf-8", "replace").decode(), keep="\n\t"))
 
 
 @contextmanager

@@ -12,8 +12,10 @@ from rich.console import Console
 
 import dino_ssl
 from dino_ssl.api.training_progress import TrainingProgress
+from dino_ssl.cli import main
 from dino_ssl.cli.command_line import CommandLine, cli_diff
 from dino_ssl.cli.early_checks import check_arguments
+from dino_ssl.cli.embed import write_csv
 from dino_ssl.cli.flags import SHORT_FLAGS, flag
 from dino_ssl.cli.train import TrainOptions
 from dino_ssl.config import differences, edit
@@ -268,6 +270,24 @@ def test_only_rank_0_prints(capsys, monkeypatch):
 def test_messages_are_printed_literally(capsys):
     Terminal().print("a file [bold]name[/bold] \udce9.jpg")
     assert "[bold]name[/bold] ?.jpg" in capsys.readouterr().out
+
+
+def test_control_characters_do_not_reach_the_terminal(capsys, tmp_path):
+    """A foreign name could clear the screen or set the title of the window; newlines and tabs belong to messages."""
+    Terminal().print("a\033[2Jb\n\tc\r")
+    Terminal().table("t\007", ("a",), [("x\x9bz",)])
+    assert main(["embed", str(tmp_path / "no\033]0;PWN\007")]) == 2
+    output = "".join(capsys.readouterr())
+    assert r"a\x1b[2Jb" in output
+    assert r"x\x9bz" in output
+    assert r"no\x1b]0;PWN\x07" in output
+    assert not set(output) & set("\033\007\r\x9b")
+
+
+def test_formulas_in_csv_files_are_text(tmp_path):
+    write_csv(tmp_path / "a.csv", {"name": ["=1+1", "+a", "-b.jpg", "@c", "d-e"], "score": [-1.5, 2.0, 3.0, 4.0, 5.0]})
+    rows = [line.split(",") for line in (tmp_path / "a.csv").read_text().replace('"', "").splitlines()[1:]]
+    assert rows == [["'=1+1", "-1.5"], ["'+a", "2"], ["'-b.jpg", "3"], ["'@c", "4"], ["d-e", "5"]]
 
 
 def test_progress_shows_metrics_and_remaining_time():

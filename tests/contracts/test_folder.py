@@ -200,3 +200,11 @@ def test_a_validation_folder_of_one_class_has_its_label(tmp_path):
     (tmp_path / "val/d/2.png").rename(tmp_path / "val/2.png")
     with pytest.raises(UserError, match=r"validation set .*/val has none"):
         labeled_pair(tmp_path / "train", tmp_path / "val", val_fraction=0.1)
+
+
+def test_control_characters_in_names_are_escaped(photos):
+    r"""A name must not forge lines of the output or change the terminal; it becomes \x1b... everywhere."""
+    put(photos, "a\033]0;PWN\007\nb.png", "c\u202egnp.png")
+    dataset = Folder(path=str(photos)).open()
+    assert dataset.names == [r"a\x1b]0;PWN\x07\nb.png", r"c\u202egnp.png"]
+    assert [dataset.read(i).shape for i in (0, 1)] == [(10, 20, 3), (10, 21, 3)]

@@ -34,6 +34,8 @@ EXAMPLES = """\
 FORMAT = 1
 """Version of the layout of Parquet and npz files, in their metadata."""
 SUFFIXES = (".parquet", ".npz", ".csv")
+FORMULA = ("=", "+", "-", "@")
+"""First characters of a formula in a spreadsheet."""
 ROWS = 16384
 """Rows that are written at once, a row group of Parquet."""
 
@@ -90,7 +92,8 @@ def _write(path: Path, suffix: str, embedding: Embedding, metadata: dict[str, An
             rows = slice(start, start + ROWS)
             vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features[rows].ravel()), width)
             columns = features[rows].T if is_csv else [vectors]
-            writer.write_table(pyarrow.table([names[rows], labels[rows], *columns], schema=schema))
+            words = [[*map(csv_text, column[rows])] if is_csv else column[rows] for column in (names, labels)]
+            writer.write_table(pyarrow.table([*words, *columns], schema=schema))
 
 
 def read_features(path: Path, checkpoint: Checkpoint) -> Embedding:
@@ -113,4 +116,10 @@ def read_features(path: Path, checkpoint: Checkpoint) -> Embedding:
 
 def write_csv(path: Path, columns: Mapping[str, Any]) -> None:
     """Write columns of strings or numbers as CSV."""
-    pyarrow.csv.write_csv(pyarrow.table(dict(columns)), str(path))
+    safe = {name: [*map(csv_text, column)] for name, column in columns.items()}
+    pyarrow.csv.write_csv(pyarrow.table(safe), str(path))
+
+
+def csv_text(value: Any) -> Any:
+    """Return a cell; a quote before text that a spreadsheet would run as a formula, other values unchanged."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in FORMULA else value

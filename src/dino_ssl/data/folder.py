@@ -15,6 +15,7 @@ from dino_ssl.data.shards import is_shards, open_shards
 from dino_ssl.data.workers import map_in_order
 from dino_ssl.errors import UserError
 from dino_ssl.files import IS_OUTPUT, is_output
+from dino_ssl.formatting import visible
 from dino_ssl.progress import Progress
 from dino_ssl.terminal import logger
 
@@ -170,9 +171,12 @@ def class_level(names: Iterable[str]) -> tuple[int, list[str]]:
 
 
 def printable(file: str, root: Path | None = None) -> str:
-    r"""Return a path (below root) with `/`; bytes that are not UTF-8 become \xNN, so that every output can hold it."""
+    r"""Return a path (below root) with `/`; bytes that are not UTF-8, and control characters, become \xNN.
+
+    So every output can hold it, and a name cannot change the terminal.
+    """
     path = file if root is None else os.path.relpath(file, root).replace(os.sep, "/")
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return visible(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def walk(root: Path, skipped: list[Skipped] | None = None) -> Iterator[str]:

@@ -21,6 +21,7 @@ import numpy as np
 from dino_ssl.data.dataset import BadImage, Skipped
 from dino_ssl.data.decode import SUFFIXES, probe
 from dino_ssl.files import atomic_write
+from dino_ssl.formatting import visible
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -138,7 +139,7 @@ def scan_shard(shard: Path) -> tuple[list[ImageRow], list[Skipped]]:
                 image = next((file for extension, file in members.items() if f".{extension}" in SUFFIXES), None)
                 if image is None:
                     continue
-                path = os.fsencode(f"{shard.name}/{image.name}").decode("utf-8", "backslashreplace")
+                path = visible(os.fsencode(f"{shard.name}/{image.name}").decode("utf-8", "backslashreplace"))
                 data = _content(tar, image)
                 try:
                     size = probe(path, data)
@@ -162,4 +163,4 @@ def _class_name(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> st
     with suppress(KeyError, ValueError, AttributeError):  # no KEY.json, or not a JSON object
         description = json.loads(_content(tar, members["json"]))
         names = [description.get("class"), *names, description.get("label")]
-    return next((str(name) for name in names if isinstance(name, str | int) and name != ""), None)
+    return next((visible(str(name)) for name in names if isinstance(name, str | int) and name != ""), None)
