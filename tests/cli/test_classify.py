@@ -1,6 +1,7 @@
 """Classes from a few labeled images: predictions, confidence, and an accuracy that no label flatters."""
 
 import csv
+import re
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ import dino_ssl
 from dino_ssl.api.classify import FOLDS, cross_validate, fit_knn, fit_linear
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.evals import resumable
+from dino_ssl.evals.features import pixel_feature
 from dino_ssl.models.vit import VisionTransformer, ViT
 from dino_ssl.models.weights import save_backbone
 
@@ -57,13 +59,26 @@ def test_a_separable_dataset_is_classified_without_error(backbone, method: str) 
     assert ((result.confidences > 0.5) & (result.confidences <= 1)).all()
     assert (result.labeled, result.tested, result.accuracy) == ({"blue": 2, "red": 2}, 4, 100)
     assert result.classifier == {"knn": "2-NN", "linear": "linear"}[method]
+    assert result.references == {"raw_pixels": {"accuracy": 100}}
 
 
 def test_labels_may_be_features(backbone) -> None:
     labeled = Colors(4, [0, 1, 0, 1])
     expected = dino_ssl.classify(backbone, Colors(20), labeled, size=32)
     result = dino_ssl.classify(backbone, Colors(20), dino_ssl.embed(backbone, labeled, size=32), size=32)
-    assert (result.labels, result.accuracy) == (expected.labels, expected.accuracy)
+    assert (result.labels, result.accuracy, result.references) == (expected.labels, expected.accuracy, {})
+
+
+def test_the_accuracy_of_raw_pixels_is_that_of_their_nearest_neighbors(backbone) -> None:
+    labels = [0, 1, 1, 0, 1, 0, 0, 1, -1]  # not those of the colors; image 5 cannot be read
+    labeled, rows = Colors(9, labels), [0, 1, 2, 3, 4, 6, 7]
+    x = torch.from_numpy(np.stack([pixel_feature(labeled.read(i)) for i in rows]))
+    correct = cross_validate(
+        lambda *data: fit_knn(*data, k=2), x, torch.tensor(labels)[rows], 7, lambda done, total: None
+    )
+    (reference,) = dino_ssl.classify(backbone, Colors(4), labeled, size=32).references.values()
+    assert reference == {"accuracy": pytest.approx(100 * correct.double().mean())}
+    assert 0 < correct.sum() < 7
 
 
 def test_leave_one_out_equals_a_loop(monkeypatch) -> None:
@@ -130,7 +145,10 @@ def test_the_command_writes_a_line_per_image_and_says_how_good_it_is(trained, ph
     uncertain = sum(float(row["confidence"]) < 0.9 for row in rows)
     assert f"{uncertain} images have a confidence below 0.9" in output.out
     assert "Accuracy on 6 labeled images, by leave-one-out" in output.out
-    assert "always the largest class: 50.0 %" in output.out
+    accuracy, pixels = re.search(
+        r"leave-one-out: ([\d.]+) % \(.* class: 50.0 %; raw pixels: ([\d.]+) %", output.out
+    ).groups()
+    assert ("Below raw pixels: accuracy." in output.out) == (float(accuracy) < float(pixels))
     assert "skipped: star/empty.png: empty file" in output.out
     result = dino("classify", run, photos, "--labels", labeled, "--method", "linear", "--json").json
     assert list(result["labeled"].values()) == [3, 3]

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from dino_ssl.api.calls import Embedding, embed
 from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint
-from dino_ssl.data.dataset import Skipped
-from dino_ssl.data.sources import CLASS_FOLDERS, DatasetSource
+from dino_ssl.data.dataset import ImageDataset, Skipped
+from dino_ssl.data.sources import CLASS_FOLDERS, DatasetSource, open_dataset
 from dino_ssl.errors import UserError, check_value
+from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.features import raw_pixels
 from dino_ssl.evals.knn import knn_votes, nearest_neighbors
 from dino_ssl.evals.low_shot import ROWS, fit_logistic
 from dino_ssl.formatting import Summarized
@@ -58,6 +60,8 @@ class Classification(Summarized):
     accuracy: float
     """Percent of these that are classified correctly by the other labeled images: leave-one-out (k-NN) or 5-fold
     cross-validation (linear). nan if there are none."""
+    references: dict[str, dict[str, float]]
+    """{"raw_pixels": {"accuracy": percent}}: without a network; empty if the labeled images were given as features."""
     skipped: list[Skipped]
     """Images that could not be read."""
 
@@ -117,7 +121,8 @@ def classify(
         with progress(f"features of {name}") as show:
             return embed(loaded, source, partial=partial, progress=show, **options)
 
-    known = features_of(labels, "labeled images")
+    labeled = labels if isinstance(labels, Embedding) else open_dataset(labels)
+    known = features_of(labeled, "labeled images")
     counts = Counter(sorted(label for label in known.labels if label is not None))
     if len(counts) < 2:
         raise UserError(f"`labels` expected images of at least two classes; got {len(counts)}.\n{CLASS_FOLDERS}")
@@ -126,8 +131,17 @@ def classify(
     y = torch.tensor([classes.index(str(known.labels[row])) for row in rows])
     k = k or min(max(MIN_K, round(statistics.median(counts.values()) / 10)), MAX_K)
     fit = functools.partial(fit_knn, k=k) if method == "knn" else fit_linear
-    with progress("accuracy on the labeled images") as show:
-        correct = cross_validate(fit, x, y, FOLDS[method], show)[y.bincount()[y] > 1]
+    is_tested = y.bincount()[y] > 1
+
+    def accuracy(features: Tensor) -> float:
+        with progress("accuracy on the labeled images") as show:
+            correct = cross_validate(fit, features, y, FOLDS[method], show)[is_tested]
+        return 100 * correct.double().mean().item()
+
+    own, references = accuracy(x), {}
+    if isinstance(labeled, ImageDataset) and is_tested.any():
+        pixels = raw_pixels(labeled, EvalContext(progress=progress)).features
+        references = {"raw_pixels": {"accuracy": accuracy(pixels[rows])}}
     images = features_of(dataset, "images", partial)
     classifier = fit(x, y, len(classes))
     parts = [classifier(part).topk(2) for part in torch.from_numpy(images.features).split(ROWS)]
@@ -140,8 +154,9 @@ def classify(
         second,
         f"{k}-NN" if method == "knn" else method,
         dict(counts),
-        len(correct),
-        100 * correct.double().mean().item(),
+        int(is_tested.sum()),
+        own,
+        references,
         images.skipped,
     )
 

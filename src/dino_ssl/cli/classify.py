@@ -13,6 +13,7 @@ from dino_ssl.api.classify import classify as classify_images
 from dino_ssl.cli.embed import read_features, write_csv
 from dino_ssl.cli.images import DatasetOptions, dataset_named, partial_features, report_skipped, run_command
 from dino_ssl.errors import UserError, check_range
+from dino_ssl.evals.base import below_references
 from dino_ssl.files import atomic_write, check_writable
 from dino_ssl.terminal import Terminal, is_rank0
 
@@ -73,10 +74,14 @@ def _classify(options: ClassifyOptions, terminal: Terminal) -> dict[str, Any]:
     terminal.print(f"{uncertain:,} images have a confidence below {options.threshold:g}")
     if result.tested:
         how = "leave-one-out" if options.method == "knn" else "cross-validation"
+        largest = 100 * max(result.labeled.values()) / result.tested
+        pixels = "".join(f"; raw pixels: {values['accuracy']:.1f} %" for values in result.references.values())
         terminal.print(
             f"Accuracy on {result.tested:,} labeled images, by {how}: {result.accuracy:.1f} % "
-            f"(always the largest class: {100 * max(result.labeled.values()) / result.tested:.1f} %)"
+            f"(always the largest class: {largest:.1f} %{pixels})"
         )
+        if below := below_references({"accuracy": result.accuracy}, result.references):
+            terminal.print(below, style="yellow")
     else:
         terminal.print("The accuracy is not known: no class has two labeled images.", style="yellow")
     terminal.print(f"Written to {path}")
@@ -85,9 +90,7 @@ def _classify(options: ClassifyOptions, terminal: Terminal) -> dict[str, Any]:
         "images": len(result.names),
         "predicted": {name: counts[name] for name in result.labeled},
         "uncertain": uncertain,
-        "classifier": result.classifier,
-        "labeled": result.labeled,
-        "tested": result.tested,
+        **{name: getattr(result, name) for name in ("classifier", "labeled", "tested", "references")},
         "accuracy": result.accuracy if result.tested else None,
         "checkpoint": options.checkpoint,
         "skipped": report_skipped(result.skipped, terminal),
