@@ -48,6 +48,7 @@ def assert_refused(output, *parts):
         (["embed", "RUN", "PHOTOS", "--size", "0"], ["--size must be at least 1; got 0"]),
         (["embed", "RUN", "PHOTOS", "--batch-size", "0"], ["--batch-size must be at least 1"]),
         (["embed", "RUN", "PHOTOS", "-o", "file/features.npz"], ["file", "--out"]),
+        (["tsne", "RUN", "PHOTOS", "-o", "file/map.png"], ["file", "--out"]),
         (["embed", "RUN", "PHOTOS", "-o", "features.txt"], [".parquet", "features.txt"]),
         (["embed", "dino_vits17", "PHOTOS"], ["dino_vits17", "did you mean", "dino_vits16"]),
         (["embed", "empty", "PHOTOS"], ["empty", "last.pt"]),

@@ -78,8 +78,7 @@ def starting_from(run: Run, source: Checkpoint, *, size: int | None = None) -> R
     """
     if (network := source.backbone.config) is None:
         raise UserError(f"{source.source} does not say which network its weights belong to, so it cannot be trained.")
-    is_best = source.weights == "best"
-    init = str(weights_file(Path(source.source), "teacher", "best")) if is_best else source.source
+    init = str(weights_file(Path(source.source), "teacher", "best")) if source.weights == "best" else source.source
     drop_path = getattr(run.backbone, "drop_path", 0.0)
     views = run.views if size is None else run.views.with_size(size)
     return edit(run, backbone=network.untrained().with_drop_path(drop_path), init=init, views=views)

@@ -57,7 +57,7 @@ def finetune(argv: Sequence[str]) -> int:
         """Return the preset with the checkpoint's network; the project's preset takes its image size too."""
         run = resolve(preset or "finetune")
         if checkpoint:
-            weights = "best" if line.types.weights == "best" else "last"  # other values are refused in parsing
+            weights = "best" if line.types.weights == "best" else "last"
             source = open_checkpoint(checkpoint, weights=weights, trust="--trust" in argv)
             run = starting_from(run, source, size=None if preset else source.backbone.transform.size)
         return edit(run, val=dataset_config(dataset_named(val), "val")) if val else run

@@ -3,9 +3,7 @@
 import dataclasses
 import inspect
 import re
-import shutil
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
@@ -43,17 +41,14 @@ RULES = ConstructorRegistry()
 
 @RULES.struct_rule
 def one_line_help(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Return tyro's fields of a type, with docstrings in one line, which tyro wraps; it would keep line breaks."""
-    if one_line_help in info.markers:  # in the call below; tyro's own rule is next
-        return None
+    """Return tyro's fields of a dataclass, with docstrings in one line, which tyro wraps; it would keep line breaks."""
+    if one_line_help in info.markers or not dataclasses.is_dataclass(info.type):
+        return None  # tyro's own rule is next
     spec: Any = ConstructorRegistry.get_struct_spec(dataclasses.replace(info, markers=(*info.markers, one_line_help)))
-    if not isinstance(spec, StructConstructorSpec):
-        return spec
-
-    def one_line(text: str | Callable[[], str | None] | None) -> Callable[[], str]:
-        return lambda: " ".join(((text() if callable(text) else text) or "").split())
-
-    fields = (dataclasses.replace(field, helptext=one_line(field.helptext)) for field in spec.fields)
+    fields = (
+        dataclasses.replace(field, helptext=lambda text=field.helptext: " ".join((text() or "").split()))
+        for field in spec.fields
+    )
     return dataclasses.replace(spec, fields=tuple(fields))
 
 
@@ -62,7 +57,7 @@ def parse(
     argv: Sequence[str],
     prog: str,
     examples: str,
-    default: Any = None,
+    default: Any = tyro.MISSING_NONPROP,
     registry: ConstructorRegistry = RULES,
 ) -> T:
     """Return the options in argv. Help and invalid options end the process with exit code 0 or 2, as tyro does.
@@ -70,16 +65,11 @@ def parse(
     registry: parsers of types that tyro does not know.
     """
     paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(kind.__doc__ or ""))
-    columns, indent = shutil.get_terminal_size().columns, "  "  # tyro joins lines that are not indented
-    wrapped = [textwrap.fill(text, columns, subsequent_indent=indent) for text in paragraphs]
-    more: dict[str, Any] = {"description": "\n\n".join(wrapped)}
-    if default is not None:
-        more["default"] = default
-    register_fields(kind if default is None else default)
+    description = "\n\n".join(" ".join(text.split()) for text in paragraphs)
+    register_fields(kind if default is tyro.MISSING_NONPROP else default)
+    options: Any = {"prog": prog, "description": description, "args": list(argv), "console_outputs": is_rank0()}
     try:
-        return tyro.cli(
-            kind, prog=prog, args=list(argv), config=CONFIG, registry=registry, console_outputs=is_rank0(), **more
-        )
+        return tyro.cli(kind, default=default, config=CONFIG, registry=registry, **options)
     except SystemExit as stop:
         if not stop.code and is_rank0():
             print(f"\nexamples:\n{examples}")

@@ -21,7 +21,6 @@ from dino_ssl.config import edit, to_dict
 from dino_ssl.data.dataset import DatasetConfig, ImageDataset
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.files import check_writable
-from dino_ssl.names import check_dataset
 from dino_ssl.run import Run
 from dino_ssl.runtime import start
 from dino_ssl.terminal import Terminal, command_output
@@ -99,8 +98,6 @@ def _check(options: Any, line: CommandLine) -> None:
     check_range(options, "minutes", above=0)
     if options.resume is None:
         check_init(options.run)
-    if options.run.val is not None and options.run.val.folder is not None:
-        check_dataset(str(options.run.val.folder))  # before the training set is read
 
 
 def choose_run_dir(options: Any, terminal: Terminal, line: CommandLine) -> tuple[Path, ExistingRun | None]:

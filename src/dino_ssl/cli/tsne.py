@@ -19,7 +19,7 @@ from dino_ssl.cli.images import (
 )
 from dino_ssl.data.sources import CLASS_FOLDERS, open_dataset
 from dino_ssl.errors import UserError, check_range
-from dino_ssl.files import atomic_write
+from dino_ssl.files import atomic_write, check_writable
 from dino_ssl.terminal import Terminal, is_rank0
 from dino_ssl.viz.pca import principal_components
 from dino_ssl.viz.scatter import scatter
@@ -64,6 +64,7 @@ def _tsne(options: TsneOptions, terminal: Terminal) -> dict[str, Any]:
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"`out` must end in one of {', '.join(SUFFIXES)}; got {options.out!r}.")
     path = _unused(path, is_default=options.out == TsneOptions.out)
+    check_writable(path.parent)
     check_range(options, "max_points", least=4, most=MAX_POINTS)
     with terminal.progress(f"reading {options.dataset}") as progress:
         dataset = open_dataset(dataset_named(options.dataset), progress)

@@ -93,8 +93,7 @@ class RunDatasets(NamedTuple):
 
     train: ImageDataset
     val: ImageDataset | None
-    voters: ImageDataset
-    """The training images that vote in the online evaluation."""
+    voters: ImageDataset  # the training images that vote in the online evaluation
 
 
 @dataclass(frozen=True, kw_only=True)

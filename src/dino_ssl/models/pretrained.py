@@ -140,14 +140,10 @@ def weights_file(run: Path, which: Which, weights: Weights = "last") -> Path:
         return run / named[0]
     if not present and (published := [name for name in PUBLISHED if (run / name).is_file()]):
         return run / published[0]
-    hint = {
-        "best": "\nThey are those of the best evaluation during training. If it had none, or they were deleted, use "
-        "`weights` last.",
-        "last": "\nUse `weights` best.",
-    }
+    hint = "\nThey are those of the best evaluation during training. If it had none, use `weights` last."
     raise UserError(
         f"There are no {weights} weights in {run}: expected a run's directory with {' or '.join(files[weights])}; it "
-        f"has {' and '.join(present) or 'no weights'}.{hint[weights] if present else ''}"
+        f"has {' and '.join(present) or 'none'}.{hint if weights == 'best' else ''}"
     )
 
 

@@ -18,9 +18,6 @@ from dino_ssl.errors import UserError, did_you_mean
 from dino_ssl.models.backbone import Attentive, Backbone, BackboneConfig, Features
 from dino_ssl.preprocessing import Preprocessing
 
-CONNECT_SECONDS = 5
-"""Time in which the Hugging Face Hub must answer; otherwise only cached weights are used."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Timm(BackboneConfig):
@@ -224,17 +221,15 @@ def create(name: str, *, drop_path: float, pretrained: bool, args: Mapping[str, 
     options: dict[str, Any] = {"drop_path_rate": drop_path, "dynamic_img_size": True, "strict_img_size": False} | given
     while True:
         try:
-            with _cached_if_offline(name) if pretrained else nullcontext():
+            with _cached_if_offline() if pretrained else nullcontext():
                 return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-        except UserError:
-            raise
         except Exception as error:
             unexpected = str(error).partition("unexpected keyword argument")[2]
             refused = set(re.findall(r"'(\w+)'", unexpected)) & (options.keys() - given.keys())
             if "drop_path_rate" in refused and drop_path > 0:
                 raise UserError(f"{name} has no stochastic depth: expected drop_path 0, got {drop_path}.") from error
             if not refused:
-                hint = f"\nCheck the connection or choose one of timm.list_pretrained('{name.split('.')[0]}*')."
+                hint = f"\nCheck the connection, give a file, or see timm.list_pretrained('{name.split('.')[0]}*')."
                 what = f"get pretrained weights of {name}" if pretrained else f"build {name} with {given}"
                 reason = str(error).partition(". ")[0] + "." if pretrained else error  # the hub's has a paragraph
                 raise UserError(f"timm cannot {what}: {reason}{hint if pretrained else ''}") from error
@@ -242,23 +237,21 @@ def create(name: str, *, drop_path: float, pretrained: bool, args: Mapping[str, 
 
 
 @contextmanager
-def _cached_if_offline(name: str) -> Iterator[None]:
+def _cached_if_offline() -> Iterator[None]:
     """Use only cached weights if the Hugging Face Hub cannot be reached: its library would retry for 85 seconds."""
     from huggingface_hub import constants, errors, get_session
 
     is_set = constants.HF_HUB_OFFLINE  # by the environment, which is read only once, on import
     try:
-        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
+        get_session().head(constants.ENDPOINT, timeout=5)
     except Exception:  # its type depends on the library's version
         constants.HF_HUB_OFFLINE = True
     try:
         yield
     except errors.LocalEntryNotFoundError as error:
         reason = "HF_HUB_OFFLINE is set" if is_set else f"{constants.ENDPOINT} cannot be reached"
-        raise UserError(
-            f"timm cannot get pretrained weights of {name}: {reason}, and they are not in {constants.HF_HUB_CACHE}.\n"
-            "Check the connection, copy that folder from a computer that has them, or give a file of weights instead."
-        ) from error
+        cache = f"{constants.HF_HUB_CACHE}, which can be copied from another computer"
+        raise ConnectionError(f"{reason}, and they are not in the cache {cache}") from error
     finally:
         constants.HF_HUB_OFFLINE = is_set
 
