@@ -19,7 +19,7 @@ from dino_ssl.config import to_dict
 from dino_ssl.data.batch import Batch
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import Step, steps_per_epoch, train_batches
-from dino_ssl.errors import Diverged
+from dino_ssl.errors import Diverged, UserError
 from dino_ssl.evals.scheduled import is_due, prepare_all
 from dino_ssl.events import Ended, EpochDone, Event, Logged, Started
 from dino_ssl.feature_stats import FeatureStats
@@ -121,7 +121,7 @@ def train(run: Run, rt: Runtime, dataset: ImageDataset, *, resume: bool = False)
     with Log(job.folder, state.step) as log:
         yield from evals.run(evals.pending(clock), clock, log)
         with StopSignal() as stop:
-            for step in meter.timed(_batches(job)):
+            for step in meter.timed(_batches(job, meter)):
                 skipped |= {item.name: item.reason for item in step.skipped}
                 clock = clock._replace(step=state.step)
                 rt.seed_step(run.seed, state.step)
@@ -218,9 +218,10 @@ def validate_run(run: Run, rt: Runtime, dataset: ImageDataset) -> None:
     prepare_all(run.evals, eval_context(run, rt), method.backbone, run_datasets(run, train_set, val_set))
 
 
-def _batches(job: _Job) -> Iterator[Step]:
+def _batches(job: _Job, meter: Meter) -> Iterator[Step]:
+    """Yield the batches of all epochs; save the training state before an error of the data ends them."""
     run, rt = job.run, job.rt
-    return train_batches(
+    batches = train_batches(
         job.train_set,
         kernels.fastest_transform(run.views) if rt.optimized else run.views,
         batch_size=run.optim.batch_size,
@@ -232,6 +233,12 @@ def _batches(job: _Job) -> Iterator[Step]:
         world=rt.world_size,
         pin_memory=rt.device.type == "cuda",
     )
+    try:
+        yield from batches
+    except UserError:
+        if job.state.step and meter.is_finite():
+            job.save("last.pt")
+        raise
 
 
 def _prepare_folder(job: _Job, dataset: ImageDataset, resume: bool) -> None:
