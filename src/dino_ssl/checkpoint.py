@@ -13,11 +13,21 @@ FORMAT = 1
 """Version of the checkpoint's layout."""
 
 
-KEYS = ("format", "run", "step", "method", "backbone", "optimizer", "scaler", "best", "data")
-"""Content of a checkpoint: the complete Run, from to_dict; optimizer steps taken; state dict of the Method; in it the
-prefix of the backbone that is evaluated and exported, `teacher.backbone.`; states of optimizer and gradient scaler; the
-best online evaluation (name, value, epoch); fingerprint of the training set. `preprocessing`, of the backbone's images,
-is read by `models.pretrained.load` only."""
+KEYS = {
+    "format": int,
+    "run": dict,
+    "step": int,
+    "method": dict,
+    "backbone": str,
+    "optimizer": dict,
+    "scaler": dict,
+    "best": dict,
+    "data": str,
+}
+"""Content of a checkpoint and its types: the complete Run, from to_dict; optimizer steps taken; state dict of the
+Method; in it the prefix of the backbone that is evaluated and exported, `teacher.backbone.`; states of optimizer and
+gradient scaler; the best online evaluation (name, value, epoch); fingerprint of the training set. `preprocessing`, of
+the backbone's images, is read by `models.pretrained.load` only."""
 
 
 def save(path: Path, content: dict[str, Any]) -> Path:
@@ -48,4 +58,10 @@ def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     check_format(path, content.get("format", FORMAT), FORMAT)
     if missing := [key for key in KEYS if key not in content]:
         raise UserError(f"{path} is not a training checkpoint of dino: it lacks {', '.join(missing)}.")
+    if wrong := [key for key, kind in KEYS.items() if not isinstance(content[key], kind)]:
+        raise UserError(
+            f"{path} is damaged: {', '.join(f'{key} is a {type(content[key]).__name__}' for key in wrong)}."
+        )
+    if content["step"] < 0:
+        raise UserError(f"{path} is damaged: step is {content['step']}.")
     return content

@@ -135,5 +135,5 @@ def read_run(folder: Path, *, trust: bool = False) -> Run:
         content = json.loads(path.read_text())
         check_format(path, content["format"], FORMAT)
         return from_dict(Run, content["run"], trust=trust)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not the run.json of a training run ({type(error).__name__}: {error}).") from error

@@ -58,8 +58,12 @@ class State:
                 "Resume with the same data, or start a new run with a different `out`."
             )
         load_strict(self.method, saved["method"], str(path))
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path} is damaged: its optimizer state cannot be loaded ({reason}).") from error
         self.step, self.best = saved["step"], saved["best"]
 
 

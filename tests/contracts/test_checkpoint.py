@@ -261,3 +261,12 @@ def test_the_error_for_a_missing_checkpoint_has_its_path(tmp_path: Path) -> None
         checkpoint.load(tmp_path / "none.pt")
     with pytest.raises(UserError, match="No checkpoint at"):
         checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("step", -5), ("step", "x"), ("method", [1]), ("best", None), ("data", 3)]
+)
+def test_a_field_of_a_wrong_type_or_value_is_rejected(tmp_path: Path, field: str, value: Any) -> None:
+    torch.save(saved() | {field: value}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match=rf"last\.pt is damaged: {field} is "):
+        checkpoint.load(tmp_path / "last.pt")

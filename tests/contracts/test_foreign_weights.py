@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import Tensor
 
+from dino_ssl.config import to_dict
 from dino_ssl.errors import UserError
 from dino_ssl.models import Timm, ViT
 from dino_ssl.models.pretrained import load
@@ -189,5 +190,54 @@ def test_unusable_values_are_refused(network, tmp_path: Path, value):
 
 
 def test_a_vit_of_zero_heads_is_refused():
-    with pytest.raises(UserError, match="`heads` must be at least 1; got 0"):
+    with pytest.raises(UserError, match=r"`heads` must be at least 1 and .*; got 0"):
         ViT(heads=0)
+
+
+DESCRIPTIONS = (
+    {"depth": 10**7}, {"width": 10**7}, {"heads": 0}, {"image_size": 10**9}, {"patch": 0}, {"registers": 10**9},
+    {"mlp_ratio": float("nan")}, {"mlp_ratio": 1e9}, {"depth": 2.5}, {"size": "huge"}, {"type": "os.system"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", DESCRIPTIONS)
+def test_a_description_out_of_bounds_is_refused_before_the_network_is_built(network, tmp_path: Path, change):
+    """A file of a few kB could describe a network of terabytes."""
+    described = json.dumps(to_dict(VIT) | change)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors", metadata={"backbone": described})
+    with pytest.raises(UserError, match=next(iter(change)) if "type" not in change else "os.system"):
+        load(tmp_path / "x.safetensors")
+
+
+def test_a_network_that_does_not_fit_the_weights_is_not_built(network, tmp_path: Path, monkeypatch):
+    described = json.dumps(to_dict(VIT) | {"width": 2**16, "heads": 2**10, "depth": 50})  # 2.6e12 weights
+    safetensors.torch.save_file(
+        dict(network.state_dict()), tmp_path / "x.safetensors", metadata={"backbone": described}
+    )
+    with pytest.raises(UserError, match="do not fit the network"):
+        load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("described", ["[1]", '"x"', "[" * 100_000 + "]" * 100_000])
+def test_metadata_that_is_no_description_is_refused(network, tmp_path: Path, described):
+    safetensors.torch.save_file(
+        dict(network.state_dict()), tmp_path / "x.safetensors", metadata={"backbone": described}
+    )
+    with pytest.raises(UserError, match=r"x\.safetensors"):
+        load(tmp_path / "x.safetensors")
+
+
+SHAPES = {"patch_embed.proj.weight": ((64,), (0, 3, 8, 8), (64, 4, 8, 8)), "pos_embed": ((5,), (1, 7, 64), (1, 0, 64))}
+
+
+@pytest.mark.parametrize(("name", "shape"), [(name, shape) for name in SHAPES for shape in SHAPES[name]])
+def test_shapes_of_no_vit_are_refused(network, tmp_path: Path, name, shape):
+    torch.save(network.state_dict() | {name: torch.zeros(shape)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"x\.pth|do not have its shapes"):
+        load(tmp_path / "x.pth")
+
+
+def test_keys_that_are_no_names_are_ignored(network, tmp_path: Path):
+    torch.save({**network.state_dict(), 5: torch.zeros(2), "blocks": {7: torch.zeros(2)}}, tmp_path / "x.pth")
+    assert torch.equal(output(load(tmp_path / "x.pth")), output(network))

@@ -236,3 +236,18 @@ def test_a_full_disk_while_training_keeps_the_last_good_checkpoint(
         fit(run)
     assert last(run)["step"] == 5
     assert [path.name for path in (Path(run.out) / "checkpoints").iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("broken", ["no optimizer state", "nan weights"])
+def test_a_checkpoint_of_which_a_part_cannot_be_used_is_not_resumed(tmp_path: Path, whole: Run, broken: str) -> None:
+    run = edit(whole, out=str(tmp_path / "run"))
+    fit(run, until=3)
+    path = Path(run.out) / "checkpoints/last.pt"
+    content = last(run)
+    if broken == "nan weights":
+        content["method"] = {name: value * float("nan") for name, value in content["method"].items()}
+    else:
+        content["optimizer"] = {}
+    checkpoint.save(path, content)
+    with pytest.raises(UserError, match=r"cannot be (loaded|used)"):
+        fit(run, resume=True)

@@ -160,7 +160,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _class_name(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> str | None:
     names = [_content(tar, members["cls"]).decode("utf-8", "replace").strip()] if "cls" in members else []
-    with suppress(KeyError, ValueError, AttributeError):  # no KEY.json, or not a JSON object
+    with suppress(KeyError, ValueError, AttributeError, RecursionError):  # no KEY.json, or not a JSON object
         description = json.loads(_content(tar, members["json"]))
         names = [description.get("class"), *names, description.get("label")]
     return next((visible(str(name)) for name in names if isinstance(name, str | int) and name != ""), None)

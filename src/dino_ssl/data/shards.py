@@ -120,7 +120,7 @@ def read_info(directory: Path) -> ShardInfo:
                 f"{directory} has format version {data['format']}, expected {FORMAT}. Remove it and pack again."
             )
         return from_dict(ShardInfo, data)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{directory / INFO} is damaged ({error}). Copy it again, or pack the folder again.") from error
 
 

@@ -19,6 +19,7 @@ from dino_ssl.models.weights import (
     StateDict,
     Which,
     backbone_weights,
+    check_shapes,
     fit_to_network,
     load_strict,
     read_file,
@@ -126,7 +127,12 @@ def build_with_weights(
 
     transform: default: ImageNet's, at the size that the network is designed for.
     """
-    network = config.untrained().build(drop_path=0.0)  # downloads nothing
+    untrained = config.untrained()  # downloads nothing
+    if type(config).__module__.startswith("dino_ssl."):  # a small file may describe a network of any size
+        with torch.device("meta"):
+            empty = untrained.build(drop_path=0.0)
+        check_shapes(empty, fit_to_network(state, empty), source)
+    network = untrained.build(drop_path=0.0)
     load_strict(network, fit_to_network(state, network), source)
     network.config, network.transform = config, transform or Preprocessing(size=config.input_size)
     return network.eval()
@@ -186,7 +192,13 @@ def infer_config(state: StateDict, path: Path, num_heads: int | None = None) -> 
 
 def _infer_vit(state: StateDict, path: Path, num_heads: int | None) -> ViT:
     """Return the ViT of these shapes, by default with 64 channels per head, as in the paper."""
-    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    projection, positions = state["patch_embed.proj.weight"].shape, state["pos_embed"].shape
+    if len(projection) != 4 or len(positions) != 3 or not all(projection):
+        raise UserError(
+            f"{path} is no ViT: expected patch_embed.proj.weight [D, 3, P, P] and pos_embed [1, N, D], got "
+            f"{list(projection)} and {list(positions)}."
+        )
+    width, _, patch, _ = projection
     if num_heads is None and width % 64:
         raise UserError(
             f"{path} is a ViT of width {width}; its number of heads cannot be inferred as width / 64.\n"
@@ -203,7 +215,7 @@ def _infer_vit(state: StateDict, path: Path, num_heads: int | None) -> ViT:
     return ViT(
         **architecture,
         patch=patch,
-        image_size=patch * round((state["pos_embed"].shape[1] - 1) ** 0.5),
+        image_size=patch * round(max(positions[1] - 1, 1) ** 0.5),
         registers=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
         mlp_ratio=hidden / width,
     )
@@ -218,7 +230,7 @@ def _published_settings(path: Path) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for name in ("config.json", "preprocessor_config.json") if path.name in PUBLISHED else ():
-        with suppress(OSError, ValueError, TypeError):
+        with suppress(OSError, ValueError, TypeError, RecursionError):
             found |= dict(json.loads((path.parent / name).read_text()))
     return {name: found[name] for name, is_valid in kinds.items() if name in found and is_valid(found[name])}
 

@@ -56,10 +56,13 @@ class ViT(BackboneConfig):
     """Width of the MLPs in the blocks divided by the width of the network."""
 
     def __post_init__(self) -> None:
-        check_range(self, "width", "depth", "heads", least=1)
+        check_range(self, "width", "heads", "patch", "image_size", least=1, most=2**16)
+        check_range(self, "depth", least=1, most=1000)  # in a file, they may have any value
+        check_range(self, "registers", least=0, most=1000)
+        check_range(self, "mlp_ratio", above=0, most=100)
         width, _, heads = self.shape
-        if self.patch < 1 or self.image_size < self.patch:
-            raise UserError(f"ViT: expected 1 <= patch <= image_size, got {self.patch} and {self.image_size}.")
+        if self.image_size < self.patch:
+            raise UserError(f"ViT: expected patch <= image_size, got {self.patch} and {self.image_size}.")
         if width % heads:
             raise UserError(f"ViT: expected a width that is a multiple of the heads, got {width} and {heads}.")
 

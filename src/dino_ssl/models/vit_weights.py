@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dino_ssl.errors import UserError
+
 NAMES = (
     (r"embeddings\.(cls_token|register_tokens)$", r"\1"),
     (r"embeddings\.position_embeddings$", "pos_embed"),
@@ -43,25 +45,40 @@ LAYER_SCALES = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}
 
 
 def convert_vit_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights with the names and layout of `VisionTransformer`; its own are returned unchanged."""
+    """Return the weights with the names and layout of `VisionTransformer`; its own are returned unchanged.
+
+    Raises UserError if tensors have the names of a ViT, but not its shapes.
+    """
     state = {_own_name(name): value for name, value in state.items() if not UNUSED.match(name)}
+    try:
+        _join_qkv(state)
+        _multiply_layer_scale(state)
+        _add_cls_position(state)
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise UserError(f"Weights with the names of a ViT do not have its shapes: {error}") from error
+    return state
+
+
+def _join_qkv(state: dict[str, Tensor]) -> None:
     for name in [name for name in state if re.match(r"blocks\.\d+\.attn\.q\.", name)]:
-        parts = [state.pop(name.replace(".attn.q.", f".attn.{part}."), None) for part in "qkv"]
-        if all(part is not None for part in parts):
-            state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([part for part in parts if part is not None])
+        parts = [state.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+        state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+
+
+def _multiply_layer_scale(state: dict[str, Tensor]) -> None:
     for scale, linear in LAYER_SCALES.items():
         for name in [name for name in state if name.endswith(f".{scale}")]:
             gamma, layer = state.pop(name), name.replace(scale, linear)
             state[f"{layer}.weight"] = state[f"{layer}.weight"] * gamma[:, None]
             state[f"{layer}.bias"] = state[f"{layer}.bias"] * gamma
-    positions = state.get("pos_embed")
-    if (
-        positions is not None
-        and "register_tokens" in state
-        and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]
-    ):
-        state["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)  # timm: none for [CLS]
-    return state
+
+
+def _add_cls_position(state: dict[str, Tensor]) -> None:
+    """Add a position embedding of zeros for [CLS] to a ViT of timm with registers, which has none."""
+    if "pos_embed" in state and "register_tokens" in state:
+        positions = state["pos_embed"]
+        if math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+            state["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
 
 
 def _own_name(name: str) -> str:

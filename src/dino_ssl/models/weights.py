@@ -76,10 +76,12 @@ def read_safetensors(
         with safetensors.safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             described = json.loads((file.metadata() or {}).get("backbone", "null"))
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as safetensors; it may be truncated. ({error})") from error
     if not described:
         return state, None, None
+    if not isinstance(described, dict):
+        raise UserError(f"{path}: expected the description of a backbone in its metadata, got {described!r:.80}.")
     check_format(path, described.pop("format", FORMAT), FORMAT)
     transform = described.pop("preprocessing", None)
     return state, from_dict(BackboneConfig, described, trust=trust), transform and from_dict(Preprocessing, transform)
@@ -110,10 +112,15 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
             f"The weights in {source} cannot be used: {len(broken)} of {len(state)} tensors have NaN or infinite "
             f"values, or another type than the network's: {', '.join(broken[:3])}{', ...' * (len(broken) > 3)}."
         )
+    check_shapes(module, state, source)
+    module.load_state_dict(state)
+
+
+def check_shapes(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError with the differences if names or shapes of a state dict differ from those of the module."""
     expected, given = ({name: list(value.shape) for name, value in d.items()} for d in (module.state_dict(), state))
     wrong = [name for name in expected | given if expected.get(name) != given.get(name)]
     if not wrong:
-        module.load_state_dict(state)
         return
     lines = [f"  {name}: expected {expected.get(name, 'nothing')}, got {given.get(name, 'nothing')}" for name in wrong]
     more = f"\n  ... and {len(lines) - MAX_LINES} more" if len(lines) > MAX_LINES else ""
