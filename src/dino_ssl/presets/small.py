@@ -75,7 +75,7 @@ def demo() -> Run:
         backbone=ViT(size="tiny", patch=4, image_size=32, drop_path=0.0, width=64, heads=2, depth=2),
         method=dict(out_dim=256, head_hidden=256, head_bottleneck=64, momentum_end=0.99),
         views=dict(**crops, **jitter),
-        optim=dict(epochs=18, lr=4e-3, min_lr=2.5e-4, warmup_epochs=1),
+        optim=dict(epochs=21, lr=4e-3, min_lr=2.5e-4, warmup_epochs=1),
         online_eval=dict(every_epochs=3, size=None),
         cache=True,
     )
