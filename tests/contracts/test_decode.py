@@ -125,6 +125,22 @@ def test_bigtiff_is_read(tmp_path):
     np.testing.assert_array_equal(decode(tmp_path / "a.tif"), gradient())
 
 
+def test_avif_is_read(tmp_path):
+    image = Image.fromarray(gradient())
+    image.save(tmp_path / "a.avif", quality=100, subsampling="4:4:4")
+    assert probe(tmp_path / "a.avif") == image.size
+    assert np.abs(decode(tmp_path / "a.avif").astype(int) - gradient()).mean() < 3
+    (tmp_path / "cut.avif").write_bytes((tmp_path / "a.avif").read_bytes()[:-100])
+    with pytest.raises(BadImage):
+        probe(tmp_path / "cut.avif")
+
+
+def test_heic_names_the_package_that_reads_it(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadImage, match="HEIC needs the package pillow-heif"):
+        decode("a.heic", b"\0\0\0\x18ftypheic" + bytes(100))
+
+
 def tiff(bands: np.ndarray, extra_samples: int | None) -> bytes:
     """Return an uncompressed TIFF of uint8 [height, width, bands]; Pillow cannot write ExtraSamples of its own."""
     height, width, count = bands.shape

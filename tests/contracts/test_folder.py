@@ -208,3 +208,12 @@ def test_control_characters_in_names_are_escaped(photos):
     dataset = Folder(path=str(photos)).open()
     assert dataset.names == [r"a\x1b]0;PWN\x07\nb.png", r"c\u202egnp.png"]
     assert [dataset.read(i).shape for i in (0, 1)] == [(10, 20, 3), (10, 21, 3)]
+
+
+def test_files_that_are_no_images_by_their_names_are_counted(photos, caplog):
+    put(photos, "a.png", "b/c.png")
+    for name in ("a.txt", "b/b.txt", "b/raw", "b/clip.mp4"):
+        (photos / name).touch()
+    with caplog.at_level("INFO", "dino_ssl"):
+        Folder(path=str(photos)).open()
+    assert "no images by their names: 2 .txt, 1 .mp4, 1 without suffix." in caplog.text

@@ -10,6 +10,7 @@ first frame of an animation is used. The EXIF orientation is applied.
 """
 
 import contextlib
+import importlib.util
 import io
 import os
 import stat
@@ -22,6 +23,7 @@ import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
@@ -33,7 +35,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from dino_ssl.data.dataset import BadImage, Reduction
 
 SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff")
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .avif .heic .heif .hif .bmp .dib .gif .tif .tiff".split()  # noqa: SIM905
 )
 """File name suffixes of images."""
 MAX_PIXELS = 2**27
@@ -51,6 +53,8 @@ PLUGINS: dict[bytes, Any] = {
     b"MM\0+": TiffImageFile,
 }
 """Pillow's plugins by the first bytes of a file; `Image.open` would try other parsers, too."""
+_AVIF = (b"ftypavif", b"ftypavis")
+_HEIC = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypheim", b"ftypheis", b"ftypmif1", b"ftypmsf1")
 _JPEG_END, _PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """JPEG markers of a frame header, which has precision, height, width and components."""
@@ -134,9 +138,7 @@ def _header(file: BinaryIO) -> Header:
     start = file.read(16)
     if not start:
         raise OSError("empty file")
-    plugin = next((plugin for magic, plugin in PLUGINS.items() if start.startswith(magic)), None)
-    if plugin is None:
-        raise OSError("not an image of a known format (JPEG, PNG, WebP, BMP, GIF, TIFF)")
+    plugin = _plugin(start)
     try:
         if plugin is JpegImageFile:
             header = _jpeg_header(file)
@@ -152,6 +154,20 @@ def _header(file: BinaryIO) -> Header:
     if not _is_complete(file, header.image):
         raise OSError("truncated")
     return header
+
+
+def _plugin(start: bytes) -> Any:
+    """Return Pillow's plugin for a file with this beginning; raise OSError if there is none."""
+    for magic, plugin in PLUGINS.items():
+        if start.startswith(magic):
+            return plugin
+    if start.startswith(_AVIF, 4):
+        return AvifImageFile
+    if start.startswith(_HEIC, 4):
+        if importlib.util.find_spec("pillow_heif") is None:
+            raise OSError("HEIC needs the package pillow-heif")
+        return importlib.import_module("pillow_heif").HeifImageFile
+    raise OSError("not an image of a known format (JPEG, PNG, WebP, AVIF, HEIC, BMP, GIF, TIFF)")
 
 
 def _jpeg_header(file: BinaryIO) -> Header:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -190,7 +191,7 @@ def walk(root: Path, skipped: list[Skipped] | None = None) -> Iterator[str]:
     if not root.is_dir():
         parent = f"Expected a folder of images, got the file {root}. Did you mean its folder, {root.parent}/?"
         raise UserError(parent if root.exists() else f"There is no folder {root}. Check the path.")
-    listed, visited, outputs = [Path(os.path.realpath(root))], set(), []
+    listed, visited, outputs, others = [Path(os.path.realpath(root))], set(), [], Counter[str]()
 
     def below(folder: str) -> Iterator[str]:
         names: list[bytes] = []
@@ -212,8 +213,11 @@ def walk(root: Path, skipped: list[Skipped] | None = None) -> Iterator[str]:
             if _is_hidden(name):
                 continue
             if not entry.endswith(b"/"):
-                if os.path.splitext(path)[1].lower() in SUFFIXES:
+                suffix = os.path.splitext(path)[1].lower()
+                if suffix in SUFFIXES:
                     yield path
+                else:
+                    others[suffix] += 1
             elif not os.path.islink(path):
                 yield from below(path)
             elif not _is_below(target := Path(os.path.realpath(path)), listed):
@@ -223,6 +227,10 @@ def walk(root: Path, skipped: list[Skipped] | None = None) -> Iterator[str]:
     yield from below(str(root))
     if "." in outputs:
         raise UserError(IS_OUTPUT.format(root))
+    if others and skipped is not None:
+        counts = [f"{count:,} {visible(suffix) or 'without suffix'}" for suffix, count in others.most_common(5)]
+        more = ", ..." * (len(others) > 5)
+        logger.info(f"Ignored files in {root} that are no images by their names: {', '.join(counts)}{more}.")
     if outputs and skipped is not None:
         logger.info(
             f"Skipped folders in {root} that dino wrote: {', '.join(outputs[:3])}{', ...' * (len(outputs) > 3)}"
@@ -256,5 +264,5 @@ def no_images(root: Path, skipped: Sequence[Skipped]) -> UserError:
     more = f"\n  ... and {len(skipped) - 5} more" if len(skipped) > 5 else ""
     return UserError(
         f"None of the {len(skipped)} files in {root} is a usable image:\n{reasons}{more}\n"
-        f"Expected complete JPEG, PNG, WebP, BMP, GIF or TIFF files of at most {MAX_PIXELS} pixels."
+        f"Expected complete JPEG, PNG, WebP, AVIF, HEIC, BMP, GIF or TIFF files of at most {MAX_PIXELS} pixels."
     )
