@@ -24,7 +24,8 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
 
     Raises UserError if the disk is full or the folder is not writable; the old file is kept.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PART}")
+    begin = os.fsencode(path.name)[:200].decode(errors="ignore")  # a longer name would leave no room for the rest
+    temporary = path.with_name(f".{begin}.{uuid.uuid4().hex}{PART}")
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

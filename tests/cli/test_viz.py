@@ -1,6 +1,7 @@
 """dino attention, tsne and pca: folders, points, videos, and error messages."""
 
 import csv
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +61,21 @@ def test_the_overview_has_the_first_images_and_is_written_first(network, images,
     assert "Overview of 1 image: maps/all.png" in ran.err
     _, second = ran.json["images"]
     assert Path("maps/all.png").stat().st_mtime_ns < Path(second["files"][0]).stat().st_mtime_ns
+
+
+@pytest.mark.parametrize("command", ["attention", "pca"])
+def test_a_strip_and_a_long_name_do_not_stop_a_folder(network, images, dino, tmp_path, command):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    long_name = "n" * 251 + ".png"
+    shutil.copy(next(images.glob("star/*.png")), folder / long_name)
+    Image.new("RGB", (5000, 1)).save(folder / "strip.png")
+    ran = dino(command, network, folder, "--size", "32", "--json", "-o", "maps")
+    assert ran.code == 0, ran.err
+    assert [Path(item["image"]).name for item in ran.json["images"]] == [long_name]
+    assert ran.json["skipped"] == [
+        {"name": f"{folder}/strip.png", "reason": "5000 x 1 pixels: longer than 16 times its short side"}
+    ]
 
 
 def test_attention_of_synthetic_images_shows_their_objects(network, dino, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 
 from dino_ssl import checkpoint
 from dino_ssl.errors import UserError
-from dino_ssl.files import atomic_write
+from dino_ssl.files import atomic_write, write_json
 
 
 def saved(step: int = 3, size: int = 10) -> dict[str, Any]:
@@ -55,6 +55,13 @@ def test_a_loaded_checkpoint_equals_the_saved_one(last: Path) -> None:
     assert torch.equal(found["method"]["center"], torch.arange(10.0))
     assert torch.equal(found["optimizer"]["state"][0]["exp_avg"], torch.ones(2))
     assert files(last.parent) == ["last.pt"]
+
+
+def test_a_name_as_long_as_the_system_allows_is_written(tmp_path: Path) -> None:
+    path = tmp_path / ("ü" * 125 + ".json")
+    assert len(path.name.encode()) == 255
+    write_json(path, {"a": 1})
+    assert files(tmp_path) == [path.name]
 
 
 def test_file_permissions_are_the_default_ones(last: Path) -> None:

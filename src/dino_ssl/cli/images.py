@@ -32,6 +32,8 @@ NUM_SCENES = 12
 SHEET_PANELS = 120
 """Panels in the overview that `dino attention` and `dino pca` write: those of the first images."""
 MAX_SKIPPED_LINES = 5
+MAX_RATIO = 16
+"""Longer by shorter side of an image: the short side is that of the network's input, and the long one follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +141,9 @@ def read_images(
         for done, (name, stem, dataset, index) in enumerate(images, 1):
             try:
                 pixels, mask = dataset.read(index), dataset.mask(index) if isinstance(dataset, Masked) else None
+                if max(pixels.shape[:2]) > MAX_RATIO * min(pixels.shape[:2]):
+                    height, width = pixels.shape[:2]
+                    raise BadImage(name, f"{width} x {height} pixels: longer than {MAX_RATIO} times its short side")
             except BadImage as error:
                 skipped += report_skipped([Skipped(name, error.reason)], terminal)
             else:
