@@ -1,8 +1,10 @@
 """Atomic writes: a file is written to a temporary name, flushed to disk, and renamed."""
 
 import errno
+import fcntl
 import json
 import os
+import platform
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ LINES_FORMAT = 1
 """Version of JSON lines files; every line has it, since several processes append to one file."""
 PART = ".part"
 """Suffix of a file while it is written; a killed process leaves such a file."""
+LOCK = ".lock-of-training"
+"""File in the folder of a run that the process that trains it has locked."""
 OUTPUT_MARK = ".dino-output"
 """File in a folder of images that a command created: they are not part of a dataset around it."""
 
@@ -56,6 +60,32 @@ def write_errors(path: Path) -> Iterator[None]:
         elif cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             message += " Choose a writable folder with `out`."
         raise UserError(message) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create a run's folder and hold it for this process, until the end or its death.
+
+    Raises UserError, which names the process that holds it. A file system without locks is not checked.
+    """
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by data workers
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is being trained by {file.read() or 'another process'}. Wait until it ends, stop it, or set "
+                "another `out`."
+            ) from error
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
 
 
 def is_output(names: Collection[bytes]) -> bool:

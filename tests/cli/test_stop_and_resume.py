@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 
 from dino_ssl import cli
+from dino_ssl.files import locked
 from dino_ssl.metrics import read_metrics
 
+FORK = multiprocessing.get_context("fork")
+"""A fork has imported torch already."""
 LINE = ("--optim.epochs", "12", "--log-every", "1", "--out", "run")
 
 
@@ -35,7 +38,7 @@ def stopped(tiny_folder, photos):
             code = cli.main(["train", str(photos), "--preset", "tiny_recipe:run", *LINE])
         sys.exit(code)
 
-    training = multiprocessing.get_context("fork").Process(target=train)  # has imported torch already
+    training = FORK.Process(target=train)
     training.start()
     assert training.pid
     deadline = time.monotonic() + 240
@@ -91,6 +94,26 @@ def test_resume_continues_to_the_end(copy, dino):
     assert json.loads((copy / "run.json").read_text())["run"]["optim"]["epochs"] == 12
     assert "data:image/jpeg" not in (copy / "report.html").read_text()
     assert not (copy / "snapshots/neighbors.json").exists()
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(copy, dino):
+    receiver, sender = FORK.Pipe(duplex=False)
+
+    def hold() -> None:
+        with locked(copy):
+            sender.send("held")
+            time.sleep(120)
+
+    other = FORK.Process(target=hold)
+    other.start()
+    assert receiver.recv() == "held"
+    output = dino("train", "--resume", copy)
+    other.kill()
+    other.join()
+    assert output.code == 2
+    assert f"is being trained by process {other.pid} on " in output.err
+    with locked(copy):  # a killed process does not hold it
+        pass
 
 
 @pytest.mark.usefixtures("tiny_preset")

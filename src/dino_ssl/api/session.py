@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.errors import Diverged, UserError
 from dino_ssl.evals.features import extract
 from dino_ssl.events import Ended, EpochDone, EvalDone, EvalStarted, Evaluated, Event, Logged, Started
-from dino_ssl.files import atomic_write, json_line, read_json, write_json
+from dino_ssl.files import atomic_write, json_line, locked, read_json, write_json
 from dino_ssl.formatting import Summarized, duration, plural
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import EXPORTS
@@ -107,20 +107,22 @@ def run_session(
     """Train until the end, a signal or a collapse; write snapshots and the report.
 
     observe: called first with every event but the last. budget: the time, by which the number of epochs is corrected
-    once. Raises UserError if the device runs out of memory.
+    once. Raises UserError if the device runs out of memory, or if another process trains in the folder.
     """
     session = _Session(run, rt, dataset, terminal, observe, budget)
-    try:
-        session.train(resume)
-        if session.correct_epochs():
-            session.train(resume=True, announce=False)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"The device ran out of memory: {str(error).splitlines()[0]}\n"
-            f"Set `optim.micro_batch` to auto for gradient accumulation over the {run.optim.batch_size} images of a "
-            "step, set `grad_checkpointing`, or lower `optim.batch_size`."
-        ) from error
-    session.outcome.verdict = distributed.run_on_rank0(session.finish)
+    with ExitStack() as held:
+        distributed.run_on_rank0(lambda: held.enter_context(locked(session.folder)))
+        try:
+            session.train(resume)
+            if session.correct_epochs():
+                session.train(resume=True, announce=False)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"The device ran out of memory: {str(error).splitlines()[0]}\n"
+                f"Set `optim.micro_batch` to auto for gradient accumulation over the {run.optim.batch_size} images of "
+                "a step, set `grad_checkpointing`, or lower `optim.batch_size`."
+            ) from error
+        session.outcome.verdict = distributed.run_on_rank0(session.finish)
     return session.outcome
 
 
