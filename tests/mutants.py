@@ -314,7 +314,35 @@ MUTANTS = (
         "if False:",
         "contracts/test_shards.py::test_training_skips_a_damaged_image_and_lists_it",
     ),
+    Mutant(
+        "damaged JPEGs are decoded",
+        "data/decode.py",
+        "strict=True)",
+        "strict=False)",
+        "contracts/test_decode.py::test_damaged_jpegs_are_rejected_and_nothing_is_printed",
+    ),
+    Mutant(
+        "state is not saved before an error of the data",
+        "training.py",
+        '            job.save("last.pt")\n        raise\n',
+        "            pass\n        raise\n",
+        "invariances/test_worker_failures.py::test_an_error_of_the_data_saves_the_training_state_first",
+    ),
+    Mutant(
+        "two processes train in one folder",
+        "files.py",
+        "            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "            pass",
+        "cli/test_stop_and_resume.py::test_a_run_is_trained_by_one_process_at_a_time",
+    ),
     # -- evaluations
+    Mutant(
+        "layer scale is dropped",
+        "models/vit_weights.py",
+        '            state[f"{layer}.weight"] = state[f"{layer}.weight"] * gamma[:, None]\n',
+        "",
+        "contracts/test_foreign_weights.py::test_layer_scale_is_part_of_the_linear_layer_before_it",
+    ),
     Mutant(
         "preprocessing of the file is ignored",
         "models/pretrained.py",
