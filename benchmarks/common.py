@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from dino_ssl.data.folder import Folder
 from dino_ssl.runtime import machine, peak_memory
 
-PACKAGES = ("torchvision", "timm", "pillow", "opencv-python-headless", "lightly")
+PACKAGES = ("torchvision", "timm", "pillow", "opencv-python-headless", "simplejpeg", "lightly")
 SIZES = {"500": (500, 375), "128": (128, 128)}
 """Width and height of generated JPEG files."""
 

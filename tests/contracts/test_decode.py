@@ -189,8 +189,8 @@ def test_tiny(tmp_path, name, shape):
 def encoded(kind: str) -> bytes:
     noisy = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     out = io.BytesIO()
-    options = {"progressive": True} if kind == "progressive" else {}
-    Image.fromarray(noisy).save(out, "JPEG" if kind == "progressive" else kind, **options)
+    options = {"progressive": {"progressive": True}, "TIFF with LZW": {"compression": "tiff_lzw"}}.get(kind, {})
+    Image.fromarray(noisy).save(out, "JPEG" if kind == "progressive" else kind.split()[0], **options)
     return out.getvalue()
 
 
@@ -271,13 +271,14 @@ def test_data_after_the_image_is_ignored(tmp_path):
 
 
 def test_decoders_print_nothing_for_broken_content(tmp_path, capfd):
-    for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF"):
-        data = bytearray(encoded(kind))
-        data[len(data) // 2 : len(data) // 2 + 40] = b"\x55" * 40
-        path = tmp_path / f"broken.{kind}"
-        path.write_bytes(data)
-        with contextlib.suppress(BadImage):
-            decode(path)
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "TIFF with LZW"):
+        for byte in (b"\x55", b"\xff", b"\0"):
+            data = bytearray(encoded(kind))
+            data[len(data) // 2 : len(data) // 2 + 40] = byte * 40
+            path = tmp_path / f"broken.{kind}"
+            path.write_bytes(data)
+            with contextlib.suppress(BadImage):
+                decode(path)
     out, err = capfd.readouterr()
     assert out + err == ""
 

@@ -10,6 +10,7 @@ first frame of an animation is used. The EXIF orientation is applied.
 """
 
 import contextlib
+import ctypes
 import importlib.util
 import io
 import os
@@ -17,10 +18,12 @@ import stat
 import struct
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
+import PIL
 import simplejpeg
 from PIL import Image
 from PIL.AvifImagePlugin import AvifImageFile
@@ -65,6 +68,9 @@ _STRIP = 256  # rows that are converted at a time
 _MAX_SCANS = 100
 """Scans of a progressive JPEG: encoders write about ten, and a small file with thousands takes minutes to decode."""
 
+for library in Path(PIL.__file__).parents[1].glob("pillow.libs/libtiff*"):  # prints errors that Pillow raises anyway
+    for handler in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        getattr(ctypes.CDLL(str(library)), handler)(None)
 cv2.setNumThreads(0)  # one thread per image; worker processes are the parallelism
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # errors are raised, not printed
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata; a local filter would not be safe with threads
