@@ -118,7 +118,8 @@ def verdict(
     is_worse = last + margin(last, num_images) <= best
     step = f"the best weights, of epoch {epoch:.4g} ({best:.1f} %), are better" if is_worse else ""
     needed = margin(reference, num_images)
-    explained = f"(margin {needed:.1f} for {num_images:,} validation images)"
+    known = f" for {num_images:,} validation images" if math.isfinite(num_images) else ""  # old runs do not say
+    explained = f"(margin {needed:.1f}{known})"
     if last < reference + needed:
         relation = "is below" if last < reference else "is not clearly above"
         compared = f"{metric} {last:.1f} % {relation} {name}, {reference:.1f} % {explained}"
