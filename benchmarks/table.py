@@ -125,6 +125,15 @@ def demo(result: dict) -> str:
     )
 
 
+def faults(result: dict) -> str:
+    """Return how many trials of each kind had which outcome."""
+    kinds = []
+    for kind, counts in result["counts"].items():
+        outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items())
+        kinds.append(f"**{sum(counts.values()):,} {kind}**: {outcomes}")
+    return f"{'; '.join(kinds)}; {len(result['failures'])} failures"
+
+
 def step(network: str, **options: str) -> str:
     """Return the command of train_step.py."""
     words = "".join(f" --{name} {value}" for name, value in options.items())
@@ -225,6 +234,13 @@ ROWS = [
         "demo.json",
         demo,
         {"seeds": [0, 1, 2, 3, 4]},
+    ),
+    Row(
+        "mutated images and files, and killed runs, at random",
+        "10,000 images, 1,000 files, 200 interruptions without a crash, a hang or another result after resuming",
+        "python benchmarks/faults.py --json docs/benchmarks/",
+        "faults.json",
+        faults,
     ),
 ]
 
