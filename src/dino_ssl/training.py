@@ -244,7 +244,8 @@ def _batches(job: _Job, meter: Meter) -> Iterator[Step]:
 def _prepare_folder(job: _Job, dataset: ImageDataset, resume: bool) -> None:
     """Write run.json: the complete Run, its data and the reference scores. Remove files of an interrupted session."""
     run, folder, path = job.run, job.folder, job.folder / "run.json"
-    remove_parts(folder / "checkpoints")
+    for part in (folder, folder / "checkpoints", folder / "snapshots"):
+        remove_parts(part)
     if resume:  # the exported backbone is older than the checkpoints to come, but would be loaded first
         (folder / EXPORTS["last"]).unlink(missing_ok=True)
     data = {

@@ -151,6 +151,18 @@ def test_evaluation_prints_a_table(trained, photos, dino):
         assert part in output.out
 
 
+def test_embedding_images_of_which_none_can_be_read_is_an_error(trained, photos, dino, tmp_path):
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    Image.open(next(photos.glob("star/train*.png"))).save(folder / "a.jpg")
+    data = (folder / "a.jpg").read_bytes()
+    (folder / "a.jpg").write_bytes(data[: len(data) // 2] + b"\xff\xd9")  # its header is complete
+    output = dino("embed", trained[0], folder, "-o", "features.parquet")
+    assert output.code == 2
+    assert "None of the 1 images can be read:\n  a.jpg: Corrupt JPEG data" in output.err
+    assert not Path("features.parquet").exists()
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "npz", "csv"])
 def test_embed_writes_the_features_of_the_backbone(trained, photos, dino, tmp_path, suffix):
     run, _ = trained

@@ -53,9 +53,12 @@ def test_a_run_killed_within_an_epoch_resumes_with_the_same_result(tmp_path: Pat
     assert killed_at(run, 8) == -signal.SIGKILL
     assert last(run)["step"] == 7  # 2 of 5 steps into the second epoch
     assert len(list((Path(run.out) / "checkpoints").glob(".last.pt*.part"))) == 1
+    (Path(run.out) / "snapshots").mkdir()
+    (Path(run.out) / "snapshots/.epoch.png.1.part").touch()
     assert [line["step"] for line in metrics(run)][-1] == 8
     fit(run, resume=True)
     assert_same(run, whole)
+    assert not list(Path(run.out).rglob("*.part"))
 
 
 @pytest.mark.parametrize("until", [2, 6, 15])
