@@ -159,7 +159,7 @@ def test_embedding_images_of_which_none_can_be_read_is_an_error(trained, photos,
     (folder / "a.jpg").write_bytes(data[:-100] + b"\xff\xd9")  # the header is complete
     output = dino("embed", trained[0], folder, "-o", "features.parquet")
     assert output.code == 2
-    assert "None of the 1 images can be read:\n  a.jpg: Corrupt JPEG data" in output.err
+    assert "None of the 1 images can be read. a.jpg: Corrupt JPEG data" in output.err
     assert not Path("features.parquet").exists()
 
 

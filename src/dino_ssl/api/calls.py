@@ -216,10 +216,6 @@ def embed(
         else:
             table = extract_resumable(loaded.backbone, opened, context, Path(partial))
         rows = table.indices.tolist()
-        if not rows:
-            skipped = [*opened.skipped, *table.skipped]
-            reasons = "\n".join(f"  {item.name}: {item.reason}" for item in skipped[:5])
-            raise UserError(f"None of the {len(opened)} images can be read:\n{reasons}")
         labels = np.full(len(opened), -1) if opened.labels is None else opened.labels
         return Embedding(
             names=[opened.names[int(row)] for row in rows],

@@ -19,7 +19,7 @@ from dino_ssl.config import to_dict
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext
-from dino_ssl.evals.features import ImageFeatures, extract, precision_of, weights_hash
+from dino_ssl.evals.features import ImageFeatures, extract, precision_of, unreadable, weights_hash
 from dino_ssl.files import read_json, write_errors, write_json
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.progress import no_progress
@@ -60,7 +60,8 @@ def extract_resumable(backbone: Backbone, dataset: ImageDataset, context: EvalCo
             if distributed.run_on_rank0(lambda start=start: time.monotonic() - start < CHUNK_SECONDS / 2):
                 size = min(2 * size, LAST_CHUNK)
     if not rows:
-        raise UserError(f"None of the {count} images can be read.")
+        first = unreadable(dataset, 0)
+        raise UserError(f"None of the {count} images can be read. {first.name}: {first.reason}")
     table = {
         "features": torch.from_numpy(np.memmap(features, np.float32, "r+", shape=(rows, backbone.embed_dim))),
         "indices": torch.from_numpy(np.memmap(indices, np.int64, "r+", shape=rows)),
