@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import struct
 import zlib
 
@@ -270,7 +271,8 @@ def test_data_after_the_image_is_ignored(tmp_path):
     assert decode(path).shape == (64, 96, 3)
 
 
-def test_decoders_print_nothing_for_broken_content(tmp_path, capfd):
+def test_decoders_print_nothing_for_broken_content(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's would hide what Pillow logs
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "TIFF with LZW"):
         for byte in (b"\x55", b"\xff", b"\0"):
             data = bytearray(encoded(kind))
@@ -279,6 +281,9 @@ def test_decoders_print_nothing_for_broken_content(tmp_path, capfd):
             path.write_bytes(data)
             with contextlib.suppress(BadImage):
                 decode(path)
+    samples = [struct.pack("<HHII", 277, 4, 1, count) for count in (4, 49884)]
+    with pytest.raises(BadImage):
+        decode("samples.tif", tiff(np.zeros((4, 4, 4), np.uint8), None).replace(*samples))
     out, err = capfd.readouterr()
     assert out + err == ""
 

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import importlib.util
 import io
+import logging
 import os
 import stat
 import struct
@@ -73,6 +74,7 @@ for library in Path(PIL.__file__).parents[1].glob("pillow.libs/libtiff*"):  # pr
         getattr(ctypes.CDLL(str(library)), handler)(None)
 cv2.setNumThreads(0)  # one thread per image; worker processes are the parallelism
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # errors are raised, not printed
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # its errors are raised as well
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata; a local filter would not be safe with threads
 
 
