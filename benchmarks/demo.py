@@ -3,10 +3,11 @@
     python benchmarks/demo.py --json docs/benchmarks/demo.json
 
 Each seed is one `dino train --preset demo` in a process of its own. All scores are of the validation parts of the
-synthetic images, which no setting was chosen with. Attention masks hold 60 % of the mean attention over the heads, and
-are compared with those of random weights and with the centered square of the best side. `seconds` is the time of
-training with its evaluations and the report, next to whatever else runs on the machine; `cpu_seconds` is the processor
-time of all its processes. Seeds that the JSON file has are skipped, so that an interrupted benchmark resumes.
+synthetic images; only the number of epochs was chosen with a look at their attention masks (LOG.md). Attention masks
+hold 60 % of the mean attention over the heads, and are compared with those of random weights and with the centered
+square of the best side. `seconds` is the time of training with its evaluations and the report, next to whatever else
+runs on the machine; `cpu_seconds` is the processor time of all its processes. Seeds that the JSON file has are skipped,
+so that an interrupted benchmark resumes.
 """
 
 import argparse

@@ -119,9 +119,15 @@ def test_a_directory_of_hugging_face(network, tmp_path: Path, modules, blocks, p
     assert loaded.config == ViT(width=64, depth=3, heads=2, patch=8, image_size=32, registers=2)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
     assert load(tmp_path).transform == Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    (tmp_path / "config.json").write_text("[1]")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0] * 3, "image_std": [1] * 3}))
+    assert load(tmp_path).transform == Preprocessing(size=32, mean=(0, 0, 0), std=(1, 1, 1))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": 0.5, "image_std": [0.0] * 3}))
     assert load(tmp_path).transform == Preprocessing(size=32)
+    for damaged in ("{bad", "[1]"):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"config\.json cannot be read: expected a JSON object"):
+            load(tmp_path)
+    (tmp_path / "config.json").unlink()
     assert torch.equal(output(load(tmp_path)), output(network))
 
 
@@ -173,6 +179,8 @@ def test_heads_that_a_file_does_not_name_are_assumed_aloud_and_can_be_set(networ
     assert not torch.equal(output(four), output(network))
     with pytest.raises(UserError, match="multiple of the heads, got 64 and 5"):
         load(tmp_path / "vit.pth", num_heads=5)
+    with pytest.raises(UserError, match="`num_heads` must be at least 1; got 0"):
+        load(tmp_path / "vit.pth", num_heads=0)
     save_backbone(VIT, network.state_dict(), tmp_path / "ours.safetensors")
     with pytest.raises(UserError, match="`num_heads` is for a ViT that"):
         load(tmp_path / "ours.safetensors", num_heads=4)

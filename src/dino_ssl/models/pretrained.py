@@ -4,14 +4,13 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from dino_ssl.config import from_dict
-from dino_ssl.errors import UserError
+from dino_ssl.errors import UserError, check_value
 from dino_ssl.models import Backbone, BackboneConfig, Timm, ViT, backbone_named
 from dino_ssl.models.vit import SIZES, Size
 from dino_ssl.models.vit_weights import convert_vit_weights
@@ -103,10 +102,12 @@ def load(
         if isinstance(run, Mapping) and run.get("backbone"):
             described = from_dict(BackboneConfig, run["backbone"], trust=trust)
             transform = content.get("preprocessing") and from_dict(Preprocessing, content["preprocessing"])
+    check_value("num_heads", num_heads, least=1)
     if num_heads is not None and (backbone or described):
         raise UserError(f"`num_heads` is for a ViT that {path} does not describe; its heads are known. Omit it.")
     published = _published_settings(path)
-    config = backbone or described or infer_config(state, path, num_heads or published.get("num_attention_heads"))
+    heads = published.get("num_attention_heads") if num_heads is None else num_heads
+    config = backbone or described or infer_config(state, path, heads)
     if transform is None and {"image_mean", "image_std"} <= published.keys():
         mean, std = tuple(published["image_mean"]), tuple(published["image_std"])
         transform = Preprocessing(size=config.input_size, mean=mean, std=std)
@@ -204,7 +205,7 @@ def _infer_vit(state: StateDict, path: Path, num_heads: int | None) -> ViT:
             f"{path} is a ViT of width {width}; its number of heads cannot be inferred as width / 64.\n"
             "Set `num_heads` to the number with which it was trained."
         )
-    heads = num_heads or width // 64
+    heads = width // 64 if num_heads is None else num_heads
     if num_heads is None:
         logger.info(f"{path}: assumed {heads} attention heads of 64 channels; set `num_heads` if it has others.")
     hidden = len(state[fc1]) if (fc1 := "blocks.0.mlp.fc1.weight") in state else 4 * width
@@ -230,13 +231,16 @@ def _published_settings(path: Path) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for name in ("config.json", "preprocessor_config.json") if path.name in PUBLISHED else ():
-        with suppress(OSError, ValueError, TypeError, RecursionError):
-            found |= dict(json.loads((path.parent / name).read_text()))
+        file = path.parent / name
+        try:
+            found |= json.loads(file.read_text()) if file.is_file() else {}
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{file} cannot be read: expected a JSON object. ({error})") from error
     return {name: found[name] for name, is_valid in kinds.items() if name in found and is_valid(found[name])}
 
 
 def _is_rgb(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(isinstance(number, float) for number in value)
+    return isinstance(value, list) and len(value) == 3 and all(type(number) in (int, float) for number in value)
 
 
 def _shapes(state: StateDict) -> dict[str, torch.Size]:
