@@ -17,6 +17,11 @@ def visible(text: str, keep: str = "") -> str:
     return CONTROL.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
 
 
+def for_terminal(text: str) -> str:
+    """Return a message without control characters but newlines and tabs; undecodable bytes become question marks."""
+    return visible(text.encode("utf-8", "replace").decode(), keep="\n\t")
+
+
 def duration(seconds: float) -> str:
     """Return `8 s`, `3 min 20 s`, `25 min`, `2 h 05 min`, `3 d 4 h`: two units at most."""
     whole = max(0, round(seconds))

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextCol
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from dino_ssl.formatting import visible
+from dino_ssl.formatting import for_terminal
 from dino_ssl.progress import Progress
 
 logger = logging.getLogger("dino_ssl")
@@ -177,7 +177,7 @@ class _LogHandler(logging.Handler):
 
 def _plain_text(text: str) -> str:
     """Escape markup and control characters, and replace the undecodable bytes of file names."""
-    return escape(visible(text.encode("utf-8", "replace").decode(), keep="\n\t"))
+    return escape(for_terminal(text))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dino_ssl.cli.early_checks import check_arguments
 from dino_ssl.cli.flags import known_fields, with_flags
 from dino_ssl.cli.help_pages import help_page
 from dino_ssl.errors import UserError, did_you_mean
-from dino_ssl.formatting import visible
+from dino_ssl.formatting import for_terminal
 
 COMMANDS = {
     "train": ("dino_ssl.cli.train", "train a backbone on a folder of images"),
@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("DINO_DEBUG"):
             raise
         if os.environ.get("RANK", "0") == "0":
-            message = visible(with_flags(str(error)), keep="\n\t")
-            print(f"dino: {message.encode('utf-8', 'replace').decode()}", file=sys.stderr)
+            print(f"dino: {for_terminal(with_flags(str(error)))}", file=sys.stderr)
         return USER_ERROR
     except SystemExit as stop:  # help and invalid options, by tyro
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -129,8 +129,8 @@ def relabeled(dataset: ImageDataset, classes: list[str], name: str) -> ImageData
         return dataset
     labels, own = dataset.labels, dataset.classes
     if labels is None:
-        folders = {path.split("/")[0] for path in dataset.names if "/" in path}
-        if len(folders) != 1 or not all("/" in path for path in dataset.names):
+        folders = {path.rpartition("/")[0].split("/")[0] for path in dataset.names}  # "" outside of all folders
+        if len(folders) != 1 or "" in folders:
             raise UserError(f"Accuracy needs labels, and the validation set {name} has none.\n{CLASS_FOLDERS}")
         labels, own = np.zeros(len(dataset), dtype=np.int64), list(folders)
     if unknown := [name for name in own if name not in classes]:

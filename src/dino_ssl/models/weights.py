@@ -106,7 +106,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 
     Raises UserError, and loads nothing, if names or shapes differ, or if values are not finite or not floating point.
     """
-    broken = [name for name, value in state.items() if not _is_usable(value, module.state_dict().get(name))]
+    own = module.state_dict()
+    broken = [name for name, value in state.items() if not _is_usable(value, own.get(name))]
     if broken:
         raise UserError(
             f"The weights in {source} cannot be used: {len(broken)} of {len(state)} tensors have NaN or infinite "
