@@ -42,7 +42,7 @@ lint: .venv/ready
 	$(BIN)/pyright
 
 lock: .venv/ready
-	$(BIN)/uv pip compile pyproject.toml --group dev --universal --generate-hashes --no-header --no-annotate \
+	$(BIN)/uv pip compile pyproject.toml --group dev --extra search --extra explore --extra segmentation --universal --generate-hashes --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --python-version 3.11 --quiet --output-file requirements.lock
 
 clean:
