@@ -11,10 +11,10 @@ SRC = Path(__file__).parents[1] / "src" / "dino_ssl"
 
 LAYERS = [
     ["__main__", "__init__"],
-    ["cli"],
+    ["cli", "explore"],
     ["ablations", "api", "report"],
-    ["viz", "profiling", "presets", "collapse"],
-    ["training", "training_evals", "state", "events", "signals", "run"],
+    ["search", "segmentation", "viz", "profiling", "presets", "collapse"],
+    ["training", "training_evals", "state", "events", "signals", "run", "loading"],
     ["evals", "methods", "kernels"],
     ["data", "optim", "metrics", "feature_stats", "checkpoint"],
     ["models", "preprocessing"],

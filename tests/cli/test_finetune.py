@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.api.resolve import starting_from
 from dino_ssl.data.synthetic.scenes import Scenes
+from dino_ssl.loading import open_checkpoint
 from dino_ssl.presets import resolve
 from dino_ssl.run import read_run
 

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dino_ssl
-from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.config import to_dict
 from dino_ssl.data.sources import open_dataset
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
+from dino_ssl.loading import open_checkpoint
 from dino_ssl.models import Backbone, Features, ViT
 from dino_ssl.models import timm as timm_networks
 from dino_ssl.models.pretrained import load

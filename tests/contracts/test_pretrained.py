@@ -11,9 +11,9 @@ import safetensors.torch
 import timm
 import torch
 
-from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.config import to_dict
 from dino_ssl.errors import UserError
+from dino_ssl.loading import open_checkpoint
 from dino_ssl.models import DINOHead, Network, Timm, ViT, pretrained
 from dino_ssl.models.pretrained import RELEASED, load
 from dino_ssl.models.weights import load_strict, save_backbone

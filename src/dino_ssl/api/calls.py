@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from dino_ssl import __version__
-from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint, read_image
 from dino_ssl.config import to_dict
 from dino_ssl.data.dataset import Skipped
 from dino_ssl.data.loader import read_or_none
@@ -29,6 +28,7 @@ from dino_ssl.evals.features import extract
 from dino_ssl.evals.resumable import extract_resumable
 from dino_ssl.files import write_json
 from dino_ssl.formatting import Summarized
+from dino_ssl.loading import Checkpoint, open_checkpoint, read_image
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import Weights
 from dino_ssl.preprocessing import to_rgb

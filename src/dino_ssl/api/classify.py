@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_ssl.api.calls import Embedding, embed
-from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint
 from dino_ssl.data.dataset import ImageDataset, Skipped
 from dino_ssl.data.sources import CLASS_FOLDERS, DatasetSource, open_dataset
 from dino_ssl.errors import UserError, check_value
@@ -26,6 +25,7 @@ from dino_ssl.evals.features import raw_pixels
 from dino_ssl.evals.knn import knn_votes, nearest_neighbors
 from dino_ssl.evals.low_shot import ROWS, fit_logistic
 from dino_ssl.formatting import Summarized
+from dino_ssl.loading import Checkpoint, open_checkpoint
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import Weights
 from dino_ssl.progress import Progress, StartProgress, no_progress

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dino_ssl import checkpoint
-from dino_ssl.api.checkpoints import Checkpoint
 from dino_ssl.config import differences, edit, format_value
 from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.errors import UserError
 from dino_ssl.files import has_checkpoint, read_json
+from dino_ssl.loading import Checkpoint
 from dino_ssl.models import BackboneConfig
 from dino_ssl.models.pretrained import load, weights_file
 from dino_ssl.models.weights import load_strict

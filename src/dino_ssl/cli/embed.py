@@ -13,7 +13,6 @@ import pyarrow.parquet
 import tyro
 
 from dino_ssl.api.calls import Embedding
-from dino_ssl.api.checkpoints import Checkpoint
 from dino_ssl.cli.images import (
     DatasetOptions,
     compute_features,
@@ -24,6 +23,7 @@ from dino_ssl.cli.images import (
 )
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write, check_format, check_writable
+from dino_ssl.loading import Checkpoint
 from dino_ssl.terminal import Terminal, is_rank0
 
 EXAMPLES = """\

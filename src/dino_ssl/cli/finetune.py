@@ -7,7 +7,6 @@ from typing import Annotated
 
 import tyro
 
-from dino_ssl.api.checkpoints import open_checkpoint
 from dino_ssl.api.resolve import starting_from
 from dino_ssl.cli.command_line import CommandLine, SessionOptions
 from dino_ssl.cli.help_pages import page_examples
@@ -17,6 +16,7 @@ from dino_ssl.cli.train import run_command
 from dino_ssl.config import edit
 from dino_ssl.data.sources import dataset_config
 from dino_ssl.errors import UserError
+from dino_ssl.loading import open_checkpoint
 from dino_ssl.presets import resolve
 from dino_ssl.run import Run
 

@@ -11,7 +11,6 @@ import numpy as np
 import tyro
 
 from dino_ssl.api.calls import Embedding, embed
-from dino_ssl.api.checkpoints import Checkpoint, open_checkpoint
 from dino_ssl.cli.options import Device, Json, NumHeads, Trust, Weights, parse
 from dino_ssl.config import import_type
 from dino_ssl.data.benchmarks.voc import Masked
@@ -19,6 +18,7 @@ from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Skipped
 from dino_ssl.data.decode import SUFFIXES
 from dino_ssl.data.sources import WORDS, open_dataset
 from dino_ssl.errors import UserError
+from dino_ssl.loading import Checkpoint, open_checkpoint
 from dino_ssl.names import is_import
 from dino_ssl.terminal import Terminal, command_output, is_rank0
 
