@@ -26,6 +26,7 @@ LAYERS = [
         "terminal",
         "config",
         "names",
+        "html",
         "files",
         "progress",
         "formatting",

@@ -14,13 +14,12 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import dino_ssl
-from dino_ssl import checkpoint
+from dino_ssl import checkpoint, html
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.evals.knn import KNN
 from dino_ssl.metrics import read_metrics
 from dino_ssl.preprocessing import Preprocessing, normalize
-from dino_ssl.report import html
 
 
 def test_training_writes_all_files_of_a_run(trained):

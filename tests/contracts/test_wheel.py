@@ -14,12 +14,12 @@ from importlib.resources import files
 from pathlib import Path
 
 import dino_ssl
-from dino_ssl.report.html import STYLE
+from dino_ssl.html import STYLE
 
 package = Path(dino_ssl.__file__).parent
 assert package.parent == Path(sys.argv[1]), package
 assert files("dino_ssl").joinpath("py.typed").is_file()
-assert STYLE == (package / "report" / "report.css").read_text(encoding="utf-8") and "{" in STYLE
+assert STYLE == (package / "html.css").read_text(encoding="utf-8") and "{" in STYLE
 """
 
 

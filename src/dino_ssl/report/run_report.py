@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dino_ssl.files import atomic_write, read_lines
+from dino_ssl import html
+from dino_ssl.files import read_lines
 from dino_ssl.formatting import duration, plural
-from dino_ssl.report import html
 from dino_ssl.report.curves import History, chart, charts, line
 from dino_ssl.report.sections import (
     attention_section,
@@ -80,8 +80,7 @@ def write_report(run_dir: Path | str, run: Run | None = None, *, thumbnails: boo
         _environment(info, history),
         f"<footer>{PRIVATE_FOOTER if private else FOOTER}</footer>",
     ]
-    text = html.page(f"{run_dir.resolve().name} · dino", body)
-    return atomic_write(run_dir / "report.html", lambda part: part.write_text(text, encoding="utf-8"))
+    return html.write_page(run_dir / "report.html", f"{run_dir.resolve().name} · dino", body)
 
 
 def _headline(results: Results, run: Run) -> str:

@@ -7,11 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dino_ssl import html
 from dino_ssl.config import format_value, type_name
 from dino_ssl.data.dataset import spaced_indices
 from dino_ssl.files import check_format, read_json, read_lines
 from dino_ssl.presets.plan import FORMAT
-from dino_ssl.report import html
 from dino_ssl.report.curves import History, Line, Rows, chart, charts, line, score_names
 from dino_ssl.report.snapshots import read_index, read_neighbors
 from dino_ssl.report.verdict import ONLINE, below_initial

@@ -1,34 +1,60 @@
-"""Pieces of HTML for the report, and its style sheet. Images are inlined: a page loads nothing."""
+"""Pieces of HTML for reports and galleries, and their style sheet. Images are inlined: a page loads nothing."""
 
 import base64
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 
-STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+from dino_ssl.files import atomic_write
+from dino_ssl.formatting import visible
+
+STYLE = Path(__file__).with_name("html.css").read_text(encoding="utf-8")
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """Return an HTML document. Its content security policy forbids loading anything."""
+def page(title: str, body: Iterable[str]) -> Iterator[str]:
+    """Yield an HTML document part by part. Its content security policy forbids loading anything, and scripts."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+    yield (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f"<style>{STYLE}</style></head>\n<body><main>\n{''.join(body)}\n</main></body></html>\n"
+        f"<style>{STYLE}</style></head>\n<body><main>\n"
     )
+    yield from body
+    yield "\n</main></body></html>\n"
 
 
-def message(text: str) -> str:
+def write_page(path: Path, title: str, body: Iterable[str]) -> Path:
+    """Write an HTML document atomically; only one part of the body is in memory at a time. Return the path."""
+
+    def write(part: Path) -> None:
+        with part.open("w", encoding="utf-8") as file:
+            file.writelines(page(title, body))
+
+    return atomic_write(path, write)
+
+
+def text(name: str) -> str:
+    """Return a foreign text, such as a file name, as HTML: control characters as escapes, undecodable bytes as ?."""
+    return escape(visible(name.encode("utf-8", "replace").decode()))
+
+
+def jpeg(data: bytes, alt: str) -> str:
+    """Return an inlined JPEG as an image with an alternative text."""
+    encoded = base64.b64encode(data).decode("ascii")
+    return f'<img src="data:image/jpeg;base64,{encoded}" alt="{text(alt)}" loading="lazy">'
+
+
+def message(sentence: str) -> str:
     """Return a message of the library as HTML; names in backticks become code."""
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(sentence))
 
 
-def section(title: str, text: str, *parts: str) -> str:
+def section(title: str, sentence: str, *parts: str) -> str:
     """Return a heading, a sentence (HTML) and the parts, or an empty string if all parts are empty."""
     content = "".join(parts)
-    return f"<section><h2>{escape(title)}</h2><p>{text}</p>{content}</section>\n" if content else ""
+    return f"<section><h2>{escape(title)}</h2><p>{sentence}</p>{content}</section>\n" if content else ""
 
 
 def tile(label: str, value: str, note: str = "", *, unit: str = "") -> str:
@@ -58,8 +84,7 @@ def image_cell(path: Path | None, caption: str = "", *, alt: str = "", kind: str
     """Return a table cell with an inlined JPEG and a caption; a dash if the file is missing. kind: CSS class."""
     image = "–"
     if path is not None and path.is_file():
-        data = base64.b64encode(path.read_bytes()).decode("ascii")
-        image = f'<img src="data:image/jpeg;base64,{data}" alt="{escape(alt)}" loading="lazy">'
+        image = jpeg(path.read_bytes(), alt)
     line = f'<div class="under {kind}" title="{escape(caption)}">{escape(caption)}</div>' if caption else ""
     return f"<td>{image}{line}</td>"
 

@@ -1,0 +1,1 @@
+"""Search, duplicates, clusters, maps and selections over an index of image features."""
