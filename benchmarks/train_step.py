@@ -4,7 +4,8 @@
 
 `plain:float32` is the published step (`benchmarks/plain.py`: explicit attention matrices, a log-softmax for each pair
 of views, gradient clipping and EMA one parameter at a time), `plain:bfloat16` and `plain:float16` the same under
-autocast, `dino:...` is `dino_ssl.training.train_step`, `lightly:...` combines lightly's parts with timm's network.
+autocast, `dino:...` is `dino_ssl.training.train_step`, `compiled:...` the same with the blocks of a ViT compiled by
+torch.compile, `lightly:...` combines lightly's parts with timm's network.
 All start from the same weights and use the same images. Our step normalizes them itself; the others get normalized
 ones, because their loaders do it. Each version runs in its own process and reports the growth of that process's
 memory.
@@ -17,10 +18,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import Memory
 from dino_ssl.data.batch import Batch
+from dino_ssl.models.backbone import Backbone
+from dino_ssl.models.blocks import Block
 from dino_ssl.preprocessing import normalize
 from dino_ssl.runtime import machine, start, synchronize
 from dino_ssl.state import State, build_method, prepare_model
@@ -41,22 +44,25 @@ def child(version: str, workload: Workload, steps: int) -> dict:
     """Return times, losses and peak memory of one version in this process."""
     kind, _, precision = version.partition(":")
     device, views = machine().device, random_views(workload)
-    crops = [] if kind == "dino" else [crop for stack in views for crop in normalize(stack)]
+    is_ours = kind in ("dino", "compiled")
+    crops = [] if is_ours else [crop for stack in views for crop in normalize(stack)]
     torch.manual_seed(1)
     memory = Memory(device)
-    if kind == "dino":
-        result = run_dino(workload, precision, views, steps)
+    if is_ours:
+        result = run_dino(workload, precision, views, steps, compiled=kind == "compiled")
     else:
         baseline, settings = workload.baseline(kind, precision, device), workload.step_settings()
         result = time_steps(lambda _: baseline.step(crops, settings), steps, device)
     return result | {"peak": memory.peak()}
 
 
-def run_dino(workload: Workload, precision: str, views: tuple[Tensor, ...], steps: int) -> dict:
-    """Return times and losses of our step."""
+def run_dino(workload: Workload, precision: str, views: tuple[Tensor, ...], steps: int, *, compiled: bool) -> dict:
+    """Return times and losses of our step; compiled: one pass per resolution, with the blocks of a ViT compiled."""
     run = workload.run(precision)
     with start(run.precision) as rt:
         method = build_method(run)
+        if compiled:
+            compile_blocks(method)
         model = prepare_model(method, rt)
         state = State(method, run.optim.build(method.trainable), rt.scaler())
 
@@ -65,6 +71,15 @@ def run_dino(workload: Workload, precision: str, views: tuple[Tensor, ...], step
             return train_step(state, model, Batch(views), CLOCK, run, rt)["loss"]
 
         return time_steps(step, steps, rt.device)
+
+
+def compile_blocks(method: nn.Module) -> None:
+    """Compile the blocks of every ViT, and pass its resolutions one by one: their shapes are then fixed."""
+    for module in method.modules():
+        if isinstance(module, Backbone):
+            module.use_kernels(forward_views=Backbone.forward_views)
+        elif isinstance(module, Block):
+            module.compile()
 
 
 def time_steps(step: Callable[[int], Tensor | float], steps: int, device: torch.device) -> dict:

@@ -1,7 +1,8 @@
 """The workloads of the training benchmarks, and the comparison of all versions of a training step.
 
-A version is KIND:PRECISION, e.g. `plain:float32` or `dino:bfloat16`. `dino` is this package, `plain` the published step
-(`plain.py`), `lightly` the package of that name (`lightly_dino.py`).
+A version is KIND:PRECISION, e.g. `plain:float32` or `dino:bfloat16`. `dino` is this package, `compiled` the same with
+compiled blocks (`train_step.py`), `plain` the published step (`plain.py`), `lightly` the package of that name
+(`lightly_dino.py`).
 """
 
 import argparse
@@ -172,7 +173,9 @@ def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a ViT student")
     parser.add_argument("--hidden", type=int, default=2048, help="width of the head's hidden layers")
     parser.add_argument("--micro-batch", type=int, default=0, help="images per micro-batch of our step; 0: all")
-    parser.add_argument("--versions", nargs="+", metavar="KIND:PRECISION", help="plain, dino or lightly : float32, ...")
+    parser.add_argument(
+        "--versions", nargs="+", metavar="KIND:PRECISION", help="plain, dino, compiled or lightly : float32, ..."
+    )
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--json", type=Path, help="output file")
     parser.add_argument("--child", metavar="VERSION", help=argparse.SUPPRESS)

@@ -19,6 +19,7 @@ import common
 import data
 import end_to_end
 import extraction
+import gpu
 import plain
 import table
 import train_step
@@ -230,3 +231,33 @@ def test_row_without_its_versions_is_not_measured(tmp_path: Path) -> None:
     line = table.line(row, tmp_path)
     assert "**4.00x** `plain:bfloat16` (4.00 against 1.00 images/s), 0.25 of its memory" in line
     assert "measured with batch 8, 1 turn | M; D; torch T |" in line
+
+
+def test_gpu_parity_compares_gradients_and_detects_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = gpu.parity_run(None, tiny=True)
+    assert gpu.parity(run, "float32", ("loss_from_bottleneck", "forward_views"))["passed"]
+    in_bfloat16 = gpu.parity(run, "bfloat16", ("forward_views",))
+    assert in_bfloat16["passed"]
+    assert 1e-4 < in_bfloat16["reference"] < 0.05
+    packed = gpu.kernels.optimized()["forward_views"]
+    wrong = {"forward_views": lambda backbone, views: 1.1 * packed(backbone, views)}
+    monkeypatch.setattr(gpu.kernels, "optimized", lambda: wrong)
+    assert not gpu.parity(run, "float32", ("forward_views",))["passed"]
+
+
+def test_gpu_script_takes_a_step_that_the_scaler_skips() -> None:
+    assert gpu.skipped_step(tiny=True) == dict.fromkeys(
+        ["weights_equal", "state_finite", "scale_halved", "passed"], True
+    )
+
+
+def test_gpu_script_saves_errors_and_what_does_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    done = gpu.Measurements(gpu.argparse.Namespace(minutes=1, json=path))
+    done.add("broken", lambda: 1 / 0)
+    done.add("too long", lambda: 1, seconds=1000)
+    done.add("short", lambda: 1)
+    kept = json.loads(path.read_text())["measurements"]
+    assert kept["broken"] == {"failed": "ZeroDivisionError: division by zero"}
+    assert "needs 1000" in kept["too long"]["not_measured"]
+    assert kept["short"] == 1

@@ -1,0 +1,290 @@
+"""Everything that needs a GPU: parity in low precision, training steps, memory, compiled blocks, training from files.
+
+    python benchmarks/gpu.py measure --minutes 8 --json docs/benchmarks/gpu.json
+    python benchmarks/gpu.py train DATA --minutes 9 --json docs/benchmarks/gpu-train.json
+
+The results are saved after each measurement, so a session that ends early keeps what it has. A measurement that fails
+is saved with its error; one that no longer fits into the time is saved as such. `--tiny` runs everything at the
+smallest sizes, on a CPU too. `gpu_prepare.sh` packs the images and wheels for a machine without a network.
+
+Parity compares gradients of one whole step, all parameters as one vector, with those of the reference implementation
+in float32: `error` is the relative distance of the optimized step in low precision, `reference` that of the reference
+implementation in the same precision, which is rounding. Optimized kernels may not be further away than twice that.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from common import about, save
+from dino_ssl import kernels
+from dino_ssl.config import edit
+from dino_ssl.data.batch import Batch
+from dino_ssl.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
+from dino_ssl.methods.method import BuildContext, Implementations, Method, MethodConfig
+from dino_ssl.models.vit import ViT
+from dino_ssl.preprocessing import normalize
+from dino_ssl.profiling.roofline import matmul_throughput
+from dino_ssl.run import Run
+from dino_ssl.runtime import Precision, machine, start, synchronize
+from dino_ssl.schedules import Clock
+from dino_ssl.state import State, build_method, prepare_model
+from dino_ssl.training import train_step
+
+SCRIPTS = Path(__file__).parent
+CLOCK = Clock(10_000, 1_000, 100)
+FULL_VIEWS = ["--views", "2x224+8x96", "--k", "65536"]
+STEPS = (  # network, batch, target share of the matmul rate in percent, versions
+    ("vit_small", 128, 40, ("plain:float16", "dino:bfloat16", "compiled:bfloat16", "lightly:float16")),
+    ("vit_base", 64, 45, ("plain:float16", "dino:bfloat16", "compiled:bfloat16")),
+    ("vit_small_8", 32, 45, ("plain:float16", "dino:bfloat16", "compiled:bfloat16")),
+    ("resnet50", 64, 30, ("plain:float16", "dino:bfloat16", "lightly:float16")),
+)
+TINY_STEPS = (("narrow", 4, 40, ("plain:float32", "dino:float32")),)
+TINY_VIEWS = ["--views", "2x32+2x16", "--k", "64", "--hidden", "32"]
+
+
+class Measurements:
+    """Results by name, saved after each; `minutes` for all of them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.path, self.console = options.json, Console()
+        self.deadline = time.monotonic() + 60 * options.minutes
+        self.result: dict[str, Any] = {"benchmark": "gpu", **about(vars(options)), "measurements": {}}
+
+    @property
+    def seconds_left(self) -> float:
+        """Time until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def add(self, name: str, measure: Callable[[], Any], seconds: float = 10) -> None:
+        """Measure if `seconds` are left; save the result, or why there is none."""
+        began = time.monotonic()
+        if self.seconds_left < seconds:
+            value: Any = {"not_measured": f"{self.seconds_left:.0f} s left, needs {seconds:.0f}"}
+        else:
+            try:
+                value = measure()
+            except Exception as error:  # the other measurements continue, whatever this one met
+                value = {"failed": f"{type(error).__name__}: {error}"[:500]}
+        self.result["measurements"][name] = value
+        self.console.print(f"[{time.monotonic() - began:5.1f} s] {name}: {json.dumps(value)[:400]}", highlight=False)
+        save(self.path, self.result)
+
+
+# -- parity ----------------------------------------------------------------------------------------------------
+
+
+def parity_run(method: MethodConfig | None, tiny: bool) -> Run:
+    """Return a run of one method with a ViT of both resolutions, drop-path included."""
+    size = dict(global_size=32, local_size=16, local=2) if tiny else dict(global_size=224, local_size=96, local=4)
+    network = (
+        ViT(patch=8, width=16, depth=3, heads=2, image_size=32, drop_path=0.1)
+        if tiny
+        else ViT(size="small", drop_path=0.1)
+    )
+    run = edit(Run(backbone=network), optim=dict(batch_size=8), views=size)
+    if method is not None:
+        return edit(run, method=method)
+    return edit(run, method=dict(out_dim=64, head_hidden=32) if tiny else dict(out_dim=8192))
+
+
+def methods(tiny: bool) -> dict[str, MethodConfig | None]:
+    """Return every method by name; None is DINO."""
+    small: dict[str, Any] = dict(head_dim=32, head_hidden=64) if tiny else {}
+    return {
+        "dino": None,
+        "byol": BYOLConfig(**small),
+        "moco": MoCoConfig(**small, queue=64),
+        "swav": SwAVConfig(**small, out_dim=32 if tiny else 3000),
+        "supervised": SupervisedConfig(),
+    }
+
+
+def random_batch(run: Run) -> Batch:
+    """Return random uint8 images and labels."""
+    rng, count = torch.Generator().manual_seed(0), run.optim.batch_size
+    views = (
+        torch.randint(0, 256, (n, count, 3, side, side), dtype=torch.uint8, generator=rng)
+        for n, side in run.views.view_shapes
+    )
+    return Batch(tuple(views), torch.arange(count) % 3)
+
+
+def gradient(run: Run, precision: Precision, names: tuple[str, ...]) -> Tensor:
+    """Return the gradient of one step with the optimized implementations `names`, float64 on the CPU."""
+    optimized = {name: function for name, function in kernels.optimized().items() if name in names}
+    with start(precision) as rt:
+        torch.manual_seed(run.seed)
+        context = BuildContext(run.backbone, run.seed, 3, None, "", Implementations(**optimized))
+        method = run.method.build(context).to(rt.device).train()
+        without_drop_path(method)
+        batch = random_batch(run)
+        views = tuple(normalize(view.flatten(0, 1).to(rt.device)).unflatten(0, view.shape[:2]) for view in batch.views)
+        assert batch.labels is not None
+        batch = Batch(views, batch.labels.to(rt.device))
+        with torch.no_grad(), rt.autocast():  # fills MoCo's queue, without which its loss is 0
+            method.after_step(method(batch, CLOCK, None).carry, CLOCK)
+        with rt.autocast():
+            loss = method(batch, CLOCK, None).loss
+        scale = 1024.0 if precision == "float16" else 1.0  # a fixed one: small gradients do not underflow
+        (loss.float() * scale).backward()
+        parts = [p.grad.double().flatten().cpu() / scale for p in method.parameters() if p.grad is not None]
+        return torch.cat(parts)
+
+
+def without_drop_path(method: Method) -> None:
+    """Switch stochastic depth off: packed and separate views draw different images."""
+    for module in method.modules():
+        if hasattr(module, "drop_path"):
+            module.drop_path = 0.0
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    """Return |value - reference| / |reference|."""
+    return float((value - reference).norm() / reference.norm())
+
+
+def parity(run: Run, precision: Precision, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the relative errors of an optimized and a reference step against the reference step in float32."""
+    exact = gradient(run, "float32", ())
+    error, rounding = (relative(gradient(run, precision, each), exact) for each in (names, ()))
+    return {"error": error, "reference": rounding, "passed": bool(error <= 2 * rounding + 1e-5)}
+
+
+def skipped_step(tiny: bool) -> dict[str, Any]:
+    """Take a step whose gradients overflow: the scaler skips it, so weights stay equal and the scale is halved."""
+    run = parity_run(None, tiny)
+    with start("float16" if machine().device.type == "cuda" else "float32") as rt:
+        method = build_method(run, classes=3)
+        model = prepare_model(method, rt)
+        scaler = torch.amp.GradScaler(rt.device.type, init_scale=2.0**100, enabled=True)
+        state = State(method, run.optim.build(method.trainable), scaler)
+        before = [p.detach().clone() for p in method.trainable.parameters()]
+        method.register_forward_hook(lambda module, args, out: out._replace(loss=out.loss * torch.inf))
+        train_step(state, model, random_batch(run), CLOCK, run, rt)
+        synchronize(rt.device)
+        equal = all(torch.equal(a, b) for a, b in zip(before, method.trainable.parameters(), strict=True))
+        finite = all(
+            bool(value.isfinite().all()) for value in method.state_dict().values() if value.is_floating_point()
+        )
+        halved = scaler.get_scale() == 2.0**99
+    return {
+        "weights_equal": equal,
+        "state_finite": finite,
+        "scale_halved": halved,
+        "passed": equal and halved and finite,
+    }
+
+
+# -- training --------------------------------------------------------------------------------------------------
+
+
+def child(script: str, arguments: list[str], seconds: float) -> dict[str, Any]:
+    """Return the rows of a benchmark that runs in a process of its own, at most `seconds` long."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, str(SCRIPTS / script), *arguments, "--turns", "1", "--json", str(result)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        content = json.loads(result.read_text())
+        return {"rows": content["rows"], "matmul_flops_per_s": content["matmul_flops_per_s"]}
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Run the parity checks, then the training steps, then training from files."""
+    done, tiny, device = Measurements(options), options.tiny, machine().device
+    precisions: tuple[Precision, ...] = ("bfloat16", "float16") if device.type == "cuda" else ("bfloat16",)
+    done.add(
+        "matmul FLOP/s",
+        lambda: dict(zip(("flops_per_s", "shape"), matmul_throughput(device, precisions[0]), strict=True)),
+    )
+    done.add("skipped step", lambda: skipped_step(tiny))
+    groups = {
+        "loss": ("loss_from_bottleneck", "batch_center"),
+        "attention": ("attention",),
+        "packed ViT": ("forward_views",),
+    }
+    for precision in precisions:
+        for name, names in groups.items():
+            done.add(f"parity {precision}: {name}", lambda p=precision, n=names: parity(parity_run(None, tiny), p, n))
+        for name, method in methods(tiny).items():
+            run = parity_run(method, tiny)
+            done.add(
+                f"parity {precision}: step of {name}",
+                lambda r=run, p=precision: parity(r, p, tuple(kernels.optimized())),
+            )
+    for network, batch, target, versions in TINY_STEPS if tiny else STEPS:
+        arguments = ["--network", network, "--batch", str(batch), *(TINY_VIEWS if tiny else FULL_VIEWS)]
+        arguments += ["--steps", "2" if tiny else "5", "--versions", *versions]
+        done.add(
+            f"step of {network} (target {target} % of matmul)",
+            lambda a=arguments: child("train_step.py", a, done.seconds_left),
+            30,
+        )
+    files = ["--network", "narrow" if tiny else "vit_small", "--batch", "4" if tiny else "128"]
+    files += [*(TINY_VIEWS if tiny else FULL_VIEWS), "--workers", "1" if tiny else str(machine().cores)]
+    files += [
+        "--steps",
+        "2" if tiny else "8",
+        "--files",
+        "8" if tiny else "512",
+        "--versions",
+        "dino:float32" if tiny else "dino:bfloat16",
+    ]
+    done.add("from JPEG files", lambda: child("end_to_end.py", files, done.seconds_left), 30)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train on DATA/train for the minutes, evaluate on DATA/val: 20-NN accuracy over time."""
+    done = Measurements(options)
+    arguments = [str(options.data), "--recipe", options.recipe, "--minutes", str(options.minutes - 1), "--every", "1"]
+
+    def curve() -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder) / "curve.json"
+            command = [
+                sys.executable,
+                str(SCRIPTS / "time_to_accuracy.py"),
+                *arguments,
+                "--out",
+                folder,
+                "--json",
+                str(result),
+            ]
+            subprocess.run(command, check=True, timeout=done.seconds_left)
+            return json.loads(result.read_text())["curve"]
+
+    done.add(f"20-NN of {options.recipe} (target 84 %)", curve, 60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["measure", "train"])
+    parser.add_argument("data", type=Path, nargs="?", help="of train: folder with train/CLASS/* and val/CLASS/*")
+    parser.add_argument("--recipe", default="resnet18", help="of train; see time_to_accuracy.py")
+    parser.add_argument("--minutes", type=float, default=8, help="for everything; what does not fit is left out")
+    parser.add_argument("--tiny", action="store_true", help="of measure: the smallest sizes, as a trial on a CPU")
+    parser.add_argument("--json", type=Path, help="output file, written after each measurement")
+    options = parser.parse_args()
+    if options.part == "measure":
+        measure(options)
+    elif options.data is None:
+        parser.error("train expected DATA, a folder with train/ and val/")
+    else:
+        train(options)
+
+
+if __name__ == "__main__":
+    main()
