@@ -1,6 +1,7 @@
 """Errors that a user can fix, and checks that raise them."""
 
 import difflib
+import importlib
 from collections.abc import Iterable
 from operator import ge, gt, le, lt
 from typing import Any
@@ -15,6 +16,14 @@ class UserError(Exception):
 
 class Diverged(UserError):  # noqa: N818 - named after the event, as in the paper
     """The loss became infinite or nan; everything since the last checkpoint is lost."""
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Import a module of an optional dependency. Raises UserError that names the extra if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f'This needs {module.partition(".")[0]}: pip install "dino-ssl[{extra}]".') from error
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
