@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from dino_ssl.models.vit import ViT as ViT
     from dino_ssl.preprocessing import Preprocessing as Preprocessing
     from dino_ssl.run import Run as Run
+    from dino_ssl.search.index import Index as Index
 
-__all__ = ["DINO", "Folder", "Preprocessing", "Run", "Scenes", "Timm", "UserError", "ViT", "__version__"]
+__all__ = ["DINO", "Folder", "Index", "Preprocessing", "Run", "Scenes", "Timm", "UserError", "ViT", "__version__"]
 __all__ += ["attention", "classify", "edit", "embed", "evaluate", "load", "train"]
 _MODULES = {
     "api.calls": ("attention", "embed", "evaluate"),
@@ -45,6 +46,7 @@ _MODULES = {
     "models.vit": ("ViT",),
     "preprocessing": ("Preprocessing",),
     "run": ("Run",),
+    "search.index": ("Index",),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 

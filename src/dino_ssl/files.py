@@ -17,8 +17,8 @@ LINES_FORMAT = 1
 """Version of JSON lines files; every line has it, since several processes append to one file."""
 PART = ".part"
 """Suffix of a file while it is written; a killed process leaves such a file."""
-LOCK = ".lock-of-training"
-"""File in the folder of a run that the process that trains it has locked."""
+LOCK = ".lock"
+"""File in the folder of a run or an index that the process that writes it has locked."""
 OUTPUT_MARK = ".dino-output"
 """File in a folder of images that a command created: they are not part of a dataset around it."""
 
@@ -63,8 +63,8 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Create a run's folder and hold it for this process, until the end or its death.
+def locked(folder: Path, activity: str = "trained") -> Iterator[None]:
+    """Create the folder of a run or an index and hold it for this process, until the end or its death.
 
     Raises UserError, which names the process that holds it. A file system without locks is not checked.
     """
@@ -77,8 +77,8 @@ def locked(folder: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             raise UserError(
-                f"{folder} is being trained by {file.read() or 'another process'}. Wait until it ends, stop it, or set "
-                "another `out`."
+                f"{folder} is being {activity} by {file.read() or 'another process'}. Wait until it ends, stop it, or "
+                "set another `out`."
             ) from error
         except OSError:
             pass

@@ -99,7 +99,7 @@ class FolderDataset(ImageDataset):
         root: str | Path,
         files: Sequence[str],
         names: Sequence[str],
-        sizes: Sequence[tuple[int, int]],
+        sizes: np.ndarray | Sequence[tuple[int, int]],
         labels: np.ndarray | None,
         classes: Sequence[str],
         skipped: Sequence[Skipped],
@@ -111,15 +111,15 @@ class FolderDataset(ImageDataset):
 
     def encoded(self, index: int) -> bytes:
         """Return the content of the file of image `index`."""
-        return read_bytes(self._file(index))
+        return read_bytes(self.path(index))
 
     def read(self, index: int) -> np.ndarray:
         """Return image `index`, uint8 RGB [height, width, 3]."""
-        return decode(self._file(index))
+        return decode(self.path(index))
 
     def read_downscaled(self, index: int, times: Reduction) -> np.ndarray:
         """Return image `index`; a JPEG is downscaled by this factor while it is decoded."""
-        return decode(self._file(index), reduce=times)
+        return decode(self.path(index), reduce=times)
 
     @property
     def content_key(self) -> str | None:
@@ -127,13 +127,14 @@ class FolderDataset(ImageDataset):
         digest = hashlib.sha256(self.fingerprint.encode())
         try:
             for index in range(len(self)):
-                status = os.stat(self._file(index))
+                status = os.stat(self.path(index))
                 digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
         except OSError:
             return None
         return digest.hexdigest()[:16]
 
-    def _file(self, index: int) -> str:
+    def path(self, index: int) -> str:
+        """Return the path of image `index`."""
         return self._unprintable.get(index) or os.path.join(self.root, self.names[index])
 
 

@@ -93,6 +93,15 @@ def extract_resized(
     return _extract(backbone, dataset, batches, describe, width, (key, f"{backbone.transform}", digest), context)
 
 
+def forward(
+    backbone: Backbone, images: Tensor, context: EvalContext, describe: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Return the features of uint8 images [B, 3, H, W], or what `describe` computes: float32 [B, D] on the CPU."""
+    with context.autocast():
+        out = (describe or backbone)(backbone.transform.normalize(images.to(context.device, non_blocking=True)))
+    return out.float().cpu()
+
+
 def _extract(
     backbone: Backbone,
     dataset: ImageDataset,
@@ -104,9 +113,7 @@ def _extract(
 ) -> ImageFeatures:
     def features(shard: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         for indices, images in batches(shard):
-            with context.autocast():
-                out = describe(backbone.transform.normalize(images.to(context.device, non_blocking=True)))
-            yield indices, out.float().cpu()
+            yield indices, forward(backbone, images, context, describe)
 
     def compute() -> dict[str, Tensor]:
         with evaluating(backbone), torch.random.fork_rng(devices=[]):  # data loaders draw a seed

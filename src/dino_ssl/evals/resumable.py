@@ -52,8 +52,8 @@ def extract_resumable(backbone: Backbone, dataset: ImageDataset, context: EvalCo
             start, end = time.monotonic(), min(done + size, count)
             chunk = extract(backbone, dataset.subset(np.arange(done, end)), replace(context, progress=no_progress))
             if distributed.is_rank0():
-                _append(features, chunk.features.numpy(), rows)
-                _append(indices, chunk.indices.numpy() + done, rows)
+                append_rows(features, chunk.features.numpy(), rows)
+                append_rows(indices, chunk.indices.numpy() + done, rows)
                 write_json(folder / "state.json", {**job, "done": end, "rows": rows + len(chunk.indices)})
             done, rows = end, rows + len(chunk.indices)
             progress(done, count)
@@ -84,8 +84,8 @@ def _find_state(folder: Path, job: Mapping[str, Any], count: int) -> tuple[int, 
     return state["done"], state["rows"]
 
 
-def _append(path: Path, values: np.ndarray, row: int) -> None:
-    """Write rows after the first `row` rows; a killed process may have left more."""
+def append_rows(path: Path, values: np.ndarray, row: int) -> None:
+    """Write rows to a file after its first `row` rows, and to the disk; a killed process may have left more."""
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:

@@ -1,0 +1,237 @@
+"""An index of a collection of images: search in it, and what the other modules compute from it."""
+
+import io
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dino_ssl.data.dataset import BadImage, ImageDataset, Skipped
+from dino_ssl.data.decode import decode
+from dino_ssl.data.shards import is_shards
+from dino_ssl.data.sources import DatasetSource, open_dataset
+from dino_ssl.errors import UserError, check_value
+from dino_ssl.files import atomic_write
+from dino_ssl.formatting import Summarized
+from dino_ssl.loading import Checkpoint, open_checkpoint
+from dino_ssl.models.backbone import Backbone
+from dino_ssl.models.pretrained import Weights
+from dino_ssl.progress import Progress
+from dino_ssl.runtime import Precision
+from dino_ssl.search.build import BuildSettings, Changes, update_index
+from dino_ssl.search.listing import restore_source
+from dino_ssl.search.nearest import top_k
+from dino_ssl.search.query import Query, query_vector
+from dino_ssl.search.store import Items, open_store
+
+
+class Hit(NamedTuple):
+    """An image that a search has found."""
+
+    name: str
+    similarity: float
+    """Cosine of the features, at most 1."""
+    row: int
+
+
+class Index(Summarized):
+    """The last complete state of an index: N images with their unit features, memory-mapped and read-only.
+
+    index = dino_ssl.Index.build("runs/photos", "photos", path="photos.idx")
+    index = dino_ssl.Index("photos.idx")
+    index.search("query.jpg", k=20)
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        images: DatasetSource | None = None,
+        checkpoint: str | Path | Backbone | Checkpoint | None = None,
+        device: str | torch.device | None = None,
+        trust: bool = False,
+    ) -> None:
+        """Open an index.
+
+        Args:
+            path: Its folder.
+            images: The images, if they were moved or are a Python object. Default: those that were indexed.
+            checkpoint: The network, if it was moved. Its weights must be those of the index.
+            device: Of the network: cpu, cuda, cuda:1, mps, ...; None: a GPU if there is one.
+            trust: Import types from outside the package that the index or the checkpoint names, which runs their code.
+        """
+        self.folder = Path(path)
+        """Folder of the index. Other results are kept in it, with the generation that they belong to."""
+        self.store = open_store(self.folder)
+        self._images, self._checkpoint, self._device, self._trust = images, checkpoint, device, trust
+        self._dataset: ImageDataset | None = None
+        self.changes = Changes(kept=len(self))
+        """What `build` or `update` has changed."""
+
+    @classmethod
+    def build(
+        cls,
+        checkpoint: str | Path | Backbone | Checkpoint,
+        images: DatasetSource,
+        *,
+        path: str | Path,
+        size: int | None = None,
+        precision: Precision | None = None,
+        batch_size: int = 64,
+        workers: int = 0,
+        progress: Progress | None = None,
+        device: str | torch.device | None = None,
+        weights: Weights = "last",
+        num_heads: int | None = None,
+        trust: bool = False,
+    ) -> "Index":
+        """Build the index of a folder, tar shards or any dataset, or update it: only what has changed is read.
+
+        Args:
+            checkpoint: A run folder, a file, a released network, timm:NAME, or a backbone.
+            images: A folder, a list of images, or any map-style torch dataset.
+            path: Folder of the index.
+            size: Side of the center crop in pixels. Default: the size at which the run evaluates its network.
+            precision: Of the forward pass. Default: bfloat16 if the device supports it, otherwise float32.
+            batch_size: Images per forward pass.
+            workers: Worker processes that decode images.
+            progress: Called with (done, total).
+            device: cpu, cuda, cuda:1, mps, ...; None: a GPU if there is one.
+            weights: Those of a run's folder that are used.
+            num_heads: Of a ViT that the file does not describe.
+            trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
+        """
+        settings = BuildSettings(size=size, precision=precision, batch_size=batch_size, workers=workers)
+        loaded = open_checkpoint(checkpoint, device, weights=weights, num_heads=num_heads, trust=trust)
+        _, changes = update_index(Path(path), loaded, images, settings, progress)
+        index = cls(path, images=images, checkpoint=loaded, device=device, trust=trust)
+        index.changes = changes
+        return index
+
+    def update(self, *, workers: int = 0, batch_size: int = 64, progress: Progress | None = None) -> "Index":
+        """Read new and changed images, drop those that are gone, and return this index in its new state."""
+        info = self.store.info
+        settings = BuildSettings(size=info.preprocessing.size, batch_size=batch_size, workers=workers)
+        _, self.changes = update_index(self.folder, self.checkpoint, self._source, settings, progress)
+        self.store = open_store(self.folder)
+        self._dataset = None
+        return self
+
+    def __len__(self) -> int:
+        return self.store.info.rows
+
+    @property
+    def features(self) -> Any:
+        """[N, D] float16, unit length: a memory-mapped array, or `Shards`, whose slices and selections are arrays."""
+        return self.store.features
+
+    @property
+    def items(self) -> Items:
+        """Names, labels, sizes and hashes of the N images."""
+        return self.store.items
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Images that cannot be used, with the reason."""
+        return self.store.skipped
+
+    @property
+    def generation(self) -> int:
+        """Number that changes with the rows."""
+        return self.store.info.generation
+
+    @property
+    def summary(self) -> dict[str, object]:
+        """Names and values to show."""
+        info = self.store.info
+        source = next(iter(info.images.values()))
+        shape = {"images": info.rows, "dimensions": info.dimensions, "skipped": len(self.skipped)}
+        return {"index": str(self.folder), "of": str(source), **shape, "checkpoint": info.checkpoint["source"]}
+
+    # -- images ------------------------------------------------------------------------------------------------
+
+    @property
+    def _source(self) -> DatasetSource:
+        return restore_source(self.store.info.images, self._trust) if self._images is None else self._images
+
+    @cached_property
+    def _root(self) -> Path | None:
+        """The folder of the images; None if they are no files in a folder."""
+        if not isinstance(self._source, str | Path) or "folder" not in self.store.info.images:
+            return None
+        root = Path(self._source).expanduser()
+        return None if is_shards(root) else root
+
+    def path_of(self, row: int) -> Path | None:
+        """Return the file of an image; None if it is no file, as in tar shards."""
+        if self._root is None:
+            return None
+        return self._root / Path(str(self.items.path(row), "utf-8", "surrogateescape"))
+
+    def read(self, row: int) -> np.ndarray:
+        """Return an image as it is viewed, uint8 RGB [H, W, 3]. Raises BadImage if it is missing or unreadable."""
+        if (path := self.path_of(row)) is not None:
+            assert self._root is not None
+            if not self._root.is_dir():
+                raise BadImage(path, f"there is no folder {self._root}; if it was moved, pass it as `images`")
+            return decode(path)
+        name, self._dataset = self.items.names[row], self._dataset or open_dataset(self._source)
+        if name not in self._dataset.names:
+            raise BadImage(name, "no longer in the dataset; update the index")
+        return self._dataset.read(self._dataset.names.index(name))
+
+    def thumbnail(self, row: int, side: int = 128) -> bytes:
+        """Return an image as JPEG of at most side x side pixels, cached in the folder by its content."""
+        content = self.items.table["content"][row].as_py().hex()
+        file = self.folder / "thumbnails" / content[:2] / f"{content}-{side}.jpg"
+        with suppress(OSError):
+            return file.read_bytes()
+        image, out = Image.fromarray(self.read(row)), io.BytesIO()
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        image.save(out, "JPEG", quality=85)
+        with suppress(UserError):  # a full disk or a read-only folder: only slower
+            atomic_write(file, lambda part: part.write_bytes(out.getvalue()))
+        return out.getvalue()
+
+    # -- search ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The network of the index. Raises UserError if it is missing or has other weights."""
+        known = self.store.info.checkpoint
+        source = known["source"] if self._checkpoint is None else self._checkpoint
+        loaded = open_checkpoint(
+            source, self._device, weights=known["weights"] or "last", num_heads=known["num_heads"], trust=self._trust
+        )
+        if loaded.hash != known["hash"]:
+            raise UserError(
+                f"{self.folder} has features of other weights ({known['hash']}) than {loaded.source} ({loaded.hash}). "
+                "Pass the file of those weights as `checkpoint`, or build another index."
+            )
+        return loaded
+
+    @property
+    def backbone(self) -> Backbone:
+        """The network of the index, loaded when it is first used."""
+        return self.checkpoint.backbone
+
+    def search(self, query: Query | Sequence[Query], k: int = 20, *, region: Sequence[int] | None = None) -> list[Hit]:
+        """Return the k most similar images, best first.
+
+        Args:
+            query: An image: a path, a PIL image, a uint8 array [H, W, 3]; a row of the index, or the name of its image;
+                a vector [D]; or a list of these, whose mean feature is the query.
+            k: Number of images.
+            region: (x, y, width, height) in pixels of the image as viewed: the query is this part of it.
+        """
+        check_value("k", k, least=1)
+        similarity, rows = top_k(query_vector(self, query, region)[None], self.features, k, unit=True)
+        return [
+            Hit(self.items.names[int(row)], min(value, 1.0), int(row))
+            for value, row in zip(similarity[0].tolist(), rows[0].tolist(), strict=True)
+        ]
