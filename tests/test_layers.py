@@ -17,7 +17,7 @@ LAYERS = [
     ["training", "training_evals", "state", "events", "signals", "run", "loading"],
     ["evals", "methods", "kernels"],
     ["data", "optim", "metrics", "feature_stats", "checkpoint"],
-    ["models", "preprocessing"],
+    ["models", "preprocessing", "discovery"],
     [
         "runtime",
         "objectives",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dino_ssl.api.calls import embed as embed
     from dino_ssl.api.calls import evaluate as evaluate
     from dino_ssl.api.classify import classify as classify
+    from dino_ssl.api.segment import segment as segment
     from dino_ssl.api.training import train as train
     from dino_ssl.config import edit as edit
     from dino_ssl.data.folder import Folder as Folder
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
     from dino_ssl.search.index import Index as Index
 
 __all__ = ["DINO", "Folder", "Index", "Preprocessing", "Run", "Scenes", "Timm", "UserError", "ViT", "__version__"]
-__all__ += ["attention", "classify", "edit", "embed", "evaluate", "load", "train"]
+__all__ += ["attention", "classify", "edit", "embed", "evaluate", "load", "segment", "train"]
 _MODULES = {
     "api.calls": ("attention", "embed", "evaluate"),
     "api.classify": ("classify",),
+    "api.segment": ("segment",),
     "api.training": ("train",),
     "config": ("edit",),
     "data.folder": ("Folder",),

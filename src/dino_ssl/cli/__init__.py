@@ -21,6 +21,7 @@ COMMANDS = {
     "attention": ("dino_ssl.cli.attention", "draw attention maps"),
     "tsne": ("dino_ssl.cli.tsne", "draw a t-SNE map of images or classes"),
     "pca": ("dino_ssl.cli.pca", "color the patches of images by principal components of their features"),
+    "segment": ("dino_ssl.cli.segment", "write masks of objects, without labels"),
     "track": ("dino_ssl.cli.track", "track objects through a video from one mask"),
     "embed": ("dino_ssl.cli.embed", "write the features of images to a file"),
     "classify": ("dino_ssl.cli.classify", "predict the class of images from a few labeled ones"),

@@ -17,7 +17,7 @@ from dino_ssl.evals import FINETUNE, check_name
 from dino_ssl.files import IS_OUTPUT, has_checkpoint, is_output
 from dino_ssl.names import check_checkpoint, check_dataset
 
-WITH_CHECKPOINT = ("attention", "classify", "embed", "eval", "pca", "track", "tsne")
+WITH_CHECKPOINT = ("attention", "classify", "embed", "eval", "pca", "segment", "track", "tsne")
 """Commands whose words are a checkpoint and then paths."""
 WITHOUT_CHECKPOINT = ("bench", "data", "train")
 """Commands whose words are paths."""

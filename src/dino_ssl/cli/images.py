@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -18,6 +18,7 @@ from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Skipped
 from dino_ssl.data.decode import SUFFIXES
 from dino_ssl.data.sources import WORDS, open_dataset
 from dino_ssl.errors import UserError
+from dino_ssl.evals.attention_maps import check_ratio
 from dino_ssl.loading import Checkpoint, open_checkpoint
 from dino_ssl.names import is_import
 from dino_ssl.terminal import Terminal, command_output, is_rank0
@@ -32,8 +33,6 @@ NUM_SCENES = 12
 SHEET_PANELS = 120
 """Panels in the overview that `dino attention` and `dino pca` write: those of the first images."""
 MAX_SKIPPED_LINES = 5
-MAX_RATIO = 16
-"""Longer by shorter side of an image: the short side is that of the network's input, and the long one follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +114,23 @@ def dataset_named(name: str) -> str | DatasetConfig:
     return kind()
 
 
-def read_images(
-    names: Sequence[str], terminal: Terminal, label: str, skipped: list[dict[str, str]]
-) -> Iterator[tuple[str, str, np.ndarray, np.ndarray | None]]:
-    """Yield (name, stem, uint8 RGB [H, W, 3], mask) of each named image file and of all images of the named datasets.
+class ListedImage(NamedTuple):
+    """An image of a named file or dataset."""
 
-    stem: unique path of the output, relative to the output folder and without suffix. mask: uint8 [H, W], positive on
-    objects; None if the dataset has no masks. Unreadable images of a dataset are printed and appended to `skipped`.
-    Raises UserError for a named file that is no image, and if no image is left.
+    name: str
+    """The file, or DATASET/NAME."""
+    stem: str
+    """Unique path of its output, relative to the output folder and without suffix."""
+    dataset: ImageDataset
+    index: int
+
+
+def list_images(names: Sequence[str], terminal: Terminal, skipped: list[dict[str, str]]) -> list[ListedImage]:
+    """Return each named image file and all images of the named datasets; print what is skipped and append it.
+
+    Raises UserError for a named file that is no image, and if there is no name.
     """
-    images: list[tuple[str, str, ImageDataset, int]] = []
+    images: list[ListedImage] = []
     stems: set[str] = set()
     for name in names:
         is_file = Path(name).is_file() or (Path(name).suffix.lower() in SUFFIXES and not Path(name).is_dir())
@@ -135,15 +141,26 @@ def read_images(
         for index in range(min(len(dataset), NUM_SCENES) if name in WORDS else len(dataset)):
             inner = Path(name).name if is_file else dataset.names[index]
             full = name if is_file else f"{name.rstrip('/')}/{inner}"
-            images.append((full, unique_name(str(Path(inner).with_suffix("")), stems), dataset, index))
-    num_read = 0
+            images.append(ListedImage(full, unique_name(str(Path(inner).with_suffix("")), stems), dataset, index))
+    if not images:
+        raise UserError("No images: expected image files or folders, before options with several values like --heads.")
+    return images
+
+
+def read_images(
+    names: Sequence[str], terminal: Terminal, label: str, skipped: list[dict[str, str]]
+) -> Iterator[tuple[str, str, np.ndarray, np.ndarray | None]]:
+    """Yield (name, stem, uint8 RGB [H, W, 3], mask) of the images of `list_images`.
+
+    mask: uint8 [H, W], positive on objects; None if the dataset has no masks. Unreadable images of a dataset are
+    printed and appended to `skipped`. Raises UserError if no image is left.
+    """
+    images, num_read = list_images(names, terminal, skipped), 0
     with terminal.progress(label) as progress:
         for done, (name, stem, dataset, index) in enumerate(images, 1):
             try:
                 pixels, mask = dataset.read(index), dataset.mask(index) if isinstance(dataset, Masked) else None
-                if max(pixels.shape[:2]) > MAX_RATIO * min(pixels.shape[:2]):
-                    height, width = pixels.shape[:2]
-                    raise BadImage(name, f"{width} x {height} pixels: longer than {MAX_RATIO} times its short side")
+                check_ratio(name, *pixels.shape[:2])
             except BadImage as error:
                 skipped += report_skipped([Skipped(name, error.reason)], terminal)
             else:
@@ -151,8 +168,7 @@ def read_images(
                 yield name, stem, pixels, mask
             progress(done, len(images))
     if not num_read:
-        missing = "No images: expected image files or folders, before options with several values such as --heads."
-        raise UserError(f"None of the {len(images)} images can be read." if images else missing)
+        raise UserError(f"None of the {len(images)} images can be read.")
 
 
 def unique_name(name: str, taken: set[str]) -> str:

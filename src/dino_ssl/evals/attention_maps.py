@@ -6,12 +6,23 @@ from contextlib import nullcontext
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
+from dino_ssl.data.dataset import BadImage
 from dino_ssl.errors import UserError, check_value
 from dino_ssl.evals.base import Autocast, evaluating
 from dino_ssl.models.backbone import Attentive, Backbone
 
 MAX_PATCHES = 10_000  # attention between this many patches takes 2.4 GB with six heads
+
+MAX_RATIO = 16
+"""Longer by shorter side of an image: the short side is that of the network's input, and the long one follows."""
+
+
+def check_ratio(name: str, height: int, width: int) -> None:
+    """Raise BadImage if an image is too long for a network's input with all of it."""
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise BadImage(name, f"{width} x {height} pixels: longer than {MAX_RATIO} times its short side")
 
 
 def attention_size(training_size: int) -> int:
@@ -25,9 +36,15 @@ def resize_to_patches(image: np.ndarray, size: int, patch: int) -> np.ndarray:
     The authors crop the remainder; here each side is rounded to the nearest multiple, so that the maps cover the whole
     image.
     """
+    rows, columns = patch_grid(*image.shape[:2], size, patch)
+    interpolation = cv2.INTER_AREA if rows * patch < image.shape[0] else cv2.INTER_CUBIC
+    return cv2.resize(image, (columns * patch, rows * patch), interpolation=interpolation)
+
+
+def patch_grid(height: int, width: int, size: int, patch: int) -> tuple[int, int]:
+    """Return (rows, columns) of patches of an image that is resized to a short side of about `size`."""
     if size < 1:
         raise UserError(f"`size` must be at least 1; got {size}.")
-    height, width = image.shape[:2]
     scale = size / min(height, width)
     rows, columns = (max(1, round(side * scale / patch)) for side in (height, width))
     if rows * columns > MAX_PATCHES:
@@ -35,8 +52,7 @@ def resize_to_patches(image: np.ndarray, size: int, patch: int) -> np.ndarray:
             f"expected an input of at most {MAX_PATCHES} patches; a {width} x {height} image at short side {size} has "
             f"{columns} x {rows} patches of {patch}. Use a smaller size, or crop the image."
         )
-    interpolation = cv2.INTER_AREA if rows * patch < height else cv2.INTER_CUBIC
-    return cv2.resize(image, (columns * patch, rows * patch), interpolation=interpolation)
+    return rows, columns
 
 
 def require_attention(backbone: Backbone) -> Attentive:
@@ -63,15 +79,22 @@ def patch_attention(
     blocks = backbone.num_blocks
     if not -blocks <= layer < blocks:
         raise UserError(f"`layer` must be in {-blocks} .. {blocks - 1} for a network of {blocks} blocks; got {layer}.")
-    first_patch = 1 + backbone.registers
-    tokens = [0 if query is None else first_patch + query for query in queries]
-    planes = np.ascontiguousarray(image.transpose(2, 0, 1))[None]
-    with evaluating(backbone):
-        images = torch.from_numpy(planes).to(next(backbone.parameters()).device)
-        with autocast():
-            attention = backbone.attention(backbone.transform.normalize(images), layer)
-        rows = attention[0][:, tokens, first_patch:].float().transpose(0, 1).cpu().numpy()
+    tokens = [0 if query is None else 1 + backbone.registers + query for query in queries]
+    with evaluating(backbone), autocast():
+        rows = attention_rows(backbone, network_input(backbone, image[None]), tokens, layer)[0].cpu().numpy()
     return rows.reshape(*rows.shape[:2], image.shape[0] // backbone.patch, image.shape[1] // backbone.patch)
+
+
+def attention_rows(backbone: Attentive, images: Tensor, tokens: Sequence[int], layer: int) -> Tensor:
+    """Return the attention of tokens to all patches: normalized [B, 3, H, W] -> [B, tokens, heads, h w] float32."""
+    attention = backbone.attention(images, layer)
+    return attention[:, :, list(tokens), 1 + backbone.registers :].float().transpose(1, 2)
+
+
+def network_input(backbone: Backbone, images: np.ndarray) -> Tensor:
+    """Return images, uint8 RGB [B, H, W, 3], normalized on the device of the network: [B, 3, H, W]."""
+    planes = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return backbone.transform.normalize(planes.to(next(backbone.parameters()).device))
 
 
 def top_mass_mask(attention: np.ndarray, mass: float = 0.6) -> np.ndarray:

@@ -85,6 +85,14 @@ class Backbone(nn.Module, ABC):
         raise UserError(f"{type(self).__name__} does not define `layer_ids`: set `optim.layer_decay` to 1.")
 
 
+class Projections(NamedTuple):
+    """The inputs of self-attention in a block, [B, heads, N, d] each: [CLS], registers, patches in row-major order."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
 class Attentive(Backbone):
     """A network with self-attention over [CLS], register and patch tokens, in this order (Fig. 1, 3, 8 and 10)."""
 
@@ -95,6 +103,10 @@ class Attentive(Backbone):
     @abstractmethod
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
         """Return softmax(q k / sqrt(d)) of one block, [B, 3, H, W] -> [B, heads, queries, keys]."""
+
+    def projections(self, images: Tensor, layer: int = -1) -> Projections:
+        """Return queries, keys and values of one block, with their biases; images are [B, 3, H, W]."""
+        raise UserError(f"{type(self).__name__} does not define `projections`, the keys of its patches.")
 
     def block_index(self, layer: int) -> int:
         """Return the index of a block, from the end if `layer` is negative. Raise UserError if there is none."""

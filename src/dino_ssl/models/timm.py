@@ -15,7 +15,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from dino_ssl.errors import UserError, did_you_mean
-from dino_ssl.models.backbone import Attentive, Backbone, BackboneConfig, Features
+from dino_ssl.models.backbone import Attentive, Backbone, BackboneConfig, Features, Projections
 from dino_ssl.preprocessing import Preprocessing
 
 
@@ -196,14 +196,20 @@ class TimmViT(TimmBackbone, Attentive):
 
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
         """Return the attention weights of a block, [B, 3, H, W] -> [B, heads, N, N] in float32."""
+        q, k, _ = self.projections(images, layer)
+        scale = self.net.blocks[self.block_index(layer)].attn.scale
+        return ((q * scale) @ k.transpose(-2, -1)).float().softmax(dim=-1)
+
+    def projections(self, images: Tensor, layer: int = -1) -> Projections:
+        """Return queries, keys and values of a block; queries and keys after their norms, if it has some."""
         attn, inputs = self.net.blocks[self.block_index(layer)].attn, []
         hook = attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         try:
             self.forward_features(images)
         finally:
             hook.remove()
-        q, k, _ = attn.qkv(inputs[0]).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return ((attn.q_norm(q) * attn.scale) @ attn.k_norm(k).transpose(-2, -1)).float().softmax(dim=-1)
+        q, k, v = attn.qkv(inputs[0]).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return Projections(attn.q_norm(q), attn.k_norm(k), v)
 
 
 def create(name: str, *, drop_path: float, pretrained: bool, args: Mapping[str, str]) -> nn.Module:

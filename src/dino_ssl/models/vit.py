@@ -14,8 +14,8 @@ from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
 from dino_ssl.errors import UserError, check_range
-from dino_ssl.models.backbone import Attentive, BackboneConfig, Features
-from dino_ssl.models.blocks import NORM_EPS, Block, PatchEmbed, init_weights, scaled_dot_product
+from dino_ssl.models.backbone import Attentive, BackboneConfig, Features, Projections
+from dino_ssl.models.blocks import NORM_EPS, Attention, Block, PatchEmbed, init_weights, scaled_dot_product
 from dino_ssl.models.vit_weights import convert_vit_weights
 from dino_ssl.preprocessing import Preprocessing
 
@@ -196,12 +196,23 @@ class VisionTransformer(Attentive):
 
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
         """Return the attention weights of a block, [B, 3, H, W] -> [B, heads, N, N] in float32."""
+        attention, tokens = self._attention_input(images, layer)
+        return attention.weights(tokens)
+
+    def projections(self, images: Tensor, layer: int = -1) -> Projections:
+        """Return queries, keys and values of a block, with the bias of the keys, which `attention` does not need."""
+        attention, tokens = self._attention_input(images, layer)
+        qkv = attention.qkv(tokens).unflatten(-1, (3, attention.heads, -1))
+        return Projections(*qkv.permute(2, 0, 3, 1, 4))
+
+    def _attention_input(self, images: Tensor, layer: int) -> tuple[Attention, Tensor]:
+        """Return the attention module of a block and its normalized input, [B, N, D]."""
         *earlier, block = list(self.blocks)[: self.block_index(layer) + 1]
         assert isinstance(block, Block)
         tokens = self.embed(images)
         for previous in earlier:
             tokens = previous(tokens)
-        return block.attn.weights(block.norm1(tokens))
+        return block.attn, block.norm1(tokens)
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the tokens that enter the first block, [B, 3, H, W] -> [B, 1 + registers + h w, D]."""

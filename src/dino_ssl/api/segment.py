@@ -1,0 +1,63 @@
+"""`dino_ssl.segment`: the objects of an image as masks, without labels."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from dino_ssl.data.loader import read_or_none
+from dino_ssl.data.sources import DatasetSource, open_dataset
+from dino_ssl.evals.object_masks import MaskMethod, ObjectMasks
+from dino_ssl.loading import Checkpoint, open_checkpoint, read_image
+from dino_ssl.models.backbone import Backbone
+from dino_ssl.models.pretrained import Weights
+from dino_ssl.preprocessing import to_rgb
+from dino_ssl.segmentation.masks import Segmentation, SegmentSettings, input_grid, segment_images
+from dino_ssl.terminal import logger
+
+
+def segment(
+    checkpoint: str | Path | Backbone | Checkpoint,
+    image: str | Path | Image.Image | np.ndarray | Tensor | DatasetSource,
+    *,
+    method: MaskMethod = "tokencut",
+    size: int | None = None,
+    refine: bool = True,
+    device: Any = None,
+    weights: Weights = "last",
+    trust: bool = False,
+    **options: Any,
+) -> Segmentation | list[Segmentation | None]:
+    """Return the objects of an image as masks at its own size.
+
+    Args:
+        checkpoint: A run folder, a file, a released network, timm:NAME, or a backbone.
+        image: A file, a PIL image, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W]; or a folder, a list of these,
+            or any map-style torch dataset, for which a list with the result of each image is returned: None for one
+            that cannot be read, which is logged.
+        method: "tokencut", "maskcut" (several objects), "lost", or "attention".
+        size: Short side of the network's input in pixels. Default: 480, or twice a training size below 224.
+        refine: Move the edges of the masks to edges of the image.
+        device: cpu, cuda, cuda:1, mps, ...; None: a GPU if there is one.
+        weights: Those of a run's folder that are used.
+        trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
+        options: Further settings of `ObjectMasks`: tau, objects, head, mass, layer, feature.
+    """
+    loaded = open_checkpoint(checkpoint, device, weights=weights, trust=trust)
+    settings = SegmentSettings(find=ObjectMasks(method=method, **options), size=size, refine=refine)
+    if isinstance(image, str | Path) and not Path(image).is_dir():
+        image = read_image(image)
+    elif isinstance(image, Image.Image | np.ndarray | Tensor):
+        image = to_rgb(image)
+    if isinstance(image, np.ndarray):
+        input_grid(*image.shape[:2], settings, loaded.backbone)  # raises if it is too long
+        return segment_images(loaded.backbone, [image], settings)[0]
+    dataset, results, skipped = open_dataset(image), [], []
+    for index in range(len(dataset)):
+        pixels = read_or_none(dataset, index, skipped)
+        results.append(None if pixels is None else segment_images(loaded.backbone, [pixels], settings)[0])
+    for item in skipped:
+        logger.warning("skipped: %s: %s", *item)
+    return results

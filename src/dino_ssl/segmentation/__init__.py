@@ -1,0 +1,1 @@
+"""Masks of the objects in images without labels, and files of them for other tools."""
