@@ -322,6 +322,20 @@ MUTANTS = (
         "contracts/test_decode.py::test_damaged_jpegs_are_rejected_and_nothing_is_printed",
     ),
     Mutant(
+        "hot pixels decide the bit depth",
+        "data/bit_depth.py",
+        "SHARE = 0.9999",
+        "SHARE = 1.0",
+        "contracts/test_bit_depth.py::test_the_depth_is_that_of_the_dataset_without_hot_pixels",
+    ),
+    Mutant(
+        "a network reads other images with their own bit depth",
+        "data/loader.py",
+        "    dataset = dataset.with_bit_depth(transform.bit_depth)\n",
+        "",
+        "contracts/test_bit_depth.py::test_a_run_stores_its_depth_and_reads_other_images_with_it",
+    ),
+    Mutant(
         "state is not saved before an error of the data",
         "training.py",
         '            job.save("last.pt")\n        raise\n',

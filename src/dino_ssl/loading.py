@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dino_ssl.data.bit_depth import estimate_bit_depth
 from dino_ssl.data.dataset import BadImage
 from dino_ssl.data.decode import decode
 from dino_ssl.errors import UserError
@@ -16,12 +17,15 @@ from dino_ssl.models.pretrained import RELEASED, Weights, load
 from dino_ssl.runtime import machine
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Return an image file as uint8 [H, W, 3] RGB. Raises UserError if it is missing or unreadable."""
+def read_image(path: str | Path, bit_depth: int | None = None) -> np.ndarray:
+    """Return an image file as uint8 [H, W, 3] RGB. Raises UserError if it is missing or unreadable.
+
+    bit_depth: of a file with 16 bits per value; None estimates it.
+    """
     if not Path(path).is_file():
         raise UserError(f"There is no image {path}{'; it is a folder' if Path(path).is_dir() else ''}.")
     try:
-        return decode(Path(path))
+        return decode(Path(path), bit_depth=bit_depth or estimate_bit_depth([(path, None)]))
     except BadImage as bad:
         raise UserError(f"{path} cannot be read: {bad.reason}") from bad
 

@@ -39,6 +39,8 @@ class Preprocessing:
     """Interpolation of the resize, antialiased."""
     channels: Literal["RGB"] = "RGB"
     """Order of the channels. Files with another order are refused."""
+    bit_depth: int | None = None
+    """Bits of the values in image files with 16 bits per value, as in training; None: estimated for each dataset."""
 
     def __call__(self, image: Any) -> Tensor:
         """Return the network's input. Raise UserError if `image` is none of the accepted types."""
@@ -115,7 +117,7 @@ def to_rgb(image: Any, name: str = "The image", hint: str = "") -> np.ndarray:
 
     C is 1 or 3. Raises UserError for anything else; name, hint: of the image and of further types, for the message.
     """
-    if isinstance(image, Image.Image):
+    if isinstance(image, Image.Image) and image.mode[0] not in "IF":  # of more than 8 bits, which would be clipped
         return np.array(image.convert("RGB"))
     pixels = image.movedim(0, -1).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else image
     if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8:
@@ -123,6 +125,7 @@ def to_rgb(image: Any, name: str = "The image", hint: str = "") -> np.ndarray:
         if pixels.ndim == 3 and pixels.shape[2] in (1, 3):
             return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
     shape = f" of {image.dtype} {tuple(image.shape)}" if isinstance(image, np.ndarray | Tensor) else ""
+    shape = f" of mode {image.mode}, which has no fixed range" if isinstance(image, Image.Image) else shape
     raise UserError(
         f"{name}: expected a PIL image, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W]{hint}, got "
         f"{type(image).__name__}{shape}."

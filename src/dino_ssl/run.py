@@ -115,7 +115,7 @@ class Run:
     @property
     def preprocessing(self) -> Preprocessing:
         """Evaluation transform of the trained network."""
-        return Preprocessing(size=self.eval_size)
+        return Preprocessing(size=self.eval_size, bit_depth=self.data.bit_depth)
 
     def schedules(self) -> dict[str, Schedule]:
         """Return every scheduled value by the name under which it is logged."""

@@ -94,7 +94,7 @@ def split_dataset(run: Run, dataset: ImageDataset) -> tuple[ImageDataset, ImageD
         fraction = run.online_eval.held_out_fraction(dataset)
         train_set, val_set = dataset.split(fraction, run.seed) if fraction else (dataset, None)
         return train_set, val_set or None  # no class has two images
-    val_set = distributed.run_on_rank0(run.val.open)
+    val_set = distributed.run_on_rank0(run.val.open).with_bit_depth(dataset.bit_depth)
     check_distinct(run.data, dataset, run.val, val_set)
     if dataset.labels is None:
         return dataset, val_set

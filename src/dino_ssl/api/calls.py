@@ -262,11 +262,12 @@ def attention(
     loaded = open_checkpoint(checkpoint, device, weights=weights, trust=trust)
     size = size or attention_size(loaded.backbone.transform.size)
     if isinstance(image, str | Path) and not Path(image).is_dir():
-        image = read_image(image)
+        image = read_image(image, loaded.backbone.transform.bit_depth)
     elif isinstance(image, Image.Image | np.ndarray | Tensor):
         image = to_rgb(image)
     if not isinstance(image, np.ndarray):
-        dataset, maps, skipped = open_dataset(image), [], []
+        dataset = open_dataset(image).with_bit_depth(loaded.backbone.transform.bit_depth)
+        maps, skipped = [], []
         options: Any = dict(point=point, layer=layer, heads=heads, mass=mass, size=size)
         for index in range(len(dataset)):
             pixels = read_or_none(dataset, index, skipped)

@@ -48,13 +48,14 @@ def segment(
     loaded = open_checkpoint(checkpoint, device, weights=weights, trust=trust)
     settings = SegmentSettings(find=ObjectMasks(method=method, **options), size=size, refine=refine)
     if isinstance(image, str | Path) and not Path(image).is_dir():
-        image = read_image(image)
+        image = read_image(image, loaded.backbone.transform.bit_depth)
     elif isinstance(image, Image.Image | np.ndarray | Tensor):
         image = to_rgb(image)
     if isinstance(image, np.ndarray):
         input_grid(*image.shape[:2], settings, loaded.backbone)  # raises if it is too long
         return segment_images(loaded.backbone, [image], settings)[0]
-    dataset, results, skipped = open_dataset(image), [], []
+    dataset = open_dataset(image).with_bit_depth(loaded.backbone.transform.bit_depth)
+    results, skipped = [], []
     for index in range(len(dataset)):
         pixels = read_or_none(dataset, index, skipped)
         results.append(None if pixels is None else segment_images(loaded.backbone, [pixels], settings)[0])

@@ -166,12 +166,16 @@ def prepare(
     if existing is not None:
         return PreparedRun(resumed(existing, change), open_data(), existing, device=rt.device)
     dataset = open_data()
+
+    def complete(run: Run) -> Run:
+        return edit(change(run), data=dict(bit_depth=dataset.bit_depth)) if dataset.bit_depth else change(run)
+
     with terminal.progress("measuring this machine") as progress:
         planned = plan(
             dataset,
             machine(rt.device),
             preset=preset,
-            change=change,
+            change=complete,
             method=method,
             minutes=minutes,
             world=rt.world_size,

@@ -9,7 +9,15 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from dino_ssl.cli.images import SHEET_PANELS, CheckpointOptions, ShortSide, read_images, run_command, unique_name
+from dino_ssl.cli.images import (
+    SHEET_PANELS,
+    CheckpointOptions,
+    NamedImages,
+    ShortSide,
+    read_images,
+    run_command,
+    unique_name,
+)
 from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.files import mark_output
 from dino_ssl.formatting import plural
@@ -73,18 +81,17 @@ def _attention(options: AttentionOptions, terminal: Terminal) -> dict[str, Any]:
     out, stems, skipped = Path(options.out), set[str](), list[dict[str, str]]()
     videos = [name for name in options.images if Path(name).suffix.lower() in VIDEO_SUFFIXES]
     names = [name for name in options.images if name not in videos]
-    images = _draw_images(names, attend, out, terminal, skipped) if names or not videos else []
+    read = partial(read_images, names, terminal, "attention", skipped, checkpoint.backbone.transform.bit_depth)
+    images = _draw_images(read(), attend, out, terminal) if names or not videos else []
     drawn = [_draw_video(name, attend, out / f"{unique_name(Path(name).stem, stems)}.mp4", terminal) for name in videos]
     result = {"checkpoint": options.checkpoint, "out": options.out, "images": images, "videos": drawn}
     return {**result, "skipped": skipped}
 
 
-def _draw_images(
-    names: Sequence[str], attend: Attend, out: Path, terminal: Terminal, skipped: list[dict[str, str]]
-) -> list[dict[str, Any]]:
+def _draw_images(images: NamedImages, attend: Attend, out: Path, terminal: Terminal) -> list[dict[str, Any]]:
     """Write the panels of each image, and the overview of the first ones as soon as it is complete."""
     results, overview, file = [], [], None
-    for name, stem, image, mask in read_images(names, terminal, "attention", skipped):
+    for name, stem, image, mask in images:
         maps = attend(image)
         mark_output(out)
         drawn = panels(maps)

@@ -5,7 +5,7 @@ The types of its fields, and therefore the flags, depend on the dataset, the pre
 
 import argparse
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -140,7 +140,10 @@ class CommandLine:
         """Parse the arguments with the fields of `run` as defaults."""
         options = parse(self.kind, self.argv, self.prog, self.examples, self.kind(run=run), RUN_TYPES)
         if options.folder and self.dataset is None and self.existing is None:
-            options = edit(options, run=edit(options.run, data=self._dataset_named(options.folder)))
+            data, typed = self._dataset_named(options.folder), options.run.data
+            if isinstance(data, Folder) and isinstance(typed, Folder):
+                data = replace(typed, path=data.path)
+            options = edit(options, run=edit(options.run, data=data))
         return options
 
     def _with_types(self, run: Run) -> Run:

@@ -28,6 +28,8 @@ ShortSide = Annotated[
     tyro.conf.arg(help="Short side in pixels of the network input. Default: 480, or twice a training size below 224."),
 ]
 
+NamedImages = Iterator[tuple[str, str, np.ndarray, np.ndarray | None]]
+"""Name, stem, pixels and mask of images; see `read_images`."""
 NUM_SCENES = 12
 """Number of images that `scenes` generates in commands that write files for each image."""
 SHEET_PANELS = 120
@@ -125,10 +127,12 @@ class ListedImage(NamedTuple):
     index: int
 
 
-def list_images(names: Sequence[str], terminal: Terminal, skipped: list[dict[str, str]]) -> list[ListedImage]:
+def list_images(
+    names: Sequence[str], terminal: Terminal, skipped: list[dict[str, str]], bit_depth: int | None = None
+) -> list[ListedImage]:
     """Return each named image file and all images of the named datasets; print what is skipped and append it.
 
-    Raises UserError for a named file that is no image, and if there is no name.
+    bit_depth: that of the network's training. Raises UserError for a named file that is no image, and if there is none.
     """
     images: list[ListedImage] = []
     stems: set[str] = set()
@@ -136,7 +140,7 @@ def list_images(names: Sequence[str], terminal: Terminal, skipped: list[dict[str
         is_file = Path(name).is_file() or (Path(name).suffix.lower() in SUFFIXES and not Path(name).is_dir())
         source, part = [name] if is_file else dataset_named(name), "val" if name in WORDS else "train"
         with terminal.progress(f"reading {name}") as progress:
-            dataset = open_dataset(source, progress, part=part)
+            dataset = open_dataset(source, progress, part=part).with_bit_depth(bit_depth)
         skipped += report_skipped(dataset.skipped, terminal)
         for index in range(min(len(dataset), NUM_SCENES) if name in WORDS else len(dataset)):
             inner = Path(name).name if is_file else dataset.names[index]
@@ -148,14 +152,18 @@ def list_images(names: Sequence[str], terminal: Terminal, skipped: list[dict[str
 
 
 def read_images(
-    names: Sequence[str], terminal: Terminal, label: str, skipped: list[dict[str, str]]
-) -> Iterator[tuple[str, str, np.ndarray, np.ndarray | None]]:
+    names: Sequence[str],
+    terminal: Terminal,
+    label: str,
+    skipped: list[dict[str, str]],
+    bit_depth: int | None = None,
+) -> NamedImages:
     """Yield (name, stem, uint8 RGB [H, W, 3], mask) of the images of `list_images`.
 
     mask: uint8 [H, W], positive on objects; None if the dataset has no masks. Unreadable images of a dataset are
     printed and appended to `skipped`. Raises UserError if no image is left.
     """
-    images, num_read = list_images(names, terminal, skipped), 0
+    images, num_read = list_images(names, terminal, skipped, bit_depth), 0
     with terminal.progress(label) as progress:
         for done, (name, stem, dataset, index) in enumerate(images, 1):
             try:

@@ -51,11 +51,12 @@ def _pca(options: PcaOptions, terminal: Terminal) -> dict[str, Any]:
     names: list[tuple[str, str]] = []
 
     def pixels() -> Iterator[np.ndarray]:
-        for name, stem, image, _ in read_images(options.images, terminal, "features", skipped):
+        for name, stem, image, _ in read_images(options.images, terminal, "features", skipped, bit_depth):
             names.append((name, stem))
             yield image
 
     size = options.size or attention_size(checkpoint.backbone.transform.size)
+    bit_depth = checkpoint.backbone.transform.bit_depth
     colored, variance = patch_colors(checkpoint.backbone, pixels(), size=size, foreground=options.foreground)
     out, results, blocks = Path(options.out), [], []
     mark_output(out)

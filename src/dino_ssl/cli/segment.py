@@ -62,17 +62,16 @@ def _segment(options: SegmentOptions, terminal: Terminal) -> dict[str, Any]:
     out, unused = Path(options.out), list[dict[str, str]]()
     check_writable(out)
     clusters = None if options.classes in ("folders", "none") else read_clusters(Path(options.classes))
-    items = []
-    for name, stem, dataset, index in list_images(options.images, terminal, unused):
+    checkpoint, items = options.open_checkpoint(), []
+    bit_depth = checkpoint.backbone.transform.bit_depth
+    for name, stem, dataset, index in list_images(options.images, terminal, unused, bit_depth):
         inner, label = dataset.names[index], -1 if dataset.labels is None else int(dataset.labels[index])
         class_name = dataset.classes[label] if options.classes == "folders" and label >= 0 else None
         items.append(Item(name, stem, dataset, index, clusters.get(inner) if clusters is not None else class_name))
     if clusters is not None and not any(item.class_name for item in items):
         raise UserError(f"{options.classes} names none of the {plural(len(items), 'image')}; its names are relative.")
     settings = dict(soft=options.soft, formats=options.formats, batch_size=options.batch_size)
-    result = segment_folder(
-        options.open_checkpoint(), items, options.settings, out, progress=terminal.progress, **settings
-    )
+    result = segment_folder(checkpoint, items, options.settings, out, progress=terminal.progress, **settings)
     skipped = report_skipped(result.skipped, terminal)
     empty = result.empty
     for item in empty[:5]:

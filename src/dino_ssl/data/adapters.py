@@ -101,6 +101,8 @@ class ExternalDataset(DatasetConfig):
     """Number of images."""
     fingerprint: str
     """Fingerprint of the dataset, compared on resume."""
+    bit_depth: int | None = None
+    """Of images with 16 bits per value in a list of files."""
 
     def open(self, progress: Progress | None = None) -> ImageDataset:
         """Raise UserError: a Python object cannot be opened from its record."""

@@ -4,10 +4,12 @@ A dataset from outside the package is one file that defines a frozen dataclass d
 `open` returns an `ImageDataset`. Other torch datasets and lists are wrapped by adapters.py.
 """
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from operator import eq
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
@@ -17,6 +19,7 @@ from torch.utils.data import Dataset
 
 from dino_ssl.errors import UserError
 from dino_ssl.progress import Progress
+from dino_ssl.terminal import logger
 
 
 class Skipped(NamedTuple):
@@ -86,7 +89,10 @@ class ImageDataset(Dataset[tuple[np.ndarray, int]], ABC):
         labels: [N] int64, -1 for an unlabeled image; None if the dataset has no labels.
         classes: Name of each label; empty without labels.
         skipped: Images that are not used, with the reason.
+        bit_depth: Bits of the values in files with 16 bits per value, 8 to 16; None if there are no such files.
     """
+
+    bit_depth: int | None = None
 
     def __init__(
         self,
@@ -153,6 +159,18 @@ class ImageDataset(Dataset[tuple[np.ndarray, int]], ABC):
         """Return the images at these indices, in this order, with the same classes."""
         return _Subset(self, np.asarray(indices, dtype=np.int64))
 
+    def with_bit_depth(self, bits: int | None) -> "ImageDataset":
+        """Return the dataset read with another bit depth, that of the trained network; None returns it unchanged."""
+        if bits in (None, self.bit_depth):
+            return self
+        dataset, source = copy.copy(self), getattr(self, "source", None)
+        if isinstance(source, ImageDataset):
+            dataset.source = source.with_bit_depth(bits)  # type: ignore[attr-defined]
+        elif self.bit_depth is not None:
+            _warn_of_bit_depth(self.bit_depth, bits)
+        dataset.bit_depth = bits
+        return dataset
+
     def evenly_spaced(self, most: int) -> "ImageDataset":
         """Return at most this many images, evenly spaced."""
         if len(self) <= most:
@@ -201,6 +219,11 @@ class DatasetConfig(ABC):
         return None
 
     @property
+    def bit_depth(self) -> int | None:
+        """Bits of the values in files with 16 bits per value; None if it is not known."""
+        return None
+
+    @property
     def is_given(self) -> bool:
         """False if the user has to name a folder first."""
         return True
@@ -231,6 +254,13 @@ def derived_key(key: str | None, data: bytes) -> str | None:
     return key and hashlib.sha256(key.encode() + data).hexdigest()[:16]
 
 
+@lru_cache(16)  # once for each pair
+def _warn_of_bit_depth(own: int, bits: int) -> None:
+    logger.warning(
+        f"Images of 16 bits are read with the {bits} bits of the network's training, but have values of {own} bits."
+    )
+
+
 class _Subset(ImageDataset):
     def __init__(self, source: ImageDataset, indices: np.ndarray) -> None:
         names = source.names
@@ -241,7 +271,7 @@ class _Subset(ImageDataset):
             classes=source.classes,
             skipped=source.skipped,
         )
-        self.source, self.indices = source, indices
+        self.source, self.indices, self.bit_depth = source, indices, source.bit_depth
 
     @property
     def content_key(self) -> str | None:

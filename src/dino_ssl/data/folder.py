@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Reduction, Skipped
+from dino_ssl.data.bit_depth import estimate_bit_depth, sample_for_bit_depth
+from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Reduction, Skipped, derived_key
 from dino_ssl.data.decode import MAX_PIXELS, SUFFIXES, decode, probe
 from dino_ssl.data.shards import is_shards, open_shards
 from dino_ssl.data.workers import map_in_order
-from dino_ssl.errors import UserError
+from dino_ssl.errors import UserError, check_range
 from dino_ssl.files import IS_OUTPUT, is_output
 from dino_ssl.formatting import visible
 from dino_ssl.progress import Progress
@@ -30,6 +31,12 @@ class Folder(DatasetConfig):
     path: str
     """The folder; every image below it is used, except hidden files. Or a directory of tar shards in WebDataset layout,
     as `dino data pack` writes."""
+    bit_depth: int | None = None
+    """Bits of the values in images with 16 bits per value, 8 to 16: 2^bits - 1 is white. None: estimated from a sample
+    of the dataset. A validation set is read with that of the training set."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "bit_depth", least=8, most=16, prefix="data.")
 
     @property
     def spec(self) -> str:
@@ -55,7 +62,7 @@ class Folder(DatasetConfig):
         """List the images and read their headers; `progress` receives (done, total)."""
         root = self.folder
         if is_shards(root):
-            return open_shards(root, progress)
+            return open_shards(root, progress, self.bit_depth)
         skipped: list[Skipped] = []
         paths = list(walk(root, skipped))
         images = list(readable_images(paths, partial(printable, root=root), skipped, progress, len(paths)))
@@ -63,7 +70,7 @@ class Folder(DatasetConfig):
             raise no_images(root, skipped)
         files, names, sizes = zip(*images, strict=True)
         labels, classes = class_folders(names)
-        return FolderDataset(root, files, names, sizes, labels, classes, sorted(skipped))
+        return FolderDataset(root, files, names, sizes, labels, classes, sorted(skipped), self.bit_depth)
 
 
 def readable_images(
@@ -103,11 +110,14 @@ class FolderDataset(ImageDataset):
         labels: np.ndarray | None,
         classes: Sequence[str],
         skipped: Sequence[Skipped],
+        bit_depth: int | None = None,
     ) -> None:
         super().__init__(names=names, sizes=sizes, labels=labels, classes=classes, skipped=skipped)
         self.root = str(root)
         # Only names that are not UTF-8 differ from root/name; a second list of a million paths would take memory.
         self._unprintable = {i: f for i, f in enumerate(files) if os.path.join(root, names[i]) != f}
+        sample = ((self.path(index), None) for index in sample_for_bit_depth(names))
+        self.bit_depth = bit_depth or estimate_bit_depth(sample)
 
     def encoded(self, index: int) -> bytes:
         """Return the content of the file of image `index`."""
@@ -115,11 +125,11 @@ class FolderDataset(ImageDataset):
 
     def read(self, index: int) -> np.ndarray:
         """Return image `index`, uint8 RGB [height, width, 3]."""
-        return decode(self.path(index))
+        return decode(self.path(index), bit_depth=self.bit_depth)
 
     def read_downscaled(self, index: int, times: Reduction) -> np.ndarray:
         """Return image `index`; a JPEG is downscaled by this factor while it is decoded."""
-        return decode(self.path(index), reduce=times)
+        return decode(self.path(index), reduce=times, bit_depth=self.bit_depth)
 
     @property
     def content_key(self) -> str | None:
@@ -131,7 +141,7 @@ class FolderDataset(ImageDataset):
                 digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
         except OSError:
             return None
-        return digest.hexdigest()[:16]
+        return derived_key(digest.hexdigest()[:16], f"{self.bit_depth}".encode())
 
     def path(self, index: int) -> str:
         """Return the path of image `index`."""

@@ -198,6 +198,7 @@ def eval_batches(
     """
     order, size = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64), transform.size
     jobs = (_ImagesSpec(order[at : at + batch_size], size, size) for at in range(0, len(order), batch_size))
+    dataset = dataset.with_bit_depth(transform.bit_depth)
     build = partial(_read_images, dataset, partial(_center_crop, transform), True)
     yield from make_loader(build, jobs, workers, pin_memory=pin_memory)
 

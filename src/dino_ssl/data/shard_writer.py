@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from heapq import heappush, heappushpop
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,8 @@ import cv2
 import numpy as np
 
 from dino_ssl.config import differences, to_dict
+from dino_ssl.data.bit_depth import SAMPLE, estimate_bit_depth
+from dino_ssl.data.bit_depth import SUFFIXES as DEEP_SUFFIXES
 from dino_ssl.data.dataset import BadImage, Skipped
 from dino_ssl.data.decode import decode, probe
 from dino_ssl.data.folder import class_level, no_images, printable, read_bytes, readable_images, walk
@@ -84,7 +87,7 @@ def pack(
     """
     source, out, settings = Path(source).expanduser(), Path(out).expanduser(), settings or PackSettings()
     open_source = _open_shards if is_shards(source) else _open_folder
-    info, images = open_source(source, progress)
+    info, images, bit_depth = open_source(source, progress)
     info = replace(info, source=source.resolve().name, settings=settings)
     if out.exists():
         _check_unchanged(out, info)
@@ -96,33 +99,42 @@ def pack(
     else:
         write_json(part / INFO, to_dict(info))
     labels = {name: label for label, name in enumerate(info.classes)}
-    write_index(part, _shards(part, images, info, labels, progress), labels)
+    load = partial(_load, settings, bit_depth)
+    write_index(part, _shards(part, images, load, info, labels, progress), labels)
     write_info(part, part, info)
     with write_errors(out):
         os.rename(part, out)
     return ShardDataset(out)
 
 
-def _open_shards(path: Path, progress: Progress | None) -> tuple[ShardInfo, Iterator[Source]]:
+def _open_shards(path: Path, progress: Progress | None) -> tuple[ShardInfo, Iterator[Source], int | None]:
     dataset = open_shards(path, progress)
     classes, labels = [*dataset.classes, None], dataset.labels
     images = (
         Source(dataset.names[i], classes[-1 if labels is None else labels[i]], partial(dataset.encoded, i))
         for i in range(len(dataset))
     )
-    return _info(len(dataset), dataset.classes, dataset.skipped, dataset.content_key), images
+    key = dataset.info.index_sha256
+    return _info(len(dataset), dataset.classes, dataset.skipped, key), images, dataset.bit_depth
 
 
-def _open_folder(root: Path, progress: Progress | None) -> tuple[ShardInfo, Iterator[Source]]:
-    """Read all headers; the returned images raise UserError at the end if files were changed, added or removed."""
+def _open_folder(root: Path, progress: Progress | None) -> tuple[ShardInfo, Iterator[Source], int | None]:
+    """Read all headers; the returned images raise UserError at the end if files were changed, added or removed.
+
+    The bit depth is estimated from a random sample.
+    """
     skipped: list[Skipped] = []
     count, digest = 0, hashlib.sha256()
+    sample: list[tuple[int, str]] = []  # the smallest checksums of names
 
     def names() -> Iterator[str]:
         nonlocal count
         for path, name, _ in readable_images(walk(root, skipped), partial(printable, root=root), skipped, progress):
             count += 1
             digest.update(_file_key(path, name))
+            if path.lower().endswith(DEEP_SUFFIXES):
+                push = heappushpop if len(sample) == SAMPLE else heappush
+                push(sample, (-zlib.crc32(name.encode()), path))
             yield name
 
     level, classes = class_level(names())
@@ -142,7 +154,7 @@ def _open_folder(root: Path, progress: Progress | None) -> tuple[ShardInfo, Iter
                 f"Images in {root} changed while they were packed. Remove the incomplete shards and start again."
             )
 
-    return _info(count, classes, skipped, key), images()
+    return _info(count, classes, skipped, key), images(), estimate_bit_depth((path, None) for _, path in sample)
 
 
 def _info(images: int, classes: list[str], skipped: list[Skipped], source_key: str) -> ShardInfo:
@@ -174,7 +186,12 @@ def _check_unchanged(directory: Path, info: ShardInfo) -> None:
 
 
 def _shards(
-    part: Path, images: Iterator[Source], info: ShardInfo, labels: dict[str, int], progress: Progress | None
+    part: Path,
+    images: Iterator[Source],
+    load: Callable[[Source], Packed],
+    info: ShardInfo,
+    labels: dict[str, int],
+    progress: Progress | None,
 ) -> Iterator[list[ImageRow]]:
     """Yield the rows of each shard: first of those that exist, then of the others, which are written."""
     assert info.settings is not None
@@ -186,7 +203,7 @@ def _shards(
         pairs = zip(rows, images, strict=False)
         yield [row._replace(path=source.name, class_name=source.class_name) for row, source in pairs]
         done, number = done + len(rows), number + 1
-    stream = enumerate(map_in_order(partial(_load, info.settings), images, THREADS), done)
+    stream = enumerate(map_in_order(load, images, THREADS), done)
     for first in stream:
         yield _write_shard(part / SHARD.format(number), chain([first], stream), info, labels, progress)
         number += 1
@@ -228,7 +245,7 @@ def _write_shard(
     return rows
 
 
-def _load(settings: PackSettings, source: Source) -> Packed:
+def _load(settings: PackSettings, bit_depth: int | None, source: Source) -> Packed:
     """Return the image as it is stored; raise UserError if its file cannot be read."""
     try:
         data = source.read()
@@ -239,7 +256,7 @@ def _load(settings: PackSettings, source: Source) -> Packed:
         ) from bad
     if settings.side is not None and min(size) > settings.side:
         with suppress(BadImage):  # stored unchanged: training skips it, as it does in the folder
-            return Packed(source, *downscale(decode(source.name, data), settings), "jpg")
+            return Packed(source, *downscale(decode(source.name, data, bit_depth=bit_depth), settings), "jpg")
     extension = os.path.splitext(source.name)[1][1:].lower()
     return Packed(source, data, size, EXTENSIONS.get(extension, extension))
 

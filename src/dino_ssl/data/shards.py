@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from dino_ssl.config import from_dict, to_dict
-from dino_ssl.data.dataset import BadImage, ImageDataset, Reduction, Skipped, StoredNames, fingerprint
+from dino_ssl.data.bit_depth import estimate_bit_depth, sample_for_bit_depth
+from dino_ssl.data.dataset import BadImage, ImageDataset, Reduction, Skipped, StoredNames, derived_key, fingerprint
 from dino_ssl.data.decode import SUFFIXES, decode
 from dino_ssl.data.shard_index import (
     FORMAT,
@@ -95,11 +96,11 @@ def is_shards(path: Path) -> bool:
     return ".tar" in suffixes and not suffixes & SUFFIXES and not any((path / name).is_dir() for name in names)
 
 
-def open_shards(path: Path, progress: Progress | None = None) -> "ShardDataset":
+def open_shards(path: Path, progress: Progress | None = None, bit_depth: int | None = None) -> "ShardDataset":
     """Open a directory of tar shards; raise UserError if it is incomplete.
 
     If there is no index, it is built first and stored next to the shards, or in the user's cache directory if that is
-    not writable.
+    not writable. bit_depth: see `ShardDataset`.
     """
     if path.name.endswith(PART) or (not path.exists() and is_shards(path)):
         raise UserError(f"{path} is incomplete: run the `dino data pack` command that began it again. It resumes.")
@@ -108,7 +109,7 @@ def open_shards(path: Path, progress: Progress | None = None) -> "ShardDataset":
     directory = path if (path / INFO).exists() or os.access(path, os.W_OK) else _cache_directory(path)
     if not ((directory / INFO).exists() and _is_current(path, directory)):
         _build_index(path, directory, progress)
-    return ShardDataset(path, directory)
+    return ShardDataset(path, directory, bit_depth)
 
 
 def read_info(directory: Path) -> ShardInfo:
@@ -127,8 +128,11 @@ def read_info(directory: Path) -> ShardInfo:
 class ShardDataset(ImageDataset):
     """The images of a directory of tar shards. Other processes open it by its path."""
 
-    def __init__(self, path: Path, directory: Path | None = None) -> None:
-        """Open the shards in `path` by the index in `directory`; raise UserError if a file is missing or damaged."""
+    def __init__(self, path: Path, directory: Path | None = None, bit_depth: int | None = None) -> None:
+        """Open the shards in `path` by the index in `directory`; raise UserError if a file is missing or damaged.
+
+        bit_depth: estimated if it is None.
+        """
         self.path, self.directory = path, directory or path
         self.info = read_info(self.directory)
         self.shards = shards = list(self.info.shards)
@@ -148,9 +152,15 @@ class ShardDataset(ImageDataset):
             skipped=[Skipped(*item) for item in self.info.skipped],
         )
         self._file = lru_cache(MAX_OPEN)(lambda shard: _File(path / shards[shard]))
+        self.bit_depth = bit_depth or estimate_bit_depth(self._sample())
 
     def __reduce__(self) -> tuple:
-        return ShardDataset, (self.path, self.directory)
+        return ShardDataset, (self.path, self.directory, self.bit_depth)
+
+    def _sample(self) -> Iterator[tuple[str, bytes]]:
+        for index in sample_for_bit_depth(self.names):
+            with suppress(BadImage):
+                yield self.names[index], self.encoded(index)
 
     @property
     def fingerprint(self) -> str:
@@ -158,9 +168,9 @@ class ShardDataset(ImageDataset):
         return self.info.fingerprint
 
     @property
-    def content_key(self) -> str:
-        """A key of the length and checksum of every image."""
-        return self.info.index_sha256[:16]
+    def content_key(self) -> str | None:
+        """A key of the length and checksum of every image, and of the bit depth."""
+        return derived_key(self.info.index_sha256[:16], f"{self.bit_depth}".encode())
 
     def _location(self, index: int) -> tuple[int, int, int]:
         """Return (shard, offset, length) of an image; raise BadImage if the index is damaged there."""
@@ -186,11 +196,11 @@ class ShardDataset(ImageDataset):
 
     def read(self, index: int) -> np.ndarray:
         """Return image `index` as uint8 RGB [height, width, 3]; raise BadImage if it cannot be read."""
-        return decode(self.names[index], self.encoded(index))
+        return decode(self.names[index], self.encoded(index), bit_depth=self.bit_depth)
 
     def read_downscaled(self, index: int, times: Reduction) -> np.ndarray:
         """Return image `index`; a JPEG is downscaled by this factor while it is decoded."""
-        return decode(self.names[index], self.encoded(index), reduce=times)
+        return decode(self.names[index], self.encoded(index), reduce=times, bit_depth=self.bit_depth)
 
     def prefetch(self, indices: np.ndarray) -> None:
         """Advise the system to read these images, in the order of their position on the disk."""

@@ -55,9 +55,11 @@ def open_dataset(
 def config_of(source: DatasetSource, dataset: ImageDataset | None = None) -> DatasetConfig:
     """Return the settings that run.json stores for a source; `dataset`: the opened source, if it is open already."""
     if isinstance(source, str | Path | DatasetConfig):
-        return dataset_config(source, "train")
+        config = dataset_config(source, "train")
+        return replace(config, bit_depth=dataset.bit_depth) if isinstance(config, Folder) and dataset else config
     dataset = dataset or open_dataset(source)
-    return ExternalDataset(kind=kind_of(source), length=len(dataset), fingerprint=dataset.fingerprint)
+    settings: Any = {name: getattr(dataset, name) for name in ("fingerprint", "bit_depth")}
+    return ExternalDataset(kind=kind_of(source), length=len(dataset), **settings)
 
 
 def dataset_config(source: str | Path | DatasetConfig, part: Literal["train", "val", "test"]) -> DatasetConfig:
@@ -86,7 +88,7 @@ def labeled_pair(
         raise UserError(f"Accuracy needs labels, and {source_name(train)} has none.\n{CLASS_FOLDERS}")
     if val is None:
         return train_set.split(val_fraction, seed)
-    val_set = open_dataset(val, progress, part="val")
+    val_set = open_dataset(val, progress, part="val").with_bit_depth(train_set.bit_depth)
     check_distinct(train, train_set, val, val_set)
     return train_set, relabeled(val_set, train_set.classes, source_name(val))
 

@@ -84,6 +84,7 @@ def extract_resized(
 
     `describe` computes descriptors [B, width] with the backbone; `key` names them and their settings in the cache.
     """
+    dataset = dataset.with_bit_depth(backbone.transform.bit_depth)
     pixels = context.batch_size * context.size**2  # memory of a batch at the usual size
 
     def batches(shard: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:

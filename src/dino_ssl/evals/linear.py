@@ -200,6 +200,7 @@ class Linear(LabeledEvaluation):
         """Train the sweep, select a learning rate, and return its top-1 and top-5 accuracy in percent."""
         spec, tune_mask = self.feature_spec(backbone), self.tune_mask(train)
         transform = replace(backbone.transform, size=self.size or context.size)
+        train = train.with_bit_depth(transform.bit_depth)  # `val` is by `eval_batches`
 
         def extract(images: Tensor) -> Tensor:
             with context.autocast():

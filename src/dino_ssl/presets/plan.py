@@ -93,6 +93,12 @@ def plan(
     if preset is None and run.views.size != recipe.views.size:
         recipe = fit_to_size(recipe, run.views.size)
         run = change(recipe)
+    if dataset.bit_depth is not None:
+        white = 2**dataset.bit_depth - 1
+        rows["bit depth"] = (
+            f"{dataset.bit_depth}",
+            f"of 16-bit files: {white:,} is white; fits a sample of the values, or set by `data.bit_depth`",
+        )
     if run.optim.micro_batch == "auto":
         size, reason = micro_batch(run, machine, len(dataset.classes), world)
         rows["micro-batch"] = str(size or "none"), reason

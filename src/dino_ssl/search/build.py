@@ -127,7 +127,7 @@ def update_index(
                 device=rt.device, workers=settings.workers, batch_size=settings.batch_size, autocast=rt.autocast
             )
             has_files = bool((listing.sizes >= 0).any())
-            dataset = listing.open(plan.to_read)
+            dataset = listing.open(plan.to_read).with_bit_depth(info.preprocessing.bit_depth)
             images = read_images(
                 checkpoint.backbone, dataset, has_files, info.preprocessing, KnownContent(store), context
             )

@@ -179,7 +179,7 @@ class Index(Summarized):
             assert self._root is not None
             if not self._root.is_dir():
                 raise BadImage(path, f"there is no folder {self._root}; if it was moved, pass it as `images`")
-            return decode(path)
+            return decode(path, bit_depth=self.store.info.preprocessing.bit_depth)
         name, self._dataset = self.items.names[row], self._dataset or open_dataset(self._source)
         if name not in self._dataset.names:
             raise BadImage(name, "no longer in the dataset; update the index")

@@ -130,7 +130,7 @@ def _read(dataset: ImageDataset, index: int, has_files: bool, known: np.ndarray)
         return content, None if _has(known, content) else image
     data = dataset.encoded(index)
     content = hashlib.blake2b(data, digest_size=16).digest()
-    return content, None if _has(known, content) else decode(dataset.names[index], data)
+    return content, None if _has(known, content) else decode(dataset.names[index], data, bit_depth=dataset.bit_depth)
 
 
 def _has(known: np.ndarray, content: bytes) -> bool:
