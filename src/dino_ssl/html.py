@@ -1,6 +1,7 @@
 """Pieces of HTML for reports and galleries, and their style sheet. Images are inlined: a page loads nothing."""
 
 import base64
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
@@ -12,9 +13,17 @@ from dino_ssl.formatting import visible
 STYLE = Path(__file__).with_name("html.css").read_text(encoding="utf-8")
 
 
-def page(title: str, body: Iterable[str]) -> Iterator[str]:
-    """Yield an HTML document part by part. Its content security policy forbids loading anything, and scripts."""
+def page(title: str, body: Iterable[str], script: str = "") -> Iterator[str]:
+    """Yield an HTML document part by part. Its content security policy forbids loading anything, and other scripts.
+
+    script: a JavaScript module that the document runs. A page with one may show images of its own folder.
+    """
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy = (
+            f"default-src 'none'; img-src data: file: 'self'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+        )
     yield (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -22,15 +31,17 @@ def page(title: str, body: Iterable[str]) -> Iterator[str]:
         f"<style>{STYLE}</style></head>\n<body><main>\n"
     )
     yield from body
-    yield "\n</main></body></html>\n"
+    yield "\n</main>"
+    yield f'<script type="module">{script}</script>' if script else ""
+    yield "</body></html>\n"
 
 
-def write_page(path: Path, title: str, body: Iterable[str]) -> Path:
-    """Write an HTML document atomically; only one part of the body is in memory at a time. Return the path."""
+def write_page(path: Path, title: str, body: Iterable[str], script: str = "") -> Path:
+    """Write a `page` atomically; only one part of the body is in memory at a time. Return the path."""
 
     def write(part: Path) -> None:
         with part.open("w", encoding="utf-8") as file:
-            file.writelines(page(title, body))
+            file.writelines(page(title, body, script))
 
     return atomic_write(path, write)
 
