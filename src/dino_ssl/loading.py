@@ -41,6 +41,8 @@ class Checkpoint:
     """Folder for results and cached features; None for a released network."""
     weights: Weights | None = None
     """Those of a run's folder that were loaded; None for other sources."""
+    num_heads: int | None = None
+    """Heads of a ViT that the file does not describe, if they were given."""
 
     @property
     def name(self) -> str:
@@ -92,4 +94,4 @@ def open_checkpoint(
     backbone, folder = load(source, weights=weights, num_heads=num_heads, trust=trust), None
     if not (str(source) in RELEASED or str(source).startswith("timm:")):
         folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    return Checkpoint(str(source), backbone.to(device), folder, weights if Path(source).is_dir() else None)
+    return Checkpoint(str(source), backbone.to(device), folder, weights if Path(source).is_dir() else None, num_heads)

@@ -18,6 +18,8 @@ RELEASED_NETWORKS = {
     },
 }
 """The authors' released backbones by the names of their torch.hub entries: (network, stem of the file)."""
+INDEX_INFO = "index.json"
+"""File that makes a folder an index."""
 SYNTHETIC = ("scenes", "simple-scenes", "small-objects")
 """Synthetic datasets."""
 
@@ -44,3 +46,9 @@ def check_dataset(name: str) -> None:
     path = Path(name).expanduser()
     if not (name in SYNTHETIC or is_import(name) or path.exists() or Path(f"{path}{PART}").exists()):
         raise UserError(f"There is no file or folder {name}. Check the path.")
+
+
+def check_index(name: str) -> None:
+    """Raise UserError if there is no index in this folder."""
+    if not (Path(name) / INDEX_INFO).is_file():
+        raise UserError(f"There is no index {name}: expected a folder with {INDEX_INFO}, as `dino index` writes.")

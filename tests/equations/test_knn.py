@@ -12,7 +12,8 @@ from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext, evaluating, reference_scores
 from dino_ssl.evals.features import extract, pixel_feature, raw_pixels
-from dino_ssl.evals.knn import KNN, knn_accuracy, nearest_neighbors
+from dino_ssl.evals.knn import KNN, knn_accuracy
+from dino_ssl.evals.nearest import top_k
 from dino_ssl.evals.online import OnlineEval
 from dino_ssl.models.backbone import Backbone, Features
 
@@ -72,7 +73,7 @@ def test_chunk_sizes_do_not_matter() -> None:
     (train, labels), (test, truth) = clusters(70, 5, 0), clusters(33, 5, 1)
     whole = knn_accuracy(train, labels, test, truth)
     assert knn_accuracy(train, labels, test, truth, chunk=4) == whole
-    one, many = nearest_neighbors(train, test, 9), nearest_neighbors(train, test, 9, memory_rows=7)
+    one, many = top_k(test, train, 9), top_k(test, train, 9, block_rows=7)
     torch.testing.assert_close(one[0], many[0])
     assert torch.equal(one[1], many[1])
 
@@ -106,10 +107,10 @@ def test_zero_and_bfloat16_features_are_accepted() -> None:
 
 def test_votes_are_float32_under_autocast() -> None:
     (train, _), (test, _) = clusters(60, 5, 0), clusters(40, 5, 1)
-    exact = nearest_neighbors(train, test, 9)
+    exact = top_k(test, train, 9)
     before = torch.get_float32_matmul_precision()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(nearest_neighbors(train, test, 9)[0], exact[0], rtol=0, atol=0)
+        torch.testing.assert_close(top_k(test, train, 9)[0], exact[0], rtol=0, atol=0)
     assert torch.get_float32_matmul_precision() == before
 
 

@@ -22,7 +22,8 @@ from dino_ssl.data.sources import CLASS_FOLDERS, DatasetSource, open_dataset
 from dino_ssl.errors import UserError, check_value
 from dino_ssl.evals.base import EvalContext
 from dino_ssl.evals.features import raw_pixels
-from dino_ssl.evals.knn import knn_votes, nearest_neighbors
+from dino_ssl.evals.knn import knn_votes
+from dino_ssl.evals.nearest import top_k
 from dino_ssl.evals.low_shot import ROWS, fit_logistic
 from dino_ssl.formatting import Summarized
 from dino_ssl.loading import Checkpoint, open_checkpoint
@@ -165,7 +166,7 @@ def fit_knn(x: Tensor, y: Tensor, classes: int, *, k: int) -> Classifier:
     """Return a classifier by the share of each class in the votes of the k nearest images."""
 
     def shares(features: Tensor) -> Tensor:
-        similarity, rows = nearest_neighbors(x, features, k)
+        similarity, rows = top_k(features, x, k)
         return F.normalize(knn_votes(similarity, y[rows], classes), p=1, dim=1)
 
     return shares

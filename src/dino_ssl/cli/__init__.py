@@ -25,6 +25,8 @@ COMMANDS = {
     "track": ("dino_ssl.cli.track", "track objects through a video from one mask"),
     "embed": ("dino_ssl.cli.embed", "write the features of images to a file"),
     "classify": ("dino_ssl.cli.classify", "predict the class of images from a few labeled ones"),
+    "index": ("dino_ssl.cli.index", "index a folder of images for search, or update its index"),
+    "search": ("dino_ssl.cli.search", "find the images of an index that are similar to others"),
     "data": ("dino_ssl.cli.data", "pack a folder of images into tar shards, and check them"),
     "bench": ("dino_ssl.cli.bench", "profile training on this machine: roofline, step time, data loading"),
     "ablate": ("dino_ssl.cli.ablate", "run a table of the paper"),
@@ -41,6 +43,7 @@ EXAMPLES = """\
   dino attention runs/photos photos/cat.jpg    attention maps of every head, and masks that hold 60 % of the attention
   dino embed runs/photos photos/ -o features.parquet
   dino classify runs/photos photos/ --labels labeled/  the class of every image, from a few labeled ones
+  dino index runs/photos photos/ -o photos.idx && dino search photos.idx query.jpg
 
 CHECKPOINT is a run folder, a file (.safetensors, .pth), a released network (dino_vits16) or timm:NAME.
 'dino COMMAND --help' shows a command's options and more examples."""

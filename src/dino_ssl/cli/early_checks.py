@@ -15,12 +15,14 @@ from dino_ssl.cli.flags import expand_short_flags
 from dino_ssl.errors import UserError
 from dino_ssl.evals import FINETUNE, check_name
 from dino_ssl.files import IS_OUTPUT, has_checkpoint, is_output
-from dino_ssl.names import check_checkpoint, check_dataset
+from dino_ssl.names import check_checkpoint, check_dataset, check_index
 
-WITH_CHECKPOINT = ("attention", "classify", "embed", "eval", "pca", "segment", "track", "tsne")
+WITH_CHECKPOINT = ("attention", "classify", "embed", "eval", "index", "pca", "segment", "track", "tsne")
 """Commands whose words are a checkpoint and then paths."""
 WITHOUT_CHECKPOINT = ("bench", "data", "train")
 """Commands whose words are paths."""
+WITH_INDEX = ("search",)
+"""Commands whose first word is an index."""
 WITH_SUBCOMMAND = ("data", "eval")
 NO_DATASET = (
     "No dataset given. Expected a folder of images: dino train photos/\n"
@@ -36,6 +38,8 @@ def check_arguments(command: str, arguments: Sequence[str]) -> None:
     words = list(takewhile(lambda word: not word.startswith("-"), arguments))
     if command == "train" and not arguments:
         raise UserError(NO_DATASET)
+    if command in WITH_INDEX and words:
+        check_index(words[0])
     if command not in (*WITH_CHECKPOINT, *WITHOUT_CHECKPOINT) or "--score" in arguments:
         return
     if command == "eval" and words:

@@ -8,38 +8,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import CLASS_FOLDERS
 from dino_ssl.errors import UserError, check_range
-from dino_ssl.evals.base import EvalContext, LabeledEvaluation, PreparedEval, RunDatasets, Scores, full_precision
+from dino_ssl.evals.base import EvalContext, LabeledEvaluation, PreparedEval, RunDatasets, Scores
 from dino_ssl.evals.features import ImageFeatures, prepare_on_features
+from dino_ssl.evals.nearest import top_k
 
 KS = (10, 20, 100, 200)  # Appendix F.1; the paper reports 20
-MEMORY_ROWS = 65536  # training images per block: 64 MB of similarities for a chunk of queries
-
-
-def nearest_neighbors(
-    memory: Tensor, queries: Tensor, k: int, *, memory_rows: int = MEMORY_ROWS
-) -> tuple[Tensor, Tensor]:
-    """Return the k nearest rows of memory [N, D] to queries [M, D], best first: cosines [M, k] and row indices [M, k].
-
-    Computed in float32: at temperature 0.07, a bfloat16 error of 0.004 in a cosine changes a vote by 6 %. The order of
-    equal cosines is not defined.
-    """
-    with full_precision(queries.device):
-        queries = F.normalize(queries.float(), dim=1)
-        best = queries.new_empty(len(queries), 0)
-        rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-        for start in range(0, len(memory), memory_rows):
-            block = F.normalize(memory[start : start + memory_rows].to(queries.device).float(), dim=1)
-            cosines, block_rows = (queries @ block.T).topk(min(k, len(block)), dim=1)
-            best, rows = torch.cat([best, cosines], 1), torch.cat([rows, block_rows + start], 1)
-            best, keep = best.topk(min(k, best.shape[1]), dim=1)
-            rows = rows.gather(1, keep)
-    return best, rows
 
 
 def knn_votes(similarity: Tensor, labels: Tensor, classes: int, temperature: float = 0.07) -> Tensor:
@@ -73,7 +51,7 @@ def knn_accuracy(
     hits = {n: torch.zeros(2, dtype=torch.int64) for n in k}
     for start in range(0, len(test_features), chunk):
         queries = test_features[start : start + chunk].to(device)
-        similarity, rows = nearest_neighbors(train_features, queries, max(k))
+        similarity, rows = top_k(queries, train_features, max(k))
         for n in k:
             votes = knn_votes(similarity[:, :n], memory[rows[:, :n]], len(classes), temperature)
             guesses = votes.sort(dim=1, descending=True, stable=True).indices[:, : min(5, n)]

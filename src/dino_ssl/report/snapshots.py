@@ -19,7 +19,7 @@ import numpy as np
 
 from dino_ssl.data.dataset import BadImage, ImageDataset, spaced_indices
 from dino_ssl.evals.features import ImageFeatures
-from dino_ssl.evals.knn import nearest_neighbors
+from dino_ssl.evals.nearest import top_k
 from dino_ssl.files import check_format, read_json, write_json
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.preprocessing import Preprocessing
@@ -90,7 +90,7 @@ def write_neighbors(
     rows = {int(index): row for row, index in enumerate(extracted.indices.tolist())}
     queries = [int(query) for query in queries if int(query) in rows]
     features = extracted.features
-    similarity, nearest = nearest_neighbors(features, features[[rows[query] for query in queries]], k + 1)
+    similarity, nearest = top_k(features[[rows[query] for query in queries]], features, k + 1)
     results = []
     for query, values, neighbor_rows in zip(queries, similarity.tolist(), nearest.tolist(), strict=True):
         pairs = [(row, value) for row, value in zip(neighbor_rows, values, strict=True) if row != rows[query]]

@@ -80,7 +80,12 @@ def compare(listing: Listing, store: Store | None) -> Plan:
         return Plan(none, none, none, none, np.arange(count))
     table = store.table
     old = pc.call_function("coalesce", [table["path"], table["name"].cast(pa.binary())])
-    row = pc.index_in(listing.paths, value_set=old).fill_null(-1).to_numpy().astype(np.int64)
+    row = (
+        pc.call_function("index_in", [listing.paths], pc.SetLookupOptions(old))
+        .fill_null(-1)
+        .to_numpy()
+        .astype(np.int64)
+    )
     same = row >= 0
     for column, present in (("size", listing.sizes), ("mtime", listing.mtimes)):
         same &= table[column].to_numpy()[row] == present
@@ -144,7 +149,7 @@ def new_info(checkpoint: Checkpoint, source: DatasetSource, settings: BuildSetti
         checkpoint={
             "source": str(Path(checkpoint.source).absolute()) if is_path else checkpoint.source,
             "weights": checkpoint.weights,
-            "num_heads": getattr(checkpoint.backbone.config, "heads", None),
+            "num_heads": checkpoint.num_heads,
             "hash": checkpoint.hash,
         },
         dimensions=checkpoint.backbone.embed_dim,

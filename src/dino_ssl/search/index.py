@@ -1,6 +1,5 @@
 """An index of a collection of images: search in it, and what the other modules compute from it."""
 
-import io
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -9,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from dino_ssl.data.dataset import BadImage, ImageDataset, Skipped
 from dino_ssl.data.decode import decode
@@ -26,7 +24,7 @@ from dino_ssl.runtime import Precision
 from dino_ssl.search.build import BuildSettings, Changes, update_index
 from dino_ssl.search.listing import restore_source
 from dino_ssl.search.nearest import top_k
-from dino_ssl.search.query import Query, query_vector
+from dino_ssl.search.query import Query, query_vector, thumbnail
 from dino_ssl.search.store import Items, open_store
 
 
@@ -191,12 +189,10 @@ class Index(Summarized):
         file = self.folder / "thumbnails" / content[:2] / f"{content}-{side}.jpg"
         with suppress(OSError):
             return file.read_bytes()
-        image, out = Image.fromarray(self.read(row)), io.BytesIO()
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        image.save(out, "JPEG", quality=85)
+        content = thumbnail(self.read(row), side)
         with suppress(UserError):  # a full disk or a read-only folder: only slower
-            atomic_write(file, lambda part: part.write_bytes(out.getvalue()))
-        return out.getvalue()
+            atomic_write(file, lambda part: part.write_bytes(content))
+        return content
 
     # -- search ------------------------------------------------------------------------------------------------
 
@@ -220,18 +216,30 @@ class Index(Summarized):
         """The network of the index, loaded when it is first used."""
         return self.checkpoint.backbone
 
-    def search(self, query: Query | Sequence[Query], k: int = 20, *, region: Sequence[int] | None = None) -> list[Hit]:
-        """Return the k most similar images, best first.
+    def search(
+        self,
+        query: Query | Sequence[Query],
+        k: int = 20,
+        *,
+        region: Sequence[int] | None = None,
+        folder: str | None = None,
+        label: str | None = None,
+    ) -> list[Hit]:
+        """Return the k most similar images, best first; images with equal features in the order of their rows.
 
         Args:
-            query: An image: a path, a PIL image, a uint8 array [H, W, 3]; a row of the index, or the name of its image;
+            query: An image: a path, a PIL image, a uint8 array [H, W, 3]; an image of the index: its row or its name;
                 a vector [D]; or a list of these, whose mean feature is the query.
             k: Number of images.
-            region: (x, y, width, height) in pixels of the image as viewed: the query is this part of it.
+            region: (x, y, width, height) in pixels of the image as it is viewed: the query is this part of it.
+            folder: Search only below this folder, relative to that of the images.
+            label: Search only in this class.
         """
         check_value("k", k, least=1)
-        similarity, rows = top_k(query_vector(self, query, region)[None], self.features, k, unit=True)
+        where = self.items.select(folder, label)
+        similarity, rows = top_k(query_vector(self, query, region)[None], self.features, k, where=where, unit=True)
         return [
             Hit(self.items.names[int(row)], min(value, 1.0), int(row))
             for value, row in zip(similarity[0].tolist(), rows[0].tolist(), strict=True)
+            if value >= -1.5  # others are excluded by the conditions
         ]

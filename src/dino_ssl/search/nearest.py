@@ -20,5 +20,5 @@ def neighbors(rows: Any, k: int) -> tuple[Tensor, Tensor]:
         values, columns = top_k(rows[part], rows, k + 1, unit=True)
         own = columns == torch.arange(start, start + len(columns))[:, None]
         own[:, -1] |= ~own.any(1)  # more than k copies: the row itself is not among them
-        cosines[part], nearest[part] = (each[~own].view(-1, k) for each in (values, columns))
+        cosines[part], nearest[part] = (each[~own].view(len(own), k) for each in (values, columns))
     return cosines, nearest

@@ -1,5 +1,6 @@
 """The feature vector of a query: an image, a region of it, an image of the index, a vector, or the mean of several."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,24 +34,42 @@ def query_vector(index: "Index", query: Query | Sequence[Query], region: Sequenc
 
 
 def _vector(index: "Index", query: Any, region: Sequence[int] | None) -> Tensor:
-    is_row = isinstance(query, int | np.integer) and not isinstance(query, bool)
-    if is_row and not -len(index) <= query < len(index):
-        raise UserError(f"There is no row {query}: the index has {len(index)} images.")
-    if is_row and region is None:
-        return torch.from_numpy(index.features[int(query)].astype(np.float32))
     if isinstance(query, np.ndarray | Tensor) and query.ndim == 1:
         vector = torch.as_tensor(query).float()
         if len(vector) != index.features.shape[1]:
             raise UserError(f"Expected a vector of {index.features.shape[1]} dimensions, got {len(vector)}.")
         return vector
-    image = index.read(int(query)) if is_row else read_image(query) if isinstance(query, str | Path) else to_rgb(query)
-    if region is not None:
-        image = crop(image, region)
-    return image_vector(index, image)
+    row = row_of(index, query)
+    if row is not None and region is None:
+        return torch.from_numpy(index.features[row].astype(np.float32))
+    image = query_image(index, query)
+    return image_vector(index, image if region is None else crop(image, region))
+
+
+def row_of(index: "Index", query: Any) -> int | None:
+    """Return the row of a query that is an image of the index; None for an image file or pixels."""
+    if isinstance(query, str) and not Path(query).exists():
+        return index.items.row_of(query)
+    if isinstance(query, int | np.integer):
+        if not -len(index) <= query < len(index):
+            raise UserError(f"There is no row {query}: the index has {len(index):,} images.")
+        return int(query) % len(index)
+    return None
+
+
+def query_image(index: "Index", query: Any) -> np.ndarray:
+    """Return the image of a query, uint8 RGB [H, W, 3]. Raises UserError if there is none."""
+    if (row := row_of(index, query)) is not None:
+        return index.read(row)
+    if isinstance(query, str | Path) and not Path(query).exists():
+        raise UserError(f"There is no file {query}, and no image of this name in the index.")
+    return read_image(query) if isinstance(query, str | Path) else to_rgb(query)
 
 
 def crop(image: np.ndarray, region: Sequence[int]) -> np.ndarray:
     """Return the region (x, y, width, height) of an image [H, W, 3], cut at its edges."""
+    if len(region) != 4:
+        raise UserError(f"`region` expects x, y, width and height in pixels; got {len(region)} numbers.")
     x, y, width, height = region
     part = image[max(y, 0) : max(y + height, 0), max(x, 0) : max(x + width, 0)]
     if not part.size:
@@ -58,6 +77,14 @@ def crop(image: np.ndarray, region: Sequence[int]) -> np.ndarray:
             f"`region` {x} {y} {width} {height} is outside of the image of {image.shape[1]} x {image.shape[0]}."
         )
     return part
+
+
+def thumbnail(image: np.ndarray, side: int = 128) -> bytes:
+    """Return an image, uint8 RGB [H, W, 3], as JPEG of at most side x side pixels."""
+    small, out = Image.fromarray(image), io.BytesIO()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    small.save(out, "JPEG", quality=85)
+    return out.getvalue()
 
 
 def image_vector(index: "Index", image: np.ndarray) -> Tensor:

@@ -18,18 +18,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.data.dataset import Skipped, StoredNames
-from dino_ssl.errors import UserError
+from dino_ssl.errors import UserError, did_you_mean
 from dino_ssl.evals.resumable import append_rows
 from dino_ssl.files import atomic_write, check_format, locked, mark_output, read_json, remove_parts, write_json
+from dino_ssl.names import INDEX_INFO, check_index
 from dino_ssl.preprocessing import Preprocessing
 
 FORMAT = 1
 """Version of the files of an index."""
-INFO = "index.json"
 SHARD_BYTES = 2**28
 """Size of a complete shard: an update copies less than this."""
 BUFFER_ROWS = 4096
@@ -130,6 +131,29 @@ class Items:
         """Class name of each image or None, object."""
         return np.array(self.table["label"].cast(pa.string()).to_pylist() or [], object)
 
+    def row_of(self, name: str) -> int | None:
+        """Return the row of the image of this name; None if there is none."""
+        row = pc.call_function("index", [self.table["name"]], pc.IndexOptions(pa.scalar(name))).as_py()
+        return None if row < 0 else row
+
+    def select(self, folder: str | None = None, label: str | None = None) -> np.ndarray | None:
+        """Return [N] True for the images below a folder and of a class; None without a condition.
+
+        Raises UserError if there is none.
+        """
+        where = np.ones(len(self), bool)
+        if folder is not None:
+            prefix = f"{folder.removeprefix('./').rstrip('/')}/"
+            where &= pc.call_function("starts_with", [self.table["name"]], pc.MatchSubstringOptions(prefix)).to_numpy()
+        if label is not None:
+            where &= self.labels == label
+        if len(self) and not where.any():
+            labels = sorted({str(known) for known in self.labels if known is not None})
+            hint = did_you_mean(label, labels) if label is not None else ""
+            parts = ([f"in the folder {folder}"] if folder else []) + ([f"of the class {label}"] if label else [])
+            raise UserError(f"No image of the index is {' and '.join(parts)}{hint or '.'}")
+        return None if folder is None and label is None else where
+
     def path(self, row: int) -> bytes:
         """Return the name of an image in the file system."""
         return self.table["path"][row].as_py() or self.table["name"][row].as_py().encode()
@@ -190,12 +214,12 @@ def read_info(folder: Path) -> IndexInfo | None:
 
     A file that is cut or no JSON was not written by an index, which replaces it atomically.
     """
-    content = read_json(folder / INFO)
-    if content is None and not (folder / INFO).exists():
+    content = read_json(folder / INDEX_INFO)
+    if content is None and not (folder / INDEX_INFO).exists():
         return None
     if not isinstance(content, dict) or "format" not in content:
-        raise UserError(f"{folder / INFO} is damaged. Remove {folder} and build the index again.")
-    check_format(folder / INFO, content["format"], FORMAT)
+        raise UserError(f"{folder / INDEX_INFO} is damaged. Remove {folder} and build the index again.")
+    check_format(folder / INDEX_INFO, content["format"], FORMAT)
     return from_dict(IndexInfo, content)
 
 
@@ -203,10 +227,10 @@ def open_store(folder: Path) -> Store:
     """Open the last complete state of an index. Raises UserError if there is none, or a file is missing."""
     reason: Exception | None = None
     for _ in range(3):  # a writer may remove the files between the two reads
-        if (info := read_info(folder)) is None:
-            raise UserError(f"There is no index {folder}: expected a folder with {INFO}, as `dino index` writes.")
+        check_index(str(folder))
+        info = read_info(folder)
         try:
-            return Store(folder, info)
+            return Store(folder, info or IndexInfo())
         except (OSError, ValueError, pa.ArrowException) as error:
             reason = error
     raise UserError(f"The index {folder} is incomplete ({reason}). Remove it and build it again.") from reason
@@ -300,7 +324,7 @@ class Writer:
         atomic_write(self.folder / items, lambda part: pq.write_table(table, str(part)))
         state = dict(generation=self.generation, rows=self.rows, dimensions=self.dimensions)
         info = replace(info, **state, items=items, shards=self.shards)
-        write_json(self.folder / INFO, to_dict(info))
+        write_json(self.folder / INDEX_INFO, to_dict(info))
         self.discard()
         return open_store(self.folder)
 

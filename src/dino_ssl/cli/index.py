@@ -1,0 +1,55 @@
+"""dino index: build or update the index of a folder of images, for `dino search` and other commands."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from dino_ssl.cli.images import DatasetOptions, dataset_named, report_skipped, run_command
+from dino_ssl.files import check_writable
+from dino_ssl.formatting import plural
+from dino_ssl.search.index import Index
+from dino_ssl.terminal import Terminal
+
+EXAMPLES = """\
+  dino index runs/photos photos/ -o photos.idx          build, or update: only what has changed is read
+  dino index dino_vits16 photos/ --workers 4            any network; the index is photos.idx
+  dino search photos.idx query.jpg                      the most similar images"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions(DatasetOptions):
+    """Build the index of a dataset, or update it: the feature of every image, and its hashes, size and class.
+
+    An update reads new and changed images and drops those that are gone. An interrupted one resumes.
+    """
+
+    out: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Folder of the index. Default: the name of the dataset, with the suffix .idx."""
+
+
+def index(argv: Sequence[str]) -> int:
+    """Run `dino index`."""
+    return run_command(_index, IndexOptions, argv, "dino index", EXAMPLES)
+
+
+def _index(options: IndexOptions, terminal: Terminal) -> dict[str, Any]:
+    path = Path(options.out or f"{Path(options.dataset).resolve().name}.idx")
+    check_writable(path.parent)
+    names = ("size", "batch_size", "workers", "precision")
+    settings: Any = {name: getattr(options, name) for name in names}
+    with terminal.progress("indexing") as progress:
+        built = Index.build(
+            options.open_checkpoint(), dataset_named(options.dataset), path=path, progress=progress, **settings
+        )
+    changes, width = built.changes, built.features.shape[1]
+    terminal.print(f"{plural(len(built), 'image')}, {width} dimensions: {path}")
+    terminal.print(
+        f"{changes.added:,} added ({changes.reused:,} with the features of a known content), {changes.removed:,} "
+        f"removed, {changes.kept:,} unchanged"
+    )
+    skipped = report_skipped(built.skipped, terminal)
+    counts = {"images": len(built), "width": width, **changes._asdict(), "generation": built.generation}
+    return {"index": str(path), **counts, "checkpoint": built.store.info.checkpoint, "skipped": skipped}
