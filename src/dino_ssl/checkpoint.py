@@ -40,6 +40,12 @@ def save(path: Path, content: dict[str, Any]) -> Path:
     return atomic_write(path, write)
 
 
+def other_checkpoints(path: Path) -> str:
+    """Return a sentence about the other checkpoints in the folder of a damaged one; empty if there are none."""
+    others = ", ".join(sorted(other.name for other in path.parent.glob("*.pt") if other != path))
+    return f" The same folder has {others}: copy one over it to resume from there." if others else ""
+
+
 def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Load a checkpoint on the CPU, without running code from the file.
 
@@ -51,9 +57,7 @@ def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     try:
         content = read_file(path, mmap=mmap)
     except UserError as error:
-        others = ", ".join(sorted(other.name for other in path.parent.glob("*.pt") if other != path))
-        hint = f" The same folder has {others}: copy one over it to resume from there." if others else ""
-        raise UserError(f"{error}{hint}") from error
+        raise UserError(f"{error}{other_checkpoints(path)}") from error
     content = content if isinstance(content, dict) else {}
     check_format(path, content.get("format", FORMAT), FORMAT)
     if missing := [key for key in KEYS if key not in content]:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,15 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
         finally:
             temporary.unlink(missing_ok=True)
     return path
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file another name, which may be that of an older file; a copy if the file system has no hard links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        atomic_write(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The state of a training run and its checkpoints."""
 
+import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from dino_ssl import checkpoint, distributed, kernels
 from dino_ssl.config import to_dict
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.errors import UserError
+from dino_ssl.files import link_or_copy
 from dino_ssl.methods.method import BuildContext, Implementations, Method
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import EXPORTS, Weights, load
@@ -19,6 +22,20 @@ from dino_ssl.models.sync_bn import convert_sync_batchnorm, has_batch_norm
 from dino_ssl.models.weights import load_strict, save_backbone
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime
+
+MAX_WEIGHT = 1e8
+"""Magnitude of a weight or buffer from which on training has diverged; those of trained networks are below 1e5."""
+
+
+def is_good_loss(loss: float | None, prototypes: int | None) -> bool:
+    """Return True for a finite loss below 1.1 ln K; a uniform prediction has ln K. prototypes: K; None: any finite."""
+    return loss is not None and math.isfinite(loss) and (prototypes is None or loss < 1.1 * math.log(prototypes))
+
+
+def largest_weight(weights: Mapping[str, Tensor]) -> float:
+    """Return the largest magnitude of the floating point values, nan if one is nan; synchronizes once."""
+    values = [value.abs().max().float() for value in weights.values() if value.is_floating_point() and value.numel()]
+    return torch.stack(values).max().item() if values else 0.0
 
 
 @dataclass
@@ -32,6 +49,11 @@ class State:
     """Optimizer steps taken."""
     best: dict[str, Any] = field(default_factory=dict)
     """The best online evaluation: `name`, `value`, `epoch`; empty before the first."""
+
+    @property
+    def is_usable(self) -> bool:
+        """True if all weights are finite and in a usable range; one step can ruin them after a finite loss."""
+        return largest_weight(self.method.state_dict()) <= MAX_WEIGHT
 
     def save(self, path: Path, run: Run, fingerprint: str) -> None:
         """Write a checkpoint atomically. fingerprint: of the training set, compared on resume."""
@@ -50,12 +72,16 @@ class State:
         checkpoint.save(path, content)
 
     def restore(self, path: Path, dataset: ImageDataset) -> None:
-        """Load a checkpoint. Raises UserError if its training set is not `dataset`."""
+        """Load a checkpoint. Raises UserError if its training set is not `dataset`, or if training had diverged."""
         saved = checkpoint.load(path)
         if saved["data"] != dataset.fingerprint:
             raise UserError(
                 f"{path} was trained on a different dataset: its files differ from the given {len(dataset)} images. "
                 "Resume with the same data, or start a new run with a different `out`."
+            )
+        if not (largest := largest_weight(saved["method"])) <= MAX_WEIGHT:
+            raise UserError(
+                f"{path} has weights of {largest:.2g}: training had diverged.{checkpoint.other_checkpoints(path)}"
             )
         load_strict(self.method, saved["method"], str(path))
         try:
@@ -65,6 +91,45 @@ class State:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{path} is damaged: its optimizer state cannot be loaded ({reason}).") from error
         self.step, self.best = saved["step"], saved["best"]
+
+
+@dataclass
+class LastCheckpoint:
+    """checkpoints/last.pt of a run, on rank 0: it is good once a good loss was computed from its weights.
+
+    Until then, the one before is kept as previous.pt, and replaces it if training diverges.
+    """
+
+    folder: Path
+    prototypes: int | None
+    """K, None for a method without."""
+    resumes: InitVar[bool] = False
+
+    def __post_init__(self, resumes: bool) -> None:
+        self.path, self.previous = self.folder / "last.pt", self.folder / "previous.pt"
+        if not resumes and distributed.is_rank0():
+            self.previous.unlink(missing_ok=True)
+        self.is_good = resumes and not self.previous.is_file()
+
+    def save(self, state: State, run: Run, fingerprint: str) -> None:
+        """Write the state."""
+        if self.is_good and self.path.is_file():
+            link_or_copy(self.path, self.previous)
+        state.save(self.path, run, fingerprint)
+        self.is_good = False
+
+    def confirm(self, loss: float) -> None:
+        """Record a loss that was computed after the newest checkpoint."""
+        if is_good_loss(loss, self.prototypes):
+            self.is_good = True
+            self.previous.unlink(missing_ok=True)
+
+    def restore_good(self) -> bool:
+        """Make the last good checkpoint last.pt; return False if there is none."""
+        if not self.is_good and self.previous.is_file():
+            os.replace(self.previous, self.path)
+            self.is_good = True
+        return self.is_good and self.path.is_file()
 
 
 def build_method(

@@ -33,7 +33,7 @@ from dino_ssl.run import FORMAT, Run
 from dino_ssl.runtime import Runtime
 from dino_ssl.schedules import Clock
 from dino_ssl.signals import StopSignal
-from dino_ssl.state import State, build_method, export_backbone, init_state, prepare_model
+from dino_ssl.state import LastCheckpoint, State, build_method, export_backbone, init_state, prepare_model
 from dino_ssl.training_evals import TrainingEvals, eval_context, run_datasets, split_dataset
 
 # -- the step ----------------------------------------------------------------------------------------------
@@ -134,20 +134,22 @@ def train(run: Run, rt: Runtime, dataset: ImageDataset, *, resume: bool = False)
                 stop_requested = False
                 if done.step % run.log_every == 0 or epoch_ends:
                     line = meter.close(clock)
-                    _check_finite(math.isfinite(line["loss"]), done, job.folder)
+                    job.check(math.isfinite(line["loss"]), done)
+                    if rt.is_main:
+                        job.last.confirm(line["loss"])
                     log.write(done, line)
                     stop_requested = bool((yield Logged(done, line)))
                 if epoch_ends and (evaluated := evals.run_online(done, log, state)):
-                    if evaluated.is_best:
+                    if evaluated.is_best and state.is_usable:
                         job.save("best.pt")
                         job.export("best")
                     yield evaluated
                 stopping = stop.should_stop(rt, done.step) or stop_requested
                 due = [item for item in evals.scheduled if epoch_ends and is_due(item.every_epochs, done)]
                 if stopping or finished:
-                    _check_finite(meter.is_finite(all_ranks=True), done, job.folder)
+                    job.check(meter.is_finite(all_ranks=True) and state.is_usable, done)
                 if (due or stopping or finished or job.save_is_due) and rt.is_main and meter.is_finite():
-                    job.save("last.pt")
+                    job.save_last()
                 if epoch_ends and run.keep_every and done.epoch % run.keep_every == 0:
                     job.save(f"epoch_{done.epoch:04d}.pt")
                 if not stopping or finished:
@@ -156,6 +158,8 @@ def train(run: Run, rt: Runtime, dataset: ImageDataset, *, resume: bool = False)
                     yield EpochDone(done, state.method)
                 if stopping or finished:
                     break
+    if finished and rt.is_main:
+        job.last.previous.unlink(missing_ok=True)
     job.export("last")
     yield Ended(clock._replace(step=state.step), state.method, finished, skipped, stop.number)
 
@@ -174,6 +178,7 @@ class _Job:
     model: nn.Module
     """The method, as a training step calls it."""
     evals: TrainingEvals
+    last: LastCheckpoint
     saved_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -189,8 +194,25 @@ class _Job:
         """Write checkpoints/NAME on rank 0."""
         if self.rt.is_main:
             self.state.save(self.folder / "checkpoints" / name, self.run, self.train_set.fingerprint)
-        if name == "last.pt":
-            self.saved_at = time.monotonic()
+
+    def save_last(self) -> None:
+        """Write checkpoints/last.pt on rank 0, unless the last step has ruined the weights."""
+        if self.rt.is_main and self.state.is_usable:
+            self.last.save(self.state, self.run, self.train_set.fingerprint)
+        self.saved_at = time.monotonic()
+
+    def check(self, is_finite: bool, clock: Clock) -> None:
+        """Raise Diverged if the loss or a weight is not finite; last.pt becomes the last good checkpoint, on rank 0."""
+        if is_finite:
+            return
+        kept, then = "No good checkpoint was saved", "start again"
+        if self.rt.is_main and self.last.restore_good():
+            kept, then = "The last good checkpoint is kept", "resume"
+        epoch = clock.step / clock.steps_per_epoch
+        raise Diverged(
+            f"The loss or a weight is not finite at step {clock.step} (epoch {epoch:.1f}). {kept}. Lower `optim.lr`, "
+            f"set `optim.clip_grad` to 1 or less, or `precision` to float32, and {then}."
+        )
 
     def export(self, weights: Weights) -> None:
         """Write the backbone on rank 0."""
@@ -207,7 +229,8 @@ def _prepare(run: Run, rt: Runtime, dataset: ImageDataset, resume: bool) -> _Job
         state.restore(Path(run.out) / "checkpoints/last.pt", train_set)
     model = prepare_model(state.method, rt)
     evals = TrainingEvals(run, rt, state.method, train_set, val_set, resume=resume)
-    return _Job(run, rt, train_set, val_set, per_epoch, state, model, evals)
+    last = LastCheckpoint(Path(run.out) / "checkpoints", run.method.num_prototypes, resume)
+    return _Job(run, rt, train_set, val_set, per_epoch, state, model, evals, last)
 
 
 def validate_run(run: Run, rt: Runtime, dataset: ImageDataset) -> None:
@@ -237,7 +260,7 @@ def _batches(job: _Job, meter: Meter) -> Iterator[Step]:
         yield from batches
     except UserError:
         if job.state.step and meter.is_finite():
-            job.save("last.pt")
+            job.save_last()
         raise
 
 
@@ -267,14 +290,3 @@ def _prepare_folder(job: _Job, dataset: ImageDataset, resume: bool) -> None:
     }
     corrected = (read_json(path) or {}).get("corrected") if resume else None
     write_json(path, description | ({"corrected": corrected} if corrected else {}))
-
-
-def _check_finite(is_finite: bool, clock: Clock, folder: Path) -> None:
-    if is_finite:
-        return
-    epoch, saved = clock.step / clock.steps_per_epoch, (folder / "checkpoints/last.pt").is_file()
-    kept, then = ("The last good checkpoint is kept", "resume") if saved else ("No checkpoint was saved", "start again")
-    raise Diverged(
-        f"The loss is not finite at step {clock.step} (epoch {epoch:.1f}). {kept}. Lower `optim.lr`, set "
-        f"`optim.clip_grad` to 1 or less, or `precision` to float32, and {then}."
-    )

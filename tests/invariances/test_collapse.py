@@ -15,7 +15,7 @@ from dino_ssl.collapse.checks import Finding, check_config
 from dino_ssl.collapse.monitor import LINES, Monitor
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.data.transforms.augment import Augment
-from dino_ssl.errors import Diverged
+from dino_ssl.errors import Diverged, UserError
 from dino_ssl.events import Logged, Started
 from dino_ssl.files import read_lines
 from dino_ssl.methods.byol import BYOLConfig
@@ -25,7 +25,7 @@ from dino_ssl.methods.supervised import SupervisedConfig
 from dino_ssl.presets import paper
 from dino_ssl.presets.small import demo, narrow_vit, small, small_vit, vit_tiny
 from dino_ssl.schedules import Clock
-from dino_ssl.state import build_method
+from dino_ssl.state import build_method, is_good_loss
 from dino_ssl.terminal import Terminal
 from dino_ssl.training import train
 
@@ -255,3 +255,56 @@ def test_without_a_healthy_checkpoint_nothing_is_restored(tmp_path: Path) -> Non
     collapse_policy = start_policy(tmp_path, on_collapse="rollback")
     assert feed(collapse_policy, range(1, 80), BAD)
     assert collapse_policy.roll_back()[1] is None
+
+
+# -- good checkpoints --------------------------------------------------------------------------------------
+
+
+def diverge(folder: Path, lr: float, **changes: Any) -> Run:
+    """Train with a learning rate that ruins the weights within a few steps, saving after each."""
+    run = edit(HEALTHY, out=str(folder), save_minutes=0, thumbnails=False, **changes)
+    run = edit(run, optim=dict(lr=lr, clip_grad=0.0, warmup_epochs=0))
+    with pytest.raises(Diverged, match=r"not finite at step") as caught:
+        run_session(run, CPU, run.data.open(), Terminal(quiet=True))
+    assert ("No good checkpoint was saved" in str(caught.value)) is (lr == 1e30)
+    return run
+
+
+def test_ruined_weights_are_not_saved_after_a_finite_loss(tmp_path: Path) -> None:
+    diverge(tmp_path / "run", 1e30)  # the first step gives weights of 3e28
+    assert not (tmp_path / "run/checkpoints/last.pt").exists()
+
+
+def test_the_checkpoint_from_which_a_good_loss_was_computed_is_kept(tmp_path: Path) -> None:
+    run = diverge(tmp_path / "run", 1e6, on_collapse="rollback")  # the loss of step 3 is nan
+    assert checkpoint.load(tmp_path / "run/checkpoints/last.pt")["step"] == 1
+    assert not (tmp_path / "run/checkpoints/previous.pt").exists()
+    exported = load(tmp_path / "run/backbone.safetensors").state_dict()
+    assert all(value.isfinite().all() for value in exported.values())
+    assert [row["name"] for row in read_lines(Path(run.out) / "health.jsonl")][-1:] == ["Rollback"]
+
+
+def test_the_checkpoint_before_is_removed_once_a_good_loss_was_computed(tmp_path: Path) -> None:
+    run = edit(HEALTHY, out=str(tmp_path), save_minutes=0, optim=dict(epochs=1))
+    for event in train(run, CPU, run.data.open()):
+        if isinstance(event, Logged):
+            assert not (tmp_path / "checkpoints/previous.pt").exists()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last.pt"]
+
+
+def test_a_loss_above_that_of_a_uniform_prediction_is_not_good() -> None:
+    assert is_good_loss(1.09 * math.log(64), 64)
+    assert not is_good_loss(1.11 * math.log(64), 64)
+    assert not is_good_loss(math.nan, None)
+    assert is_good_loss(1e3, None)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 6e28])
+def test_a_checkpoint_of_a_diverged_run_is_not_resumed(tmp_path: Path, value: float) -> None:
+    run = edit(HEALTHY, out=str(tmp_path), optim=dict(epochs=1), online_eval=dict(every_epochs=1))
+    list(train(run, CPU, run.data.open()))
+    saved = checkpoint.load(tmp_path / "checkpoints/last.pt")
+    saved["method"]["teacher.backbone.cls_token"][0, 0, 0] = value
+    checkpoint.save(tmp_path / "checkpoints/last.pt", saved)
+    with pytest.raises(UserError, match=r"had diverged\. The same folder has best\.pt: copy one over it"):
+        next(train(run, CPU, run.data.open(), resume=True))

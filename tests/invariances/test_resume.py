@@ -191,7 +191,7 @@ def test_a_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path: Path, log_ev
                 assert method is not None
                 next(method.student.parameters()).data.fill_(float("nan"))
 
-    with pytest.raises(UserError, match=r"The loss is not finite at step .*`optim\.lr`"):
+    with pytest.raises(UserError, match=r"The loss or a weight is not finite at step .*`optim\.lr`"):
         poison()
     saved = last(run)
     assert saved["step"] in (7, 8)
@@ -238,7 +238,8 @@ def test_a_full_disk_while_training_keeps_the_last_good_checkpoint(
     with pytest.raises(UserError, match=r"full.*free some space"):
         fit(run)
     assert last(run)["step"] == 5
-    assert [path.name for path in (Path(run.out) / "checkpoints").iterdir()] == ["last.pt"]
+    names = {path.name for path in (Path(run.out) / "checkpoints").iterdir()}
+    assert names == {"last.pt", "previous.pt"}  # the same file
 
 
 @pytest.mark.parametrize("broken", ["no optimizer state", "nan weights"])
@@ -252,5 +253,5 @@ def test_a_checkpoint_of_which_a_part_cannot_be_used_is_not_resumed(tmp_path: Pa
     else:
         content["optimizer"] = {}
     checkpoint.save(path, content)
-    with pytest.raises(UserError, match=r"cannot be (loaded|used)"):
+    with pytest.raises(UserError, match=r"cannot be loaded|had diverged"):
         fit(run, resume=True)

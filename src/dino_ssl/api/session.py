@@ -157,7 +157,7 @@ class _Session:
                     self.observe(event)
                     stop = self.handle(event, progress) or self.must_correct(event)
             except Diverged:
-                self.roll_back()
+                self.roll_back(diverged=True)
                 raise
         self.end(event)
 
@@ -236,11 +236,11 @@ class _Session:
             lambda temporary: temporary.write_text("".join(rows), "utf-8", "backslashreplace"),
         )
 
-    def roll_back(self) -> int | None:
+    def roll_back(self, *, diverged: bool = False) -> int | None:
         """Return the step of the restored checkpoint; None if none was."""
         if self.run.on_collapse != "rollback":
             return None
-        message, step = distributed.run_on_rank0(self.policy.roll_back)
+        message, step = distributed.run_on_rank0(lambda: self.policy.roll_back(diverged=diverged))
         logger.warning(message, extra={"style": "bold yellow"})
         return step
 

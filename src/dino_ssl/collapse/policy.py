@@ -13,11 +13,12 @@ from dino_ssl import checkpoint, distributed
 from dino_ssl.collapse.checks import Finding, check_config
 from dino_ssl.collapse.monitor import LINES, Monitor
 from dino_ssl.events import Logged, Started
-from dino_ssl.files import append_jsonl, atomic_write
+from dino_ssl.files import append_jsonl, atomic_write, link_or_copy
 from dino_ssl.metrics import read_metrics
 from dino_ssl.models.pretrained import EXPORTS
 from dino_ssl.models.weights import backbone_weights, save_backbone
 from dino_ssl.run import Run
+from dino_ssl.state import is_good_loss
 
 HEALTHY_LINES = 2 * LINES
 """Healthy lines after a checkpoint until it counts as healthy: a collapse begins before it is detected."""
@@ -59,23 +60,30 @@ class CollapsePolicy:
             new = self._new(findings)
             fatal = next((finding for finding in findings if finding.fatal), None)
             if self.run.on_collapse == "rollback" and not self.monitor.in_grace_period(self.step):
-                self._track_checkpoint(healthy=fatal is None)
+                is_good = is_good_loss(event.metrics.get("loss"), self.run.method.num_prototypes)
+                self._track_checkpoint(healthy=fatal is None and is_good)
             self._fatal_lines = 0 if fatal is None else self._fatal_lines + 1
         if self.run.on_collapse == "warn":
             return new, False
         self.fatal = distributed.run_on_rank0(lambda: fatal if self._fatal_lines >= LINES else None)
         return new, self.fatal is not None
 
-    def roll_back(self) -> tuple[str, int | None]:
-        """Restore the last healthy checkpoint and export its backbone, on rank 0; return a message and its step."""
-        message, step = "There is no healthy checkpoint to roll back to.", None
+    def roll_back(self, *, diverged: bool = False) -> tuple[str, int | None]:
+        """Restore the last healthy checkpoint and export its backbone, on rank 0; return a message and its step.
+
+        diverged: without a healthy one, `last.pt` is used, from which training computed a good loss.
+        """
+        message, step, kind = "There is no healthy checkpoint to roll back to.", None, "last healthy"
         if self._healthy.is_file():
             atomic_write(self._last, lambda part: shutil.copyfile(self._healthy, part))
+        else:
+            kind = "last good"
+        if self._healthy.is_file() or (diverged and self._last.is_file()):
             saved = checkpoint.load(self._last)
             step, weights = saved["step"], backbone_weights(saved, self._last, "teacher")
             path = self.folder / EXPORTS["last"]
             save_backbone(self.run.backbone, weights, path, self.run.preprocessing)
-            message = f"Rollback from step {self.step} to step {step}, the last healthy checkpoint."
+            message = f"Rollback from step {self.step} to step {step}, the {kind} checkpoint."
         self._write("Rollback", message)
         return message, step
 
@@ -89,10 +97,7 @@ class CollapsePolicy:
                 os.replace(self._pending, self._healthy)
         elif (modified := _modified(self._last)) != self._seen:
             self._seen, self._healthy_lines = modified, 0
-            try:
-                os.link(self._last, self._pending)
-            except OSError:  # the file system has no hard links
-                atomic_write(self._pending, lambda part: shutil.copyfile(self._last, part))
+            link_or_copy(self._last, self._pending)
 
     def _new(self, findings: list[Finding]) -> list[Finding]:
         """Return the findings that were not reported before, and write them for the report."""
