@@ -13,6 +13,7 @@ from dino_ssl.evals.copy_detection import CopyDetection
 from dino_ssl.evals.knn import KNN
 from dino_ssl.evals.linear import Linear
 from dino_ssl.evals.low_shot import LowShot
+from dino_ssl.evals.object_discovery import ObjectDiscovery
 from dino_ssl.evals.retrieval import Retrieval
 from dino_ssl.evals.two_crop_retrieval import TwoCropRetrieval
 from dino_ssl.evals.video_segmentation import VideoSegmentation
@@ -47,6 +48,10 @@ def evaluate_all(folder: Path) -> dict[str, Any]:
         "copy-detection": (CopyDetection(dimensions=8), SCENES),
         "video-segmentation": (VideoSegmentation(), Scenes(count=2, size=32, part="val")),
         "attention-masks": (AttentionMasks(), Scenes(count=5, size=32, part="val")),
+        "object-discovery": (
+            ObjectDiscovery(methods=("lost", "maskcut", "attention")),
+            Scenes(count=5, size=32, part="val"),
+        ),
         "two-crop-retrieval": (TwoCropRetrieval(max_images=29), train),
     }
     network, out = folder / "network.safetensors", folder / "out"

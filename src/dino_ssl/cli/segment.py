@@ -70,7 +70,7 @@ def _segment(options: SegmentOptions, terminal: Terminal) -> dict[str, Any]:
         items.append(Item(name, stem, dataset, index, clusters.get(inner) if clusters is not None else class_name))
     if clusters is not None and not any(item.class_name for item in items):
         raise UserError(f"{options.classes} names none of the {plural(len(items), 'image')}; its names are relative.")
-    settings = dict(soft=options.soft, formats=options.formats, batch_size=options.batch_size)
+    settings: Any = dict(soft=options.soft, formats=options.formats, batch_size=options.batch_size)
     result = segment_folder(checkpoint, items, options.settings, out, progress=terminal.progress, **settings)
     skipped = report_skipped(result.skipped, terminal)
     empty = result.empty

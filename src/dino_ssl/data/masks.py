@@ -1,6 +1,8 @@
 """Segmentation masks as indexed PNG files, with the palette of PASCAL VOC and DAVIS."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +34,24 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         BadImage: The file is missing, is not a PNG, or is an RGB image.
     """
+    with _open_png(path) as image:
+        if image.mode not in ("P", "L", "1"):
+            raise BadImage(path, f"expected a mask as an indexed PNG, got a color image ({image.mode})")
+        return np.array(image, dtype=np.uint8)
+
+
+def read_gray(path: Path) -> np.ndarray:
+    """Return the gray levels of any PNG, uint8 [H, W]. Raises BadImage if it is missing or cannot be read."""
+    with _open_png(path) as image:
+        return np.array(image.convert("L"), dtype=np.uint8)
+
+
+@contextmanager
+def _open_png(path: Path) -> Iterator[Image.Image]:
+    """Open a PNG. Errors inside, of which decoding is one, become a BadImage."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            if image.mode not in ("P", "L", "1"):
-                raise BadImage(path, f"expected a mask as an indexed PNG, got a color image ({image.mode})")
-            return np.array(image, dtype=np.uint8)
+            yield image
     except FileNotFoundError:
         raise BadImage(path, "the mask is missing") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

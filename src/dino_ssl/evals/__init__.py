@@ -14,6 +14,7 @@ EVALUATIONS = {
     "copy-detection": "dino_ssl.evals.copy_detection:CopyDetection",
     "video-segmentation": "dino_ssl.evals.video_segmentation:VideoSegmentation",
     "attention-masks": "dino_ssl.evals.attention_masks:AttentionMasks",
+    "object-discovery": "dino_ssl.evals.object_discovery:ObjectDiscovery",
     "two-crop-retrieval": "dino_ssl.evals.two_crop_retrieval:TwoCropRetrieval",
 }
 FINETUNE = "finetune"

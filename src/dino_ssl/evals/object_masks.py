@@ -30,6 +30,9 @@ class ObjectMasks:
     feature: Literal["keys", "queries", "values"] = "keys"
     """Features of the patches that tokencut, maskcut and lost compare; a network without attention has only its last
     feature map."""
+    center: bool = True
+    """Subtract the mean over the patches of the image from the features, which networks trained on few images need.
+    The published methods do not."""
     tau: float | None = None
     """Cosine above which two patches are similar. Default: 0.2 for tokencut, 0.15 for maskcut, as published."""
     objects: int = 3
@@ -54,6 +57,7 @@ class ObjectMasks:
             if self.method == "attention":
                 return self._attention(require_attention(backbone), images, grid)
             features = patch_features(backbone, images, self.feature, self.layer)
+            features = features - features.mean(1, keepdim=True) if self.center else features
             if self.method == "lost":
                 return lost(features, grid)
             tau = TAU[self.method] if self.tau is None else self.tau

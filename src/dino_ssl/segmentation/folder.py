@@ -174,11 +174,11 @@ def _pending(
 ) -> Iterator[tuple[tuple[int, int], Item]]:
     """Yield (grid of patches, item) of the images without up-to-date files; skip images that are too long."""
     for done, item in enumerate(items, 1):
-        record = records.get(item.name)
+        record = records.get(item.name, {})
         try:
             files = [labels_path(out, item)] + ([out / "soft" / f"{item.stem}.{soft}"] if soft != "none" else [])
-            current = record is not None and record["stem"] == item.stem and all(file.is_file() for file in files)
-            if not current or item.digest() != record["digest"]:
+            is_written = record.get("stem") == item.stem and all(file.is_file() for file in files)
+            if not is_written or item.digest() != record["digest"]:
                 width, height = item.dataset.sizes[item.index].tolist()
                 yield input_grid(height, width, settings, checkpoint.backbone), item
         except BadImage as error:
