@@ -23,8 +23,8 @@ from dino_ssl.errors import UserError, check_value
 from dino_ssl.evals.base import EvalContext
 from dino_ssl.evals.features import raw_pixels
 from dino_ssl.evals.knn import knn_votes
-from dino_ssl.evals.nearest import top_k
 from dino_ssl.evals.low_shot import ROWS, fit_logistic
+from dino_ssl.evals.nearest import top_k
 from dino_ssl.formatting import Summarized
 from dino_ssl.loading import Checkpoint, open_checkpoint
 from dino_ssl.models.backbone import Backbone

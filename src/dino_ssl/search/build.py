@@ -170,7 +170,7 @@ def check_same(folder: Path, old: IndexInfo, new: IndexInfo) -> None:
             f"{folder} has features at {old.preprocessing}; got {new.preprocessing}.\n"
             f"Set `size` to {old.preprocessing.size}, or set another `out`."
         )
-    if old.images != new.images and Path(old.images.get("folder", "/")).exists():
+    if old.images != new.images and "folder" in old.images and Path(old.images["folder"]).exists():
         old_name, new_name = (str(next(iter(info.images.values()))) for info in (old, new))
         raise UserError(f"{folder} is the index of {old_name}; got {new_name}. Set another `out`.")
 

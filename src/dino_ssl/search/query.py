@@ -63,7 +63,9 @@ def query_image(index: "Index", query: Any) -> np.ndarray:
         return index.read(row)
     if isinstance(query, str | Path) and not Path(query).exists():
         raise UserError(f"There is no file {query}, and no image of this name in the index.")
-    return read_image(query) if isinstance(query, str | Path) else to_rgb(query)
+    if isinstance(query, str | Path):
+        return read_image(query, index.store.info.preprocessing.bit_depth)
+    return to_rgb(query)
 
 
 def crop(image: np.ndarray, region: Sequence[int]) -> np.ndarray:
