@@ -3,10 +3,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 
-.PHONY: help demo test mutants lint lock clean
+.PHONY: help demo test test-browser mutants lint lock clean
 help:
 	@echo "make demo      install, train a few minutes on synthetic images, evaluate, and write a report"
 	@echo "make test      install and run the tests"
+	@echo "make test-browser  test the web page in chromium (/usr/bin/chromium, or the path in CHROMIUM)"
 	@echo "make mutants   break single lines of the source, and check that the test of each one fails"
 	@echo "make lint      format, lint and type-check"
 	@echo "make lock      resolve the dependencies in pyproject.toml again and write requirements.lock"
@@ -32,6 +33,9 @@ demo: .venv/ready
 # Bytecode is cached even if the environment disables it: the tests start processes that import torch.
 test: .venv/ready
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+test-browser: .venv/ready
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q tests/browser
 
 mutants: .venv/ready
 	$(BIN)/python tests/mutants.py

@@ -27,6 +27,7 @@ COMMANDS = {
     "classify": ("dino_ssl.cli.classify", "predict the class of images from a few labeled ones"),
     "index": ("dino_ssl.cli.index", "index a folder of images for search, or update its index"),
     "search": ("dino_ssl.cli.search", "find the images of an index that are similar to others"),
+    "explore": ("dino_ssl.cli.explore", "look at an index in a web browser"),
     "data": ("dino_ssl.cli.data", "pack a folder of images into tar shards, and check them"),
     "bench": ("dino_ssl.cli.bench", "profile training on this machine: roofline, step time, data loading"),
     "ablate": ("dino_ssl.cli.ablate", "run a table of the paper"),

@@ -21,7 +21,7 @@ WITH_CHECKPOINT = ("attention", "classify", "embed", "eval", "index", "pca", "se
 """Commands whose words are a checkpoint and then paths."""
 WITHOUT_CHECKPOINT = ("bench", "data", "train")
 """Commands whose words are paths."""
-WITH_INDEX = ("search",)
+WITH_INDEX = ("explore", "search")
 """Commands whose first word is an index."""
 WITH_SUBCOMMAND = ("data", "eval")
 NO_DATASET = (

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,9 +201,10 @@ class Index(Summarized):
         """The network of the index. Raises UserError if it is missing or has other weights."""
         known = self.store.info.checkpoint
         source = known["source"] if self._checkpoint is None else self._checkpoint
-        loaded = open_checkpoint(
-            source, self._device, weights=known["weights"] or "last", num_heads=known["num_heads"], trust=self._trust
-        )
+        opened = partial(open_checkpoint, source, self._device, weights=known["weights"] or "last", trust=self._trust)
+        loaded, heads = opened(), known["num_heads"]
+        if heads not in (None, getattr(loaded.backbone.config, "heads", None)):  # a file that does not describe them
+            loaded = opened(num_heads=heads)
         if loaded.hash != known["hash"]:
             raise UserError(
                 f"{self.folder} has features of other weights ({known['hash']}) than {loaded.source} ({loaded.hash}). "
