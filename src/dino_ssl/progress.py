@@ -14,3 +14,7 @@ StartProgress = Callable[[str], AbstractContextManager[Progress]]
 def no_progress(label: str) -> Iterator[Progress]:
     """Show nothing."""
     yield lambda done, total: None
+
+
+def ignore_progress(done: int, total: int) -> None:
+    """Show nothing."""

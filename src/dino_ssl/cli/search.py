@@ -13,7 +13,7 @@ from dino_ssl.data.dataset import BadImage
 from dino_ssl.errors import UserError
 from dino_ssl.files import check_writable
 from dino_ssl.search.gallery import Group, Tile, write_gallery
-from dino_ssl.search.index import Hit, Index
+from dino_ssl.search.index import Index
 from dino_ssl.search.query import crop, query_image, thumbnail
 from dino_ssl.terminal import Terminal
 
@@ -86,7 +86,8 @@ def _search(options: SearchOptions, terminal: Terminal) -> dict[str, Any]:
     terminal.table(f"{len(hits)} of {len(opened):,} images", ["rank", "similarity", "image", "class"], rows)
     if options.html is not None:
         lead = f"The {len(hits)} most similar of {len(opened):,} images, by the cosine of their features."
-        groups = [Group("Query", _query_tiles(opened, options)), Group("Images", _tiles(opened, hits))]
+        tiles = index_tiles(opened, [hit.row for hit in hits], [f"{hit.similarity:.3f}" for hit in hits])
+        groups = [Group("Query", _query_tiles(opened, options)), Group("Images", tiles)]
         terminal.print(f"Written to {write_gallery(options.html, 'Image search', lead, groups)}")
     results = [{**hit._asdict(), "label": label} for hit, label in zip(hits, labels, strict=True)]
     return {"index": options.index, "queries": list(options.queries), "file": options.html, "hits": results}
@@ -98,10 +99,11 @@ def _query_tiles(opened: Index, options: SearchOptions) -> Iterator[Tile]:
         yield Tile(query, thumbnail(image if options.region is None else crop(image, options.region)))
 
 
-def _tiles(opened: Index, hits: Sequence[Hit]) -> Iterator[Tile]:
-    for hit in hits:
+def index_tiles(index: Index, rows: Sequence[int], notes: Sequence[str]) -> Iterator[Tile]:
+    """Yield the thumbnails of some images of an index, with a note below each."""
+    for row, note in zip(rows, notes, strict=True):
         try:
-            image = opened.thumbnail(hit.row)
+            image = index.thumbnail(row)
         except BadImage:
             image = None
-        yield Tile(hit.name, image, f"{hit.similarity:.3f}", path=opened.path_of(hit.row))
+        yield Tile(index.items.names[row], image, note, path=index.path_of(row))

@@ -4,10 +4,11 @@ Shapes: N images, D feature dimensions, K clusters. Memory does not grow with N 
 are found on a sample, and every image is then assigned to one.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 
 from dino_ssl.errors import UserError, check_value, import_extra
 from dino_ssl.formatting import Summarized
-from dino_ssl.progress import Progress
+from dino_ssl.progress import Progress, ignore_progress
 from dino_ssl.search.nearest import top_k
+from dino_ssl.search.results import Arrays
 from dino_ssl.viz.pca import principal_components
 
 ROWS_PER_CLUSTER, MAX_ROWS = 256, 131_072
@@ -50,6 +52,18 @@ class Clusters(Summarized):
     agreement: dict[str, float] = field(default_factory=dict)
     """With labels: {"ami": adjusted mutual information, "purity": share of the images that have the most frequent
     label of their cluster, "images": labeled ones}; noise counts as one cluster."""
+
+    def to_arrays(self) -> Arrays:
+        """Return the clusters as arrays for a file."""
+        details = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        return {"assignment": self.assignment, "distances": self.distances, "details": np.array(json.dumps(details))}
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> "Clusters":
+        """Return the clusters of `to_arrays`."""
+        details = json.loads(str(arrays["details"]))
+        details["scores"] = {int(k): score for k, score in details["scores"].items()}  # JSON has texts as keys
+        return cls(arrays["assignment"], arrays["distances"], **details)
 
     @property
     def names(self) -> list[str]:
@@ -84,7 +98,7 @@ def find_clusters(
     density: bool = False,
     min_size: int = 10,
     seed: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = ignore_progress,
 ) -> Clusters:
     """Partition features into clusters, deterministically.
 
@@ -132,7 +146,7 @@ def floats(features: Any, rows: np.ndarray | slice) -> np.ndarray:
     return np.ascontiguousarray(features[rows], dtype=np.float32)
 
 
-def kmeans(features: Any, k: int, seed: int = 0, progress: Progress = lambda done, total: None) -> np.ndarray:
+def kmeans(features: Any, k: int, seed: int = 0, progress: Progress = ignore_progress) -> np.ndarray:
     """Return the cluster of each feature by k-means on a sample: int64 [N], with gaps if a cluster is empty."""
     rows = sample(len(features), min(MAX_ROWS, max(ROWS_PER_CLUSTER * k, SCORED_ROWS)), seed)
     return nearest_rows(features, spherical_kmeans(floats(features, rows), k, seed), progress)
@@ -176,7 +190,7 @@ def hdbscan(rows: np.ndarray, min_size: int) -> np.ndarray:
     return engine.fit_predict(components.numpy())
 
 
-def nearest_rows(features: Any, rows: np.ndarray, progress: Progress = lambda done, total: None) -> np.ndarray:
+def nearest_rows(features: Any, rows: np.ndarray, progress: Progress = ignore_progress) -> np.ndarray:
     """Return the number of the nearest of some rows [K, D] for each feature: int64 [N]."""
     nearest = np.empty(len(features), np.int64)
     for start in range(0, len(features), BLOCK_ROWS):

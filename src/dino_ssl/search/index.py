@@ -19,12 +19,16 @@ from dino_ssl.formatting import Summarized
 from dino_ssl.loading import Checkpoint, open_checkpoint
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import Weights
-from dino_ssl.progress import Progress
+from dino_ssl.progress import Progress, ignore_progress
 from dino_ssl.runtime import Precision
 from dino_ssl.search.build import BuildSettings, Changes, update_index
+from dino_ssl.search.clusters import Clusters, find_clusters
 from dino_ssl.search.listing import restore_source
+from dino_ssl.search.map import MAX_POINTS, Layout, lay_out
 from dino_ssl.search.nearest import top_k
 from dino_ssl.search.query import Query, query_vector, thumbnail
+from dino_ssl.search.results import load_result, save_result
+from dino_ssl.search.select import Method, select
 from dino_ssl.search.store import Items, open_store
 
 
@@ -34,6 +38,15 @@ class Hit(NamedTuple):
     name: str
     similarity: float
     """Cosine of the features, at most 1."""
+    row: int
+
+
+class Selected(NamedTuple):
+    """An image to label."""
+
+    name: str
+    distance: float
+    """One minus a cosine; see `select.Selection`."""
     row: int
 
 
@@ -244,3 +257,73 @@ class Index(Summarized):
             for value, row in zip(similarity[0].tolist(), rows[0].tolist(), strict=True)
             if value >= -1.5  # others are excluded by the conditions
         ]
+
+    # -- clusters, map, selection: kept in the folder ------------------------------------------------------------
+
+    def clusters(
+        self,
+        k: int | None = None,
+        *,
+        density: bool = False,
+        min_size: int = 10,
+        seed: int = 0,
+        progress: Progress = ignore_progress,
+    ) -> Clusters:
+        """Return clusters of the images; see `clusters.find_clusters`. The last ones are kept in the folder."""
+        options: dict[str, Any] = {"k": k, "density": density, "min_size": min_size, "seed": seed}
+        arrays = load_result(self.folder, "clusters", generation=self.generation, **options)
+        if arrays is not None:
+            return Clusters.from_arrays(arrays)
+        found = find_clusters(self.features, self.items.labels.tolist(), progress=progress, **options)
+        save_result(self.folder, "clusters", found.to_arrays(), generation=self.generation, **options)
+        return found
+
+    def last_clusters(self) -> Clusters | None:
+        """Return the clusters in the folder, of any settings; None if there are none of this generation."""
+        arrays = load_result(self.folder, "clusters", generation=self.generation)
+        return None if arrays is None else Clusters.from_arrays(arrays)
+
+    def map(
+        self, *, perplexity: float = 30.0, max_points: int = MAX_POINTS, progress: Progress = ignore_progress
+    ) -> Layout:
+        """Return positions of the images in the plane; see `map.lay_out`. The last ones are kept in the folder."""
+        options: dict[str, Any] = {"perplexity": perplexity, "max_points": max_points}
+        arrays = load_result(self.folder, "map", generation=self.generation, **options)
+        if arrays is not None:
+            return Layout(arrays["rows"], arrays["points"], str(arrays["method"]))
+        layout = lay_out(self.features, progress=progress, **options)
+        arrays = layout._asdict() | {"method": np.array(layout.method)}
+        save_result(self.folder, "map", arrays, generation=self.generation, **options)
+        return layout
+
+    def select(
+        self,
+        count: int,
+        *,
+        method: Method = "coverage",
+        labeled: Sequence[str] = (),
+        seed: int = 0,
+        progress: Progress = ignore_progress,
+    ) -> list[Selected]:
+        """Return images to label, in this order; see `select.select`.
+
+        Args:
+            count: Number of images.
+            method: "coverage", "typical" or "outliers".
+            labeled: Names of images that are labeled already, so that a second round continues the first.
+            seed: Of the clusters of "typical".
+            progress: Called with the numbers of images selected and of all.
+        """
+        names, known = self.items.names, {name: row for row, name in enumerate(self.items.names)} if labeled else {}
+        if missing := [name for name in labeled if name not in known]:
+            raise UserError(
+                f"`labeled` has {len(labeled):,} names, of which {len(missing):,} are not in the index, such as "
+                f"{missing[0]!r}. Expected names such as {names[0]!r}."
+                if len(self)
+                else "The index has no images."
+            )
+        rows, scores = select(
+            self.features, count, method=method, labeled=[known[name] for name in labeled], seed=seed, progress=progress
+        )
+        pairs = zip(map(int, rows), map(float, scores), strict=True)
+        return [Selected(names[row], score, row) for row, score in pairs]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dino_ssl.errors import UserError, check_value, import_extra
-from dino_ssl.progress import Progress
+from dino_ssl.progress import Progress, ignore_progress
 from dino_ssl.search.clusters import floats
 from dino_ssl.search.nearest import neighbors
 from dino_ssl.terminal import logger
@@ -41,7 +41,7 @@ def lay_out(
     *,
     perplexity: float = 30.0,
     max_points: int = MAX_POINTS,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = ignore_progress,
 ) -> Layout:
     """Return the map of features [N, D], deterministically: the start is their first two principal components.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dino_ssl.errors import UserError, check_value
-from dino_ssl.progress import Progress
+from dino_ssl.progress import Progress, ignore_progress
 from dino_ssl.search.clusters import BLOCK_ROWS, floats, kmeans, sample
 from dino_ssl.search.nearest import neighbors, top_k
 
@@ -43,7 +43,7 @@ def select(
     method: Method = "coverage",
     labeled: Sequence[int] = (),
     seed: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = ignore_progress,
 ) -> Selection:
     """Select images, deterministically; fewer if not so many are left.
 
@@ -73,9 +73,7 @@ def select(
     return Selection(rows, distances[rows])
 
 
-def farthest_first(
-    features: Any, count: int, start: np.ndarray, progress: Progress = lambda done, total: None
-) -> Selection:
+def farthest_first(features: Any, count: int, start: np.ndarray, progress: Progress = ignore_progress) -> Selection:
     """Return rows, each the farthest from `start` and from those before it (k-center greedy).
 
     Without `start`, the first is the row nearest to the mean, whose score is 1.
@@ -115,7 +113,7 @@ def _central_row(features: Any) -> int:
 
 
 def most_typical(
-    features: Any, count: int, known: np.ndarray, seed: int, progress: Progress = lambda done, total: None
+    features: Any, count: int, known: np.ndarray, seed: int, progress: Progress = ignore_progress
 ) -> Selection:
     """Return the densest image of the cluster with the fewest known or selected ones, the largest of these first."""
     assignment = kmeans(features, min(len(known) + count, MAX_CLUSTERS, len(features)), seed)
