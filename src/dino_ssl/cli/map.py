@@ -67,7 +67,7 @@ def _map(options: MapOptions, terminal: Terminal) -> dict[str, Any]:
             path,
             index.folder.name,
             layout,
-            [names[row] for row in layout.rows.tolist()],
+            [str(names[row]) for row in layout.rows.tolist()],
             colorings,
             embedded,
             os.path.relpath(folder, path.parent) if folder else "",

@@ -74,7 +74,7 @@ def _select(options: SelectOptions, terminal: Terminal) -> dict[str, Any]:
     rows = [[str(rank), f"{item.distance:.3f}", item.name] for rank, item in enumerate(selected[:MAX_LISTED], 1)]
     after = f", after {len(labeled):,} labeled ones" if labeled else ""
     terminal.table(f"{images} of {len(index):,}, {options.method}{after}", ["rank", "distance", "image"], rows)
-    if len(selected) > MAX_LISTED:
+    if len(selected) > MAX_LISTED and not (options.list or options.csv or options.html):
         terminal.print("... --list, --csv, --html and --json give the others")
     terminal.print(f"distance: {meaning} (one minus the cosine)", style="dim")
     names, distances = [item.name for item in selected], [item.distance for item in selected]
