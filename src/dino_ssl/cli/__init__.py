@@ -27,6 +27,7 @@ COMMANDS = {
     "classify": ("dino_ssl.cli.classify", "predict the class of images from a few labeled ones"),
     "index": ("dino_ssl.cli.index", "index a folder of images for search, or update its index"),
     "search": ("dino_ssl.cli.search", "find the images of an index that are similar to others"),
+    "duplicates": ("dino_ssl.cli.duplicates", "find near-duplicates in an index, and move them to a folder"),
     "clusters": ("dino_ssl.cli.clusters", "group the images of an index"),
     "map": ("dino_ssl.cli.map", "write a page with a map of the images of an index"),
     "select": ("dino_ssl.cli.select", "choose the images of an index to label first"),

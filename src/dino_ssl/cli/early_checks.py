@@ -21,7 +21,7 @@ WITH_CHECKPOINT = ("attention", "classify", "embed", "eval", "index", "pca", "se
 """Commands whose words are a checkpoint and then paths."""
 WITHOUT_CHECKPOINT = ("bench", "data", "train")
 """Commands whose words are paths."""
-WITH_INDEX = ("clusters", "explore", "map", "search", "select")
+WITH_INDEX = ("clusters", "duplicates", "explore", "map", "search", "select")
 """Commands whose first word is an index."""
 WITH_SUBCOMMAND = ("data", "eval")
 NO_DATASET = (

@@ -47,11 +47,13 @@ def write_gallery(path: str | Path, title: str, lead: str, groups: Iterable[Grou
 
 def _body(folder: Path, title: str, lead: str, groups: Iterable[Group]) -> Iterator[str]:
     yield f'<div class="eyebrow">dino</div><h1>{html.text(title)}</h1><p class="lead">{html.text(lead)}</p>\n'
+    yield '<div class="groups">'
     for group in groups:
         note = f"<span>{html.text(group.note)}</span>" if group.note else ""
         yield f'<section class="card gallery"><h2>{html.text(group.title)}{note}</h2><div class="tiles">\n'
         yield from (_figure(tile, folder) for tile in group.tiles)
         yield "</div></section>\n"
+    yield "</div>"
 
 
 def _figure(tile: Tile, folder: Path) -> str:
