@@ -26,7 +26,7 @@ from dino_ssl.search.calibration import (
 COSINES = st.lists(st.integers(-20, 20).map(lambda value: value / 20), min_size=1, max_size=30)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(COSINES, COSINES, st.sampled_from([0.5, 0.9, 0.99]))
 def test_the_threshold_has_the_best_recall_at_the_precision(
     positives: list[float], negatives: list[float], least: float

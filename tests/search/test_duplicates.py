@@ -73,7 +73,7 @@ def test_the_lowest_similarity_is_that_of_the_two_least_similar_images_of_a_grou
     assert lowest_cosine(rows, np.arange(9)) == pytest.approx(float((unit @ unit.T).min()), abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.floats(0.5, 0.99), st.sampled_from(["largest", "first"]))
 def test_removing_the_copies_leaves_no_duplicates_and_loses_no_image(
     seed: int, count: int, threshold: float, keep: Any
