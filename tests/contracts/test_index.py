@@ -89,6 +89,7 @@ def test_an_unchanged_folder_is_not_opened(net, photos, tmp_path, opened):
 def test_an_update_equals_a_new_index_and_reads_only_what_has_changed(net, photos, tmp_path, opened):
     index = dino_ssl.Index.build(net, photos, path=tmp_path / "idx")
     names = [index.path_of(row) for row in range(12)]
+    changed = index.items.names[4]
     os.rename(names[0], photos / "renamed.png")
     os.utime(names[1])
     os.remove(names[2])
@@ -105,7 +106,7 @@ def test_an_update_equals_a_new_index_and_reads_only_what_has_changed(net, photo
         index.update()
     assert index.changes == build.Changes(added=5, reused=3, removed=4, kept=8)
     assert sorted(opened) == sorted(["renamed.png", names[1].name, "copy.png", names[4].name, "new.png"])
-    assert sorted(decoded) == sorted([f"{names[4].parent.name}/{names[4].name}", "new.png"])
+    assert sorted(decoded) == sorted([changed, "new.png"])
     assert same(state(index), state(dino_ssl.Index.build(net, photos, path=tmp_path / "new")))
     assert set(index.items.labels) == {None}  # images outside of the class folders
     assert len(list(index.folder.glob("features-*"))) == len(list(index.folder.glob("items-*"))) == 1
@@ -332,3 +333,56 @@ def test_a_damaged_index_is_reported(net, photos, tmp_path):
     (index.folder / "index.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         dino_ssl.Index(index.folder)
+
+
+def test_approximate_search_is_rebuilt_if_rows_change_and_not_used_if_it_is_out_of_date(net, photos, tmp_path):
+    pytest.importorskip("faiss")
+    index = dino_ssl.Index.build(net, photos, path=tmp_path / "idx", approximate=True)
+    assert index.approximate is not None
+    assert index.approximate.info.recall >= 0.99
+    assert [hit.row for hit in index.search(2, k=5)] == [hit.row for hit in index.search(2, k=5, exact=True)]
+    os.remove(index.path_of(3))
+    old = json.loads((index.folder / "approximate.json").read_text())
+    assert index.update().approximate.info.generation == 2
+    assert len(list(index.folder.glob("approximate-*.faiss"))) == 1
+    (index.folder / "approximate.json").write_text(json.dumps(old))
+    assert dino_ssl.Index(index.folder).approximate is None
+
+
+def test_a_query_is_an_image_a_row_a_name_a_vector_a_region_or_several(net, photos, tmp_path):
+    index = dino_ssl.Index.build(net, photos, path=tmp_path / "idx")
+    image, name = index.read(4), index.items.names[4]
+    vector = np.asarray(index.features[4], np.float32)
+    for query in (4, name, index.path_of(4), image, Image.fromarray(image), 7 * vector, torch.from_numpy(vector), -8):
+        hits = index.search(query, k=12)
+        assert (hits[0].row, hits[0].name, len(hits)) == (4, name, 12)
+        assert hits[0].similarity == pytest.approx(1, abs=1e-3)
+        assert [hit.similarity for hit in hits] == sorted((hit.similarity for hit in hits), reverse=True)
+    mean = vector + np.asarray(index.features[7], np.float32)
+    assert [hit.row for hit in index.search([4, 7], k=12)] == [hit.row for hit in index.search(mean, k=12)]
+    assert {hit.row for hit in index.search([4, 7], k=2)} == {4, 7}
+    whole, part = index.search(4, region=(0, 0, 40, 40)), index.search(image, region=(-5, 8, 25, 20))
+    assert [hit.row for hit in whole] == [hit.row for hit in index.search(image)]
+    assert part == index.search(image[8:28, :20])
+    assert {hit.name.split("/")[0] for hit in index.search(4, label="gear", k=12)} == {"gear"}
+    assert index.search(4, folder="./gear/", k=12) == index.search(4, label="gear", k=12)
+
+
+@pytest.mark.parametrize(
+    ("query", "options", "message"),
+    [
+        (12, {}, "There is no row 12: the index has 12 images"),
+        ([], {}, "The query is empty"),
+        (np.zeros(3, np.float32), {}, "Expected a vector of 48 dimensions, got 3"),
+        ("nothing.jpg", {}, r"There is no file nothing\.jpg, and no image of this name in the index"),
+        (0, {"k": 0}, "`k` must be at least 1"),
+        (0, {"label": "geer"}, "No image of the index is of the class geer; did you mean 'gear'"),
+        (0, {"folder": "gea"}, r"No image of the index is in the folder gea\."),
+        (0, {"region": (40, 0, 5, 5)}, "`region` 40 0 5 5 is outside of the image of 40 x 40"),
+        (0, {"region": (1, 2, 3)}, "`region` expects x, y, width and height in pixels; got 3 numbers"),
+    ],
+)
+def test_wrong_queries_are_refused(net, photos, tmp_path, query, options, message):
+    index = dino_ssl.Index.build(net, photos, path=tmp_path / "idx")
+    with pytest.raises(UserError, match=message):
+        index.search(query, **options)

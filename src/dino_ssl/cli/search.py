@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from dino_ssl.cli.images import run_command
-from dino_ssl.cli.options import Device, Json, Trust
+from dino_ssl.cli.options import Device, Flag, Json, Trust
 from dino_ssl.data.dataset import BadImage
 from dino_ssl.errors import UserError
 from dino_ssl.files import check_writable
@@ -57,6 +57,8 @@ class SearchOptions(OpenIndexOptions):
     """Search only below this folder, relative to that of the images."""
     label: str | None = None
     """Search only in this class."""
+    exact: Flag = False
+    """Compare with every image, although the index has approximate search."""
     html: str | None = None
     """File of a page with thumbnails of the query and the images."""
     checkpoint: str | None = None
@@ -76,7 +78,7 @@ def _search(options: SearchOptions, terminal: Terminal) -> dict[str, Any]:
     if options.html is not None:
         check_writable(Path(options.html).parent)
     opened = options.open(checkpoint=options.checkpoint, device=options.device, trust=options.trust)
-    names = ("k", "region", "folder", "label")
+    names = ("k", "region", "folder", "label", "exact")
     hits = opened.search(list(options.queries), **{name: getattr(options, name) for name in names})
     labels = [opened.items.labels[hit.row] for hit in hits]
     rows = [

@@ -21,6 +21,7 @@ from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import Weights
 from dino_ssl.progress import Progress, StartProgress, ignore_progress, no_progress
 from dino_ssl.runtime import Precision
+from dino_ssl.search.approximate import MAX_K, open_approximate, read_approximate, write_approximate
 from dino_ssl.search.build import BuildSettings, Changes, update_index
 from dino_ssl.search.clusters import Clusters, find_clusters
 from dino_ssl.search.deduplicate import Duplicates, duplicates_of
@@ -83,6 +84,8 @@ class Index(Summarized):
         self.store = open_store(self.folder)
         self._images, self._checkpoint, self._device, self._trust = images, checkpoint, device, trust
         self._dataset: ImageDataset | None = None
+        self.approximate = open_approximate(self.folder, self.generation)
+        """Approximate search; None if it was not built for these rows."""
         self.changes = Changes(kept=len(self))
         """What `build` or `update` has changed."""
 
@@ -97,6 +100,7 @@ class Index(Summarized):
         precision: Precision | None = None,
         batch_size: int = 64,
         workers: int = 0,
+        approximate: bool = False,
         progress: Progress | None = None,
         device: str | torch.device | None = None,
         weights: Weights = "last",
@@ -113,6 +117,7 @@ class Index(Summarized):
             precision: Of the forward pass. Default: bfloat16 if the device supports it, otherwise float32.
             batch_size: Images per forward pass.
             workers: Worker processes that decode images.
+            approximate: Build approximate search as well, for 100,000 images and more: needs faiss. Updates keep it.
             progress: Called with (done, total).
             device: cpu, cuda, cuda:1, mps, ...; None: a GPU if there is one.
             weights: Those of a run's folder that are used.
@@ -124,6 +129,7 @@ class Index(Summarized):
         _, changes = update_index(Path(path), loaded, images, settings, progress)
         index = cls(path, images=images, checkpoint=loaded, device=device, trust=trust)
         index.changes = changes
+        index._update_approximate(approximate)
         return index
 
     def update(self, *, workers: int = 0, batch_size: int = 64, progress: Progress | None = None) -> "Index":
@@ -131,9 +137,16 @@ class Index(Summarized):
         info = self.store.info
         settings = BuildSettings(size=info.preprocessing.size, batch_size=batch_size, workers=workers)
         _, self.changes = update_index(self.folder, self.checkpoint, self._source, settings, progress)
-        self.store = open_store(self.folder)
-        self._dataset = None
+        self.store, self._dataset = open_store(self.folder), None
+        self._update_approximate(False)
         return self
+
+    def _update_approximate(self, build: bool) -> None:
+        """Build approximate search if there is one of other rows, or none and `build` is set."""
+        info = read_approximate(self.folder)
+        if (build and info is None) or (info is not None and info.generation != self.generation):
+            write_approximate(self.folder, self.features, self.generation)
+        self.approximate = open_approximate(self.folder, self.generation)
 
     def __len__(self) -> int:
         return self.store.info.rows
@@ -240,8 +253,12 @@ class Index(Summarized):
         region: Sequence[int] | None = None,
         folder: str | None = None,
         label: str | None = None,
+        exact: bool = False,
     ) -> list[Hit]:
         """Return the k most similar images, best first; images with equal features in the order of their rows.
+
+        The search is exact, unless approximate search was built; it finds 99 % of the 10 nearest images. With a
+        condition, or more than 100 results, it is always exact.
 
         Args:
             query: An image: a path, a PIL image, a uint8 array [H, W, 3]; an image of the index: its row or its name;
@@ -250,14 +267,18 @@ class Index(Summarized):
             region: (x, y, width, height) in pixels of the image as it is viewed: the query is this part of it.
             folder: Search only below this folder, relative to that of the images.
             label: Search only in this class.
+            exact: Compare with every image in any case.
         """
         check_value("k", k, least=1)
-        where = self.items.select(folder, label)
-        similarity, rows = top_k(query_vector(self, query, region)[None], self.features, k, where=where, unit=True)
+        where, queries = self.items.select(folder, label), query_vector(self, query, region)[None]
+        if self.approximate is None or exact or where is not None or k > MAX_K:
+            similarity, rows = top_k(queries, self.features, k, where=where, unit=True)
+        else:
+            similarity, rows = self.approximate.top_k(queries, k)
         return [
             Hit(self.items.names[int(row)], min(value, 1.0), int(row))
             for value, row in zip(similarity[0].tolist(), rows[0].tolist(), strict=True)
-            if value >= -1.5  # others are excluded by the conditions
+            if value >= -1.5  # others are excluded, or not found
         ]
 
     # -- clusters, map, selection, duplicates -------------------------------------------------------------------
