@@ -15,6 +15,7 @@ EVALUATIONS = {
     "video-segmentation": "dino_ssl.evals.video_segmentation:VideoSegmentation",
     "attention-masks": "dino_ssl.evals.attention_masks:AttentionMasks",
     "object-discovery": "dino_ssl.evals.object_discovery:ObjectDiscovery",
+    "weak-segmentation": "dino_ssl.evals.weak_segmentation:WeakSegmentation",
     "two-crop-retrieval": "dino_ssl.evals.two_crop_retrieval:TwoCropRetrieval",
 }
 FINETUNE = "finetune"

@@ -36,8 +36,9 @@ def resize_to_patches(image: np.ndarray, size: int, patch: int) -> np.ndarray:
     The authors crop the remainder; here each side is rounded to the nearest multiple, so that the maps cover the whole
     image.
     """
-    rows, columns = patch_grid(*image.shape[:2], size, patch)
-    interpolation = cv2.INTER_AREA if rows * patch < image.shape[0] else cv2.INTER_CUBIC
+    height, width = image.shape[:2]
+    rows, columns = patch_grid(height, width, size, patch)
+    interpolation = cv2.INTER_AREA if rows * patch < height else cv2.INTER_CUBIC
     return cv2.resize(image, (columns * patch, rows * patch), interpolation=interpolation)
 
 

@@ -19,6 +19,12 @@ Expected the layout of PASCAL VOC 2012:
   FOLDER/ImageSets/Segmentation/{split}.txt
 FOLDER is VOC2012, or the VOCdevkit above it, of http://host.robots.ox.ac.uk/pascal/VOC/voc2012"""
 
+CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+"""Names of the classes 1 .. 20."""
+
 
 @runtime_checkable
 class Masked(Protocol):
