@@ -17,6 +17,7 @@ from dino_ssl.evals.object_discovery import ObjectDiscovery
 from dino_ssl.evals.retrieval import Retrieval
 from dino_ssl.evals.two_crop_retrieval import TwoCropRetrieval
 from dino_ssl.evals.video_segmentation import VideoSegmentation
+from dino_ssl.evals.weak_segmentation import WeakSegmentation
 from dino_ssl.models.vit import ViT
 from dino_ssl.models.weights import save_backbone
 
@@ -51,6 +52,11 @@ def evaluate_all(folder: Path) -> dict[str, Any]:
         "object-discovery": (
             ObjectDiscovery(methods=("lost", "maskcut", "attention")),
             Scenes(count=5, size=32, part="val"),
+        ),
+        "weak-segmentation": (
+            WeakSegmentation(k=3),
+            Scenes(count=7, size=32, classes=2),
+            Scenes(count=5, size=32, classes=2, part="val"),
         ),
         "two-crop-retrieval": (TwoCropRetrieval(max_images=29), train),
     }

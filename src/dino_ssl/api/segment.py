@@ -7,14 +7,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dino_ssl.data.loader import read_or_none
+from dino_ssl.data.dataset import BadImage, Skipped
 from dino_ssl.data.sources import DatasetSource, open_dataset
 from dino_ssl.evals.object_masks import MaskMethod, ObjectMasks
 from dino_ssl.loading import Checkpoint, open_checkpoint, read_image
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import Weights
 from dino_ssl.preprocessing import to_rgb
-from dino_ssl.segmentation.masks import Segmentation, SegmentSettings, input_grid, segment_images
+from dino_ssl.segmentation.masks import Segmentation, Segmenter, SegmentSettings
 from dino_ssl.terminal import logger
 
 
@@ -25,6 +25,7 @@ def segment(
     method: MaskMethod = "tokencut",
     size: int | None = None,
     refine: bool = True,
+    head: str | Path | None = None,
     device: Any = None,
     weights: Weights = "last",
     trust: bool = False,
@@ -40,25 +41,33 @@ def segment(
         method: "tokencut", "maskcut" (several objects), "lost", or "attention".
         size: Short side of the network's input in pixels. Default: 480, or twice a training size below 224.
         refine: Move the edges of the masks to edges of the image.
+        head: File of a head of `dino eval weak-segmentation`: masks of its classes instead of objects.
         device: cpu, cuda, cuda:1, mps, ...; None: a GPU if there is one.
         weights: Those of a run's folder that are used.
         trust: Import a backbone class from outside the package that the checkpoint names, which runs its code.
-        options: Further settings of `ObjectMasks`: tau, objects, head, mass, layer, feature.
+        options: Further settings of `ObjectMasks`: tau, center, objects, attention_head, mass, layer, feature.
     """
     loaded = open_checkpoint(checkpoint, device, weights=weights, trust=trust)
-    settings = SegmentSettings(find=ObjectMasks(method=method, **options), size=size, refine=refine)
+    find = ObjectMasks(method=method, **options)
+    settings = SegmentSettings(find=find, size=size, refine=refine, head=None if head is None else str(head))
+    segmenter = Segmenter(loaded.backbone, settings)
     if isinstance(image, str | Path) and not Path(image).is_dir():
         image = read_image(image, loaded.backbone.transform.bit_depth)
     elif isinstance(image, Image.Image | np.ndarray | Tensor):
         image = to_rgb(image)
     if isinstance(image, np.ndarray):
-        input_grid(*image.shape[:2], settings, loaded.backbone)  # raises if it is too long
-        return segment_images(loaded.backbone, [image], settings)[0]
-    dataset = open_dataset(image).with_bit_depth(loaded.backbone.transform.bit_depth)
-    results, skipped = [], []
+        segmenter.grid(*image.shape[:2])  # raises if it is too long
+        return segmenter([image])[0]
+    dataset, skipped = open_dataset(image).with_bit_depth(loaded.backbone.transform.bit_depth), list[Skipped]()
+    results: list[Segmentation | None] = []
     for index in range(len(dataset)):
-        pixels = read_or_none(dataset, index, skipped)
-        results.append(None if pixels is None else segment_images(loaded.backbone, [pixels], settings)[0])
+        try:
+            pixels = dataset.read(index)
+            segmenter.grid(*pixels.shape[:2])
+            results += segmenter([pixels])
+        except BadImage as error:
+            results.append(None)
+            skipped.append(Skipped(dataset.names[index], error.reason))
     for item in skipped:
         logger.warning("skipped: %s: %s", *item)
     return results

@@ -82,9 +82,9 @@ def register_fields(settings: Any) -> None:
 
 
 def _dotted_fields(settings: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all fields; those of `run`, `protocol` and `common` are flags without a prefix."""
+    """Yield the dotted names of all fields; those of `run`, `settings`, ... are flags without a prefix."""
     for field in dataclasses.fields(settings):
-        name = "" if field.name in ("run", "protocol", "common") else f"{prefix}{field.name}"
+        name = "" if field.name in ("run", "protocol", "common", "settings", "find") else f"{prefix}{field.name}"
         if name:
             yield name
         factory = field.default_factory

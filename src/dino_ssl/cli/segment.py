@@ -20,8 +20,9 @@ EXAMPLES = """\
   dino segment runs/photos photos/ -o masks             label maps and an overview; the same command resumes
   dino segment dino_vits16 photos/ -o masks --formats coco labelme yolo sheet
   dino segment runs/photos cat.jpg --method maskcut     up to three objects
-  dino segment runs/photos cat.jpg --method attention --head 2 --mass 0.8
-  dino segment runs/photos photos/ -o masks --classes clusters.csv --formats classes    of `dino clusters`"""
+  dino segment runs/photos cat.jpg --method attention --attention-head 2 --mass 0.8
+  dino segment runs/photos photos/ -o masks --classes clusters.csv --formats classes    of `dino clusters`
+  dino segment runs/photos photos/ -o masks --head runs/photos/evals/weak-segmentation-tokencut.safetensors"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ class ObjectMasks:
     """Cosine above which two patches are similar. Default: 0.2 for tokencut, 0.15 for maskcut, as published."""
     objects: int = 3
     """Largest number of objects that maskcut finds in an image."""
-    head: int | None = None
+    attention_head: int | None = None
     """Head of the attention, counted from 0. Default: the mean of all."""
     mass: float = 0.6
     """Share of the attention that the mask of the method attention holds."""
@@ -45,7 +45,7 @@ class ObjectMasks:
     def __post_init__(self) -> None:
         check_range(self, "tau", least=-1, below=1)
         check_range(self, "objects", least=1, most=254)  # numbers of objects in a mask
-        check_range(self, "head", least=0)
+        check_range(self, "attention_head", least=0)
         check_range(self, "mass", above=0, most=1)
 
     def find(self, backbone: Backbone, images: Tensor) -> list[Found]:
@@ -69,9 +69,10 @@ class ObjectMasks:
 
     def _attention(self, backbone: Attentive, images: Tensor, grid: tuple[int, int]) -> list[Found]:
         rows = attention_rows(backbone, images, [0], self.layer)[:, 0].cpu().numpy()  # [B, heads, N]
-        if self.head is not None and self.head >= rows.shape[1]:
-            raise UserError(f"`head` must be in 0 .. {rows.shape[1] - 1} for this network; got {self.head}.")
-        maps = rows.mean(1) if self.head is None else rows[:, self.head]
+        head, count = self.attention_head, rows.shape[1]
+        if head is not None and head >= count:
+            raise UserError(f"`attention_head` must be in 0 .. {count - 1} for this network; got {head}.")
+        maps = rows.mean(1) if head is None else rows[:, head]
         found = []
         for values, mask in zip(maps, top_mass_mask(maps, self.mass), strict=True):
             threshold = np.nextafter(values[mask].min(), -1, dtype=values.dtype)

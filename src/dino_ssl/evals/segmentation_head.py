@@ -70,11 +70,11 @@ class SegmentationHead:
 def fit_head(features: Tensor, labels: Tensor, classes: int, decay: float) -> tuple[Tensor, Tensor]:
     """Return weight [C, D] and bias [C] of the logistic regression of labels [P] on features [P, D].
 
-    It is fitted to standardized features, with the penalty decay / 2 |W|^2.
+    It is fitted to standardized features with the penalty decay / 2 |W|^2, to 1 % of the loss or 150 evaluations.
     """
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-6)
     x = F.pad((features - mean) / deviation, (0, 1), value=1.0)
-    fitted = fit_logistic(x, labels, classes, decay, tolerance=1e-3, max_evaluations=500).weights.float().cpu()
+    fitted = fit_logistic(x, labels, classes, decay, tolerance=1e-2, max_evaluations=150).weights.float().cpu()
     weight = fitted[:-1].T / deviation
     return weight, fitted[-1] - weight @ mean
 

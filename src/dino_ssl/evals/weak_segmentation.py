@@ -57,7 +57,7 @@ class WeakSegmentation(Evaluation):
   dino eval weak-segmentation dino_vits16 VOCdevkit/VOC2012 -o heads    train and val of ImageSets/Segmentation
   dino segment dino_vits16 photos/ --head heads/weak-segmentation-tokencut.safetensors"""
 
-    max_images: int = 500
+    max_images: int = 300
     """Largest number of training images and of validation images, evenly spaced."""
     size: int | None = None
     """Short side of the input in pixels; default: 480, or twice a training size below 224."""

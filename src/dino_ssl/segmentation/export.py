@@ -8,18 +8,27 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-from dino_ssl.data.masks import read_mask, write_mask
+from dino_ssl.data.masks import VOID, read_mask, write_mask
 from dino_ssl.errors import import_extra
 from dino_ssl.files import atomic_write, write_json
 
 OBJECT = "object"
 """Name of objects without a class."""
 LABELME_VERSION = "5.5.0"
+
+
+class FoundObject(NamedTuple):
+    """An object in a label map."""
+
+    number: int
+    """Its label."""
+    score: float
+    class_name: str | None
 
 
 @dataclass(frozen=True)
@@ -34,18 +43,24 @@ class Annotated:
     """The image file; None if there is none."""
     labels: Path
     """The indexed PNG with the numbers of the objects."""
-    class_name: str | None
-    scores: Sequence[float]
+    found: Sequence[FoundObject]
 
     def read(self) -> np.ndarray:
         """Return the label map, uint8 [H, W]."""
         return read_mask(self.labels)
 
 
+def class_index(found: FoundObject, classes: Sequence[str]) -> int:
+    """Return the index of an object's class; 0 for objects without classes."""
+    return 0 if found.class_name is None or not classes else classes.index(found.class_name)
+
+
 def write_class_map(path: Path, item: Annotated, classes: Sequence[str]) -> Path:
     """Write the objects of an image as an indexed PNG of classes: 0 the background, i + 1 the class classes[i]."""
-    number = 0 if item.class_name is None else classes.index(item.class_name) + 1
-    return write_mask(path, np.where(item.read() > 0, number, 0))
+    table = np.zeros(256, np.uint8)
+    for found in item.found:
+        table[found.number] = min(class_index(found, classes) + 1, VOID - 1)
+    return write_mask(path, table[item.read()])
 
 
 def write_labelme(path: Path, item: Annotated, classes: Sequence[str]) -> Path:
@@ -55,14 +70,14 @@ def write_labelme(path: Path, item: Annotated, classes: Sequence[str]) -> Path:
     source = item.name if item.source is None else os.path.relpath(item.source.absolute(), path.parent.absolute())
     shapes = [
         {
-            "label": item.class_name or OBJECT,
+            "label": found.class_name or OBJECT,
             "points": polygon.tolist(),
-            "group_id": number,
+            "group_id": found.number,
             "shape_type": "polygon",
             "flags": {},
         }
-        for number in range(1, len(item.scores) + 1)
-        for polygon in polygons(labels == number)
+        for found in item.found
+        for polygon in polygons(labels == found.number)
     ]
     data = {"version": LABELME_VERSION, "flags": {}, "shapes": shapes, "imagePath": source, "imageData": None}
     return write_json(path, {**data, "imageHeight": height, "imageWidth": width})
@@ -81,12 +96,12 @@ def write_yolo(path: Path, item: Annotated, classes: Sequence[str]) -> Path:
     """Write one line per object: class, and the box's center x, y, width and height as fractions of the image."""
     labels = item.read()
     height, width = labels.shape
-    number = 0 if item.class_name is None else classes.index(item.class_name)
     lines = []
-    for label in np.setdiff1d(labels, 0):
-        left, top, w, h = cv2.boundingRect((labels == label).view(np.uint8))
+    for found in item.found:
+        left, top, w, h = cv2.boundingRect((labels == found.number).view(np.uint8))
         center = (left + w / 2) / width, (top + h / 2) / height
-        lines.append(f"{number} " + " ".join(f"{value:.6f}" for value in (*center, w / width, h / height)))
+        values = " ".join(f"{value:.6f}" for value in (*center, w / width, h / height))
+        lines.append(f"{class_index(found, classes)} {values}")
     return atomic_write(path, lambda part: part.write_text("".join(f"{line}\n" for line in lines)))
 
 
@@ -95,14 +110,19 @@ def write_coco(path: Path, items: Iterable[Annotated], classes: Sequence[str]) -
     coco_mask = require_pycocotools()
 
     def annotations(number: int, item: Annotated, labels: np.ndarray) -> Iterator[dict[str, Any]]:
-        category = 1 if item.class_name is None else classes.index(item.class_name) + 1
-        for label in np.setdiff1d(labels, 0).tolist():
-            code = coco_mask.encode(np.asfortranarray(labels == label, dtype=np.uint8))
+        for found in item.found:
+            code = coco_mask.encode(np.asfortranarray(labels == found.number, dtype=np.uint8))
             area, box = int(coco_mask.area(code)), coco_mask.toBbox(code).tolist()
-            described = {"id": 256 * number + label, "image_id": number, "category_id": category, "iscrowd": 0}
-            code = {**code, "counts": code["counts"].decode()}
-            score = round(float(item.scores[label - 1]), 4)
-            yield {**described, "segmentation": code, "area": area, "bbox": box, "score": score}
+            yield {
+                "id": 256 * number + found.number,
+                "image_id": number,
+                "category_id": class_index(found, classes) + 1,
+                "iscrowd": 0,
+                "segmentation": {**code, "counts": code["counts"].decode()},
+                "area": area,
+                "bbox": box,
+                "score": found.score,
+            }
 
     def write(part: Path) -> None:
         images: list[str] = []

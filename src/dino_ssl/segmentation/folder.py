@@ -26,8 +26,8 @@ from dino_ssl.formatting import visible
 from dino_ssl.loading import Checkpoint
 from dino_ssl.progress import Progress, StartProgress, no_progress
 from dino_ssl.segmentation import export
-from dino_ssl.segmentation.export import Annotated
-from dino_ssl.segmentation.masks import Segmentation, SegmentSettings, input_grid, input_size, segment_images
+from dino_ssl.segmentation.export import Annotated, FoundObject
+from dino_ssl.segmentation.masks import Segmentation, Segmenter, SegmentSettings
 from dino_ssl.viz.rendering import save_image, sheet
 from dino_ssl.viz.tracking import overlay_mask
 
@@ -103,41 +103,51 @@ def segment_folder(
     """
     if "coco" in formats:
         export.require_pycocotools()
+    segmenter = Segmenter(checkpoint.backbone, settings)
     mark_output(out)
-    check_settings(out, checkpoint, settings)
+    check_settings(out, checkpoint, segmenter)
     lines, skipped = out / "segments.jsonl", list[Skipped]()
     records = {row["name"]: row for row in read_lines(lines)}
     with progress("checking the files") as show:
-        pending = list(_pending(items, records, out, soft, settings, checkpoint, skipped, show))
+        pending = list(_pending(items, records, out, soft, segmenter, skipped, show))
     with progress("masks") as show:
         done = 0
         for batch, digests, images in _read_batches(pending, batch_size, skipped):
-            results = segment_images(checkpoint.backbone, images, settings) if images else []
+            results = segmenter(images) if images else []
             for item, digest, result in zip(batch, digests, results, strict=True):
                 _write_masks(out, item, result, soft)
-                scores = [round(float(score), 4) for score in result.scores]
-                row = {"name": item.name, "stem": item.stem, "digest": digest, "scores": scores, "note": result.note}
+                objects = [
+                    {"number": int(number), "score": round(float(score), 4), "class": name}
+                    for number, score, name in zip(result.numbers, result.scores, result.classes, strict=True)
+                ]
+                row = {"name": item.name, "stem": item.stem, "digest": digest, "objects": objects, "note": result.note}
                 append_jsonl(lines, row)
                 records[item.name] = row
                 done += 1
             show(done + len(skipped), len(pending) + len(skipped))
     failed = {skip.name for skip in skipped}
     annotated = [
-        Annotated(item.name, item.stem, item.source, labels_path(out, item), item.class_name, record["scores"])
+        Annotated(item.name, item.stem, item.source, labels_path(out, item), _found(record, item))
         for item in items
         if item.name not in failed and (record := records.get(item.name)) is not None
     ]
-    empty = [Skipped(a.name, records[a.name]["note"]) for a in annotated if not a.scores]
+    empty = [Skipped(each.name, records[each.name]["note"]) for each in annotated if not each.found]
     files = {"labels": f"{out}/labels"} | ({"soft": f"{out}/soft"} if soft != "none" else {})
-    files |= export_all(out, annotated, items, formats)
-    objects = sum(len(each.scores) for each in annotated)
+    files |= export_all(out, annotated, items, formats, segmenter.head.classes if segmenter.head else ())
+    objects = sum(len(each.found) for each in annotated)
     return FolderResult(done, len(annotated) - done, objects, empty, skipped, files)
 
 
-def check_settings(out: Path, checkpoint: Checkpoint, settings: SegmentSettings) -> None:
+def _found(record: Mapping[str, Any], item: Item) -> list[FoundObject]:
+    return [FoundObject(each["number"], each["score"], each["class"] or item.class_name) for each in record["objects"]]
+
+
+def check_settings(out: Path, checkpoint: Checkpoint, segmenter: Segmenter) -> None:
     """Write settings.json, or raise UserError if the folder has masks of other weights or settings."""
-    size = input_size(settings, checkpoint.backbone)
-    current = {"format": FORMAT, "weights": checkpoint.hash, "settings": {**to_dict(settings), "size": size}}
+    settings, head = segmenter.settings, segmenter.head
+    digest = None if head is None else hashlib.sha256(head.weight.numpy().tobytes()).hexdigest()[:16]
+    used = {**to_dict(settings), "size": segmenter.size, "head": digest}
+    current = {"format": FORMAT, "weights": checkpoint.hash, "settings": used}
     path = out / "settings.json"
     if (stored := read_json(path)) is None:
         write_json(path, {**current, "checkpoint": checkpoint.source})
@@ -167,8 +177,7 @@ def _pending(
     records: Mapping[str, Any],
     out: Path,
     soft: SoftFormat,
-    settings: SegmentSettings,
-    checkpoint: Checkpoint,
+    segmenter: Segmenter,
     skipped: list[Skipped],
     show: Progress,
 ) -> Iterator[tuple[tuple[int, int], Item]]:
@@ -180,7 +189,7 @@ def _pending(
             is_written = record.get("stem") == item.stem and all(file.is_file() for file in files)
             if not is_written or item.digest() != record["digest"]:
                 width, height = item.dataset.sizes[item.index].tolist()
-                yield input_grid(height, width, settings, checkpoint.backbone), item
+                yield segmenter.grid(height, width), item
         except BadImage as error:
             skipped.append(Skipped(item.name, error.reason))
         show(done, len(items))
@@ -230,15 +239,20 @@ def with_file(path: Path, array: np.ndarray) -> Path:
 
 
 def export_all(
-    out: Path, annotated: Sequence[Annotated], items: Sequence[Item], formats: Sequence[Format]
+    out: Path,
+    annotated: Sequence[Annotated],
+    items: Sequence[Item],
+    formats: Sequence[Format],
+    head_classes: Sequence[str],
 ) -> dict[str, str]:
     """Write the masks in other formats; files of one image only if its label map or the list of classes is newer."""
-    classes = sorted({each.class_name for each in annotated if each.class_name is not None})
-    names = out / "classes.txt"
+    names = {found.class_name for each in annotated for found in each.found if found.class_name is not None}
+    classes = list(head_classes) or sorted(names)
+    listed = out / "classes.txt"
     text = "".join(f"{visible(name)}\n" for name in classes or [export.OBJECT])
-    has_new_classes = not names.is_file() or names.read_text(encoding="utf-8") != text
+    has_new_classes = not listed.is_file() or listed.read_text(encoding="utf-8") != text
     if has_new_classes and formats:
-        atomic_write(names, lambda part: part.write_text(text, encoding="utf-8"))
+        atomic_write(listed, lambda part: part.write_text(text, encoding="utf-8"))
     files = {}
     for kind in (kind for kind in formats if kind in PER_IMAGE):
         write, suffix = PER_IMAGE[kind]
