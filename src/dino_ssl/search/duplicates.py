@@ -253,8 +253,8 @@ def _neighbor_pairs(features: Any, rows: np.ndarray, progress: Progress) -> tupl
     if len(rows) < 2:
         return np.empty(0, int), np.empty(0, int), np.empty(0, np.float32)
     subset = features if len(rows) == len(features) else features[rows]
-    cosines, nearest = (part.numpy() for part in neighbors(subset, NEIGHBORS))
-    return np.repeat(rows, nearest.shape[1]), rows[nearest.ravel()], cosines.ravel()
+    cosines, nearest = (part.numpy() for part in neighbors(subset, NEIGHBORS, progress))
+    return np.repeat(rows, nearest.shape[1]), rows[nearest.ravel()], cosines.ravel()  # of missing ones: below -1
 
 
 def _same_pixels(

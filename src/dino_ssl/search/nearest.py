@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dino_ssl.evals.nearest import top_k as top_k
+from dino_ssl.progress import Progress, ignore_progress
 from dino_ssl.search.approximate import build_ivf
 
 QUERY_ROWS = 1024
@@ -16,7 +17,7 @@ EXACT_ROWS = 50_000
 """Rows of which the neighbors are always exact: 10 s on two cores, and four times as long for twice as many."""
 
 
-def neighbors(rows: Any, k: int) -> tuple[Tensor, Tensor]:
+def neighbors(rows: Any, k: int, progress: Progress = ignore_progress) -> tuple[Tensor, Tensor]:
     """Return the k nearest other rows of each unit row [N, D]: cosines [N, k], best first, and row numbers [N, k].
 
     With faiss, those of more than EXACT_ROWS rows are approximate: 99 % of the 10 nearest are found. A neighbor that is
@@ -34,4 +35,5 @@ def neighbors(rows: Any, k: int) -> tuple[Tensor, Tensor]:
         own = columns == torch.arange(start, start + len(columns))[:, None]
         own[:, -1] |= ~own.any(1)  # the row itself is not among them if it has more than k copies
         cosines[part], nearest[part] = (each[~own].view(len(own), k) for each in (values, columns))
+        progress(start + len(own), len(rows))
     return cosines, nearest
