@@ -239,6 +239,48 @@ def test_a_selection_survives_a_reload_and_is_exported(page: Page, index: Index,
     shutil.rmtree(server.export)
 
 
+def test_duplicates_are_marked_and_kept(page: Page, index: Index) -> None:
+    page.get_by_role("link", name="Duplicates").click()
+    page.get_by_role("button", name="Find duplicates").click()
+    groups = page.locator(".group")
+    expect(groups).to_have_count(COPIES + 1, timeout=30_000)  # and the image with the hostile name
+    page.get_by_role("button", name="Mark all").click()
+    expect(page.locator("#sidebar .selections .number")).to_have_text(str(COPIES + 1))
+    first = groups.first.locator(".removed")
+    expect(first).to_have_count(1)
+    first.get_by_role("button", name="Keep").click()
+    expect(first).to_have_count(0)
+    expect(page.locator("#sidebar")).to_have_attribute("aria-busy", "false")
+    page.reload()
+    expect(page.locator(".group .removed")).to_have_count(COPIES)  # results and marks are kept
+    assert all(index.path_of(row).is_file() for row in range(len(index)))  # type: ignore[union-attr]
+
+
+def test_clusters_and_a_lasso_on_the_map(page: Page, index: Index) -> None:
+    page.get_by_role("link", name="Clusters").click()
+    page.get_by_label("Number of clusters").fill("4")
+    page.get_by_role("button", name="Find clusters").click()
+    expect(page.locator(".cluster")).to_have_count(4, timeout=30_000)
+    size = page.locator(".cluster .number").first.inner_text()
+    page.get_by_role("button", name="Cluster 0").click()
+    expect(page.locator("#content > [data-shown]")).to_have_attribute("data-shown", size)
+    page.get_by_role("link", name="Map").click()
+    page.get_by_role("button", name="Compute the map").click()
+    expect(page.locator("#content > [data-shown]")).to_have_attribute("data-shown", str(len(index)), timeout=30_000)
+    page.get_by_role("button", name="Lasso").click()
+    box = page.locator(".map canvas").bounding_box()
+    assert box is not None
+    left, top, right, bottom = box["x"] + 9, box["y"] + 9, box["x"] + box["width"] - 9, box["y"] + box["height"] - 9
+    page.mouse.move(left, top)
+    page.mouse.down()
+    for x, y in ((right, top), (right, bottom), (left, bottom), (left, top)):
+        page.mouse.move(x, y, steps=4)
+    page.mouse.up()
+    expect(page.locator(".chosen")).to_contain_text(f"{len(index)} images chosen")
+    page.get_by_role("button", name="Select all").click()
+    expect(page.locator("#sidebar .selections .number")).to_have_text(str(len(index)))
+
+
 def test_two_tabs_share_selections_and_see_conflicts(context: BrowserContext, server: Process) -> None:
     first, second = opened(context, server), opened(context, server)
     first.locator(".grid .tile .check input").first.check(force=True)

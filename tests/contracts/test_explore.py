@@ -23,9 +23,11 @@ from dino_ssl.explore import explorer as explorer_module
 from dino_ssl.explore.app import create_app
 from dino_ssl.explore.explorer import Explorer, folder_counts
 from dino_ssl.explore.jobs import Jobs
+from dino_ssl.explore.results import COMPUTATIONS
 from dino_ssl.explore.selections import Conflict, Selections, export_folders
 from dino_ssl.explore.server import listen
 from dino_ssl.models.vit import ViT
+from dino_ssl.progress import no_progress
 from dino_ssl.search.index import Index
 from dino_ssl.viz.attention import attention_maps
 
@@ -403,14 +405,8 @@ def test_a_job_reports_its_progress_and_can_be_cancelled() -> None:
         jobs.start("map", work)
     while jobs.state["done"] < 1:
         pass
-    assert jobs.state == {
-        "kind": "clusters",
-        "state": "running",
-        "step": "counting",
-        "done": 1,
-        "total": 3,
-        "message": "",
-    }
+    running = {"kind": "clusters", "state": "running", "step": "counting", "done": 1, "total": 3}
+    assert jobs.state == {**running, "message": "", "results": []}
     jobs.cancel()
     proceed.set()
     wait(jobs, "cancelled")
@@ -424,6 +420,22 @@ def test_a_job_reports_its_progress_and_can_be_cancelled() -> None:
 
     jobs.start("map", fail)
     assert wait(jobs, "failed")["message"] == "The index is empty."
+
+
+def test_results_of_the_computations(index: Index) -> None:
+    found = {kind: compute(index, {"k": 3}, no_progress) for kind, compute in COMPUTATIONS.items()}
+    sizes = [group["size"] for group in found["clusters"].page["groups"]]
+    assert sum(sizes) == COUNT
+    assert [len(rows) for rows in found["clusters"].arrays.values()] == sizes
+    names = index.items.names
+    for group in found["duplicates"].page["groups"]:
+        assert group["keep"] in group["rows"]
+    groupings, arrays = found["map"].page["groupings"], found["map"].arrays
+    assert [grouping["name"] for grouping in groupings] == ["label", "cluster"]
+    labels = [groupings[0]["groups"][code] for code in arrays["label"]]
+    assert labels == [names[row].split("/")[0] for row in arrays["rows"]]
+    assert arrays["x"].shape == arrays["y"].shape == arrays["cluster"].shape == (COUNT,)
+    json.dumps([result.page for result in found.values()])
 
 
 # -- the server

@@ -24,8 +24,8 @@ class Jobs:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The kind, the state (running, done, failed, cancelled), the step, its progress, and an error message."""
-        return dict(self._state)
+        """The kind, the state (running, done, failed, cancelled), the step, its progress, an error message, results."""
+        return {**self._state, "results": sorted(self.results)}
 
     def start(self, kind: str, work: Callable[[StartProgress], Any]) -> None:
         """Call work(start_progress) in a thread and keep its result. Raises UserError while another job runs."""

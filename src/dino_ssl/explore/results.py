@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dino_ssl.progress import StartProgress
+from dino_ssl.search.deduplicate import TIER_NAMES
 from dino_ssl.search.index import Index
 
 REPRESENTATIVES = 9
@@ -26,7 +27,7 @@ def duplicates(index: Index, settings: Mapping[str, Any], start: StartProgress) 
     found: Any = index.duplicates(keep=settings.get("keep", "largest"), progress=start)
     groups = [
         {
-            "tier": ", ".join(dict.fromkeys(copy.tier for copy in group.copies)),
+            "tier": ", ".join(dict.fromkeys(TIER_NAMES[copy.tier] for copy in group.copies)).capitalize(),
             "similarity": group.lowest,
             "rows": group.rows,
             "keep": group.keep,
@@ -46,10 +47,9 @@ def clusters(index: Index, settings: Mapping[str, Any], start: StartProgress) ->
         {"name": name, "size": len(members), "rows": members[:REPRESENTATIVES].tolist()}
         for name, members in rows.items()
     ]
-    agreement = [f"{name.upper()} {found.agreement[name]:.2f}" for name in ("ami", "purity") if name in found.agreement]
-    described = (
-        f"{found.method}. Agreement with the labels: {', '.join(agreement)}." if agreement else f"{found.method}."
-    )
+    described, agreement = f"{found.method}.", found.agreement
+    if agreement:
+        described += f" Agreement with the labels: AMI {agreement['ami']:.2f}, purity {agreement['purity']:.2f}."
     return Result({"groups": groups, "description": described}, rows)
 
 
@@ -63,11 +63,11 @@ def map_of(index: Index, settings: Mapping[str, Any], start: StartProgress) -> R
     if classes := sorted({label for label in labels if label is not None}):
         codes = {name: number for number, name in enumerate(classes)}
         arrays["label"] = np.array([codes.get(label, len(classes)) for label in labels], "<u2")
-        groupings.append({"name": "label", "groups": len(classes)})
+        groupings.append({"name": "label", "groups": classes})
     if known is not None:
         assignment = known.assignment[rows]
         arrays["cluster"] = np.where(assignment < 0, len(known.sizes), assignment).astype("<u2")
-        groupings.append({"name": "cluster", "groups": len(known.sizes)})
+        groupings.append({"name": "cluster", "groups": [f"cluster {number}" for number in range(len(known.sizes))]})
     count = f"{len(rows):,} of {len(index):,} images" if len(rows) < len(index) else f"{len(rows):,} images"
     return Result({"groupings": groupings, "description": f"{count}, {method}."}, arrays)
 

@@ -2,11 +2,12 @@
 import { choice, dropdown, fileName, h, notice, number, plural } from "./dom.js";
 import { events, getFloats, getRows, getShorts, loadItems, store, thumbnail } from "./api.js";
 import { JobPage, addAll, list } from "./pages.js";
-import { createMap } from "./map.js";
+import { createMap, groupColor } from "./map.js";
 import { selections } from "./selections.js";
 
 const REMOVE = "Remove"; // the selection of the duplicates that are marked; the page deletes no file
 const GROUPS = 40; // shown at a time
+const LEGEND = 24; // names of groups below the map
 
 function openList(title, rows) {
   Object.assign(list, { title, rows });
@@ -57,7 +58,7 @@ export class DuplicatesPage extends JobPage {
     const all = h("button", { click: () => selections.toggle(spare, true, REMOVE) }, `Mark all ${number(spare.length)} suggestions`);
     const none = h("button", { click: () => selections.toggle(spare.filter((row) => marked().has(row)), false, REMOVE) }, "Keep all");
     this.result.replaceChildren(h("div", { class: "row" },
-      h("p", { class: "count" }, groups.length ? `${plural(groups.length, "group")}, ${plural(spare.length, "image")} to spare. ${description}` : `No duplicates. ${description}`),
+      h("p", { class: "count" }, groups.length ? description : `No duplicates. ${description}`),
       ...(groups.length ? [all, none] : [])), ...inParts(groups, (group, i) => this.draw(group, i)));
     this.refresh();
   }
@@ -66,8 +67,8 @@ export class DuplicatesPage extends JobPage {
     return h("section", { class: "group card" }, h("h2", {}, tier, h("span", { class: "number" },
       `${plural(rows.length, "image")}, lowest similarity ${similarity.toFixed(3)}`)),
       h("ul", { class: "strip" }, rows.map((row) => {
-        const node = h("li", { class: "tile" }, tile(row));
-        const mark = choice("Keep or remove", [[false, row === keep ? "Keep (suggested)" : "Keep"], [true, "Remove"]], false, (on) => selections.toggle([row], on, REMOVE));
+        const node = h("li", { class: "tile" }, tile(row), h("span", { class: "badge" }, row === keep ? "suggested to keep" : ""));
+        const mark = choice("Keep or remove", [[false, "Keep"], [true, "Remove"]], false, (on) => selections.toggle([row], on, REMOVE));
         node.append(mark);
         this.marks.push([row, node, mark]);
         return node;
@@ -118,13 +119,24 @@ export class MapPage extends JobPage {
     const canvas = h("canvas", { tabindex: "0", "aria-label": "Map of the images. Arrow keys move it, plus and minus zoom, space selects." });
     this.tip = h("div", { class: "tip", hidden: true });
     this.chosen = h("div", { class: "row chosen", "aria-live": "polite" }, h("p", { class: "count" }, description));
-    const colored = groupings.map(({ name }, i) => [i, name]);
+    const colored = groupings.map(({ name }, i) => [i, name]), legend = h("ul", { class: "legend" });
+    const color = (i) => {
+      const names = groupings[i]?.groups ?? [];
+      this.map.setGroups(groups[i] ?? new Uint16Array(x.length), names.length || 1);
+      legend.replaceChildren(...names.slice(0, LEGEND).map((text, group) => {
+        const dot = h("span", { class: "dot" });
+        dot.style.background = `rgb(${groupColor(group, names.length)})`;
+        return h("li", {}, dot, text);
+      }), names.length > LEGEND ? `and ${number(names.length - LEGEND)} more` : "");
+    };
     const tools = h("div", { class: "row" }, choice("Pointer", [[false, "Move"], [true, "Lasso"]], false, (on) => this.map.setLasso(on)),
       h("button", { click: () => this.map.fit() }, "Show all"),
-      ...(colored.length > 1 ? [dropdown("Color", colored, 0, (i) => this.map.setGroups(groups[i], groupings[i].groups))] : []), this.chosen);
-    this.result.replaceChildren(tools, h("div", { class: "map" }, canvas, this.tip));
-    this.map = createMap(canvas, { x, y, group: groups[0] ?? new Uint16Array(x.length), groups: groupings[0]?.groups ?? 1,
-      thumbnail: (point) => thumbnail(rows[point]) }, { onHover: (...hit) => this.hover(...hit), onSelect: (points) => this.choose(points) });
+      ...(colored.length > 1 ? [dropdown("Color", colored, 0, color)] : []), this.chosen);
+    this.result.replaceChildren(tools, h("div", { class: "map" }, canvas, this.tip), legend);
+    this.map?.destroy();
+    this.map = createMap(canvas, { x, y, group: new Uint16Array(x.length), groups: 1, thumbnail: (point) => thumbnail(rows[point]) },
+      { onHover: (...hit) => this.hover(...hit), onSelect: (points) => this.choose(points) });
+    color(0);
     this.element.dataset.shown = x.length;
   }
 

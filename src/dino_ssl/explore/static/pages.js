@@ -128,6 +128,7 @@ export class JobPage {
   async run() {
     try {
       await post("/api/job", { kind: this.kind, ...this.settings() });
+      this.wasRunning = true; // it may have ended already
       this.poll();
     } catch (error) {
       notice(error.message, "error");
@@ -144,15 +145,15 @@ export class JobPage {
     this.start.disabled = running;
     if (running) {
       state.total ? (this.bar.max = state.total, this.bar.value = state.done) : this.bar.removeAttribute("value");
-      this.message.textContent = (mine ? state.step || "Working" : `Computing the ${state.kind}`) + (state.total ? `, ${number(state.done)} of ${number(state.total)}` : " …");
+      this.message.textContent = (mine ? `Computing: ${state.step}` : `Computing the ${state.kind}`) + (state.total ? `, ${number(state.done)} of ${number(state.total)}` : " …");
       this.timer = setTimeout(() => this.poll(), 400);
       this.wasRunning = true;
       return;
     }
     if (mine && state.state === "failed" && this.wasRunning) notice(state.message, "error");
     if (mine && state.state === "cancelled" && this.wasRunning) notice("Cancelled.");
-    if (state && (first || this.wasRunning)) {
-      try { this.show(await get(`/api/result/${this.kind}`)); } catch (error) { if (error.status !== 404) notice(error.message, "error"); }
+    if (state?.results.includes(this.kind) && (first || this.wasRunning)) {
+      try { this.show(await get(`/api/result/${this.kind}`)); } catch (error) { notice(error.message, "error"); }
     }
     this.wasRunning = false;
   }
