@@ -19,7 +19,7 @@ COMMANDS = {
     "train": ("dino_ssl.cli.train", "train a backbone on a folder of images"),
     "eval": ("dino_ssl.cli.evaluate", "evaluate a backbone's features"),
     "attention": ("dino_ssl.cli.attention", "draw attention maps"),
-    "tsne": ("dino_ssl.cli.tsne", "draw a t-SNE map of images or classes"),
+    "tsne": ("dino_ssl.cli.tsne", "draw a t-SNE map of classes (Fig. 11)"),
     "pca": ("dino_ssl.cli.pca", "color the patches of images by principal components of their features"),
     "segment": ("dino_ssl.cli.segment", "write masks of objects, without labels"),
     "track": ("dino_ssl.cli.track", "track objects through a video from one mask"),

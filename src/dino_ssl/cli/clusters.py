@@ -40,7 +40,7 @@ class ClustersOptions(OpenIndexOptions):
     """Number of clusters. Default: of 2, 3, 4, 6, 8, 11, ... 128, the one with the highest mean silhouette."""
     density: Flag = False
     """HDBSCAN on 32 principal components."""
-    min_size: int = 10
+    min_size: int = 5
     """Images of the smallest cluster of HDBSCAN."""
     seed: int = 0
     """Of the sample and the initial centers."""
@@ -113,5 +113,5 @@ def _pages(index: Index, found: Clusters, described: Sequence[tuple[str, int, st
     for (name, rows), (_, size, label) in zip(found.groups, described, strict=True):
         note = ", ".join(filter(None, (plural(size, "image"), label)))
         shown = representatives(index.features, rows, count)
-        notes = [f"{found.distances[row]:.3f}" for row in shown]
+        notes = [f"{found.distances[row]:.3g}" for row in shown]
         yield Group("Noise" if name == "noise" else f"Cluster {name}", index_tiles(index, shown.tolist(), notes), note)

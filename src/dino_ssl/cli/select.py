@@ -71,7 +71,7 @@ def _select(options: SelectOptions, terminal: Terminal) -> dict[str, Any]:
             options.count, method=options.method, labeled=labeled, seed=options.seed, progress=progress
         )
     meaning, images = MEANING[options.method], plural(len(selected), "image")
-    rows = [[str(rank), f"{item.distance:.3f}", item.name] for rank, item in enumerate(selected[:MAX_LISTED], 1)]
+    rows = [[str(rank), f"{item.distance:.3g}", item.name] for rank, item in enumerate(selected[:MAX_LISTED], 1)]
     after = f", after {len(labeled):,} labeled ones" if labeled else ""
     terminal.table(f"{images} of {len(index):,}, {options.method}{after}", ["rank", "distance", "image"], rows)
     if len(selected) > MAX_LISTED and not (options.list or options.csv or options.html):
@@ -86,7 +86,7 @@ def _select(options: SelectOptions, terminal: Terminal) -> dict[str, Any]:
         columns = {"name": names, "distance": distances} | ({"label": labels} if any(labels) else {})
         terminal.print(f"Written to {atomic_write(Path(options.csv), lambda part: write_csv(part, columns))}")
     if options.html:
-        tiles = index_tiles(index, [item.row for item in selected], [f"{value:.3f}" for value in distances])
+        tiles = index_tiles(index, [item.row for item in selected], [f"{value:.3g}" for value in distances])
         lead = f"{images} of {len(index):,}, {options.method}. Below each: its {meaning}."
         terminal.print(f"Written to {write_gallery(options.html, 'Selection', lead, [Group('Images', tiles)])}")
     items = [{**item._asdict(), "label": label} for item, label in zip(selected, labels, strict=True)]

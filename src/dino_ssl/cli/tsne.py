@@ -1,9 +1,9 @@
-"""dino tsne: plot images or classes in two dimensions."""
+"""dino tsne: plot classes in two dimensions, as in Fig. 11."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -18,18 +18,18 @@ from dino_ssl.cli.images import (
     unique_name,
 )
 from dino_ssl.data.sources import CLASS_FOLDERS, open_dataset
-from dino_ssl.errors import UserError, check_range
+from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write, check_writable
 from dino_ssl.terminal import Terminal, is_rank0
 from dino_ssl.viz.pca import principal_components
 from dino_ssl.viz.scatter import scatter
-from dino_ssl.viz.tsne import MAX_POINTS, class_means
+from dino_ssl.viz.tsne import class_means
 from dino_ssl.viz.tsne import tsne as embed_points
 
 EXAMPLES = """\
-  dino tsne runs/photos photos/ -o tsne.png             images, colored by class folder
-  dino tsne dino_vits16 imagenet/val --of classes       one point per class (Fig. 11)
-  dino tsne runs/photos photos/ --perplexity 40 --max-points 4000"""
+  dino tsne dino_vits16 imagenet/val -o tsne.png        one point per class (Fig. 11)
+  dino tsne runs/photos photos/ --perplexity 10
+  dino index runs/photos photos/ && dino map photos.idx      one point per image, on a page"""
 
 COMPONENTS = 30  # App. H
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -37,19 +37,15 @@ SUFFIXES = (".png", ".pdf", ".svg")
 
 @dataclass(frozen=True, kw_only=True)
 class TsneOptions(DatasetOptions):
-    """Draw images, or class means, as points whose neighbors are those of the features (t-SNE).
+    """Draw classes as points whose neighbors are those of their mean features: t-SNE, as in Appendix H.
 
-    The points are also written as NAME.csv: name, label, x, y.
+    The points are also written as NAME.csv: name, x, y. For a map of images, see `dino map`.
     """
 
-    of: Literal["images", "classes"] = "images"
-    """A point per image, or per class: its mean feature (Appendix H)."""
     perplexity: float = 20.0
-    """Effective number of neighbors, at most a third of the number of points; 20 in the paper."""
-    iterations: int | None = None
-    """Gradient steps. Default: 5000 for classes as in the paper, 1000 for images."""
-    max_points: int = 2000
-    """Maximum number of images, evenly spaced, at most 5000; time and memory grow with its square."""
+    """Effective number of neighbors, at most a third of the number of classes; 20 in the paper."""
+    iterations: int = 5000
+    """Gradient steps; 5000 in the paper."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "tsne.png"
     """Output figure: .png, .pdf or .svg. Existing files are kept: tsne-2.png is written instead, or `--out` refused."""
 
@@ -65,37 +61,31 @@ def _tsne(options: TsneOptions, terminal: Terminal) -> dict[str, Any]:
         raise UserError(f"`out` must end in one of {', '.join(SUFFIXES)}; got {options.out!r}.")
     path = _unused(path, is_default=options.out == TsneOptions.out)
     check_writable(path.parent)
-    check_range(options, "max_points", least=4, most=MAX_POINTS)
     with terminal.progress(f"reading {options.dataset}") as progress:
         dataset = open_dataset(dataset_named(options.dataset), progress)
-    of = options.of
-    if of == "classes" and len(dataset.classes) < 4:
+    if len(dataset.classes) < 4:
         raise UserError(
-            f"t-SNE needs at least 4 classes; {options.dataset} has {len(dataset.classes)}. {CLASS_FOLDERS}"
+            f"t-SNE of classes needs at least 4; {options.dataset} has {len(dataset.classes)}. {CLASS_FOLDERS} "
+            "A map of images: `dino map`."
         )
-    if of == "images" and len(dataset) > options.max_points:
-        terminal.print(f"{options.max_points} of {len(dataset)} images, evenly spaced (--max-points)", style="dim")
-        dataset = dataset.evenly_spaced(options.max_points)
     checkpoint, embedding = compute_features(options, dataset, terminal)
     if not is_rank0():
         return {}
-    features, names, labels = torch.from_numpy(embedding.features), embedding.names, embedding.labels
-    if of == "classes":
-        features, names = class_means(features, labels)
-        labels = list(names)
-    components = principal_components(features, COMPONENTS).project(features)
-    iterations = options.iterations or (5000 if of == "classes" else 1000)
+    means, names = class_means(torch.from_numpy(embedding.features), embedding.labels)
+    components = principal_components(means, COMPONENTS).project(means)
     with terminal.progress("t-SNE") as progress:
-        embedded, kl = embed_points(components, perplexity=options.perplexity, iterations=iterations, progress=progress)
-    points = embedded.numpy()
-    title = f"{len(points)} {of}, {options.checkpoint}: t-SNE of {features.shape[1]}-dimensional features"
-    scatter(path, points, labels, title)
-    columns = {"name": names, "label": labels, "x": points[:, 0], "y": points[:, 1]}
+        embedded, kl = embed_points(
+            components, perplexity=options.perplexity, iterations=options.iterations, progress=progress
+        )
+    points, classes = embedded.numpy(), f"{len(names)} classes"
+    title = f"{classes}, {options.checkpoint}: t-SNE of {means.shape[1]}-dimensional features"
+    scatter(path, points, names, title)
+    columns = {"name": names, "x": points[:, 0], "y": points[:, 1]}
     table = atomic_write(path.with_suffix(".csv"), lambda part: write_csv(part, columns))
-    terminal.print(f"{len(points)} {of}: {path}, coordinates in {table}")
+    terminal.print(f"{classes}: {path}, coordinates in {table}")
     skipped = report_skipped(embedding.skipped, terminal)
     files = {"checkpoint": options.checkpoint, "hash": checkpoint.hash, "file": str(path), "table": str(table)}
-    return {**files, "of": of, "points": len(points), "iterations": iterations, "kl": kl, "skipped": skipped}
+    return {**files, "points": len(points), "iterations": options.iterations, "kl": kl, "skipped": skipped}
 
 
 def _unused(path: Path, *, is_default: bool) -> Path:

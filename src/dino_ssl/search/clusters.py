@@ -96,7 +96,7 @@ def find_clusters(
     *,
     k: int | None = None,
     density: bool = False,
-    min_size: int = 10,
+    min_size: int = 5,
     seed: int = 0,
     progress: Progress = ignore_progress,
 ) -> Clusters:
@@ -107,7 +107,7 @@ def find_clusters(
         labels: The class of each image or None, to measure the agreement of the clusters with them.
         k: Number of clusters. Default: the one with the highest mean silhouette of a sample (`choose_k`).
         density: HDBSCAN on principal components instead of k-means; it finds the number of clusters.
-        min_size: Images of the smallest cluster of HDBSCAN.
+        min_size: Images of the smallest cluster of HDBSCAN; 5 as in scikit-learn.
         seed: Of the sample and of the initial centers.
         progress: Called with the numbers of images assigned and of all.
     """

@@ -288,7 +288,7 @@ class Index(Summarized):
         k: int | None = None,
         *,
         density: bool = False,
-        min_size: int = 10,
+        min_size: int = 5,
         seed: int = 0,
         progress: Progress = ignore_progress,
     ) -> Clusters:

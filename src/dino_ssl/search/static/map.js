@@ -4,7 +4,7 @@ const COLORS = ["#4269d0", "#efb118", "#ff725c", "#3ca951", "#a463f2", "#6cc5b0"
 const MAX_IMAGES = 150; // if so few points are visible, they are drawn as images
 const IMAGE_SIDE = 56, HIT_DISTANCE = 14, // in CSS pixels
   CLICK_DISTANCE = 4, PAN_STEP = 60, MAX_ZOOM = 2000;
-const MAX_PIXELS = 3e6; // of the canvas: more are slow to copy
+const MANY = 20000, MAX_PIXELS = 2e6; // of the canvas with many points: more pixels are slow to copy
 const DIMMED = 40; // opacity of points outside of a selection, of 255
 
 /** Return the color of group `index` of `count`, as [r, g, b]; gray for points of no group, with a larger index. */
@@ -38,7 +38,7 @@ export function createMap(canvas, data, callbacks = {}) {
 
   function setGroups(values, groups) {
     group = Uint16Array.from(values, (value) => Math.min(value, groups)); // larger numbers: of no group
-    colors = new Uint32Array(groups + 1);
+    colors = new Int32Array(groups + 1);
     for (let i = 0; i <= groups; i++) {
       const [r, g, b] = groupColor(i, groups);
       colors[i] = (b << 16) | (g << 8) | r; // the bytes of a pixel are red, green, blue, opacity
@@ -72,11 +72,12 @@ export function createMap(canvas, data, callbacks = {}) {
     const first = buffer === null, centerX = width / 2, centerY = height / 2;
     width = Math.max(canvas.clientWidth, 1);
     height = Math.max(canvas.clientHeight, 1);
-    ratio = Math.min(window.devicePixelRatio || 1, Math.max(1, Math.sqrt(MAX_PIXELS / (width * height))));
+    ratio = window.devicePixelRatio || 1;
+    if (count > MANY) ratio = Math.min(ratio, Math.max(1, Math.sqrt(MAX_PIXELS / (width * height))));
     canvas.width = Math.round(width * ratio);
     canvas.height = Math.round(height * ratio);
     pixels = context.createImageData(canvas.width, canvas.height);
-    buffer = new Uint32Array(pixels.data.buffer);
+    buffer = new Int32Array(pixels.data.buffer);
     if (first || scale === fitted) fit();
     else pan(width / 2 - centerX, height / 2 - centerY);
   }
@@ -97,23 +98,20 @@ export function createMap(canvas, data, callbacks = {}) {
     const growth = Math.min((scale / fitted) ** 0.3, 3), base = Math.min(Math.max(130 / Math.sqrt(count), 0.9), 4.5);
     const { reach, offsets, opacity } = disc(base * growth * ratio, stride), size = offsets.length;
     const zoom = scale * ratio, shiftX = originX * ratio, shiftY = originY * ratio;
-    const right = stride - reach, bottom = canvas.height - reach, passes = numSelected ? 2 : 1;
-    buffer.fill(0);
-    for (let pass = 0; pass < passes; pass++) { // points outside of the selection first
-      const dimmed = numSelected && !pass;
-      for (let at = 0; at < count; at++) {
-        const px = (shiftX + zoom * sortedX[at]) | 0, py = (shiftY + zoom * sortedY[at]) | 0;
-        if (px < reach || py < reach || px >= right || py >= bottom) continue;
-        const i = order[at];
-        if (selected[i] !== pass) continue;
-        if (visible.length <= MAX_IMAGES) visible.push(i);
-        const color = colors[group[i]], center = py * stride + px;
-        for (let k = 0; k < size; k++) {
-          const pixel = center + offsets[k], alpha = opacity[k];
-          if (dimmed) {
-            if (!buffer[pixel]) buffer[pixel] = (((alpha * DIMMED) >> 8) << 24) | color;
-          } else if (alpha === 255 || alpha > buffer[pixel] >>> 24) buffer[pixel] = (alpha << 24) | color;
-        }
+    const right = stride - reach, bottom = canvas.height - reach;
+    const canvasPixels = buffer, groups = group, palette = colors; // constants, which the compiler keeps in registers
+    canvasPixels.fill(0);
+    for (let at = 0; at < count; at++) {
+      const px = (shiftX + zoom * sortedX[at]) | 0, py = (shiftY + zoom * sortedY[at]) | 0;
+      if (px < reach || py < reach || px >= right || py >= bottom) continue;
+      const i = order[at], color = palette[groups[i]], center = py * stride + px;
+      if (visible.length <= MAX_IMAGES) visible.push(i);
+      const dimmed = numSelected > 0 && selected[i] === 0; // these stay below all others
+      for (let k = 0; k < size; k++) {
+        const pixel = center + offsets[k], alpha = opacity[k];
+        if (dimmed) {
+          if (canvasPixels[pixel] === 0) canvasPixels[pixel] = (((alpha * DIMMED) >> 8) << 24) | color;
+        } else if (alpha === 255 || alpha > canvasPixels[pixel] >>> 24) canvasPixels[pixel] = (alpha << 24) | color;
       }
     }
     context.putImageData(pixels, 0, 0);
