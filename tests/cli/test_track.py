@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dino_ssl
 from dino_ssl.data.masks import read_mask, write_mask
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
@@ -141,3 +142,22 @@ def test_the_overlay_colors_objects_only() -> None:
     strip = frame_strip((np.full((10, 20, 3), i, np.uint8) for i in range(50)), 50, num_tiles=3, height=10)
     assert strip.shape == (10, 68, 3)
     assert strip[0, [0, 24, 67], 0].tolist() == [0, 24, 49]
+
+
+def test_objects_are_discovered_in_the_first_frame(dino, clip: Path) -> None:
+    network, frames = clip / "net.safetensors", clip / "frames"
+    ran = dino("track", network, frames, "--discover", "attention", "-o", "out", "--json")
+    assert ran.code == 0, ran.err
+    found = dino_ssl.segment(network, frames / "8.png", method="attention")
+    np.testing.assert_array_equal(read_mask(Path("out/masks/8.png")), found.labels)
+    assert len(ran.json["objects"]) == 1
+    for words in ((), ("--mask", clip / "mask.png", "--discover", "lost")):
+        assert "as --mask, or a method as --discover" in dino("track", network, frames, *words).err
+
+
+def test_a_first_frame_without_an_object_is_an_error(dino, clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    cv2.imwrite(str(tmp_path / "plain/1.png"), np.full((40, 48, 3), 9, np.uint8))
+    ran = dino("track", clip / "net.safetensors", tmp_path / "plain", "--discover", "tokencut")
+    assert ran.code == 2
+    assert "No object was found in the first frame: the image has one color" in ran.err

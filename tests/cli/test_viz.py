@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dino_ssl
 from dino_ssl.data.synthetic.scenes import SMALL_OBJECTS, Scenes
 from dino_ssl.models.vit import ViT
 from dino_ssl.models.weights import save_backbone
@@ -103,6 +104,20 @@ def test_attention_of_points_has_one_color_per_point(network, images, dino):
     first, second = (np.asarray(Image.open(file)).astype(int) for file in result["files"][2:])
     assert first[..., 0].sum() > first[..., 2].sum()  # red
     assert second[..., 2].sum() > second[..., 0].sum()  # blue
+
+
+def test_raw_attention_is_written_at_patch_and_at_pixel_size(network, images, dino):
+    image = sorted(path for path in images.rglob("*.png") if path.stat().st_size > 100)[0]
+    result = dino("attention", network, image, "--raw", "-o", "out", "--json").json["images"][0]
+    patches, pixels = (np.load(f"out/{image.stem}/raw-{part}.npy") for part in ("patches", "pixels"))
+    maps = dino_ssl.attention(network, image)
+    np.testing.assert_array_equal(patches, maps.heads)
+    assert list(patches.shape[1:]) == result["grid"]
+    assert pixels.shape == (len(patches), *cv2.imread(str(image)).shape[:2])
+    assert pixels.dtype == patches.dtype == np.float32
+    assert pixels.mean() == pytest.approx(patches.mean(), rel=0.02)
+    dino("attention", network, image, "--raw", "--point", "3", "4", "--point", "9", "9", "-o", "points")
+    assert np.load(f"points/{image.stem}/raw-pixels.npy").shape == (2, *pixels.shape)
 
 
 def test_attention_of_a_video_is_a_video(network, tmp_path, dino):

@@ -18,12 +18,13 @@ from dino_ssl.cli.images import (
     run_command,
     unique_name,
 )
+from dino_ssl.cli.options import Flag
 from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.files import mark_output
 from dino_ssl.formatting import plural
 from dino_ssl.terminal import Terminal
-from dino_ssl.viz.attention import AttentionMaps, attention_maps
-from dino_ssl.viz.rendering import cutout, panels, save_image, sheet, video_frame
+from dino_ssl.viz.attention import AttentionMaps, attention_maps, raw_arrays
+from dino_ssl.viz.rendering import cutout, panels, save_array, save_image, sheet, video_frame
 from dino_ssl.viz.video import VIDEO_SUFFIXES, open_video, write_video
 
 Attend = Callable[[np.ndarray], list[AttentionMaps]]
@@ -34,6 +35,7 @@ EXAMPLES = """\
   dino attention runs/photos photos/ -o maps/        every image of a folder
   dino attention runs/photos cat.jpg --point 120 80 --point 300 200      two points, one color each (Fig. 8)
   dino attention dino_vits8 cat.jpg --heads 0 3 5    these heads, and all three in one image (Fig. 3)
+  dino attention runs/photos photos/ --raw           also as arrays
   dino attention runs/photos walk.mp4                a video: frame, mean attention, colored heads"""
 
 
@@ -57,6 +59,9 @@ class AttentionOptions(CheckpointOptions):
     points: each gets a color."""
     mass: float = 0.6
     """Share of the attention that the masks hold."""
+    raw: Flag = False
+    """Also write the attention of every head as float32 arrays: raw-patches.npy [heads, h, w], and raw-pixels.npy
+    [heads, H, W] at the size of the image, enlarged bilinearly; with several points [points, heads, ...]."""
     size: ShortSide = None
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "attention"
     """Output folder."""
@@ -82,13 +87,15 @@ def _attention(options: AttentionOptions, terminal: Terminal) -> dict[str, Any]:
     videos = [name for name in options.images if Path(name).suffix.lower() in VIDEO_SUFFIXES]
     names = [name for name in options.images if name not in videos]
     read = partial(read_images, names, terminal, "attention", skipped, checkpoint.backbone.transform.bit_depth)
-    images = _draw_images(read(), attend, out, terminal) if names or not videos else []
+    images = _draw_images(read(), attend, out, terminal, is_raw=options.raw) if names or not videos else []
     drawn = [_draw_video(name, attend, out / f"{unique_name(Path(name).stem, stems)}.mp4", terminal) for name in videos]
     result = {"checkpoint": options.checkpoint, "out": options.out, "images": images, "videos": drawn}
     return {**result, "skipped": skipped}
 
 
-def _draw_images(images: NamedImages, attend: Attend, out: Path, terminal: Terminal) -> list[dict[str, Any]]:
+def _draw_images(
+    images: NamedImages, attend: Attend, out: Path, terminal: Terminal, *, is_raw: bool
+) -> list[dict[str, Any]]:
     """Write the panels of each image, and the overview of the first ones as soon as it is complete."""
     results, overview, file = [], [], None
     for name, stem, image, mask in images:
@@ -103,6 +110,9 @@ def _draw_images(images: NamedImages, attend: Attend, out: Path, terminal: Termi
             file = save_image(out / "all.png", sheet(overview))
         paths = [out / stem / f"{label.replace('%', '').replace(' ', '-')}.png" for label, _ in drawn]
         files = [str(save_image(path, panel)) for path, (_, panel) in zip(paths, drawn, strict=True)]
+        if is_raw:
+            for part, array in raw_arrays(maps, *image.shape[:2]).items():
+                files.append(str(save_array(out / stem / f"raw-{part}.npy", array)))
         described = {"image": name, "kind": maps[0].kind, "layer": maps[0].layer, "grid": list(maps[0].mean.shape)}
         results.append({**described, "files": files, "mask_share": [float(query.mask.mean()) for query in maps]})
     file = file or save_image(out / "all.png", sheet(overview))

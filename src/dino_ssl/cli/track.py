@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -13,8 +13,11 @@ from dino_ssl.data.masks import write_mask
 from dino_ssl.errors import UserError
 from dino_ssl.evals.attention_maps import attention_size
 from dino_ssl.evals.base import EvalContext
+from dino_ssl.evals.object_masks import ObjectMasks
 from dino_ssl.evals.video_segmentation import VideoSegmentation
 from dino_ssl.files import mark_output
+from dino_ssl.models.backbone import Backbone
+from dino_ssl.segmentation.masks import Segmenter, SegmentSettings
 from dino_ssl.terminal import Terminal
 from dino_ssl.viz import tracking
 from dino_ssl.viz.rendering import save_image
@@ -23,6 +26,7 @@ from dino_ssl.viz.video import open_video, write_video
 EXAMPLES = """\
   dino track dino_vits8 video.mp4 --mask first.png -o out   a video file, and a mask of its first frame
   dino track runs/photos frames/ --mask first.png -o out    a folder of frames: masks get the names of the frames
+  dino track runs/photos video.mp4 --discover tokencut -o out    no mask: the object is found in the first frame
   dino track dino_vits16 video.mp4 --mask first.png --size 320 --context 3     faster
 
 The mask is a PNG of the first frame: black is the background, each plain color an object (or an indexed PNG with the
@@ -33,6 +37,8 @@ object numbers, as in DAVIS). Paint it in any image editor, with a hard brush on
 class TrackOptions(CheckpointOptions):
     """Track objects through a video from a mask of its first frame, by the similarity of features of a frozen network.
 
+    With --discover, the objects of the first frame are found without a mask.
+
     OUT/masks/ gets an indexed PNG for every frame, OUT/overlay.mp4 the video with colored objects, and OUT/strip.png a
     preview. Nothing is trained: each patch takes the labels of the most similar patches near it in the first frame and
     in the last CONTEXT frames (Table 5).
@@ -40,8 +46,11 @@ class TrackOptions(CheckpointOptions):
 
     video: tyro.conf.Positional[str]
     """A video file, or a folder or packed dataset of frames, in natural order of their names."""
-    mask: str
+    mask: str = ""
     """PNG of the objects in the first frame, with the same size or aspect ratio."""
+    discover: Literal["none", "tokencut", "maskcut", "lost", "attention"] = "none"
+    """Find the objects of the first frame by this method of `dino segment` instead of a mask: maskcut several, the
+    others one."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "track"
     """Output folder."""
     size: ShortSide = None
@@ -58,14 +67,28 @@ def track(argv: Sequence[str]) -> int:
     return run_command(_track, TrackOptions, argv, "dino track", EXAMPLES)
 
 
+def _first_mask(options: TrackOptions, frame: np.ndarray, backbone: Backbone) -> np.ndarray:
+    """Read the mask of the first frame, or find its objects."""
+    if bool(options.mask) == (options.discover != "none"):
+        raise UserError("expected a PNG of the first frame as `mask`, or a method as `discover`; not both.")
+    if options.discover == "none":
+        return tracking.read_first_mask(options.mask, *frame.shape[:2])
+    segmenter = Segmenter(backbone, SegmentSettings(find=ObjectMasks(method=options.discover), size=options.size))
+    segmenter.grid(*frame.shape[:2])  # raises if it is too long
+    (found,) = segmenter([frame])
+    if found.note:
+        raise UserError(f"No object was found in the first frame: {found.note}. Paint a mask and give it as `mask`.")
+    return found.labels
+
+
 def _track(options: TrackOptions, terminal: Terminal) -> dict[str, Any]:
     with terminal.progress(f"reading {options.video}") as progress:
         video = open_video(options.video, options.fps, progress)
     first = next(iter(video), None)
     if first is None:
         raise UserError(f"{options.video} has no frame that can be read.")
-    mask = tracking.read_first_mask(options.mask, *first.shape[:2])
     checkpoint = options.open_checkpoint()
+    mask = _first_mask(options, first, checkpoint.backbone)
     backbone, context = checkpoint.backbone, EvalContext(device=next(checkpoint.backbone.parameters()).device)
     size = options.size or attention_size(checkpoint.backbone.transform.size)
     settings = VideoSegmentation(size=size, multiple=1, context=options.context, radius=options.radius)

@@ -28,7 +28,7 @@ from dino_ssl.progress import Progress, StartProgress, no_progress
 from dino_ssl.segmentation import export
 from dino_ssl.segmentation.export import Annotated, FoundObject
 from dino_ssl.segmentation.masks import Segmentation, Segmenter, SegmentSettings
-from dino_ssl.viz.rendering import save_image, sheet
+from dino_ssl.viz.rendering import save_array, save_image, sheet
 from dino_ssl.viz.tracking import overlay_mask
 
 Format = Literal["classes", "coco", "labelme", "yolo", "sheet"]
@@ -224,18 +224,8 @@ def _write_masks(out: Path, item: Item, result: Segmentation, soft: SoftFormat) 
         strongest = result.soft.max(axis=0, initial=0)
         save_image(path, (255 * strongest).round().astype(np.uint8))
     elif soft == "npy":
-        with_file(path, result.soft.astype(np.float16))
+        save_array(path, result.soft.astype(np.float16))
     write_mask(labels_path(out, item), result.labels)
-
-
-def with_file(path: Path, array: np.ndarray) -> Path:
-    """Write an array as .npy, atomically."""
-
-    def write(part: Path) -> None:
-        with part.open("wb") as file:  # numpy would append a suffix to a path
-            np.save(file, array)
-
-    return atomic_write(path, write)
 
 
 def export_all(

@@ -107,6 +107,18 @@ def attention_maps(
     return results
 
 
+def raw_arrays(maps: Sequence[AttentionMaps], height: int, width: int) -> dict[str, np.ndarray]:
+    """Return the attention of every head, float32: `patches` [heads, h, w] and `pixels` [heads, height, width].
+
+    Pixels are interpolated bilinearly between the centers of the patches. Several queries are a first dimension.
+    """
+    patches = np.stack([query.heads for query in maps]).astype(np.float32)
+    flat = patches.reshape(-1, *patches.shape[2:])
+    large = np.stack([cv2.resize(each, (width, height), interpolation=cv2.INTER_LINEAR) for each in flat])
+    pixels = large.reshape(*patches.shape[:2], height, width)
+    return {"patches": patches, "pixels": pixels} if len(maps) > 1 else {"patches": patches[0], "pixels": pixels[0]}
+
+
 def last_features(backbone: Backbone, image: np.ndarray) -> Features:
     """Return the features of one resized image, batch size 1, on the backbone's device."""
     planes = np.ascontiguousarray(image.transpose(2, 0, 1))[None]

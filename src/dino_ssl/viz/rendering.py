@@ -180,6 +180,16 @@ def save_image(path: Path, image: np.ndarray, **options: Any) -> Path:
     return atomic_write(path, lambda part: Image.fromarray(image).save(part, **options))
 
 
+def save_array(path: Path, array: np.ndarray) -> Path:
+    """Write an array as .npy, atomically."""
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:  # numpy would append a suffix to a path
+            np.save(file, array)
+
+    return atomic_write(path, write)
+
+
 def shorten(text: str, limit: int) -> str:
     """Return the text, cut to `limit` characters with an ellipsis."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
