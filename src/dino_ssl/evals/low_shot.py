@@ -59,12 +59,16 @@ def read_subset(names: Sequence[str], file: Path) -> np.ndarray:
     return np.unique([indices[name] for name in listed])
 
 
-def logistic_loss(weights: Tensor, features: Tensor, labels: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+def logistic_loss(
+    weights: Tensor, features: Tensor, labels: Tensor, decay: float, *, sharded: bool = True
+) -> tuple[Tensor, Tensor]:
     """Return (1/n) sum of -log softmax(x W)_y + decay / 2 |W|^2 and its gradient: [D, C], [N, D], [N] -> [], [D, C].
 
-    Computed in the weights' precision. Rank r sums rows r, r + world size, ...; every rank returns the same.
+    Computed in the weights' precision. Rank r sums rows r, r + world size, ...; every rank returns the same. Unless
+    `sharded`, every rank sums all rows, with the rounding of a single rank.
     """
-    shard = torch.arange(distributed.rank(), len(labels), distributed.world_size())
+    rank, step = (distributed.rank(), distributed.world_size()) if sharded else (0, 1)
+    shard = torch.arange(rank, len(labels), step)
     loss, gradient = weights.new_zeros(1), torch.zeros_like(weights)
     for part in shard.split(ROWS):
         x, y = features[part].to(weights), labels[part].to(weights.device)[:, None]
@@ -72,7 +76,8 @@ def logistic_loss(weights: Tensor, features: Tensor, labels: Tensor, decay: floa
         loss -= log_p.gather(1, y).sum() / len(labels)
         residual = log_p.exp().scatter_add_(1, y, log_p.new_full(y.shape, -1))
         gradient.addmm_(x.T, residual, alpha=1 / len(labels))
-    loss, gradient = distributed.all_reduce_sum(loss), distributed.all_reduce_sum(gradient)
+    if sharded:
+        loss, gradient = distributed.all_reduce_sum(loss), distributed.all_reduce_sum(gradient)
     return loss.squeeze() + decay / 2 * weights.square().sum(), gradient.add(weights, alpha=decay)
 
 
@@ -94,6 +99,8 @@ def fit_logistic(
     device: torch.device | str = "cpu",
     progress: Progress = lambda done, total: None,
     max_evaluations: int = 5000,
+    *,
+    sharded: bool = True,
 ) -> Fit:
     """Minimize `logistic_loss` without intercept until the gap is at most `tolerance` times the loss.
 
@@ -109,7 +116,7 @@ def fit_logistic(
     gaps: list[float] = []
 
     def closure() -> Tensor:
-        loss, weights.grad = logistic_loss(weights, features, labels, decay)
+        loss, weights.grad = logistic_loss(weights, features, labels, decay, sharded=sharded)
         gaps.append(float(weights.grad.square().sum()) / (2 * decay))
         progress(len(gaps), 0)
         return loss

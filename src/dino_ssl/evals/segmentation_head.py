@@ -74,7 +74,8 @@ def fit_head(features: Tensor, labels: Tensor, classes: int, decay: float) -> tu
     """
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-6)
     x = F.pad((features - mean) / deviation, (0, 1), value=1.0)
-    fitted = fit_logistic(x, labels, classes, decay, tolerance=1e-2, max_evaluations=150).weights.float().cpu()
+    limits = dict(tolerance=1e-2, max_evaluations=150)
+    fitted = fit_logistic(x, labels, classes, decay, sharded=False, **limits).weights.float().cpu()  # pyright: ignore
     weight = fitted[:-1].T / deviation
     return weight, fitted[-1] - weight @ mean
 
