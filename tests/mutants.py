@@ -519,6 +519,42 @@ MUTANTS = (
         "<h1>{run_dir.resolve().name}</h1>",
         "contracts/test_report.py::test_the_page_loads_nothing_and_escapes_names",
     ),
+    # -- duplicates
+    Mutant(
+        "a chain of duplicates is one group",
+        "search/duplicates.py",
+        "        linked = tiers < len(TIERS)\n",
+        "        linked = tiers <= len(TIERS)\n",
+        "search/test_duplicates.py::test_a_chain_is_cut_so_that_every_copy_is_a_duplicate_of_the_image_that_is_kept",
+    ),
+    Mutant(
+        "hashes of blank images are compared",
+        "search/duplicates.py",
+        "    return hashes, np.bitwise_count(hashes) >= HASH_BITS\n",
+        "    return hashes, np.ones(len(hashes), bool)\n",
+        "search/test_duplicates.py::test_blank_images_are_not_duplicates_by_their_hash",
+    ),
+    Mutant(
+        "copies in the index count as other images",
+        "search/calibration.py",
+        "        return known[row] != known[other] and not (cosine >= above and is_copy(row, other))\n",
+        "        return row != other\n",
+        "search/test_calibration.py::test_duplicates_in_the_index_are_no_other_images",
+    ),
+    Mutant(
+        "a moved file overwrites another one",
+        "search/moves.py",
+        "    if complete and not filecmp.cmp(source, target, shallow=False):\n",
+        "    if False:\n",
+        "search/test_moves.py::test_no_file_is_overwritten",
+    ),
+    Mutant(
+        "files are moved before the journal is written",
+        "search/moves.py",
+        "        file.flush()\n",
+        "        _move_all(moves, progress)\n",
+        "search/test_moves.py::test_the_journal_is_complete_before_the_first_move",
+    ),
 )
 
 
