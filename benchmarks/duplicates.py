@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable
+from importlib.metadata import distributions, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,8 +136,8 @@ def speed(count: int, width: int, rounds: int) -> dict[str, Any]:
     import faiss
 
     rng = np.random.default_rng(0)
-    basis = rng.standard_normal((16, width)).astype(np.float32)  # a manifold, as features are
-    rows = rng.standard_normal((count, 16)).astype(np.float32) @ basis + 0.3 * rng.standard_normal((count, width))
+    basis = rng.standard_normal((12, width)).astype(np.float32)  # a manifold, as features are
+    rows = rng.standard_normal((count, 12)).astype(np.float32) @ basis + 0.3 * rng.standard_normal((count, width))
     copies = rng.choice(count, 400, replace=False)
     rows[copies[200:]] = rows[copies[:200]] + 0.02 * rng.standard_normal((200, width))
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
@@ -169,6 +170,10 @@ def speed(count: int, width: int, rounds: int) -> dict[str, Any]:
     return {**shape, "seconds": medians, "ratio": statistics.median(ratios), "groups": groups[0], "true_groups": 200}
 
 
+def is_installed(name: str) -> bool:
+    return any(name == distribution.name.lower() for distribution in distributions())
+
+
 def show(result: dict[str, Any]) -> None:
     """Print the results as tables."""
     quality, speed = result["quality"], result["speed"]
@@ -199,6 +204,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     result = about(vars(options))
+    result["versions"] |= {
+        name: version(name) for name in ("faiss-cpu", "imagehash", "imagededup") if is_installed(name)
+    }
     checkpoints = {"random weights": random_network(), **{Path(name).name: name for name in options.checkpoints}}
     result["quality"] = quality(options.photos, checkpoints, options.images, options.copies)
     result["speed"] = speed(options.vectors, 384, options.rounds)

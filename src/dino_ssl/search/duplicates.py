@@ -32,6 +32,9 @@ HASH_BITS = 24
 are equal. White and black pages have equal hashes, so those with fewer bits are not compared."""
 NEIGHBORS = 5
 """Nearest images of each image that may be linked to it by features."""
+PROBES = 16
+"""Lists of approximate search that are compared with each image: of pairs with a cosine of 0.95, 99.7 % are found
+from either side, at a quarter of the time that 99 % of the nearest images of any cosine take."""
 PIXEL_SIMILARITY = 0.999
 """Cosine from which images of the same size are decoded to compare their pixels; float16 features differ by 0.0005."""
 SHARPNESS_SIDE = 512
@@ -253,7 +256,7 @@ def _neighbor_pairs(features: Any, rows: np.ndarray, progress: Progress) -> tupl
     if len(rows) < 2:
         return np.empty(0, int), np.empty(0, int), np.empty(0, np.float32)
     subset = features if len(rows) == len(features) else features[rows]
-    cosines, nearest = (part.numpy() for part in neighbors(subset, NEIGHBORS, progress))
+    cosines, nearest = (part.numpy() for part in neighbors(subset, NEIGHBORS, progress, probes=PROBES))
     return np.repeat(rows, nearest.shape[1]), rows[nearest.ravel()], cosines.ravel()  # of missing ones: below -1
 
 

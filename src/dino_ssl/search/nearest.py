@@ -17,14 +17,19 @@ EXACT_ROWS = 50_000
 """Rows of which the neighbors are always exact: 10 s on two cores, and four times as long for twice as many."""
 
 
-def neighbors(rows: Any, k: int, progress: Progress = ignore_progress) -> tuple[Tensor, Tensor]:
+def neighbors(
+    rows: Any, k: int, progress: Progress = ignore_progress, *, probes: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the k nearest other rows of each unit row [N, D]: cosines [N, k], best first, and row numbers [N, k].
 
     With faiss, those of more than EXACT_ROWS rows are approximate: 99 % of the 10 nearest are found. A neighbor that is
-    missing has the row -1 and a cosine below -1.
+    missing has the row -1 and a cosine below -1. probes: inverted lists that are compared with each row, instead of as
+    many as that needs.
     """
     k = min(k, len(rows) - 1)
     ivf = build_ivf(rows)[0] if len(rows) > EXACT_ROWS and importlib.util.find_spec("faiss") else None
+    if ivf is not None and probes is not None:
+        ivf.nprobe = min(probes, ivf.nlist)
     cosines, nearest = torch.empty(len(rows), k), torch.empty(len(rows), k, dtype=torch.int64)
     for start in range(0, len(rows), QUERY_ROWS):
         part = slice(start, start + QUERY_ROWS)
