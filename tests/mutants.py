@@ -338,8 +338,8 @@ MUTANTS = (
     Mutant(
         "state is not saved before an error of the data",
         "training.py",
-        "            job.save_last()\n        raise\n",
-        "            pass\n        raise\n",
+        "                    self.save_last()\n            raise\n",
+        "                    pass\n            raise\n",
         "invariances/test_worker_failures.py::test_an_error_of_the_data_saves_the_training_state_first",
     ),
     Mutant(

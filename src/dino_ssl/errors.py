@@ -1,8 +1,11 @@
 """Errors that a user can fix, and checks that raise them."""
 
 import difflib
+import errno
 import importlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from operator import ge, gt, le, lt
 from typing import Any
 
@@ -24,6 +27,51 @@ def import_extra(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f'This needs {module.partition(".")[0]}: pip install "dino-ssl[{extra}]".') from error
+
+
+_NO_MEMORY = re.compile(
+    r"out of memory|(can(no|')t|failed to) (allocate|start new thread|map segment)|bad_alloc|Insufficient memory|"
+    r"could not create a (primitive|memory object)$|libllvmlite",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""In errors of torch, oneDNN, OpenCV, numba, threads and the dynamic linker if memory is exhausted."""
+
+
+class OutOfMemory(UserError):  # noqa: N818 - named after the event
+    """Memory, or the address space of the process, is exhausted."""
+
+
+def memory_error(error: BaseException) -> OutOfMemory | None:
+    """Return the error to raise instead of one of exhausted memory; None for other errors."""
+    is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    lines = [line.strip() for line in str(error).splitlines() if _NO_MEMORY.search(line)]
+    if not is_memory and not (lines and isinstance(error, RuntimeError | OSError | ImportError)):
+        return None
+    reason = lines[-1] if lines else type(error).__name__
+    return OutOfMemory(
+        f"Memory ran out: {reason}\nUse smaller batches or images, fewer `workers`, or allow more memory (ulimit -v "
+        "limits the address space)."
+    )
+
+
+def system_error(error: BaseException) -> UserError | None:
+    """Return the error to raise instead of one of the system about a file; None for other errors."""
+    if not isinstance(error, OSError) or not error.strerror or error.filename is None:
+        return None
+    name = str(error.filename)
+    name = name if len(name) < 200 else f"{name[:100]}..."
+    return UserError(f"{name}: {error.strerror}. Check the path, its permissions and the disk.")
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise OutOfMemory instead of the many errors of exhausted memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if (memory := memory_error(error)) is None:
+            raise
+        raise memory from error
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

@@ -125,7 +125,8 @@ def mark_output(folder: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise UserError if the output folder `out` cannot be created or written, before hours of work are lost."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    with write_errors(folder):  # of a name that is too long
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise UserError(f"The folder {folder} cannot be created: {existing} is a file. Choose a different `out`.")
     if not os.access(existing, os.W_OK):
@@ -144,10 +145,11 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line; the folder is created if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(json_line(row))
+    """Append one JSON object as a line; the folder is created if needed. Raises UserError if the disk is full."""
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(json_line(row))
 
 
 def check_format(path: Path, version: Any, known: Any) -> None:

@@ -133,8 +133,14 @@ class Log:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return every complete line of a run's metrics."""
-    return [line for line in read_lines(folder / METRICS) if "step" in line]
+    """Return every complete line of a run's metrics: numbers or None by name, and `eval`."""
+    lines = read_lines(folder / METRICS)
+    return [line for line in lines if type(line.get("step")) is int and all(map(_is_metric, line.items()))]
+
+
+def _is_metric(item: tuple[str, Any]) -> bool:
+    name, value = item
+    return isinstance(value, str) if name == "eval" else value is None or type(value) in (int, float)
 
 
 def _line(values: Mapping[str, Any]) -> str:

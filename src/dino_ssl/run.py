@@ -1,9 +1,8 @@
 """The settings of a training run, stored with it as JSON."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dino_ssl.config import from_dict
 from dino_ssl.data.sources import DatasetConfig, Folder  # imports every class that run.json may name
@@ -12,7 +11,7 @@ from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.online import OnlineEval
 from dino_ssl.evals.scheduled import ScheduledEval, check_labels_differ
-from dino_ssl.files import check_format
+from dino_ssl.files import check_format, read_json
 from dino_ssl.methods import DINOConfig  # likewise
 from dino_ssl.methods.method import MethodConfig
 from dino_ssl.models import BackboneConfig, ViT  # likewise
@@ -126,14 +125,49 @@ class Run:
 def read_run(folder: Path, *, trust: bool = False) -> Run:
     """Return the Run of a run folder. trust: import types from outside the package, which runs their code.
 
-    Raises UserError if there is no run.json, or if it has another format version.
+    Raises UserError if there is no run.json, or if it is damaged or has another format version.
     """
+    content, path = _read(folder), folder / "run.json"
+    try:
+        return from_dict(Run, content["run"], trust=trust)
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise UserError(f"{path} is not the run.json of a training run ({type(error).__name__}: {error}).") from error
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return the content of run.json, with the numbers of images and the reference scores that training wrote.
+
+    Raises UserError as `read_run`.
+    """
+    content, path = _read(folder), folder / "run.json"
+    data, scores = content.get("data"), content.setdefault("reference_scores", {})
+    if not isinstance(data, dict) or not all(_is_count(data.get(name, 1)) for name in ("trained_on", "validated_on")):
+        data = {}
+    if not data.get("trained_on"):
+        raise UserError(
+            f"{path} lacks data.trained_on, the number of training images, so the run cannot be resumed or evaluated. "
+            "Restore the file that `dino train` wrote, or start a new run with a different `out`."
+        )
+    rows = scores.values() if isinstance(scores, dict) else [None]
+    if not all(isinstance(row, dict) and all(map(_is_number, row.values())) for row in rows):
+        raise UserError(f"{path} is damaged: expected reference_scores by name, got {scores!r:.80}.")
+    return content
+
+
+def _read(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.is_file():
         raise UserError(f"No run in {folder}: run.json is missing. Expected a folder made by `dino train`.")
-    try:
-        content = json.loads(path.read_text())
-        check_format(path, content["format"], FORMAT)
-        return from_dict(Run, content["run"], trust=trust)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not the run.json of a training run ({type(error).__name__}: {error}).") from error
+    content = read_json(path)
+    if not isinstance(content, dict) or "format" not in content:
+        raise UserError(f"{path} is not the run.json of a training run: expected a JSON object with `format`.")
+    check_format(path, content["format"], FORMAT)
+    return content
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**40
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)

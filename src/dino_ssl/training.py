@@ -7,6 +7,7 @@ figures and reports between steps. There are no callbacks; the order of everythi
 import math
 import time
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dino_ssl.config import to_dict
 from dino_ssl.data.batch import Batch
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import Step, steps_per_epoch, train_batches
-from dino_ssl.errors import Diverged, UserError
+from dino_ssl.errors import Diverged, UserError, memory_errors
 from dino_ssl.evals.scheduled import is_due, prepare_all
 from dino_ssl.events import Ended, EpochDone, Event, Logged, Started
 from dino_ssl.feature_stats import FeatureStats
@@ -48,7 +49,8 @@ def train_step(state: State, model: nn.Module, batch: Batch, clock: Clock, run: 
     set_lr_and_weight_decay(
         optimizer, lr=run.optim.lr_schedule()(clock), weight_decay=run.optim.weight_decay_schedule()(clock)
     )
-    outputs = _accumulate_gradients(state, model, batch, clock, run, rt)
+    with memory_errors():  # before anything has changed
+        outputs = _accumulate_gradients(state, model, batch, clock, run, rt)
     scaler.unscale_(optimizer)
     grad_norm = clip_grad_norm_per_tensor_(method.trainable.parameters(), run.optim.clip_grad)
     method.before_step(clock)
@@ -120,8 +122,8 @@ def train(run: Run, rt: Runtime, dataset: ImageDataset, *, resume: bool = False)
     finished = state.step >= clock.steps
     with Log(job.folder, state.step) as log:
         yield from evals.run(evals.pending(clock), clock, log)
-        with StopSignal() as stop:
-            for step in meter.timed(_batches(job, meter)):
+        with StopSignal() as stop, job.saved_before_errors(meter):
+            for step in meter.timed(_batches(job)):
                 skipped |= {item.name: item.reason for item in step.skipped}
                 clock = clock._replace(step=state.step)
                 rt.seed_step(run.seed, state.step)
@@ -135,6 +137,7 @@ def train(run: Run, rt: Runtime, dataset: ImageDataset, *, resume: bool = False)
                 if done.step % run.log_every == 0 or epoch_ends:
                     line = meter.close(clock)
                     job.check(math.isfinite(line["loss"]), done)
+                    job.check_folder()
                     if rt.is_main:
                         job.last.confirm(line["loss"])
                     log.write(done, line)
@@ -193,13 +196,37 @@ class _Job:
     def save(self, name: str) -> None:
         """Write checkpoints/NAME on rank 0."""
         if self.rt.is_main:
+            self.check_folder()
             self.state.save(self.folder / "checkpoints" / name, self.run, self.train_set.fingerprint)
 
     def save_last(self) -> None:
         """Write checkpoints/last.pt on rank 0, unless the last step has ruined the weights."""
         if self.rt.is_main and self.state.is_usable:
+            self.check_folder()
             self.last.save(self.state, self.run, self.train_set.fingerprint)
         self.saved_at = time.monotonic()
+
+    def check_folder(self) -> None:
+        """Raise UserError if the folder of the run was deleted: the rest of its files would be no run."""
+        if self.rt.is_main and not (self.folder / "run.json").is_file():
+            raise UserError(
+                f"{self.folder} was deleted or moved while it was trained: run.json is missing. If it was moved, "
+                "resume it in its new place."
+            )
+
+    @contextmanager
+    def saved_before_errors(self, meter: Meter) -> Iterator[None]:
+        """Write last.pt on rank 0 before an error of data, memory or an evaluation between two steps ends training."""
+        try:
+            yield
+        except Diverged:
+            raise
+        except UserError:
+            self.state.optimizer.zero_grad(set_to_none=True)
+            with suppress(UserError, MemoryError, RuntimeError):  # a full disk, or too little memory
+                if self.state.step and meter.is_finite():
+                    self.save_last()
+            raise
 
     def check(self, is_finite: bool, clock: Clock) -> None:
         """Raise Diverged if the loss or a weight is not finite; last.pt becomes the last good checkpoint, on rank 0."""
@@ -241,10 +268,10 @@ def validate_run(run: Run, rt: Runtime, dataset: ImageDataset) -> None:
     prepare_all(run.evals, eval_context(run, rt), method.backbone, run_datasets(run, train_set, val_set))
 
 
-def _batches(job: _Job, meter: Meter) -> Iterator[Step]:
-    """Yield the batches of all epochs; save the training state before an error of the data ends them."""
+def _batches(job: _Job) -> Iterator[Step]:
+    """Return the batches of all epochs."""
     run, rt = job.run, job.rt
-    batches = train_batches(
+    return train_batches(
         job.train_set,
         kernels.fastest_transform(run.views) if rt.optimized else run.views,
         batch_size=run.optim.batch_size,
@@ -256,12 +283,6 @@ def _batches(job: _Job, meter: Meter) -> Iterator[Step]:
         world=rt.world_size,
         pin_memory=rt.device.type == "cuda",
     )
-    try:
-        yield from batches
-    except UserError:
-        if job.state.step and meter.is_finite():
-            job.save_last()
-        raise
 
 
 def _prepare_folder(job: _Job, dataset: ImageDataset, resume: bool) -> None:

@@ -10,10 +10,9 @@ from dino_ssl.data.sources import check_distinct, relabeled, source_name
 from dino_ssl.evals.base import EvalContext, RunDatasets, reference_scores
 from dino_ssl.evals.scheduled import PreparedScheduledEval, is_due, prepare_all
 from dino_ssl.events import EvalDone, EvalStarted, Evaluated
-from dino_ssl.files import read_json
 from dino_ssl.methods.method import Method
 from dino_ssl.metrics import Log, read_metrics
-from dino_ssl.run import Run
+from dino_ssl.run import Run, read_description
 from dino_ssl.runtime import Runtime
 from dino_ssl.schedules import Clock
 from dino_ssl.state import State
@@ -41,9 +40,9 @@ class TrainingEvals:
         if val_set is not None:
             self.online = run.online_eval.prepare(method.classifier, train_set, val_set, context)
         self.scheduled = prepare_all(run.evals, context, method.backbone, run_datasets(run, train_set, val_set))
-        described = distributed.run_on_rank0(lambda: read_json(self.folder / "run.json") if resume else None)
+        described = distributed.run_on_rank0(lambda: read_description(self.folder) if resume else None)
         if described is not None:
-            self.reference_scores = described.get("reference_scores", {})
+            self.reference_scores = described["reference_scores"]
         elif self.online is not None:
             build = None if method.classifier else lambda: run.backbone.build(drop_path=0.0).to(rt.device)
             self.reference_scores = reference_scores(self.online, build)

@@ -4,16 +4,19 @@ import errno
 import multiprocessing
 import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.utils.data._utils as loading
-from tiny import CPU, FORK, edit, fit, last, same_training, tiny
+from tiny import CPU, FORK, dataset_of, edit, fit, last, same_training, tiny
 
+from dino_ssl import training
 from dino_ssl.data.workers import make_loader
 from dino_ssl.errors import UserError
+from dino_ssl.events import Logged
 from dino_ssl.training import train
 
 
@@ -105,3 +108,32 @@ def test_an_error_of_the_data_saves_the_training_state_first(tmp_path: Path) -> 
     whole = edit(run, out=str(tmp_path / "whole"))
     fit(whole)
     assert not same_training(run, whole)
+
+
+def test_exhausted_memory_saves_the_training_state_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny(tmp_path / "run", backbone=dict(width=24, depth=1, heads=2), optim=dict(epochs=1), save_minutes=60)
+    real, calls = training._accumulate_gradients, iter(range(100))
+
+    def fail(*args: Any) -> Any:
+        if next(calls) == 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+        return real(*args)
+
+    monkeypatch.setattr(training, "_accumulate_gradients", fail)
+    with pytest.raises(UserError, match="Memory ran out: DefaultCPUAllocator"):
+        fit(run)
+    assert last(run)["step"] == 3
+    monkeypatch.undo()
+    fit(run, resume=True)
+    whole = edit(run, out=str(tmp_path / "whole"))
+    fit(whole)
+    assert not same_training(run, whole)
+
+
+def test_a_deleted_folder_ends_training_with_one_message(tmp_path: Path) -> None:
+    run = tiny(tmp_path / "run", backbone=dict(width=24, depth=1, heads=2))
+    with pytest.raises(UserError, match="run was deleted or moved while it was trained"):
+        for event in train(run, CPU, dataset_of(run.data)):  # pyright: ignore[reportArgumentType]
+            if isinstance(event, Logged) and event.clock.step == 4:
+                shutil.rmtree(run.out)
+    assert not Path(run.out).exists()

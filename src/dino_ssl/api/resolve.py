@@ -7,13 +7,13 @@ from dino_ssl import checkpoint
 from dino_ssl.config import differences, edit, format_value
 from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.errors import UserError
-from dino_ssl.files import has_checkpoint, read_json
+from dino_ssl.files import has_checkpoint
 from dino_ssl.loading import Checkpoint
 from dino_ssl.models import BackboneConfig
 from dino_ssl.models.pretrained import load, weights_file
 from dino_ssl.models.weights import load_strict
 from dino_ssl.presets.plan import Change, Plan, Reason, describe_preset
-from dino_ssl.run import EXECUTION_FIELDS, Run, read_run
+from dino_ssl.run import EXECUTION_FIELDS, Run, read_description, read_run
 
 RESUMABLE_FIELDS = (
     *EXECUTION_FIELDS,
@@ -135,13 +135,7 @@ def find_run(folder: Path, *, trust: bool = False) -> ExistingRun | None:
     if not has_checkpoint(folder):
         return None
     run = read_run(folder, trust=trust)
-    data = read_json(folder / "run.json").get("data")
-    if not isinstance(data, dict) or not isinstance(num_images := data.get("trained_on"), int):
-        raise UserError(
-            f"{folder}/run.json lacks data.trained_on, the number of training images, so the run cannot be resumed. "
-            "Restore the file that `dino train` wrote, or start a new run with a different `out`."
-        )
-    per_epoch = steps_per_epoch(num_images, run.optim.batch_size)
+    per_epoch = steps_per_epoch(read_description(folder)["data"]["trained_on"], run.optim.batch_size)
     step = checkpoint.load(folder / "checkpoints/last.pt", mmap=True)["step"]
     return ExistingRun(edit(run, out=str(folder)), step, per_epoch * run.optim.epochs)
 

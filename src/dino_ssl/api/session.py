@@ -17,7 +17,7 @@ from dino_ssl.collapse.checks import Finding
 from dino_ssl.collapse.policy import CollapsePolicy
 from dino_ssl.config import to_dict
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.errors import Diverged, UserError
+from dino_ssl.errors import Diverged, OutOfMemory, UserError, memory_errors
 from dino_ssl.evals.features import extract
 from dino_ssl.events import Ended, EpochDone, EvalDone, EvalStarted, Evaluated, Event, Logged, Started
 from dino_ssl.files import atomic_write, json_line, locked, read_json, write_json
@@ -113,14 +113,14 @@ def run_session(
     with ExitStack() as held:
         distributed.run_on_rank0(lambda: held.enter_context(locked(session.folder)))
         try:
-            session.train(resume)
-            if session.correct_epochs():
-                session.train(resume=True, announce=False)
-        except torch.OutOfMemoryError as error:
+            with memory_errors():
+                session.train(resume)
+                if session.correct_epochs():
+                    session.train(resume=True, announce=False)
+        except OutOfMemory as error:
             raise UserError(
-                f"The device ran out of memory: {str(error).splitlines()[0]}\n"
-                f"Set `optim.micro_batch` to auto for gradient accumulation over the {run.optim.batch_size} images of "
-                "a step, set `grad_checkpointing`, or lower `optim.batch_size`."
+                f"{error}\nSet `optim.micro_batch` to auto for gradient accumulation over the {run.optim.batch_size} "
+                "images of a step, set `grad_checkpointing`, or lower `optim.batch_size`."
             ) from error
         session.outcome.verdict = distributed.run_on_rank0(session.finish)
     return session.outcome

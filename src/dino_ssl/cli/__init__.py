@@ -12,7 +12,8 @@ from dino_ssl import __version__, environment
 from dino_ssl.cli.early_checks import check_arguments
 from dino_ssl.cli.flags import known_fields, with_flags
 from dino_ssl.cli.help_pages import help_page
-from dino_ssl.errors import UserError, did_you_mean
+from dino_ssl.cli.output import safe_output
+from dino_ssl.errors import UserError, did_you_mean, memory_error, system_error
 from dino_ssl.formatting import for_terminal
 
 COMMANDS = {
@@ -60,24 +61,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; return the exit code."""
     environment.prepare()
     known_fields.clear()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with safe_output() as out:
+        code = _exit_code(arguments)
+        out.flush()
+        if out.error is None or arguments[:1] == ["train"]:  # a run is in its folder
+            return code
+        if isinstance(out.error, BrokenPipeError):  # `dino presets | head`
+            return BROKEN_PIPE
+        print(f"dino: standard output cannot be written: {out.error.strerror}.", file=sys.stderr)
+        return USER_ERROR
+
+
+def _exit_code(arguments: list[str]) -> int:
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()  # raises BrokenPipeError here instead of at interpreter exit
-        return code
-    except UserError as error:
-        if os.environ.get("DINO_DEBUG"):
+        return _run(arguments)
+    except (UserError, MemoryError, RuntimeError, ImportError, OSError) as error:
+        message = error if isinstance(error, UserError) else memory_error(error) or system_error(error)
+        if message is None or os.environ.get("DINO_DEBUG"):
             raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"dino: {for_terminal(with_flags(str(error)))}", file=sys.stderr)
+            print(f"dino: {for_terminal(with_flags(str(message)))}", file=sys.stderr)
         return USER_ERROR
     except SystemExit as stop:  # help and invalid options, by tyro
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         print("\ndino: stopped.", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # `dino presets | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python prints an error at exit
-        return BROKEN_PIPE
 
 
 def _run(argv: list[str]) -> int:

@@ -37,6 +37,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from dino_ssl.data.dataset import BadImage, Reduction
+from dino_ssl.errors import memory_error
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .avif .heic .heif .hif .bmp .dib .gif .tif .tiff".split()  # noqa: SIM905
@@ -157,6 +158,8 @@ def _open(path: str | os.PathLike, data: bytes | None, *, whole: bool = False) -
                 file = io.BytesIO(file.read())
             yield file, _header(file)
     except Exception as error:  # Pillow's plugins raise errors of any kind for broken files
+        if memory_error(error) is not None or getattr(error, "code", None) == cv2.Error.StsNoMem:
+            raise MemoryError(str(error)) from error
         reason = getattr(error, "strerror", None) or getattr(error, "err", None) or str(error)
         raise BadImage(path, reason or type(error).__name__) from error
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from dino_ssl.errors import UserError
+from dino_ssl.errors import UserError, memory_errors
 from dino_ssl.terminal import logger
 
 A = TypeVar("A")
@@ -51,7 +51,8 @@ def make_loader(
     try:
         while True:
             try:
-                result = next(results)
+                with memory_errors():
+                    result = next(results)
             except StopIteration:
                 return
             except (OSError, EOFError, RuntimeError) as error:

@@ -11,9 +11,8 @@ from typing import Any, Literal, NamedTuple
 from dino_ssl.collapse.checks import Finding
 from dino_ssl.collapse.monitor import diagnose
 from dino_ssl.evals.base import below_references
-from dino_ssl.files import read_json
 from dino_ssl.report.curves import History, Line, Rows, line, read_history, score_names
-from dino_ssl.run import Run
+from dino_ssl.run import Run, read_description
 
 ONLINE = ("knn", "accuracy", "two-crop-retrieval")
 """Names of the online evaluation in metrics.jsonl; its result is at the top of the page."""
@@ -64,7 +63,7 @@ class Results(NamedTuple):
 
 def read_results(run_dir: Path, run: Run) -> Results:
     """Return the measurements of a finished, stopped or active run, and the verdict on it."""
-    info, history = read_json(run_dir / "run.json"), read_history(run_dir)
+    info, history = read_description(run_dir), read_history(run_dir)
     steps_per_epoch = max(1, info["data"]["trained_on"] // run.optim.batch_size)
     findings = diagnose(history.training, run.method.num_prototypes, run, steps_per_epoch)
     rows = next((history.evaluations[name] for name in ONLINE if name in history.evaluations), [])
