@@ -126,34 +126,31 @@ class Duplicates(Summarized):
         """
         moves, refused = [], []
         for group in self.groups:
-            kept = self.index.path_of(group.keep)
-            problem = self._change(group.keep, kept)
             for row in (copy.row for copy in group.copies):
-                source = self.index.path_of(row)
-                if source is None or kept is None:
-                    refused.append(Refused(Path(self.index.items.names[row]), "not a file in a folder"))
-                    continue
+                name, source = self.index.items.names[row], self.index.path_of(row)
                 target = Path(folder) / os.fsdecode(self.index.items.path(row))
-                if target.is_file() and not source.exists():
+                if source is not None and target.is_file() and not source.exists():
                     continue
-                if problem:
-                    reason = f"the image to keep, {self.index.items.names[group.keep]}, {problem}"
-                elif source.is_symlink():
-                    reason = "is a link"
-                else:
-                    reason = self._change(row, source)
-                    if not reason and source.samefile(kept):
-                        reason = f"the image to keep, {self.index.items.names[group.keep]}, is a link to it"
-                if reason:
-                    refused.append(Refused(source, reason))
-                else:
+                if reason := self._obstacle(row, group.keep):
+                    refused.append(Refused(source or Path(name), reason))
+                elif source is not None:
                     moves.append(Move(source, target))
         return moves, refused
 
-    def _change(self, row: int, path: Path | None) -> str:
+    def _obstacle(self, row: int, keep: int) -> str:
+        """Return why a copy must not be moved; an empty string if it may be."""
+        source, kept = self.index.path_of(row), self.index.path_of(keep)
+        if source is None or kept is None:
+            return "not a file in a folder"
+        the_kept = f"the image to keep, {self.index.items.names[keep]},"
+        if change := self._change(keep, kept):
+            return f"{the_kept} {change}"
+        if source.is_symlink():
+            return "is a link"
+        return self._change(row, source) or (f"{the_kept} is a link to it" if source.samefile(kept) else "")
+
+    def _change(self, row: int, path: Path) -> str:
         """Return how a file differs from the one that was indexed; an empty string if it does not."""
-        if path is None:
-            return ""
         try:
             status = path.stat()
         except OSError:
