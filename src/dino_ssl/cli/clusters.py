@@ -66,7 +66,10 @@ def _clusters(options: ClustersOptions, terminal: Terminal) -> dict[str, Any]:
         found = index.clusters(progress=progress, **settings)
     groups = list(_described(index, found))
     rows = [[name, f"{size:,}", f"{size / len(index):.1%}", label] for name, size, label in groups[:MAX_LISTED]]
-    terminal.table(found.method, ["cluster", "images", "share", "largest class"], rows)
+    columns = ["cluster", "images", "share"] + ["largest class"] * any(label for *_, label in groups)
+    terminal.table(found.method, columns, [row[: len(columns)] for row in rows])
+    if not found.sizes:
+        terminal.print("No group is dense enough: set a smaller --min-size, or omit --density.", style="yellow")
     if len(groups) > MAX_LISTED:
         terminal.print(f"... {len(groups)} in all; --json lists them")
     if options.k is None and not options.density and found.scores:

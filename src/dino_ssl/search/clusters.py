@@ -28,10 +28,11 @@ SCORED_ROWS = 2000
 """Rows of the sample that chooses k; silhouettes need all of their distances."""
 MAX_CHOSEN_K = 128
 """Clusters at most if `k` is not given: with more, the sample has too few rows of each."""
-DENSITY_ROWS, DENSITY_COMPONENTS = 20_000, 32
+DENSITY_ROWS, DENSITY_COMPONENTS = 10_000, 32
 """Rows of the sample for HDBSCAN, whose time grows with their square, and their principal components."""
 ITERATIONS = 25
-BLOCK_ROWS = 16_384
+BLOCK_ROWS, MAX_COSINES = 16_384, 2**25
+"""Features that are read at once, and cosines that are computed at once: 128 MB."""
 NOISE = -1
 
 
@@ -193,8 +194,9 @@ def hdbscan(rows: np.ndarray, min_size: int) -> np.ndarray:
 def nearest_rows(features: Any, rows: np.ndarray, progress: Progress = ignore_progress) -> np.ndarray:
     """Return the number of the nearest of some rows [K, D] for each feature: int64 [N]."""
     nearest = np.empty(len(features), np.int64)
-    for start in range(0, len(features), BLOCK_ROWS):
-        block = features[start : start + BLOCK_ROWS]
+    step = max(1, min(BLOCK_ROWS, MAX_COSINES // len(rows)))
+    for start in range(0, len(features), step):
+        block = features[start : start + step]
         nearest[start : start + len(block)] = top_k(block, rows, 1, unit=True)[1][:, 0].numpy()
         progress(start + len(block), len(features))
     return nearest

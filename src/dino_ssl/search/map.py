@@ -84,6 +84,8 @@ def _plane(data: torch.Tensor) -> torch.Tensor:
 def _open_tsne(data: torch.Tensor, perplexity: float, progress: Progress) -> np.ndarray:
     opentsne, affinity = (import_extra(f"openTSNE{module}", "search") for module in ("", ".affinity"))
     cosines, rows = neighbors(data.half().numpy(), min(round(3 * perplexity), len(data) - 1))
+    is_known = rows >= 0  # an approximate search may miss some: the nearest one takes their place
+    cosines, rows = cosines.where(is_known, cosines[:, :1]), rows.where(is_known, rows[:, :1])
     distances = (2 - 2 * cosines).clamp(min=0).sqrt().double().numpy()
     index = import_extra("openTSNE.nearest_neighbors", "search").PrecomputedNeighbors(rows.numpy(), distances)
     start = _plane(data).double()

@@ -87,7 +87,7 @@ def farthest_first(features: Any, count: int, start: np.ndarray, progress: Progr
             row, score = _central_row(features), 1.0
         else:
             row = int(distances.argmax())
-            score = float(distances[row])
+            score = max(float(distances[row]), 0.0)  # rounding
         rows.append(row)
         scores.append(score)
         _approach(distances, features, floats(features, np.array([row])))
@@ -146,7 +146,12 @@ def by_density(features: Any, members: np.ndarray, known: np.ndarray, seed: int)
 
 def neighbor_distances(rows: Any, k: int) -> np.ndarray:
     """Return one minus the mean cosine of each row to its k nearest others, fewer if there are not so many: [N]."""
-    return (1 - neighbors(rows, k)[0].mean(1)).numpy() if len(rows) > 1 else np.zeros(len(rows), np.float32)
+    if len(rows) < 2:
+        return np.zeros(len(rows), np.float32)
+    cosines, nearest = neighbors(rows, k)
+    is_known = nearest >= 0  # an approximate search may miss some
+    mean = cosines.where(is_known, 0).sum(1) / is_known.sum(1).clamp(min=1)
+    return (1 - mean).clamp(min=0).numpy()
 
 
 def representatives(features: Any, members: np.ndarray, count: int) -> np.ndarray:
