@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    result = about(vars(options))
+    result = about(vars(options) | {"checkpoints": [Path(name).name for name in options.checkpoints]})
     result["versions"] |= {
         name: version(name) for name in ("faiss-cpu", "imagehash", "imagededup") if is_installed(name)
     }

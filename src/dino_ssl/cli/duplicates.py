@@ -10,13 +10,13 @@ import tyro
 
 from dino_ssl.cli.embed import write_csv
 from dino_ssl.cli.images import run_command
-from dino_ssl.cli.options import Device, Flag, Trust
+from dino_ssl.cli.options import Device, Flag, Trust, plain
 from dino_ssl.cli.search import OpenIndexOptions
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write, check_writable
 from dino_ssl.formatting import format_bytes, plural
 from dino_ssl.search.deduplicate import Duplicates
-from dino_ssl.search.duplicates import Keep
+from dino_ssl.search.duplicates import HASH_DISTANCE, Keep
 from dino_ssl.search.moves import Refused, move_files, undo_moves
 from dino_ssl.terminal import Terminal
 
@@ -41,22 +41,25 @@ class DuplicatesOptions(OpenIndexOptions):
     the groups are listed, or all images but the one to keep are moved to another folder, and back with --undo.
     """
 
-    threshold: float | None = None
-    """Cosine from which features are those of duplicates. Default: measured on edited copies of the images."""
+    threshold: Annotated[
+        float | None,
+        plain("Cosine from which features are those of duplicates. Default: measured on edited copies.", "T"),
+    ] = None
     keep: Keep = "largest"
     """The image of a group to keep: that of most pixels (then bytes), the first by name, or the sharpest."""
-    html: str | None = None
-    """File of a page with the thumbnails of all groups."""
-    csv: str | None = None
-    """File of a table with one line per image of a group."""
-    move: str | None = None
-    """Folder to which all images but the one to keep are moved, after a confirmation."""
-    yes: Annotated[Flag, tyro.conf.arg(aliases=["-y"])] = False
-    """Move without asking."""
-    undo: str | None = None
-    """Move the images in this folder back to where they were."""
-    checkpoint: str | None = None
-    """The network of the index, if it was moved: its weights must be the same."""
+    distance: Annotated[
+        int, tyro.conf.arg(help="Bits of 64 in which the perceptual hashes of duplicates may differ.", metavar="BITS")
+    ] = HASH_DISTANCE
+    html: Annotated[str | None, plain("File of a page with the thumbnails of all groups.", "FILE")] = None
+    csv: Annotated[str | None, plain("File of a table with one line per image of a group.", "FILE")] = None
+    move: Annotated[
+        str | None, plain("Folder to which all images but the one to keep are moved, after a confirmation.", "DIR")
+    ] = None
+    yes: Annotated[Flag, tyro.conf.arg(aliases=["-y"], help="Move without asking.", help_behavior_hint="")] = False
+    undo: Annotated[str | None, plain("Move the images in this folder back to where they were.", "DIR")] = None
+    checkpoint: Annotated[
+        str | None, plain("The network of the index, if it was moved: its weights must be the same.", "CHECKPOINT")
+    ] = None
     device: Device = None
     trust: Trust = False
 
@@ -74,7 +77,8 @@ def _duplicates(options: DuplicatesOptions, terminal: Terminal) -> dict[str, Any
     for path in filter(None, (options.html, options.csv)):
         check_writable(Path(path).parent)
     index = options.open(checkpoint=options.checkpoint, device=options.device, trust=options.trust)
-    result = index.duplicates(options.threshold, keep=options.keep, progress=terminal.progress)
+    settings: Any = {"keep": options.keep, "distance": options.distance, "progress": terminal.progress}
+    result = index.duplicates(options.threshold, **settings)
     _print(result, terminal)
     if options.csv:
         atomic_write(Path(options.csv), lambda part: write_csv(part, result.columns))

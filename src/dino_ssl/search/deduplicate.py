@@ -16,7 +16,7 @@ from dino_ssl.data.dataset import BadImage
 from dino_ssl.errors import UserError, check_value
 from dino_ssl.files import check_format, read_json, write_json
 from dino_ssl.formatting import Summarized, format_bytes, plural
-from dino_ssl.progress import Progress, StartProgress, no_progress
+from dino_ssl.progress import Progress, StartProgress
 from dino_ssl.search.calibration import Calibration, calibrate
 from dino_ssl.search.duplicates import TIERS, DuplicateGroup, Keep, Tier, find_duplicates, known_components
 from dino_ssl.search.gallery import Group, Tile, write_gallery
@@ -171,7 +171,7 @@ def _members(group: DuplicateGroup) -> list[tuple[int, Any, Any]]:
 
 
 def duplicates_of(
-    index: "Index", threshold: float | None = None, *, keep: Keep = "largest", progress: StartProgress = no_progress
+    index: "Index", threshold: float | None, *, keep: Keep, distance: int, progress: StartProgress
 ) -> Duplicates:
     """Return the duplicates of an index; see `Index.duplicates`."""
     check_value("threshold", threshold, above=-1, most=1)
@@ -180,7 +180,8 @@ def duplicates_of(
         with progress("threshold, of edited copies") as show:
             calibration = calibration_of(index, show)
     used = threshold if threshold is not None else calibration.threshold if calibration else 1.0
-    groups = find_duplicates(index.features, index.items, used, read=index.read, keep=keep, start_progress=progress)
+    options: Any = {"keep": keep, "distance": distance, "start_progress": progress}
+    groups = find_duplicates(index.features, index.items, used, read=index.read, **options)
     return Duplicates(index, groups, used, calibration)
 
 

@@ -25,7 +25,7 @@ from dino_ssl.search.approximate import MAX_K, open_approximate, read_approximat
 from dino_ssl.search.build import BuildSettings, Changes, update_index
 from dino_ssl.search.clusters import Clusters, find_clusters
 from dino_ssl.search.deduplicate import Duplicates, duplicates_of
-from dino_ssl.search.duplicates import Keep
+from dino_ssl.search.duplicates import HASH_DISTANCE, Keep
 from dino_ssl.search.listing import restore_source
 from dino_ssl.search.map import MAX_POINTS, Layout, lay_out
 from dino_ssl.search.nearest import top_k
@@ -352,7 +352,12 @@ class Index(Summarized):
         return [Selected(names[row], score, row) for row, score in pairs]
 
     def duplicates(
-        self, threshold: float | None = None, *, keep: Keep = "largest", progress: StartProgress = no_progress
+        self,
+        threshold: float | None = None,
+        *,
+        keep: Keep = "largest",
+        distance: int = HASH_DISTANCE,
+        progress: StartProgress = no_progress,
     ) -> Duplicates:
         """Return groups of near-duplicates: same bytes, same pixels, near perceptual hashes, or near features.
 
@@ -362,6 +367,7 @@ class Index(Summarized):
             threshold: Cosine from which features are those of duplicates, above -1, at most 1. Default: measured on
                 edited copies of 500 images of the index, once for each state of it.
             keep: Of each group, keep the image of most pixels (then bytes), the first by name, or the sharpest.
+            distance: Bits of 64 in which the perceptual hashes of duplicates may differ.
             progress: Called with a label; see `progress.StartProgress`.
         """
-        return duplicates_of(self, threshold, keep=keep, progress=progress)
+        return duplicates_of(self, threshold, keep=keep, distance=distance, progress=progress)
