@@ -1,6 +1,7 @@
 """From image files to rows of an index: hashes, size and feature of each image, decoded by data workers."""
 
 import hashlib
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from functools import partial
@@ -69,6 +70,8 @@ def read_images(
 
     has_files: the content is that of the files, and not of the pixels.
     """
+    if has_perceptual_hashes():
+        importlib.import_module("imagehash")  # before workers are forked: each would take a second
     build = partial(_read_batch, dataset, has_files, transform, known.contents, has_perceptual_hashes())
     jobs = (range(at, min(at + context.batch_size, len(dataset))) for at in range(0, len(dataset), context.batch_size))
     loader = make_loader(build, jobs, context.workers, pin_memory=context.device.type == "cuda")
@@ -144,8 +147,12 @@ def has_perceptual_hashes() -> bool:
 
 
 def perceptual_hash(image: np.ndarray) -> int:
-    """Return `imagehash.phash` of an image, uint8 RGB [H, W, 3], as 64 bits."""
+    """Return `imagehash.phash` of an image, uint8 RGB [H, W, 3], as 64 bits.
+
+    It looks at 32 x 32 pixels: the image is first reduced to 128 to 255 on its short side, which takes a third of the
+    time.
+    """
     import imagehash
 
-    bits = imagehash.phash(Image.fromarray(image)).hash
-    return int.from_bytes(np.packbits(bits.ravel()).tobytes(), "big")
+    small = Image.fromarray(image).reduce(max(1, min(image.shape[:2]) // 128))
+    return int.from_bytes(np.packbits(imagehash.phash(small).hash.ravel()).tobytes(), "big")
