@@ -5,10 +5,10 @@
 Candidates take turns in one process; ratios are medians over the turns.
 
 index: JPEG files to an index on disk, with hashes, against timm's network in a DataLoader of Pillow images, which
-keeps the features in memory. update: of an unchanged folder, against `find -printf` over its files. search: the 10 nearest
-of unit vectors on a smooth manifold (tanh network of 12 random numbers): numpy's product and argpartition in float32, faiss
-Flat in float32, ours in float16, and approximate search. memory: the largest anonymous memory of a process that writes
-an index of a million rows, builds approximate search, and searches; mapped files are not counted.
+keeps the features in memory. update: of an unchanged folder, against `find -printf` over its files. search: the 10
+nearest of unit vectors on a smooth manifold (tanh network of 12 random numbers): numpy's product and argpartition in
+float32, faiss Flat in float32, ours in float16, and approximate search. memory: the largest anonymous memory of a
+process that writes an index of a million rows, builds approximate search, and searches; mapped files are not counted.
 """
 
 import argparse

@@ -50,10 +50,8 @@ def _index(options: IndexOptions, terminal: Terminal) -> dict[str, Any]:
         )
     changes, width = built.changes, built.features.shape[1]
     terminal.print(f"{plural(len(built), 'image')}, {width} dimensions: {path}")
-    terminal.print(
-        f"{changes.added:,} added ({changes.reused:,} with the features of a known content), {changes.removed:,} "
-        f"removed, {changes.kept:,} unchanged"
-    )
+    reused = f" ({changes.reused:,} with the features of a known content)" if changes.reused else ""
+    terminal.print(f"{changes.added:,} added{reused}, {changes.removed:,} removed, {changes.kept:,} unchanged")
     approximate = None
     if built.approximate is not None:
         info = built.approximate.info

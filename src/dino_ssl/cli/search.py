@@ -82,13 +82,13 @@ def _search(options: SearchOptions, terminal: Terminal) -> dict[str, Any]:
     hits = opened.search(list(options.queries), **{name: getattr(options, name) for name in names})
     labels = [opened.items.labels[hit.row] for hit in hits]
     rows = [
-        [str(rank), f"{hit.similarity:.3f}", hit.name, label or ""]
+        [str(rank), f"{hit.similarity:.4f}", hit.name, label or ""]
         for rank, (hit, label) in enumerate(zip(hits, labels, strict=True), 1)
     ]
     terminal.table(f"{len(hits)} of {len(opened):,} images", ["rank", "similarity", "image", "class"], rows)
     if options.html is not None:
         lead = f"The {len(hits)} most similar of {len(opened):,} images, by the cosine of their features."
-        tiles = index_tiles(opened, [hit.row for hit in hits], [f"{hit.similarity:.3f}" for hit in hits])
+        tiles = index_tiles(opened, [hit.row for hit in hits], [f"{hit.similarity:.4f}" for hit in hits])
         groups = [Group("Query", _query_tiles(opened, options)), Group("Images", tiles)]
         terminal.print(f"Written to {write_gallery(options.html, 'Image search', lead, groups)}")
     results = [{**hit._asdict(), "label": label} for hit, label in zip(hits, labels, strict=True)]
