@@ -336,6 +336,13 @@ MUTANTS = (
         "contracts/test_bit_depth.py::test_a_run_stores_its_depth_and_reads_other_images_with_it",
     ),
     Mutant(
+        "changed weights are loaded",
+        "models/weights.py",
+        "if expected is not None and expected != checksum(state):",
+        "if False:",
+        "contracts/test_preprocessing.py::test_a_changed_weight_of_an_exported_backbone_is_refused",
+    ),
+    Mutant(
         "state is not saved before an error of the data",
         "training.py",
         "                    self.save_last()\n            raise\n",

@@ -140,6 +140,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def _is_metric(item: tuple[str, Any]) -> bool:
     name, value = item
+    if name == "epoch" and value is None:
+        return False
     return isinstance(value, str) if name == "eval" else value is None or type(value) in (int, float)
 
 

@@ -148,6 +148,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{path} lacks data.trained_on, the number of training images, so the run cannot be resumed or evaluated. "
             "Restore the file that `dino train` wrote, or start a new run with a different `out`."
         )
+    content["versions"] = versions if isinstance(versions := content.get("versions"), dict) else {}
     rows = scores.values() if isinstance(scores, dict) else [None]
     if not all(isinstance(row, dict) and all(map(_is_number, row.values())) for row in rows):
         raise UserError(f"{path} is damaged: expected reference_scores by name, got {scores!r:.80}.")

@@ -122,3 +122,12 @@ def test_attention_of_a_dataset_is_none_for_an_unreadable_image(tmp_path: Path, 
     for maps, image in ((first, IMAGES[0]), (third, IMAGES[2])):
         for form in (image, torch.from_numpy(image).movedim(-1, 0)):
             np.testing.assert_array_equal(maps.heads, dino_ssl.attention(network, form).heads)
+
+
+def test_a_changed_weight_of_an_exported_backbone_is_refused(tmp_path: Path):
+    path = save_backbone(VIT, VIT.build().state_dict(), tmp_path / "a.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1  # the lowest bit of a weight or its exponent
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.safetensors is damaged: the weights differ"):
+        load(path)

@@ -132,8 +132,10 @@ def test_exhausted_memory_saves_the_training_state_first(tmp_path: Path, monkeyp
 
 def test_a_deleted_folder_ends_training_with_one_message(tmp_path: Path) -> None:
     run = tiny(tmp_path / "run", backbone=dict(width=24, depth=1, heads=2))
+    events = train(run, CPU, dataset_of(run.data))  # pyright: ignore[reportArgumentType]
+    while not isinstance(event := next(events), Logged) or event.clock.step < 4:
+        pass
+    shutil.rmtree(run.out)
     with pytest.raises(UserError, match="run was deleted or moved while it was trained"):
-        for event in train(run, CPU, dataset_of(run.data)):  # pyright: ignore[reportArgumentType]
-            if isinstance(event, Logged) and event.clock.step == 4:
-                shutil.rmtree(run.out)
+        list(events)
     assert not Path(run.out).exists()

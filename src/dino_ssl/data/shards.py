@@ -151,6 +151,8 @@ class ShardDataset(ImageDataset):
             classes=self.info.classes,
             skipped=[Skipped(*item) for item in self.info.skipped],
         )
+        if self.labels is not None and not ((self.labels >= -1) & (self.labels < len(self.classes))).all():
+            raise UserError(f"{self.directory}: a label of {INDEX} is none of the classes in {INFO}. Copy both again.")
         self._file = lru_cache(MAX_OPEN)(lambda shard: _File(path / shards[shard]))
         self.bit_depth = bit_depth or estimate_bit_depth(self._sample())
 

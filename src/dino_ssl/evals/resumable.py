@@ -45,7 +45,7 @@ def extract_resumable(backbone: Backbone, dataset: ImageDataset, context: EvalCo
         "preprocessing": to_dict(replace(backbone.transform, size=context.size)),
         "precision": precision_of(context),
     }
-    done, rows = distributed.run_on_rank0(lambda: _find_state(folder, job, count))
+    done, rows = distributed.run_on_rank0(lambda: find_state(folder, job, count, backbone.embed_dim))
     features, indices = folder / "features.f32", folder / "indices.i64"
     with context.progress(f"features of {count} images") as progress:
         while done < count:
@@ -70,18 +70,28 @@ def extract_resumable(backbone: Backbone, dataset: ImageDataset, context: EvalCo
     return ImageFeatures.of(table, dataset)
 
 
-def _find_state(folder: Path, job: Mapping[str, Any], count: int) -> tuple[int, int]:
-    """Return (images done, rows written) of this job; raise UserError if the folder holds features of another one."""
+def find_state(folder: Path, job: Mapping[str, Any], count: int, width: int) -> tuple[int, int]:
+    """Return (images done, rows written) of this job, for features [rows, width].
+
+    Raises UserError if the folder holds features of another one, or if it is damaged.
+    """
     if (state := read_json(folder / "state.json")) is None:
         return 0, 0
+    state = state if isinstance(state, dict) else {}
     if differing := [key for key in job if state.get(key) != job[key]]:
         lines = "\n".join(f"  {key}: {state.get(key)} there, {job[key]} now" for key in differing)
         raise UserError(
             f"{folder} holds the features of another job:\n{lines}\n"
             "Resume it with its settings, or remove the folder to start again."
         )
-    logger.info("Resuming after %s of %s images (%s).", state["done"], count, folder)
-    return state["done"], state["rows"]
+    done, rows = (state.get(name) for name in ("done", "rows"))
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in (folder / "features.f32", folder / "indices.i64")]
+    if not (type(done) is int and type(rows) is int and 0 <= rows <= done <= count):
+        raise UserError(f"{folder}/state.json is damaged. Remove the folder to start again.")
+    if sizes[0] < 4 * rows * width or sizes[1] < 8 * rows:
+        raise UserError(f"{folder} is damaged: its files have fewer than {rows} rows. Remove it to start again.")
+    logger.info("Resuming after %s of %s images (%s).", done, count, folder)
+    return done, rows
 
 
 def append_rows(path: Path, values: np.ndarray, row: int) -> None:

@@ -6,6 +6,7 @@ under any prefix, next to heads and optimizers: the backbone is found by a weigh
 """
 
 import argparse
+import hashlib
 import json
 import re
 import warnings
@@ -83,7 +84,9 @@ def read_safetensors(
     if not isinstance(described, dict):
         raise UserError(f"{path}: expected the description of a backbone in its metadata, got {described!r:.80}.")
     check_format(path, described.pop("format", FORMAT), FORMAT)
-    transform = described.pop("preprocessing", None)
+    transform, expected = described.pop("preprocessing", None), described.pop("sha256", None)
+    if expected is not None and expected != checksum(state):
+        raise UserError(f"{path} is damaged: the weights differ from those that were written. Copy or export it again.")
     return state, from_dict(BackboneConfig, described, trust=trust), transform and from_dict(Preprocessing, transform)
 
 
@@ -96,9 +99,18 @@ def save_backbone(
     """
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     transform = transform or Preprocessing(size=config.input_size)
-    described = {"format": FORMAT, **to_dict(config), "preprocessing": to_dict(transform)}
+    described = {"format": FORMAT, **to_dict(config), "preprocessing": to_dict(transform), "sha256": checksum(tensors)}
     metadata = {"backbone": json.dumps(described)}  # one key: safetensors writes several in random order
     return atomic_write(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata=metadata))
+
+
+def checksum(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names, shapes and bytes of weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\0".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -128,7 +128,9 @@ def _curves(results: Results, prototypes: int | None) -> str:
 
 
 def _skipped(run_dir: Path, *, private: bool) -> str:
-    rows = list(dict.fromkeys((str(row["name"]), str(row["reason"])) for row in read_lines(run_dir / "skipped.jsonl")))
+    rows = list(
+        dict.fromkeys((str(row.get("name")), str(row.get("reason"))) for row in read_lines(run_dir / "skipped.jsonl"))
+    )
     counts = Counter(reason for _, reason in rows)
     shown = [(f"{count:,}", reason) for reason, count in counts.most_common()] if private else rows[:MAX_SKIPPED]
     more = f" The first {MAX_SKIPPED}; skipped.jsonl has all." if len(shown) < len(rows) and not private else ""
