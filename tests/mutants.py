@@ -562,6 +562,49 @@ MUTANTS = (
         "        _move_all(moves, progress)\n",
         "search/test_moves.py::test_the_journal_is_complete_before_the_first_move",
     ),
+    # -- clusters, map, selection
+    Mutant(
+        "the lowest silhouette chooses the number of clusters",
+        "search/clusters.py",
+        "max(scores, key=lambda k: scores[k])",
+        "min(scores, key=lambda k: scores[k])",
+        "equations/test_clusters.py::test_the_number_of_clusters_has_the_highest_silhouette",
+    ),
+    Mutant(
+        "clusters are not numbered by size",
+        "search/clusters.py",
+        "np.argsort(-sizes, kind=",
+        "np.argsort(sizes, kind=",
+        "equations/test_clusters.py::test_groups_are_found_and_numbered_by_size",
+    ),
+    Mutant(
+        "coverage takes the nearest image",
+        "search/select.py",
+        "int(distances.argmax())",
+        "int(distances.argmin())",
+        "equations/test_select.py::test_coverage_is_farthest_first",
+    ),
+    Mutant(
+        "typical takes the image of lowest density",
+        "search/select.py",
+        "return sorted(pairs, reverse=True)",
+        "return sorted(pairs)",
+        "equations/test_select.py::test_typical_takes_the_densest_image_of_every_cluster_and_the_largest_first",
+    ),
+    Mutant(
+        "a name can end the data of a map",
+        "search/map_page.py",
+        '.replace("<", ',
+        '.replace("\\0", ',
+        "equations/test_map.py::test_the_page_runs_its_own_script_and_loads_nothing",
+    ),
+    Mutant(
+        "results of another generation are used",
+        "search/results.py",
+        "same = all(",
+        "same = any(",
+        "equations/test_map.py::test_results_are_kept_with_their_key",
+    ),
 )
 
 
