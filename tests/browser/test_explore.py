@@ -12,16 +12,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.explore.server import Server
 from dino_ssl.models.vit import ViT
 from dino_ssl.search.index import Index
 
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync""".split()  # noqa: SIM905
 FORK = multiprocessing.get_context("fork")
 """A fork has imported torch already, which takes a new process seconds."""
 HOSTILE = "<img src=x onerror=window.attacked=1>.jpg"
@@ -67,14 +64,6 @@ class Process:
     def kill(self) -> None:
         os.kill(self.process.pid or 0, signal.SIGKILL)
         self.process.join()
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")

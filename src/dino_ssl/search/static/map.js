@@ -47,7 +47,7 @@ export function createMap(canvas, data, callbacks = {}) {
   }
 
   function fit() {
-    const margin = Math.min(40, width / 8, height / 8);
+    const margin = Math.min(56, width / 8, height / 8); // below the buttons of a page
     scale = fitted = Math.min((width - 2 * margin) / edge.width, (height - 2 * margin) / edge.height);
     originX = width / 2 - scale * (edge.left + edge.width / 2);
     originY = height / 2 - scale * (edge.top + edge.height / 2);
