@@ -9,7 +9,7 @@ from torch import Tensor
 
 EPS = 1e-5
 """Weight of an edge between dissimilar patches, which keeps the graph connected; similar ones have weight 1."""
-TOLERANCE = 1e-7
+TOLERANCE = 1e-6
 """Largest residual |S z - lambda z| of the Lanczos method, with |z| = 1 and eigenvalues of S in [-1, 1]."""
 CHECK_EVERY, MAX_STEPS = 5, 200
 """Steps of the Lanczos method between two checks, and before the dense solver takes over."""
@@ -45,17 +45,17 @@ def second_eigenvector(graph: Tensor) -> Tensor:
     tridiagonal = graph.new_zeros(len(graph), MAX_STEPS + 1, MAX_STEPS + 1)
     for step in range(min(MAX_STEPS, size - 2)):
         vector = basis[:, -1]
-        product = torch.bmm(graph, (vector / root)[..., None])[..., 0] / root
+        product = _products(graph, vector / root) / root
         tridiagonal[:, step, step] = (product * vector).sum(-1)
         residual = _remove(product, basis)
-        norm = residual.norm(dim=-1)
+        norm = residual.norm(dim=-1, keepdim=True)
         if (step + 1) % CHECK_EVERY == 0:
             ritz = torch.linalg.eigh(tridiagonal[:, : step + 1, : step + 1]).eigenvectors[..., -1]  # [B, steps]
-            if bool((norm * ritz[:, -1].abs() <= TOLERANCE).all()):
-                return F.normalize(torch.einsum("bs,bsn->bn", ritz, basis[:, 1:]) / root, dim=-1)
-        tridiagonal[:, step + 1, step] = norm  # `eigh` reads the lower triangle
-        new = residual + 1e-12 * noise.roll(step + 1)  # a direction for an image whose residual is zero already
-        basis = torch.cat([basis, _orthogonal(F.normalize(new, dim=-1), basis)[:, None]], dim=1)
+            if bool((norm[:, 0] * ritz[:, -1].abs() <= TOLERANCE).all()):
+                return F.normalize(_products(basis[:, 1:].mT, ritz) / root, dim=-1)
+        tridiagonal[:, step + 1, step] = norm[:, 0]  # `eigh` reads the lower triangle
+        new = residual / norm.clamp(min=1e-30) + 1e-12 * noise.roll(step + 1)  # noise if the residual is zero
+        basis = torch.cat([basis, _orthogonal(new, basis)[:, None]], dim=1)
     return dense_second_eigenvector(graph)
 
 
@@ -66,9 +66,16 @@ def dense_second_eigenvector(graph: Tensor) -> Tensor:
     return F.normalize(vectors[..., -2] / root, dim=-1)
 
 
+def _products(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Return matrix times vector, [B, M, N], [B, N] -> [B, M]; on a CPU one by one, where `bmm` takes twice as long."""
+    if matrices.device.type == "cpu":
+        return torch.stack([torch.mv(matrices[i], vectors[i]) for i in range(len(vectors))])
+    return torch.bmm(matrices, vectors[..., None])[..., 0]
+
+
 def _remove(vector: Tensor, basis: Tensor) -> Tensor:
     """Subtract from a vector [B, N] its projection on orthonormal ones [B, k, N]."""
-    return vector - ((basis @ vector[..., None]).mT @ basis)[:, 0]
+    return vector - _products(basis.mT, _products(basis, vector))
 
 
 def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
