@@ -112,7 +112,7 @@ def peak_memory(work: Callable[[], object]) -> float:
     return memory
 
 
-def speed(count: int) -> dict[str, Any]:
+def speed(count: int, rounds: int = 5) -> dict[str, Any]:
     """Return masks per processor second of each implementation, on one thread, at 784 tokens."""
     torch.set_num_threads(1)
     keys, network_seconds = keys_of(count)
@@ -128,8 +128,13 @@ def speed(count: int) -> dict[str, Any]:
     }
     tokencut(keys[:1], grid)  # the first call loads libraries
     results, masks = {}, {}
+    best = dict.fromkeys(implementations, float("inf"))
+    for _ in range(rounds):  # interleaved; the best round is disturbed least by other processes
+        for name, work in implementations.items():
+            masks[name], seconds = timed(work)
+            best[name] = min(best[name], seconds)
     for name, work in implementations.items():
-        masks[name], seconds = timed(work)
+        seconds = best[name]
         results[name] = {"masks per second": count / seconds, "peak memory in MB": peak_memory(work)}
     first, _, _, batched, _ = implementations
     plain, fast = np.stack(masks[first]), np.stack(masks[batched])
@@ -139,6 +144,7 @@ def speed(count: int) -> dict[str, Any]:
     return {
         "tokens": SIDE**2,
         "images": count,
+        "rounds": rounds,
         "equal patches": float((plain == fast).mean()),
         "seconds of a ViT-S/16 per image, apart": network_seconds,
         "implementations": results,
@@ -197,7 +203,7 @@ def quality(checkpoints: list[str], data: str, count: int) -> dict[str, Any]:
         checkpoint = open_checkpoint(path)
         assert checkpoint.fresh is not None
         torch.manual_seed(seed)
-        for name, network in ((path, checkpoint.backbone), ("random weights", checkpoint.fresh())):
+        for name, network in (("trained", checkpoint.backbone), ("random weights", checkpoint.fresh())):
             row: dict[str, Any] = {"seed": seed, "network": name}
             for method in METHODS:
                 for is_refined in (False, True):

@@ -46,7 +46,7 @@ def tokencut(features: Tensor, grid: Grid, tau: float = TAU["tokencut"]) -> list
     The mask is the region around the patch of that entry among the patches on its side of the mean.
     """
     found = []
-    for vector in second_eigenvector(binary_graph(features, tau)).cpu().numpy():
+    for vector in _eigenvectors(features, tau):
         seed = int(np.abs(vector).argmax())
         vector = vector if vector[seed] > vector.mean() else -vector
         found.append(_single(*_cut(vector, seed, grid)))
@@ -65,7 +65,7 @@ def maskcut(features: Tensor, grid: Grid, tau: float = TAU["maskcut"], most: int
     active = list(range(len(features)))
     for number in range(most):
         free = torch.tensor(np.stack([_free(masks[i], grid) for i in active]), device=features.device)
-        vectors = second_eigenvector(binary_graph(features[active] * free[..., None], tau)).cpu().numpy()
+        vectors = _eigenvectors(features[active] * free[..., None], tau)
         for i, vector in zip(list(active), vectors, strict=True):
             side = (vector > vector.mean()).reshape(grid)
             corners = int(side[[0, 0, -1, -1], [0, -1, 0, -1]].sum())
@@ -80,6 +80,12 @@ def maskcut(features: Tensor, grid: Grid, tau: float = TAU["maskcut"], most: int
         if not active:
             break
     return [Found(np.stack(each), np.stack(values)) for each, values in zip(masks, soft, strict=True)]
+
+
+def _eigenvectors(features: Tensor, tau: float) -> np.ndarray:
+    """Return the second eigenvector of each graph [B, N]; on a CPU one by one, which its caches prefer."""
+    parts = features.split(1 if features.device.type == "cpu" else len(features))
+    return torch.cat([second_eigenvector(binary_graph(part, tau)) for part in parts]).cpu().numpy()
 
 
 def _cut(vector: np.ndarray, seed: int, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
