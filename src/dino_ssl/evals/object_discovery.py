@@ -123,7 +123,7 @@ class ObjectDiscovery(Evaluation):
     examples: ClassVar[str] = """\
   dino eval object-discovery dino_vits16 VOCdevkit/VOC2007         published: LOST 61.9, TokenCut 68.8
   dino eval object-discovery dino_vits16 VOCdevkit/VOC2012         published: LOST 64.0, TokenCut 72.1
-  dino eval object-discovery dino_vits16 ECSSD/ --methods tokencut published: IoU 71.2, max F 80.3
+  dino eval object-discovery dino_vits16 ECSSD/ --methods tokencut    published: IoU 71.2, max F 80.3
   dino eval object-discovery runs/photos scenes --center           synthetic images with masks"""
 
     methods: tuple[MaskMethod, ...] = ("lost", "tokencut")
