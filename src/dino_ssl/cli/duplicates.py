@@ -152,7 +152,7 @@ def _move(result: Duplicates, folder: Path, yes: bool, terminal: Terminal) -> di
         terminal.print(f"Interrupted. The same command continues, --undo {folder} moves back what was moved.", "yellow")
         raise
     moved = len(moves) - len(failed)
-    terminal.print(f"Moved {moved:,} of {what}")
+    terminal.print(f"Moved {moved:,} of {what}" if moves else "There is no image to move.")
     _report(refused + failed, terminal)
     if moved:
         terminal.print(f"To move them back: dino duplicates {result.index.folder} --undo {folder}")
