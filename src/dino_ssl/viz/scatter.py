@@ -18,9 +18,10 @@ def scatter(path: Path, points: np.ndarray, names: Sequence[str], title: str) ->
     axes = figure.add_subplot(aspect="equal")
     axes.set_title(title, fontsize=10)
     axes.set_axis_off()
-    hues = colormaps["tab20"].colors if len(names) <= 20 else colormaps["hsv"](np.arange(len(names)) / len(names))
+    numbers = np.arange(len(names))
+    hues = colormaps["tab20"](numbers) if len(names) <= 20 else colormaps["hsv"](numbers / len(names))
     size = float(np.clip(4000 / len(points), 8, 60))
-    axes.scatter(*points.T, s=size, color=hues[: len(names)], linewidths=0)
+    axes.scatter(*points.T, s=size, color=hues, linewidths=0)
     for name, place in zip(names, points.tolist(), strict=True):
         axes.annotate(shorten(name, 24), place, xytext=(4, 4), textcoords="offset points", fontsize=7)
     kind = path.suffix.lower().removeprefix(".")
