@@ -385,6 +385,28 @@ MUTANTS = (
         "*key",
         "contracts/test_resumable.py::test_cached_features_have_the_precision_of_the_evaluation",
     ),
+    # -- the index
+    Mutant(
+        "equal cosines are not ordered by row",
+        "evals/nearest.py",
+        "    columns = columns.sort(dim=1).values\n",
+        "",
+        "equations/test_nearest.py::test_it_is_a_stable_sort_of_all_cosines",
+    ),
+    Mutant(
+        "a changed file keeps its features",
+        "search/build.py",
+        "        same &= table[column].to_numpy()[row] == present\n",
+        "        pass\n",
+        "contracts/test_index.py::test_an_update_equals_a_new_index_and_reads_only_what_has_changed",
+    ),
+    Mutant(
+        "a failed update leaves its files",
+        "search/build.py",
+        "        writer.discard()\n",
+        "        pass\n",
+        "contracts/test_index.py::test_a_full_disk_is_one_message_and_the_old_state_stays",
+    ),
     Mutant(
         "k-NN votes without temperature",
         "evals/knn.py",

@@ -33,6 +33,7 @@ from dino_ssl.search.query import Query, query_vector, thumbnail
 from dino_ssl.search.results import load_result, save_result
 from dino_ssl.search.select import Method, select
 from dino_ssl.search.store import Items, open_store
+from dino_ssl.terminal import logger
 
 
 class Hit(NamedTuple):
@@ -82,6 +83,8 @@ class Index(Summarized):
         self.folder = Path(path)
         """Folder of the index. Other results are kept in it, with the generation that they belong to."""
         self.store = open_store(self.folder)
+        if pending := self.store.info.pending:
+            logger.warning(f"{self.folder} is not complete: {pending:,} images are not indexed. Update it to continue.")
         self._images, self._checkpoint, self._device, self._trust = images, checkpoint, device, trust
         self._dataset: ImageDataset | None = None
         self.approximate = open_approximate(self.folder, self.generation)
