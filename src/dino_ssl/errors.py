@@ -95,7 +95,7 @@ def check_value(
     items = value if isinstance(value, tuple) else (value,)
     if value is not None and not all(holds(item, bound) for item in items for _, bound, holds in bounds):
         expected = " and ".join(f"{word} {bound:g}" for word, bound, _ in bounds)
-        raise UserError(f"`{name}` must be {expected}; got {value}.")
+        raise UserError(f"`{name}` must be {expected}; got {' '.join(map(str, items))}.")
 
 
 def check_range(settings: Any, *names: str, prefix: str = "", **bounds: float) -> None:

@@ -308,6 +308,27 @@ def test_released_weights_are_downloaded_once(hub: list[str]):
     assert hub == ["https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"]
 
 
+def test_changed_released_weights_are_refused(hub: list[str], tmp_path: Path):
+    load("dino_vits16")
+    path = tmp_path / "hub/checkpoints/dino_deitsmall16_pretrain.pth"
+    torch.save({name: value + 1 for name, value in torch.load(path).items()}, path)
+    with pytest.raises(UserError, match=r"has changed since it was downloaded, by its SHA-256"):
+        load("dino_vits16")
+
+
+def test_the_hash_of_a_broken_download_is_not_recorded(hub: list[str], tmp_path: Path, monkeypatch):
+    def cut(url: str, path: str, *_, **__) -> None:
+        Path(path).write_bytes(b"half of it")
+
+    served = torch.hub.download_url_to_file
+    monkeypatch.setattr(torch.hub, "download_url_to_file", cut)
+    with pytest.raises(UserError, match="Cannot load"):
+        load("dino_vits16")
+    assert list((tmp_path / "hub/checkpoints").iterdir()) == []
+    monkeypatch.setattr(torch.hub, "download_url_to_file", served)
+    load("dino_vits16")
+
+
 def test_error_of_a_failed_download_has_url_and_path(hub: list[str], tmp_path: Path, monkeypatch):
     def offline(*_, **__):
         raise OSError("Name or service not known")

@@ -80,8 +80,9 @@ def test_chunk_sizes_do_not_matter() -> None:
 
 def test_k_above_the_number_of_images_uses_all() -> None:
     (train, labels), (test, truth) = clusters(12, 3, 0), clusters(9, 3, 1)
-    result = knn_accuracy(train, labels, test, truth, k=(12, 200))
-    assert result["200-NN"] == result["12-NN"]
+    result, exact = (knn_accuracy(train, labels, test, truth, k=(k,)) for k in (200, 12))
+    assert result["200-NN"] == exact["12-NN"]
+    assert list(knn_accuracy(train, labels, test, truth, k=(5, 200))) == ["5-NN", "5-NN top-5"]
     assert result["200-NN top-5"] == 100  # three classes: any of five guesses
 
 

@@ -61,11 +61,12 @@ def mark_changes(planned: Plan, change: Change, preset: Run | None = None) -> li
         changes["method"] = (run.method.summary, before.method.summary)
     rows = {} if preset is None else {"preset": Reason("preset", describe_preset(preset), "chosen by you")}
     rows |= {reason.name: reason for reason in planned.reasons}
-    if changes.keys() & NETWORK_FIELDS:
+    if any(name.partition(".")[0] == "backbone" for name in changes) and (run.init or changes.keys() & NETWORK_FIELDS):
         reason = "that of the initial weights" if run.init else "set by you"
         rows["network"] = Reason("network", run.backbone.describe(), reason)
     for name, (new, old) in changes.items():
-        if name not in NETWORK_FIELDS | VAL_FIELDS and name.split(".")[0] not in ("out", "data"):
+        of_init = run.init is not None and name.startswith("backbone.")  # the row `network` shows it
+        if name not in NETWORK_FIELDS | VAL_FIELDS and name.split(".")[0] not in ("out", "data") and not of_init:
             row = ROWS.get(name, name)
             rows[row] = Reason(row, new, f"set by you; the plan had {old}" if old else "set by you")
     return list(rows.values())

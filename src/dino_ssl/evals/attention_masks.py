@@ -155,7 +155,10 @@ class AttentionMasks(Evaluation):
         first = by_mass[self.mass[0]]
         if not first:
             unread = f"; {len(skipped)} cannot be read, for example {skipped[0]['name']}" if skipped else ""
-            raise UserError(f"None of the {len(dataset)} images contains an object{unread}.")
+            raise UserError(
+                f"None of the {len(dataset)} images contains an object{unread}. Labels of objects are 1 to 254: 0 is "
+                "background and 255 void, which is not scored, so write objects of masks of 0 and 255 as 1."
+            )
         details = {
             "images with objects": len({row.image for row in first}),
             "objects": len(first),

@@ -38,7 +38,8 @@ def knn_accuracy(
 ) -> dict[str, float]:
     """Return top-1 and top-5 accuracy in percent: {"20-NN": 61.2, "20-NN top-5": 93.0, ...} for every k.
 
-    Labels are arbitrary integers; images with a negative label are ignored. A k above N uses all N images. Top-5 uses
+    Labels are arbitrary integers; images with a negative label are ignored. Of several k, those above N are omitted; a
+    single one uses all N images. Top-5 uses
     min(5, k, C) guesses. Classes with equal votes are ranked by ascending label, including classes without votes.
     """
     train_features, train_labels = train_features[train_labels >= 0], train_labels[train_labels >= 0]
@@ -46,6 +47,7 @@ def knn_accuracy(
     if not len(train_labels) or not len(test_labels):
         counts = f"{len(train_labels)} training images and {len(test_labels)} test images"
         raise UserError(f"k-NN expected labeled training and test images; {counts} have a label.\n{CLASS_FOLDERS}")
+    k = [n for n in k if n <= len(train_labels)] or [min(k)]
     classes, class_indices = torch.cat([train_labels, test_labels]).unique(return_inverse=True)
     memory, truth = (part.to(device) for part in class_indices.split([len(train_labels), len(test_labels)]))
     hits = {n: torch.zeros(2, dtype=torch.int64) for n in k}

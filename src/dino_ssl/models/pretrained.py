@@ -1,9 +1,11 @@
 """Trained backbones: by name, from a run's directory, or from a file."""
 
+import hashlib
 import json
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +13,7 @@ import torch
 
 from dino_ssl.config import from_dict
 from dino_ssl.errors import UserError, check_value
+from dino_ssl.files import atomic_write
 from dino_ssl.models import Backbone, BackboneConfig, Timm, ViT, backbone_named
 from dino_ssl.models.vit import SIZES, Size
 from dino_ssl.models.vit_weights import convert_vit_weights
@@ -84,7 +87,9 @@ def load(
     if weights != "last" and not path.is_dir():
         raise UserError(f"`weights` {weights} selects a file of a run's directory, and {name!r} is none. Omit it.")
     if name in RELEASED:
-        return build_with_weights(RELEASED[name].backbone, download(RELEASED[name].url), name)
+        network = build_with_weights(RELEASED[name].backbone, download(RELEASED[name].url), name)
+        record_hash(_cached_file(RELEASED[name].url))
+        return network
     if name.startswith("timm:"):
         network: Any = Timm(name=name.removeprefix("timm:"), pretrained=True).build().eval()
         network.transform = network.pretrained_transform()
@@ -155,18 +160,46 @@ def weights_file(run: Path, which: Which, weights: Weights = "last") -> Path:
 
 
 def download(url: str) -> StateDict:
-    """Return the weights at `url`, which torch.hub downloads once and keeps in its cache."""
+    """Return the weights at `url`, which torch.hub downloads once and keeps in its cache.
+
+    Raises UserError if the cached file differs from the one that was complete and loaded first; a download that cannot
+    be read is removed.
+    """
+    path = _cached_file(url)
+    is_new, record = not path.is_file(), Path(f"{path}.sha256")
+    if not is_new and record.is_file() and record.read_text().strip() != file_hash(path):
+        raise UserError(f"{path} has changed since it was downloaded, by its SHA-256. Remove it to download it again.")
     try:
         return torch.hub.load_state_dict_from_url(
             url, map_location="cpu", progress=sys.stderr.isatty(), weights_only=True
         )
     except Exception as error:  # of the network, the disk or a damaged file
-        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+        if is_new:
+            path.unlink(missing_ok=True)
         reason = error if isinstance(error, OSError) else type(error).__name__  # torch suggests `weights_only=False`
         raise UserError(
             f"Cannot load {url} ({reason}).\n"
             f"Check the connection, remove a damaged {path}, or download that file yourself."
         ) from error
+
+
+def _cached_file(url: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record_hash(path: Path) -> None:
+    """Store the SHA-256 of downloaded weights next to them, after a network was built with all of them."""
+    record = Path(f"{path}.sha256")
+    if path.is_file() and not record.is_file():
+        read_file(path)  # with the checksums inside
+        with suppress(UserError):  # the cache may be read-only
+            atomic_write(record, lambda part: part.write_text(f"{file_hash(path)}\n"))
 
 
 def infer_config(state: StateDict, path: Path, num_heads: int | None = None) -> BackboneConfig:
@@ -187,7 +220,7 @@ def infer_config(state: StateDict, path: Path, num_heads: int | None = None) -> 
     raise UserError(
         f"{path} does not describe the network of its {len(state)} weights, and their names are not those of a ViT or "
         f"of a released network: {', '.join(list(state)[:4])}, ...\n"
-        f"Pass it: load({str(path)!r}, backbone=Timm(name=...))."
+        f"In Python, pass it: load({str(path)!r}, backbone=Timm(name=...)); export the result for the command line."
     )
 
 
@@ -207,7 +240,10 @@ def _infer_vit(state: StateDict, path: Path, num_heads: int | None) -> ViT:
         )
     heads = width // 64 if num_heads is None else num_heads
     if num_heads is None:
-        logger.info(f"{path}: assumed {heads} attention heads of 64 channels; set `num_heads` if it has others.")
+        logger.info(
+            f"{path}: assumed {heads} attention heads of 64 channels; set `num_heads` (in training `backbone.heads`) "
+            "if it has others."
+        )
     hidden = len(state[fc1]) if (fc1 := "blocks.0.mlp.fc1.weight") in state else 4 * width
     blocks = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
     shape = Size(width, len(blocks), heads)

@@ -119,12 +119,17 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     Raises UserError, and loads nothing, if names or shapes differ, or if values are not finite or not floating point.
     """
     own = module.state_dict()
-    broken = [name for name, value in state.items() if not _is_usable(value, own.get(name))]
-    if broken:
-        raise UserError(
-            f"The weights in {source} cannot be used: {len(broken)} of {len(state)} tensors have NaN or infinite "
-            f"values, or another type than the network's: {', '.join(broken[:3])}{', ...' * (len(broken) > 3)}."
-        )
+    wrong_type = [
+        name for name in own.keys() & state.keys() if own[name].is_floating_point() != state[name].is_floating_point()
+    ]
+    not_finite = [name for name, value in state.items() if not value.isfinite().all()]
+    kinds = (sorted(wrong_type), "have another type than the network's"), (not_finite, "have NaN or infinite values")
+    for names, problem in kinds:
+        if names:
+            raise UserError(
+                f"The weights in {source} cannot be used: {len(names)} of {len(state)} tensors {problem}: "
+                f"{', '.join(names[:3])}{', ...' * (len(names) > 3)}."
+            )
     check_shapes(module, state, source)
     module.load_state_dict(state)
 
@@ -142,13 +147,6 @@ def check_shapes(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
         + "\n".join(lines[:MAX_LINES])
         + f"{more}\nNothing was loaded. Check that the file belongs to this network and these settings."
     )
-
-
-def _is_usable(value: Tensor, expected: Tensor | None) -> bool:
-    """Return True for finite values, floating point if the network's are."""
-    if expected is not None and value.is_floating_point() != expected.is_floating_point():
-        return False
-    return bool(value.isfinite().all())
 
 
 def fit_to_network(state: Mapping[str, Tensor], network: Backbone) -> StateDict:

@@ -169,7 +169,7 @@ def sheet(blocks: Sequence[Sequence[Panel]]) -> np.ndarray:
         for i, (label, image) in enumerate(block):
             x = MARGIN + number % across * block_width + i % columns * step
             y = MARGIN + number // across * block_height + i // columns * line
-            draw.text((x, y), shorten(label, round(1.8 * width / font_size)), INK, font)
+            draw.text((x, y), keep_end(label, round(1.8 * width / font_size)), INK, font)
             page.paste(ImageOps.contain(Image.fromarray(image), (width, height)), (x, y + label_height))
     return np.asarray(page)
 
@@ -188,6 +188,11 @@ def save_array(path: Path, array: np.ndarray) -> Path:
             np.save(file, array)
 
     return atomic_write(path, write)
+
+
+def keep_end(text: str, limit: int) -> str:
+    """Return the text, cut to its last `limit` characters with an ellipsis: file names differ at their ends."""
+    return text if len(text) <= limit else f"…{text[1 - limit :]}"
 
 
 def shorten(text: str, limit: int) -> str:
