@@ -217,6 +217,8 @@ def test_features_of_other_weights_sizes_and_folders_do_not_mix(net, photos, tmp
         dino_ssl.Index.build(other, photos, path=path)
     with pytest.raises(UserError, match="features of other weights"):
         dino_ssl.Index(path, checkpoint=other).search(decode(photos / "gear" / os.fsdecode(b"caf\xe9.png")))
+    with pytest.raises(UserError, match="was a Python object: pass it as `checkpoint`"):
+        dino_ssl.Index(path).search(Scenes(count=1, size=40).open().read(0))
     with pytest.raises(UserError, match="Set `size` to 32, or set another `out`"):
         dino_ssl.Index.build(net, photos, path=path, size=24)
     with pytest.raises(UserError, match=f"is the index of {photos}; got {photos}/gear"):

@@ -143,11 +143,15 @@ def update_index(
 
 def new_info(checkpoint: Checkpoint, source: DatasetSource, settings: BuildSettings) -> IndexInfo:
     """Return the content of index.json that does not depend on the images."""
-    is_path = checkpoint.folder is not None
+    source_name: str | None = checkpoint.source
+    if checkpoint.folder is not None:
+        source_name = str(Path(checkpoint.source).absolute())
+    elif checkpoint.source == type(checkpoint.backbone).__name__:  # a Python object
+        source_name = None
     return IndexInfo(
         images=describe_source(source),
         checkpoint={
-            "source": str(Path(checkpoint.source).absolute()) if is_path else checkpoint.source,
+            "source": source_name,
             "weights": checkpoint.weights,
             "num_heads": checkpoint.num_heads,
             "hash": checkpoint.hash,
@@ -161,9 +165,9 @@ def new_info(checkpoint: Checkpoint, source: DatasetSource, settings: BuildSetti
 def check_same(folder: Path, old: IndexInfo, new: IndexInfo) -> None:
     """Raise UserError if an index has other features than these, or images of a folder that still exists."""
     if old.checkpoint["hash"] != new.checkpoint["hash"]:
+        names = (f"{info.checkpoint['source'] or 'a Python object'} ({info.checkpoint['hash']})" for info in (old, new))
         raise UserError(
-            f"{folder} has features of other weights, {old.checkpoint['source']} ({old.checkpoint['hash']}), than "
-            f"{new.checkpoint['source']} ({new.checkpoint['hash']}). Use that checkpoint, or set another `out`."
+            f"{folder} has features of other weights, {', than '.join(names)}. Use the first, or set another `out`."
         )
     if old.preprocessing != new.preprocessing:
         raise UserError(
