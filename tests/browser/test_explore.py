@@ -187,7 +187,7 @@ def test_a_click_on_a_patch_shows_what_it_attends_to(page: Page, index: Index) -
     expect(page.locator(".stage")).to_have_attribute("data-drawn", str(columns // 4 * columns + columns // 2))
     after = drawing(page)
     assert before != after
-    expect(page.locator(".results h2")).to_have_text("Nearest patches in these images")
+    expect(page.locator(".results h2")).to_have_text("Nearest patches")
     assert page.locator(".results .box").count() > 10
     page.get_by_label("Head").select_option("1")
     page.get_by_label("Layer").select_option("0")

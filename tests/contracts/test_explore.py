@@ -4,6 +4,7 @@ import io
 import json
 import re
 import socket
+import sys
 import threading
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
+from dino_ssl.cli import main
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
@@ -25,7 +27,7 @@ from dino_ssl.explore.explorer import Explorer, folder_counts
 from dino_ssl.explore.jobs import Jobs
 from dino_ssl.explore.results import COMPUTATIONS
 from dino_ssl.explore.selections import Conflict, Selections, export_folders
-from dino_ssl.explore.server import listen
+from dino_ssl.explore.server import Server, listen
 from dino_ssl.models.vit import ViT
 from dino_ssl.progress import no_progress
 from dino_ssl.search.index import Index
@@ -447,3 +449,43 @@ def test_a_taken_port_is_skipped() -> None:
         assert second.getsockname()[1] > first.getsockname()[1]
         with socket.create_connection(second.getsockname()):
             pass
+
+
+def test_the_command_prints_the_address(
+    index: Index, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Server, "serve", lambda self: self.listener.close())
+    with listen(20_000) as taken:
+        port = taken.getsockname()[1]
+        assert main(["explore", str(index.folder), "--port", str(port)]) == 0
+    text = capsys.readouterr().out
+    assert f"Port {port} is taken: using {port + 1}." in text
+    assert re.search(rf"http://127.0.0.1:{port + 1}/\?token=[\w-]{{40,}}\n", text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "0"], "--port must be at least 1"),
+        (["--masks", "missing"], "There is no folder missing. Expected --masks"),
+        (["--export", __file__], "Expected --export to be a folder"),
+    ],
+)
+def test_wrong_options_are_refused(
+    index: Index,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(Server, "serve", lambda self: self.listener.close())
+    assert main(["explore", str(index.folder), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_the_extra_the_command_names_it(
+    index: Index, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["explore", str(index.folder)]) == 2
+    assert capsys.readouterr().err == 'dino: This needs uvicorn: pip install "dino-ssl[explore]".\n'

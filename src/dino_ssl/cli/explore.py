@@ -11,7 +11,6 @@ import tyro
 from dino_ssl.cli.options import Device, Flag, Trust, parse
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.explore.server import Server
-from dino_ssl.files import check_writable
 from dino_ssl.formatting import plural
 from dino_ssl.search.index import Index
 from dino_ssl.terminal import Terminal
@@ -54,17 +53,14 @@ def explore(argv: Sequence[str]) -> int:
     """Run `dino explore`."""
     options = parse(ExploreOptions, argv, "dino explore", EXAMPLES)
     check_range(options, "port", least=1, most=65535)
-    masks, export = (path and Path(path) for path in (options.masks, options.export))
-    if masks and not masks.is_dir():
-        raise UserError(
-            f"There is no folder {masks}. Expected `masks` with a PNG for each image, as `dino segment` writes."
-        )
-    if export:
-        check_writable(export)
+    if options.masks is not None and not options.masks.is_dir():
+        raise UserError(f"There is no folder {options.masks}. Expected `masks` of `dino segment`.")
+    if options.export is not None and options.export.exists() and not options.export.is_dir():
+        raise UserError(f"Expected `export` to be a folder for selections; {options.export} is a file.")
     index = Index(
         options.index, images=options.images, checkpoint=options.checkpoint, device=options.device, trust=options.trust
     )
-    server = Server(index, port=options.port, masks=masks, export=export, read_only=options.read_only)
+    server = Server(index, port=options.port, masks=options.masks, export=options.export, read_only=options.read_only)
     terminal = Terminal()
     if server.port != options.port:
         terminal.print(f"Port {options.port} is taken: using {server.port}.", style="yellow")

@@ -144,8 +144,7 @@ function listen() {
 async function start() {
   if (location.search) history.replaceState(null, "", `/${location.hash}`); // the token is in a cookie now
   store.size = Number(localStorage.getItem("dino-size")) || 152;
-  store.info = await get("/api/index");
-  await selections.load();
+  [store.info] = await Promise.all([get("/api/index"), selections.load()]);
   listen();
   open();
 }

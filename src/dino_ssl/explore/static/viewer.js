@@ -269,7 +269,7 @@ export class ImagePage {
     const rows = this.results.filter((row) => String(row) !== this.source).slice(0, PATCH_IMAGES), best = [];
     try {
       for (let start = 0; start < rows.length; start += PATCH_BATCH) {
-        this.heading.textContent = `Nearest patches, ${start} of ${rows.length} images compared`;
+        this.heading.textContent = `Nearest patches, ${start} of ${rows.length}`;
         const patches = await post("/api/nearest-patches", { source: this.source, patch: this.patch, rows: rows.slice(start, start + PATCH_BATCH) }, signal);
         if (signal.aborted) return;
         best.push(...patches);
@@ -278,7 +278,7 @@ export class ImagePage {
         this.similarity = new Map([...this.similarity, ...best.map(({ row, similarity }) => [row, similarity])]);
         this.grid.show(best.map(({ row }) => row));
       }
-      this.heading.textContent = "Nearest patches in these images";
+      this.heading.textContent = "Nearest patches";
     } catch (error) {
       if (error.name !== "AbortError") notice(error.message, "error");
     }
