@@ -242,7 +242,18 @@ def test_the_guided_filter_fits_an_affine_function_of_the_color_in_every_window(
     rng = np.random.default_rng(0)
     guide, values = rng.random((9, 11, 3)).astype(np.float32), rng.random((9, 11)).astype(np.float32)
     expected = slow_guided_filter(guide.astype(float), values.astype(float), 2, 1e-2)
-    np.testing.assert_allclose(guided_filter(guide, values, 2, 1e-2), expected, atol=1e-4)
+    slope, offset = guided_filter(guide, values, 2, 1e-2)
+    np.testing.assert_allclose((slope * guide).sum(-1) + offset, expected, atol=1e-4)
+
+
+def test_a_large_radius_is_fitted_on_a_smaller_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, true = Scenes(size=192, part="val").draw(1)
+    coarse = ((true > 0).reshape(6, 32, 6, 32).mean((1, 3)) > 0.5).astype(np.float32)
+    small = refine(image, coarse, 32) > 0.5
+    monkeypatch.setattr("dino_ssl.discovery.guided_filter.MAX_RADIUS", 1000)
+    exact = refine(image, coarse, 32) > 0.5
+    assert not np.array_equal(small, exact)
+    assert jaccard(small, exact) > 0.95
 
 
 def test_refinement_moves_the_edges_of_coarse_masks_to_those_of_the_image() -> None:

@@ -1,29 +1,39 @@
-"""Edge-aware refinement of coarse masks: the guided filter (He, Sun and Tang, 2010)."""
+"""Edge-aware refinement of coarse masks: the guided filter (He, Sun and Tang, 2010; fast: He and Sun, 2015)."""
 
 import cv2
 import numpy as np
 
+MAX_RADIUS = 8
+"""Windows of a larger radius are fitted on a smaller copy of the image: 12 megapixels in 1 instead of 8 seconds."""
 
-def guided_filter(guide: np.ndarray, values: np.ndarray, radius: int, eps: float) -> np.ndarray:
-    """Return values [H, W] that are locally affine in the guide [H, W, 3], so that their edges follow its edges.
+
+def guided_filter(guide: np.ndarray, values: np.ndarray, radius: int, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the a [H, W, 3] and b [H, W] of the filtered values a . color + b, which has edges where the guide has.
 
     In each window of 2 radius + 1 pixels, values = a . color + b by least squares with the penalty eps |a|^2; a pixel
-    averages the a and b of all windows around it. guide, values: float32 in 0 .. 1.
+    averages the a and b of all windows around it. guide [H, W, 3], values [H, W]: float32 in 0 .. 1.
     """
 
     def mean(x: np.ndarray) -> np.ndarray:
         return cv2.blur(x, (2 * radius + 1, 2 * radius + 1), borderType=cv2.BORDER_REFLECT)
 
-    center, level = mean(guide), mean(values)
-    rows = [mean(guide * guide[..., i : i + 1]) - center * center[..., i : i + 1] for i in range(3)]
-    for i in range(3):
-        rows[i][..., i] += eps
-    correlation = mean(guide * values[..., None]) - center * level[..., None]
-    cofactors = [np.cross(rows[1], rows[2]), np.cross(rows[2], rows[0]), np.cross(rows[0], rows[1])]
-    determinant = (rows[0] * cofactors[0]).sum(-1)
-    slope = np.stack([(correlation * each).sum(-1) / determinant for each in cofactors], axis=-1)  # Cramer's rule
-    offset = level - (slope * center).sum(-1)
-    return (mean(slope) * guide).sum(-1) + mean(offset)
+    r, g, b = planes = [np.ascontiguousarray(guide[..., channel]) for channel in range(3)]
+    mr, mg, mb = centers = [mean(plane) for plane in planes]
+    level = mean(values)
+    rr, gg, bb = (mean(x * x) - m * m + eps for x, m in zip(planes, centers, strict=True))
+    rg, rb, gb = mean(r * g) - mr * mg, mean(r * b) - mr * mb, mean(g * b) - mg * mb
+    pr, pg, pb = (mean(x * values) - m * level for x, m in zip(planes, centers, strict=True))
+    # the inverse of the symmetric covariance by its cofactors
+    crr, crg, crb = gg * bb - gb * gb, rb * gb - rg * bb, rg * gb - rb * gg
+    cgg, cgb, cbb = rr * bb - rb * rb, rg * rb - rr * gb, rr * gg - rg * rg
+    determinant = rr * crr + rg * crg + rb * crb
+    slope = [
+        (crr * pr + crg * pg + crb * pb) / determinant,
+        (crg * pr + cgg * pg + cgb * pb) / determinant,
+        (crb * pr + cgb * pg + cbb * pb) / determinant,
+    ]
+    offset = level - sum(a * m for a, m in zip(slope, centers, strict=True))
+    return np.stack([mean(a) for a in slope], axis=-1), mean(offset)
 
 
 def refine(image: np.ndarray, soft: np.ndarray, cell: float, eps: float = 1e-4) -> np.ndarray:
@@ -32,6 +42,12 @@ def refine(image: np.ndarray, soft: np.ndarray, cell: float, eps: float = 1e-4) 
     cell: pixels of the image per cell of the mask, twice the radius of the filter. Returns float32 [H, W] in 0 .. 1.
     """
     height, width = image.shape[:2]
-    large = cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR)
-    guide = image.astype(np.float32) / 255
-    return np.clip(guided_filter(guide, large, max(1, round(cell / 2)), eps), 0, 1)
+    times = max(1.0, cell / 2 / MAX_RADIUS)
+    size = max(1, round(width / times)), max(1, round(height / times))
+    small = image if times == 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    values = cv2.resize(soft, size, interpolation=cv2.INTER_LINEAR)
+    slope, offset = guided_filter(small.astype(np.float32) / 255, values, max(1, round(cell / 2 / times)), eps)
+    if times > 1:
+        slope, offset = (cv2.resize(x, (width, height), interpolation=cv2.INTER_LINEAR) for x in (slope, offset))
+    filtered = np.einsum("hwc,hwc->hw", slope, image, dtype=np.float32) / 255 + offset
+    return np.clip(filtered, 0, 1)
