@@ -146,6 +146,16 @@ def duplicates(result: dict) -> str:
     return f"**{result['speed']['ratio']:.2f}x**; precision and recall: {', '.join(listed)}"
 
 
+def search(result: dict) -> str:
+    """Return the times relative to the base of each part, and the largest memory."""
+    parts: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        value = f"{row['peak'] / 2**30:.2f} GiB" if "peak" in row else f"{row['time_ratio']:.3g}x"
+        if row.get("time_ratio") != 1:
+            parts.setdefault(row["part"], []).append(f"{row['candidate']} **{value}**")
+    return "times relative to the base; " + "; ".join(f"{part}: {', '.join(each)}" for part, each in parts.items())
+
+
 def step(network: str, **options: str) -> str:
     """Return the command of train_step.py."""
     words = "".join(f" --{name} {value}" for name, value in options.items())
@@ -246,6 +256,14 @@ ROWS = [
         "demo.json",
         demo,
         {"seeds": [0, 1, 2, 3, 4]},
+    ),
+    Row(
+        "image search: indexing; update of an unchanged folder; search in 200,000 x 384; memory of 1,000,000 x 384",
+        "indexing at most timm's time; update at most 3x `find -printf`; one query at most 1.2x faiss Flat, 100 queries "
+        "half of numpy, approximate 1/30 of numpy; 2 GiB beyond mapped files",
+        "python benchmarks/search.py --json docs/benchmarks/",
+        "search.json",
+        search,
     ),
     Row(
         "duplicates among 100,000 x 384, against one self-5-NN by faiss IVF; 280 edited copies among 2,000 photographs",
