@@ -655,6 +655,28 @@ MUTANTS = (
         "same = any(",
         "equations/test_map.py::test_results_are_kept_with_their_key",
     ),
+    # -- the web page
+    Mutant(
+        "requests of other origins are answered",
+        "explore/security.py",
+        ' or any(origin != f"http://{hosts[0]}" for origin in origins)',
+        "",
+        "contracts/test_explore.py::test_another_origin_is_refused",
+    ),
+    Mutant(
+        "a selection is deleted by a tab that has not seen its changes",
+        "explore/selections.py",
+        'operation in ("rename", "delete") and version != state.version',
+        'operation == "rename" and version != state.version',
+        "contracts/test_explore.py::test_changes_of_two_tabs_are_merged_or_refused",
+    ),
+    Mutant(
+        "uploads are read completely before their size is checked",
+        "explore/app.py",
+        "        if len(data) > most:\n",
+        "        if not data:\n",
+        "contracts/test_explore.py::test_uploads_are_limited",
+    ),
 )
 
 

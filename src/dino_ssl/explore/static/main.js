@@ -58,6 +58,10 @@ function drawSidebar() {
     store.info.read_only ? h("p", { class: "hint" }, "Read-only: changes are not saved.") : h("button", { class: "quiet", click: create }, "New selection"));
 }
 
+function back() { // within the page
+  positions.size ? history.back() : location.hash = "#/";
+}
+
 function closeMenu() {
   document.body.classList.remove("menu-open");
   menu.setAttribute("aria-expanded", "false");
@@ -76,6 +80,7 @@ async function searchImage(file) {
 
 function listen() {
   addEventListener("hashchange", open);
+  events.addEventListener("back", back);
   events.addEventListener("selections", () => {
     drawSidebar();
     if (page instanceof SelectionPage) page.update();
@@ -118,7 +123,7 @@ function listen() {
     } else if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
       if (document.body.classList.contains("menu-open")) closeMenu();
       else if (event.target === name) { name.value = ""; find(); name.blur(); }
-      else if (address !== "#/") history.length > 1 ? history.back() : location.hash = "#/";
+      else if (address !== "#/") back();
     } else if (event.key.startsWith("Arrow") && (event.target === document.body || event.target === content) && page.grid) {
       event.preventDefault();
       page.grid.focus();

@@ -1,6 +1,6 @@
 // One image: similar images, by a region too; what a patch attends to; colors of the patches; masks.
 import { choice, dropdown, fileName, h, notice, number } from "./dom.js";
-import { get, getFloats, loadItems, post, store } from "./api.js";
+import { emit, get, getFloats, loadItems, post, store } from "./api.js";
 import { Grid } from "./grid.js";
 import { filters } from "./filters.js";
 import { selections } from "./selections.js";
@@ -53,7 +53,7 @@ export class ImagePage {
     if (!modes.some(([name]) => name === mode)) mode = "similar";
     this.element = h("div", { class: "viewer" },
       h("section", { class: "subject", "aria-label": "Image" },
-        h("div", { class: "row" }, h("button", { class: "quiet", click: () => history.back() }, "‹ Back"),
+        h("div", { class: "row" }, h("button", { class: "quiet", click: () => emit("back") }, "‹ Back"),
           choice("What to show", modes, mode, (name) => this.setMode(name))),
         this.stage, this.tools, this.caption),
       h("section", { class: "results", "aria-label": "Results" },
