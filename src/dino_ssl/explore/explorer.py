@@ -43,14 +43,15 @@ class Explorer:
     def about(self) -> dict[str, Any]:
         """What does not change while the server runs."""
         folder = self.index.folder.resolve()
-        labels = Counter(label for label in self.index.items.labels if label is not None)
+        names, labels = (self.index.items.table[column].cast("string").to_pylist() for column in ("name", "label"))
+        counts = Counter(label for label in labels if label is not None)
         return {
             "name": folder.name,
             "path": str(folder),
             "count": len(self.index),
             "version": hashlib.sha256(f"{folder} {self.index.generation}".encode("utf-8", "replace")).hexdigest()[:12],
-            "labels": [{"name": name, "count": labels[name]} for name in sorted(labels)],
-            "folders": folder_counts(self.index.items.names),
+            "labels": [{"name": name, "count": counts[name]} for name in sorted(counts)],
+            "folders": folder_counts(names),
             "masks": self.images.masks is not None,
             "export": self.export and str(self.export),
             "read_only": self.read_only,
