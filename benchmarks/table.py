@@ -259,8 +259,8 @@ ROWS = [
     ),
     Row(
         "image search: indexing; update of an unchanged folder; search in 200,000 x 384; memory of 1,000,000 x 384",
-        "indexing at most timm's time; update at most 3x `find -printf`; one query at most 1.2x faiss Flat, 100 at most "
-        "half of numpy, approximate 1/30 of numpy; 2 GiB beyond mapped files",
+        "indexing at most timm's time; update at most 3x `find -printf`; one query at most 1.2x faiss Flat, 100 "
+        "at most half of numpy, approximate 1/30 of numpy; 2 GiB beyond mapped files",
         "python benchmarks/search.py --json docs/benchmarks/",
         "search.json",
         search,

@@ -239,7 +239,7 @@ class Index(Summarized):
         source = known["source"] if self._checkpoint is None else self._checkpoint
         if source is None:
             raise UserError("The network of this index was a Python object: pass it as `checkpoint`.")
-        if self._checkpoint is None and Path(source).is_absolute() and not Path(source).exists():
+        if source is known["source"] and Path(known["source"]).is_absolute() and not Path(known["source"]).exists():
             raise UserError(f"The network of this index is missing: {source}. Pass its new path as `checkpoint`.")
         opened = partial(open_checkpoint, source, self._device, weights=known["weights"] or "last", trust=self._trust)
         loaded, heads = opened(), known["num_heads"]
