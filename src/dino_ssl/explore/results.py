@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dino_ssl.formatting import plural
 from dino_ssl.progress import StartProgress
 from dino_ssl.search.deduplicate import TIER_NAMES
 from dino_ssl.search.index import Index
@@ -68,7 +69,7 @@ def map_of(index: Index, settings: Mapping[str, Any], start: StartProgress) -> R
         assignment = known.assignment[rows]
         arrays["cluster"] = np.where(assignment < 0, len(known.sizes), assignment).astype("<u2")
         groupings.append({"name": "cluster", "groups": [f"cluster {number}" for number in range(len(known.sizes))]})
-    count = f"{len(rows):,} of {len(index):,} images" if len(rows) < len(index) else f"{len(rows):,} images"
+    count = f"{len(rows):,} of {plural(len(index), 'image')}" if len(rows) < len(index) else plural(len(rows), "image")
     return Result({"groupings": groupings, "description": f"{count}, {method}."}, arrays)
 
 

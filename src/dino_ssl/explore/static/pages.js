@@ -41,7 +41,8 @@ export class Library extends GridPage {
     this.heading.textContent = name ? `“${name}”` : "All images";
     try {
       this.show(await getRows("/api/rows", store.filters, this.abort.signal));
-      if (!this.grid.rows.length) this.count.textContent = "No image matches. Change the name, the folder or the label.";
+      if (!this.grid.rows.length) this.count.textContent = store.info.count ? "No image matches. Change the name, the folder or the label."
+        : "This index has no images that can be read.";
     } catch (error) {
       if (error.name !== "AbortError") notice(error.message, "error");
     }
