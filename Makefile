@@ -29,6 +29,9 @@ demo: .venv/ready
 	@echo "Open in a browser:"
 	@echo "  $(CURDIR)/runs/demo/report.html         the report of the run"
 	@echo "  $(CURDIR)/runs/demo/attention/all.png   attention next to the objects"
+	@echo "Search by example, duplicates, clusters, a map, and what each patch attends to, in the browser:"
+	@echo "  .venv/bin/dino index runs/demo small-objects -o runs/demo/index"
+	@echo "  .venv/bin/dino explore runs/demo/index"
 
 # Bytecode is cached even if the environment disables it: the tests start processes that import torch.
 test: .venv/ready
