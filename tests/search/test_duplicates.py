@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dino_ssl.data.dataset import BadImage
 from dino_ssl.errors import UserError
 from dino_ssl.search.duplicates import (
+    MIRRORED,
     Components,
     DuplicateGroup,
     find_duplicates,
@@ -22,6 +23,7 @@ from dino_ssl.search.duplicates import (
     laplacian_variance,
     lowest_cosine,
 )
+from dino_ssl.search.reading import perceptual_hash
 
 HASH = np.uint64(0x0F0F0F0F0F0F0F0F)
 """A perceptual hash with half of its bits set, as that of an image with structure."""
@@ -91,9 +93,11 @@ def test_removing_the_copies_leaves_no_duplicates_and_loses_no_image(
     )
 
     def is_linked(a: int, b: int) -> bool:
+        differing = items.perceptual_hashes[a] ^ items.perceptual_hashes[b]
         return bool(
             items.content_hashes[a] == items.content_hashes[b]
-            or np.bitwise_count(items.perceptual_hashes[a] ^ items.perceptual_hashes[b]) <= 2
+            or np.bitwise_count(differing) <= 2
+            or np.bitwise_count(differing ^ MIRRORED) <= 2
             or cosines[a, b] >= threshold
         )
 
@@ -169,6 +173,16 @@ def test_tiers_are_named_by_the_strictest_link() -> None:
     items.perceptual_hashes = None
     (group,) = find_duplicates(features, items, 0.9999, read=read)
     assert [(copy.row, copy.tier) for copy in group.copies] == [(1, "bytes"), (2, "pixels")]
+
+
+def test_the_hash_of_a_mirrored_image_has_the_bits_of_odd_frequencies_inverted() -> None:
+    rng = np.random.default_rng(0)
+    image = cv2.resize(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8), (96, 80), interpolation=cv2.INTER_CUBIC)
+    images = [image, np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(image[::-1])]
+    hashes = np.array([perceptual_hash(each) for each in images], np.uint64)
+    assert np.bitwise_count(hashes[0] ^ hashes[1] ^ MIRRORED) <= 2
+    (group,) = find_duplicates(circle(0, 45, 90), items_of(3, perceptual_hashes=hashes), 0.9, read=no_pixels)
+    assert [(group.keep, copy.row, copy.tier) for copy in group.copies] == [(0, 1, "hash")]
 
 
 def test_blank_images_are_not_duplicates_by_their_hash() -> None:

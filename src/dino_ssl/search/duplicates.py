@@ -27,6 +27,8 @@ TIERS: tuple[Tier, ...] = get_args(Tier)
 """From the strictest."""
 HASH_DISTANCE = 6
 """Bits of 64 in which the perceptual hashes of duplicates may differ."""
+MIRRORED = np.uint64(0x5555555555555555)
+"""Bits that a mirrored image inverts: coefficients of odd horizontal frequency change their sign."""
 HASH_BITS = 24
 """Bits that are set in the hash of an image with structure: of 64 coefficients, half are above the median, unless many
 are equal. White and black pages have equal hashes, so those with fewer bits are not compared."""
@@ -92,7 +94,8 @@ class Links:
     def compare(self, row: int, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return for each other row [n] the number of the strictest tier that links it, or 4, and the cosine."""
         cosines = (unit_rows(self.features, others) @ unit_rows(self.features, np.array([row]))[0]).numpy()
-        near = np.bitwise_count(self.hashes[others] ^ self.hashes[row]) <= self.distance
+        differing = self.hashes[others] ^ self.hashes[row]
+        near = np.minimum(np.bitwise_count(differing), np.bitwise_count(differing ^ MIRRORED)) <= self.distance
         linked = [
             self.contents[others] == self.contents[row],
             self.pixels[others] == self.pixels[row],
@@ -173,13 +176,17 @@ def find_duplicates(
 
 
 def known_components(items: Any, distance: int = HASH_DISTANCE) -> Components:
-    """Return the components of images of the same bytes or near perceptual hashes, for which no image is read."""
+    """Return the components of images of the same bytes or near perceptual hashes, for which no image is read.
+
+    A hash is near if it is that of the mirrored image.
+    """
     contents, (hashes, hashed) = representatives(items.content_hashes), _hashes(items)
     components = Components(len(contents))
     components.join(np.arange(len(contents)), contents)
     rows = np.flatnonzero(hashed & (contents == np.arange(len(contents))))
-    for first, second in hash_pairs(hashes[rows], distance):
-        components.join(rows[first], rows[second])
+    both = np.concatenate([hashes[rows], hashes[rows] ^ MIRRORED])
+    for first, second in hash_pairs(both, distance):
+        components.join(rows[first % len(rows)], rows[second % len(rows)])
     return components
 
 
