@@ -353,7 +353,10 @@ def test_a_selection_is_exported_as_csv_json_and_class_folders(
     row, out = list(index.items.names).index(f"a/deep/{HOSTILE}"), tmp_path / "out"
     client = client_of(index, export=out)
     for version, (operation, name, rows) in enumerate(
-        [("create", "ä b", []), ("create", "other", []), ("add", "ä b", [row, 1]), ("add", "other", [2])]
+        [
+            *[("create", name, []) for name in ("ä b", "other", "Remove")],
+            *[("add", "ä b", [row, 1]), ("add", "other", [2]), ("add", "Remove", [3])],
+        ]
     ):
         data = {"operation": operation, "selection": name, "version": version, "rows": rows}
         assert client.post("/api/selections", json=data).status_code == 200

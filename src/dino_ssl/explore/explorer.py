@@ -15,7 +15,7 @@ from dino_ssl.errors import UserError, check_value
 from dino_ssl.explore.images import Images
 from dino_ssl.explore.jobs import Jobs
 from dino_ssl.explore.results import COMPUTATIONS
-from dino_ssl.explore.selections import Selections, export_folders
+from dino_ssl.explore.selections import REMOVE, Selections, export_folders
 from dino_ssl.search.index import Index
 
 MAX_FOLDERS = 500
@@ -145,12 +145,13 @@ class Explorer:
         return {"version": state.version}
 
     def export_all(self, data: Mapping[str, Any]) -> dict[str, int]:
-        """Copy or link the images of all selections into class folders."""
+        """Copy or link the images of all selections but REMOVE into class folders."""
         if self.export is None:
             raise UserError("Start the page with a folder, `export`, to copy or link files into it.")
         files: dict[str, dict[str, Path | None]] = {
             each["name"]: {str(self.index.items.names[row]): self.index.path_of(row) for row in each["rows"]}
             for each in self.listed()["selections"]
+            if each["name"] != REMOVE
         }
         return export_folders(self.export, files, data["how"])._asdict()
 

@@ -21,6 +21,8 @@ from dino_ssl.formatting import CONTROL
 
 FORMAT = 1
 FILE, LOCK = "selections.json", ".selections.lock"
+REMOVE = "Remove"
+"""Name of the selection of the duplicates that the page has marked, which is no class."""
 MAX_NAME = 80
 """Most characters of a selection's name, which becomes a folder."""
 Operation = Literal["add", "remove", "create", "rename", "delete"]

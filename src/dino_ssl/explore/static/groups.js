@@ -3,9 +3,8 @@ import { choice, dropdown, fileName, h, notice, number, plural } from "./dom.js"
 import { events, getFloats, getRows, getShorts, loadItems, store, thumbnail } from "./api.js";
 import { JobPage, addAll, list } from "./pages.js";
 import { createMap, groupColor } from "./map.js";
-import { selections } from "./selections.js";
+import { REMOVE, selections } from "./selections.js";
 
-const REMOVE = "Remove"; // the selection of the duplicates that are marked; the page deletes no file
 const GROUPS = 40; // shown at a time
 const LEGEND = 24; // names of groups below the map
 

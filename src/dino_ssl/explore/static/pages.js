@@ -3,7 +3,7 @@ import { ask, h, notice, number, plural } from "./dom.js";
 import { get, getRows, post, store } from "./api.js";
 import { Grid } from "./grid.js";
 import { filters } from "./filters.js";
-import { selections } from "./selections.js";
+import { REMOVE, selections } from "./selections.js";
 
 // Add all images of a list to the current selection.
 export const addAll = (rows) => h("button", { click: async () => {
@@ -95,7 +95,7 @@ export class SelectionPage extends GridPage {
   }
 
   async export(how) {
-    const text = `All selections become folders in ${store.info.export}. Files that exist are kept.`;
+    const text = `All selections but ${REMOVE} become folders in ${store.info.export}. Files that exist are kept.`;
     if (!(await ask(how === "copy" ? "Copy all selections?" : "Link all selections?", { action: how === "copy" ? "Copy" : "Link", text }))) return;
     try {
       const { written, kept, missing } = await post("/api/export", { how });

@@ -3,6 +3,7 @@ import { emit, get, post } from "./api.js";
 import { notice } from "./dom.js";
 
 const CURRENT = "dino-current-selection";
+export const REMOVE = "Remove"; // the marked duplicates: never the current selection by itself, and no class folder
 const others = new BroadcastChannel("dino-selections"); // tabs of this page tell each other to read again
 
 export const selections = {
@@ -26,11 +27,11 @@ export const selections = {
   async load() {
     const state = await get("/api/selections");
     this.stale = this.pending > 0; // changes that the server has not applied yet are shown already
-    if (this.stale) return;
+    if (this.stale || state.version < this.version) return; // or was sent before the last of them
     this.version = state.version;
     this.lists = new Map(state.selections.map(({ name, rows }) => [name, new Set(rows)]));
     this.missing = new Map(state.selections.map(({ name, missing }) => [name, missing]));
-    if (!this.lists.has(this.current)) this.current = this.lists.keys().next().value ?? "";
+    if (!this.lists.has(this.current)) this.current = [...this.lists.keys()].find((name) => name !== REMOVE) ?? "";
     emit("selections");
   },
 
@@ -75,7 +76,7 @@ export const selections = {
       if (!on) return emit("selections");
       this.lists.set(selection, new Set());
       this.change("create", selection);
-      if (!this.lists.has(this.current)) this.use(selection);
+      if (!this.lists.has(this.current) && selection !== REMOVE) this.use(selection);
     }
     const list = this.lists.get(selection);
     for (const row of rows) on ? list.add(row) : list.delete(row); // shown at once; read again if it fails
