@@ -68,7 +68,7 @@ def write_errors(path: Path) -> Iterator[None]:
             message += " The disk is full: free some space and run the same command again."
             message += " The last good file is kept." if path.is_file() else ""
         elif cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            message += " Choose a writable folder with `out`."
+            message += " Choose another path, or allow writing to its folder."
         raise UserError(message) from error
 
 
@@ -124,13 +124,13 @@ def mark_output(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise UserError if the output folder `out` cannot be created or written, before hours of work are lost."""
+    """Raise UserError if an output folder cannot be created or written, before hours of work are lost."""
     with write_errors(folder):  # of a name that is too long
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
-        raise UserError(f"The folder {folder} cannot be created: {existing} is a file. Choose a different `out`.")
+        raise UserError(f"The folder {folder} cannot be created: {existing} is a file. Choose another path.")
     if not os.access(existing, os.W_OK):
-        raise UserError(f"The folder {folder} is not writable. Choose a different `out`.")
+        raise UserError(f"The folder {folder} is not writable. Choose another path.")
 
 
 def write_json(path: Path, data: Any) -> Path:

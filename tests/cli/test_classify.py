@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dino_ssl
 from dino_ssl.api.classify import FOLDS, cross_validate, fit_knn, fit_linear
+from dino_ssl.cli.classify import in_folder
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.evals import resumable
 from dino_ssl.evals.features import pixel_feature
@@ -143,7 +144,7 @@ def test_the_command_writes_a_line_per_image_and_says_how_good_it_is(trained, ph
     assert [row["name"] for row in rows] == sorted(row["name"] for row in rows)
     assert len(rows) == 40
     uncertain = sum(float(row["confidence"]) < 0.9 for row in rows)
-    assert f"{uncertain} images have a confidence below 0.9" in output.out
+    assert f"{uncertain} of 40 unlabeled images have a confidence below 0.9" in output.out
     assert "Accuracy on 6 labeled images, by leave-one-out" in output.out
     accuracy, pixels = re.search(
         r"leave-one-out: ([\d.]+) % \(.* class: 50.0 %; raw pixels: ([\d.]+) %", output.out
@@ -154,6 +155,14 @@ def test_the_command_writes_a_line_per_image_and_says_how_good_it_is(trained, ph
     assert list(result["labeled"].values()) == [3, 3]
     assert sum(result["predicted"].values()) == result["images"] == 40
     assert (result["classifier"], result["tested"], len(result["skipped"])) == ("linear", 6, 2)
+
+
+def test_labeled_images_of_the_dataset_are_not_counted_as_uncertain(tmp_path) -> None:
+    names = ["a/1.jpg", "labeled/cat/1.jpg", "labeled2/1.jpg"]
+    assert in_folder(names, str(tmp_path), str(tmp_path / "labeled/")).tolist() == [False, True, False]
+    assert in_folder(names, str(tmp_path), str(tmp_path)).all()
+    assert not in_folder(names, str(tmp_path), str(tmp_path.parent)).any()
+    assert not in_folder(names, str(tmp_path / "a.parquet"), str(tmp_path / "labeled")).any()
 
 
 def test_an_interrupted_command_resumes_and_writes_the_same_file(

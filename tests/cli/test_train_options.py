@@ -66,9 +66,11 @@ def test_short_names_and_val_in_python(plan, photos):
 
 def test_initial_weights_bring_their_network(trained, dino, photos, plan):
     (folder, _), tiny = trained, ("--epochs", "1", "--batch-size", "8")
-    run = dino("train", photos, "--init", folder, *tiny, "--backbone.drop-path", "0.2", "--dry-run", "--json").json[
-        "run"
-    ]
+    result = dino("train", photos, "--init", folder, *tiny, "--backbone.drop-path", "0.2", "--dry-run", "--json").json
+    run, rows = result["run"], {row["name"]: row for row in result["plan"]}
+    assert rows["network"]["reason"] == "that of the initial weights"
+    assert rows["init"]["value"] == str(folder)
+    assert not [name for name in rows if name.startswith("backbone.")]
     assert (run["backbone"]["width"], run["backbone"]["drop_path"], run["init"]) == (48, 0.2, str(folder))
     assert plan(init=str(folder), backbone={"drop_path": 0.2}).backbone == parsed(
         "--init", str(folder), "--backbone.drop-path", "0.2"

@@ -119,6 +119,23 @@ def test_a_run_stores_its_depth_and_reads_other_images_with_it(tmp_path):
     assert np.array_equal(features.features, same.features)
 
 
+def test_an_index_keeps_the_depth_of_its_first_build(tmp_path):
+    """An update with brighter images, or a query, would be read differently otherwise."""
+    photos, other = scans(tmp_path / "scans"), scans(tmp_path / "other", bits=16)
+    network = dino_ssl.ViT(width=8, depth=1, heads=1, patch=16, image_size=32).build()
+    index = dino_ssl.Index.build(network, photos, path=tmp_path / "index")
+    assert index.store.info.preprocessing.bit_depth == 12
+    other.rename(photos / "c")
+    index = dino_ssl.Index.build(network, photos, path=tmp_path / "index")
+    assert index.changes.added == 12
+    assert index.store.info.preprocessing.bit_depth == 12
+    row = index.items.row_of("c/b/11.png")
+    pixels = decode(photos / "c/b/11.png", bit_depth=12)
+    assert np.array_equal(index.read(row), pixels)
+    assert index.search(pixels, k=1)[0].similarity == pytest.approx(1, abs=1e-3)
+    assert index.search(photos / "c/b/11.png", k=1)[0].similarity == pytest.approx(1, abs=1e-3)
+
+
 def test_pil_images_of_16_bits_are_refused():
     image = Image.fromarray(np.full((9, 9), 3000, np.uint16))
     with pytest.raises(UserError, match=r"got Image of mode I;16, which has no fixed range"):

@@ -141,6 +141,13 @@ def test_a_complete_evaluation() -> None:
     assert details["per object"][-1] == last
 
 
+def test_void_is_explained_if_masks_of_0_and_255_have_no_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Planted, "mask", lambda dataset, index: np.full((32, 32), 255 * (index % 2), np.uint8))
+    message = r"None of the 6 images contains an object; 1 cannot be read, for example 2\. .* 255 void, .* as 1\."
+    with pytest.raises(UserError, match=message):
+        AttentionMasks(size=32).prepare([Planted()], EvalContext())(Bright())
+
+
 def test_the_number_of_ranks_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = AttentionMasks(size=32).prepare([Planted()], EvalContext())(Bright())
     shards: list[Tensor] = []

@@ -1,17 +1,20 @@
 """dino classify: predict the class of images from a few labeled ones."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from dino_ssl.api.classify import Method
 from dino_ssl.api.classify import classify as classify_images
 from dino_ssl.cli.embed import read_features, write_csv
 from dino_ssl.cli.images import DatasetOptions, dataset_named, partial_features, report_skipped, run_command
+from dino_ssl.data.folder import printable
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import below_references
 from dino_ssl.files import atomic_write, check_writable
@@ -68,10 +71,13 @@ def _classify(options: ClassifyOptions, terminal: Terminal) -> dict[str, Any]:
         if is_rank0():
             columns = {"name": result.names, "label": result.labels, "confidence": result.confidences}
             atomic_write(path, lambda part: write_csv(part, {**columns, "runner_up": result.runners_up}))
-    counts, uncertain = Counter(result.labels), int((result.confidences < options.threshold).sum())
+    counts, unlabeled = Counter(result.labels), ~in_folder(result.names, options.dataset, options.labels)
+    uncertain = int((unlabeled & (result.confidences < options.threshold)).sum())
     rows = [[name, f"{labeled:,}", f"{counts[name]:,}"] for name, labeled in result.labeled.items()]
     terminal.table(f"{result.classifier}, {len(result.names):,} images", ["class", "labeled", "predicted"], rows)
-    terminal.print(f"{uncertain:,} images have a confidence below {options.threshold:g}")
+    terminal.print(
+        f"{uncertain:,} of {unlabeled.sum():,} unlabeled images have a confidence below {options.threshold:g}"
+    )
     if result.tested:
         how = "leave-one-out" if options.method == "knn" else "cross-validation"
         largest = 100 * max(result.labeled.values()) / result.tested
@@ -95,3 +101,9 @@ def _classify(options: ClassifyOptions, terminal: Terminal) -> dict[str, Any]:
         "checkpoint": options.checkpoint,
         "skipped": report_skipped(result.skipped, terminal),
     }
+
+
+def in_folder(names: Sequence[str], root: str, folder: str) -> np.ndarray:
+    """Return which images of the dataset `root` are in a folder, bool [M]: labeled ones may be part of it."""
+    below = printable(os.path.realpath(folder), Path(os.path.realpath(root)))
+    return np.array([below == "." or name.startswith(f"{below}/") for name in names], bool)

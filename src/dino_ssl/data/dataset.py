@@ -160,7 +160,7 @@ class ImageDataset(Dataset[tuple[np.ndarray, int]], ABC):
         return _Subset(self, np.asarray(indices, dtype=np.int64))
 
     def with_bit_depth(self, bits: int | None) -> "ImageDataset":
-        """Return the dataset read with another bit depth, that of the trained network; None returns it unchanged."""
+        """Return the dataset read with another bit depth, that of a network or an index; None returns it unchanged."""
         if bits in (None, self.bit_depth):
             return self
         dataset, source = copy.copy(self), getattr(self, "source", None)
@@ -257,7 +257,7 @@ def derived_key(key: str | None, data: bytes) -> str | None:
 @lru_cache(16)  # once for each pair
 def _warn_of_bit_depth(own: int, bits: int) -> None:
     logger.warning(
-        f"Images of 16 bits are read with the {bits} bits of the network's training, but have values of {own} bits."
+        f"Files with 16 bits per value are read as {bits} bits, as in training or in the index, but have {own} bits."
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dino_ssl.data.bit_depth import estimate_bit_depth
 from dino_ssl.data.dataset import BadImage
 from dino_ssl.data.decode import decode, probe
 from dino_ssl.errors import UserError
@@ -71,10 +72,14 @@ class Images:
         """Decode and keep an image file; return its source. Raises BadImage."""
         probe("The file", data)  # its size in pixels, before it is decoded
         digest = hashlib.sha256(data).hexdigest()[:32]
-        self._uploads[digest] = _within(decode("The file", data), SHOWN_SIDE)
+        self._uploads[digest] = _within(self._decode(data), SHOWN_SIDE)
         while len(self._uploads) > KEPT_UPLOADS:
             self._uploads.popitem(last=False)
         return digest
+
+    def _decode(self, data: bytes) -> np.ndarray:
+        bits = self.index.store.info.preprocessing.bit_depth or estimate_bit_depth([("The file", data)])
+        return decode("The file", data, bit_depth=bits)
 
     def pixels(self, source: str) -> np.ndarray:
         """Return an image, uint8 RGB [H, W, 3]. Raises KeyError if there is none, BadImage if it cannot be read."""

@@ -117,6 +117,7 @@ def update_index(
     info = new_info(checkpoint, source, settings)
     with writing(folder) as store:
         if store is not None:
+            info = with_bit_depth(info, store.info.preprocessing.bit_depth)
             check_same(folder, store.info, info)
         listing = list_images(source, progress)
         plan, rows = compare(listing, store), store.info.rows if store else 0
@@ -137,6 +138,7 @@ def update_index(
                 checkpoint.backbone, dataset, has_files, info.preprocessing, KnownContent(store), context
             )
             info = replace(info, precision=rt.precision, content_key=listing.content_key)
+            info = with_bit_depth(info, dataset.bit_depth)
             store, added, reused = _write(folder, listing, plan, info, store, dataset.names, images, progress)
         return store, changes._replace(added=added, reused=reused)
 
@@ -160,6 +162,12 @@ def new_info(checkpoint: Checkpoint, source: DatasetSource, settings: BuildSetti
         preprocessing=replace(checkpoint.backbone.transform, size=settings.size or checkpoint.backbone.transform.size),
         versions={"dino": __version__, "torch": torch.__version__},
     )
+
+
+def with_bit_depth(info: IndexInfo, bits: int | None) -> IndexInfo:
+    """Return the info with this bit depth of 16-bit files, unless it has one: later updates and queries use it."""
+    bits = info.preprocessing.bit_depth or bits
+    return replace(info, preprocessing=replace(info.preprocessing, bit_depth=bits))
 
 
 def check_same(folder: Path, old: IndexInfo, new: IndexInfo) -> None:

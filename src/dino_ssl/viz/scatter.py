@@ -22,7 +22,7 @@ def scatter(path: Path, points: np.ndarray, names: Sequence[str], title: str) ->
     hues = colormaps["tab20"](numbers) if len(names) <= 20 else colormaps["hsv"](numbers / len(names))
     size = float(np.clip(4000 / len(points), 8, 60))
     axes.scatter(*points.T, s=size, color=hues, linewidths=0)
-    for name, place in zip(names, points.tolist(), strict=True):
-        axes.annotate(shorten(name, 24), place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    for name, (x, y) in zip(names, points.tolist(), strict=True):
+        axes.annotate(shorten(name, 24), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
     kind = path.suffix.lower().removeprefix(".")
     return atomic_write(path, lambda part: figure.savefig(part, format=kind, dpi=150, bbox_inches="tight"))
