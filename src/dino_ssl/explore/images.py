@@ -70,7 +70,6 @@ class Images:
 
     def upload(self, data: bytes) -> str:
         """Decode and keep an image file; return its source. Raises BadImage."""
-        probe("The file", data)  # its size in pixels, before it is decoded
         digest = hashlib.sha256(data).hexdigest()[:32]
         self._uploads[digest] = _within(self._decode(data), SHOWN_SIDE)
         while len(self._uploads) > KEPT_UPLOADS:
@@ -117,7 +116,7 @@ class Images:
         shape = self.shape(str(row))
         if (height, width) != shape:
             raise BadImage(path, f"the mask has {width} x {height} pixels, its image {shape[1]} x {shape[0]}")
-        with Image.open(path) as image:  # gray or palette: the values are labels, which `decode` would color
+        with Image.open(path, formats=["PNG"]) as image:  # its values are labels, of which `decode` makes colors
             labels = np.asarray(image)
         labels = labels if labels.ndim == 2 else labels[..., 0]
         scale = min(1.0, SHOWN_SIDE / max(shape))
