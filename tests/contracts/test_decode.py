@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import pickle
 import struct
 import zlib
 
@@ -12,7 +13,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from dino_ssl.data import decode as module
+from dino_ssl.data.dataset import USED, Skipped
 from dino_ssl.data.decode import MAX_PIXELS, BadImage, decode, probe
+from dino_ssl.data.folder import Folder
+from dino_ssl.data.loader import read_or_none
+from dino_ssl.data.shard_writer import pack
 
 
 def gradient(height: int = 40, width: int = 60) -> np.ndarray:
@@ -246,6 +251,36 @@ def damaged_jpegs() -> dict[str, bytes]:
 def test_damaged_jpegs_are_rejected_and_nothing_is_printed(tmp_path, kind, capfd):
     with pytest.raises(BadImage, match="JPEG"):
         decode("damaged.jpg", damaged_jpegs()[kind])
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_dataset_may_keep_damaged_jpegs_and_lists_them(tmp_path, keep, capfd):
+    """In shards, subsets and memory too."""
+    files = damaged_jpegs() | {"good": encoded("JPEG")}
+    for index, content in enumerate(files.values()):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / f"photos/{index}.jpg").write_bytes(content)
+    pack(tmp_path / "photos", tmp_path / "shards")
+    folder, shards = (Folder(path=str(tmp_path / name), keep_damaged=keep).open() for name in ("photos", "shards"))
+    last = len(files) - 1
+    for dataset in (
+        folder,
+        shards,
+        pickle.loads(pickle.dumps(shards.subset(range(last + 1)))),
+        folder.subset(range(last + 1)),
+        None,
+    ):
+        dataset = dataset or folder.in_memory()
+        listed: list[Skipped] = []
+        images = [read_or_none(dataset, index, listed) for index in range(len(files))]
+        usable = [image is not None for image in images]
+        kept = [item for item in listed if item.reason.startswith(USED)]
+        assert usable[last]
+        assert {item.name for item in listed} == {f"{index}.jpg" for index in range(last)}
+        assert len(kept) == sum(usable) - 1 == (last if keep else 0)
+        assert not dataset.kept_damage
+    assert folder.content_key != Folder(path=str(tmp_path / "photos"), keep_damaged=not keep).open().content_key
     assert capfd.readouterr() == ("", "")
 
 

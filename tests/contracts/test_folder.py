@@ -202,6 +202,14 @@ def test_a_validation_folder_of_one_class_has_its_label(tmp_path):
         labeled_pair(tmp_path / "train", tmp_path / "val", val_fraction=0.1)
 
 
+def test_classes_of_a_single_image_cannot_be_held_out(tmp_path):
+    put(tmp_path, "photos/a/1.png", "photos/b/1.png")
+    with pytest.raises(UserError, match=r"No image of .*photos can be held out, because each class has a single one"):
+        labeled_pair(tmp_path / "photos", val_fraction=0.1)
+    put(tmp_path, "photos/b/2.png")
+    assert [len(part) for part in labeled_pair(tmp_path / "photos", val_fraction=0.1)] == [2, 1]
+
+
 def test_control_characters_in_names_are_escaped(photos):
     r"""A name must not forge lines of the output or change the terminal; it becomes \x1b... everywhere."""
     put(photos, "a\033]0;PWN\007\nb.png", "c\u202egnp.png")

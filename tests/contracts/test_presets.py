@@ -165,7 +165,8 @@ def test_the_plan_states_what_is_measured_without_labels() -> None:
 
     assert quality(200) == ("two-crop retrieval", "no labels; 20 images are held out")
     assert quality(40)[0] == quality(200, every_epochs=0)[0] == "loss and entropies"
-    assert "40 images without labels are too few" in quality(40)[1]
+    assert quality(40)[1] == "40 images without labels: too few to hold out some"
+    assert quality(1)[1] == "1 image without labels: too few to hold out some"
     assert "`online_eval.every_epochs` is 0" in quality(200, every_epochs=0)[1]
 
 

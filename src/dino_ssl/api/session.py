@@ -16,7 +16,7 @@ from dino_ssl.api.training_progress import TrainingProgress
 from dino_ssl.collapse.checks import Finding
 from dino_ssl.collapse.policy import CollapsePolicy
 from dino_ssl.config import to_dict
-from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.data.dataset import USED, ImageDataset
 from dino_ssl.errors import Diverged, OutOfMemory, UserError, memory_errors
 from dino_ssl.evals.features import extract
 from dino_ssl.events import Ended, EpochDone, EvalDone, EvalStarted, Evaluated, Event, Logged, Started
@@ -210,10 +210,11 @@ class _Session:
 
     def announce(self, started: Started, resume: bool) -> None:
         clock, references = started.clock, started.reference_scores
-        validation = f", {len(started.val_set)} validation images" if started.val_set else ""
+        validation = f", {plural(len(started.val_set), 'validation image')}" if started.val_set else ""
         action = f"Resuming at step {clock.step} of" if resume else f"Training {plural(clock.epochs, 'epoch')},"
         logger.info(
-            f"{action} {clock.steps} steps on {len(started.train_set)} images{validation}; output in {self.folder}/"
+            f"{action} {plural(clock.steps, 'step')} on {plural(len(started.train_set), 'image')}{validation}; "
+            f"output in {self.folder}/"
         )
         if references:
             name, _ = _first(next(iter(references.values())))
@@ -302,7 +303,9 @@ class _Session:
         write_report(self.folder, self.run)
         results = read_results(self.folder, self.run)
         if outcome.skipped:
-            skipped = f"{len(outcome.skipped)} files were skipped"
+            used = sum(reason.startswith(USED) for reason in outcome.skipped.values())
+            kept = f", {plural(used, 'damaged image')} used" if used else ""
+            skipped = f"{plural(len(outcome.skipped) - used, 'file')} skipped{kept}"
             logger.warning(f"{skipped}; {self.folder}/skipped.jsonl has the reasons")
         clock = outcome.clock
         if not outcome.finished:

@@ -23,6 +23,7 @@ from dino_ssl.cli.images import (
 )
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write, check_format, check_writable
+from dino_ssl.formatting import plural
 from dino_ssl.loading import Checkpoint
 from dino_ssl.terminal import Terminal, is_rank0
 
@@ -69,7 +70,7 @@ def _embed(options: EmbedOptions, terminal: Terminal) -> dict[str, Any]:
         if is_rank0():
             atomic_write(path, lambda part: _write(part, path.suffix.lower(), embedding, metadata))
     count, width = embedding.features.shape
-    terminal.print(f"{count} features of {width} dimensions in {precision}: {path}")
+    terminal.print(f"{plural(count, 'feature')} of {width} dimensions in {precision}: {path}")
     skipped = report_skipped(embedding.skipped, terminal)
     return {"file": str(path), "images": count, "width": width, "skipped": skipped, **metadata}
 

@@ -158,14 +158,14 @@ SIZE_CHECKS = (
     Check(
         "Momentum too high",
         lambda s: s.initial_fraction > math.exp(-1),
-        "after {0.steps} steps the teacher keeps {0.initial_fraction:.0%} of its initial weights.",
+        "the teacher keeps {0.initial_fraction:.0%} of its initial weights to the end (steps: {0.steps}).",
         "Lower `method.momentum`, or train for longer.",
         fatal=False,
     ),
     Check(
         "K too large",
         lambda s: (s.run.method.num_prototypes or 0) > 4 * s.num_images,
-        "most of the {0.run.method.num_prototypes} prototypes stay empty with {0.num_images} images.",
+        "most of the {0.run.method.num_prototypes} prototypes stay empty (images: {0.num_images}).",
         "Lower `method.out_dim`, to four prototypes per image or less.",
         fatal=False,
     ),

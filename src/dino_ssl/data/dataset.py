@@ -7,7 +7,7 @@ A dataset from outside the package is one file that defines a frozen dataclass d
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from operator import eq
@@ -27,6 +27,10 @@ class Skipped(NamedTuple):
 
     name: str
     reason: str
+
+
+USED = "used, although it is damaged"
+"""Reason of a damaged image that a dataset keeps."""
 
 
 class BadImage(UserError):  # noqa: N818
@@ -90,9 +94,11 @@ class ImageDataset(Dataset[tuple[np.ndarray, int]], ABC):
         classes: Name of each label; empty without labels.
         skipped: Images that are not used, with the reason.
         bit_depth: Bits of the values in files with 16 bits per value, 8 to 16; None if there are no such files.
+        kept_damage: Damaged images that were read, until `read_or_none` takes them; None: they are refused.
     """
 
     bit_depth: int | None = None
+    kept_damage: list[Skipped] | None = None
 
     def __init__(
         self,
@@ -124,6 +130,12 @@ class ImageDataset(Dataset[tuple[np.ndarray, int]], ABC):
     def encoded(self, index: int) -> bytes:
         """Return the bytes of an image's file; raise BadImage if there is none or it cannot be read."""
         raise BadImage(self.names[index], "the dataset has no image files")
+
+    def on_damage(self, index: int) -> Callable[[str], None] | None:
+        """Return what `decode` does with the warning about a damaged image."""
+        if (kept := self.kept_damage) is None:
+            return None
+        return lambda reason: kept.append(Skipped(self.names[index], f"{USED}: {reason}"))
 
     def prefetch(self, indices: np.ndarray) -> None:
         """Start to fetch images from a slow disk that will be read next; does nothing by default."""
@@ -272,6 +284,7 @@ class _Subset(ImageDataset):
             skipped=source.skipped,
         )
         self.source, self.indices, self.bit_depth = source, indices, source.bit_depth
+        self.kept_damage = source.kept_damage
 
     @property
     def content_key(self) -> str | None:
@@ -295,7 +308,7 @@ class _InMemory(ImageDataset):
         super().__init__(
             names=source.names, sizes=source.sizes, labels=source.labels, classes=source.classes, skipped=source.skipped
         )
-        self._content_key = source.content_key
+        self._content_key, self.kept_damage = source.content_key, source.kept_damage
         self.starts = np.concatenate([[0], 3 * self.sizes.prod(axis=1).cumsum()])
         self.block = np.empty(self.starts[-1], dtype=np.uint8)
         self.bad: dict[int, BadImage] = {}

@@ -19,6 +19,7 @@ import stat
 import struct
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -100,7 +101,12 @@ def probe(path: str | os.PathLike, data: bytes | None = None) -> tuple[int, int]
 
 
 def decode(
-    path: str | os.PathLike, data: bytes | None = None, *, reduce: Reduction = 1, bit_depth: int | None = None
+    path: str | os.PathLike,
+    data: bytes | None = None,
+    *,
+    reduce: Reduction = 1,
+    bit_depth: int | None = None,
+    on_damage: Callable[[str], None] | None = None,
 ) -> np.ndarray:
     """Return the image as uint8 RGB [height, width, 3]. Raises BadImage.
 
@@ -110,6 +116,7 @@ def decode(
         reduce: Factor by which a JPEG is downscaled (sizes are rounded up): its blocks are computed at that size, which
             is faster. Other formats are not downscaled.
         bit_depth: Of images with 16 bits per value: 2^bit_depth - 1 becomes white. Default: 16.
+        on_damage: Called with the warning of libjpeg about a damaged JPEG, which is then returned. Default: BadImage.
     """
     with _open(path, data, whole=True) as (file, header):
         (width, height), image = header.size, header.image
@@ -117,7 +124,7 @@ def decode(
         shape = (-(-height // times), -(-width // times))
         file.seek(0)
         if image is None:
-            pixels = _jpeg(file.read(), shape, header.plain)
+            pixels = _jpeg(file.read(), shape, header.plain, on_damage)
         elif header.plain:
             pixels = _opencv(file, image, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         else:
@@ -283,12 +290,21 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _jpeg(data: bytes, shape: tuple[int, int], plain: bool) -> np.ndarray:
-    """Decode a JPEG to this height and width; raise ValueError for damage, of which libjpeg only warns."""
+def _jpeg(
+    data: bytes, shape: tuple[int, int], plain: bool, on_damage: Callable[[str], None] | None = None
+) -> np.ndarray:
+    """Decode a JPEG to this height and width; raise ValueError, or call `on_damage`, if libjpeg warns."""
     if (scans := data.count(b"\xff\xda")) > _MAX_SCANS:
         raise OSError(f"{scans} scans: more than {_MAX_SCANS} take too long to decode")
     height, width = shape
-    pixels = simplejpeg.decode_jpeg(data, "RGB" if plain else "CMYK", min_height=height, min_width=width, strict=True)
+    decode = partial(simplejpeg.decode_jpeg, data, "RGB" if plain else "CMYK", min_height=height, min_width=width)
+    try:
+        pixels = decode(strict=True)
+    except ValueError as error:
+        if on_damage is None:
+            raise
+        pixels = decode(strict=False)
+        on_damage(str(error))
     return pixels if plain else _pillow(io.BytesIO(data), JpegImageFile(io.BytesIO(data)), 16)
 
 

@@ -35,6 +35,10 @@ class Folder(DatasetConfig):
     """Bits of the values in images with 16 bits per value, 8 to 16: 2^bits - 1 is white. None: estimated from a sample
     of the dataset. A validation set is read with that of the training set."""
 
+    keep_damaged: bool = False
+    """Use damaged JPEGs that can be decoded in part, and list them in skipped.jsonl. Default: they are skipped, since
+    most of their pixels may be wrong."""
+
     def __post_init__(self) -> None:
         check_range(self, "bit_depth", least=8, most=16, prefix="data.")
 
@@ -62,7 +66,7 @@ class Folder(DatasetConfig):
         """List the images and read their headers; `progress` receives (done, total)."""
         root = self.folder
         if is_shards(root):
-            return open_shards(root, progress, self.bit_depth)
+            return open_shards(root, progress, self.bit_depth, keep_damaged=self.keep_damaged)
         skipped: list[Skipped] = []
         paths = list(walk(root, skipped))
         images = list(readable_images(paths, partial(printable, root=root), skipped, progress, len(paths)))
@@ -70,7 +74,9 @@ class Folder(DatasetConfig):
             raise no_images(root, skipped)
         files, names, sizes = zip(*images, strict=True)
         labels, classes = class_folders(names)
-        return FolderDataset(root, files, names, sizes, labels, classes, sorted(skipped), self.bit_depth)
+        dataset = FolderDataset(root, files, names, sizes, labels, classes, sorted(skipped), self.bit_depth)
+        dataset.kept_damage = [] if self.keep_damaged else None
+        return dataset
 
 
 def readable_images(
@@ -125,11 +131,11 @@ class FolderDataset(ImageDataset):
 
     def read(self, index: int) -> np.ndarray:
         """Return image `index`, uint8 RGB [height, width, 3]."""
-        return decode(self.path(index), bit_depth=self.bit_depth)
+        return self.read_downscaled(index, 1)
 
     def read_downscaled(self, index: int, times: Reduction) -> np.ndarray:
         """Return image `index`; a JPEG is downscaled by this factor while it is decoded."""
-        return decode(self.path(index), reduce=times, bit_depth=self.bit_depth)
+        return decode(self.path(index), reduce=times, bit_depth=self.bit_depth, on_damage=self.on_damage(index))
 
     @property
     def content_key(self) -> str | None:
@@ -141,7 +147,9 @@ class FolderDataset(ImageDataset):
                 digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
         except OSError:
             return None
-        return derived_key(digest.hexdigest()[:16], f"{self.bit_depth}".encode())
+        return derived_key(
+            digest.hexdigest()[:16], f"{self.bit_depth}{'' if self.kept_damage is None else ' damaged'}".encode()
+        )
 
     def path(self, index: int) -> str:
         """Return the path of image `index`."""

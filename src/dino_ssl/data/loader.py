@@ -140,12 +140,19 @@ def _train_step(dataset: ImageDataset, views: Views, seed: int, job: BatchSpec) 
 
 
 def read_or_none(dataset: ImageDataset, index: int, skipped: list[Skipped], times: Reduction = 1) -> np.ndarray | None:
-    """Return an image as uint8 RGB [H, W, 3]; append it to `skipped` and return None if it cannot be read."""
+    """Return an image as uint8 RGB [H, W, 3]; append it to `skipped` and return None if it cannot be read.
+
+    Damaged images that the dataset keeps are appended as well.
+    """
     try:
         return dataset.read_downscaled(index, times)
     except BadImage as bad:
         skipped.append(Skipped(dataset.names[index], bad.reason))
         return None
+    finally:
+        if dataset.kept_damage:
+            skipped += dataset.kept_damage
+            dataset.kept_damage.clear()
 
 
 class _ImagesSpec(NamedTuple):

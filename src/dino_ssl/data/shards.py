@@ -96,11 +96,13 @@ def is_shards(path: Path) -> bool:
     return ".tar" in suffixes and not suffixes & SUFFIXES and not any((path / name).is_dir() for name in names)
 
 
-def open_shards(path: Path, progress: Progress | None = None, bit_depth: int | None = None) -> "ShardDataset":
+def open_shards(
+    path: Path, progress: Progress | None = None, bit_depth: int | None = None, *, keep_damaged: bool = False
+) -> "ShardDataset":
     """Open a directory of tar shards; raise UserError if it is incomplete.
 
     If there is no index, it is built first and stored next to the shards, or in the user's cache directory if that is
-    not writable. bit_depth: see `ShardDataset`.
+    not writable. bit_depth: see `ShardDataset`. keep_damaged: see `Folder`.
     """
     if path.name.endswith(PART) or (not path.exists() and is_shards(path)):
         raise UserError(f"{path} is incomplete: run the `dino data pack` command that began it again. It resumes.")
@@ -109,7 +111,7 @@ def open_shards(path: Path, progress: Progress | None = None, bit_depth: int | N
     directory = path if (path / INFO).exists() or os.access(path, os.W_OK) else _cache_directory(path)
     if not ((directory / INFO).exists() and _is_current(path, directory)):
         _build_index(path, directory, progress)
-    return ShardDataset(path, directory, bit_depth)
+    return ShardDataset(path, directory, bit_depth, [] if keep_damaged else None)
 
 
 def read_info(directory: Path) -> ShardInfo:
@@ -128,12 +130,19 @@ def read_info(directory: Path) -> ShardInfo:
 class ShardDataset(ImageDataset):
     """The images of a directory of tar shards. Other processes open it by its path."""
 
-    def __init__(self, path: Path, directory: Path | None = None, bit_depth: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        directory: Path | None = None,
+        bit_depth: int | None = None,
+        kept_damage: list[Skipped] | None = None,
+    ) -> None:
         """Open the shards in `path` by the index in `directory`; raise UserError if a file is missing or damaged.
 
-        bit_depth: estimated if it is None.
+        bit_depth: estimated if it is None. kept_damage: see `ImageDataset`.
         """
         self.path, self.directory = path, directory or path
+        self.kept_damage = kept_damage
         self.info = read_info(self.directory)
         self.shards = shards = list(self.info.shards)
         for name, length in self.info.shards.items():
@@ -157,7 +166,7 @@ class ShardDataset(ImageDataset):
         self.bit_depth = bit_depth or estimate_bit_depth(self._sample())
 
     def __reduce__(self) -> tuple:
-        return ShardDataset, (self.path, self.directory, self.bit_depth)
+        return ShardDataset, (self.path, self.directory, self.bit_depth, self.kept_damage)
 
     def _sample(self) -> Iterator[tuple[str, bytes]]:
         for index in sample_for_bit_depth(self.names):
@@ -172,7 +181,9 @@ class ShardDataset(ImageDataset):
     @property
     def content_key(self) -> str | None:
         """A key of the length and checksum of every image, and of the bit depth."""
-        return derived_key(self.info.index_sha256[:16], f"{self.bit_depth}".encode())
+        return derived_key(
+            self.info.index_sha256[:16], f"{self.bit_depth}{'' if self.kept_damage is None else ' damaged'}".encode()
+        )
 
     def _location(self, index: int) -> tuple[int, int, int]:
         """Return (shard, offset, length) of an image; raise BadImage if the index is damaged there."""
@@ -198,11 +209,17 @@ class ShardDataset(ImageDataset):
 
     def read(self, index: int) -> np.ndarray:
         """Return image `index` as uint8 RGB [height, width, 3]; raise BadImage if it cannot be read."""
-        return decode(self.names[index], self.encoded(index), bit_depth=self.bit_depth)
+        return self.read_downscaled(index, 1)
 
     def read_downscaled(self, index: int, times: Reduction) -> np.ndarray:
         """Return image `index`; a JPEG is downscaled by this factor while it is decoded."""
-        return decode(self.names[index], self.encoded(index), reduce=times, bit_depth=self.bit_depth)
+        return decode(
+            self.names[index],
+            self.encoded(index),
+            reduce=times,
+            bit_depth=self.bit_depth,
+            on_damage=self.on_damage(index),
+        )
 
     def prefetch(self, indices: np.ndarray) -> None:
         """Advise the system to read these images, in the order of their position on the disk."""

@@ -81,13 +81,20 @@ def labeled_pair(
 ) -> tuple[ImageDataset, ImageDataset]:
     """Return (training set, validation set) with the same classes; without `val`, a split of `train`.
 
-    Raises UserError if one has no labels, if `val` has classes that `train` lacks, or if both have the same images.
+    Raises UserError if one has no labels, if `val` has classes that `train` lacks, if both have the same images, or if
+    each class has a single image, so that none can be held out.
     """
     train_set = open_dataset(train, progress)
     if train_set.labels is None:
         raise UserError(f"Accuracy needs labels, and {source_name(train)} has none.\n{CLASS_FOLDERS}")
     if val is None:
-        return train_set.split(val_fraction, seed)
+        pair = train_set.split(val_fraction, seed)
+        if not len(pair[1]):
+            raise UserError(
+                f"No image of {source_name(train)} can be held out, because each class has a single one. Add images, "
+                "or pass a validation set."
+            )
+        return pair
     val_set = open_dataset(val, progress, part="val").with_bit_depth(train_set.bit_depth)
     check_distinct(train, train_set, val, val_set)
     return train_set, relabeled(val_set, train_set.classes, source_name(val))

@@ -13,7 +13,7 @@ from dino_ssl.config import edit
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.errors import UserError
-from dino_ssl.formatting import duration
+from dino_ssl.formatting import duration, plural
 from dino_ssl.methods import MethodConfig
 from dino_ssl.methods.dino import DINOConfig
 from dino_ssl.models.vit import ViT
@@ -193,7 +193,7 @@ def _for_dataset(dataset: ImageDataset, machine: Machine, world: int, kind: type
 def _with_prototypes(run: Run, count: int, large: bool, rows: Rows) -> Run:
     """Choose K and the teacher of DINO."""
     prototypes = next((k for limit, k in PROTOTYPES if count <= limit), 65536)
-    rows["K"] = f"{prototypes}", f"prototypes for {count:,} images (65536 for ImageNet's 1.3 million)"
+    rows["K"] = f"{prototypes}", f"prototypes for {plural(count, 'image')} (65536 for ImageNet's 1.3 million)"
     if large:
         teacher, reason = dict(momentum=0.996, teacher_temp=0.07, warmup_teacher_temp_epochs=30), "the paper's"
     else:
@@ -300,16 +300,16 @@ def _warn_of_few_images(run: Run, num_images: int, seconds: float, rows: Rows) -
     if below and run.init is None and not run.method.classifies:
         rows["warning"] = (
             f"probably ends below {' and '.join(below)}",
-            f"its epochs have {num_images:,} images in all; about {LEARNING_IMAGES[-1][1]:,} were needed in our "
-            f"measurements, which take {duration(seconds)} here: train longer (`minutes`), add images, or start from "
-            "released weights (`init` dino_vits16)",
+            f"its epochs have {plural(num_images, 'image')} in all; about {LEARNING_IMAGES[-1][1]:,} were needed in "
+            f"our measurements, which take {duration(seconds)} here: train longer (`minutes`), add images, or start "
+            "from released weights (`init` dino_vits16)",
         )
 
 
 def _explain_schedule(run: Run, steps: int, rows: Rows) -> None:
     """Replace the reasons of the final values of learning rate and momentum if they are those for few steps."""
     if steps < FULL_SCHEDULE_STEPS and run.method.for_few_steps() is not None:
-        reason = f"only {steps:,} steps: the usual final values are for {FULL_SCHEDULE_STEPS:,} and more"
+        reason = f"only {plural(steps, 'step')}: the usual final values are for {FULL_SCHEDULE_STEPS:,} and more"
         rows["teacher"] = _describe_teacher(run), reason
         rows["learning rate"] = f"{run.optim.lr:g} per 256, decays to one half", reason
 
@@ -321,7 +321,7 @@ def _quality(run: Run, dataset: ImageDataset) -> tuple[str, str]:
         return "loss and entropies", "`online_eval.every_epochs` is 0"
     if labels is None:
         if run.val is None and not num_held_out:
-            return "loss and entropies", f"{len(dataset)} images without labels are too few to hold out some of them"
+            return "loss and entropies", f"{plural(len(dataset), 'image')} without labels: too few to hold out some"
         held_out = (
             f"{num_held_out:,} images are held out" if run.val is None else f"on the validation set, {run.val.spec}"
         )

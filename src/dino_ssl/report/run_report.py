@@ -134,7 +134,7 @@ def _skipped(run_dir: Path, *, private: bool) -> str:
     counts = Counter(reason for _, reason in rows)
     shown = [(f"{count:,}", reason) for reason, count in counts.most_common()] if private else rows[:MAX_SKIPPED]
     more = f" The first {MAX_SKIPPED}; skipped.jsonl has all." if len(shown) < len(rows) and not private else ""
-    text = f"{plural(len(rows), 'file')} could not be read.{more}"
+    text = f"{plural(len(rows), 'file')} could not be read, or are damaged.{more}"
     return html.section("Skipped files", text, html.table(shown, wrap=True))
 
 
