@@ -401,6 +401,20 @@ MUTANTS = (
         "contracts/test_index.py::test_an_update_equals_a_new_index_and_reads_only_what_has_changed",
     ),
     Mutant(
+        "every update of an index has its own bit depth",
+        "search/build.py",
+        "            info = with_bit_depth(info, dataset.bit_depth)\n",
+        "",
+        "contracts/test_bit_depth.py::test_an_index_keeps_the_depth_of_its_first_build",
+    ),
+    Mutant(
+        "damaged images that are used are not listed",
+        "data/loader.py",
+        "            skipped += dataset.kept_damage\n",
+        "",
+        "contracts/test_decode.py::test_a_dataset_may_keep_damaged_jpegs_and_lists_them",
+    ),
+    Mutant(
         "a failed update leaves its files",
         "search/build.py",
         "        writer.discard()\n",

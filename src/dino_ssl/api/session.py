@@ -304,9 +304,10 @@ class _Session:
         results = read_results(self.folder, self.run)
         if outcome.skipped:
             used = sum(reason.startswith(USED) for reason in outcome.skipped.values())
-            kept = f", {plural(used, 'damaged image')} used" if used else ""
-            skipped = f"{plural(len(outcome.skipped) - used, 'file')} skipped{kept}"
-            logger.warning(f"{skipped}; {self.folder}/skipped.jsonl has the reasons")
+            counts = {"file": len(outcome.skipped) - used, "damaged image": used}
+            skipped, kept = (plural(count, noun) for noun, count in counts.items())
+            text = f"{skipped} skipped" if not used else f"{skipped} skipped, {kept} used"
+            logger.warning(f"{text}; {self.folder}/skipped.jsonl has the reasons")
         clock = outcome.clock
         if not outcome.finished:
             reason = f" ({outcome.collapse.split(':')[0]})" if outcome.collapse else ""
