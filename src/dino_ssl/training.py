@@ -142,6 +142,8 @@ def train(run: Run, rt: Runtime, dataset: ImageDataset, *, resume: bool = False)
                         job.last.confirm(line["loss"])
                     log.write(done, line)
                     stop_requested = bool((yield Logged(done, line)))
+                if epoch_ends:
+                    job.check(state.is_usable, done)
                 if epoch_ends and (evaluated := evals.run_online(done, log, state)):
                     if evaluated.is_best and state.is_usable:
                         job.save("best.pt")

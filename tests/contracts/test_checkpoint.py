@@ -245,6 +245,9 @@ def test_a_changed_byte_of_a_tensor_is_detected_by_the_checksum(last: Path) -> N
     last.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
         checkpoint.load(last)
+    (last.parent / "best.pt").touch()
+    with pytest.raises(UserError, match=r"The same folder has best\.pt: copy one over it to resume from there"):
+        checkpoint.load(last)
 
 
 def test_the_error_for_other_torch_files_lists_the_missing_keys(tmp_path: Path) -> None:

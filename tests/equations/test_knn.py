@@ -190,6 +190,14 @@ def test_extract_keeps_the_order_and_skips_unreadable_images(batch_size: int) ->
     assert backbone.norm.num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_feature_that_is_not_finite_is_an_error(value: float) -> None:
+    backbone = MeanColor()
+    backbone.norm.bias.data[1] = value
+    with pytest.raises(UserError, match="Features contain NaN or infinity"):
+        extract(backbone, Squares(), EvalContext(size=16))
+
+
 def test_modes_are_restored_after_an_error() -> None:
     backbone = MeanColor().train()
     with pytest.raises(RuntimeError), evaluating(backbone):

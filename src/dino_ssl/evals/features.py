@@ -131,7 +131,8 @@ def _extract(
 def _collect(features: Batches, count: int, width: int, label: str, context: EvalContext) -> dict[str, Tensor]:
     """Return `features` [N, width] and `indices` [N] of all ranks, from this rank's (indices [b], features [b, width]).
 
-    Every rank gathers equally many rows, as collectives require; those of index -1 are empty and dropped.
+    Every rank gathers equally many rows, as collectives require; those of index -1 are empty and dropped. Raises
+    UserError, on every rank, for a value that is not finite.
     """
     world_size, done = distributed.world_size(), 0
     shard = np.arange(distributed.rank(), count, world_size)
@@ -146,6 +147,8 @@ def _collect(features: Batches, count: int, width: int, label: str, context: Eva
     indices, rows = (gather_rows(tensor, context.device, GATHER_ROWS) for tensor in (indices, rows))
     order = indices.argsort(stable=True)
     order = order[indices[order] >= 0]
+    if not rows.isfinite().all():  # ordinary figures could be computed from them
+        raise UserError("Features contain NaN or infinity: the training of this network has probably diverged.")
     return {"features": rows[order], "indices": indices[order]}
 
 
