@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from dino_ssl.data.bit_depth import estimate_bit_depth
 from dino_ssl.data.dataset import BadImage
@@ -14,6 +17,7 @@ from dino_ssl.errors import UserError
 from dino_ssl.evals.features import weights_hash
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import RELEASED, Weights, load
+from dino_ssl.preprocessing import to_rgb
 from dino_ssl.runtime import machine
 
 
@@ -28,6 +32,16 @@ def read_image(path: str | Path, bit_depth: int | None = None) -> np.ndarray:
         return decode(Path(path), bit_depth=bit_depth or estimate_bit_depth([(path, None)]))
     except BadImage as bad:
         raise UserError(f"{path} cannot be read: {bad.reason}") from bad
+
+
+def load_image(image: Any, bit_depth: int | None = None) -> Any:
+    """Return a single image, a file or pixels, as uint8 RGB [H, W, 3]; other sources of images unchanged.
+
+    Raises UserError for a file that is missing or unreadable, and for pixels of another type or shape.
+    """
+    if isinstance(image, str | Path) and not Path(image).is_dir():
+        return read_image(image, bit_depth)
+    return to_rgb(image) if isinstance(image, Image.Image | np.ndarray | Tensor) else image
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,9 @@ from dino_ssl.evals.features import extract
 from dino_ssl.evals.resumable import extract_resumable
 from dino_ssl.files import write_json
 from dino_ssl.formatting import Summarized
-from dino_ssl.loading import Checkpoint, open_checkpoint, read_image
+from dino_ssl.loading import Checkpoint, load_image, open_checkpoint
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import Weights
-from dino_ssl.preprocessing import to_rgb
 from dino_ssl.progress import Progress, StartProgress, no_progress
 from dino_ssl.run import read_run
 from dino_ssl.runtime import Precision, machine, start
@@ -261,10 +260,7 @@ def attention(
     """
     loaded = open_checkpoint(checkpoint, device, weights=weights, trust=trust)
     size = size or attention_size(loaded.backbone.transform.size)
-    if isinstance(image, str | Path) and not Path(image).is_dir():
-        image = read_image(image, loaded.backbone.transform.bit_depth)
-    elif isinstance(image, Image.Image | np.ndarray | Tensor):
-        image = to_rgb(image)
+    image = load_image(image, loaded.backbone.transform.bit_depth)
     if not isinstance(image, np.ndarray):
         dataset = open_dataset(image).with_bit_depth(loaded.backbone.transform.bit_depth)
         maps, skipped = [], []

@@ -10,10 +10,9 @@ from torch import Tensor
 from dino_ssl.data.dataset import BadImage, Skipped
 from dino_ssl.data.sources import DatasetSource, open_dataset
 from dino_ssl.evals.object_masks import MaskMethod, ObjectMasks
-from dino_ssl.loading import Checkpoint, open_checkpoint, read_image
+from dino_ssl.loading import Checkpoint, load_image, open_checkpoint
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.pretrained import Weights
-from dino_ssl.preprocessing import to_rgb
 from dino_ssl.segmentation.masks import Segmentation, Segmenter, SegmentSettings
 from dino_ssl.terminal import logger
 
@@ -51,10 +50,7 @@ def segment(
     find = ObjectMasks(method=method, **options)
     settings = SegmentSettings(find=find, size=size, refine=refine, head=None if head is None else str(head))
     segmenter = Segmenter(loaded.backbone, settings)
-    if isinstance(image, str | Path) and not Path(image).is_dir():
-        image = read_image(image, loaded.backbone.transform.bit_depth)
-    elif isinstance(image, Image.Image | np.ndarray | Tensor):
-        image = to_rgb(image)
+    image = load_image(image, loaded.backbone.transform.bit_depth)
     if isinstance(image, np.ndarray):
         segmenter.grid(*image.shape[:2])  # raises if it is too long
         return segmenter([image])[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import DatasetSource, labeled_pair
@@ -24,6 +24,12 @@ from dino_ssl.progress import StartProgress, no_progress
 Autocast = Callable[[], AbstractContextManager]
 """Returns the autocast context of the forward pass; `runtime` chooses the precision."""
 CPU = torch.device("cpu")
+
+
+def check_finite(name: str, *values: Tensor) -> None:
+    """Raise UserError if a value is NaN or infinite: ordinary scores could be computed from the others."""
+    if not all(bool(tensor.isfinite().all()) for tensor in values):
+        raise UserError(f"{name} contain NaN or infinity: the training of this network has probably diverged.")
 
 
 class Source(NamedTuple):

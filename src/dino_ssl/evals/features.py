@@ -23,7 +23,7 @@ from dino_ssl.data.dataset import BadImage, ImageDataset, Skipped
 from dino_ssl.data.loader import eval_batches, shaped_batches
 from dino_ssl.data.sources import described
 from dino_ssl.errors import UserError
-from dino_ssl.evals.base import EvalContext, PreparedEval, Scores, evaluating
+from dino_ssl.evals.base import EvalContext, PreparedEval, Scores, check_finite, evaluating
 from dino_ssl.files import atomic_write
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.terminal import logger
@@ -147,8 +147,7 @@ def _collect(features: Batches, count: int, width: int, label: str, context: Eva
     indices, rows = (gather_rows(tensor, context.device, GATHER_ROWS) for tensor in (indices, rows))
     order = indices.argsort(stable=True)
     order = order[indices[order] >= 0]
-    if not rows.isfinite().all():  # ordinary figures could be computed from them
-        raise UserError("Features contain NaN or infinity: the training of this network has probably diverged.")
+    check_finite("Features", rows)
     return {"features": rows[order], "indices": indices[order]}
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_ssl.errors import UserError
+from dino_ssl.evals.base import check_finite
 from dino_ssl.progress import Progress
 
 QUERIES = 64  # queries at once: 5 MB of similarities in float64 for a database of 10,000 images
@@ -64,8 +64,7 @@ def target_ranks(
     descriptors score worst. A row of zeros (an image that could not be read) ranks last. Cosines are computed in
     float64 and compared in float32, so that copies of an image are equal.
     """
-    if not (queries.isfinite().all() and database.isfinite().all()):
-        raise UserError("Descriptors contain NaN or infinity: the training of this network has probably diverged.")
+    check_finite("Descriptors", queries, database)
     rows, is_empty = F.normalize(database.double(), dim=1), (database == 0).all(1)
     ranks: list[np.ndarray] = []
     for block in F.normalize(queries.double(), dim=1).split(QUERIES):

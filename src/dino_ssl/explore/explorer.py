@@ -1,4 +1,4 @@
-"""What the page asks of an index: its images and filters, searches, computations and selections."""
+"""The content of the page: images and filters, searches, computations and selections of an index."""
 
 import hashlib
 from collections import Counter
@@ -41,7 +41,7 @@ class Explorer:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What does not change while the server runs."""
+        """The properties that do not change while the server runs."""
         folder = self.index.folder.resolve()
         names, labels = (self.index.items.table[column].cast("string").to_pylist() for column in ("name", "label"))
         counts = Counter(label for label in labels if label is not None)

@@ -30,7 +30,7 @@ INSTALL = 'pip install "dino-ssl[search]"'
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings:
-    """How the images of an index are read; the features depend on `size`."""
+    """Settings of reading the images of an index; the features depend on `size`."""
 
     size: int | None = None
     """Side of the center crop in pixels; None: the size at which the run evaluates its network."""
@@ -47,7 +47,7 @@ class BuildSettings:
 
 
 class Changes(NamedTuple):
-    """What an update has done: numbers of images."""
+    """Numbers of images that an update added, reused, removed and kept."""
 
     added: int = 0
     """Rows of new and changed images."""

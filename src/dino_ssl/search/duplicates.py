@@ -74,7 +74,7 @@ class DuplicateGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class Links:
-    """What makes two rows duplicates."""
+    """The values by which two rows are duplicates."""
 
     features: Any
     """[N, D], unit length."""

@@ -16,8 +16,7 @@ from torch import Tensor
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.decode import decode
 from dino_ssl.data.workers import make_loader
-from dino_ssl.errors import UserError
-from dino_ssl.evals.base import EvalContext, evaluating
+from dino_ssl.evals.base import EvalContext, check_finite, evaluating
 from dino_ssl.evals.features import forward
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.preprocessing import Preprocessing
@@ -25,7 +24,7 @@ from dino_ssl.search.store import Store
 
 
 class Record(NamedTuple):
-    """What is known of one image."""
+    """The properties of one image."""
 
     content: bytes | None = None
     perceptual: int | None = None
@@ -93,8 +92,7 @@ def _unit_features(backbone: Backbone, images: Tensor, context: EvalContext) -> 
     if not len(images):
         return np.empty((0, backbone.embed_dim), np.float16)
     features = forward(backbone, images, context)
-    if not features.isfinite().all():
-        raise UserError("Features contain NaN or infinity: the training of this network has probably diverged.")
+    check_finite("Features", features)
     return F.normalize(features, dim=1).half().numpy()
 
 
