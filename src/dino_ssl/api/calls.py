@@ -260,9 +260,9 @@ def attention(
     """
     loaded = open_checkpoint(checkpoint, device, weights=weights, trust=trust)
     size = size or attention_size(loaded.backbone.transform.size)
-    image = load_image(image, loaded.backbone.transform.bit_depth)
-    if not isinstance(image, np.ndarray):
-        dataset = open_dataset(image).with_bit_depth(loaded.backbone.transform.bit_depth)
+    source: Any = load_image(image, loaded.backbone.transform.bit_depth)
+    if not isinstance(source, np.ndarray):
+        dataset = open_dataset(source).with_bit_depth(loaded.backbone.transform.bit_depth)
         maps, skipped = [], []
         options: Any = dict(point=point, layer=layer, heads=heads, mass=mass, size=size)
         for index in range(len(dataset)):
@@ -273,5 +273,5 @@ def attention(
         return maps
     is_single = isinstance(point, str) or (len(point) == 2 and not isinstance(point[0], Sequence))
     queries: Any = [point] if is_single else point
-    maps = attention_maps(loaded.backbone, image, queries, layer=layer, heads=heads, mass=mass, size=size)
+    maps = attention_maps(loaded.backbone, source, queries, layer=layer, heads=heads, mass=mass, size=size)
     return maps[0] if is_single else maps

@@ -50,11 +50,11 @@ def segment(
     find = ObjectMasks(method=method, **options)
     settings = SegmentSettings(find=find, size=size, refine=refine, head=None if head is None else str(head))
     segmenter = Segmenter(loaded.backbone, settings)
-    image = load_image(image, loaded.backbone.transform.bit_depth)
-    if isinstance(image, np.ndarray):
-        segmenter.grid(*image.shape[:2])  # raises if it is too long
-        return segmenter([image])[0]
-    dataset, skipped = open_dataset(image).with_bit_depth(loaded.backbone.transform.bit_depth), list[Skipped]()
+    source: Any = load_image(image, loaded.backbone.transform.bit_depth)
+    if isinstance(source, np.ndarray):
+        segmenter.grid(*source.shape[:2])  # raises if it is too long
+        return segmenter([source])[0]
+    dataset, skipped = open_dataset(source).with_bit_depth(loaded.backbone.transform.bit_depth), list[Skipped]()
     results: list[Segmentation | None] = []
     for index in range(len(dataset)):
         try:
