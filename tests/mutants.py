@@ -394,6 +394,13 @@ MUTANTS = (
         "equations/test_nearest.py::test_it_is_a_stable_sort_of_all_cosines",
     ),
     Mutant(
+        "columns after the last group are not searched",
+        "evals/nearest.py",
+        "    columns = torch.cat([columns.flatten(1), ungrouped], 1)\n",
+        "    columns = columns.flatten(1)\n",
+        "equations/test_nearest.py::test_float16_unit_rows_in_shards_are_searched_as_one_array",
+    ),
+    Mutant(
         "a changed file keeps its features",
         "search/build.py",
         "        same &= table[column].to_numpy()[row] == present\n",

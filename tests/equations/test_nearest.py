@@ -25,9 +25,11 @@ def test_it_is_a_stable_sort_of_all_cosines(data: st.DataObject) -> None:
     """Few different rows of 0, 1 and -1: most cosines are equal, and float32 computes them exactly enough to tie."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     distinct = np.eye(4)[rng.integers(0, 4, 3)] * rng.choice([-1, 1], (3, 1))
-    rows = torch.from_numpy(distinct).float()[rng.integers(0, 3, data.draw(st.integers(1, 30)))]
+    rows = torch.from_numpy(distinct).float()[rng.integers(0, 3, data.draw(st.integers(1, 150)))]
     queries, k = torch.from_numpy(np.eye(4, dtype=np.float32)[rng.integers(0, 4, 3)]), data.draw(st.integers(1, 12))
-    cosines, found = top_k(queries, rows, k, block_rows=data.draw(st.integers(1, 31)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nearest, "GROUP_COLUMNS", data.draw(st.integers(1, 4)))
+        cosines, found = top_k(queries, rows, k, block_rows=data.draw(st.integers(1, 151)))
     assert torch.equal(found, oracle(queries, rows, k))
     assert torch.equal(cosines, (queries @ rows.T).gather(1, found))
 
@@ -35,10 +37,11 @@ def test_it_is_a_stable_sort_of_all_cosines(data: st.DataObject) -> None:
 @pytest.mark.parametrize("block_rows", [5, 64, 1000])
 def test_float16_unit_rows_in_shards_are_searched_as_one_array(block_rows: int, monkeypatch) -> None:
     monkeypatch.setattr(nearest, "CACHE_ROWS", 7)
+    monkeypatch.setattr(nearest, "GROUP_COLUMNS", 7)
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(300, 8)).astype(np.float32)
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-    queries = torch.from_numpy(rng.normal(size=(4, 8)))
+    queries = torch.from_numpy(rng.normal(size=(20, 8)))
     shards = Shards([rows[:120], rows[120:121], rows[121:]])
     cosines, found = top_k(queries, shards, 9, unit=True, block_rows=block_rows)
     expected = F.normalize(queries, dim=1) @ torch.from_numpy(rows).double().T

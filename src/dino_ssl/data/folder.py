@@ -218,21 +218,23 @@ def walk(root: Path, skipped: list[Skipped] | None = None) -> Iterator[str]:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) not in visited:
                 visited.add((status.st_dev, status.st_ino))
-                with os.scandir(folder) as entries:  # with a / at the end, folders sort as their files' paths do
-                    names = sorted(os.fsencode(e.name) + b"/" * _is_folder(e) for e in entries)
+                with os.scandir(os.fsencode(folder)) as entries:  # folders end with a /: they sort as their files do
+                    names = sorted(e.name + b"/" * _is_folder(e) for e in entries)
         except OSError as error:
             if skipped is not None:
                 skipped.append(Skipped(printable(folder, root), f"the folder cannot be listed: {error.strerror}"))
         if is_output(names):
             outputs.append(printable(folder, root))
             return
-        for entry in names:
-            name = os.fsdecode(entry.rstrip(b"/"))
-            path = os.path.join(folder, name)
-            if _is_hidden(name):
+        prefix = os.path.join(folder, "")
+        for entry in os.fsdecode(b"\0".join(names)).split("\0"):  # one call for all: names cannot contain \0
+            name = entry.removesuffix("/")
+            if not name or _is_hidden(name):
                 continue
-            if not entry.endswith(b"/"):
-                suffix = os.path.splitext(path)[1].lower()
+            path = prefix + name
+            if name == entry:
+                stem, dot, suffix = name.rpartition(".")
+                suffix = dot + suffix.lower() if stem else ""
                 if suffix in SUFFIXES:
                     yield path
                 else:
@@ -256,7 +258,7 @@ def walk(root: Path, skipped: list[Skipped] | None = None) -> Iterator[str]:
         )
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
     """Return True for a folder or a link to one; False for a link to itself, for which `is_dir` raises."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 

@@ -16,6 +16,8 @@ BLOCK_ROWS = 65536
 """Rows per block: 64 MB of similarities for 256 queries."""
 CACHE_ROWS = 1024
 """float16 rows that are converted at once on a CPU: 1.5 MB of 384 dimensions stay in the cache."""
+GROUP_COLUMNS = 64
+"""Columns whose maximum is taken first."""
 
 
 def top_k(
@@ -71,10 +73,26 @@ def _cosines(queries: Tensor, rows: Tensor, unit: bool, buffer: Tensor) -> Tenso
     return out
 
 
+def _topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return `values.topk(k, dim=1)`, any of equal ones; a quarter of its time on long lines on a CPU.
+
+    The k largest values of a line are in the groups of the k largest maxima.
+    """
+    groups = values.shape[1] // GROUP_COLUMNS
+    if groups < 4 * k or values.device.type != "cpu":
+        return values.topk(k, dim=1)
+    maxima = values[:, : groups * GROUP_COLUMNS].unflatten(1, (groups, GROUP_COLUMNS)).amax(2)
+    columns = GROUP_COLUMNS * maxima.topk(k, dim=1).indices[:, :, None] + torch.arange(GROUP_COLUMNS)
+    ungrouped = torch.arange(groups * GROUP_COLUMNS, values.shape[1]).expand(len(values), -1)
+    columns = torch.cat([columns.flatten(1), ungrouped], 1)
+    largest, places = values.gather(1, columns).topk(k, dim=1)
+    return largest, columns.gather(1, places)
+
+
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest values of each line, descending, and their columns; the first of equal ones first."""
     k = min(k, values.shape[1])
-    largest, columns = values.topk(min(k + 1, values.shape[1]), dim=1)
+    largest, columns = _topk(values, min(k + 1, values.shape[1]))
     if largest.shape[1] > k:
         tied = (largest[:, k] == largest[:, k - 1]).nonzero()[:, 0]  # topk returns any of the equal ones
         columns = columns[:, :k].clone()

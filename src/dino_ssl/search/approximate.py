@@ -111,7 +111,7 @@ class Approximate:
     def __init__(self, folder: Path, info: ApproximateInfo) -> None:
         """Open the file. Raises UserError if faiss is not installed."""
         faiss = import_extra("faiss", "search")
-        self.info, self._ivf = info, faiss.read_index(str(_file(folder, info.generation)), faiss.IO_FLAG_MMAP)
+        self.info, self._ivf = info, faiss.read_index(str(_file(folder, info.generation)), faiss.IO_FLAG_MMAP_IFC)
         self._ivf.nprobe = info.probes
 
     def top_k(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -72,12 +72,12 @@ def _list_folder(root: Path, progress: Progress | None) -> Listing:
         logger.warning("skipped: %s: %s", name, reason)
     if not files:
         raise no_images(root, skipped)
-    prefix = len(os.fsencode(os.path.join(root, "")))
-    paths = [os.fsencode(file)[prefix:] for file in files]
+    prefix = len(os.path.join(root, ""))
+    paths = os.fsencode("\0".join(file[prefix:] for file in files)).split(b"\0")  # names cannot contain \0
 
     def open_at(positions: np.ndarray) -> ImageDataset:
         chosen = [files[position] for position in positions]
-        names = [printable(file[len(os.path.join(root, "")) :]) for file in chosen]
+        names = [printable(file[prefix:]) for file in chosen]
         return FolderDataset(root, chosen, names, np.zeros((len(chosen), 2)), None, (), ())
 
     def labels(names: Sequence[str]) -> list[str | None]:
