@@ -98,13 +98,13 @@ def fake_images(count: int) -> Iterator[tuple[list[Record], np.ndarray]]:
         yield [Record(os.urandom(16), 1, 8, 8) for _ in rows], rows
 
 
-def write_fake_index(folder: Path, listing: Listing, info: Any) -> None:
-    """Write an index of all listed images through the same writer, without images."""
+def write_fake_index(folder: Path, listing: Listing, info: Any, images: Any = None) -> None:
+    """Write an index of all listed images through the same writer; images: records and features (`fake_images`)."""
     count = len(listing.paths)
     names = [path.decode() for path in listing.paths.to_pylist()]
     with writing(folder) as store:
         plan = build.compare(listing, store)
-        build._write(folder, listing, plan, info, store, names, fake_images(count), None)
+        build._write(folder, listing, plan, info, store, names, images or fake_images(count), None)
 
 
 def fake_info(source: Path) -> tuple[Any, Any]:

@@ -24,10 +24,12 @@ OUTPUT_MARK = ".dino-output"
 """File in a folder of images that a command created: they are not part of a dataset around it."""
 
 
-def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
+def atomic_write(path: Path, write: Callable[[Path], Any], *, durable: bool = True) -> Path:
     """Call `write` with a temporary file and rename it to `path`, which holds the old or the new content at any time.
 
     Raises UserError if the disk is full or the folder is not writable; the old file is kept.
+
+    durable: Flush to disk first, which takes milliseconds; otherwise the file may be empty after a power failure.
     """
     begin = os.fsencode(path.name)[:200].decode(errors="ignore")  # a longer name would leave no room for the rest
     temporary = path.with_name(f".{begin}.{uuid.uuid4().hex}{PART}")
@@ -35,8 +37,9 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            if durable:
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from dino_ssl.data.decode import decode, probe
 from dino_ssl.errors import UserError
 from dino_ssl.evals.attention_maps import attention_size, patch_attention, resize_to_patches
 from dino_ssl.models.backbone import Attentive, Backbone
+from dino_ssl.search.query import thumbnail, within
 from dino_ssl.viz.attention import last_features
 from dino_ssl.viz.pca import principal_components, unit_range
 from dino_ssl.viz.rendering import palette
@@ -71,7 +72,7 @@ class Images:
     def upload(self, data: bytes) -> str:
         """Decode and keep an image file; return its source. Raises BadImage."""
         digest = hashlib.sha256(data).hexdigest()[:32]
-        self._uploads[digest] = _within(self._decode(data), SHOWN_SIDE)
+        self._uploads[digest] = within(self._decode(data), SHOWN_SIDE)
         while len(self._uploads) > KEPT_UPLOADS:
             self._uploads.popitem(last=False)
         return digest
@@ -103,8 +104,7 @@ class Images:
 
     def jpeg(self, source: str) -> bytes:
         """Return the image as a JPEG of at most SHOWN_SIDE pixels: the file itself may have any format and metadata."""
-        Image.fromarray(_within(self.pixels(source), SHOWN_SIDE)).save(file := BytesIO(), "JPEG", quality=90)
-        return file.getvalue()
+        return thumbnail(self.pixels(source), SHOWN_SIDE, quality=90)
 
     def mask_png(self, row: int) -> bytes:
         """Return the mask of an image as a PNG: a color for each label, and no color for the background.
@@ -210,16 +210,6 @@ class Images:
         if not 0 <= patch < len(rows):
             raise UserError(f"`patch` must be in 0 .. {len(rows) - 1}; got {patch}.")
         return rows[patch].float()
-
-
-def _within(image: np.ndarray, side: int) -> np.ndarray:
-    """Return the image, downscaled if its longer side has more pixels than this."""
-    height, width = image.shape[:2]
-    scale = side / max(height, width)
-    if scale >= 1:
-        return image
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -222,12 +222,13 @@ class Index(Summarized):
         content = self.items.table["content"][row].as_py().hex()
         file = self.folder / "thumbnails" / content[:2] / f"{content}-{side}.jpg"
         with suppress(OSError):
-            return file.read_bytes()
+            if cached := file.read_bytes():
+                return cached
         ratio = max(int(self.items.widths[row]), int(self.items.heights[row])) // side
         reduce: Reduction = 8 if ratio >= 8 else 4 if ratio >= 4 else 2 if ratio >= 2 else 1
         content = thumbnail(self.read(row, reduce=reduce), side)
         with suppress(UserError):  # a full disk or a read-only folder: only slower
-            atomic_write(file, lambda part: part.write_bytes(content))
+            atomic_write(file, lambda part: part.write_bytes(content), durable=False)
         return content
 
     # -- search ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -81,12 +82,20 @@ def crop(image: np.ndarray, region: Sequence[int]) -> np.ndarray:
     return part
 
 
-def thumbnail(image: np.ndarray, side: int = 128) -> bytes:
+def within(image: np.ndarray, side: int) -> np.ndarray:
+    """Return an image [H, W, 3], downscaled if its longer side has more pixels than this."""
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return image
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def thumbnail(image: np.ndarray, side: int = 128, quality: int = 85) -> bytes:
     """Return an image, uint8 RGB [H, W, 3], as JPEG of at most side x side pixels."""
-    small, out = Image.fromarray(image), io.BytesIO()
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    small.save(out, "JPEG", quality=85)
-    return out.getvalue()
+    Image.fromarray(within(image, side)).save(file := io.BytesIO(), "JPEG", quality=quality)
+    return file.getvalue()
 
 
 def image_vector(index: "Index", image: np.ndarray) -> Tensor:
