@@ -6,7 +6,7 @@ DATA has the folders train/ and val/ (or validation/, or test/) with a folder pe
 equal number per class of train/, linked into a temporary folder; every run is evaluated on the same validation images.
 The command is that of a user: without settings, for a time. `--images-seen 90000` instead of `--minutes` trains for the
 epochs that show so many images, which does not depend on what else runs on the machine. `warning` is what the plan says
-before training.
+before training. With `--work DIR`, the runs are kept, and the same command resumes an interrupted one.
 """
 
 import argparse
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--images-seen", type=int, help="images in all epochs of a run, instead of --minutes")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images and of the run")
+    parser.add_argument("--work", type=Path, help="folder for the runs; default: a temporary one")
     parser.add_argument("--json", type=Path, help="output file")
     options = parser.parse_args()
     console = Console(width=120)
@@ -45,7 +46,7 @@ def main() -> None:
     runs = []
     for count in options.images:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
+            folder = options.work / f"{options.dataset.name}-{count}" if options.work else Path(temporary)
             link(options.dataset / "train", folder / "train", count, options.seed)
             link(val, folder / "val", options.val_images, options.seed)
             seen = options.images_seen
@@ -70,7 +71,8 @@ def link(source: Path, folder: Path, count: int, seed: int) -> None:
         share = math.ceil((count - taken) / (len(classes) - number))
         for name in (dataset.names[int(index)] for index in images[:share]):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).symlink_to((source / name).resolve())
+            if not (folder / name).is_symlink():
+                (folder / name).symlink_to((source / name).resolve())
         taken += min(share, len(images))
 
 
