@@ -36,7 +36,8 @@ from rich.console import Console
 
 from common import about, save
 from dino_ssl import checkpoint
-from dino_ssl.data.decode import decode, probe
+from dino_ssl.data.decode import decode
+from dino_ssl.data.image_header import probe
 from dino_ssl.data.shard_writer import pack
 from dino_ssl.data.shards import PackSettings, ShardDataset
 from dino_ssl.data.synthetic.scenes import Scenes

@@ -156,6 +156,28 @@ def search(result: dict) -> str:
     return "times relative to the base; " + "; ".join(f"{part}: {', '.join(each)}" for part, each in parts.items())
 
 
+def explore(result: dict) -> str:
+    """Return the milliseconds of each part."""
+    return ", ".join(f"{row['part']} **{row['ms']:.0f} ms**" for row in result["rows"])
+
+
+def attention(result: dict) -> str:
+    """Return the Jaccard similarity of each kind of network in the order of the seeds."""
+    values: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        values.setdefault(row["network"], []).append(f"{row['mean of heads']:.1f}")
+    return "; ".join(f"{kind} **{', '.join(each)}**" for kind, each in values.items())
+
+
+def small_datasets(result: dict) -> str:
+    """Return the last accuracy of each run next to its reference scores."""
+    return "; ".join(
+        f"{run['images']:,} images, {run['images'] * run['epochs']:,} seen: **{run['last']:.1f}** "
+        f"({run['raw_pixels']:.1f}, {run['random_weights']:.1f})"
+        for run in sorted(result["runs"], key=lambda run: run["images"])
+    )
+
+
 def step(network: str, **options: str) -> str:
     """Return the command of train_step.py."""
     words = "".join(f" --{name} {value}" for name, value in options.items())
@@ -266,11 +288,35 @@ ROWS = [
         search,
     ),
     Row(
+        "the page of `dino explore` with 100,000 images, until the thumbnails in the window are shown, or the results",
+        "first view 1 s, a search click 200 ms",
+        "python benchmarks/explore.py --json docs/benchmarks/",
+        "explore.json",
+        explore,
+    ),
+    Row(
         "duplicates among 100,000 x 384, against one self-5-NN by faiss IVF; 280 edited copies among 2,000 photographs",
         "at most 4x the time",
         "python benchmarks/duplicates.py imagenette128/train demo --json docs/benchmarks/",
         "duplicates.json",
         duplicates,
+    ),
+    *(
+        Row(
+            f"`dino train` on 200, 500 and 2,000 images of {name}, 20-NN in percent (raw pixels, random weights)",
+            "above both, or a warning of the plan",
+            f"python benchmarks/small_datasets.py --dataset {name} --images-seen 90000 --json docs/benchmarks/",
+            f"small_datasets-{name}.json",
+            small_datasets,
+        )
+        for name in ("imagenette128", "clothing128")
+    ),
+    Row(
+        "attention of a ViT trained by DINO and with labels, same images, three seeds: Jaccard similarity in percent",
+        "DINO above supervised, as in Fig. 4",
+        "python benchmarks/attention_dino_supervised.py --json docs/benchmarks/",
+        "attention_dino_supervised.json",
+        attention,
     ),
     Row(
         "mutated images and files, and killed runs, at random",

@@ -104,7 +104,7 @@ def test_a_threshold_of_another_state_of_the_index_is_measured_again(
 def test_without_perceptual_hashes_the_tier_is_skipped_and_named(
     dino, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dino_ssl.search.store.Items.perceptual_hashes", None)
+    monkeypatch.setattr("dino_ssl.search.items.Items.perceptual_hashes", None)
     ran = dino("duplicates", index, "--threshold", "1", "--json")
     assert "hash" not in ran.json["counts"]
     assert 'that tier is skipped: pip install "dino-ssl[search]"' in ran.err.replace("\n", " ")

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from dino_ssl.data import decode as module
-from dino_ssl.data.dataset import USED, Skipped
-from dino_ssl.data.decode import MAX_PIXELS, BadImage, decode, probe
+from dino_ssl.data.dataset import USED, BadImage, Skipped
+from dino_ssl.data.decode import decode
 from dino_ssl.data.folder import Folder
+from dino_ssl.data.image_header import MAX_PIXELS, probe
 from dino_ssl.data.loader import read_or_none
 from dino_ssl.data.shard_writer import pack
 
@@ -142,7 +143,7 @@ def test_avif_is_read(tmp_path):
 
 
 def test_heic_names_the_package_that_reads_it(monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadImage, match="HEIC needs the package pillow-heif"):
         decode("a.heic", b"\0\0\0\x18ftypheic" + bytes(100))
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from dino_ssl.evals import nearest
 from dino_ssl.evals.nearest import top_k
+from dino_ssl.search.items import Shards
 from dino_ssl.search.nearest import neighbors
-from dino_ssl.search.store import Shards
 
 
 def oracle(queries: torch.Tensor, rows: torch.Tensor, k: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dino_ssl.cli.options import Device, Json, NumHeads, Trust, Weights, parse
 from dino_ssl.config import import_type
 from dino_ssl.data.benchmarks.voc import Masked
 from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Skipped
-from dino_ssl.data.decode import SUFFIXES
+from dino_ssl.data.image_header import SUFFIXES
 from dino_ssl.data.sources import WORDS, open_dataset
 from dino_ssl.errors import UserError
 from dino_ssl.evals.attention_maps import check_ratio

@@ -12,7 +12,8 @@ import numpy as np
 
 from dino_ssl.data.bit_depth import estimate_bit_depth, sample_for_bit_depth
 from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Reduction, Skipped, derived_key
-from dino_ssl.data.decode import MAX_PIXELS, SUFFIXES, decode, probe
+from dino_ssl.data.decode import decode
+from dino_ssl.data.image_header import MAX_PIXELS, SUFFIXES, probe
 from dino_ssl.data.shards import is_shards, open_shards
 from dino_ssl.data.workers import map_in_order
 from dino_ssl.errors import UserError, check_range

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dino_ssl.data.dataset import BadImage, Skipped
-from dino_ssl.data.decode import SUFFIXES, probe
+from dino_ssl.data.image_header import SUFFIXES, probe
 from dino_ssl.files import atomic_write
 from dino_ssl.formatting import visible
 

@@ -26,8 +26,9 @@ from dino_ssl.config import differences, to_dict
 from dino_ssl.data.bit_depth import SAMPLE, estimate_bit_depth
 from dino_ssl.data.bit_depth import SUFFIXES as DEEP_SUFFIXES
 from dino_ssl.data.dataset import BadImage, Skipped
-from dino_ssl.data.decode import decode, probe
+from dino_ssl.data.decode import decode
 from dino_ssl.data.folder import class_level, no_images, printable, read_bytes, readable_images, walk
+from dino_ssl.data.image_header import probe
 from dino_ssl.data.shard_index import ImageRow, scan_shard, write_index
 from dino_ssl.data.shards import (
     INFO,

@@ -23,7 +23,8 @@ import numpy as np
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.data.bit_depth import estimate_bit_depth, sample_for_bit_depth
 from dino_ssl.data.dataset import BadImage, ImageDataset, Reduction, Skipped, StoredNames, derived_key, fingerprint
-from dino_ssl.data.decode import SUFFIXES, decode
+from dino_ssl.data.decode import decode
+from dino_ssl.data.image_header import SUFFIXES
 from dino_ssl.data.shard_index import (
     FORMAT,
     INDEX,

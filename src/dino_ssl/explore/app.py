@@ -34,7 +34,7 @@ THUMBNAIL_SIDE = 320
 THUMBNAIL_THREADS = 4
 """Thumbnails that are made at a time, so that searches do not wait for a screen full of them."""
 MAX_UPLOAD_BYTES = 2**26
-"""Of an uploaded image; its pixels are limited as those of every image, by `decode.MAX_PIXELS`."""
+"""Of an uploaded image; its pixels are limited as those of every image, by `image_header.MAX_PIXELS`."""
 MAX_JSON_BYTES = 2**25
 """Of a request: the rows of three million images."""
 KEEP = {"cache-control": "private, max-age=604800, immutable"}

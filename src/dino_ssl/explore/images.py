@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dino_ssl.data.bit_depth import estimate_bit_depth
 from dino_ssl.data.dataset import BadImage
-from dino_ssl.data.decode import decode, probe
+from dino_ssl.data.decode import decode
+from dino_ssl.data.image_header import probe
 from dino_ssl.errors import UserError
 from dino_ssl.evals.attention_maps import attention_size, patch_attention, resize_to_patches
 from dino_ssl.models.backbone import Attentive, Backbone

@@ -18,9 +18,10 @@ from dino_ssl.evals.base import EvalContext
 from dino_ssl.loading import Checkpoint
 from dino_ssl.progress import Progress
 from dino_ssl.runtime import Precision, machine, start
+from dino_ssl.search.items import SCHEMA
 from dino_ssl.search.listing import Listing, describe_source, list_images
 from dino_ssl.search.reading import KnownContent, Record, has_perceptual_hashes, read_images
-from dino_ssl.search.store import SCHEMA, IndexInfo, Store, Writer, writing
+from dino_ssl.search.store import IndexInfo, Store, Writer, writing
 from dino_ssl.terminal import logger
 
 SAVE_SECONDS = 300

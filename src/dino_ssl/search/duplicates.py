@@ -143,7 +143,7 @@ def find_duplicates(
 
     Args:
         features: [N, D], an array or memory-mapped shards.
-        items: Columns of the N images: see `store.Items`. Without perceptual hashes, that tier finds nothing.
+        items: Columns of the N images: see `items.Items`. Without perceptual hashes, that tier finds nothing.
         threshold: Cosine above which two images are duplicates, -1 to 1 (or higher: none are).
         read: Returns the pixels of a row. Only images of which another has nearly the same features are read.
         keep: The image of a group to keep: the one of most pixels (then bytes), the first by name, or the sharpest.

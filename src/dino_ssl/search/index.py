@@ -26,13 +26,14 @@ from dino_ssl.search.build import BuildSettings, Changes, update_index
 from dino_ssl.search.clusters import Clusters, find_clusters
 from dino_ssl.search.deduplicate import Duplicates, duplicates_of
 from dino_ssl.search.duplicates import HASH_DISTANCE, Keep
+from dino_ssl.search.items import Items
 from dino_ssl.search.listing import restore_source
 from dino_ssl.search.map import MAX_POINTS, Layout, lay_out
 from dino_ssl.search.nearest import top_k
 from dino_ssl.search.query import Query, query_vector, thumbnail
 from dino_ssl.search.results import load_result, save_result
 from dino_ssl.search.select import Method, select
-from dino_ssl.search.store import Items, open_store
+from dino_ssl.search.store import open_store
 from dino_ssl.terminal import logger
 
 

@@ -16,8 +16,9 @@ from dino_ssl.data.benchmarks import read_split
 from dino_ssl.data.benchmarks.voc import LAYOUT as VOC_MASKS
 from dino_ssl.data.benchmarks.voc import Masked, open_voc
 from dino_ssl.data.dataset import BadImage, ImageDataset
-from dino_ssl.data.decode import decode, probe
+from dino_ssl.data.decode import decode
 from dino_ssl.data.folder import walk
+from dino_ssl.data.image_header import probe
 from dino_ssl.data.masks import BACKGROUND, VOID, read_gray
 from dino_ssl.errors import UserError
 from dino_ssl.progress import Progress

@@ -7,7 +7,8 @@ import numpy as np
 
 from dino_ssl.data.benchmarks import read_split
 from dino_ssl.data.dataset import BadImage, ImageDataset
-from dino_ssl.data.decode import decode, probe
+from dino_ssl.data.decode import decode
+from dino_ssl.data.image_header import probe
 from dino_ssl.data.masks import read_mask
 from dino_ssl.errors import UserError
 from dino_ssl.progress import Progress
