@@ -5,8 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dino_ssl.data.dataset import ImageDataset
+from dino_ssl.data.loader import shaped_batches
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
 from dino_ssl.evals.base import EvalContext, Scores
@@ -113,6 +116,31 @@ def test_a_complete_evaluation(network: ViT | Timm) -> None:
     fewer = CopyDetection(dimensions=8).prepare([SCENES.open()], EvalContext(size=32))(backbone)
     assert fewer.details["whitened dimensions"] == 8
     assert fewer.details["rank of the original"] != scores.details["rank of the original"]
+
+
+def test_multiscale_descriptors_are_the_whitened_ones_of_each_size_side_by_side() -> None:
+    torch.manual_seed(0)
+    backbone = CONVNET.build().eval()
+    copies, whitening = synthetic_copies(SCENES)
+    searched = [copies.copies, copies.originals, copies.others]
+    features = []
+    for side in (32, 32, 64, 96):  # 0.5, 0.7, 1.0 and 1.4 times 64, in multiples of a patch of 32
+        rows = [descriptors(backbone, dataset, side) for dataset in (*searched, whitening)]
+        fit = fit_whitening(rows[-1])
+        features.append([F.normalize(whiten(part, fit), dim=1) for part in rows[:-1]])
+    queries, *database = (torch.cat(parts, dim=1) for parts in zip(*features, strict=True))
+    ranks = (queries @ torch.cat(database).T).argsort(dim=1, descending=True)
+    expected = [(ranks[q] == copies.original_of[q]).nonzero().item() for q in range(len(queries))]
+    scores = CopyDetection(multiscale=True).prepare([SCENES.open()], EvalContext(size=64))(backbone)
+    assert list(scores.details["rank of the original"].values()) == expected
+
+
+@torch.no_grad()
+def descriptors(backbone: Backbone, dataset: ImageDataset, side: int) -> Tensor:
+    ((_, images),) = shaped_batches(
+        dataset, np.full((len(dataset), 2), side), pixels=10**9, indices=np.arange(len(dataset))
+    )
+    return copy_descriptor(backbone, backbone.transform.normalize(images))
 
 
 def pixel_scores(sources: list, context: EvalContext = EvalContext()) -> Scores:  # noqa: B008

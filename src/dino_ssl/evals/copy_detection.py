@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dino_ssl.data.benchmarks.copydays import BLOCKS, Copies, distort, find_copies, make_copies
@@ -24,6 +25,8 @@ from dino_ssl.evals.features import ImageFeatures, extract_resized, raw_pixels, 
 from dino_ssl.evals.ranking import average_precision, sequential_mean, target_ranks
 from dino_ssl.models.backbone import Backbone
 
+SCALES = (0.5, 0.7, 1.0, 1.4)
+"""Sizes of multi-scale descriptors, relative to `size`."""
 SYNTHETIC_ORIGINALS = 100
 """Number of originals that `scenes` generates, with 4 times as many distractors and 5 times as many for whitening."""
 
@@ -102,11 +105,14 @@ class CopyDetection(Evaluation):
     examples: ClassVar[str] = """\
   dino eval copy-detection dino_vitb16 copydays/ yfcc10k/ yfcc20k/                Table 4: 224 pixels
   dino eval copy-detection dino_vitb8 copydays/ yfcc10k/ yfcc20k/ --size 320
-  dino eval copy-detection runs/photos photos/ none more_photos/                  edited copies of your own images
+  dino eval copy-detection runs/photos photos/ none more_photos/ --multiscale     edited copies of your own images
   dino eval copy-detection runs/photos scenes                                     no download"""
 
     size: int | None = None
     """Side in pixels of the square that an image is resized to; default: the training size."""
+    multiscale: bool = False
+    """Also describe images at 0.5, 0.7 and 1.4 of the size, for networks that were trained on small crops: the paper's
+    descriptor has one size."""
     gem: float = 4.0
     """Exponent of the generalized mean over the patches."""
     dimensions: int | None = None
@@ -156,8 +162,24 @@ class CopyDetection(Evaluation):
         whitening: ImageDataset | None,
         context: EvalContext,
     ) -> Scores:
-        side, key = self.size or context.size, f"cls and gem {self.gem}"
-        describe = partial(copy_descriptor, backbone, p=self.gem)
+        size, patch = self.size or context.size, backbone.patch
+        scales = SCALES if self.multiscale else (1.0,)
+        sides = [max(1, round(scale * size / patch)) * patch if self.multiscale else size for scale in scales]
+        by_side = [self._descriptors(backbone, side, searched, whitening, context) for side in sides]
+        by_dataset = zip(searched, zip(*by_side, strict=True), strict=True)
+        features = [concatenated(parts, len(dataset)) for dataset, parts in by_dataset]
+        return _score(copies, features, searched, context, is_whitened=whitening is not None)
+
+    def _descriptors(
+        self,
+        backbone: Backbone,
+        side: int,
+        searched: Sequence[ImageDataset],
+        whitening: ImageDataset | None,
+        context: EvalContext,
+    ) -> list[ImageFeatures]:
+        """Return the descriptors of each dataset at one size, whitened if there are images for that."""
+        describe, key = partial(copy_descriptor, backbone, p=self.gem), f"cls and gem {self.gem}"
         with evaluating(backbone):  # some ConvNets have another width in their patches
             width = describe(torch.zeros(1, 3, side, side, device=context.device)).shape[1]
 
@@ -165,8 +187,22 @@ class CopyDetection(Evaluation):
             shapes = np.full((len(dataset), 2), side)
             return extract_resized(backbone, dataset, shapes, describe, width=width, key=key, context=context)
 
-        fit = None if whitening is None else fit_whitening(descriptors(whitening).features, self.dimensions)
-        return _score(copies, [descriptors(dataset) for dataset in searched], searched, context, fit)
+        if whitening is None:
+            return [descriptors(dataset) for dataset in searched]
+        fit = fit_whitening(descriptors(whitening).features, self.dimensions)
+        parts = (descriptors(dataset) for dataset in searched)
+        return [part._replace(features=whiten(part.features, fit)) for part in parts]
+
+
+def concatenated(parts: Sequence[ImageFeatures], count: int) -> ImageFeatures:
+    """Return the descriptors of `count` images at several sizes as one each, to which every size contributes equally.
+
+    An image that became unreadable meanwhile is skipped.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    rows = torch.cat([F.normalize(part.every_row(count), dim=1) for part in parts], dim=1)
+    return parts[-1]._replace(features=rows[parts[-1].indices])
 
 
 def synthetic_copies(scenes: Scenes, seed: int = 0) -> tuple[Copies, ImageDataset]:
@@ -182,14 +218,13 @@ def _score(
     features: Sequence[ImageFeatures],
     datasets: Sequence[ImageDataset],
     context: EvalContext,
-    whitening: Whitening | None = None,
+    *,
+    is_whitened: bool = False,
 ) -> Scores:
     """Rank and score, given the features of the copies and of each dataset of the database.
 
     Unreadable copies are skipped; an unreadable original ranks last.
     """
-    if whitening is not None:
-        features = [part._replace(features=whiten(part.features, whitening)) for part in features]
     rows = [part.every_row(len(dataset)) for part, dataset in zip(features, datasets, strict=True)]
     indices = features[0].indices.tolist()
     originals = [copies.original_of[[q]] for q in indices]
@@ -200,7 +235,7 @@ def _score(
     details = {
         "mAP by strength": strengths,
         "rank of the original": dict(zip([copies.copies.names[q] for q in indices], ranks, strict=True)),
-        "whitened dimensions": None if whitening is None else whitening.basis.shape[1],
+        "whitened dimensions": features[0].features.shape[1] if is_whitened else None,
         "skipped": skipped_details(*features),
     }
     return Scores({f"mAP {block}": value for block, value in blocks.items()}, details)
