@@ -33,7 +33,7 @@ def atomic_write(path: Path, write: Callable[[Path], Any], *, durable: bool = Tr
     """
     begin = os.fsencode(path.name)[:200].decode(errors="ignore")  # a longer name would leave no room for the rest
     temporary = path.with_name(f".{begin}.{uuid.uuid4().hex}{PART}")
-    with write_errors(path):
+    with write_errors(path, is_kept=os.path.isfile(path)):  # `Path.is_file` raises for a long name
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
@@ -56,8 +56,11 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of a write to `path` into a UserError that gives the reason, as a full disk."""
+def write_errors(path: Path, *, is_kept: bool = False) -> Iterator[None]:
+    """Turn an OSError of a write to `path` into a UserError that gives the reason, as a full disk.
+
+    is_kept: there is an older file of this name, which a failed write does not change.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -69,7 +72,7 @@ def write_errors(path: Path) -> Iterator[None]:
         message = f"Cannot write {path}: {cause.strerror or cause}."
         if cause.errno == errno.ENOSPC:
             message += " The disk is full: free some space and run the same command again."
-            message += " The last good file is kept." if path.is_file() else ""
+            message += " The last good file is kept." if is_kept else ""
         elif cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             message += " Choose another path, or allow writing to its folder."
         raise UserError(message) from error
