@@ -106,7 +106,7 @@ def test_saliency_sets_are_recognized(tmp_path: Path, folders: tuple[str, str], 
 def test_other_folders_are_refused_with_the_layouts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)no benchmark.*ECSSD"):
         open_objects(tmp_path)
-    with pytest.raises(UserError, match="expected images with boxes or masks"):
+    with pytest.raises(UserError, match="Expected images with boxes or masks"):
         dino_ssl.evaluate(
             ViT(width=48, depth=1, heads=3, patch=8).build(), ObjectDiscovery(), [np.zeros((9, 9, 3), "u1")]
         )

@@ -1,7 +1,7 @@
 """Datasets by what the user passes: a path, the name of a synthetic dataset, settings, or a Python object."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -174,6 +174,38 @@ def source_name(source: DatasetSource) -> str:
 def folder_path(source: DatasetSource) -> Path | None:
     """Return the path of a source that is a file or folder; None for synthetic datasets and Python objects."""
     return dataset_config(source, "train").folder if isinstance(source, str | Path | DatasetConfig) else None
+
+
+def open_annotated(
+    source: DatasetSource,
+    read_folder: Callable[[Path], ImageDataset],
+    kind: Any,
+    annotations: str,
+    progress: Progress | None = None,
+) -> Any:
+    """Return the dataset of a source whose images have annotations; a folder is one of a benchmark.
+
+    Args:
+        source: See `open_dataset`; a synthetic dataset is its part val.
+        read_folder: Returns the dataset of a benchmark's folder.
+        kind: Protocol of the dataset, which has a method for the annotations.
+        annotations: Their names in messages, such as "masks".
+        progress: Receives (done, total) while images are listed.
+    """
+    path = folder_path(source)
+    dataset = open_dataset(source, progress, part="val") if path is None else read_folder(path)
+    return annotated(dataset, kind, annotations)
+
+
+def annotated(dataset: ImageDataset, kind: Any, annotations: str) -> Any:
+    """Return a dataset. Raises UserError if it has no annotations; see `open_annotated`."""
+    if not isinstance(dataset, kind):
+        methods = annotations.replace("boxes", "boxes(i)").replace("masks", "mask(i)")
+        raise UserError(
+            f"Expected images with {annotations}; {type(dataset).__name__} has none. Give the folder of a benchmark, "
+            f"`scenes`, or a dataset with a method {methods}."
+        )
+    return dataset
 
 
 def synthetic_scenes(source: DatasetSource, **changes: Any) -> Scenes | None:

@@ -6,6 +6,7 @@ best head counts; it is averaged over the objects of an image, then over images.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from dino_ssl import distributed
 from dino_ssl.data.benchmarks.voc import Masked, open_voc
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.masks import BACKGROUND, VOID
-from dino_ssl.data.sources import DatasetSource, folder_path, open_dataset
+from dino_ssl.data.sources import DatasetSource, open_annotated
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.attention_maps import (
     attention_size,
@@ -109,15 +110,8 @@ class AttentionMasks(Evaluation):
         """Open images with masks."""
         (source,) = sources
         with context.progress("reading the dataset") as progress:
-            if (path := folder_path(source)) is None:
-                dataset = open_dataset(source, progress, part="val")
-            else:
-                dataset = open_voc(path, split=self.split, progress=progress)
-        if not isinstance(dataset, Masked):
-            raise UserError(
-                f"attention-masks expected images with masks; {type(dataset).__name__} has none. Give the folder of "
-                "PASCAL VOC 2012, `scenes`, or a dataset with a method mask(i)."
-            )
+            read_folder = partial(open_voc, split=self.split, progress=progress)
+            dataset = open_annotated(source, read_folder, Masked, "masks", progress)
         return PreparedEval(
             name=self.name,
             data={"voc": {"images": len(dataset), "fingerprint": dataset.fingerprint}},

@@ -9,6 +9,7 @@ patches, and the mask is enlarged to the size of the image.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from dino_ssl.data.benchmarks.objects import BenchmarkImages, Boxed, SalientImag
 from dino_ssl.data.benchmarks.voc import Masked
 from dino_ssl.data.dataset import BadImage, ImageDataset
 from dino_ssl.data.masks import BACKGROUND, VOID
-from dino_ssl.data.sources import DatasetSource, folder_path, open_dataset
+from dino_ssl.data.sources import DatasetSource, folder_path, open_annotated
 from dino_ssl.discovery.regions import box_of, largest_component
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.attention_maps import MAX_PATCHES, attention_size, network_input, resize_to_patches
@@ -155,17 +156,10 @@ class ObjectDiscovery(Evaluation):
         """Open images with boxes or masks."""
         (source,) = sources
         with context.progress("reading the dataset") as progress:
-            if (path := folder_path(source)) is None:
-                dataset = open_dataset(source, progress, part="val")
-            else:
-                dataset = open_objects(path, split=self.split, progress=progress)
-        if not isinstance(dataset, Boxed | Masked):
-            raise UserError(
-                f"object-discovery expected images with boxes or masks; {type(dataset).__name__} has none. Give the "
-                "folder of a benchmark, `scenes`, or a dataset with a method boxes(i) or mask(i)."
-            )
+            read_folder = partial(open_objects, split=self.split, progress=progress)
+            dataset = open_annotated(source, read_folder, Boxed | Masked, "boxes or masks", progress)
         settings = self
-        if path is None and self.size is None:
+        if folder_path(source) is None and self.size is None:
             settings = replace(self, size=attention_size(context.size))
         benchmark = dataset.benchmark if isinstance(dataset, BenchmarkImages) else ""
         references = {"center_box": lambda: settings._score(None, dataset, context)}

@@ -20,7 +20,7 @@ from dino_ssl.data.benchmarks.voc import CLASSES as VOC_CLASSES
 from dino_ssl.data.benchmarks.voc import VOC, Masked, open_voc
 from dino_ssl.data.dataset import BadImage, ImageDataset, spaced_indices
 from dino_ssl.data.masks import BACKGROUND, VOID
-from dino_ssl.data.sources import DatasetSource, folder_path, open_dataset
+from dino_ssl.data.sources import DatasetSource, annotated, folder_path, open_dataset
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.attention_maps import attention_size, network_input, resize_to_patches
 from dino_ssl.evals.base import EvalContext, Evaluation, PreparedEval, Scores, Source
@@ -90,12 +90,7 @@ class WeakSegmentation(Evaluation):
         train_source, *others = sources
         with context.progress("reading the datasets") as progress:
             train = _open(train_source, "train", progress)
-            val = _open(others[0] if others else train_source, "val", progress)
-        if not isinstance(val, Masked):
-            raise UserError(
-                f"weak-segmentation is scored on images with masks; {type(val).__name__} has none. Give the folder of "
-                "PASCAL VOC 2012, `scenes`, or a dataset with a method mask(i)."
-            )
+            val = annotated(_open(others[0] if others else train_source, "val", progress), Masked, "masks")
         classes = class_names(train)
         if not classes or class_names(val) != classes:
             raise UserError(
