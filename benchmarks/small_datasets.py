@@ -26,6 +26,7 @@ from rich.table import Table
 
 from common import about, save
 from dino_ssl.data.folder import Folder
+from dino_ssl.files import has_checkpoint
 
 COLUMNS = ("last", "best", "raw_pixels", "random_weights", "epochs", "minutes")
 
@@ -78,10 +79,11 @@ def link(source: Path, folder: Path, count: int, seed: int) -> None:
 
 def train(folder: Path, length: Sequence[Any], seed: int) -> dict[str, Any]:
     """Run `dino train` on the folder; return its last and best accuracy in percent, and its reference scores."""
-    command = [sys.executable, "-m", "dino_ssl", "train", folder / "train", "--val", folder / "val", "--json"]
-    options = [*length, "--seed", seed, "--out", folder / "run"]
+    data = [folder / "train", "--val", folder / "val", *length, "--seed", seed]
+    options = ["--resume", folder / "run"] if has_checkpoint(folder / "run") else [*data, "--out", folder / "run"]
+    command = [sys.executable, "-m", "dino_ssl", "train", *options, "--json"]
     began = time.monotonic()
-    done = subprocess.run([*map(str, command), *map(str, options)], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, check=True)
     result, spent = json.loads(done.stdout), time.monotonic() - began
     plan = {row["name"]: row for row in json.loads((folder / "run/plan.json").read_text())["plan"]}
     described = json.loads((folder / "run/run.json").read_text())
