@@ -119,6 +119,11 @@ def test_clusters_name_the_objects(dino, checkpoint: Path, images: Path) -> None
     assert Path("out/classes.txt").read_text() == "cluster 3\ncluster 7\n"
     assert Path("out/yolo/cat/1.txt").read_text().startswith("1 ")
     assert "columns name and cluster" in dino("segment", checkpoint, images, "--classes", checkpoint).err
+    labels = os.stat("out/labels/cat/1.png").st_mtime_ns
+    Path("c.csv").write_text("name,cluster\ncat/1.png,3\ndog/1.png,7\n")  # the same clusters, of other images
+    dino("segment", checkpoint, images, "-o", "out", "--classes", "c.csv", "--formats", "yolo")
+    assert Path("out/yolo/cat/1.txt").read_text().startswith("0 ")
+    assert os.stat("out/labels/cat/1.png").st_mtime_ns == labels
     Path("other.csv").write_text("name,cluster\nbird.png,7\n")
     assert "names none of the 3 images" in dino("segment", checkpoint, images, "--classes", "other.csv").err
 
@@ -163,6 +168,24 @@ def test_only_new_and_changed_images_are_segmented(dino, checkpoint: Path, image
     Path("out/labels/cat/2.png").unlink()
     again = dino("segment", checkpoint, images, "-o", "out", "--formats", "yolo", "--json").json
     assert (again["images"], again["segmented"]) == (3, 1)
+
+
+def test_a_mask_is_that_of_the_image_that_has_its_name_now(dino, checkpoint: Path, images: Path) -> None:
+    """Other folders with the same names, other spellings of a folder, and images that differ by their suffix only."""
+    for folder in (images / "cat", images / "dog", images / "cat"):
+        dino("segment", checkpoint, folder, "-o", "out", "--formats", "sheet")
+        shape = cv2.imread(str(folder / "1.png")).shape[:2]
+        assert read_mask(Path("out/labels/1.png")).shape == shape
+    again = dino("segment", checkpoint, images / "dog/../cat", "-o", "out", "--json").json
+    assert (again["segmented"], again["unchanged"]) == (0, 2)
+
+    Image.open(images / "dog/1.png").save(images / "cat/1.bmp")
+    dino("segment", checkpoint, images / "cat", "-o", "out")
+    (images / "cat/1.bmp").rename("1.bmp")  # 1.png, which was 1-2.png, gets its name
+    assert dino("segment", checkpoint, images / "cat", "-o", "out", "--json").json["segmented"] == 1
+    Path("1.bmp").rename(images / "cat/1.bmp")
+    assert dino("segment", checkpoint, images / "cat", "-o", "out", "--json").json["segmented"] == 1
+    assert read_mask(Path("out/labels/1.png")).shape == (48, 32)
 
 
 def test_an_interrupted_command_resumes(dino, checkpoint: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,6 +286,9 @@ def test_masks(index: Index, tmp_path: Path) -> None:
     assert wrong.status_code == 400
     assert "64 x 5 pixels" in wrong.json()["error"]
     assert client.get("/api/mask/2").status_code == 404
+    row = {"image": names[1], "stem": Path(names[0]).with_suffix("")}  # images may differ by their suffix only
+    (tmp_path / "segments.jsonl").write_text(json.dumps(row, default=str) + "\n")
+    assert client.get("/api/mask/1").content == client.get("/api/mask/0").content
 
 
 # -- selections

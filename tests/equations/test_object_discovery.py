@@ -59,8 +59,11 @@ def test_voc_boxes_count_pixels_from_one_and_include_difficult_objects(tmp_path:
         read_voc_boxes(tmp_path / "bad.xml")
 
 
-def test_the_published_scores_are_those_of_the_set(tmp_path: Path, network: VisionTransformer) -> None:
-    result = dino_ssl.evaluate(network, ObjectDiscovery(), voc(tmp_path / "VOC2007"))
+def test_the_published_scores_are_those_of_the_set(
+    tmp_path: Path, network: VisionTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(voc(tmp_path / "VOC2007"))
+    result = dino_ssl.evaluate(network, ObjectDiscovery(), ".")
     assert result["references"]["published"] == {"CorLoc LOST": 61.9, "CorLoc TokenCut": 68.8}
     assert result["values"].keys() == {"CorLoc LOST", "CorLoc TokenCut"}
     assert result["references"]["center_box"]["CorLoc LOST"] == 50.0  # half of the first image's box
@@ -120,6 +123,15 @@ def test_boxes_of_masks_surround_each_object(tmp_path: Path) -> None:
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\n")
     np.testing.assert_array_equal(boxes_of(open_objects(tmp_path), 0), [[5, 3, 20, 9], [40, 30, 50, 40]])
+
+
+def test_an_image_of_two_patches_is_an_object(tmp_path: Path, network: VisionTransformer) -> None:
+    write_images(tmp_path / "JPEGImages", ["a.jpg"], (network.patch, 2 * network.patch))
+    write_mask(tmp_path / "SegmentationClass/a.png", np.ones((network.patch, 2 * network.patch), np.uint8))
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\n")
+    result = dino_ssl.evaluate(network, ObjectDiscovery(), tmp_path)
+    assert result["values"]["CorLoc TokenCut"] == 100
 
 
 def test_padding_is_zero_after_the_normalization_and_boxes_end_with_the_image(network: VisionTransformer) -> None:

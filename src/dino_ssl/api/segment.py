@@ -35,8 +35,8 @@ def segment(
     Args:
         checkpoint: A run folder, a file, a released network, timm:NAME, or a backbone.
         image: A file, a PIL image, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W]; or a folder, a list of these,
-            or any map-style torch dataset, for which a list with the result of each image is returned: None for one
-            that cannot be read, which is logged.
+            or any map-style torch dataset, for which a list with the result of each of its images is returned: None for
+            one that cannot be decoded. Files that are no images are none of them. Both are logged.
         method: "tokencut", "maskcut" (several objects), "lost", or "attention".
         size: Short side of the network's input in pixels. Default: 480, or twice a training size below 224.
         refine: Move the edges of the masks to edges of the image.
@@ -54,7 +54,8 @@ def segment(
     if isinstance(source, np.ndarray):
         segmenter.grid(*source.shape[:2])  # raises if it is too long
         return segmenter([source])[0]
-    dataset, skipped = open_dataset(source).with_bit_depth(loaded.backbone.transform.bit_depth), list[Skipped]()
+    dataset = open_dataset(source).with_bit_depth(loaded.backbone.transform.bit_depth)
+    skipped = list(dataset.skipped)
     results: list[Segmentation | None] = []
     for index in range(len(dataset)):
         try:

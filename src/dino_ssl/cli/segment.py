@@ -85,7 +85,7 @@ def _segment(options: SegmentOptions, terminal: Terminal) -> dict[str, Any]:
     for kind, path in result.files.items():
         terminal.print(f"  {kind:<8} {path}{'' if Path(path).suffix else '/'}")
     if not total:
-        raise UserError(f"None of the {plural(len(items), 'image')} can be segmented.")
+        raise UserError(f"Of {plural(len(items), 'image')}, none can be segmented.")
     return {
         "checkpoint": options.checkpoint,
         "out": options.out,

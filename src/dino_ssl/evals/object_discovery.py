@@ -220,7 +220,8 @@ class ObjectDiscovery(Evaluation):
             else:
                 with context.autocast():
                     coarse = find.find(backbone, view.input)[0].masks
-                coarse = coarse[0] if len(coarse) else np.ones(1, bool).reshape(1, 1)
+                grid = [side // backbone.patch for side in view.input.shape[-2:]]
+                coarse = coarse[0] if len(coarse) else np.ones(grid, bool)
                 mask = view.to_mask(coarse)
                 box = view.to_box(largest_component(coarse) if find.method == "attention" else coarse)
             if len(boxes):

@@ -4,9 +4,10 @@ n = h w patches of an image. The page knows an image by its source: the row in t
 """
 
 import hashlib
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from dino_ssl.data.decode import decode
 from dino_ssl.data.image_header import probe
 from dino_ssl.errors import UserError
 from dino_ssl.evals.attention_maps import attention_size, patch_attention, resize_to_patches
+from dino_ssl.files import read_lines
 from dino_ssl.models.backbone import Attentive, Backbone
 from dino_ssl.search.query import thumbnail, within
 from dino_ssl.viz.attention import last_features
@@ -66,7 +68,7 @@ class Images:
     def __init__(self, index: Any, masks: Path | None = None) -> None:
         self.index, self.masks = index, masks
         self._uploads: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._features, self._attention = Cache(KEPT_FEATURES), Cache(KEPT_ATTENTION)
+        self._features, self._attention, self._segments = Cache(KEPT_FEATURES), Cache(KEPT_ATTENTION), Cache(1)
 
     # -- pixels
 
@@ -130,10 +132,21 @@ class Images:
 
     def _mask_path(self, name: str) -> Path:
         for folder in () if self.masks is None else (self.masks / "labels", self.masks):
-            path = folder / Path(name).with_suffix(".png")
+            path = folder / f"{self._stems().get(name, os.path.splitext(name)[0])}.png"
             if path.is_file() and path.resolve().is_relative_to(folder.resolve()):  # a link may lead elsewhere
                 return path
         raise KeyError(f"mask of {name}")
+
+    def _stems(self) -> Mapping[str, str]:
+        """Return the names of the files of `dino segment` by those of the images, of which two may share a stem."""
+        file = Path(self.masks or "") / "segments.jsonl"
+        if not file.is_file():
+            return {}
+
+        def read() -> dict[str, str]:
+            return {row["image"]: row["stem"] for row in read_lines(file)}
+
+        return self._segments.get_or(file.stat().st_mtime_ns, read)
 
     # -- patches
 

@@ -4,6 +4,7 @@ OUT/labels/NAME.png     numbers of the objects, an indexed PNG; the other format
 OUT/soft/NAME.png       soft masks
 OUT/segments.jsonl      a line per image: digest of its content, number of objects, scores
 OUT/settings.json       the network and the settings; others are refused
+OUT/exported.json       the classes of the objects in the files of each format
 """
 
 import hashlib
@@ -107,7 +108,7 @@ def segment_folder(
     mark_output(out)
     check_settings(out, checkpoint, segmenter)
     lines, skipped = out / "segments.jsonl", list[Skipped]()
-    records = {row["name"]: row for row in read_lines(lines)}
+    records = {row["stem"]: row for row in read_lines(lines)}  # images of other folders may have the same files
     with progress("checking the files") as show:
         pending = list(_pending(items, records, out, soft, segmenter, skipped, show))
     with progress("masks") as show:
@@ -120,18 +121,19 @@ def segment_folder(
                     {"number": int(number), "score": round(float(score), 4), "class": name}
                     for number, score, name in zip(result.numbers, result.scores, result.classes, strict=True)
                 ]
-                row = {"name": item.name, "stem": item.stem, "digest": digest, "objects": objects, "note": result.note}
+                names = {"name": item.name, "image": item.dataset.names[item.index], "stem": item.stem}
+                row = {**names, "digest": digest, "objects": objects, "note": result.note}
                 append_jsonl(lines, row)
-                records[item.name] = row
+                records[item.stem] = row
                 done += 1
             show(done + len(skipped), len(pending) + len(skipped))
     failed = {skip.name for skip in skipped}
     annotated = [
         Annotated(item.name, item.stem, item.source, labels_path(out, item), _found(record, item))
         for item in items
-        if item.name not in failed and (record := records.get(item.name)) is not None
+        if item.name not in failed and (record := records.get(item.stem)) is not None
     ]
-    empty = [Skipped(each.name, records[each.name]["note"]) for each in annotated if not each.found]
+    empty = [Skipped(each.name, records[each.stem]["note"]) for each in annotated if not each.found]
     files = {"labels": f"{out}/labels"} | ({"soft": f"{out}/soft"} if soft != "none" else {})
     files |= export_all(out, annotated, items, formats, segmenter.head.classes if segmenter.head else ())
     objects = sum(len(each.found) for each in annotated)
@@ -183,11 +185,10 @@ def _pending(
 ) -> Iterator[tuple[tuple[int, int], Item]]:
     """Yield (grid of patches, item) of the images without up-to-date files; skip images that are too long."""
     for done, item in enumerate(items, 1):
-        record = records.get(item.name, {})
+        record = records.get(item.stem)
         try:
             files = [labels_path(out, item)] + ([out / "soft" / f"{item.stem}.{soft}"] if soft != "none" else [])
-            is_written = record.get("stem") == item.stem and all(file.is_file() for file in files)
-            if not is_written or item.digest() != record["digest"]:
+            if not (record and all(file.is_file() for file in files) and item.digest() == record["digest"]):
                 width, height = item.dataset.sizes[item.index].tolist()
                 yield segmenter.grid(height, width), item
         except BadImage as error:
@@ -235,21 +236,28 @@ def export_all(
     formats: Sequence[Format],
     head_classes: Sequence[str],
 ) -> dict[str, str]:
-    """Write the masks in other formats; files of one image only if its label map or the list of classes is newer."""
-    names = {found.class_name for each in annotated for found in each.found if found.class_name is not None}
-    classes = list(head_classes) or sorted(names)
+    """Write the masks in other formats; files of one image only if its label map is newer or its classes are others."""
+    assigned = {each.stem: [found.class_name for found in each.found] for each in annotated}
+    classes = list(head_classes) or sorted({name for names in assigned.values() for name in names if name is not None})
     listed = out / "classes.txt"
     text = "".join(f"{visible(name)}\n" for name in classes or [export.OBJECT])
-    has_new_classes = not listed.is_file() or listed.read_text(encoding="utf-8") != text
-    if has_new_classes and formats:
+    if formats and not (listed.is_file() and listed.read_text(encoding="utf-8") == text):
         atomic_write(listed, lambda part: part.write_text(text, encoding="utf-8"))
+    exported: dict[str, Any] = read_json(out / "exported.json") or {"format": FORMAT}
+    check_format(out / "exported.json", exported.get("format"), FORMAT)
     files = {}
     for kind in (kind for kind in formats if kind in PER_IMAGE):
         write, suffix = PER_IMAGE[kind]
+        state = exported.get(kind, {})
+        known = state["assigned"] if state.get("classes") == classes else {}
         for each in annotated:
             path = out / kind / f"{each.stem}{suffix}"
-            if has_new_classes or not path.is_file() or path.stat().st_mtime_ns < each.labels.stat().st_mtime_ns:
+            is_same = known.get(each.stem) == assigned[each.stem] and path.is_file()
+            if not is_same or path.stat().st_mtime_ns < each.labels.stat().st_mtime_ns:
                 write(path, each, classes)
+        if state != (current := {"classes": classes, "assigned": known | assigned}):
+            exported[kind] = current
+            write_json(out / "exported.json", exported)
         files[kind] = f"{out}/{kind}"
     if "coco" in formats:
         files["coco"] = str(export.write_coco(out / "coco.json", annotated, classes))

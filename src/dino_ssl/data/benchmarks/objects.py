@@ -104,7 +104,7 @@ def open_objects(path: str | Path, *, split: str = "trainval", progress: Progres
 
     Raises UserError, with the layouts, if there is none, or if files are missing.
     """
-    root, layout = Path(path).expanduser(), LAYOUT.format(split=split)
+    root, layout = Path(path).expanduser().absolute(), LAYOUT.format(split=split)  # its name is that of the benchmark
     for folder in (root, root / "VOC2007", root / "VOC2012", root / "VOCdevkit/VOC2007", root / "VOCdevkit/VOC2012"):
         if (folder / "Annotations").is_dir() and (folder / "ImageSets/Main").is_dir():
             return _open_voc_boxes(folder, split, layout, progress)
