@@ -3,6 +3,7 @@
 python benchmarks/segmentation.py speed                            TokenCut with a dense solver and with Lanczos
 python benchmarks/segmentation.py refinement [--voc VOC2012]       J and F of coarse and refined true masks
 python benchmarks/segmentation.py quality runs/demo-0 runs/demo-1 runs/demo-2      masks of trained networks
+python benchmarks/segmentation.py weak runs/demo-0 runs/demo-1 runs/demo-2         heads that learn from masks
 python benchmarks/segmentation.py images runs/demo-0               docs/images/segment.jpg
 
 The numbers are written to docs/benchmarks/segmentation-NAME.json.
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import dino_ssl
 from dino_ssl.data.benchmarks.voc import Masked, open_voc
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import open_dataset
@@ -37,6 +39,7 @@ from dino_ssl.evals.davis_score import contour_accuracy, jaccard
 from dino_ssl.evals.label_propagation import resize_nearest
 from dino_ssl.evals.object_discovery import center_box
 from dino_ssl.evals.object_masks import ObjectMasks, patch_features
+from dino_ssl.evals.weak_segmentation import WeakSegmentation
 from dino_ssl.files import write_json
 from dino_ssl.loading import open_checkpoint
 from dino_ssl.models.vit import ViT
@@ -216,6 +219,19 @@ def quality(checkpoints: list[str], data: str, count: int) -> dict[str, Any]:
     return {"data": data, "images": len(images), "box in the center": round(box, 3), "rows": rows}
 
 
+def weak(checkpoints: list[str], data: str, count: int) -> dict[str, Any]:
+    """Return the mIoU of a linear head by the masks that it learned from, for trained networks and random weights."""
+    rows = []
+    for seed, path in enumerate(checkpoints):
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.fresh is not None
+        torch.manual_seed(seed)
+        for name, network in (("trained", checkpoint.backbone), ("random weights", checkpoint.fresh())):
+            values = dino_ssl.evaluate(network, WeakSegmentation(max_images=count), data, references=False)["values"]
+            rows.append({"seed": seed, "network": name, **{row: round(value, 2) for row, value in values.items()}})
+    return {"data": data, "images": count, "rows": rows}
+
+
 def draw_images(checkpoint: str, path: Path, count: int = 6) -> Path:
     """Draw synthetic images with the masks of each method."""
     network, scenes = open_checkpoint(checkpoint).backbone, SMALL_OBJECTS
@@ -249,9 +265,9 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("speed", "refinement", "quality", "images"))
+    parser.add_argument("name", choices=("speed", "refinement", "quality", "weak", "images"))
     parser.add_argument("checkpoints", nargs="*")
-    parser.add_argument("--count", type=int, default=16, help="images; 100 for quality are enough")
+    parser.add_argument("--count", type=int, default=16, help="images; 100 are enough for quality and weak")
     parser.add_argument("--data", default="small-objects")
     parser.add_argument("--voc", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs"))
@@ -263,6 +279,7 @@ def main() -> None:
         "speed": lambda: speed(options.count),
         "refinement": lambda: refinement(options.voc),
         "quality": lambda: quality(options.checkpoints, options.data, options.count),
+        "weak": lambda: weak(options.checkpoints, options.data, options.count),
     }[options.name]
     result = measure()
     show(result)
