@@ -473,8 +473,8 @@ MUTANTS = (
     Mutant(
         "a changed image keeps its mask",
         "segmentation/folder.py",
-        'if not is_written or item.digest() != record["digest"]:',
-        "if not is_written:",
+        ' and item.digest() == record["digest"]):',
+        "):",
         "cli/test_segment.py::test_only_new_and_changed_images_are_segmented",
     ),
     Mutant(

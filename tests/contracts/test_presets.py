@@ -19,7 +19,9 @@ from dino_ssl.errors import UserError
 from dino_ssl.methods import DINOConfig
 from dino_ssl.presets import plan as planning
 from dino_ssl.presets.benchmark_step import BenchmarkStep, Speed, measure, time_loading
-from dino_ssl.presets.plan import FULL_SCHEDULE_STEPS, Plan, fit_to_size, plan, short_schedule, with_workers
+from dino_ssl.presets.plan import FULL_SCHEDULE_STEPS, Plan, plan, short_schedule, with_workers
+from dino_ssl.presets.recipe import fit_to_size
+from dino_ssl.presets.small import small
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine
 from dino_ssl.schedules import Clock
@@ -151,7 +153,7 @@ def test_what_is_learned_does_not_depend_on_the_measured_speed(
         runs.append(edit(chosen.run, workers=0))
     assert runs[0] == runs[1] == runs[2]
     assert len(calls) == 3
-    assert runs[0].backbone == planning.small().backbone.with_image_size(runs[0].views.size)
+    assert runs[0].backbone == small().backbone.with_image_size(runs[0].views.size)
 
 
 @pytest.mark.usefixtures("quick")
@@ -211,7 +213,7 @@ def test_time_and_epochs_together_are_refused() -> None:
 )
 def test_the_plan_warns_if_too_few_images_are_seen(minutes: float, warning: str) -> None:
     def warning_of(preset: Run | None = None, **settings: Any) -> str:
-        chosen = plan(Gray(2000, 48), CPU, preset=preset, minutes=minutes, change=lambda run: edit(run, **settings))
+        chosen = plan(Gray(5000, 48), CPU, preset=preset, minutes=minutes, change=lambda run: edit(run, **settings))
         return next((f"{row.value}: {row.reason}" for row in chosen.reasons if row.name == "warning"), "")
 
     text = warning_of()
@@ -219,6 +221,16 @@ def test_the_plan_warns_if_too_few_images_are_seen(minutes: float, warning: str)
     assert bool(warning) == ("which take 15 min here: train longer (`minutes`), add images, or start from" in text)
     assert not warning_of(init="dino_vits16")
     assert not warning_of(preset=presets.resolve("demo"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_plan_warns_of_few_different_images() -> None:
+    def warning(count: int) -> str:
+        rows = plan(Gray(count, 48), CPU, minutes=60).reasons
+        return next((f"{row.value}: {row.reason}" for row in rows if row.name == "warning"), "")
+
+    assert "may end below raw pixels: 2,000 different images" in warning(2000)
+    assert not warning(3000)
 
 
 @pytest.mark.usefixtures("quick")

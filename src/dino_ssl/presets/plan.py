@@ -5,39 +5,29 @@ Nothing is chosen later: the Run that `plan` returns is trained, and saved with 
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dino_ssl.config import edit
 from dino_ssl.data.dataset import ImageDataset
-from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.errors import UserError
 from dino_ssl.formatting import duration, plural
 from dino_ssl.methods import MethodConfig
 from dino_ssl.methods.dino import DINOConfig
-from dino_ssl.models.vit import ViT
 from dino_ssl.presets.benchmark_step import Speed, measure, micro_batch
-from dino_ssl.presets.small import small, small_vit
+from dino_ssl.presets.recipe import Rows, describe_teacher, fit_to_size, recipe_for
 from dino_ssl.progress import Progress
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine, machine_memory
 
-PROTOTYPES = ((35, 32), (284, 128), (20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
-"""(largest number of images, K): at most four prototypes per training image, since most would stay unused otherwise.
-App. C: 65536 for ImageNet."""
 FORMAT = 1
 """Version of plan.json."""
-LARGE_DATASET = 200_000
-"""Images from which on the paper's settings are used, on a GPU."""
-CPU_IMAGES, MAX_CPU_EPOCHS = 400_000, 600
-"""Training images, counted in every epoch, on a CPU, and the most epochs. 110 images/s on two cores take an hour;
-`small` reached 62 % on 6,500 photos after 320,000 images and 65 % after 500,000 (README)."""
-GPU_EPOCHS = ((100_000, 400), (500_000, 200))
-"""(largest number of images, epochs) on a GPU; 100, as the paper's shortest run, for more."""
 LEARNING_IMAGES = (("random weights", 25_000), ("raw pixels", 60_000))
 """(reference scores, training images, counted in every epoch, from which on `small` is above them) on 5,200 to 6,500
 photos (LOG.md). On 400 photos it was below both after 3 minutes. Larger networks need more."""
+FEW_IMAGES = 2500
+"""Images up to which half an hour ended above raw pixels on some photos and below on others (LOG.md, 200 to 2,000)."""
 FULL_SCHEDULE_STEPS = 8000
 """Steps from which on the full schedules of learning rate and momentum are better: two hours on two cores."""
 WORKER_MARGIN = 1.25
@@ -65,8 +55,6 @@ class Plan(NamedTuple):
 
 Change = Callable[[Run], Run]
 """Applies the user's settings to any Run."""
-Rows = dict[str, tuple[str, str]]
-"""Value and reason of each choice by its name; the functions below add theirs."""
 
 
 def plan(
@@ -87,7 +75,7 @@ def plan(
     the measured speed. world: number of ranks. Raises UserError if the user sets both time and epochs.
     """
     rows: Rows = {}
-    recipe = _for_dataset(dataset, machine, world, method, rows) if preset is None else preset
+    recipe = recipe_for(dataset, machine, world, method, rows) if preset is None else preset
     recipe = _for_machine(recipe, dataset, machine, rows, keep_float32=preset is not None)
     run = change(recipe)
     if preset is None and run.views.size != recipe.views.size:
@@ -118,7 +106,7 @@ def plan(
         epochs = _choose_length(run, machine, speed, steps, world, minutes, rows)
         if preset is None:  # LEARNING_IMAGES were measured with the networks and settings of a plan
             seconds = speed.seconds(run, machine, LEARNING_IMAGES[-1][1]) / world
-            _warn_of_few_images(run, epochs * steps * run.optim.batch_size, seconds, rows)
+            _warn_of_few_images(run, len(dataset), epochs * steps * run.optim.batch_size, seconds, rows)
     adapts = preset is None and machine.device.type == "cpu"
 
     def fit(epochs: int, change: Change = change) -> Run:
@@ -162,91 +150,6 @@ def short_schedule(run: Run, steps: int) -> Run:
         return run
     peak = run.optim.lr * run.optim.batch_size / 256
     return edit(run, method=method, optim=dict(min_lr=peak / 2))
-
-
-def _for_dataset(dataset: ImageDataset, machine: Machine, world: int, kind: type[MethodConfig], rows: Rows) -> Run:
-    """Choose network, method, crops, batch size and learning rate."""
-    count, on_cpu = len(dataset), machine.device.type == "cpu"
-    large = count >= LARGE_DATASET and not on_cpu
-    if on_cpu:
-        run, reason = small(), "a ResNet-10 of half the width: the best accuracy after an hour on a CPU"
-    else:
-        run = edit(small_vit(), backbone=ViT(size="small", patch=16), views=MultiCrop())
-        reason = "the paper's main network"
-    rows["images"] = f"{count:,}", f"median short side {dataset.short_side} px"
-    rows["network"] = run.backbone.describe(), reason
-    if kind is not DINOConfig:
-        run = edit(run, method=kind() if large else kind.for_small_data(count))
-        settings = "defaults" if run.method == kind() else "settings for thousands of images"
-        rows["method"] = run.method.summary, f"chosen by you, with its {settings}"
-    else:
-        run = _with_prototypes(run, count, large, rows)
-    run = _with_crops(run, dataset.short_side, on_cpu, rows)
-    size = _batch_size(run, count, machine, world)
-    rows["batch"] = f"{size}", "images per step over all ranks; fits into memory and gives many steps"
-    run = edit(run, optim=dict(batch_size=size, epochs=_num_epochs(count, on_cpu)))
-    run = edit(run, optim=dict(lr=5e-4, weight_decay_end=0.4)) if large else run
-    rows["learning rate"] = f"{run.optim.lr:g} per 256", "the paper's" if large else "tuned on small datasets"
-    return run
-
-
-def _with_prototypes(run: Run, count: int, large: bool, rows: Rows) -> Run:
-    """Choose K and the teacher of DINO."""
-    prototypes = next((k for limit, k in PROTOTYPES if count <= limit), 65536)
-    rows["K"] = f"{prototypes}", f"prototypes for {plural(count, 'image')} (65536 for ImageNet's 1.3 million)"
-    if large:
-        teacher, reason = dict(momentum=0.996, teacher_temp=0.07, warmup_teacher_temp_epochs=30), "the paper's"
-    else:
-        teacher, reason = {}, "a fast teacher: with few steps, the paper's 0.996 would stay close to its random start"
-    run = edit(run, method=dict(out_dim=prototypes, **teacher))
-    rows["teacher"] = _describe_teacher(run), reason
-    return run
-
-
-def _describe_teacher(run: Run) -> str:
-    method: Any = run.method
-    return f"momentum {method.momentum:g} to {method.momentum_end:g}, temperature {method.teacher_temp:g}"
-
-
-def _with_crops(run: Run, short_side: int, on_cpu: bool, rows: Rows) -> Run:
-    """Choose global and local crops that are multiples of the patch size and fit into the images."""
-    views: Any = run.views
-    multiple, largest = run.backbone.patch_multiple, views.global_size
-    size = max(2 * multiple, min(largest, short_side) // multiple * multiple)
-    local_size = max(multiple, round(size * views.local_size / largest / multiple) * multiple)
-    reason = f"multiples of {multiple} px within images of {short_side} px"
-    if size == largest:
-        reason += "; larger crops cost more than they gain here" if on_cpu else "; the paper's size"
-    views = edit(views, global_size=size, local_size=local_size)
-    if not run.method.local_views:
-        views = edit(views, local=0, global_scale=(0.14, 1.0))  # the authors' scale without local views
-        reason += "; local crops do not help this method"
-    rows["crops"] = " + ".join(f"{number}x{side}" for number, side in views.view_shapes), reason
-    return edit(fit_to_size(run, size), views=views)
-
-
-def fit_to_size(run: Run, size: int) -> Run:
-    """Return the run with a network for views of this size; the size of evaluations keeps its ratio to the views."""
-    eval_size = run.online_eval.size and round(run.online_eval.size * size / run.views.size)
-    return edit(run, backbone=run.backbone.with_image_size(size), online_eval=dict(size=eval_size))
-
-
-def _batch_size(run: Run, count: int, machine: Machine, world: int) -> int:
-    """Return a power of two that is divisible by the ranks, fits into memory, and gives 25 steps per epoch if possible.
-
-    A tenth of the images may be held out.
-    """
-    fits = 0.5 * machine.memory / run.backbone.activation_bytes(run.views.size) * world
-    largest = 64 if machine.device.type == "cpu" else 1024
-    size = min(fits, largest, max(8, count / 25), 0.9 * count)
-    return max(1, 2 ** int(math.log2(max(1, size))) // world) * world
-
-
-def _num_epochs(count: int, on_cpu: bool) -> int:
-    """Return the epochs for this many images: more for fewer images."""
-    if on_cpu:
-        return max(1, min(MAX_CPU_EPOCHS, round(CPU_IMAGES / count)))
-    return next((epochs for limit, epochs in GPU_EPOCHS if count <= limit), 100)
 
 
 def _for_machine(run: Run, dataset: ImageDataset, machine: Machine, rows: Rows, *, keep_float32: bool) -> Run:
@@ -294,15 +197,26 @@ def _choose_length(
     return epochs
 
 
-def _warn_of_few_images(run: Run, num_images: int, seconds: float, rows: Rows) -> None:
-    """Add a warning if the run sees too few images to learn. seconds: the time of the most of LEARNING_IMAGES."""
-    below = [name for name, needed in LEARNING_IMAGES if num_images < needed]
-    if below and run.init is None and not run.method.classifies:
+def _warn_of_few_images(run: Run, num_distinct: int, num_images: int, seconds: float, rows: Rows) -> None:
+    """Add a warning if the run sees too few images to learn, or too few different ones.
+
+    num_images: those of all epochs. seconds: the time of the most of LEARNING_IMAGES.
+    """
+    if run.init is not None or run.method.classifies:
+        return
+    if below := [name for name, needed in LEARNING_IMAGES if num_images < needed]:
         rows["warning"] = (
             f"probably ends below {' and '.join(below)}",
             f"its epochs have {plural(num_images, 'image')} in all; about {LEARNING_IMAGES[-1][1]:,} were needed in "
             f"our measurements, which take {duration(seconds)} here: train longer (`minutes`), add images, or start "
             "from released weights (`init` dino_vits16)",
+        )
+    elif num_distinct <= FEW_IMAGES:
+        rows["warning"] = (
+            "may end below raw pixels",
+            f"{plural(num_distinct, 'different image')}: runs on 200 to 2,000 ended above raw pixels on photos of many "
+            "scenes, and below on photos of one layout: add images, or start from released weights (`init` "
+            "dino_vits16)",
         )
 
 
@@ -310,7 +224,7 @@ def _explain_schedule(run: Run, steps: int, rows: Rows) -> None:
     """Replace the reasons of the final values of learning rate and momentum if they are those for few steps."""
     if steps < FULL_SCHEDULE_STEPS and run.method.for_few_steps() is not None:
         reason = f"only {plural(steps, 'step')}: the usual final values are for {FULL_SCHEDULE_STEPS:,} and more"
-        rows["teacher"] = _describe_teacher(run), reason
+        rows["teacher"] = describe_teacher(run), reason
         rows["learning rate"] = f"{run.optim.lr:g} per 256, decays to one half", reason
 
 
