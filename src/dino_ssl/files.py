@@ -129,6 +129,13 @@ def mark_output(folder: Path) -> None:
             (folder / OUTPUT_MARK).write_text("Images written by dino. Remove this file to use them as a dataset.\n")
 
 
+def claim_output(folder: Path) -> None:
+    """Create and mark an output folder. Raises UserError if it has other content, which might be overwritten."""
+    mark_output(folder)
+    if not (folder / OUTPUT_MARK).exists():
+        raise UserError(f"{folder} has other content. Expected a new folder.")
+
+
 def check_writable(folder: Path) -> None:
     """Raise UserError if an output folder cannot be created or written, before hours of work are lost."""
     with write_errors(folder):  # of a name that is too long

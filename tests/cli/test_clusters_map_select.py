@@ -95,6 +95,8 @@ def test_a_second_round_reads_the_files_of_the_first(dino, index: Path, method: 
 def test_errors_name_the_choice(dino, index: Path) -> None:
     Path("names.txt").write_text("star/missing.png\n")
     Path("columns.csv").write_text("file\nx\n")
+    Path("other").mkdir()
+    Path("other/0000000.jpg").write_text("a photo")
     for words, message in (
         (["clusters", index, "-k", "100"], "-k"),
         (["clusters", index, "-k", "2", "--density"], "either"),
@@ -104,6 +106,13 @@ def test_errors_name_the_choice(dino, index: Path) -> None:
         (["select", index, "--labeled", "columns.csv"], "a column name"),
         (["select", index, "--labeled", "missing.txt"], "missing.txt"),
         (["clusters", "photos"], "There is no index photos"),
+        (["clusters", index, "--per-cluster", "0"], "--per-cluster must be at least 1"),
+        (["clusters", index, "--html", "photos/1.jpg"], "has the name of an image"),
+        (["map", index, "-o", "photos/1.PNG"], "has the name of an image"),
+        (["select", index, "--list", "other"], "other is a folder"),
+        (["map", index, "--thumbnails", "other"], "other has other content"),
+        (["search", index, "0", "--html", "1.webp"], "has the name of an image"),
+        (["duplicates", index, "--yes", "--move", "columns.csv"], "columns.csv is a file"),
     ):
         ran = dino(*words)
         assert (ran.code, message in ran.err) == (2, True), ran.err

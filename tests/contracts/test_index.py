@@ -21,7 +21,9 @@ from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
 from dino_ssl.models import ViT
 from dino_ssl.models.backbone import Backbone
+from dino_ssl.models.weights import save_backbone
 from dino_ssl.search import build, reading, store
+from dino_ssl.search.listing import list_images
 
 FORK = multiprocessing.get_context("fork")
 VIT = ViT(width=48, depth=1, heads=2, patch=8, image_size=32, drop_path=0.0)
@@ -241,6 +243,49 @@ def test_a_folder_that_was_moved(net, photos, tmp_path, opened):
     opened.clear()
     index = dino_ssl.Index.build(net, moved, path=index.folder)
     assert (opened, index.changes.kept, index.path_of(4).parents[1]) == ([], 12, moved)
+
+
+def test_a_checkpoint_that_was_moved_is_found_at_its_new_path(net, photos, tmp_path, opened):
+    save_backbone(VIT, net.state_dict(), tmp_path / "one.safetensors")
+    index = dino_ssl.Index.build(tmp_path / "one.safetensors", photos, path=tmp_path / "idx")
+    (tmp_path / "one.safetensors").rename(tmp_path / "two.safetensors")
+    opened.clear()
+    again = dino_ssl.Index.build(tmp_path / "two.safetensors", photos, path=tmp_path / "idx")
+    assert (again.generation, opened) == (index.generation, [])
+    assert dino_ssl.Index(tmp_path / "idx").checkpoint.source == str(tmp_path / "two.safetensors")
+
+
+def test_what_was_wrong_with_a_file_and_may_be_solved_is_tried_again(net, photos, tmp_path):
+    (photos / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))  # its package may be installed later
+    (photos / "link.jpg").symlink_to("missing")
+    index = dino_ssl.Index.build(net, photos, path=tmp_path / "idx")
+    assert {item.name for item in index.skipped} == {"broken.jpg", "phone.heic", "link.jpg"}
+    listing = list_images(str(photos))
+    plan = build.compare(listing, store.open_store(tmp_path / "idx"))
+    assert listing.paths.take(plan.to_read).to_pylist() == [b"phone.heic"]
+    assert len(dino_ssl.Index.build(net, photos, path=tmp_path / "idx").skipped) == 3
+
+
+def test_a_thumbnail_of_a_file_that_has_changed_is_not_kept(net, photos, tmp_path):
+    first, second = sorted((photos / "gear").glob("*.png"))[:2]
+    index = dino_ssl.Index.build(net, photos, path=tmp_path / "idx")
+    row = index.items.row_of(str(first.relative_to(photos)))
+    first.rename(tmp_path / "a.png")
+    second.rename(first)
+    (tmp_path / "a.png").rename(second)  # they have each other's names
+    of_other = index.thumbnail(row)
+    assert index.change_of(row) == "has changed since it was indexed"
+    index.update()
+    row = index.items.row_of(str(second.relative_to(photos)))  # with the content of the first
+    assert index.thumbnail(row) != of_other
+
+
+def test_the_path_of_an_index_need_not_be_utf_8(net, photos, tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.idx"))
+    index = dino_ssl.Index.build(net, photos, path=path)
+    assert same(state(dino_ssl.Index(path)), state(index))
+    with pytest.raises(UserError, match="expected a path in UTF-8"):
+        dino_ssl.Index.build(net, photos, path=path, approximate=True)
 
 
 def test_a_second_writer_is_refused(net, photos, tmp_path):

@@ -166,3 +166,26 @@ def test_the_journal_is_complete_before_the_first_move(
     monkeypatch.setattr(moves, "_move_all", count)
     move_files(planned(photos, tmp_path / "moved"), tmp_path / "moved")
     assert lines == [3]
+
+
+def test_a_renamed_folder_is_moved_back_and_missing_files_are_reported(photos: Path, tmp_path: Path) -> None:
+    before = contents(photos)
+    move_files(planned(photos, tmp_path / "moved"), tmp_path / "moved")
+    (tmp_path / "moved").rename(tmp_path / "renamed")
+    (tmp_path / "renamed/a.jpg").rename(tmp_path / "kept.jpg")
+    moved, refused = undo_moves(tmp_path / "renamed")
+    assert (moved, [(each.path.name, each.reason) for each in refused]) == (2, [("a.jpg", "is missing")])
+    (tmp_path / "kept.jpg").rename(tmp_path / "renamed/a.jpg")
+    assert undo_moves(tmp_path / "renamed") == (1, [])
+    assert contents(photos) == before
+    assert not (tmp_path / "renamed").exists()
+
+
+def test_a_line_of_the_journal_that_was_cut_does_not_lose_the_next_one(photos: Path, tmp_path: Path) -> None:
+    before, plan = contents(photos), planned(photos, tmp_path / "moved")
+    move_files(plan[:1], tmp_path / "moved")
+    journal = tmp_path / "moved" / JOURNAL
+    journal.write_text(journal.read_text() + '{"format": 1, "sour')  # a full disk
+    move_files(plan[1:], tmp_path / "moved")
+    assert undo_moves(tmp_path / "moved") == (3, [])
+    assert contents(photos) == before

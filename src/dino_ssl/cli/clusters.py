@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import tyro
 
 from dino_ssl.cli.embed import write_csv
-from dino_ssl.cli.images import run_command
+from dino_ssl.cli.images import check_output_file, run_command
 from dino_ssl.cli.options import Flag
 from dino_ssl.cli.search import OpenIndexOptions, index_tiles
-from dino_ssl.files import atomic_write, check_writable
+from dino_ssl.errors import check_range
+from dino_ssl.files import atomic_write
 from dino_ssl.formatting import plural
 from dino_ssl.search.clusters import Clusters
 from dino_ssl.search.gallery import Group, write_gallery
@@ -51,6 +52,9 @@ class ClustersOptions(OpenIndexOptions):
     per_cluster: int = 12
     """Images of each cluster on the page."""
 
+    def __post_init__(self) -> None:
+        check_range(self, "per_cluster", least=1)
+
 
 def clusters(argv: Sequence[str]) -> int:
     """Run `dino clusters`."""
@@ -58,8 +62,8 @@ def clusters(argv: Sequence[str]) -> int:
 
 
 def _clusters(options: ClustersOptions, terminal: Terminal) -> dict[str, Any]:
-    for path in filter(None, (options.html, options.csv)):
-        check_writable(Path(path).parent)
+    for path in (options.html, options.csv):
+        check_output_file(path)
     index = options.open()
     settings: Any = {name: getattr(options, name) for name in ("k", "density", "min_size", "seed")}
     with terminal.progress("clusters") as progress:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from dino_ssl.cli.embed import write_csv
-from dino_ssl.cli.images import run_command
+from dino_ssl.cli.images import check_output_file, run_command
 from dino_ssl.cli.options import Device, Flag, Trust, plain
 from dino_ssl.cli.search import OpenIndexOptions
 from dino_ssl.errors import UserError
@@ -74,8 +74,10 @@ def _duplicates(options: DuplicatesOptions, terminal: Terminal) -> dict[str, Any
         return _undo(Path(options.undo), terminal)
     if options.move and not (options.yes or sys.stdin.isatty()):
         raise UserError("--move asks before it moves files, but standard input is no terminal. Add --yes to move them.")
-    for path in filter(None, (options.html, options.csv)):
-        check_writable(Path(path).parent)
+    for path in (options.html, options.csv):
+        check_output_file(path)
+    if options.move:
+        check_writable(Path(options.move))
     index = options.open(checkpoint=options.checkpoint, device=options.device, trust=options.trust)
     settings: Any = {"keep": options.keep, "distance": options.distance, "progress": terminal.progress}
     result = index.duplicates(options.threshold, **settings)

@@ -19,6 +19,7 @@ from dino_ssl.data.image_header import SUFFIXES
 from dino_ssl.data.sources import WORDS, open_dataset
 from dino_ssl.errors import UserError
 from dino_ssl.evals.attention_maps import check_ratio
+from dino_ssl.files import check_writable
 from dino_ssl.loading import Checkpoint, open_checkpoint
 from dino_ssl.names import is_import
 from dino_ssl.terminal import Terminal, command_output, is_rank0
@@ -106,6 +107,17 @@ def partial_features(path: Path, terminal: Terminal) -> Iterator[Path]:
         raise
     if is_rank0():
         shutil.rmtree(folder, ignore_errors=True)  # there is none if the features are read from a file
+
+
+def check_output_file(path: str | None) -> None:
+    """Raise UserError if a page or a table cannot be written, or would replace an image that was named by mistake."""
+    if path is None:
+        return
+    if Path(path).suffix.lower() in SUFFIXES:
+        raise UserError(f"{path} has the name of an image. Expected a new file, such as result.html or result.csv.")
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder. Expected a new file in it, such as {Path(path) / 'result.html'}.")
+    check_writable(Path(path).parent)
 
 
 def dataset_named(name: str) -> str | DatasetConfig:

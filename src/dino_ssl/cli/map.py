@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from dino_ssl.cli.images import run_command
+from dino_ssl.cli.images import check_output_file, run_command
 from dino_ssl.cli.search import OpenIndexOptions
 from dino_ssl.data.dataset import BadImage
-from dino_ssl.files import atomic_write, check_writable, mark_output
+from dino_ssl.files import atomic_write, claim_output
 from dino_ssl.formatting import format_bytes, plural
 from dino_ssl.search.index import Index
 from dino_ssl.search.map import MAX_POINTS
@@ -50,7 +50,9 @@ def map(argv: Sequence[str]) -> int:
 
 def _map(options: MapOptions, terminal: Terminal) -> dict[str, Any]:
     path, folder = Path(options.out), options.thumbnails and Path(options.thumbnails)
-    check_writable(path.parent)
+    check_output_file(options.out)
+    if folder:
+        claim_output(folder)
     index = options.open()
     with terminal.progress("t-SNE") as progress:
         layout = index.map(perplexity=options.perplexity, max_points=options.max_points, progress=progress)
@@ -91,7 +93,6 @@ def _thumbnails(index: Index, rows: np.ndarray, progress: Any) -> Iterator[tuple
 
 
 def _write_thumbnails(index: Index, rows: np.ndarray, folder: Path, progress: Any) -> None:
-    mark_output(folder)
     for done, row in enumerate(rows.tolist(), 1):
         with suppress(BadImage):
             content = index.thumbnail(row)

@@ -2,16 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from dino_ssl.cli.images import run_command
+from dino_ssl.cli.images import check_output_file, run_command
 from dino_ssl.cli.options import Device, Flag, Json, Trust
 from dino_ssl.data.dataset import BadImage
 from dino_ssl.errors import UserError
-from dino_ssl.files import check_writable
 from dino_ssl.search.gallery import Group, Tile, write_gallery
 from dino_ssl.search.index import Index
 from dino_ssl.search.query import crop, query_image, thumbnail
@@ -75,8 +73,7 @@ def search(argv: Sequence[str]) -> int:
 def _search(options: SearchOptions, terminal: Terminal) -> dict[str, Any]:
     if not options.queries:
         raise UserError("No query given. Expected an image: dino search photos.idx query.jpg")
-    if options.html is not None:
-        check_writable(Path(options.html).parent)
+    check_output_file(options.html)
     opened = options.open(checkpoint=options.checkpoint, device=options.device, trust=options.trust)
     names = ("k", "region", "folder", "label", "exact")
     hits = opened.search(list(options.queries), **{name: getattr(options, name) for name in names})
@@ -97,8 +94,12 @@ def _search(options: SearchOptions, terminal: Terminal) -> dict[str, Any]:
 
 def _query_tiles(opened: Index, options: SearchOptions) -> Iterator[Tile]:
     for query in options.queries:
-        image = query_image(opened, query)
-        yield Tile(query, thumbnail(image if options.region is None else crop(image, options.region)))
+        try:
+            image = query_image(opened, query)
+        except BadImage:  # an item of the index whose file is gone
+            yield Tile(query, None)
+        else:
+            yield Tile(query, thumbnail(image if options.region is None else crop(image, options.region)))
 
 
 def index_tiles(index: Index, rows: Sequence[int], notes: Sequence[str]) -> Iterator[Tile]:

@@ -10,10 +10,10 @@ import pyarrow.csv
 import tyro
 
 from dino_ssl.cli.embed import FORMULA, write_csv
-from dino_ssl.cli.images import run_command
+from dino_ssl.cli.images import check_output_file, run_command
 from dino_ssl.cli.search import OpenIndexOptions, index_tiles
 from dino_ssl.errors import UserError
-from dino_ssl.files import atomic_write, check_writable
+from dino_ssl.files import atomic_write
 from dino_ssl.formatting import plural
 from dino_ssl.search.gallery import Group, write_gallery
 from dino_ssl.search.select import Method
@@ -62,8 +62,8 @@ def select(argv: Sequence[str]) -> int:
 
 
 def _select(options: SelectOptions, terminal: Terminal) -> dict[str, Any]:
-    for path in filter(None, (options.list, options.csv, options.html)):
-        check_writable(Path(path).parent)
+    for path in (options.list, options.csv, options.html):
+        check_output_file(path)
     index = options.open()
     labeled = [name for file in options.labeled for name in read_names(Path(file))]
     with terminal.progress("selecting") as progress:
@@ -100,7 +100,8 @@ def read_names(path: Path) -> Sequence[str]:
             return [name for line in path.read_text("utf-8").splitlines() if (name := line.strip())]
         options = pyarrow.csv.ConvertOptions(column_types={"name": pyarrow.string()}, include_columns=["name"])
         lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
-        table = pyarrow.csv.read_csv(path, parse_options=lines, convert_options=options)
+        with path.open("rb") as file:  # its name need not be UTF-8
+            table = pyarrow.csv.read_csv(file, parse_options=lines, convert_options=options)
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException, KeyError) as error:
         raise UserError(
             f"{path} cannot be read as a list of images: {error}. Expected a name per line, or .csv with a column name."

@@ -54,6 +54,7 @@ PLUGINS: dict[bytes, Any] = {
 """Pillow's plugins by the first bytes of a file; `Image.open` would try other parsers, too."""
 _AVIF = (b"ftypavif", b"ftypavis")
 _HEIC = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypheim", b"ftypheis", b"ftypmif1", b"ftypmsf1")
+NEEDS_HEIF = "HEIC needs the package pillow-heif"
 _JPEG_END, _PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """JPEG markers of a frame header, which has precision, height, width and components."""
@@ -144,7 +145,7 @@ def _plugin(start: bytes) -> Any:
         return AvifImageFile
     if start.startswith(_HEIC, 4):
         if importlib.util.find_spec("pillow_heif") is None:
-            raise OSError("HEIC needs the package pillow-heif")
+            raise OSError(NEEDS_HEIF)
         return importlib.import_module("pillow_heif").HeifImageFile
     raise OSError("not an image of a known format (JPEG, PNG, WebP, AVIF, HEIC, BMP, GIF, TIFF)")
 

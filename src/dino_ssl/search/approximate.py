@@ -8,6 +8,7 @@ search. If the rows of the index have changed, it is out of date and not used un
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dino_ssl.config import from_dict, to_dict
 from dino_ssl.errors import UserError, import_extra
 from dino_ssl.evals.nearest import top_k
 from dino_ssl.files import atomic_write, read_json, write_json
+from dino_ssl.formatting import visible
 
 INFO = "approximate.json"
 FORMAT = 1
@@ -53,7 +55,7 @@ def build_ivf(features: Any) -> tuple[Any, int, float]:
     Raises UserError if faiss is not installed.
     """
     faiss, count, width = import_extra("faiss", "search"), len(features), features.shape[1]
-    lists = 2 ** round(np.log2(2 * max(count, 1) ** 0.5))  # 1,024 of 200,000 rows
+    lists = min(max(count, 1), 2 ** round(np.log2(2 * max(count, 1) ** 0.5)))  # 1,024 of 200,000 rows
     ivf = faiss.IndexIVFScalarQuantizer(
         faiss.IndexFlatIP(width), width, lists, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
     )
@@ -84,6 +86,8 @@ def _choose_probes(ivf: Any, features: Any) -> tuple[int, float]:
 def write_approximate(folder: Path, features: Any, generation: int) -> ApproximateInfo:
     """Build approximate search for the rows of a generation, and write it to the folder of the index."""
     faiss = import_extra("faiss", "search")
+    if os.fsencode(folder).decode(errors="ignore") != str(folder):
+        raise UserError(f"faiss cannot write to {visible(str(folder))}: expected a path in UTF-8 for `approximate`.")
     ivf, probes, recall = build_ivf(features)
     atomic_write(_file(folder, generation), lambda part: faiss.write_index(ivf, str(part)))
     info = ApproximateInfo(generation=generation, lists=ivf.nlist, probes=probes, recall=recall)
@@ -126,5 +130,5 @@ def open_approximate(folder: Path, generation: int) -> Approximate | None:
         return None
     try:
         return Approximate(folder, info)
-    except (UserError, RuntimeError):  # faiss raises RuntimeError if the file is missing or damaged
+    except (UserError, RuntimeError, UnicodeError):  # the file is missing or damaged, or its path is not UTF-8
         return None

@@ -1,5 +1,7 @@
 """Build and update an index: only new and changed images are read, and a known content keeps its features."""
 
+import errno
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from dino_ssl import __version__
+from dino_ssl.data.image_header import NEEDS_HEIF
 from dino_ssl.data.sources import DatasetSource
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.evals.base import EvalContext
@@ -26,6 +29,8 @@ from dino_ssl.terminal import logger
 
 SAVE_SECONDS = 300
 """Seconds after which an update is saved: an interrupted one resumes there."""
+SOLVABLE = {*map(os.strerror, errno.errorcode), NEEDS_HEIF}
+"""Reasons why an image cannot be read that may be gone although its file has not changed: it is read again."""
 INSTALL = 'pip install "dino-ssl[search]"'
 
 
@@ -93,6 +98,9 @@ def compare(listing: Listing, store: Store | None) -> Plan:
     if has_perceptual_hashes() and store.items.perceptual_hashes is None:
         missing = table["perceptual"].is_null().to_numpy() & table["reason"].is_null().to_numpy()
         same &= ~missing[row]
+    reasons = table["reason"].to_pylist()[store.info.rows :]
+    may_be_solved = np.array([False] * store.info.rows + [reason in SOLVABLE for reason in reasons], bool)
+    same &= ~may_be_solved[row]
     if listing.content_key != store.info.content_key:
         same[:] = False
     is_row = same & (row < store.info.rows)
@@ -125,8 +133,8 @@ def update_index(
         changes = Changes(removed=rows - len(plan.kept), kept=len(plan.kept))
         unusable = len(plan.retained) + len(listing.skipped)
         complete = not len(plan.to_read) and store is not None and len(plan.kept) + unusable == len(store.table)
-        if store is not None and complete and store.info.images == info.images:
-            return store, changes
+        if store is not None and complete:
+            return store.with_places(info), changes
         if not has_perceptual_hashes():
             logger.info(f"Perceptual hashes, by which edited copies are found, need more packages: {INSTALL}")
         with start(settings.precision or hardware.inference_precision, hardware.device) as rt:
@@ -221,7 +229,8 @@ def _write(
                 saved = time.monotonic()
         if not writer.rows:
             first = pa.concat_tables(skipped).slice(0, 1).to_pylist()[0]
-            raise UserError(f"None of the {total:,} images can be read. {first['name']}: {first['reason']}")
+            kept = "" if store is None else " The index keeps its earlier images."
+            raise UserError(f"None of the {total:,} images can be read. {first['name']}: {first['reason']}{kept}")
         return writer.commit(info, skipped, listing.labels), added, reused
     except KeyboardInterrupt:
         writer.commit(replace(info, pending=total - done), skipped, listing.labels)

@@ -106,17 +106,22 @@ def calibrate(
         progress: Called with the number of copies done and their total.
     """
     jobs = edits_of(len(features))
-    rows, edits, copies = [], [], []
+    rows, edits, copies, reason = [], [], [], ""
     for done, (row, edit) in enumerate(jobs, 1):
-        with suppress(BadImage):  # removed or changed since it was indexed
-            rng = np.random.default_rng([row, list(EDITS).index(edit)])
-            copies.append(embed(EDITS[edit](reduced(read(row)), rng)))
+        try:
+            image = reduced(read(row))
+        except BadImage as bad:  # removed or changed since it was indexed
+            reason = str(bad)
+        else:
+            copies.append(embed(EDITS[edit](image, np.random.default_rng([row, list(EDITS).index(edit)]))))
             rows.append(row)
             edits.append(edit)
         if progress is not None:
             progress(done, len(jobs))
     if not copies:
-        raise UserError("None of the images of the index can be read. Update the index, or set `threshold`.")
+        raise UserError(
+            f"None of the images of the index can be read: {reason}. Update the index, or set `images` or `threshold`."
+        )
     queries = F.normalize(torch.stack(copies).float(), dim=1)
     positives = (queries * unit_rows(features, np.array(rows))).sum(1).numpy()
     negatives = nearest_others(queries, features, known, rows, read, float(np.quantile(positives, 0.1)))

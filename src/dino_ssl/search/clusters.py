@@ -129,7 +129,7 @@ def find_clusters(
         )
     else:
         if k is None:
-            k, scores = choose_k(features, seed)
+            k, scores = choose_k(features, seed, progress)
         method = f"k-means, k = {k}" + (f", the highest silhouette ({scores[k]:.2f})" if scores else "")
         nearest = kmeans(features, k, seed, progress)
     assignment, sizes = by_size(nearest)
@@ -164,7 +164,7 @@ def spherical_kmeans(rows: np.ndarray, k: int, seed: int = 0) -> np.ndarray:
     return engine.centroids
 
 
-def choose_k(features: Any, seed: int = 0) -> tuple[int, dict[int, float]]:
+def choose_k(features: Any, seed: int = 0, progress: Progress = ignore_progress) -> tuple[int, dict[int, float]]:
     """Return the number of clusters with the highest mean silhouette by cosine, and all silhouettes.
 
     The numbers tried are 2, 3, 4, 6, 8, 11, ...: powers of the square root of 2, up to MAX_CHOSEN_K and a fifth of the
@@ -175,6 +175,7 @@ def choose_k(features: Any, seed: int = 0) -> tuple[int, dict[int, float]]:
     silhouette = import_extra("sklearn.metrics", "search").silhouette_score
     scores: dict[int, float] = {}
     for k in (k for k in grid if k <= max(2, len(rows) // 5) and k < len(rows)):
+        progress(0, len(features))  # no image is assigned yet, but the caller may cancel
         assignment = nearest_rows(rows, spherical_kmeans(rows, k, seed))
         if len(set(assignment.tolist())) > 1:
             scores[k] = float(silhouette(rows, assignment, metric="cosine"))

@@ -143,21 +143,11 @@ class Duplicates(Summarized):
         if source is None or kept is None:
             return "not a file in a folder"
         the_kept = f"the image to keep, {self.index.items.names[keep]},"
-        if change := self._change(keep, kept):
+        if change := self.index.change_of(keep):
             return f"{the_kept} {change}"
         if source.is_symlink():
             return "is a link"
-        return self._change(row, source) or (f"{the_kept} is a link to it" if source.samefile(kept) else "")
-
-    def _change(self, row: int, path: Path) -> str:
-        """Return how a file differs from the one that was indexed; an empty string if it does not."""
-        try:
-            status = path.stat()
-        except OSError:
-            return "is missing"
-        items = self.index.items
-        same = (status.st_size, status.st_mtime_ns) == (int(items.sizes_bytes[row]), int(items.mtimes[row]))
-        return "" if same else "has changed since it was indexed"
+        return self.index.change_of(row) or (f"{the_kept} is a link to it" if source.samefile(kept) else "")
 
     def move(self, folder: str | Path, progress: Progress | None = None) -> list[Refused]:
         """Move all copies to a folder and return those that stay, with the reason. `undo_moves(folder)` moves back."""

@@ -103,7 +103,7 @@ class Links:
             cosines >= self.threshold,
             np.ones(len(others), bool),
         ]
-        return np.argmax(linked, axis=0), cosines
+        return np.argmax(linked, axis=0), np.minimum(cosines, 1)
 
 
 class Components:
@@ -223,7 +223,7 @@ def lowest_cosine(features: Any, rows: np.ndarray) -> float:
     """Return the lowest cosine of two of these rows."""
     blocks = [rows[at : at + BLOCK_ROWS] for at in range(0, len(rows), BLOCK_ROWS)]
     pairs = ((a, b) for number, a in enumerate(blocks) for b in blocks[number:])
-    return min(float((unit_rows(features, a) @ unit_rows(features, b).T).min()) for a, b in pairs)
+    return min(1.0, *(float((unit_rows(features, a) @ unit_rows(features, b).T).min()) for a, b in pairs))
 
 
 def representatives(values: np.ndarray) -> np.ndarray:

@@ -203,6 +203,17 @@ class Index(Summarized):
             return None
         return self._root / Path(str(self.items.path(row), "utf-8", "surrogateescape"))
 
+    def change_of(self, row: int) -> str:
+        """Return how a file differs from the one that was indexed; an empty string if it does not, or is no file."""
+        if (path := self.path_of(row)) is None:
+            return ""
+        try:
+            status = path.stat()
+        except OSError:
+            return "is missing"
+        indexed = int(self.items.sizes_bytes[row]), int(self.items.mtimes[row])
+        return "" if (status.st_size, status.st_mtime_ns) == indexed else "has changed since it was indexed"
+
     def read(self, row: int, *, reduce: Reduction = 1) -> np.ndarray:
         """Return an image as it is viewed, uint8 RGB [H, W, 3]. Raises BadImage if it is missing or unreadable.
 
@@ -228,8 +239,9 @@ class Index(Summarized):
         ratio = max(int(self.items.widths[row]), int(self.items.heights[row])) // side
         reduce: Reduction = 8 if ratio >= 8 else 4 if ratio >= 4 else 2 if ratio >= 2 else 1
         content = thumbnail(self.read(row, reduce=reduce), side)
-        with suppress(UserError):  # a full disk or a read-only folder: only slower
-            atomic_write(file, lambda part: part.write_bytes(content), durable=False)
+        if not self.change_of(row):
+            with suppress(UserError):  # a full disk or a read-only folder: only slower
+                atomic_write(file, lambda part: part.write_bytes(content), durable=False)
         return content
 
     # -- search ------------------------------------------------------------------------------------------------

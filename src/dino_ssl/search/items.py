@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dino_ssl.data.dataset import StoredNames
+from dino_ssl.data.folder import printable
 from dino_ssl.errors import UserError, did_you_mean
 
 SCHEMA = pa.schema(
@@ -80,7 +82,7 @@ class Items:
 
     def row_of(self, name: str) -> int | None:
         """Return the row of the image of this name; None if there is none."""
-        row = pc.call_function("index", [self.table["name"]], pc.IndexOptions(pa.scalar(name))).as_py()
+        row = pc.call_function("index", [self.table["name"]], pc.IndexOptions(pa.scalar(printable(name)))).as_py()
         return None if row < 0 else row
 
     def select(self, folder: str | None = None, label: str | None = None) -> np.ndarray | None:
@@ -89,14 +91,15 @@ class Items:
         Raises UserError if there is none.
         """
         where = np.ones(len(self), bool)
+        folder = None if folder is None or PurePosixPath(folder) == PurePosixPath() else str(PurePosixPath(folder))
         if folder is not None:
-            prefix = f"{folder.removeprefix('./').rstrip('/')}/"
-            where &= pc.call_function("starts_with", [self.table["name"]], pc.MatchSubstringOptions(prefix)).to_numpy()
+            options = pc.MatchSubstringOptions(f"{folder}/")
+            where &= pc.call_function("starts_with", [self.table["name"]], options).to_numpy()
         if label is not None:
             where &= self.labels == label
         if len(self) and not where.any():
             labels = sorted({str(known) for known in self.labels if known is not None})
-            hint = did_you_mean(label, labels) if label is not None else ""
+            hint = did_you_mean(label, labels) if label is not None and label not in labels else ""
             parts = ([f"in the folder {folder}"] if folder else []) + ([f"of the class {label}"] if label else [])
             raise UserError(f"No image of the index is {' and '.join(parts)}{hint or '.'}")
         return None if folder is None and label is None else where

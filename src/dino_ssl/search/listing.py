@@ -90,6 +90,7 @@ def _list_folder(root: Path, progress: Progress | None) -> Listing:
         mtimes=np.array(mtimes, np.int64),
         open=open_at,
         labels=labels,
+        skipped=skipped,
     )
 
 
@@ -137,4 +138,7 @@ def restore_source(description: dict[str, Any], trust: bool = False) -> DatasetS
         return description["folder"]
     if "dataset" in description:
         return from_dict(DatasetConfig, description["dataset"], trust=trust)
-    raise UserError(f"The images of this index were a Python object ({description['object']}): pass them as `images`.")
+    raise UserError(
+        f"The images of this index were a Python object ({description['object']}): open it in Python, with "
+        "Index(path, images=...)."
+    )

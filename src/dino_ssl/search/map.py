@@ -83,7 +83,12 @@ def _plane(data: torch.Tensor) -> torch.Tensor:
 
 def _open_tsne(data: torch.Tensor, perplexity: float, progress: Progress) -> np.ndarray:
     opentsne, affinity = (import_extra(f"openTSNE{module}", "search") for module in ("", ".affinity"))
-    cosines, rows = neighbors(data.half().numpy(), min(round(3 * perplexity), len(data) - 1))
+    done, total = 0, EARLY_ITERATIONS + ITERATIONS
+
+    def wait(compared: int, count: int) -> None:
+        progress(0, total)  # the caller may cancel
+
+    cosines, rows = neighbors(data.half().numpy(), min(round(3 * perplexity), len(data) - 1), wait)
     is_known = rows >= 0  # an approximate search may miss some: the nearest one takes their place
     cosines, rows = cosines.where(is_known, cosines[:, :1]), rows.where(is_known, rows[:, :1])
     distances = (2 - 2 * cosines).clamp(min=0).sqrt().double().numpy()
@@ -93,7 +98,6 @@ def _open_tsne(data: torch.Tensor, perplexity: float, progress: Progress) -> np.
     embedding = opentsne.TSNEEmbedding(
         start, affinity.PerplexityBasedNN(knn_index=index, perplexity=perplexity), negative_gradient_method="fft"
     )
-    done, total = 0, EARLY_ITERATIONS + ITERATIONS
 
     def report(iteration: int, error: float, points: np.ndarray) -> None:
         progress(done + iteration, total)

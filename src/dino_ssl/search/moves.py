@@ -47,8 +47,10 @@ def move_files(moves: list[Move], folder: Path, progress: Progress | None = None
     if others and not journal.is_file():
         raise UserError(f"{folder} has other content: {others[0]!r}. Expected a new folder, or one of an earlier move.")
     with write_errors(journal), journal.open("a") as file:
+        file.write("\n" if others else "")  # after a line that was cut by a full disk
         for move in moves:
-            paths = {"source": str(move.source.absolute()), "target": str(move.target.absolute())}
+            target = os.path.relpath(move.target.absolute(), folder.absolute())  # the folder may be renamed
+            paths = {"source": str(move.source.absolute()), "target": target}
             file.write(json.dumps({"format": LINES_FORMAT, **paths}) + "\n")  # in ASCII: any name is one line
         file.flush()
         os.fsync(file.fileno())
@@ -63,9 +65,11 @@ def undo_moves(folder: Path, progress: Progress | None = None) -> tuple[int, lis
     journal = folder / JOURNAL
     if not journal.is_file():
         raise UserError(f"{folder} has no {JOURNAL}: expected a folder to which duplicates were moved.")
-    moves = [Move(Path(line["target"]), Path(line["source"])) for line in reversed(read_lines(journal))]
-    moved = [move for move in dict.fromkeys(moves) if os.path.lexists(move.source)]
-    refused = _move_all(moved, progress)
+    lines = reversed(read_lines(journal))
+    moves = dict.fromkeys(Move(folder.absolute() / line["target"], Path(line["source"])) for line in lines)
+    moved = [move for move in moves if os.path.lexists(move.source)]
+    lost = [Refused(move.source, "is missing") for move in moves if not any(map(os.path.lexists, move))]
+    refused = _move_all(moved, progress) + lost
     for part in folder.rglob(f".*{PART}"):  # of killed copies
         part.unlink()
     if not refused:
@@ -74,7 +78,7 @@ def undo_moves(folder: Path, progress: Progress | None = None) -> tuple[int, lis
     for root, _, _ in os.walk(folder, topdown=False):
         if not os.listdir(root):
             os.rmdir(root)
-    return len(moved) - len(refused), refused
+    return len(moved) + len(lost) - len(refused), refused
 
 
 def _move_all(moves: Iterable[Move], progress: Progress | None) -> list[Refused]:

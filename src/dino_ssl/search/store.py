@@ -9,6 +9,7 @@ then replaces index.json, so the last complete state survives a crash at any mom
 readers keep them mapped.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -69,7 +70,7 @@ class Store:
 
     def __init__(self, folder: Path, info: IndexInfo) -> None:
         self.folder, self.info = folder, info
-        self.table = pq.read_table(folder / info.items, memory_map=True)
+        self.table = pq.read_table(pa.memory_map(os.fsencode(folder / info.items)))
         self.items = Items(self.table.slice(0, info.rows))
         parts = [  # copy-on-write: torch warns of arrays that it could not write to
             np.memmap(folder / name, np.float16, "c", shape=(rows, info.dimensions))
@@ -77,6 +78,14 @@ class Store:
         ]
         empty = np.empty((0, info.dimensions), np.float16)
         self.features: Any = Shards(parts) if len(parts) > 1 else (parts or [empty])[0]
+
+    def with_places(self, info: IndexInfo) -> "Store":
+        """Return this state with the paths of the images and of the checkpoint in `info`, which may have been moved."""
+        places = replace(self.info, images=info.images, checkpoint=info.checkpoint)
+        if places == self.info:
+            return self
+        write_json(self.folder / INDEX_INFO, to_dict(places))
+        return open_store(self.folder)
 
     @cached_property
     def skipped(self) -> list[Skipped]:
@@ -197,7 +206,7 @@ class Writer:
         known = pa.array(labels(rows["name"].to_pylist()), pa.string()).dictionary_encode()
         rows = rows.set_column(SCHEMA.names.index("label"), SCHEMA.field("label"), known)
         table = _concat([rows, *skipped])
-        atomic_write(self.folder / items, lambda part: pq.write_table(table, str(part)))
+        atomic_write(self.folder / items, lambda part: _write_table(table, part))
         state = dict(generation=self.generation, rows=self.rows, dimensions=self.dimensions)
         info = replace(info, **state, items=items, shards=self.shards)
         write_json(self.folder / INDEX_INFO, to_dict(info))
@@ -207,6 +216,11 @@ class Writer:
     def discard(self) -> None:
         """Remove the files that do not belong to the last complete state: the disk may be full."""
         remove_unused(self.folder, read_info(self.folder))
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    with path.open("wb") as file:  # its name need not be UTF-8
+        pq.write_table(table, file)
 
 
 def _concat(tables: Sequence[pa.Table]) -> pa.Table:
