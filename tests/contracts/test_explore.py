@@ -409,7 +409,7 @@ def test_a_job_reports_its_progress_and_can_be_cancelled() -> None:
         return "result"
 
     jobs.start("clusters", work)
-    with pytest.raises(UserError, match="clusters"):
+    with pytest.raises(UserError, match=r"^Wait for the computation of the clusters to end, or cancel it\.$"):
         jobs.start("map", work)
     while jobs.state["done"] < 1:
         pass

@@ -31,7 +31,7 @@ class Jobs:
         """Call work(start_progress) in a thread and keep its result. Raises UserError while another job runs."""
         with self._lock:
             if self._state["state"] == "running":
-                raise UserError(f"Wait until the {self._state['kind']} are computed, or cancel that.")
+                raise UserError(f"Wait for the computation of the {self._state['kind']} to end, or cancel it.")
             self._cancel = threading.Event()
             self._state = {"kind": kind, "state": "running", "step": "", "done": 0, "total": 0, "message": ""}
         threading.Thread(target=self._run, args=(kind, work, self._state, self._cancel), daemon=True).start()
@@ -64,5 +64,5 @@ class Jobs:
         except UserError as error:
             state.update(state="failed", message=str(error))
         except Exception as error:  # the page shows it, and the server continues
-            logger.exception(f"The {kind} failed")
+            logger.exception(f"The computation of the {kind} failed")
             state.update(state="failed", message=f"{type(error).__name__}: {error}")
