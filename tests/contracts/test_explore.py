@@ -312,10 +312,18 @@ def test_changes_of_two_tabs_are_merged_or_refused(client: TestClient) -> None:
     assert change("delete", 5, selection="dogs").json() == {"version": 6}
 
 
-@pytest.mark.parametrize("name", ["", "  ", "a/b", "..", ".hidden", "a\\b", "x" * 81, "ä" * 130, "a\nb", "a\u202eb"])
+@pytest.mark.parametrize(
+    "name", ["", "  ", "a/b", "..", ".hidden", "a\\b", "x" * 81, "ä" * 130, "a\nb", "a\u202eb", "\ud800"]
+)
 def test_names_that_cannot_be_folders_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="Expected a name"):
         Selections(tmp_path).change("create", name, version=0)
+
+
+def test_a_name_that_cannot_be_encoded_leaves_the_selections_readable(client: TestClient) -> None:
+    body = r'{"operation": "create", "selection": "\ud800", "version": 0}'
+    assert client.post("/api/selections", content=body).status_code == 400
+    assert client.get("/api/selections").json() == {"version": 0, "selections": []}
 
 
 def test_two_servers_lose_no_change(tmp_path: Path) -> None:

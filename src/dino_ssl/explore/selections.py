@@ -103,8 +103,10 @@ class Selections:
 def _unused(name: str, taken: Iterable[str]) -> str:
     """Return a name without spaces around it. Raises UserError if it is taken or cannot be a folder."""
     name = name.strip()
-    too_long = len(name) > MAX_NAME or len(name.encode("utf-8", "replace")) > 255
-    if not name or too_long or name[0] == "." or set(name) & {"/", "\\"} or CONTROL.search(name):
+    encoded = name.encode("utf-8", "replace")
+    too_long = len(name) > MAX_NAME or len(encoded) > 255
+    has_surrogate = encoded.decode() != name  # which a JSON answer of all selections cannot contain
+    if not name or too_long or has_surrogate or name[0] == "." or set(name) & {"/", "\\"} or CONTROL.search(name):
         raise UserError(
             f"Expected a name of 1 to {MAX_NAME} visible characters, without slashes and a dot at its start."
         )
