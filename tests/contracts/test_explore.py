@@ -252,6 +252,13 @@ def test_searches_are_those_of_the_index(client: TestClient, index: Index) -> No
     assert client.get("/api/search", params={"source": 99}).status_code == 404
 
 
+@pytest.mark.parametrize("x", ["inf", "-inf", "nan", "1e300", "x", ""])
+def test_a_region_of_other_numbers_is_refused(client: TestClient, x: str) -> None:
+    answer = client.get("/api/search", params={"source": 5, "x": x, "y": 0, "w": 0.5, "h": 0.5})
+    assert answer.status_code == 400
+    assert answer.json()["error"]
+
+
 def test_attention_and_similarity_of_a_patch(client: TestClient, index: Index) -> None:
     layout = client.get("/api/patches/1").json()
     maps = attention_maps(index.backbone, index.read(1), ["cls"], layer=0, size=64)[0]

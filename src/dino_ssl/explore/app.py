@@ -159,6 +159,7 @@ ERRORS: dict[Any, Any] = {
     Conflict: answer(409, str),
     UserError: answer(400, str),
     KeyError: answer(404, lambda error: f"There is no {error}."),
-    ValueError: answer(400, lambda error: "A part of the request has a wrong form."),
-    TypeError: answer(400, lambda error: "A part of the request has a wrong form."),
+    **dict.fromkeys(
+        (ValueError, TypeError, OverflowError), answer(400, lambda error: "A part of the request has a wrong form.")
+    ),
 }
