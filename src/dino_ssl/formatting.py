@@ -4,9 +4,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Characters that move the cursor, change a terminal's state, or reverse the order of a text."""
+FORMULA = ("=", "+", "-", "@")
+"""First characters of a formula in a spreadsheet."""
 
 
 def visible(text: str, keep: str = "") -> str:
@@ -20,6 +23,11 @@ def visible(text: str, keep: str = "") -> str:
 def for_terminal(text: str) -> str:
     """Return a message without control characters but newlines and tabs; undecodable bytes become question marks."""
     return visible(text.encode("utf-8", "replace").decode(), keep="\n\t")
+
+
+def csv_text(value: Any) -> Any:
+    """Return a cell; a quote before text that a spreadsheet would run as a formula, other values unchanged."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in FORMULA else value
 
 
 def duration(seconds: float) -> str:

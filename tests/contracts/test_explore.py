@@ -26,7 +26,7 @@ from dino_ssl.explore.app import create_app
 from dino_ssl.explore.explorer import Explorer, folder_counts
 from dino_ssl.explore.jobs import Jobs
 from dino_ssl.explore.results import COMPUTATIONS
-from dino_ssl.explore.selections import Conflict, Selections, export_folders
+from dino_ssl.explore.selections import Conflict, Selections, as_csv, export_folders
 from dino_ssl.explore.server import Server, listen
 from dino_ssl.models.vit import ViT
 from dino_ssl.progress import no_progress
@@ -391,6 +391,11 @@ def test_a_selection_is_exported_as_csv_json_and_class_folders(
     assert client.post("/api/export", json={"how": "link"}).json() == {"written": 0, "kept": 3, "missing": 0}
     assert file.read_text() == "changed"
     assert Folder(path=str(out)).open().classes == ["other", "ä b"]
+
+
+def test_a_name_in_a_csv_file_is_no_formula() -> None:
+    rows = [{"name": "=2.jpg", "label": "@a", "width": 64}, {"name": "a=b.jpg", "label": None, "width": 48}]
+    assert as_csv(rows).splitlines() == ["name,label,width", "'=2.jpg,'@a,64", "a=b.jpg,,48"]
 
 
 def test_links_lead_to_the_images(tmp_path: Path) -> None:

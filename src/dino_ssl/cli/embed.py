@@ -23,7 +23,8 @@ from dino_ssl.cli.images import (
 )
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write, check_format, check_writable
-from dino_ssl.formatting import plural
+from dino_ssl.formatting import FORMULA as FORMULA  # which dino select imports from here
+from dino_ssl.formatting import csv_text, plural
 from dino_ssl.loading import Checkpoint
 from dino_ssl.terminal import Terminal, is_rank0
 
@@ -35,8 +36,6 @@ EXAMPLES = """\
 FORMAT = 1
 """Version of the layout of Parquet and npz files, in their metadata."""
 SUFFIXES = (".parquet", ".npz", ".csv")
-FORMULA = ("=", "+", "-", "@")
-"""First characters of a formula in a spreadsheet."""
 ROWS = 16384
 """Rows that are written at once, a row group of Parquet."""
 
@@ -119,8 +118,3 @@ def write_csv(path: Path, columns: Mapping[str, Any]) -> None:
     """Write columns of strings or numbers as CSV."""
     safe = {name: [*map(csv_text, column)] for name, column in columns.items()}
     pyarrow.csv.write_csv(pyarrow.table(safe), str(path))
-
-
-def csv_text(value: Any) -> Any:
-    """Return a cell; a quote before text that a spreadsheet would run as a formula, other values unchanged."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in FORMULA else value

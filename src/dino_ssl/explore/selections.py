@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from dino_ssl.errors import UserError
 from dino_ssl.files import check_format, read_json, write_errors, write_json
-from dino_ssl.formatting import CONTROL
+from dino_ssl.formatting import CONTROL, csv_text
 
 FORMAT = 1
 FILE, LOCK = "selections.json", ".selections.lock"
@@ -116,10 +116,10 @@ def _unused(name: str, taken: Iterable[str]) -> str:
 
 
 def as_csv(items: Sequence[Mapping[str, Any]]) -> str:
-    """Return one line per image, with a header."""
+    """Return one line per image, with a header. Names and labels are text, also for a spreadsheet."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerows([items[0].keys() if items else ["name"], *(item.values() for item in items)])
+    writer.writerows([items[0].keys() if items else ["name"], *(map(csv_text, item.values()) for item in items)])
     return file.getvalue()
 
 
