@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import shutil
 import socket
 import sys
 import threading
@@ -181,6 +183,26 @@ def test_malformed_requests_are_refused_with_a_reason(client: TestClient, path: 
     answer = client.post(path, content=body)
     assert answer.status_code in (400, 404)
     assert answer.json()["error"]
+
+
+# -- states of the index
+
+
+def test_another_index_in_the_same_folder_has_another_version(index: Index, tmp_path: Path) -> None:
+    folder = tmp_path / "photos.idx"
+
+    def version() -> str:
+        return client_of(Index(folder)).get("/api/index").json()["version"]
+
+    shutil.copytree(index.folder, folder)  # with the times of the files
+    first, info = version(), folder / "index.json"
+    assert first == version()  # of another start of the server
+    times = (info.stat().st_atime_ns, info.stat().st_mtime_ns)
+    os.utime(info, ns=(times[0], times[1] + 1))
+    assert version() != first
+    info.write_text(info.read_text().replace(index.store.info.checkpoint["hash"], "other weights"))
+    os.utime(info, ns=times)
+    assert version() != first
 
 
 # -- uploads

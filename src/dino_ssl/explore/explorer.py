@@ -16,6 +16,7 @@ from dino_ssl.explore.images import Images
 from dino_ssl.explore.jobs import Jobs
 from dino_ssl.explore.results import COMPUTATIONS
 from dino_ssl.explore.selections import REMOVE, Selections, export_folders
+from dino_ssl.names import INDEX_INFO
 from dino_ssl.search.index import Index
 
 MAX_FOLDERS = 500
@@ -38,6 +39,7 @@ class Explorer:
     ) -> None:
         self.index, self.export, self.read_only = index, export, read_only
         self.images, self.jobs, self.selections = Images(index, masks), Jobs(), Selections(index.folder)
+        self.version = version_of(index)
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -49,7 +51,7 @@ class Explorer:
             "name": folder.name,
             "path": str(folder),
             "count": len(self.index),
-            "version": hashlib.sha256(f"{folder} {self.index.generation}".encode("utf-8", "replace")).hexdigest()[:12],
+            "version": self.version,
             "labels": [{"name": name, "count": counts[name]} for name in sorted(counts)],
             "folders": folder_counts(names),
             "masks": self.images.masks is not None,
@@ -154,6 +156,17 @@ class Explorer:
             if each["name"] != REMOVE
         }
         return export_folders(self.export, files, data["how"])._asdict()
+
+
+def version_of(index: Index) -> str:
+    """Return a key of the state of an index, as text of an address.
+
+    Generations start again if an index is removed and another one is built in its folder, so the weights and the time
+    of the last change are parts of the key.
+    """
+    changed = (index.folder / INDEX_INFO).stat().st_mtime_ns
+    parts = index.folder.resolve(), index.generation, index.store.info.checkpoint["hash"], changed
+    return hashlib.sha256(" ".join(map(str, parts)).encode("utf-8", "replace")).hexdigest()[:12]
 
 
 def folder_counts(names: Iterable[str]) -> list[dict[str, Any]]:
