@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Dialog, Page, expect
 
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.explore.server import Server
@@ -303,6 +303,44 @@ def test_a_killed_server_is_reported_and_the_page_recovers(context: BrowserConte
     expect(other.locator("#sidebar .selections .number")).to_have_text("1")
     expect(page.locator("#offline")).to_be_hidden()
     expect(page.locator("#sidebar .selections .number")).to_have_text("1")
+
+
+def test_a_page_of_another_state_of_the_index_reloads_itself(
+    context: BrowserContext, server: Process, index: Index
+) -> None:
+    page, dialogs = opened(context, server), []
+
+    def accept(dialog: Dialog) -> None:
+        dialogs.append(dialog.type)
+        dialog.accept()
+
+    page.on("dialog", accept)
+    page.wait_for_load_state("networkidle")  # an unanswered request would make the page reload before the tick
+    info = index.folder / "index.json"
+    times = (info.stat().st_atime_ns, info.stat().st_mtime_ns)
+    server.kill()
+    os.utime(info, ns=(times[0], times[1] + 1))
+    server.start()
+    context.request.get(server.address)  # sets the cookie, as another tab does
+    page.locator(".grid .tile .check input").first.check(force=True)
+    expect(page.locator(".notice.error")).to_contain_text("the page was reloaded")
+    assert page.locator("#sidebar .selections li").count() == 0  # the tick is not applied
+    page.locator(".grid .tile .check input").first.check(force=True)
+    expect(page.locator("#sidebar .selections .number")).to_have_text("1")
+    expect(page.locator("#sidebar")).to_have_attribute("aria-busy", "false")
+    assert not dialogs
+
+
+def test_a_page_reloads_itself_once_for_a_version(context: BrowserContext, server: Process) -> None:
+    page, loads = context.new_page(), []
+    page.on("load", lambda page: loads.append(page.url))
+    answer = {"status": 409, "json": {"error": "Another version.", "version": "0123456789ab"}}
+    for path in ("items", "job"):
+        page.route(f"**/api/{path}*", lambda route: route.fulfill(**answer))
+    page.goto(server.address)
+    expect(page.locator("#offline")).to_contain_text("shows another index")
+    page.wait_for_timeout(2500)  # longer than the time between two requests of a page that is offline
+    assert len(loads) == 2
 
 
 def test_the_page_fits_a_phone(browser: Browser, server: Process) -> None:

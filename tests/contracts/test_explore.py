@@ -205,6 +205,25 @@ def test_another_index_in_the_same_folder_has_another_version(index: Index, tmp_
     assert version() != first
 
 
+def test_a_page_of_another_version_is_refused(client: TestClient, index: Index) -> None:
+    version = client.get("/api/index").json()["version"]
+    change = {"operation": "create", "selection": "a", "version": 0}
+    for other in ("0123456789ab", ""):
+        headers = {"x-index-version": other}
+        for answer in (
+            client.post("/api/selections", json=change, headers=headers),
+            client.get("/api/items?rows=[1]", headers=headers),
+            client.get(f"/api/image/1?v={other}"),  # which the browser would keep under the other version
+            client.get(f"/api/thumbnail/1?v={other}"),
+        ):
+            assert answer.status_code == 409
+            assert answer.json()["version"] == version
+            assert "another state" in answer.json()["error"]
+            assert answer.headers["cache-control"] == "no-store"
+    assert client.get("/api/selections", headers={"x-index-version": version}).json()["selections"] == []
+    assert client.get(f"/api/image/1?v={version}").status_code == 200
+
+
 # -- uploads
 
 

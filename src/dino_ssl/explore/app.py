@@ -1,7 +1,8 @@
 """The requests of the page, and their answers.
 
-Images are addressed by their row in the index, or the digest of an upload, and never by a path. Rows are sent as
-uint32, values as float32, both little endian; everything else as JSON.
+Images are addressed by their row in the index, or the digest of an upload, and never by a path. A row is another image
+in another state of the index, so the page sends the version of the one it has read. Rows are sent as uint32, values as
+float32, both little endian; everything else as JSON.
 """
 
 import json
@@ -15,6 +16,7 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -22,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 
 from dino_ssl.errors import UserError
 from dino_ssl.explore.explorer import MAX_ITEMS, Explorer
-from dino_ssl.explore.security import Application, Guard
+from dino_ssl.explore.security import Application, Guard, Receive, Scope, Send
 from dino_ssl.explore.selections import Conflict, as_csv
 from dino_ssl.formatting import format_bytes
 
@@ -39,6 +41,8 @@ MAX_JSON_BYTES = 2**25
 """Of a request: the rows of three million images."""
 KEEP = {"cache-control": "private, max-age=604800, immutable"}
 """For images, whose addresses contain the version of the index."""
+VERSION_HEADER, VERSION_PARAMETER = "x-index-version", "v"
+"""Where requests of the page have the version of the index; the parameter is in the addresses of images."""
 
 
 def create_app(explorer: Explorer, *, token: str, port: int) -> Application:
@@ -115,7 +119,25 @@ def create_app(explorer: Explorer, *, token: str, port: int) -> Application:
         get("/api/selections/{name}/json", lambda name, query: json.dumps(explorer.selected(name)), download("json")),
         post("/api/export", explorer.export_all, writes=True),
     ]
-    return Guard(Starlette(routes=routes, exception_handlers=ERRORS), token, port)
+    middleware = [Middleware(VersionCheck, version=explorer.version)]
+    return Guard(Starlette(routes=routes, middleware=middleware, exception_handlers=ERRORS), token, port)
+
+
+class VersionCheck:
+    """ASGI application that answers 409 to a request of a page that has read another version of the index."""
+
+    def __init__(self, app: Application, version: str) -> None:
+        self.app, self.version = app, version
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request with this version, or without any; the page reloads itself at the other answer."""
+        request = Request(scope)
+        given = {request.headers.get(VERSION_HEADER), request.query_params.get(VERSION_PARAMETER)}
+        if given <= {self.version, None}:
+            await self.app(scope, receive, send)
+        else:
+            error = "The server shows another index now, or another state of it. Reload the page."
+            await JSONResponse({"error": error, "version": self.version}, 409)(scope, receive, send)
 
 
 async def body(request: Request, most: int) -> bytes:

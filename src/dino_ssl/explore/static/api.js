@@ -5,10 +5,10 @@ export const emit = (name, detail) => events.dispatchEvent(new CustomEvent(name,
 
 export const store = { info: null, items: new Map(), filters: { folder: "", label: "", name: "" } };
 
-async function request(path, options) {
+async function request(path, { headers, ...options } = {}) {
   let answer;
-  try {
-    answer = await fetch(path, options);
+  try { // rows are those of one version of the index, which the first request asks for
+    answer = await fetch(path, { ...options, headers: { ...headers, ...(store.info && { "x-index-version": store.info.version }) } });
   } catch (error) {
     if (error.name !== "AbortError") emit("offline", "The server does not answer. Start dino explore again and open the address that it prints.");
     throw error;
@@ -17,12 +17,13 @@ async function request(path, options) {
     emit("offline", "The server was started again. Open the new address that dino explore printed.");
     throw Object.assign(new Error("This page belongs to an earlier start of the server."), { status: answer.status });
   }
-  emit("online");
-  if (!answer.ok) {
-    const { error } = await answer.json().catch(() => ({ error: `The server answered ${answer.status}.` }));
-    throw Object.assign(new Error(error), { status: answer.status });
+  if (answer.ok) {
+    emit("online");
+    return answer;
   }
-  return answer;
+  const { error, version } = await answer.json().catch(() => ({ error: `The server answered ${answer.status}.` }));
+  emit(version ? "outdated" : "online", version); // the server names its version if that of the request is another one
+  throw Object.assign(new Error(error), { status: answer.status });
 }
 
 const query = (parameters = {}) => {

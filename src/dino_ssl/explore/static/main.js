@@ -9,6 +9,7 @@ import { selections } from "./selections.js";
 const VIEWS = [["#/", "All images"], ["#/duplicates", "Duplicates"], ["#/clusters", "Clusters"], ["#/map", "Map"]];
 const byId = (id) => document.getElementById(id);
 const content = byId("content"), sidebar = byId("sidebar"), menu = byId("menu"), name = byId("name");
+const RELOADED = "dino-reloaded"; // the version of the index for which this tab was reloaded
 const positions = new Map(); // address -> where it was scrolled to, and the tile that had the focus
 
 let page = null, address = null;
@@ -144,13 +145,28 @@ function listen() {
     clearTimeout(retry);
     location.reload(); // the index may be another one
   });
+  events.addEventListener("outdated", ({ detail }) => {
+    if (store.outdated) return;
+    if (sessionStorage.getItem(RELOADED) === detail) { // without success: do not repeat it
+      emit("offline", "The server shows another index, or another state of it. Close this page and open the address that dino explore printed.");
+      return;
+    }
+    store.outdated = true;
+    sessionStorage.setItem(RELOADED, detail);
+    location.reload();
+  });
 }
 
 async function start() {
   if (location.search) history.replaceState(null, "", `/${location.hash}`); // the token is in a cookie now
   store.size = Number(localStorage.getItem("dino-size")) || 152;
-  [store.info] = await Promise.all([get("/api/index"), selections.load()]);
+  store.info = await get("/api/index");
+  await selections.load();
   listen();
+  if (sessionStorage.getItem(RELOADED) === store.info.version) {
+    sessionStorage.removeItem(RELOADED);
+    notice("The server shows another index, or another state of it, so the page was reloaded. If you have just changed a selection, check it.", "error");
+  }
   open();
 }
 

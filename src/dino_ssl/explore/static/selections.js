@@ -1,5 +1,5 @@
 // Selections: named lists of images, saved by the server at every change. Ticks change the current one.
-import { emit, get, post } from "./api.js";
+import { emit, get, post, store } from "./api.js";
 import { notice } from "./dom.js";
 
 const CURRENT = "dino-current-selection";
@@ -87,4 +87,4 @@ export const selections = {
 
 others.onmessage = ({ data }) => { if (data !== selections.version) selections.load().catch(() => {}); };
 addEventListener("focus", () => selections.load().catch(() => {})); // other browsers, other servers
-addEventListener("beforeunload", (event) => { if (selections.pending) event.preventDefault(); });
+addEventListener("beforeunload", (event) => { if (selections.pending && !store.outdated) event.preventDefault(); });
