@@ -125,7 +125,8 @@ def test_the_grid_shows_every_image_and_hostile_names_as_text(page: Page, index:
     expect(page.locator(".grid .tile")).to_have_count(1)
     expect(page.locator(".tile .name")).to_have_text(HOSTILE)
     page.keyboard.press("Enter")
-    page.keyboard.press("Enter")  # the focus is on the tile now
+    expect(page.locator(".grid .tile a")).to_be_focused()
+    page.keyboard.press("Enter")
     expect(page.locator(".about h1")).to_have_text(HOSTILE)
     assert page.evaluate("window.attacked") is None
 

@@ -93,10 +93,15 @@ function listen() {
   let typing;
   const find = () => {
     store.filters.name = name.value.trim();
-    page instanceof Library ? page.load() : location.hash = "#/";
+    return page instanceof Library ? page.load() : (location.hash = "#/");
   };
   name.addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(find, 200); });
-  byId("find").addEventListener("submit", (event) => { event.preventDefault(); clearTimeout(typing); find(); page.grid?.focus(0); });
+  byId("find").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    clearTimeout(typing);
+    await find(); // the first tile is that of the new rows
+    page.grid?.focus(0);
+  });
   byId("file").addEventListener("change", (event) => { searchImage(event.target.files[0]); event.target.value = ""; });
   byId("size").value = store.size;
   byId("size").addEventListener("input", (event) => {
