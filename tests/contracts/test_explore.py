@@ -559,6 +559,6 @@ def test_without_the_extra_the_command_names_it(
 
 
 def test_answers_are_not_delayed() -> None:
-    """asyncio sets TCP_NODELAY if the socket has its protocol; an answer would wait 40 ms for the ACK of the last one."""
+    """asyncio sets TCP_NODELAY if the socket has its protocol; an answer would wait 40 ms for the last ACK."""
     with listen(18_400) as listener:
         assert listener.proto == socket.IPPROTO_TCP
