@@ -98,7 +98,7 @@ def create_app(explorer: Explorer, *, token: str, port: int) -> Application:
         Route("/api/thumbnail/{source}", thumbnail),
         Route("/api/upload", upload, methods=["POST"]),
         get("/api/image/{source}", lambda source, query: images.jpeg(source), jpeg),
-        get("/api/mask/{source}", lambda source, query: images.mask_png(images.row(source)), png),
+        get("/api/mask/{source}", lambda source, query: images.mask_png(images.row(source)), changing_png),
         get("/api/colors/{source}", lambda source, query: images.colors_png(source), png),
         get("/api/patches/{source}", lambda source, query: images.layout(source)),
         get(
@@ -163,6 +163,11 @@ def jpeg(data: bytes) -> Response:
 def png(data: bytes) -> Response:
     """Return a PNG that the browser keeps."""
     return Response(data, media_type="image/png", headers=KEEP)
+
+
+def changing_png(data: bytes) -> Response:
+    """Return a PNG that the browser asks for again: masks may be those of another folder at the next start."""
+    return Response(data, media_type="image/png")
 
 
 def download(suffix: str) -> Callable[[str], Response]:
