@@ -13,7 +13,7 @@ import argparse
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,16 @@ def _refinement(dataset: ImageDataset, patch: int) -> dict[str, list[float]]:
 # -- quality -----------------------------------------------------------------------------------------------------------
 
 
+def networks(checkpoints: list[str]) -> Iterator[tuple[int, str, Any]]:
+    """Yield (seed, name, network) of each checkpoint, and of random weights of the same network."""
+    for seed, path in enumerate(checkpoints):
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.fresh is not None
+        torch.manual_seed(seed)
+        yield seed, "trained", checkpoint.backbone
+        yield seed, "random weights", checkpoint.fresh()
+
+
 def quality(checkpoints: list[str], data: str, count: int) -> dict[str, Any]:
     """Return the mean J of each method for trained networks, random weights, and the box in the center."""
     dataset = open_dataset(data, part="val").evenly_spaced(count)
@@ -202,33 +212,24 @@ def quality(checkpoints: list[str], data: str, count: int) -> dict[str, Any]:
     images, masks = [source.read(i) for i in chosen], [source.mask(i) > 0 for i in chosen]
     box = float(np.mean([jaccard(center_box(*mask.shape)[0], mask) for mask in masks]))
     rows = []
-    for seed, path in enumerate(checkpoints):
-        checkpoint = open_checkpoint(path)
-        assert checkpoint.fresh is not None
-        torch.manual_seed(seed)
-        for name, network in (("trained", checkpoint.backbone), ("random weights", checkpoint.fresh())):
-            row: dict[str, Any] = {"seed": seed, "network": name}
-            for method in METHODS:
-                for is_refined in (False, True):
-                    settings = SegmentSettings(find=ObjectMasks(method=method), refine=is_refined)
-                    segmenter = Segmenter(network, settings)
-                    found = [result for image in images for result in segmenter([image])]
-                    value = np.mean([jaccard(each.masks.any(0), mask) for each, mask in zip(found, masks, strict=True)])
-                    row[f"{method}{', refined' if is_refined else ''}"] = round(float(value), 3)
-            rows.append(row)
+    for seed, name, network in networks(checkpoints):
+        row: dict[str, Any] = {"seed": seed, "network": name}
+        for method in METHODS:
+            for is_refined in (False, True):
+                segmenter = Segmenter(network, SegmentSettings(find=ObjectMasks(method=method), refine=is_refined))
+                found = [result for image in images for result in segmenter([image])]
+                value = np.mean([jaccard(each.masks.any(0), mask) for each, mask in zip(found, masks, strict=True)])
+                row[f"{method}{', refined' if is_refined else ''}"] = round(float(value), 3)
+        rows.append(row)
     return {"data": data, "images": len(images), "box in the center": round(box, 3), "rows": rows}
 
 
 def weak(checkpoints: list[str], data: str, count: int) -> dict[str, Any]:
     """Return the mIoU of a linear head by the masks that it learned from, for trained networks and random weights."""
     rows = []
-    for seed, path in enumerate(checkpoints):
-        checkpoint = open_checkpoint(path)
-        assert checkpoint.fresh is not None
-        torch.manual_seed(seed)
-        for name, network in (("trained", checkpoint.backbone), ("random weights", checkpoint.fresh())):
-            values = dino_ssl.evaluate(network, WeakSegmentation(max_images=count), data, references=False)["values"]
-            rows.append({"seed": seed, "network": name, **{row: round(value, 2) for row, value in values.items()}})
+    for seed, name, network in networks(checkpoints):
+        values = dino_ssl.evaluate(network, WeakSegmentation(max_images=count), data, references=False)["values"]
+        rows.append({"seed": seed, "network": name, **{row: round(value, 2) for row, value in values.items()}})
     return {"data": data, "images": count, "rows": rows}
 
 

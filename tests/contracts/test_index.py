@@ -313,6 +313,8 @@ def test_few_images(net, tmp_path, count):
     index = dino_ssl.Index.build(net, tmp_path / "few", path=tmp_path / "idx")
     assert index.search(0)[0].row == 0
     assert len(index.search(0, k=20)) == count
+    index = dino_ssl.Index.build(net, tmp_path / "few", path=tmp_path / "idx", approximate=True)
+    assert (index.approximate.info.recall, len(index.search(0, k=20))) == (1.0, count)
 
 
 def test_no_images(net, tmp_path):

@@ -77,7 +77,8 @@ def _choose_probes(ivf: Any, features: Any) -> tuple[int, float]:
         ivf.nprobe = probes
         found = torch.from_numpy(ivf.search(queries, 11)[1])
         others = exact != torch.from_numpy(rows)[:, None]
-        recall = ((exact[:, :, None] == found[:, None, :]).any(2) & others).sum().item() / max(others.sum().item(), 1)
+        hits = (exact[:, :, None] == found[:, None, :]).any(2) & others
+        recall = hits.sum().item() / others.sum().item() if others.any() else 1.0  # a single row has no others
         if recall >= RECALL or probes >= ivf.nlist:
             return probes, recall
         probes = min(math.ceil(1.2 * probes), ivf.nlist)
