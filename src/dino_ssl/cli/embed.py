@@ -23,7 +23,6 @@ from dino_ssl.cli.images import (
 )
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write, check_format, check_writable
-from dino_ssl.formatting import FORMULA as FORMULA  # which dino select imports from here
 from dino_ssl.formatting import csv_text, plural
 from dino_ssl.loading import Checkpoint
 from dino_ssl.terminal import Terminal, is_rank0

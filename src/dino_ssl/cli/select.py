@@ -9,12 +9,12 @@ import pyarrow
 import pyarrow.csv
 import tyro
 
-from dino_ssl.cli.embed import FORMULA, write_csv
+from dino_ssl.cli.embed import write_csv
 from dino_ssl.cli.images import check_output_file, run_command
 from dino_ssl.cli.search import OpenIndexOptions, index_tiles
 from dino_ssl.errors import UserError
 from dino_ssl.files import atomic_write
-from dino_ssl.formatting import plural
+from dino_ssl.formatting import FORMULA, plural
 from dino_ssl.search.gallery import Group, write_gallery
 from dino_ssl.search.select import Method
 from dino_ssl.terminal import Terminal

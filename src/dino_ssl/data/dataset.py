@@ -137,6 +137,10 @@ class ImageDataset(Dataset[tuple[np.ndarray, int]], ABC):
             return None
         return lambda reason: kept.append(Skipped(self.names[index], f"{USED}: {reason}"))
 
+    def decoded_key(self, key: str) -> str | None:
+        """Return the content key of files with this key, as they are decoded here."""
+        return derived_key(key, f"{self.bit_depth}{'' if self.kept_damage is None else ' damaged'}".encode())
+
     def prefetch(self, indices: np.ndarray) -> None:
         """Start to fetch images from a slow disk that will be read next; does nothing by default."""
 

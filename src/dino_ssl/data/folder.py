@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dino_ssl.data.bit_depth import estimate_bit_depth, sample_for_bit_depth
-from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Reduction, Skipped, derived_key
+from dino_ssl.data.dataset import BadImage, DatasetConfig, ImageDataset, Reduction, Skipped
 from dino_ssl.data.decode import decode
 from dino_ssl.data.image_header import MAX_PIXELS, SUFFIXES, probe
 from dino_ssl.data.shards import is_shards, open_shards
@@ -148,9 +148,7 @@ class FolderDataset(ImageDataset):
                 digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
         except OSError:
             return None
-        return derived_key(
-            digest.hexdigest()[:16], f"{self.bit_depth}{'' if self.kept_damage is None else ' damaged'}".encode()
-        )
+        return self.decoded_key(digest.hexdigest()[:16])
 
     def path(self, index: int) -> str:
         """Return the path of image `index`."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from dino_ssl.config import from_dict, to_dict
 from dino_ssl.data.bit_depth import estimate_bit_depth, sample_for_bit_depth
-from dino_ssl.data.dataset import BadImage, ImageDataset, Reduction, Skipped, StoredNames, derived_key, fingerprint
+from dino_ssl.data.dataset import BadImage, ImageDataset, Reduction, Skipped, StoredNames, fingerprint
 from dino_ssl.data.decode import decode
 from dino_ssl.data.image_header import SUFFIXES
 from dino_ssl.data.shard_index import (
@@ -182,9 +182,7 @@ class ShardDataset(ImageDataset):
     @property
     def content_key(self) -> str | None:
         """A key of the length and checksum of every image, and of the bit depth."""
-        return derived_key(
-            self.info.index_sha256[:16], f"{self.bit_depth}{'' if self.kept_damage is None else ' damaged'}".encode()
-        )
+        return self.decoded_key(self.info.index_sha256[:16])
 
     def _location(self, index: int) -> tuple[int, int, int]:
         """Return (shard, offset, length) of an image; raise BadImage if the index is damaged there."""

@@ -98,8 +98,9 @@ def compare(listing: Listing, store: Store | None) -> Plan:
     if has_perceptual_hashes() and store.items.perceptual_hashes is None:
         missing = table["perceptual"].is_null().to_numpy() & table["reason"].is_null().to_numpy()
         same &= ~missing[row]
-    reasons = table["reason"].to_pylist()[store.info.rows :]
-    may_be_solved = np.array([False] * store.info.rows + [reason in SOLVABLE for reason in reasons], bool)
+    may_be_solved = np.zeros(len(table), bool)
+    reasons = table["reason"].slice(store.info.rows).to_pylist()  # readable images have none
+    may_be_solved[store.info.rows :] = [reason in SOLVABLE for reason in reasons]
     same &= ~may_be_solved[row]
     if listing.content_key != store.info.content_key:
         same[:] = False
