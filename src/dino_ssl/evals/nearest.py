@@ -3,6 +3,7 @@
 Shapes: Q queries, N rows, D dimensions.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,10 @@ def top_k(
         queries = F.normalize(queries.float(), dim=1)
         best = queries.new_empty(len(queries), 0)
         nearest = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-        buffer = queries.new_empty(len(queries), min(block_rows, len(rows)))
-        for start in range(0, len(rows), block_rows):
-            cosines = _cosines(queries, torch.as_tensor(rows[start : start + block_rows]), unit, buffer)
+        for start, cosines in cosine_blocks(queries, rows, unit=unit, block_rows=block_rows):
             if where is not None:
-                cosines[:, ~torch.as_tensor(where[start : start + block_rows], device=cosines.device)] = -torch.inf
+                part = where[start : start + cosines.shape[1]]
+                cosines[:, ~torch.as_tensor(part, device=cosines.device)] = -torch.inf
             values, columns = _largest(cosines, k)
             best, nearest = torch.cat([best, values], 1), torch.cat([nearest, columns + start], 1)
             best, keep = _largest(best, k)  # earlier rows come first, and stay first among equal ones
@@ -60,11 +60,24 @@ def top_k(
     return best, nearest
 
 
+def cosine_blocks(
+    queries: Tensor, rows: Any, *, unit: bool = False, block_rows: int = BLOCK_ROWS
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the first row of each block and its cosines with unit queries [Q, D]: [Q, at most block_rows].
+
+    Computed in the type of the queries and on their device. Each tensor overwrites the one before. `rows` and `unit` as
+    in `top_k`.
+    """
+    buffer = queries.new_empty(len(queries), min(block_rows, len(rows)))
+    for start in range(0, len(rows), block_rows):
+        yield start, _cosines(queries, torch.as_tensor(rows[start : start + block_rows]), unit, buffer)
+
+
 def _cosines(queries: Tensor, rows: Tensor, unit: bool, buffer: Tensor) -> Tensor:
     """Return queries [Q, D] times rows [n, D], in the first columns of the buffer."""
     out = buffer[:, : len(rows)]
-    if not unit or rows.dtype == torch.float32 or queries.device.type != "cpu":
-        rows = rows.to(queries.device).float()
+    if not unit or rows.dtype == queries.dtype or queries.device.type != "cpu":
+        rows = rows.to(queries)
         return torch.mm(queries, (rows if unit else F.normalize(rows, dim=1)).T, out=out)
     cached = queries.new_empty(CACHE_ROWS, rows.shape[1])  # reused: new memory costs as much as the product
     for start in range(0, len(rows), CACHE_ROWS):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_ssl.evals.base import check_finite
+from dino_ssl.evals.nearest import cosine_blocks
 from dino_ssl.progress import Progress
 
 QUERIES = 64  # queries at once: 5 MB of similarities in float64 for a database of 10,000 images
@@ -68,7 +69,8 @@ def target_ranks(
     rows, is_empty = F.normalize(database.double(), dim=1), (database == 0).all(1)
     ranks: list[np.ndarray] = []
     for block in F.normalize(queries.double(), dim=1).split(QUERIES):
-        for similarity in (block @ rows.T).float().masked_fill(is_empty, -2.0):  # below any cosine
+        cosines = torch.cat([part.float() for _, part in cosine_blocks(block, rows, unit=True)], dim=1)
+        for similarity in cosines.masked_fill(is_empty, -2.0):  # below any cosine
             indices = torch.as_tensor(targets[len(ranks)])
             of_targets = similarity[indices]
             similarity[indices] = -torch.inf
