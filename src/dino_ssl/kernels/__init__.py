@@ -11,6 +11,7 @@ from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.kernels.attention import scaled_dot_product
 from dino_ssl.kernels.loss import batch_center, loss_from_bottleneck
 from dino_ssl.kernels.packed_vit import forward_views
+from dino_ssl.kernels.small_conv import conv2d
 
 
 def optimized() -> dict[str, Callable[..., Any]]:
@@ -20,6 +21,7 @@ def optimized() -> dict[str, Callable[..., Any]]:
         "batch_center": batch_center,
         "attention": scaled_dot_product,
         "forward_views": forward_views,
+        "conv2d": conv2d,
     }
 
 

@@ -97,6 +97,7 @@ class Implementations(NamedTuple):
     batch_center: Callable[..., Tensor] = objectives.batch_center
     attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     forward_views: Callable[..., Tensor] | None = None
+    conv2d: Callable[[nn.Conv2d, Tensor], Tensor] | None = None
 
 
 class BuildContext(NamedTuple):
@@ -119,8 +120,9 @@ class BuildContext(NamedTuple):
         drop_path: overrides the setting (0 for a teacher). pack_views: allow one forward pass for all resolutions.
         """
         backbone = self.network.build(drop_path=drop_path)
-        forward_views = self.implementations.forward_views if pack_views else None
-        backbone.use_kernels(attention=self.implementations.attention, forward_views=forward_views)
+        kernels = self.implementations
+        forward_views = kernels.forward_views if pack_views else None
+        backbone.use_kernels(attention=kernels.attention, forward_views=forward_views, conv2d=kernels.conv2d)
         if self.weights is not None:
             load_strict(backbone, self.weights, self.source)
         return backbone

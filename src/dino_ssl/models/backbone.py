@@ -7,6 +7,7 @@ ViT), N tokens, embedding dimension D.
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -63,8 +64,15 @@ class Backbone(nn.Module, ABC):
         *,
         attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         forward_views: Callable[[Any, Sequence[Tensor]], Tensor] | None = None,
+        conv2d: Callable[[nn.Conv2d, Tensor], Tensor] | None = None,
     ) -> None:
-        """Use optimized implementations of attention (q, k, v) and of `forward_views` if this network supports them."""
+        """Use optimized implementations of attention (q, k, v) and of `forward_views` if this network supports them.
+
+        conv2d: of `nn.Conv2d.forward`, for all layers of exactly this class. None: the reference implementation.
+        """
+        for layer in self.modules():
+            if type(layer) is nn.Conv2d:
+                layer.forward = partial(conv2d or nn.Conv2d.forward, layer)
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Enable activation checkpointing: keep the inputs of each block, recompute the rest in the backward pass."""

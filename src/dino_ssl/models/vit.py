@@ -150,8 +150,10 @@ class VisionTransformer(Attentive):
         *,
         attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         forward_views: Callable[["VisionTransformer", Sequence[Tensor]], Tensor] | None = None,
+        conv2d: Callable[[nn.Conv2d, Tensor], Tensor] | None = None,
     ) -> None:
-        """Replace scaled dot-product attention and `forward_views`; None selects the reference implementation."""
+        """Replace scaled dot-product attention, `forward_views` and convolutions; None: reference implementation."""
+        super().use_kernels(conv2d=conv2d)
         self._forward_views = forward_views
         for block in self.blocks:
             assert isinstance(block, Block)
