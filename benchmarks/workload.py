@@ -22,6 +22,7 @@ from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.methods.dino import DINO, DINOConfig
 from dino_ssl.models.timm import Timm
 from dino_ssl.models.vit import ViT
+from dino_ssl.presets.small import small
 from dino_ssl.profiling.roofline import count_flops, matmul_throughput
 from dino_ssl.run import Run
 from dino_ssl.runtime import Machine, machine
@@ -30,12 +31,13 @@ from dino_ssl.state import build_method
 from lightly_dino import LightlyDINO
 from plain import PlainDINO, Setup, StepSettings
 
-NETWORKS: dict[str, ViT | Timm] = {
+NETWORKS: dict[str, Any] = {
     "vit_tiny": ViT(size="tiny", patch=16),
     "vit_small": ViT(size="small", patch=16),
     "vit_small_8": ViT(size="small", patch=8),
     "vit_base": ViT(size="base", patch=16),
     "resnet50": Timm(name="resnet50"),
+    "small": small().backbone,
     "narrow": ViT(patch=8, width=16, depth=2, heads=2, image_size=56),
     "resnet_narrow": Timm(name="resnet10t", args=(("channels", "(8, 8, 16, 16)"), ("stem_width", "4"))),
 }
