@@ -66,6 +66,15 @@ def test_a_map_whose_corners_do_not_see_each_other_is_convolved() -> None:
     assert torch.equal(small_conv.conv2d(layer, x), layer(x))
 
 
+def test_training_after_an_evaluation_has_gradients() -> None:
+    layer, x = nn.Conv2d(4, 6, 3, padding=1), images(2, 2).float()
+    small_conv._taps.cache_clear()
+    with torch.inference_mode():
+        small_conv.conv2d(layer, x)
+    small_conv.conv2d(layer, x).sum().backward()
+    assert layer.weight.grad is not None
+
+
 def test_a_network_uses_it_for_small_crops_and_so_does_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     products = []
     linear = torch.nn.functional.linear

@@ -37,6 +37,7 @@ def _is_plain(layer: nn.Conv2d) -> bool:
 
 
 @lru_cache
+@torch.inference_mode(False)  # an evaluation may call it first, and training use the same tensor
 def _taps(size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Tensor | None:
     """Return the index in the flattened kernel between each output and each input pixel, [H, W, h, w] int64.
 
