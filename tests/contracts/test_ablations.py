@@ -1,6 +1,7 @@
 """The paper's tables as values: what each configuration changes, the paper's results, and the pages of a study."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dino_ssl.ablations.page import NO_DISCUSSION, write_page
+from dino_ssl.ablations.page import NO_DISCUSSION, rank_correlation, write_page
 from dino_ssl.ablations.study import FAILED, RESULT, Result, Study, StudyRun, find_study, read_study
 from dino_ssl.ablations.table import METRICS, SCALES, Scale
 from dino_ssl.ablations.tables import TABLES, get_table
@@ -220,7 +221,7 @@ def test_the_page_has_all_results_and_keeps_the_discussion(study: Study) -> None
         "The loss is <nan>.",
         "Not run: centering only",
         "raw pixels 30.0 %",
-        "Total: 18 min for 3 runs on a CPU, float32; torch 2.",
+        "Total: 18 min for 3 runs on a CPU, float32, torch 2.",
         "| centering only: no sharpening | method.sharpening False |",
         "| centering and sharpening, seed 2 | done | 6 min | 160 |",
     ):
@@ -230,6 +231,39 @@ def test_the_page_has_all_results_and_keeps_the_discussion(study: Study) -> None
     again = page.read_text()
     assert "At this scale KL does not fall to 0." in again
     assert "99.9" not in again
+
+
+def test_a_result_with_its_curves_needs_no_other_file_of_the_run(study: Study) -> None:
+    run = study.runs()[0]
+    result = json.loads((run.folder / RESULT).read_text())
+    expected = {name: run.line(name) for name in ("loss", "20-NN", "entropy")}
+    (run.folder / RESULT).write_text(json.dumps(result | {"curves": expected, "date": "2026-01-31"}))
+    for name in ("metrics.jsonl", "run.json"):
+        (run.folder / name).unlink()
+    for name, (epochs, values) in expected.items():
+        assert [list(part) for part in run.line(name)] == [epochs, values]
+        assert values
+    assert "torch 2, 2026-01-31." in write_page(study).read_text()
+
+
+def test_the_rank_correlation_is_that_of_mean_ranks() -> None:
+    assert rank_correlation([1, 5, 9], [0.1, 0.2, 7]) == pytest.approx(1)
+    assert rank_correlation([1, 5, 9], [3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+    assert rank_correlation([1, 2, 2, 4], [1, 2, 3, 4]) == pytest.approx(3 / 10**0.5)  # ranks 1, 2.5, 2.5, 4
+    assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
+
+
+def test_the_page_has_the_rank_correlation_with_the_paper(tmp_path: Path) -> None:
+    table = get_table("table7")
+    data = {"images": 40, "classes": 4, "fingerprint": "abcd", "val_fraction": 0.1}
+    study = Study(tmp_path, table, "small", table.base("small"), data)
+    cost = {"hours": 0.1, "memory": 1.0, "images": 160, "images/s": 9.0}
+    for item, knn in zip(table.select(["dino", "no-momentum", "mse", "byol"]), (40.0, 20.0, 30.0, 35.0), strict=True):
+        folder = StudyRun(study, item, 0).folder
+        folder.mkdir(parents=True)
+        (folder / RESULT).write_text(json.dumps(to_dict(Result(values={"20-NN": knn, **cost}))))
+    assert "with the paper: 20-NN 1.00, 4 configurations." in write_page(study).read_text()
 
 
 def test_a_missing_study_is_an_error_with_the_command(study: Study, tmp_path: Path) -> None:

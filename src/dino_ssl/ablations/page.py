@@ -1,5 +1,6 @@
 """Page of a study: our results with their spread next to the paper's, as Markdown with an image of the curves."""
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ def _page(study: Study, discussion: str) -> str:
     references = ", ".join(f"{name} {value:.1f} %" for name, value in _reference_scores(study).items()) or NONE
     versions = {f"{name} {version}" for result in results for name, version in result.versions.items()}
     total = duration(3600 * sum(result.values["hours"] for result in results))
+    days = {result.date for result in results} - {""}
+    facts = ", ".join([study.base.precision, *sorted(versions), *sorted(days)])
     parts = [
         f"# {table.title}",
         f"Paper: {_describe(table.base('paper'))} of ImageNet. {table.note}".strip(),
@@ -49,6 +52,7 @@ def _page(study: Study, discussion: str) -> str:
         "Ours: the mean over the seeds, with the minimum, the maximum and the number of seeds n; 20-NN and linear "
         f"on {val_set}. Reference scores (20-NN): {references}.",
         SCALE_SMALL if study.scale == "small" else "",
+        _agreement(study),
         "\n".join(f"- {message}" for message in _warnings(study)),
         f"Conclusion of the paper: {table.conclusion}",
         f"{OPEN}\n\n{discussion}\n\n{CLOSE}",
@@ -58,7 +62,7 @@ def _page(study: Study, discussion: str) -> str:
         "## Cost and environment",
         _table(["run", "state", "time", "images seen", "images/s", "peak memory"], _cost(study)),
         f"Total: {total} for {len(results)} runs on {', '.join({result.machine for result in results}) or NONE}, "
-        f"{study.base.precision}; {', '.join(sorted(versions))}. Fingerprint of the dataset: {data['fingerprint']}.",
+        f"{facts}. Fingerprint of the dataset: {data['fingerprint']}.",
         f"Run again: `dino ablate {table.name} --scale {study.scale} --data ...`, then "
         f"`dino report {table.name} --markdown docs/ablations`.",
     ]
@@ -93,6 +97,26 @@ def _describe(run: Run) -> str:
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Return Spearman's rank correlation, with mean ranks for equal values; nan if all values of one are equal."""
+    ranks = [[(sum(v < x for v in values) + sum(v <= x for v in values)) / 2 for x in values] for values in (xs, ys)]
+    return math.nan if any(len(set(line)) == 1 for line in ranks) else statistics.correlation(*ranks)
+
+
+def _agreement(study: Study) -> str:
+    """Return the rank correlation with the paper of each metric that both have for three configurations or more."""
+    parts = []
+    for name in study.table.metrics:
+        pairs = [
+            (spread.mean, paper)
+            for item in study.table.configurations
+            if (spread := study.spread(item, name)) and (paper := study.table.paper_results(item).get(name)) is not None
+        ]
+        if len(pairs) > 2:
+            parts.append(f"{name} {rank_correlation(*zip(*pairs, strict=True)):.2f}, {len(pairs)} configurations")
+    return f"Rank correlation (Spearman) of our means with the paper: {'; '.join(parts)}." if parts else ""
 
 
 def _reference_scores(study: Study) -> dict[str, float]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,7 +38,7 @@ from dino_ssl.evals.linear import Linear
 from dino_ssl.events import Evaluated, Event, Logged, Started
 from dino_ssl.files import append_jsonl, read_json, write_json
 from dino_ssl.metrics import METRICS
-from dino_ssl.report.curves import read_history
+from dino_ssl.report.curves import read_history, thin
 from dino_ssl.run import Run
 from dino_ssl.runtime import Runtime, machine, peak_memory, start
 from dino_ssl.signals import StopSignal
@@ -50,6 +51,8 @@ LOCKED = os.EX_TEMPFAIL
 POLL_SECONDS = 0.5
 FINAL_FRACTION = 0.05
 """Final fraction of the logged lines over which entropy and KL are averaged."""
+CURVE_POINTS = 60
+"""Of each curve in result.json."""
 
 
 def run_parallel(runs: Sequence[StudyRun], linear: bool, processes: int, terminal: Terminal) -> tuple[int | None, int]:
@@ -229,13 +232,20 @@ def _result_of_training(study_run: StudyRun, rt: Runtime) -> Result:
         "images": history.training[-1]["step"] * study_run.run.optim.batch_size,
         "images/s": statistics.median(history.line("images_per_s")[1] or [0]),
     }
+    curves = {}
     for name in CURVES:
-        points = study_run.line(name)[1]
+        epochs, points = study_run.line(name)
         count = 1 if name in EVALS else max(1, round(FINAL_FRACTION * len(points)))
         values |= {name: statistics.fmean(points[-count:])} if points else {}
-    hardware = f"{machine().name}, threads per run: {torch.get_num_threads()}"
-    references, versions = description["reference_scores"], description["versions"]
-    return Result(values=values, references=references, machine=hardware, versions=versions)
+        curves |= {name: thin(epochs, points, CURVE_POINTS)} if points else {}
+    return Result(
+        values=values,
+        references=description["reference_scores"],
+        curves=curves,
+        machine=f"{machine().name}, threads per run: {torch.get_num_threads()}",
+        versions=description["versions"],
+        date=date.today().isoformat(),
+    )
 
 
 def missing_metrics(run: StudyRun, linear: bool) -> list[str]:

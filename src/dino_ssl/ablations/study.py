@@ -46,9 +46,13 @@ class Result:
     """By metric: those of tables in their unit, `images` (seen in training, counted once per epoch), `images/s`."""
     references: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Scores of raw pixels and of random weights."""
+    curves: Mapping[str, Any] = field(default_factory=dict)
+    """Epochs and values of each metric of CURVES: with them, a result needs no other file of the run."""
     machine: str = ""
     """Name of the processor, and threads per run."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
+    """Day on which training ended, such as 2026-11-29."""
     format: int = FORMAT
 
 
@@ -108,6 +112,8 @@ class StudyRun:
 
     def line(self, name: str) -> Line:
         """Return a metric of CURVES over epochs, in its unit."""
+        if (result := self.result) is not None and name in result.curves:
+            return result.curves[name]
         history, prototypes = read_history(self.folder), self.run.method.num_prototypes
         if name in EVALS:
             return line(history.evaluations.get(EVALS[name], []), "20-NN")

@@ -82,7 +82,7 @@ def chart(
 
     references: labeled horizontal lines. from_zero: start the y axis at 0.
     """
-    lines = {name: _thin(*points) for name, points in lines.items() if len(points[0])}
+    lines = {name: thin(*points) for name, points in lines.items() if len(points[0])}
     if not lines:
         return ""
     axes, legend = Figure(figsize=(5.2, 2.5)).add_axes((0.1, 0.12, 0.89, 0.84)), ""
@@ -125,11 +125,11 @@ def _data_url(figure: Any) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
-def _thin(xs: Sequence[float], ys: Sequence[float]) -> Line:
-    """Return at most MAX_POINTS points: the mean of each group of neighbors, and the last value."""
-    if len(xs) <= MAX_POINTS:
+def thin(xs: Sequence[float], ys: Sequence[float], count: int = MAX_POINTS) -> Line:
+    """Return at most `count` points: the mean of each group of neighbors, and the last value."""
+    if len(xs) <= count:
         return xs, ys
-    means = ([float(group.mean()) for group in np.array_split(values, MAX_POINTS - 1)] for values in (xs, ys))
+    means = ([float(group.mean()) for group in np.array_split(values, count - 1)] for values in (xs, ys))
     thin_x, thin_y = means
     return [*thin_x, xs[-1]], [*thin_y, ys[-1]]
 
