@@ -1,4 +1,4 @@
-"""Plot the results of time_to_accuracy.py: 20-NN accuracy against time, one curve per file.
+"""Plot the results of time_to_accuracy.py: 20-NN accuracy against time, the curves of a file in one color.
 
 python benchmarks/draw_curves.py docs/benchmarks/time_to_accuracy-*.json -o docs/images/time-to-accuracy.png
 """
@@ -22,10 +22,11 @@ def main() -> None:
     parser.add_argument("--reference", type=float, default=RAW_PIXELS, help="accuracy of raw pixels, a dashed line")
     options = parser.parse_args()
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for path in options.curves:
-        points = json.loads(path.read_text())["curve"]
+    for number, path in enumerate(options.curves):
         label = path.stem.removeprefix("time_to_accuracy-").replace("-", " ")
-        axes.plot([p["minutes"] for p in points], [p["accuracy"] for p in points], "o-", ms=4, label=label)
+        for i, entry in enumerate(json.loads(path.read_text())["curves"]):
+            xs, ys = ([point[name] for point in entry["curve"]] for name in ("minutes", "accuracy"))
+            axes.plot(xs, ys, "o-", c=f"C{number}", ms=4, label=None if i else label)
     axes.axhline(options.reference, ls="--", c="0.5", lw=1, label="raw pixels")
     axes.set(xlabel="minutes of training", ylabel="20-NN accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)

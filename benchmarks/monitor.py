@@ -130,7 +130,7 @@ def parts(run: Run, rt: Runtime, repeats: int = 20) -> dict[str, float]:
     usage, row = targets.mean((0, 1)), dict.fromkeys(("loss", "teacher_entropy", "kl", "marginal_entropy"), 1.0)
 
     def measure() -> None:
-        stats._latest.features = features
+        stats._features = features
         stats.measure()
 
     jobs: dict[str, Callable[[], object]] = {

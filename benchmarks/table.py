@@ -102,9 +102,10 @@ def extraction(result: dict) -> str:
 
 
 def accuracy(result: dict) -> str:
-    """Return the accuracy after half an hour."""
-    point = min(result["curve"], key=lambda point: abs(point["minutes"] - 30))
-    return f"**{point['accuracy']:.1f} %** after {point['minutes']:.0f} min"
+    """Return the accuracy of every seed after half an hour."""
+    points = [min(entry["curve"], key=lambda point: abs(point["minutes"] - 30)) for entry in result["curves"]]
+    scores = ", ".join(f"{point['accuracy']:.1f}" for point in points)
+    return f"**{scores} %** after {max(point['minutes'] for point in points):.0f} min"
 
 
 def demo(result: dict) -> str:

@@ -1,18 +1,19 @@
 """20-NN accuracy against wall-clock time, trained from scratch on images in class folders.
 
-    python benchmarks/time_to_accuracy.py DATA --recipe small --minutes 30 --json curve.json
+    python benchmarks/time_to_accuracy.py DATA --recipe small --minutes 30 --seeds 0 1 2 --json curves.json
 
 DATA has the folders train/ and val/. Training uses train/ without its labels; every few minutes the features of val/
 are classified by their 20 nearest neighbors in train/. The clock excludes these evaluations. The number of epochs is
-what fits into the time at the speed measured before; training stops when the time is over.
+what fits into the time at the speed measured before; training stops when the time is over. Seeds run one after
+another; those that the output file has already are kept.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -49,30 +50,32 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--every", type=float, default=5, help="minutes between two evaluations")
     parser.add_argument("--images-per-second", type=float, help="expected speed; measured by default")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/time_to_accuracy"))
     parser.add_argument("--json", type=Path, help="output file")
     options = parser.parse_args()
     console, device_info = Console(), machine()
     train_set, val_set = (Folder(path=str(options.data / name)).open() for name in ("train", "val"))
-    run = plan(options, train_set, device_info)
-    console.print(f"{options.recipe}: {run.optim.epochs} epochs, {run.precision}, torch {torch.__version__}")
-    curve = train_and_evaluate(run, train_set, val_set, options.minutes, options.every, console)
-    table = Table("minutes", "images", "epochs", "loss", "teacher entropy", "20-NN %", title=options.recipe)
-    for point in curve:
-        table.add_row(*map(format_cell, point.values()))
-    console.print(table)
-    # Paths of this machine stay out of the file.
-    anywhere = edit(
-        run, data=dict(path=f"{options.data.resolve().name}/train"), out=f"runs/time_to_accuracy/{options.recipe}"
-    )
-    save(
-        options.json,
-        {"benchmark": "time_to_accuracy", **about(vars(options)), "run": to_dict(anywhere), "curve": curve},
-    )
+    known = json.loads(options.json.read_text())["curves"] if options.json and options.json.is_file() else []
+    curves = {entry["seed"]: entry for entry in known}
+    for seed in options.seeds:
+        if seed in curves:
+            continue
+        run = plan(options, seed, train_set, device_info)
+        console.print(f"{options.recipe}, seed {seed}: {run.optim.epochs} epochs, {run.precision}")
+        curve = train_and_evaluate(run, train_set, val_set, options.minutes, options.every, console)
+        table = Table("minutes", "images", "epochs", "loss", "teacher entropy", "20-NN %", title=f"seed {seed}")
+        for point in curve:
+            table.add_row(*map(format_cell, point.values()))
+        console.print(table)
+        # Paths of this machine stay out of the file.
+        anywhere = edit(run, data=dict(path=f"{options.data.resolve().name}/train"), out="runs/time_to_accuracy")
+        curves[seed] = {"seed": seed, "run": to_dict(anywhere), "curve": curve}
+        entries = [curves[seed] for seed in sorted(curves)]
+        save(options.json, {"benchmark": "time_to_accuracy", **about(vars(options)), "curves": entries})
 
 
-def plan(options: argparse.Namespace, train_set: ImageDataset, device_info: Machine) -> Run:
+def plan(options: argparse.Namespace, seed: int, train_set: ImageDataset, device_info: Machine) -> Run:
     """Return the recipe with as many epochs as fit into the time."""
     run = RECIPES[options.recipe]()
     speed = options.images_per_second or 1 / measure(run, device_info, train_set).seconds(run, device_info, 1)
@@ -84,8 +87,8 @@ def plan(options: argparse.Namespace, train_set: ImageDataset, device_info: Mach
         online_eval=dict(every_epochs=0),
         precision=device_info.precision,
         cache=True,
-        seed=options.seed,
-        out=str(options.out / options.recipe),
+        seed=seed,
+        out=str(options.out / options.recipe / f"seed{seed}"),
     )
     if options.recipe != "small":
         return run
@@ -137,7 +140,7 @@ def train_and_evaluate(
                 console.print(f"{spent:6.1f} min  {num_images:>9,} images  20-NN {accuracy:.1f} %")
                 next_at += every
             if is_over:
-                export_backbone(run, backbone, Path(run.out))  # for other evaluations
+                export_backbone(run, backbone, "last")  # for other evaluations
                 break
     return curve
 
