@@ -17,7 +17,7 @@ from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.evals.online import OnlineEval
 from dino_ssl.presets.paper import vits16_300
 from dino_ssl.presets.plan import fit_schedule
-from dino_ssl.presets.small import narrow_vit, small
+from dino_ssl.presets.small import narrow_vit, small_resnet
 from dino_ssl.run import Run
 
 Changes = Mapping[str, Any]
@@ -44,9 +44,9 @@ def vit_100(local: int = 6) -> Run:
 
 
 def conv() -> Run:
-    """Return the base of most tables at scale small: `small()` with crops of 48 and 24 pixels."""
-    run = edit(small(), optim=dict(epochs=100, warmup_epochs=2), views=dict(global_size=48, local_size=24))
-    return scale_length(edit(run, online_eval=dict(size=66, every_epochs=100 / NUM_EVALS)), 10)  # of Imagenette
+    """Return the base of most tables at scale small: `small_resnet()`, with the authors' color jitter."""
+    run = edit(small_resnet(), optim=dict(epochs=100, warmup_epochs=2), online_eval=dict(every_epochs=100 / NUM_EVALS))
+    return scale_length(run, 10)  # of Imagenette
 
 
 def narrow() -> Run:
