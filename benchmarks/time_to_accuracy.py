@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=list(RECIPES), default="small")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--every", type=float, default=5, help="minutes between two evaluations")
+    parser.add_argument("--workers", type=int, default=1, help="processes that load images; 0: the training process")
     parser.add_argument("--images-per-second", type=float, help="expected speed; measured by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/time_to_accuracy"))
@@ -86,6 +87,7 @@ def plan(options: argparse.Namespace, seed: int, train_set: ImageDataset, device
         optim=dict(epochs=epochs, warmup_epochs=min(run.optim.warmup_epochs, 0.1 * epochs)),
         online_eval=dict(every_epochs=0),
         precision=device_info.precision,
+        workers=options.workers,
         cache=True,
         seed=seed,
         out=str(options.out / options.recipe / f"seed{seed}"),
@@ -141,8 +143,8 @@ def train_and_evaluate(
                 next_at += every
             if is_over:
                 export_backbone(run, backbone, "last")  # for other evaluations
-                break
-    return curve
+                return curve
+    raise SystemExit(f"stopped after {len(curve)} evaluations: this seed is not saved")
 
 
 if __name__ == "__main__":
