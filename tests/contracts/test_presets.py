@@ -277,7 +277,7 @@ def test_the_plan_changes_only_machine_settings_of_a_preset() -> None:
 
 def test_the_size_of_evaluations_follows_the_views() -> None:
     run = presets.resolve("small")
-    assert (run.views.size, run.eval_size, fit_to_size(run, 32).online_eval.size) == (64, 88, 44)
+    assert (run.views.size, run.eval_size, fit_to_size(run, 32).online_eval.size) == (48, 80, 53)
     assert fit_to_size(edit(run, online_eval=dict(size=None)), 32).online_eval.size is None
 
 
