@@ -17,7 +17,7 @@ from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.evals.online import OnlineEval
 from dino_ssl.presets.paper import vits16_300
 from dino_ssl.presets.plan import fit_schedule
-from dino_ssl.presets.small import narrow_vit, small_resnet
+from dino_ssl.presets.small import narrow_vit, small
 from dino_ssl.run import Run
 
 Changes = Mapping[str, Any]
@@ -44,8 +44,8 @@ def vit_100(local: int = 6) -> Run:
 
 
 def conv() -> Run:
-    """Return the base of most tables at scale small: `small_resnet()`, with the authors' color jitter."""
-    run = edit(small_resnet(), optim=dict(epochs=100, warmup_epochs=2), online_eval=dict(every_epochs=100 / NUM_EVALS))
+    """Return the base of most tables at scale small: `small()`."""
+    run = edit(small(), optim=dict(epochs=100, warmup_epochs=2), online_eval=dict(every_epochs=100 / NUM_EVALS))
     return scale_length(run, 10)  # of Imagenette
 
 
