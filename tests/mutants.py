@@ -385,6 +385,27 @@ MUTANTS = (
         "*key",
         "contracts/test_resumable.py::test_cached_features_have_the_precision_of_the_evaluation",
     ),
+    Mutant(
+        "the rows of a small convolution's kernel have the length of its columns",
+        "kernels/small_conv.py",
+        "rows[:, None, :, None] * kernel[1]",
+        "rows[:, None, :, None] * kernel[0]",
+        "equations/test_small_conv.py::test_tiny_maps_have_the_same_outputs_and_gradients",
+    ),
+    Mutant(
+        "the index of a small convolution is an inference tensor",
+        "kernels/small_conv.py",
+        "@torch.inference_mode(False)  # an evaluation may call it first, and training use the same tensor\n",
+        "",
+        "equations/test_small_conv.py::test_training_after_an_evaluation_has_gradients",
+    ),
+    Mutant(
+        "equal results have the lower of their ranks",
+        "ablations/page.py",
+        "(sum(v < x for v in values) + sum(v <= x for v in values)) / 2",
+        "sum(v < x for v in values)",
+        "contracts/test_ablations.py::test_the_rank_correlation_is_that_of_mean_ranks",
+    ),
     # -- the index
     Mutant(
         "equal cosines are not ordered by row",

@@ -66,6 +66,10 @@ def test_a_map_whose_corners_do_not_see_each_other_is_convolved() -> None:
     assert torch.equal(small_conv.conv2d(layer, x), layer(x))
 
 
+def test_an_empty_batch_has_an_empty_output() -> None:
+    assert small_conv.conv2d(nn.Conv2d(4, 6, 3, padding=1), images(2, 2).float()[:0]).shape == (0, 6, 2, 2)
+
+
 def test_training_after_an_evaluation_has_gradients() -> None:
     layer, x = nn.Conv2d(4, 6, 3, padding=1), images(2, 2).float()
     small_conv._taps.cache_clear()

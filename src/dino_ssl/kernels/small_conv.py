@@ -26,7 +26,7 @@ def conv2d(layer: nn.Conv2d, x: Tensor) -> Tensor:
     count = taps.shape[0] * taps.shape[1]
     weight = layer.weight.permute(0, 2, 3, 1).flatten(1, 2).index_select(1, taps.flatten())  # [D, H W h w, C]
     bias = None if layer.bias is None else layer.bias.repeat_interleave(count)
-    out = F.linear(x.permute(0, 2, 3, 1).flatten(1), weight.view(-1, x[0].numel()), bias)
+    out = F.linear(x.permute(0, 2, 3, 1).flatten(1), weight.view(-1, x.shape[1:].numel()), bias)
     return out.view(len(x), -1, *taps.shape[:2]).contiguous(memory_format=torch.channels_last)
 
 
