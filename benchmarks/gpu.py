@@ -264,7 +264,7 @@ def train(options: argparse.Namespace) -> None:
                 str(result),
             ]
             subprocess.run(command, check=True, timeout=done.seconds_left)
-            return json.loads(result.read_text())["curve"]
+            return json.loads(result.read_text())["curves"][0]["curve"]
 
     done.add(f"20-NN of {options.recipe} (target 84 %)", curve, 60)
 

@@ -1,6 +1,6 @@
 """Cost of the collapse monitor: a training step with and without it, interleaved.
 
-    python benchmarks/monitor.py [--networks vit_tiny narrow_vit small] [--turns 9] [--json monitor.json]
+    python benchmarks/monitor.py [--networks NAME ...] [--turns 9] [--json monitor.json]
 
 With: what `dino train` does. Without: the same step with only the loss, which needs no entropies, no prototype usage
 and no norm of all gradients, and log lines without feature statistics and without a `Monitor`. Both train in this

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +40,12 @@ RECIPES: dict[str, Callable[[], Run]] = {
     "small": small,
     "small-vit": small_vit,
     "narrow-vit": narrow_vit,
-    "resnet18": lambda: edit(small(), backbone=Timm(name="resnet18")),  # for a GPU: four times the width of `small`
+    "resnet18": lambda: edit(  # for a GPU: twice the width and depth of `small`
+        small(),
+        backbone=Timm(name="resnet18"),
+        views=dict(global_size=64, local_size=32),
+        online_eval=dict(size=88),
+    ),
 }
 
 
@@ -57,41 +63,55 @@ def main() -> None:
     options = parser.parse_args()
     console, device_info = Console(), machine()
     train_set, val_set = (Folder(path=str(options.data / name)).open() for name in ("train", "val"))
-    known = json.loads(options.json.read_text())["curves"] if options.json and options.json.is_file() else []
-    curves = {entry["seed"]: entry for entry in known}
-    for seed in options.seeds:
-        if seed in curves:
-            continue
-        run = plan(options, seed, train_set, device_info)
+    run = plan(options, train_set, device_info)
+    curves = {entry["seed"]: entry for entry in known_curves(options.json, run)}
+    for seed in sorted({*options.seeds} - curves.keys()):
         console.print(f"{options.recipe}, seed {seed}: {run.optim.epochs} epochs, {run.precision}")
-        curve = train_and_evaluate(run, train_set, val_set, options.minutes, options.every, console)
+        seeded = edit(run, seed=seed, out=str(options.out / options.recipe / f"seed{seed}"))
+        curve = train_and_evaluate(seeded, train_set, val_set, options.minutes, options.every, console)
         table = Table("minutes", "images", "epochs", "loss", "teacher entropy", "20-NN %", title=f"seed {seed}")
         for point in curve:
             table.add_row(*map(format_cell, point.values()))
         console.print(table)
-        # Paths of this machine stay out of the file.
-        anywhere = edit(run, data=dict(path=f"{options.data.resolve().name}/train"), out="runs/time_to_accuracy")
-        curves[seed] = {"seed": seed, "run": to_dict(anywhere), "curve": curve}
-        entries = [curves[seed] for seed in sorted(curves)]
-        save(options.json, {"benchmark": "time_to_accuracy", **about(vars(options)), "curves": entries})
+        description = about(vars(options))
+        curves[seed] = {"seed": seed, "date": description["date"], "run": portable(seeded), "curve": curve}
+        entries = [curves[known] for known in sorted(curves)]
+        save(options.json, {"benchmark": "time_to_accuracy", **description, "curves": entries})
 
 
-def plan(options: argparse.Namespace, seed: int, train_set: ImageDataset, device_info: Machine) -> Run:
+def portable(run: Run) -> dict[str, Any]:
+    """Return the settings without paths of this machine."""
+    data = Path(run.data.path) if isinstance(run.data, Folder) else Path()
+    anywhere = f"{data.resolve().parent.name}/{data.name}"
+    return to_dict(edit(run, data=dict(path=anywhere), out="runs/time_to_accuracy"))
+
+
+def known_curves(path: Path | None, run: Run) -> list[dict[str, Any]]:
+    """Return the curves of an existing output file; exit if their settings differ in more than seed and length."""
+    entries = json.loads(path.read_text())["curves"] if path and path.is_file() else []
+    for entry in entries:
+        before, now = (
+            {name: known[name] for name in ("data", "backbone", "method", "views", "online_eval")}
+            for known in (entry["run"], portable(run))
+        )
+        if before != now:
+            raise SystemExit(f"{path} has runs with other settings: expected another file for --json")
+    return entries
+
+
+def plan(options: argparse.Namespace, train_set: ImageDataset, device_info: Machine) -> Run:
     """Return the recipe with as many epochs as fit into the time."""
-    run = RECIPES[options.recipe]()
-    speed = options.images_per_second or 1 / measure(run, device_info, train_set).seconds(run, device_info, 1)
-    epochs = max(1, round(60 * options.minutes * speed / len(train_set)))
     run = edit(
-        run,
+        RECIPES[options.recipe](),
         data=Folder(path=str(options.data / "train")),
-        optim=dict(epochs=epochs, warmup_epochs=min(run.optim.warmup_epochs, 0.1 * epochs)),
         online_eval=dict(every_epochs=0),
         precision=device_info.precision,
         workers=options.workers,
         cache=True,
-        seed=seed,
-        out=str(options.out / options.recipe / f"seed{seed}"),
     )
+    speed = options.images_per_second or 1 / measure(run, device_info, train_set).seconds(run, device_info, 1)
+    epochs = max(1, round(60 * options.minutes * speed / len(train_set)))
+    run = edit(run, optim=dict(epochs=epochs, warmup_epochs=min(run.optim.warmup_epochs, 0.1 * epochs)))
     if options.recipe != "small":
         return run
     return short_schedule(run, epochs * steps_per_epoch(len(train_set), run.optim.batch_size))  # as `dino train` does

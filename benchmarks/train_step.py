@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from common import Memory
 from dino_ssl.data.batch import Batch
+from dino_ssl.kernels import optimized
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.models.blocks import Block
 from dino_ssl.preprocessing import normalize
@@ -75,9 +76,10 @@ def run_dino(workload: Workload, precision: str, views: tuple[Tensor, ...], step
 
 def compile_blocks(method: nn.Module) -> None:
     """Compile the blocks of every ViT, and pass its resolutions one by one: their shapes are then fixed."""
+    fastest = {name: optimized()[name] for name in ("attention", "conv2d")}
     for module in method.modules():
         if isinstance(module, Backbone):
-            module.use_kernels(forward_views=Backbone.forward_views)
+            module.use_kernels(**fastest | {"forward_views": Backbone.forward_views})
         elif isinstance(module, Block):
             module.compile()
 

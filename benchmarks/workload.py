@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -31,13 +31,13 @@ from dino_ssl.state import build_method
 from lightly_dino import LightlyDINO
 from plain import PlainDINO, Setup, StepSettings
 
-NETWORKS: dict[str, Any] = {
+NETWORKS: dict[str, ViT | Timm] = {
     "vit_tiny": ViT(size="tiny", patch=16),
     "vit_small": ViT(size="small", patch=16),
     "vit_small_8": ViT(size="small", patch=8),
     "vit_base": ViT(size="base", patch=16),
     "resnet50": Timm(name="resnet50"),
-    "small": small().backbone,
+    "small": cast(Timm, small().backbone),
     "narrow": ViT(patch=8, width=16, depth=2, heads=2, image_size=56),
     "resnet_narrow": Timm(name="resnet10t", args=(("channels", "(8, 8, 16, 16)"), ("stem_width", "4"))),
 }

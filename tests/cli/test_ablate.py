@@ -2,11 +2,13 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from dino_ssl.ablations.runner import (
     run_parallel,
     run_serial,
 )
-from dino_ssl.ablations.study import ROOT, Study, StudyRun, link_shared_runs, read_study, resolve_study
+from dino_ssl.ablations.study import RESULT, ROOT, Study, StudyRun, link_shared_runs, read_study, resolve_study
 from dino_ssl.ablations.tables import get_table
 from dino_ssl.config import edit
 from dino_ssl.data.synthetic.scenes import Scenes
@@ -99,6 +101,19 @@ def test_a_run_is_resumed_and_a_failed_run_does_not_stop_the_others(dino, tmp_pa
     assert run_serial([run], False, QUIET) == (None, 0)
     assert run.state == "done"
     assert [line["step"] for line in losses(run.folder)] == list(range(1, 61)), "12 epochs of 5 steps, each once"
+    assert run.result is not None
+    epochs, values = run.result.curves["loss"]
+    assert len(epochs) == len(values) == runner.CURVE_POINTS
+    assert (epochs[-1], values[-1]) == pytest.approx((12, losses(run.folder)[-1]["loss"]), rel=1e-4)
+    assert run.result.date == date.today().isoformat()
+    shutil.move(run.folder, tmp_path / "whole")
+    run.folder.mkdir()
+    shutil.copy(tmp_path / "whole" / RESULT, run.folder)  # of another computer: done, but nothing else can be measured
+    assert run.state == "done"
+    assert run_serial([run], False, QUIET) == (None, 1)
+    assert "not the weights" in run.error
+    shutil.rmtree(run.folder)
+    shutil.move(tmp_path / "whole", run.folder)
 
     (tmp_path / "tiny_table.py").write_text(PRESET)
     monkeypatch.syspath_prepend(str(tmp_path))

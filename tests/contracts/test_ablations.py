@@ -243,7 +243,7 @@ def test_a_result_with_its_curves_needs_no_other_file_of_the_run(study: Study) -
     for name, (epochs, values) in expected.items():
         assert [list(part) for part in run.line(name)] == [epochs, values]
         assert values
-    assert "torch 2, 2026-01-31." in write_page(study).read_text()
+    assert "torch 2; trained on 2026-01-31." in write_page(study).read_text()
 
 
 def test_the_rank_correlation_is_that_of_mean_ranks() -> None:

@@ -88,8 +88,10 @@ def test_block_sizes_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = target_ranks(queries, database, targets)
     for size in (1, 7):
         monkeypatch.setattr(ranking, "QUERIES", size)
-        for ranks, whole in zip(target_ranks(queries, database, targets), expected, strict=True):
-            np.testing.assert_array_equal(ranks, whole)
+        for block_rows in (10, 97, 1000):
+            blocks = target_ranks(queries, database, targets, block_rows=block_rows)
+            for ranks, whole in zip(blocks, expected, strict=True):
+                np.testing.assert_array_equal(ranks, whole)
 
 
 def test_vector_lengths_do_not_matter() -> None:

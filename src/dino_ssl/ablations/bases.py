@@ -45,8 +45,8 @@ def vit_100(local: int = 6) -> Run:
 
 def conv() -> Run:
     """Return the base of most tables at scale small: `small()`."""
-    run = edit(small(), optim=dict(epochs=100, warmup_epochs=2), online_eval=dict(every_epochs=100 / NUM_EVALS))
-    return scale_length(run, 10)  # of Imagenette
+    run = small()
+    return scale_length(edit(run, online_eval=dict(every_epochs=run.optim.epochs / NUM_EVALS)), 10)  # of Imagenette
 
 
 def narrow() -> Run:

@@ -42,7 +42,8 @@ def _page(study: Study, discussion: str) -> str:
     versions = {f"{name} {version}" for result in results for name, version in result.versions.items()}
     total = duration(3600 * sum(result.values["hours"] for result in results))
     days = {result.date for result in results} - {""}
-    facts = ", ".join([study.base.precision, *sorted(versions), *sorted(days)])
+    trained = f"; trained on {', '.join(sorted(days))}" if days else ""
+    facts = ", ".join([study.base.precision, *sorted(versions)]) + trained
     parts = [
         f"# {table.title}",
         f"Paper: {_describe(table.base('paper'))} of ImageNet. {table.note}".strip(),
@@ -114,8 +115,8 @@ def _agreement(study: Study) -> str:
             for item in study.table.configurations
             if (spread := study.spread(item, name)) and (paper := study.table.paper_results(item).get(name)) is not None
         ]
-        if len(pairs) > 2:
-            parts.append(f"{name} {rank_correlation(*zip(*pairs, strict=True)):.2f}, {len(pairs)} configurations")
+        if len(pairs) > 2 and math.isfinite(correlation := rank_correlation(*zip(*pairs, strict=True))):
+            parts.append(f"{name} {correlation:.2f}, {len(pairs)} configurations")
     return f"Rank correlation (Spearman) of our means with the paper: {'; '.join(parts)}." if parts else ""
 
 

@@ -188,6 +188,11 @@ def _train(study_run: StudyRun, rt: Runtime, terminal: Terminal) -> int | None:
     """Train the remaining steps and write the results of training; return the signal that stopped it, or None."""
     run, path = study_run.run, study_run.folder / RESULT
     existing = distributed.run_on_rank0(lambda: find_run(study_run.folder))
+    if existing is None and study_run.result is not None:
+        raise UserError(
+            f"{study_run.folder} has a result but not the weights that further metrics need. Copy the whole folder of "
+            "the run, or remove it to train again."
+        )
     if existing is None or not existing.finished:
         run = run if existing is None else resumed(existing, lambda _: run)
         if rt.device.type == "cuda":
@@ -224,7 +229,7 @@ def _observer(study_run: StudyRun, rt: Runtime) -> Callable[[Event], None]:
 
 
 def _result_of_training(study_run: StudyRun, rt: Runtime) -> Result:
-    """Return the last evaluation, the mean loss, entropy and KL of the last logged lines, and the cost."""
+    """Return the last evaluation, the mean loss, entropy and KL of the last logged lines, the curves, and the cost."""
     history, description = read_history(study_run.folder), read_json(study_run.folder / "run.json")
     values = {
         "hours": history.seconds / 3600,
@@ -235,9 +240,10 @@ def _result_of_training(study_run: StudyRun, rt: Runtime) -> Result:
     curves = {}
     for name in CURVES:
         epochs, points = study_run.line(name)
-        count = 1 if name in EVALS else max(1, round(FINAL_FRACTION * len(points)))
-        values |= {name: statistics.fmean(points[-count:])} if points else {}
-        curves |= {name: thin(epochs, points, CURVE_POINTS)} if points else {}
+        if points:
+            count = 1 if name in EVALS else max(1, round(FINAL_FRACTION * len(points)))
+            values[name] = statistics.fmean(points[-count:])
+            curves[name] = [[float(f"{x:.5g}") for x in line] for line in thin(epochs, points, CURVE_POINTS)]
     return Result(
         values=values,
         references=description["reference_scores"],

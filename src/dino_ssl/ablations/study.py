@@ -52,7 +52,7 @@ class Result:
     """Name of the processor, and threads per run."""
     versions: Mapping[str, str] = field(default_factory=dict)
     date: str = ""
-    """Day on which training ended, such as 2026-11-29."""
+    """Day on which training ended and the result was written, such as 2026-11-29."""
     format: int = FORMAT
 
 

@@ -65,8 +65,8 @@ def cosine_blocks(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the first row of each block and its cosines with unit queries [Q, D]: [Q, at most block_rows].
 
-    Computed in the type of the queries and on their device. Each tensor overwrites the one before. `rows` and `unit` as
-    in `top_k`.
+    Computed in the type of the queries and on their device; in float32 within `full_precision`. Each tensor overwrites
+    the one before. `rows` and `unit` as in `top_k`.
     """
     buffer = queries.new_empty(len(queries), min(block_rows, len(rows)))
     for start in range(0, len(rows), block_rows):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_ssl.evals.base import check_finite
-from dino_ssl.evals.nearest import cosine_blocks
+from dino_ssl.evals.nearest import BLOCK_ROWS, cosine_blocks
 from dino_ssl.progress import Progress
 
 QUERIES = 64  # queries at once: 5 MB of similarities in float64 for a database of 10,000 images
@@ -58,6 +58,8 @@ def target_ranks(
     database: Tensor,  # [N, D]
     targets: Sequence[np.ndarray],  # Q arrays of row indices of the database
     progress: Progress = lambda done, total: None,
+    *,
+    block_rows: int = BLOCK_ROWS,
 ) -> list[np.ndarray]:
     """Return the ranks of each query's targets when all database rows are ranked by cosine, in the order of `targets`.
 
@@ -69,7 +71,9 @@ def target_ranks(
     rows, is_empty = F.normalize(database.double(), dim=1), (database == 0).all(1)
     ranks: list[np.ndarray] = []
     for block in F.normalize(queries.double(), dim=1).split(QUERIES):
-        cosines = torch.cat([part.float() for _, part in cosine_blocks(block, rows, unit=True)], dim=1)
+        cosines = block.new_empty(len(block), len(rows), dtype=torch.float32)
+        for start, part in cosine_blocks(block, rows, unit=True, block_rows=block_rows):
+            cosines[:, start : start + part.shape[1]] = part
         for similarity in cosines.masked_fill(is_empty, -2.0):  # below any cosine
             indices = torch.as_tensor(targets[len(ranks)])
             of_targets = similarity[indices]

@@ -72,7 +72,9 @@ class Backbone(nn.Module, ABC):
         """
         for layer in self.modules():
             if type(layer) is nn.Conv2d:
-                layer.forward = partial(conv2d or nn.Conv2d.forward, layer)
+                vars(layer).pop("forward", None)
+                if conv2d is not None:
+                    vars(layer)["forward"] = partial(conv2d, layer)
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Enable activation checkpointing: keep the inputs of each block, recompute the rest in the backward pass."""

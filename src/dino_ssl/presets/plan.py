@@ -25,11 +25,11 @@ FORMAT = 1
 """Version of plan.json."""
 LEARNING_IMAGES = (("random weights", 25_000), ("raw pixels", 60_000))
 """(reference scores, training images, counted in every epoch, from which on `small` is above them) on 5,200 to 6,500
-photos (LOG.md). On 400 photos it was below both after 3 minutes. Larger networks need more."""
+photos, with crops of 64 or 48 px (LOG.md). On 400 it was below both after 3 minutes. Larger networks need more."""
 FEW_IMAGES = 2500
 """Images up to which half an hour ended above raw pixels on some photos and below on others (LOG.md, 200 to 2,000)."""
 FULL_SCHEDULE_STEPS = 8000
-"""Steps from which on the full schedules of learning rate and momentum are better: two hours on two cores."""
+"""Steps from which on the full schedules of learning rate and momentum are better: an hour on two cores."""
 WORKER_MARGIN = 1.25
 """Images that the workers should be able to load per image trained: files differ."""
 
@@ -141,9 +141,9 @@ def fit_schedule(run: Run, epochs: int) -> Run:
 def short_schedule(run: Run, steps: int) -> Run:
     """Return the run with schedules for this number of steps, if they are fewer than FULL_SCHEDULE_STEPS.
 
-    The learning rate decays only to half of its peak, and the EMA momentum stays low. `small()` then reaches 53.4 %
-    after half an hour and 180,000 images, instead of 44.9 % with the usual final values (LOG.md). Methods without such
-    settings are unchanged.
+    The learning rate decays only to half of its peak, and the EMA momentum stays low. `small()`, then with crops of 64
+    and 32 px, reached 53.4 % after half an hour and 180,000 images, and 44.9 % with the usual final values (LOG.md).
+    Methods without such settings are unchanged.
     """
     method = run.method.for_few_steps()
     if steps >= FULL_SCHEDULE_STEPS or method is None:
