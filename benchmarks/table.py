@@ -212,8 +212,7 @@ ROWS = [
         CPU,
     ),
     Row(
-        "CPU, the network and crops of `small` (half-width ResNet-10, 2x64 + 4x32), K 1024, batch 64: training step "
-        "against the plain one in float32",
+        "CPU, half-width ResNet-10, 2x64 + 4x32, K 1024, batch 64: training step against the plain one in float32",
         "faster",
         step("small", views="2x64+4x32", k="1024", hidden="512", batch="64"),
         "train_step-small.json",

@@ -37,9 +37,12 @@ def conv2d(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:
-    """Return True without groups, dilation, and padding by other values than zeros."""
+    """Return True without groups, dilation, and padding by other values than zeros.
+
+    A kernel of 1 x 1 would gain nothing, and its gradient would have other strides than those that DDP expects.
+    """
     padding = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return padding and layer.groups == 1 and layer.dilation == (1, 1)
+    return padding and layer.groups == 1 and layer.dilation == (1, 1) and layer.kernel_size != (1, 1)
 
 
 @lru_cache
