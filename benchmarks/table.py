@@ -212,12 +212,13 @@ ROWS = [
         CPU,
     ),
     Row(
-        "CPU, half-width ResNet-10, 2x64 + 4x32, K 1024, batch 64: training step against the plain one in float32",
+        "CPU, one thread, the network and crops of `small` (half-width ResNet-10, 2x48 + 4x24), K 1024, batch 64: "
+        "training step against the plain one in float32",
         "faster",
-        step("small", views="2x64+4x32", k="1024", hidden="512", batch="64"),
+        step("small", views="2x48+4x24", k="1024", hidden="512", batch="64"),
         "train_step-small.json",
         against("plain:float32"),
-        {"network": "small", "views": "2x64+4x32", "k": 1024, "batch": 64},
+        {"network": "small", "views": "2x48+4x24", "k": 1024, "hidden": 512, "batch": 64},
     ),
     Row(
         "CPU, two cores, ViT-tiny/16, 2x128 + 6x64, K 4096, batch 64: from JPEG files to weights, against the plain "
