@@ -81,7 +81,8 @@ def main() -> None:
 
 def portable(run: Run) -> dict[str, Any]:
     """Return the settings without paths of this machine."""
-    data = Path(run.data.path) if isinstance(run.data, Folder) else Path()
+    assert isinstance(run.data, Folder)
+    data = Path(run.data.path)
     anywhere = f"{data.resolve().parent.name}/{data.name}"
     return to_dict(edit(run, data=dict(path=anywhere), out="runs/time_to_accuracy"))
 
@@ -89,12 +90,9 @@ def portable(run: Run) -> dict[str, Any]:
 def known_curves(path: Path | None, run: Run) -> list[dict[str, Any]]:
     """Return the curves of an existing output file; exit if their settings differ in more than seed and length."""
     entries = json.loads(path.read_text())["curves"] if path and path.is_file() else []
+    now = portable(run)
     for entry in entries:
-        before, now = (
-            {name: known[name] for name in ("data", "backbone", "method", "views", "online_eval")}
-            for known in (entry["run"], portable(run))
-        )
-        if before != now:
+        if any(entry["run"][name] != now[name] for name in ("data", "backbone", "method", "views", "online_eval")):
             raise SystemExit(f"{path} has runs with other settings: expected another file for --json")
     return entries
 

@@ -76,10 +76,12 @@ def run_dino(workload: Workload, precision: str, views: tuple[Tensor, ...], step
 
 def compile_blocks(method: nn.Module) -> None:
     """Compile the blocks of every ViT, and pass its resolutions one by one: their shapes are then fixed."""
-    fastest = {name: optimized()[name] for name in ("attention", "conv2d")}
+    kernels = optimized()
     for module in method.modules():
         if isinstance(module, Backbone):
-            module.use_kernels(**fastest | {"forward_views": Backbone.forward_views})
+            module.use_kernels(
+                attention=kernels["attention"], forward_views=Backbone.forward_views, conv2d=kernels["conv2d"]
+            )
         elif isinstance(module, Block):
             module.compile()
 

@@ -221,7 +221,7 @@ def test_the_page_has_all_results_and_keeps_the_discussion(study: Study) -> None
         "The loss is <nan>.",
         "Not run: centering only",
         "raw pixels 30.0 %",
-        "Total: 18 min for 3 runs on a CPU, float32, torch 2.",
+        "Total: 18 min for 3 runs on a CPU, float32; torch 2.",
         "| centering only: no sharpening | method.sharpening False |",
         "| centering and sharpening, seed 2 | done | 6 min | 160 |",
     ):

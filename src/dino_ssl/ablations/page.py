@@ -43,7 +43,6 @@ def _page(study: Study, discussion: str) -> str:
     total = duration(3600 * sum(result.values["hours"] for result in results))
     days = {result.date for result in results} - {""}
     trained = f"; trained on {', '.join(sorted(days))}" if days else ""
-    facts = ", ".join([study.base.precision, *sorted(versions)]) + trained
     parts = [
         f"# {table.title}",
         f"Paper: {_describe(table.base('paper'))} of ImageNet. {table.note}".strip(),
@@ -63,7 +62,8 @@ def _page(study: Study, discussion: str) -> str:
         "## Cost and environment",
         _table(["run", "state", "time", "images seen", "images/s", "peak memory"], _cost(study)),
         f"Total: {total} for {len(results)} runs on {', '.join({result.machine for result in results}) or NONE}, "
-        f"{facts}. Fingerprint of the dataset: {data['fingerprint']}.",
+        f"{study.base.precision}; {', '.join(sorted(versions))}{trained}. "
+        f"Fingerprint of the dataset: {data['fingerprint']}.",
         f"Run again: `dino ablate {table.name} --scale {study.scale} --data ...`, then "
         f"`dino report {table.name} --markdown docs/ablations`.",
     ]

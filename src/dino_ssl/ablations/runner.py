@@ -29,7 +29,7 @@ from rich.progress import Progress
 from dino_ssl import distributed, environment
 from dino_ssl.ablations.study import EVALS, FAILED, FORMAT, RESULT, Result, StudyRun, read_study
 from dino_ssl.ablations.table import CURVES
-from dino_ssl.api.resolve import find_run, resumed
+from dino_ssl.api.resolve import ExistingRun, find_run, resumed
 from dino_ssl.api.session import run_session
 from dino_ssl.config import to_dict
 from dino_ssl.errors import UserError
@@ -187,12 +187,7 @@ def _acquire(lock: TextIO, run: StudyRun) -> None:
 def _train(study_run: StudyRun, rt: Runtime, terminal: Terminal) -> int | None:
     """Train the remaining steps and write the results of training; return the signal that stopped it, or None."""
     run, path = study_run.run, study_run.folder / RESULT
-    existing = distributed.run_on_rank0(lambda: find_run(study_run.folder))
-    if existing is None and study_run.result is not None:
-        raise UserError(
-            f"{study_run.folder} has a result but not the weights that further metrics need. Copy the whole folder of "
-            "the run, or remove it to train again."
-        )
+    existing = distributed.run_on_rank0(lambda: _find_existing(study_run))
     if existing is None or not existing.finished:
         run = run if existing is None else resumed(existing, lambda _: run)
         if rt.device.type == "cuda":
@@ -204,6 +199,17 @@ def _train(study_run: StudyRun, rt: Runtime, terminal: Terminal) -> int | None:
     if rt.is_main and not path.is_file():
         write_json(path, to_dict(_result_of_training(study_run, rt)))
     return None
+
+
+def _find_existing(study_run: StudyRun) -> ExistingRun | None:
+    """Return the run in the folder; None if there is none. Raises UserError for a result without its run."""
+    existing = find_run(study_run.folder)
+    if existing is None and study_run.result is not None:
+        raise UserError(
+            f"{study_run.folder} has a result but not the weights that further metrics need. Copy the whole folder of "
+            "the run, or remove it to train again."
+        )
+    return existing
 
 
 def _observer(study_run: StudyRun, rt: Runtime) -> Callable[[Event], None]:

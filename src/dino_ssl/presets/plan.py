@@ -27,7 +27,7 @@ LEARNING_IMAGES = (("random weights", 25_000), ("raw pixels", 60_000))
 """(reference scores, training images, counted in every epoch, from which on `small` is above them) on 5,200 to 6,500
 photos, with crops of 64 or 48 px (LOG.md). On 400 it was below both after 3 minutes. Larger networks need more."""
 FEW_IMAGES = 2500
-"""Images up to which half an hour ended above raw pixels on some photos and below on others (LOG.md, 200 to 2,000)."""
+"""Images up to which half an hour ended above raw pixels on some photos and below on others (docs/train.md)."""
 FULL_SCHEDULE_STEPS = 8000
 """Steps from which on the full schedules of learning rate and momentum are better: an hour on two cores."""
 WORKER_MARGIN = 1.25
