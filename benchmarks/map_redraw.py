@@ -6,10 +6,11 @@ Every redraw draws all points at another zoom, as a frame of the page. A display
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
+
+from common import about, save
 
 ROOT = Path(__file__).resolve().parents[1]
 MAP = ROOT / "src/dino_ssl/search/static/map.js"
@@ -59,7 +60,8 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=100_000)
     parser.add_argument("--chromium", default="/usr/bin/chromium")
     options = parser.parse_args()
-    results: dict[str, object] = {"points": options.points, "canvas": "1400 x 900", "redraws": REDRAWS}
+    results: dict[str, object] = {"benchmark": "map_redraw", **about(vars(options))}
+    results |= {"points": options.points, "canvas": "1400 x 900", "redraws": REDRAWS}
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-gpu"]
         browser = playwright.chromium.launch(executable_path=options.chromium, args=arguments)
@@ -69,8 +71,7 @@ def main() -> None:
                 name = f"ms, device pixel ratio {scale}, {'10 % selected' if selected else 'no selection'}"
                 results[name] = measure(browser, options.points, scale, selected=selected)
                 print(name, results[name])
-    path = ROOT / "docs/benchmarks/map.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    save(ROOT / "docs/benchmarks/map.json", results)
 
 
 if __name__ == "__main__":

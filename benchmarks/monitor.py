@@ -10,8 +10,6 @@ which is less noisy. On a CPU, CPU time is measured, which excludes waiting for 
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from common import about, save
 from dino_ssl.collapse.monitor import Monitor
 from dino_ssl.config import edit
 from dino_ssl.data.batch import Batch
@@ -209,15 +208,7 @@ def main() -> None:
         times = [f"{1e3 * measured[name]:.1f}" for name in ("without", "with")]
         table.add_row(network, str(run.method.out_dim), *times, ratio, f"{measured['share']:.2%}")
     console.print(table)
-    if options.json:
-        versions_ = {"python": platform.python_version(), "torch": str(torch.__version__)}
-        content = {
-            "machine": f"{device.name}, {device.cores} cores",
-            "clock": clock,
-            "batch": options.batch,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(content | {"versions": versions_}, indent=1) + "\n")
+    save(options.json, {"benchmark": "monitor", **about(vars(options)), "clock": clock, "rows": rows})
 
 
 if __name__ == "__main__":

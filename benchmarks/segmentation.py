@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 import dino_ssl
+from common import about, save
 from dino_ssl.data.benchmarks.voc import Masked, open_voc
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import open_dataset
@@ -40,7 +41,6 @@ from dino_ssl.evals.label_propagation import resize_nearest
 from dino_ssl.evals.object_discovery import center_box
 from dino_ssl.evals.object_masks import ObjectMasks, patch_features
 from dino_ssl.evals.weak_segmentation import WeakSegmentation
-from dino_ssl.files import write_json
 from dino_ssl.loading import open_checkpoint
 from dino_ssl.models.vit import ViT
 from dino_ssl.segmentation.masks import Segmenter, SegmentSettings
@@ -282,9 +282,10 @@ def main() -> None:
         "quality": lambda: quality(options.checkpoints, options.data, options.count),
         "weak": lambda: weak(options.checkpoints, options.data, options.count),
     }[options.name]
-    result = measure()
+    result, path = measure(), options.out / f"benchmarks/segmentation-{options.name}.json"
     show(result)
-    print(write_json(options.out / f"benchmarks/segmentation-{options.name}.json", result))
+    save(path, {"benchmark": "segmentation", **about(vars(options)), **result})
+    print(path)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ rounds. `ratio` is the folder's time divided by the other's, in the same round.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -22,6 +20,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from common import about, save
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.loader import epoch_order
@@ -101,12 +100,6 @@ def measure(paths: dict[str, Path], rounds: int, batch: int) -> dict[str, dict[s
     return times
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="images to read instead of drawn ones")
@@ -115,7 +108,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scratch", help="folder on the disk to be measured, for the shards and the drawn files")
-    parser.add_argument("--json", help="file for the result")
+    parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(options.folder or draw(Path(scratch) / "drawn", options.count, options.side))
@@ -125,8 +118,8 @@ def main() -> None:
         pack_ms = 1e3 * (time.perf_counter() - start) / len(dataset)
         times = measure(paths, options.rounds, options.batch)
     kilobytes = float(np.mean(dataset.index["length"])) / 1e3
-    machine = f"{processor()}, {os.cpu_count()} cores, one used"
-    print(f"{machine}; {len(dataset)} images of {kilobytes:.1f} kB; batches of {options.batch}")
+    description = about(vars(options))
+    print(f"{description['machine']}; {len(dataset)} images of {kilobytes:.1f} kB; batches of {options.batch}")
     print(f"medians of {options.rounds} interleaved rounds; packing took {pack_ms:.3f} ms per image, once")
     print(f"{'':42}{'ms/image':>12}{'ratio':>8}")
     rows: dict[str, dict[str, dict[str, float]]] = {}
@@ -135,10 +128,8 @@ def main() -> None:
             ratio = statistics.median(a / b for a, b in zip(candidates["folder"], values, strict=True))
             rows.setdefault(measurement, {})[name] = {"ms": statistics.median(values), "ratio": ratio}
             print(f"{measurement:16}{name:26}{statistics.median(values):12.4f}{ratio:8.2f}")
-    if options.json:
-        result = {"machine": machine, "images": len(dataset), "kB": kilobytes, "batch": options.batch}
-        result |= {"rounds": options.rounds, "packing_ms": pack_ms, "results": rows}
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    result = {"images": len(dataset), "kB": kilobytes, "packing_ms": pack_ms, "results": rows}
+    save(options.json, {"benchmark": "shards", **description, **result})
 
 
 if __name__ == "__main__":

@@ -217,20 +217,30 @@ def test_page_equals_its_files() -> None:
 
 
 def test_row_without_its_versions_is_not_measured(tmp_path: Path) -> None:
-    row = table.Row("a step", "6x", "python x --json ", "x.json", table.against("plain:bfloat16"), {"batch": 32})
-    assert table.line(row, tmp_path) == "| a step | 6x | not measured | | `python x --json x.json` |"
+    read = table.against("plain:bfloat16", target=6)
+    row = table.Row("a step", "6x", "python x --json ", "x.json", read, {"batch": 32})
+    assert table.line(row, tmp_path) == "| a step | 6x | | not measured | | `python x --json x.json` |"
     versions = [
         {"version": "plain:float32", "images_per_s": 1.0, "seconds": [8.0], "peak": 8},
         {"version": "dino:float32", "images_per_s": 4.0, "seconds": [2.0], "peak": 2},
     ]
-    result = {"machine": "M", "date": "D", "versions": {"torch": "T"}, "settings": {"batch": 8, "turns": 1}}
+    result = {"machine": "M", "date": "D", "command": "C", "versions": {"torch": "T"}}
+    result["settings"] = {"batch": 8, "turns": 1}
     (tmp_path / "x.json").write_text(json.dumps(result | {"rows": versions}))
     assert "not measured" in table.line(row, tmp_path), "the row needs bfloat16"
     versions[0]["version"] = "plain:bfloat16"
     (tmp_path / "x.json").write_text(json.dumps(result | {"rows": versions}))
     line = table.line(row, tmp_path)
-    assert "**4.00x** `plain:bfloat16` (4.00 against 1.00 images/s), 0.25 of its memory" in line
-    assert "measured with batch 8, 1 turn | M; D; torch T |" in line
+    assert "**4.00x** (4.00 to 4.00, n 1) `plain:bfloat16` (4.00 against 1.00 images/s), 0.25 of its memory" in line
+    assert "measured with batch 8, 1 turn | M; D; torch T | `C` |" in line
+    assert line.startswith("| a step | 6x | **no** |")
+
+
+def test_faster_is_met_if_every_turn_was() -> None:
+    base, row = {"seconds": [1.0, 1.0, 1.0]}, {"seconds": [0.5, 0.5, 1.1]}
+    assert table.reaches(row, base, 2)
+    assert not table.reaches(row, base, 1)
+    assert table.Measurement("", (True, False)).verdict == "1 of 2"
 
 
 def test_gpu_parity_compares_gradients_and_detects_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

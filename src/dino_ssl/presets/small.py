@@ -31,7 +31,8 @@ def small() -> Run:
 
     With batch norm in the head the teacher's outputs differ between images from the first step on. With momentum 0.97
     the teacher catches up with the student within a hundred steps. Images are evaluated at 80 pixels: objects are
-    larger in crops than in whole images (20-NN after 123,000 images: 46 % at 66 pixels, 50 % at 80; LOG.md).
+    larger in crops than in whole images (20-NN with half the color jitter after 123,000 images: 46 % at 66 pixels, 50 %
+    at 80; LOG.md).
     """
     crops = dict(global_size=48, local_size=24, global_scale=(0.3, 1.0), local_scale=(0.05, 0.3))
     head = dict(head_norm="batch", head_hidden=512, head_bottleneck=128)
