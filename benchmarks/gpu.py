@@ -273,7 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["measure", "train"])
     parser.add_argument("data", type=Path, nargs="?", help="of train: folder with train/CLASS/* and val/CLASS/*")
-    parser.add_argument("--recipe", default="resnet18", help="of train; see time_to_accuracy.py")
+    parser.add_argument("--recipe", default="resnet18d", help="of train; see time_to_accuracy.py")
     parser.add_argument("--minutes", type=float, default=8, help="for everything; what does not fit is left out")
     parser.add_argument("--tiny", action="store_true", help="of measure: the smallest sizes, as a trial on a CPU")
     parser.add_argument("--json", type=Path, help="output file, written after each measurement")

@@ -40,9 +40,9 @@ RECIPES: dict[str, Callable[[], Run]] = {
     "small": small,
     "small-vit": small_vit,
     "narrow-vit": narrow_vit,
-    "resnet18": lambda: edit(  # for a GPU: twice the width and depth of `small`
+    "resnet18d": lambda: edit(  # for a GPU: twice the width and depth of `small`
         small(),
-        backbone=Timm(name="resnet18"),
+        backbone=Timm(name="resnet18d"),
         views=dict(global_size=64, local_size=32),
         online_eval=dict(size=88),
     ),

@@ -193,10 +193,10 @@ def test_the_number_of_steps_decides_the_schedule(epochs: int, is_short: bool) -
 @pytest.mark.usefixtures("quick")
 def test_a_named_network_of_the_planned_type_is_shown_as_set_by_you() -> None:
     def change(run: Run) -> Run:
-        return edit(run, backbone=dict(args={}))  # the plan has a smaller resnet18
+        return edit(run, backbone=dict(args={}))  # the plan has a smaller resnet10t
 
     rows = {reason.name: reason for reason in mark_changes(plan(Gray(200, 48), CPU, change=change), change)}
-    assert rows["network"][1:] == ("resnet18", "set by you")
+    assert rows["network"][1:] == ("resnet10t", "set by you")
     assert "backbone.args" not in rows
 
 

@@ -35,7 +35,7 @@ def recipe_for(dataset: ImageDataset, machine: Machine, world: int, kind: type[M
     count, on_cpu = len(dataset), machine.device.type == "cpu"
     large = count >= LARGE_DATASET and not on_cpu
     if on_cpu:
-        run, reason = small(), "a ResNet-10 of half the width: the best measured accuracy on a CPU"
+        run, reason = small(), "a ResNet-10-T of half the width: the best measured accuracy on a CPU"
     else:
         run = edit(small_vit(), backbone=ViT(size="small", patch=16), views=MultiCrop())
         reason = "the paper's main network"
