@@ -287,7 +287,7 @@ ROWS = [
         CPU,
     ),
     Row(
-        "CPU, one thread, the network and crops of `small` (half-width ResNet-10, 2x48 + 4x24), K 1024, batch 64: "
+        "CPU, one thread, the network and crops of `small` (half-width ResNet-10-T, 2x48 + 4x24), K 1024, batch 64: "
         "training step against the plain one in float32",
         "faster",
         step("small", views="2x48+4x24", k="1024", hidden="512", batch="64"),

@@ -20,12 +20,16 @@ import data
 import end_to_end
 import extraction
 import gpu
+import learning_rates
 import plain
 import table
 import train_step
 import workload
+from dino_ssl.ablations.study import RESULT, Result, StudyRun
+from dino_ssl.config import to_dict
 from dino_ssl.data.batch import Batch
 from dino_ssl.data.transforms.multi_crop import MultiCrop
+from dino_ssl.files import write_json
 from dino_ssl.optim import clip_grad_norm_per_tensor_
 from dino_ssl.preprocessing import normalize
 from dino_ssl.runtime import Machine, start
@@ -234,6 +238,30 @@ def test_row_without_its_versions_is_not_measured(tmp_path: Path) -> None:
     assert "**4.00x** (4.00 to 4.00, n 1) `plain:bfloat16` (4.00 against 1.00 images/s), 0.25 of its memory" in line
     assert "measured with batch 8, 1 turn | M; D; torch T | `C` |" in line
     assert line.startswith("| a step | 6x | **no** |")
+
+
+def test_learning_rates_are_tuned_per_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[StudyRun] = []
+
+    def finish(runs: Sequence[StudyRun], linear: bool, processes: int, terminal: object) -> tuple[None, int]:
+        for run in runs:
+            trained.append(run)
+            run.folder.mkdir(parents=True)
+            accuracy = 1000 * run.run.optim.lr + run.seed
+            write_json(run.folder / RESULT, to_dict(Result(values={"20-NN": accuracy})))
+        return None, 0
+
+    monkeypatch.setattr(learning_rates, "run_parallel", finish)
+    words = ["fig7", "simple-scenes", "--rates", "0.001", "0.004", "--only", "both", "--seeds", "2"]
+    monkeypatch.setattr(sys, "argv", ["x", *words, "--out", str(tmp_path), "--json", str(tmp_path / "rates.json")])
+    for _ in range(2):  # finished runs are kept
+        learning_rates.main()
+        assert json.loads((tmp_path / "rates.json").read_text())["20-NN"] == {
+            "both": {"0.001": [1, 2], "0.004": [4, 5]}
+        }
+    assert len(trained) == 4
+    assert {run.run.online_eval.val_fraction for run in trained} == {learning_rates.HELD_OUT}
+    assert all(run.run.val is None for run in trained), "the validation set has no part in it"
 
 
 def test_faster_is_met_if_every_turn_was() -> None:

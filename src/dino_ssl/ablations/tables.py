@@ -133,7 +133,7 @@ TABLE13 = Table(
         swav("swav-vit", "SwAV, ViT-S/16", 71.8, 64.7),
         row("dino-vit", "DINO, ViT-S/16", {}, 76.1, 72.8),
     ),
-    note="SwAV and DINO with multi-crop. ResNet-50: a ResNet-10 of half the width at scale small.",
+    note="SwAV and DINO with multi-crop. ResNet-50: a ResNet-10-T of half the width at scale small.",
     conclusion="On a ResNet-50 DINO is as good as the others; on a ViT it is better, above all in 20-NN.",
 )
 

@@ -21,7 +21,7 @@ LARGE_DATASET = 200_000
 """Images from which on the paper's settings are used, on a GPU."""
 CPU_IMAGES, MAX_CPU_EPOCHS = 400_000, 600
 """Training images, counted in every epoch, on a CPU, and the most epochs. At 130 images/s, as on two cores, they take
-50 minutes; with crops of 64 and 32 px `small` reached 62 % on 6,500 photos after 320,000 images and 65 % after 500,000
+50 minutes. `small` reached 64 % on 6,500 photos after 250,000 images, and rose by one point in the last 80,000
 (docs/results.md)."""
 GPU_EPOCHS = ((100_000, 400), (500_000, 200))
 """(largest number of images, epochs) on a GPU; 100, as the paper's shortest run, for more."""
