@@ -24,7 +24,7 @@ from dino_ssl.runtime import Machine, machine_memory
 FORMAT = 1
 """Version of plan.json."""
 LEARNING_IMAGES = 10_000
-"""Training images, counted in every epoch, from which on `small` is above random weights and raw pixels: after the first
+"""Training images, counted in every epoch, from which on `small` is above random weights and raw pixels: after one
 epoch of 6,500 photos it had 41 %, raw pixels 36, random weights 33 and 37 (LOG.md). Larger networks need more."""
 FEW_IMAGES = 2500
 """Images up to which half an hour ended above raw pixels on some photos and below on others (docs/train.md)."""
