@@ -39,8 +39,8 @@ def about(options: dict[str, Any]) -> dict[str, Any]:
     """Return machine, date, versions, command and settings of a measurement, without absolute paths."""
     device_info, threads = machine(), torch.get_num_threads()
     script, *words = sys.argv
-    arguments = [Path(word).name if Path(word).is_absolute() else word for word in words]
-    settings = {name: value.name if isinstance(value, Path) else value for name, value in options.items()}
+    arguments = [without_folders(word) for word in words]
+    settings = {name: without_folders(value) for name, value in options.items()}
     return {
         "machine": f"{device_info.name}, {device_info.cores} cores, {threads} thread{'s' if threads > 1 else ''}",
         "precision": f"{device_info.precision}: {device_info.precision_reason}",
@@ -49,6 +49,14 @@ def about(options: dict[str, Any]) -> dict[str, Any]:
         "command": f"python benchmarks/{Path(script).name} {shlex.join(arguments)}".strip(),
         "settings": {name: value for name, value in settings.items() if name not in ("child", "json")},
     }
+
+
+def without_folders(value: Any) -> Any:
+    """Return a Path or an absolute path, or each of a list, as the name of its file; other values unchanged."""
+    if isinstance(value, list | tuple):
+        return [without_folders(item) for item in value]
+    is_path = isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute())
+    return Path(value).name if is_path else value
 
 
 def package_versions() -> dict[str, str]:
@@ -63,6 +71,7 @@ def package_versions() -> dict[str, str]:
 def save(path: Path | None, result: dict[str, Any]) -> None:
     """Write a result as JSON if there is a path."""
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 

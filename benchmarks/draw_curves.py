@@ -1,6 +1,8 @@
 """Plot the results of time_to_accuracy.py: 20-NN accuracy against time, the curves of a file in one color.
 
-python benchmarks/draw_curves.py docs/benchmarks/time_to_accuracy-*.json -o docs/images/time-to-accuracy.png
+cd docs/benchmarks; python ../../benchmarks/draw_curves.py time_to_accuracy-small-half-an-hour.json \\
+    time_to_accuracy-small-resnet10-half-an-hour.json time_to_accuracy-small-64px.json \\
+    time_to_accuracy-narrow-vit.json time_to_accuracy-vit-tiny.json -o ../images/time-to-accuracy.png
 """
 
 import argparse

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 
 from common import about, save
 from dino_ssl.data.dataset import ImageDataset
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--scratch", help="folder on the disk to be measured, for the shards and the drawn files")
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(options.folder or draw(Path(scratch) / "drawn", options.count, options.side))
         paths = {"folder": folder, "shards": Path(scratch) / "shards"}

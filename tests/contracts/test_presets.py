@@ -216,6 +216,7 @@ def test_the_plan_warns_if_too_few_images_are_seen(minutes: float, warning: str)
 
     text = warning_of()
     assert warning in text
+    assert bool(warning) == bool(text)
     assert bool(warning) == ("which take 2 min 30 s here: train longer (`minutes`), add images, or start from" in text)
     assert not warning_of(init="dino_vits16")
     assert not warning_of(preset=presets.resolve("demo"))

@@ -241,34 +241,44 @@ def test_row_without_its_versions_is_not_measured(tmp_path: Path) -> None:
 
 
 def test_learning_rates_are_tuned_per_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second command trains the run that failed before; the validation set of the table has no part in it."""
     trained: list[StudyRun] = []
 
-    def finish(runs: Sequence[StudyRun], linear: bool, processes: int, terminal: object) -> tuple[None, int]:
+    def train(runs: Sequence[StudyRun], linear: bool, processes: int, terminal: object) -> tuple[None, int]:
         for run in runs:
             trained.append(run)
-            run.folder.mkdir(parents=True)
             accuracy = 1000 * run.run.optim.lr + run.seed
-            write_json(run.folder / RESULT, to_dict(Result(values={"20-NN": accuracy})))
+            run.folder.mkdir(parents=True, exist_ok=True)
+            if accuracy != 5 or trained.count(run) == 2:
+                write_json(run.folder / RESULT, to_dict(Result(values={"20-NN": accuracy})))
         return None, 0
 
-    monkeypatch.setattr(learning_rates, "run_parallel", finish)
+    monkeypatch.setattr(learning_rates, "run_parallel", train)
     words = ["fig7", "simple-scenes", "--rates", "0.001", "0.004", "--only", "both", "--seeds", "2"]
     monkeypatch.setattr(sys, "argv", ["x", *words, "--out", str(tmp_path), "--json", str(tmp_path / "rates.json")])
-    for _ in range(2):  # finished runs are kept
-        learning_rates.main()
-        assert json.loads((tmp_path / "rates.json").read_text())["20-NN"] == {
-            "both": {"0.001": [1, 2], "0.004": [4, 5]}
-        }
-    assert len(trained) == 4
+    for code, last in ((1, None), (0, 5)):
+        assert learning_rates.main() == code
+        result = json.loads((tmp_path / "rates.json").read_text())
+        assert result["20-NN"] == {"both": {"0.001": [1, 2], "0.004": [4, last]}}
+        assert str(tmp_path) not in json.dumps(result), "no absolute path"
+    assert len(trained) == 5
     assert {run.run.online_eval.val_fraction for run in trained} == {learning_rates.HELD_OUT}
-    assert all(run.run.val is None for run in trained), "the validation set has no part in it"
+    assert all(run.run.val is None for run in trained)
+
+
+def test_a_learning_rate_that_the_table_sets_is_not_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["table13", "simple-scenes", "--rates", "0.001", "--only", "dino-resnet", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["x", *words])
+    with pytest.raises(SystemExit, match="dino-resnet: the table sets their learning rate itself"):
+        learning_rates.main()
 
 
 def test_faster_is_met_if_every_turn_was() -> None:
     base, row = {"seconds": [1.0, 1.0, 1.0]}, {"seconds": [0.5, 0.5, 1.1]}
     assert table.reaches(row, base, 2)
     assert not table.reaches(row, base, 1)
-    assert table.Measurement("", (True, False)).verdict == "1 of 2"
+    assert table.Measurement("", {"speed": True, "memory": False}).verdict == "**not** memory"
+    assert table.Measurement("", {"speed": True}).verdict == "yes"
 
 
 def test_gpu_parity_compares_gradients_and_detects_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def conv() -> Run:
 
 
 def narrow() -> Run:
-    """Return the base of the tables about ViTs at scale small: `narrow_vit()` with the same crops, 36 + 9 patches."""
+    """Return the base of the tables about ViTs at scale small: the ViT of `narrow_vit()`, crops of `conv()`."""
     vit = narrow_vit()
     return edit(conv(), backbone=vit.backbone, optim=dict(lr=vit.optim.lr), online_eval=dict(size=vit.online_eval.size))
 

@@ -24,8 +24,8 @@ from dino_ssl.runtime import Machine, machine_memory
 FORMAT = 1
 """Version of plan.json."""
 LEARNING_IMAGES = 10_000
-"""Training images, counted in every epoch, from which on `small` is above random weights and raw pixels: after one
-epoch of 6,500 photos it had 41 %, raw pixels 36, random weights 33 and 37 (LOG.md). Larger networks need more."""
+"""Training images, counted in every epoch, below which nothing was measured: one epoch of 6,500 photos, of 40, was
+enough for `small` to be above random weights and raw pixels (LOG.md). Larger networks need more."""
 FEW_IMAGES = 2500
 """Images up to which half an hour ended above raw pixels on some photos and below on others (docs/train.md)."""
 FULL_SCHEDULE_STEPS = 8000
@@ -141,9 +141,9 @@ def fit_schedule(run: Run, epochs: int) -> Run:
 def short_schedule(run: Run, steps: int) -> Run:
     """Return the run with schedules for this number of steps, if they are fewer than FULL_SCHEDULE_STEPS.
 
-    The learning rate decays only to half of its peak, and the EMA momentum stays low. `small()`, then with crops of 64
-    and 32 px, reached 53.4 % after half an hour and 180,000 images, and 44.9 % with the usual final values (LOG.md).
-    Methods without such settings are unchanged.
+    The learning rate decays only to half of its peak, and the EMA momentum stays low. `small()`, then a ResNet-10 with
+    crops of 64 and 32 px, reached 53.4 % after half an hour and 180,000 images, and 44.9 % with the usual final values
+    (LOG.md). Methods without such settings are unchanged.
     """
     method = run.method.for_few_steps()
     if steps >= FULL_SCHEDULE_STEPS or method is None:
@@ -206,10 +206,10 @@ def _warn_of_few_images(run: Run, num_distinct: int, num_images: int, seconds: f
         return
     if num_images < LEARNING_IMAGES:
         rows["warning"] = (
-            "probably ends below random weights and raw pixels",
-            f"its epochs have {plural(num_images, 'image')} in all; up to {LEARNING_IMAGES:,} were needed in our "
-            f"measurements, which take {duration(seconds)} here: train longer (`minutes`), add images, or start from "
-            "released weights (`init` dino_vits16)",
+            "may end below random weights and raw pixels",
+            f"its epochs have {plural(num_images, 'image')} in all; we have no measurement of fewer than "
+            f"{LEARNING_IMAGES:,}, which take {duration(seconds)} here: train longer (`minutes`), add images, or start "
+            "from released weights (`init` dino_vits16)",
         )
     elif num_distinct <= FEW_IMAGES:
         rows["warning"] = (

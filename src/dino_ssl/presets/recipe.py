@@ -20,8 +20,8 @@ App. C: 65536 for ImageNet."""
 LARGE_DATASET = 200_000
 """Images from which on the paper's settings are used, on a GPU."""
 CPU_IMAGES, MAX_CPU_EPOCHS = 400_000, 600
-"""Training images, counted in every epoch, on a CPU, and the most epochs. At 130 images/s, as on two cores, they take
-50 minutes. `small` reached 64 % on 6,500 photos after 250,000 images, and rose by one point in the last 80,000
+"""Training images, counted in every epoch, on a CPU, and the most epochs. At 145 images/s, as on two cores, they take
+45 minutes. `small` reached 64 % on 6,500 photos after 250,000 images, and rose by two points in the last 85,000
 (docs/results.md)."""
 GPU_EPOCHS = ((100_000, 400), (500_000, 200))
 """(largest number of images, epochs) on a GPU; 100, as the paper's shortest run, for more."""
