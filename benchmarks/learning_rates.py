@@ -23,6 +23,7 @@ from dino_ssl.ablations.study import Study, StudyRun, resolve_study
 from dino_ssl.ablations.tables import get_table
 from dino_ssl.config import edit
 from dino_ssl.data.sources import dataset_config
+from dino_ssl.presets.plan import num_train_images
 from dino_ssl.terminal import Terminal
 
 HELD_OUT = 0.25
@@ -80,13 +81,14 @@ def study_at(rate: float, options: argparse.Namespace) -> Study:
     dataset = data.open()
     if dataset.labels is None:
         raise SystemExit(f"{options.data}: expected one folder per class, found images without labels")
+    base = edit(table.base("small"), optim=dict(lr=rate), online_eval=dict(val_fraction=HELD_OUT))
     study = resolve_study(
         table,
         "small",
         options.out / f"{rate:g}",
-        preset=edit(table.base("small"), optim=dict(lr=rate), online_eval=dict(val_fraction=HELD_OUT)),
+        preset=base,
         data=data,
-        epochs=options.epochs or max(1, round(IMAGES_SEEN / ((1 - HELD_OUT) * len(dataset)))),
+        epochs=options.epochs or max(1, round(IMAGES_SEEN / num_train_images(base, dataset))),
         workers=0,
         processes=options.processes,
     )
