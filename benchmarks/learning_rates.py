@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 
 from common import about, save
-from dino_ssl.ablations.bases import IMAGES_SEEN
+from dino_ssl.ablations.bases import IMAGES_SEEN, learning_rate
 from dino_ssl.ablations.runner import run_parallel
 from dino_ssl.ablations.study import Study, StudyRun, resolve_study
 from dino_ssl.ablations.tables import get_table
@@ -81,7 +81,8 @@ def study_at(rate: float, options: argparse.Namespace) -> Study:
     dataset = data.open()
     if dataset.labels is None:
         raise SystemExit(f"{options.data}: expected one folder per class, found images without labels")
-    base = edit(table.base("small"), optim=dict(lr=rate), online_eval=dict(val_fraction=HELD_OUT))
+    base = edit(table.base("small"), online_eval=dict(val_fraction=HELD_OUT))
+    base = edit(base, **learning_rate(rate)(base))
     study = resolve_study(
         table,
         "small",

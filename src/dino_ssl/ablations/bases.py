@@ -16,7 +16,7 @@ from dino_ssl.config import edit
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.evals.online import OnlineEval
 from dino_ssl.presets.paper import vits16_300
-from dino_ssl.presets.plan import fit_schedule
+from dino_ssl.presets.plan import fit_schedule, short_schedule
 from dino_ssl.presets.small import narrow_vit, small
 from dino_ssl.run import Run
 
@@ -44,15 +44,22 @@ def vit_100(local: int = 6) -> Run:
 
 
 def conv() -> Run:
-    """Return the base of most tables at scale small: `small()`."""
+    """Return the base of most tables at scale small: `small()` with the schedules of short runs."""
     run = small()
+    run = short_schedule(run, IMAGES_SEEN // run.optim.batch_size)
     return scale_length(edit(run, online_eval=dict(every_epochs=run.optim.epochs / NUM_EVALS)), 10)  # of Imagenette
 
 
 def narrow() -> Run:
     """Return the base of the tables about ViTs at scale small: the ViT of `narrow_vit()`, crops of `conv()`."""
     vit = narrow_vit()
-    return edit(conv(), backbone=vit.backbone, optim=dict(lr=vit.optim.lr), online_eval=dict(size=vit.online_eval.size))
+    run = edit(conv(), backbone=vit.backbone, online_eval=dict(size=vit.online_eval.size))
+    return edit(run, **learning_rate(vit.optim.lr)(run))
+
+
+def learning_rate(rate: float) -> Callable[[Run], Changes]:
+    """Return a change of the peak of the learning rate, per 256 images, and of its final value by the same factor."""
+    return lambda run: {"optim": {"lr": rate, "min_lr": run.optim.min_lr * rate / run.optim.lr}}
 
 
 def scale_length(run: Run, epochs: int) -> Run:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from dino_ssl.ablations.bases import Changes, conv
+from dino_ssl.ablations.bases import Changes, conv, learning_rate
 from dino_ssl.ablations.table import Configuration, Scale, row
 from dino_ssl.config import edit
 from dino_ssl.methods.byol import BYOLConfig
@@ -22,7 +22,7 @@ from dino_ssl.run import Run
 NO_MULTI_CROP: Changes = {"views": {"local": 0, "global_scale": (0.14, 1.0)}}
 """Two global views only; they then cover 14 to 100 % of the image area, as in the authors' code."""
 CONSTANT_DECAY: Changes = {"optim": {"weight_decay": 0.05, "weight_decay_end": 0.05, "clip_grad": 0.0}}
-SMALL_HEAD: dict[str, Any] = {"head_hidden": 512, "head_dim": 128, "momentum": 0.97}
+SMALL_HEAD: dict[str, Any] = {"head_hidden": 512, "head_dim": 128, "momentum": 0.97, "momentum_end": 0.98}
 
 
 def method(**changes: Any) -> Changes:
@@ -80,7 +80,8 @@ def _resnet(run: Run) -> Changes:
 
 def _small_resnet(run: Run) -> Changes:
     base = conv()
-    return {"backbone": base.backbone, "optim": {"lr": base.optim.lr}, "online_eval": {"size": base.online_eval.size}}
+    sizes = {"size": base.online_eval.size}
+    return {"backbone": base.backbone, "online_eval": sizes, **learning_rate(base.optim.lr)(run)}
 
 
 def on_resnet(item: Configuration) -> Configuration:

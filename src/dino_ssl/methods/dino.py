@@ -1,9 +1,9 @@
 """DINO: self-distillation with no labels (Caron et al., 2021, Sec. 3.1, Fig. 2, Algorithm 1)."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,10 +94,6 @@ class DINOConfig(TeacherStudentConfig):
     def num_prototypes(self) -> int | None:
         """K, unless the loss is `mse`."""
         return self.out_dim if self.loss == "cross-entropy" else None
-
-    def for_few_steps(self) -> Self:
-        """Return settings with a final momentum of at most 0.98."""
-        return replace(self, momentum_end=min(self.momentum_end, 0.98))
 
     def build(self, context: BuildContext) -> "DINO":
         """Return student and teacher; the teacher has neither drop-path nor predictor."""

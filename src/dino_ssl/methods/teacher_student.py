@@ -1,7 +1,7 @@
 """Base class of DINO, BYOL and MoCo: a student, and a teacher that is its EMA (Sec. 3.1)."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ class TeacherStudentConfig(MethodConfig):
     def momentum_schedule(self) -> Schedule:
         """Sec. 3.1: a cosine over the whole run, per step."""
         return Cosine(self.momentum, self.momentum_end)
+
+    def for_few_steps(self) -> Self:
+        """Return settings with a final momentum of at most 0.98."""
+        return replace(self, momentum_end=min(self.momentum_end, 0.98))
 
     def schedules(self) -> dict[str, Schedule]:
         """Return the momentum schedule."""
