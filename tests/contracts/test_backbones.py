@@ -18,6 +18,7 @@ BACKBONES = {
     "vit": ViT(patch=8, **TINY),
     "vit-registers": ViT(patch=8, registers=3, **TINY),
     "vit-patch5": ViT(patch=5, **TINY),
+    "vit-conv-stem": ViT(patch=8, stem="conv", **TINY),
     "resnet": Timm(name="test_resnet"),
     "convnext": Timm(name="test_convnext"),
     "efficientnet": Timm(name="test_efficientnet"),
@@ -280,3 +281,29 @@ def test_a_failed_download_is_one_sentence_that_says_what_to_do(offline: Path, m
     message = r"pretrained weights of resnet10t: No space left on device\.\nCheck the connection"
     with pytest.raises(UserError, match=message):
         Timm(name="resnet10t", pretrained=True).build()
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_pixels_beyond_the_last_complete_patch_are_ignored(stem):
+    net = ViT(patch=8, stem=stem, **TINY).build().eval()
+    x = images(37, 45)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), net(x[..., :32, :40]))
+
+
+def test_conv_stem_has_one_token_per_patch_and_sees_its_neighbors():
+    net = ViT(patch=8, stem="conv", **TINY).build().eval()
+    x = images(32, 32, count=1).requires_grad_()
+    tokens = net.patch_embed(x)
+    assert tokens.shape == (1, 16, 32)
+    tokens[0, 5].square().sum().backward()  # the patch at row 1, column 1: pixels 8 to 15
+    assert x.grad is not None
+    rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    assert (rows.min().item(), rows.max().item()) == (1, 15), "three convolutions of stride 2 cover 15 pixels"
+
+
+def test_conv_stem_needs_a_power_of_two():
+    with pytest.raises(UserError, match="patch size of 2, 4, 8, .* got 5 and 32"):
+        ViT(patch=5, stem="conv", **TINY)
+    with pytest.raises(UserError, match="up to the width"):
+        ViT(patch=64, stem="conv", width=32, heads=2, image_size=64)

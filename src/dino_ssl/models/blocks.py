@@ -1,6 +1,7 @@
 """The layers of a Vision Transformer: patch embedding, attention, MLP, block, stochastic depth."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,29 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return one token per patch, in row-major order."""
         return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class ConvStem(nn.Module):
+    """3 x 3 convolutions of stride 2 instead of the linear projection of patches, [B, 3, H, W] -> [B, h w, D].
+
+    As many as halve the side to one position per patch, each with twice the channels of the one before, batch norm and
+    ReLU; then a 1 x 1 convolution ("Early Convolutions Help Transformers See Better", Xiao et al., 2021).
+    """
+
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__()
+        self.patch, num_convs = patch, patch.bit_length() - 1
+        channels = [3, *(width >> shift for shift in reversed(range(num_convs)))]
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise(channels):
+            conv = nn.Conv2d(inputs, outputs, kernel_size=3, stride=2, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, width, kernel_size=1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return one token per complete patch, in row-major order."""
+        height, width = (side - side % self.patch for side in images.shape[-2:])
+        return self.layers(images[..., :height, :width]).flatten(2).transpose(1, 2)
 
 
 class Block(nn.Module):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.models.backbone import Attentive, BackboneConfig, Features, Projections
-from dino_ssl.models.blocks import NORM_EPS, Attention, Block, PatchEmbed, init_weights, scaled_dot_product
+from dino_ssl.models.blocks import NORM_EPS, Attention, Block, ConvStem, PatchEmbed, init_weights, scaled_dot_product
 from dino_ssl.models.vit_weights import convert_vit_weights
 from dino_ssl.preprocessing import Preprocessing
 
@@ -42,6 +42,9 @@ class ViT(BackboneConfig):
     """Patch size in pixels. Smaller is better and slower (Fig. 5): 16, 8, 5, ..."""
     image_size: int = 224
     """Side of the images whose position embeddings are learned; they are interpolated for other sizes."""
+    stem: Literal["patch", "conv"] = "patch"
+    """patch: linear projection of each patch, as in the paper. conv: 3 x 3 convolutions with batch norm, which learn
+    from fewer images; `patch` must be a power of two."""
     registers: int = 0
     """Number of register tokens (Darcet et al., 2024). 0 in the paper."""
     drop_path: float = 0.1
@@ -63,6 +66,11 @@ class ViT(BackboneConfig):
         width, _, heads = self.shape
         if self.image_size < self.patch:
             raise UserError(f"ViT: expected patch <= image_size, got {self.patch} and {self.image_size}.")
+        if self.stem == "conv" and (self.patch.bit_count() != 1 or not 1 < self.patch <= width):
+            raise UserError(
+                f"ViT: expected a patch size of 2, 4, 8, ... up to the width with stem conv, got {self.patch} and "
+                f"{width}."
+            )
         if width % heads:
             raise UserError(f"ViT: expected a width that is a multiple of the heads, got {width} and {heads}.")
 
@@ -79,6 +87,7 @@ class ViT(BackboneConfig):
     def describe(self) -> str:
         """Return a name such as `ViT-small/16`, with the overrides of `size` in parentheses."""
         overrides = [f"{name} {value}" for name in ("width", "depth", "heads") if (value := getattr(self, name))]
+        overrides += ["conv stem"] if self.stem == "conv" else []
         return f"ViT-{self.size}/{self.patch}" + (f" ({', '.join(overrides)})" if overrides else "")
 
     @property
@@ -118,7 +127,7 @@ class VisionTransformer(Attentive):
         self.grad_checkpointing = False
         self._forward_views: Callable[[VisionTransformer, Sequence[Tensor]], Tensor] | None = None
         self.side = config.image_size // config.patch  # of the grid of position embeddings
-        self.patch_embed = PatchEmbed(width, config.patch)
+        self.patch_embed = (ConvStem if config.stem == "conv" else PatchEmbed)(width, config.patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side**2, width))
         if self.registers:

@@ -54,7 +54,7 @@ def narrow_vit() -> Run:
     """
     return edit(
         small(),
-        backbone=ViT(size="tiny", patch=8, image_size=48, drop_path=0.0, width=128, heads=4, depth=4),
+        backbone=ViT(size="tiny", patch=8, image_size=48, drop_path=0.0, width=128, heads=4, depth=4, stem="conv"),
         views=dict(local_scale=(0.05, 0.3)),
         optim=dict(lr=3e-3),
         online_eval=dict(size=64),
