@@ -22,6 +22,7 @@ import extraction
 import gpu
 import learning_rates
 import plain
+import readings
 import table
 import train_step
 import workload
@@ -221,7 +222,7 @@ def test_page_equals_its_files() -> None:
 
 
 def test_row_without_its_versions_is_not_measured(tmp_path: Path) -> None:
-    read = table.against("plain:bfloat16", target=6)
+    read = readings.against("plain:bfloat16", target=6)
     row = table.Row("a step", "6x", "python x --json ", "x.json", read, {"batch": 32})
     assert table.line(row, tmp_path) == "| a step | 6x | | not measured | | `python x --json x.json` |"
     versions = [
@@ -275,10 +276,10 @@ def test_a_learning_rate_that_the_table_sets_is_not_tuned(tmp_path: Path, monkey
 
 def test_faster_is_met_if_every_turn_was() -> None:
     base, row = {"seconds": [1.0, 1.0, 1.0]}, {"seconds": [0.5, 0.5, 1.1]}
-    assert table.reaches(row, base, 2)
-    assert not table.reaches(row, base, 1)
-    assert table.Measurement("", {"speed": True, "memory": False}).verdict == "**not** memory"
-    assert table.Measurement("", {"speed": True}).verdict == "yes"
+    assert readings.reaches(row, base, 2)
+    assert not readings.reaches(row, base, 1)
+    assert readings.Measurement("", {"speed": True, "memory": False}).verdict == "**not** memory"
+    assert readings.Measurement("", {"speed": True}).verdict == "yes"
 
 
 def test_gpu_parity_compares_gradients_and_detects_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
