@@ -303,7 +303,7 @@ def test_conv_stem_has_one_token_per_patch_and_sees_its_neighbors():
 
 
 def test_conv_stem_needs_a_power_of_two():
-    with pytest.raises(UserError, match="patch size of 2, 4, 8, .* got 5 and 32"):
+    with pytest.raises(UserError, match=r"patch size of 2, 4, 8, .* got 5 and 32"):
         ViT(patch=5, stem="conv", **TINY)
     with pytest.raises(UserError, match="up to the width"):
         ViT(patch=64, stem="conv", width=32, heads=2, image_size=64)
