@@ -21,6 +21,8 @@ from dino_ssl.run import Run
 
 NO_MULTI_CROP: Changes = {"views": {"local": 0, "global_scale": (0.14, 1.0)}}
 """Two global views only; they then cover 14 to 100 % of the image area, as in the authors' code."""
+NO_TEACHER: Changes = {"method": {"teacher": "student"}}
+"""The targets are computed by a copy of the student."""
 CONSTANT_DECAY: Changes = {"optim": {"weight_decay": 0.05, "weight_decay_end": 0.05, "clip_grad": 0.0}}
 SMALL_HEAD: dict[str, Any] = {"head_hidden": 512, "head_dim": 128, "momentum": 0.97, "momentum_end": 0.98}
 
@@ -44,6 +46,11 @@ def temperature(start: float, end: float, warmup: float = 0.0) -> Callable[[Run]
     """Return a warm-up of the teacher's temperature over this fraction of the epochs."""
     temperatures = {"warmup_teacher_temp": start, "teacher_temp": end}
     return lambda run: method(**temperatures, warmup_teacher_temp_epochs=round(warmup * run.optim.epochs))
+
+
+def tuned(changes: Changes, rate: float) -> Callable[[Run], Changes]:
+    """Return changes with a learning rate at scale small: the best of docs/ablations/learning_rates-table7.json."""
+    return lambda run: {**changes, **learning_rate(rate)(run)}
 
 
 def byol(name: str, title: str, *paper: float, multi_crop: bool = False, predictor: bool = True) -> Configuration:
