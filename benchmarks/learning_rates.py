@@ -4,12 +4,13 @@
         --json docs/ablations/learning_rates-table7.json
 
 Every configuration is trained at every rate, as long as in `dino ablate`, and evaluated on a quarter of each class that
-is held out of training. So the validation set that `dino ablate --val` is given has no part in the choice. The runs of
-a rate are in runs/learning_rates/RATE/; finished ones are kept and stopped ones resume if the command is repeated. A
-run that fails, because its loss is not finite for example, has the accuracy null.
+is held out of training. So the validation set that `dino ablate --val` is given has no part in the choice. The runs
+are in runs/learning_rates/RATE/CONFIGURATION/; finished ones are kept and stopped ones resume if the command is
+repeated. A run that fails, because its loss is not finite for example, has the accuracy null.
 """
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from rich.table import Table
 from common import about, save
 from dino_ssl.ablations.bases import IMAGES_SEEN, learning_rate
 from dino_ssl.ablations.runner import run_parallel
-from dino_ssl.ablations.study import Study, StudyRun, resolve_study
+from dino_ssl.ablations.study import StudyRun, resolve_study
+from dino_ssl.ablations.table import Configuration
 from dino_ssl.ablations.tables import get_table
 from dino_ssl.config import edit
 from dino_ssl.data.sources import dataset_config
@@ -55,11 +57,8 @@ def main() -> int:
     data = "/".join(folder.resolve().parts[-2:]) if folder.exists() else options.data
     description = about(vars(options) | {"rates": rates, "data": data})
     for rate in rates:
-        study = study_at(rate, options)
-        runs = {item.name: [StudyRun(study, item, seed) for seed in range(options.seeds)] for item in items}
+        runs = {item.name: runs_at(rate, item, options) for item in items}
         pending = [run for seed in zip(*runs.values(), strict=True) for run in seed if run.result is None]
-        if fixed := {run.configuration.name for run in pending if run.run.optim.lr != rate}:
-            raise SystemExit(f"{', '.join(sorted(fixed))}: the table sets their learning rate itself")
         with terminal.show_log():
             stopped, _ = run_parallel(pending, False, options.processes, terminal)
         if stopped is not None:
@@ -75,18 +74,18 @@ def main() -> int:
     return int(any(None in values for by_rate in accuracies.values() for values in by_rate.values()))
 
 
-def study_at(rate: float, options: argparse.Namespace) -> Study:
-    """Return the table's study with another learning rate of its base; exit if the images have no labels."""
+def runs_at(rate: float, item: Configuration, options: argparse.Namespace) -> list[StudyRun]:
+    """Return the runs of a configuration at this learning rate, one per seed; exit if the images have no labels."""
     table, data = get_table(options.table), dataset_config(options.data, "train")
     dataset = data.open()
     if dataset.labels is None:
         raise SystemExit(f"{options.data}: expected one folder per class, found images without labels")
     base = edit(table.base("small"), online_eval=dict(val_fraction=HELD_OUT))
-    base = edit(base, **learning_rate(rate)(base))
+    base = edit(base, **learning_rate(rate / item.small_lr)(base))
     study = resolve_study(
         table,
         "small",
-        options.out / f"{rate:g}",
+        options.out / f"{rate:g}" / item.name,
         preset=base,
         data=data,
         epochs=options.epochs or max(1, round(IMAGES_SEEN / num_train_images(base, dataset))),
@@ -94,7 +93,10 @@ def study_at(rate: float, options: argparse.Namespace) -> Study:
         processes=options.processes,
     )
     study.write()
-    return study
+    runs = [StudyRun(study, item, seed) for seed in range(options.seeds)]
+    if not math.isclose(actual := runs[0].run.optim.lr, rate):
+        raise SystemExit(f"{item.name}: the table sets its learning rate itself, {actual:g}")
+    return runs
 
 
 def format_accuracy(value: float | None) -> str:

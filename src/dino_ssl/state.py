@@ -150,7 +150,7 @@ def build_method(
         raise UserError(
             f"`optim.micro_batch` is {run.optim.micro_batch}, but the network or its head has batch norm, whose "
             "statistics would be those of a micro-batch. Set it to 0 and lower `optim.batch_size` or set "
-            "`grad_checkpointing`; a ViT works with `method.head_norm` none."
+            "`grad_checkpointing`; a ViT works with `method.head_norm` none and `backbone.stem` patch."
         )
     return method
 

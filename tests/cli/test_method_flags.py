@@ -30,6 +30,7 @@ def test_plan_of_a_method_has_the_users_settings(dino, photos):
     assert run["method"]["type"] == "BYOLConfig"
     assert (run["method"]["head_hidden"], run["method"]["momentum"]) == (40, 0.97)  # the user's; the plan's
     assert run["views"]["local"] == 0
+    assert plan["teacher"]["value"] == "momentum 0.97 to 0.98"
     assert plan["method"]["value"] == "BYOL"
     assert plan["method.head_hidden"]["reason"].startswith("set by you")
 

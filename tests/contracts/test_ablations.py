@@ -115,6 +115,37 @@ def test_configurations_have_the_papers_settings() -> None:
     assert run_of("attention-heads/16").backbone.build().blocks[0].attn.heads == 16
 
 
+def test_small_runs_have_the_schedules_of_short_runs() -> None:
+    """The learning rate decays to half of its peak, which depends on the batch size; the EMA ends at 0.98."""
+    for table in TABLES.values():
+        for item in table.configurations:
+            run: Any = table.run(item, "small")
+            assert run.optim.min_lr == pytest.approx(run.optim.lr * run.optim.batch_size / 256 / 2), item.name
+            assert getattr(run.method, "momentum_end", 0.98) == 0.98, item.name
+
+
+def test_equal_small_configurations_have_equal_learning_rates() -> None:
+    rates: dict[str, dict[float, str]] = {}
+    for table in TABLES.values():
+        for item in table.configurations:
+            run = table.run(item, "small")
+            others = edit(
+                run, optim=dict(lr=1.0, min_lr=0.0, epochs=1, warmup_epochs=0.0), online_eval=dict(every_epochs=1)
+            )
+            rates.setdefault(json.dumps(to_dict(others)), {})[run.optim.lr] = f"{table.name}/{item.name}"
+    assert not [each for each in rates.values() if len(each) > 1]
+    assert run_of("table7/no-momentum", "small").optim.lr == 2e-3
+    assert run_of("table7/no-multi-crop", "small").optim.lr == 4e-3
+
+
+def test_the_learning_rate_of_a_small_configuration_is_relative_to_the_base() -> None:
+    table = get_table("table7")
+    base = edit(table.base("small"), optim=dict(lr=1e-3, min_lr=1e-4))
+    [item] = table.select(["no-momentum"])
+    assert table.run(item, "small", base).optim == edit(base.optim, lr=2.5e-4, min_lr=2.5e-5)
+    assert table.run(item, "paper", base).optim == base.optim
+
+
 # -- the paper's results ------------------------------------------------------------------------------------
 
 

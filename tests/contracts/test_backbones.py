@@ -142,11 +142,12 @@ def test_vit_equals_timms():
         torch.testing.assert_close(ours(x), reference(x), atol=1e-5, rtol=1e-4)
 
 
-def test_incomplete_patches_are_ignored():
-    vit = BACKBONES["vit-patch5"].build().eval()
-    x = images(33, 37)
+@pytest.mark.parametrize("name", ["vit-patch5", "vit-conv-stem"])
+def test_incomplete_patches_are_ignored(name):
+    vit = BACKBONES[name].build().eval()
+    x, (height, width) = images(33, 37), (side - side % vit.patch for side in (33, 37))
     with torch.no_grad():
-        torch.testing.assert_close(vit(x), vit(x[..., :30, :35]))
+        torch.testing.assert_close(vit(x), vit(x[..., :height, :width]))
     with pytest.raises(UserError, match="smaller than one patch"):
         vit(images(4, 40))
 
@@ -283,27 +284,28 @@ def test_a_failed_download_is_one_sentence_that_says_what_to_do(offline: Path, m
         Timm(name="resnet10t", pretrained=True).build()
 
 
-@pytest.mark.parametrize("stem", ["patch", "conv"])
-def test_pixels_beyond_the_last_complete_patch_are_ignored(stem):
-    net = ViT(patch=8, stem=stem, **TINY).build().eval()
-    x = images(37, 45)
+def test_conv_stem_equals_its_definition():
+    """Three convolutions of stride 2 to 8, 16 and 32 channels, batch norm, ReLU; then 1 x 1. One token per patch."""
+    stem = ViT(patch=8, stem="conv", **TINY).build().patch_embed
+    x, state = images(32, 40), stem.state_dict()
+    expected = x
+    for i, width in zip((0, 3, 6), (8, 16, 32), strict=True):
+        expected = F.conv2d(expected, state[f"layers.{i}.weight"], stride=2, padding=1)
+        assert expected.shape[1] == width
+        expected = F.relu(
+            (expected - expected.mean((0, 2, 3), True)) / (expected.var((0, 2, 3), False, True) + 1e-5) ** 0.5
+        )
+    expected = F.conv2d(expected, state["layers.9.weight"], state["layers.9.bias"])
     with torch.no_grad():
-        torch.testing.assert_close(net(x), net(x[..., :32, :40]))
-
-
-def test_conv_stem_has_one_token_per_patch_and_sees_its_neighbors():
-    net = ViT(patch=8, stem="conv", **TINY).build().eval()
-    x = images(32, 32, count=1).requires_grad_()
-    tokens = net.patch_embed(x)
-    assert tokens.shape == (1, 16, 32)
-    tokens[0, 5].square().sum().backward()  # the patch at row 1, column 1: pixels 8 to 15
-    assert x.grad is not None
-    rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten()
-    assert (rows.min().item(), rows.max().item()) == (1, 15), "three convolutions of stride 2 cover 15 pixels"
+        torch.testing.assert_close(stem(x), expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-4)
+    assert expected.shape == (2, 32, 4, 5)
 
 
 def test_conv_stem_needs_a_power_of_two():
-    with pytest.raises(UserError, match=r"patch size of 2, 4, 8, .* got 5 and 32"):
+    assert ViT(patch=8, stem="conv").describe() == "ViT-small/8 (conv stem)"
+    with pytest.raises(UserError, match=r"patch size of 2, 4, 8, .* got 5 and 32; stem patch takes any"):
         ViT(patch=5, stem="conv", **TINY)
     with pytest.raises(UserError, match="up to the width"):
         ViT(patch=64, stem="conv", width=32, heads=2, image_size=64)
+    with pytest.raises(UserError, match="got 1 and 32"):
+        ViT(patch=1, stem="conv", **TINY)

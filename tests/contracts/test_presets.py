@@ -137,6 +137,8 @@ def test_a_short_run_has_other_final_values_than_a_long_one() -> None:
     assert short.optim.min_lr == pytest.approx(short.optim.lr * short.optim.batch_size / 256 / 2)
     assert values["teacher"] == "momentum 0.97 to 0.98, temperature 0.04"
     assert values["learning rate"].endswith("decays to one half")
+    slow = edit(short, method=dict(momentum=0.999))
+    assert slow.method.for_few_steps().momentum_end == 0.999, "the momentum does not fall"
     small = presets.resolve("small")
     assert short_schedule(small, FULL_SCHEDULE_STEPS) == small != short_schedule(small, FULL_SCHEDULE_STEPS - 1)
 

@@ -21,8 +21,8 @@ import end_to_end
 import extraction
 import gpu
 import learning_rates
+import measurements
 import plain
-import readings
 import table
 import train_step
 import workload
@@ -222,7 +222,7 @@ def test_page_equals_its_files() -> None:
 
 
 def test_row_without_its_versions_is_not_measured(tmp_path: Path) -> None:
-    read = readings.against("plain:bfloat16", target=6)
+    read = measurements.against("plain:bfloat16", target=6)
     row = table.Row("a step", "6x", "python x --json ", "x.json", read, {"batch": 32})
     assert table.line(row, tmp_path) == "| a step | 6x | | not measured | | `python x --json x.json` |"
     versions = [
@@ -265,21 +265,26 @@ def test_learning_rates_are_tuned_per_configuration(tmp_path: Path, monkeypatch:
     assert len(trained) == 5
     assert {run.run.online_eval.val_fraction for run in trained} == {learning_rates.HELD_OUT}
     assert all(run.run.val is None for run in trained)
+    assert all(run.run.optim.min_lr == pytest.approx(run.run.optim.lr / 8) for run in trained), "half of the peak"
+    words = ["table7", "simple-scenes", "--rates", "0.006", "--only", "no-momentum", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["x", *words, "--json", str(tmp_path / "table7.json")])
+    assert learning_rates.main() == 0
+    assert trained[-1].run.optim.lr == pytest.approx(0.006), "not the rate that the table has chosen"
 
 
 def test_a_learning_rate_that_the_table_sets_is_not_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["table13", "simple-scenes", "--rates", "0.001", "--only", "dino-resnet", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["x", *words])
-    with pytest.raises(SystemExit, match="dino-resnet: the table sets their learning rate itself"):
+    with pytest.raises(SystemExit, match="dino-resnet: the table sets its learning rate itself"):
         learning_rates.main()
 
 
 def test_faster_is_met_if_every_turn_was() -> None:
     base, row = {"seconds": [1.0, 1.0, 1.0]}, {"seconds": [0.5, 0.5, 1.1]}
-    assert readings.reaches(row, base, 2)
-    assert not readings.reaches(row, base, 1)
-    assert readings.Measurement("", {"speed": True, "memory": False}).verdict == "**not** memory"
-    assert readings.Measurement("", {"speed": True}).verdict == "yes"
+    assert measurements.reaches(row, base, 2)
+    assert not measurements.reaches(row, base, 1)
+    assert measurements.Measurement("", {"speed": True, "memory": False}).verdict == "**not** memory"
+    assert measurements.Measurement("", {"speed": True}).verdict == "yes"
 
 
 def test_gpu_parity_compares_gradients_and_detects_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

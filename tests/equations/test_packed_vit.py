@@ -1,5 +1,7 @@
 """The packed ViT and the attention kernel equal the reference: values, gradients and drop-path."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,10 +27,10 @@ def views() -> list[Tensor]:
     return [torch.randn(n, 3, 3, h, w, generator=seeded) for n, h, w in ((2, 32, 32), (3, 16, 24))]
 
 
-@pytest.mark.parametrize("registers", [0, 2])
+@pytest.mark.parametrize("settings", [{}, {"registers": 2}, {"stem": "conv"}], ids=str)
 @pytest.mark.parametrize("grad_checkpointing", [False, True])
-def test_packed_views_have_the_same_features_and_gradients(registers: int, grad_checkpointing: bool) -> None:
-    net = network(registers=registers)
+def test_packed_views_have_the_same_features_and_gradients(settings: dict[str, Any], grad_checkpointing: bool) -> None:
+    net = network(**settings)
     expected = net.backbone.forward_views(views())
     expected.square().sum().backward()
     right = {name: p.grad for name, p in net.named_parameters()}

@@ -46,6 +46,7 @@ RENAMED: dict[str, str] = {
     "--knn.k": "--online-eval.k",
     "--knn.held-back": "--online-eval.val-fraction",
     "--optim.clip": "--optim.clip-grad",
+    "--backbone.patch 8": "--backbone.patch 8 --backbone.stem patch",
 }
 """Spelling in BASE -> spelling in HEAD, for the table below. A key is whole words: a flag ("--method.out-dim"), a flag
 with its value ("--cache no"), or a value. The longest key wins; an empty string removes the words."""

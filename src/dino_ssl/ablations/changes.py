@@ -2,7 +2,8 @@
 
 At the paper's scale the three use what the authors reported about their own runs: DINO's learning rate, and for the two
 methods that compare features a constant weight decay of 0.05 and no clipping. SwAV keeps DINO's. At scale small their
-heads are as narrow as in `small()`, and their EMA teachers as fast.
+heads are as narrow as in `small()`, and their EMA teachers as fast. The learning rates of five rows of Table 7 at scale
+small were chosen on held-out training images (docs/ablations/learning_rates-table7.json).
 """
 
 from collections.abc import Callable
@@ -21,10 +22,10 @@ from dino_ssl.run import Run
 
 NO_MULTI_CROP: Changes = {"views": {"local": 0, "global_scale": (0.14, 1.0)}}
 """Two global views only; they then cover 14 to 100 % of the image area, as in the authors' code."""
-NO_TEACHER: Changes = {"method": {"teacher": "student"}}
-"""The targets are computed by a copy of the student."""
 CONSTANT_DECAY: Changes = {"optim": {"weight_decay": 0.05, "weight_decay_end": 0.05, "clip_grad": 0.0}}
-SMALL_HEAD: dict[str, Any] = {"head_hidden": 512, "head_dim": 128, "momentum": 0.97, "momentum_end": 0.98}
+NO_MULTI_CROP_LR, NO_MOMENTUM_LR = 0.5, 0.25
+"""Learning rates without local crops and without a momentum teacher at scale small, divided by the base's."""
+SMALL_HEAD: dict[str, Any] = {"head_hidden": 512, "head_dim": 128, "momentum": 0.97}
 
 
 def method(**changes: Any) -> Changes:
@@ -48,20 +49,25 @@ def temperature(start: float, end: float, warmup: float = 0.0) -> Callable[[Run]
     return lambda run: method(**temperatures, warmup_teacher_temp_epochs=round(warmup * run.optim.epochs))
 
 
-def tuned(changes: Changes, rate: float) -> Callable[[Run], Changes]:
-    """Return changes with a learning rate at scale small: the best of docs/ablations/learning_rates-table7.json."""
-    return lambda run: {**changes, **learning_rate(rate)(run)}
+def no_momentum(name: str, title: str, *paper: float) -> Configuration:
+    """Return DINO whose teacher is a copy of the student."""
+    return row(name, title, method(teacher="student"), *paper, small_lr=NO_MOMENTUM_LR)
+
+
+def no_multi_crop(name: str, title: str, *paper: float) -> Configuration:
+    """Return DINO with two global views only."""
+    return row(name, title, NO_MULTI_CROP, *paper, small_lr=NO_MULTI_CROP_LR)
 
 
 def byol(name: str, title: str, *paper: float, multi_crop: bool = False, predictor: bool = True) -> Configuration:
     """Return BYOL; `multi_crop` keeps the base's local views."""
-    config, small = BYOLConfig(predictor=predictor), BYOLConfig(predictor=predictor, **SMALL_HEAD)
+    config, small = BYOLConfig(predictor=predictor), BYOLConfig(predictor=predictor, **SMALL_HEAD).for_few_steps()
     return _row(name, title, {"method": config, **CONSTANT_DECAY}, small, paper, multi_crop)
 
 
 def moco(name: str, title: str, *paper: float, multi_crop: bool = False) -> Configuration:
     """Return MoCo-v2; `multi_crop` keeps the base's local views."""
-    small = MoCoConfig(queue=4096, **SMALL_HEAD)
+    small = MoCoConfig(queue=4096, **SMALL_HEAD).for_few_steps()
     return _row(name, title, {"method": MoCoConfig(), **CONSTANT_DECAY}, small, paper, multi_crop)
 
 
@@ -87,8 +93,8 @@ def _resnet(run: Run) -> Changes:
 
 def _small_resnet(run: Run) -> Changes:
     base = conv()
-    sizes = {"size": base.online_eval.size}
-    return {"backbone": base.backbone, "online_eval": sizes, **learning_rate(base.optim.lr)(run)}
+    size = base.online_eval.size
+    return {"backbone": base.backbone, "online_eval": {"size": size}, **learning_rate(base.optim.lr)(run)}
 
 
 def on_resnet(item: Configuration) -> Configuration:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_ssl.ablations.bases import Changes, conv, vit_300
+from dino_ssl.ablations.bases import Changes, conv, learning_rate, vit_300
 from dino_ssl.config import edit
 from dino_ssl.errors import UserError, did_you_mean
 from dino_ssl.run import Run
@@ -45,16 +45,24 @@ class Configuration:
     """The paper's results in the order of the table's metrics; None or omitted: not reported."""
     small: Change | None = None
     """Difference from the base at scale small, if the paper's values make no sense there."""
+    small_lr: float = 1.0
+    """Learning rate at scale small, divided by the base's."""
 
     def changes(self, scale: Scale, base: Run) -> Changes:
         """Return the changes at this scale."""
         change = self.small if scale == "small" and self.small is not None else self.change
-        return change(base) if callable(change) else change
+        changes = change(base) if callable(change) else change
+        if scale == "paper" or self.small_lr == 1:
+            return changes
+        rates = learning_rate(self.small_lr * base.optim.lr)(base)["optim"]
+        return {**changes, "optim": {**changes.get("optim", {}), **rates}}
 
 
-def row(name: str, title: str, change: Change, *paper: float | None, small: Change | None = None) -> Configuration:
+def row(
+    name: str, title: str, change: Change, *paper: float | None, small: Change | None = None, small_lr: float = 1.0
+) -> Configuration:
     """Return a configuration as a row of the paper's table."""
-    return Configuration(name, title, change, paper, small)
+    return Configuration(name, title, change, paper, small, small_lr)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 
-from dino_ssl.ablations.bases import Changes, conv, longer, narrow, vit_100, vit_300
+from dino_ssl.ablations.bases import Changes, conv, learning_rate, longer, narrow, vit_100, vit_300
 from dino_ssl.ablations.changes import (
+    NO_MOMENTUM_LR,
     NO_MULTI_CROP,
-    NO_TEACHER,
+    NO_MULTI_CROP_LR,
     backbone,
     byol,
     method,
     moco,
+    no_momentum,
+    no_multi_crop,
     on_resnet,
     swav,
     temperature,
-    tuned,
     views,
 )
 from dino_ssl.ablations.table import Table, row
@@ -21,7 +23,7 @@ from dino_ssl.config import edit
 from dino_ssl.errors import UserError, did_you_mean
 from dino_ssl.run import Run
 
-SMALL_VIT_B = {"width": 256, "heads": 8}
+SMALL_VIT_B = {"width": 256, "heads": 8, "stem": "patch"}
 PATCH_5: Changes = {**backbone(patch=5, image_size=225), **views(global_size=225, local_size=95)}
 """Crops in multiples of 5 pixels."""
 
@@ -30,9 +32,9 @@ TABLE7 = Table(
     title="Table 7: what matters in the method",
     configurations=(
         row("dino", "DINO", {}, 72.8, 76.1),
-        row("no-momentum", "no momentum teacher", NO_TEACHER, 0.1, 0.1, small=tuned(NO_TEACHER, 2e-3)),
+        no_momentum("no-momentum", "no momentum teacher", 0.1, 0.1),
         row("sinkhorn", "Sinkhorn-Knopp instead of centering", method(targets="sinkhorn"), 72.2, 76.0),
-        row("no-multi-crop", "no multi-crop", NO_MULTI_CROP, 67.9, 72.5, small=tuned(NO_MULTI_CROP, 4e-3)),
+        no_multi_crop("no-multi-crop", "no multi-crop", 67.9, 72.5),
         row("mse", "MSE instead of cross-entropy", method(loss="mse"), 52.6, 62.4),
         row("predictor", "with a predictor", method(predictor=True), 71.8, 75.6),
         byol("byol", "BYOL", 66.6, 71.4),
@@ -50,8 +52,8 @@ TABLE8 = Table(
     paper_base=vit_100,
     metrics=("linear", "hours", "memory", "20-NN"),
     configurations=(
-        row("0-local-100", "2x224, 100 epochs", NO_MULTI_CROP, 67.8, 15.3, 9.3),
-        row("0-local-300", "2x224, 300 epochs", longer(3, NO_MULTI_CROP), 72.5, 45.9, 9.3),
+        no_multi_crop("0-local-100", "2x224, 100 epochs", 67.8, 15.3, 9.3),
+        row("0-local-300", "2x224, 300 epochs", longer(3, NO_MULTI_CROP), 72.5, 45.9, 9.3, small_lr=NO_MULTI_CROP_LR),
         row("2-local-100", "2x224 + 2x96, 100 epochs", views(local=2), 71.5, 17.0, 10.5),
         row("2-local-300", "2x224 + 2x96, 300 epochs", longer(3, views(local=2)), 74.5, 51.0, 10.5),
         row("6-local-100", "2x224 + 6x96, 100 epochs", views(local=6), 73.8, 20.3, 12.9),
@@ -69,7 +71,7 @@ def _batch(size: int) -> Changes:
 
 
 def _small_batch(size: int) -> Callable[[Run], Changes]:
-    """Return a batch size at scale small, where the final learning rate is a part of the peak: both grow with it."""
+    """Return a batch size at scale small, whose final learning rate is a fraction of the peak and scales with it."""
 
     def change(run: Run) -> Changes:
         min_lr = run.optim.min_lr * size / run.optim.batch_size
@@ -82,6 +84,7 @@ TABLE9 = Table(
     name="table9",
     title="Table 9: batch size",
     paper_base=vit_100,
+    small_base=lambda: edit(conv(), **learning_rate(NO_MULTI_CROP_LR * conv().optim.lr)(conv())),
     configurations=(
         row("128", "batch 128", _batch(128), 57.9, small=_small_batch(16)),
         row("256", "batch 256", _batch(256), 59.1, small=_small_batch(32)),
@@ -105,9 +108,9 @@ FIG5 = Table(
     small_base=narrow,
     metrics=("20-NN", "throughput", "linear"),
     configurations=(
-        row("s16", "ViT-S/16", backbone(patch=16), 72.8, 1007, small=backbone(patch=12)),
-        row("s8", "ViT-S/8", backbone(patch=8), None, 180, small=backbone(patch=6)),
-        row("s5", "ViT-S/5", PATCH_5, None, 44, small=backbone(patch=4)),
+        row("s16", "ViT-S/16", backbone(patch=16), 72.8, 1007, small=backbone(patch=12, stem="patch")),
+        row("s8", "ViT-S/8", backbone(patch=8), None, 180, small=backbone(patch=6, stem="patch")),
+        row("s5", "ViT-S/5", PATCH_5, None, 44, small=backbone(patch=4, stem="patch")),
         row("b16", "ViT-B/16", backbone(size="base", patch=16), None, 312, small=backbone(patch=12, **SMALL_VIT_B)),
         row("b8", "ViT-B/8", backbone(size="base", patch=8), 77.4, 63, small=backbone(patch=6, **SMALL_VIT_B)),
     ),
@@ -123,7 +126,7 @@ FIG6 = Table(
     metrics=("20-NN", "student 20-NN"),
     configurations=(
         row("momentum", "momentum teacher", method(teacher="momentum"), 72.8),
-        row("student", "copy of the student", method(teacher="student"), 0.1),
+        no_momentum("student", "copy of the student", 0.1),
         row("previous-step", "student of the previous iteration", method(teacher="previous-step"), 0.1),
         row("previous-epoch", "student of the previous epoch", method(teacher="previous-epoch"), 66.6),
     ),
@@ -176,7 +179,7 @@ TABLE14 = Table(
         row("dino", "DINO: cross-entropy, multi-crop, center", {}, 76.1),
         row("mse", "MSE, multi-crop, center", method(loss="mse"), 62.4),
         row("predictor", "cross-entropy, multi-crop, center, predictor", method(predictor=True), 75.6),
-        row("no-multi-crop", "cross-entropy, center", NO_MULTI_CROP, 72.5, small=tuned(NO_MULTI_CROP, 4e-3)),
+        no_multi_crop("no-multi-crop", "cross-entropy, center", 72.5),
         moco("moco-v2", "MoCo-v2: InfoNCE, batch norm", 71.4),
         moco("moco-v2-crops", "InfoNCE, multi-crop, batch norm", 73.4, multi_crop=True),
         byol("byol", "BYOL: MSE, batch norm, predictor", 71.4),
@@ -194,7 +197,13 @@ TABLE15 = Table(
     title="Table 15: operations on the teacher's outputs",
     metrics=("linear", "20-NN", "entropy"),
     configurations=tuple(
-        row(f"{teacher}-{targets}", f"{teacher}, {title}", method(teacher=teacher, targets=targets), linear)
+        row(
+            f"{teacher}-{targets}",
+            f"{teacher}, {title}",
+            method(teacher=teacher, targets=targets),
+            linear,
+            small_lr=NO_MOMENTUM_LR if teacher == "student" else 1.0,
+        )
         for teacher, targets, title, linear in (
             ("momentum", "centering", "centering", 76.1),
             ("momentum", "batch-softmax", "softmax over the batch", 75.8),
@@ -316,7 +325,7 @@ MULTI_CROP = Table(
         swav("swav-crops", "SwAV with multi-crop", 64.7, 71.8),
         moco("moco-v2", "MoCo-v2", 62.0, 71.6),
         moco("moco-v2-crops", "MoCo-v2 with multi-crop", 65.4, 73.4, multi_crop=True),
-        row("dino", "DINO", NO_MULTI_CROP, 67.9, 72.5, small=tuned(NO_MULTI_CROP, 4e-3)),
+        no_multi_crop("dino", "DINO", 67.9, 72.5),
         row("dino-crops", "DINO with multi-crop", {}, 72.7, 75.9),
     ),
     conclusion="Multi-crop helps all methods except BYOL, and DINO most.",

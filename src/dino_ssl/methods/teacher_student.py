@@ -30,8 +30,8 @@ class TeacherStudentConfig(MethodConfig):
         return Cosine(self.momentum, self.momentum_end)
 
     def for_few_steps(self) -> Self:
-        """Return settings with a final momentum of at most 0.98."""
-        return replace(self, momentum_end=min(self.momentum_end, 0.98))
+        """Return settings with a final momentum of at most 0.98, but not below the initial one."""
+        return replace(self, momentum_end=max(self.momentum, min(self.momentum_end, 0.98)))
 
     def schedules(self) -> dict[str, Schedule]:
         """Return the momentum schedule."""

@@ -26,8 +26,9 @@ class PatchEmbed(nn.Module):
 class ConvStem(nn.Module):
     """3 x 3 convolutions of stride 2 instead of the linear projection of patches, [B, 3, H, W] -> [B, h w, D].
 
-    As many as halve the side to one position per patch, each with twice the channels of the one before, batch norm and
-    ReLU; then a 1 x 1 convolution ("Early Convolutions Help Transformers See Better", Xiao et al., 2021).
+    log2(patch) of them reduce the image to one position per patch, each with twice the channels of the previous one,
+    batch norm and ReLU; a 1 x 1 convolution follows ("Early Convolutions Help Transformers See Better", Xiao et al.,
+    2021). As in ConvNets, a token's receptive field of 2 patch - 1 pixels ends at the last row and column of its patch.
     """
 
     def __init__(self, width: int, patch: int) -> None:

@@ -220,7 +220,8 @@ def infer_config(state: StateDict, path: Path, num_heads: int | None = None) -> 
     raise UserError(
         f"{path} does not describe the network of its {len(state)} weights, and their names are not those of a ViT or "
         f"of a released network: {', '.join(list(state)[:4])}, ...\n"
-        f"In Python, pass it: load({str(path)!r}, backbone=Timm(name=...)); export the result for the command line."
+        f"In Python, pass it: load({str(path)!r}, backbone=Timm(name=...) or ViT(stem='conv', ...)); export the "
+        "result for the command line."
     )
 
 

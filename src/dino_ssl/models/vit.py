@@ -1,6 +1,6 @@
 """The Vision Transformer of the paper: pre-norm blocks over patches and a [CLS] token (Sec. 3.1, Table 1).
 
-Parameter names match those of the authors' released files and of timm.
+Parameter names match those of the authors' released files and of timm, except for a stem of convolutions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +44,7 @@ class ViT(BackboneConfig):
     """Side of the images whose position embeddings are learned; they are interpolated for other sizes."""
     stem: Literal["patch", "conv"] = "patch"
     """patch: linear projection of each patch, as in the paper. conv: 3 x 3 convolutions with batch norm, which learn
-    from fewer images; `patch` must be a power of two."""
+    from fewer images; `patch` must then be a power of two, at most the width."""
     registers: int = 0
     """Number of register tokens (Darcet et al., 2024). 0 in the paper."""
     drop_path: float = 0.1
@@ -69,7 +69,7 @@ class ViT(BackboneConfig):
         if self.stem == "conv" and (self.patch.bit_count() != 1 or not 1 < self.patch <= width):
             raise UserError(
                 f"ViT: expected a patch size of 2, 4, 8, ... up to the width with stem conv, got {self.patch} and "
-                f"{width}."
+                f"{width}; stem patch takes any."
             )
         if width % heads:
             raise UserError(f"ViT: expected a width that is a multiple of the heads, got {width} and {heads}.")
@@ -85,7 +85,7 @@ class ViT(BackboneConfig):
         return VisionTransformer(self, self.drop_path if drop_path is None else drop_path)
 
     def describe(self) -> str:
-        """Return a name such as `ViT-small/16`, with the overrides of `size` in parentheses."""
+        """Return a name such as `ViT-small/16`, with the stem and the overrides of `size` in parentheses."""
         overrides = [f"{name} {value}" for name in ("width", "depth", "heads") if (value := getattr(self, name))]
         overrides += ["conv stem"] if self.stem == "conv" else []
         return f"ViT-{self.size}/{self.patch}" + (f" ({', '.join(overrides)})" if overrides else "")

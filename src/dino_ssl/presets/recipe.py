@@ -70,9 +70,10 @@ def _with_prototypes(run: Run, count: int, large: bool, rows: Rows) -> Run:
 
 
 def describe_teacher(run: Run) -> str:
-    """Return the momentum and the temperature of DINO's teacher as text."""
+    """Return the momentum of the teacher and, of DINO's, the temperature as text."""
     method: Any = run.method
-    return f"momentum {method.momentum:g} to {method.momentum_end:g}, temperature {method.teacher_temp:g}"
+    momentum = f"momentum {method.momentum:g} to {method.momentum_end:g}"
+    return f"{momentum}, temperature {method.teacher_temp:g}" if hasattr(method, "teacher_temp") else momentum
 
 
 def _with_crops(run: Run, short_side: int, on_cpu: bool, rows: Rows) -> Run:
