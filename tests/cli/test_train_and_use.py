@@ -165,7 +165,7 @@ def test_embedding_images_of_which_none_can_be_read_is_an_error(trained, photos,
 @pytest.mark.parametrize("suffix", ["parquet", "npz", "csv"])
 def test_embed_writes_the_features_of_the_backbone(trained, photos, dino, tmp_path, suffix):
     run, _ = trained
-    output = dino("embed", run, photos, "-o", f"deep/features.{suffix}", "--json")
+    output = dino("embed", run, photos, "-o", f"deep/features.{suffix}", "--precision", "float32", "--json")
     assert output.code == 0, output.err
     assert output.json["images"] == 40
     assert {item["name"] for item in output.json["skipped"]} == {"star/empty.png", "star/not an image.jpg"}

@@ -399,7 +399,7 @@ def test_approximate_search_is_rebuilt_if_rows_change_and_not_used_if_it_is_out_
 
 
 def test_a_query_is_an_image_a_row_a_name_a_vector_a_region_or_several(net, photos, tmp_path):
-    index = dino_ssl.Index.build(net, photos, path=tmp_path / "idx")
+    index = dino_ssl.Index.build(net, photos, path=tmp_path / "idx", precision="float32")
     image, name = index.read(4), index.items.names[4]
     vector = np.asarray(index.features[4], np.float32)
     for query in (4, name, index.path_of(4), image, Image.fromarray(image), 7 * vector, torch.from_numpy(vector), -8):
