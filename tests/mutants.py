@@ -112,6 +112,35 @@ MUTANTS = (
         "weight = 1 / len(micro_batches)",
         "invariances/test_micro_batch.py::test_micro_batches_equal_the_whole_batch[centering-True]",
     ),
+    # -- the small tables
+    Mutant(
+        "learning rate of a configuration at scale small",
+        "ablations/table.py",
+        "learning_rate(self.small_lr * base.optim.lr)(base)",
+        "learning_rate(base.optim.lr)(base)",
+        "contracts/test_ablations.py::test_equal_small_configurations_have_equal_learning_rates",
+    ),
+    Mutant(
+        "final learning rate of a configuration at scale small",
+        "ablations/bases.py",
+        '"min_lr": run.optim.min_lr * rate / run.optim.lr',
+        '"min_lr": run.optim.min_lr',
+        "contracts/test_ablations.py::test_small_runs_have_the_schedules_of_short_runs",
+    ),
+    Mutant(
+        "convolutions of the stem",
+        "models/blocks.py",
+        "nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]",
+        "nn.BatchNorm2d(outputs)]",
+        "contracts/test_backbones.py::test_conv_stem_equals_its_definition",
+    ),
+    Mutant(
+        "momentum of a short run does not fall",
+        "methods/teacher_student.py",
+        "max(self.momentum, min(self.momentum_end, 0.98))",
+        "min(self.momentum_end, 0.98)",
+        "contracts/test_presets.py::test_a_short_run_has_other_final_values_than_a_long_one",
+    ),
     # -- the length of a run
     Mutant(
         "schedule for the planned steps",
