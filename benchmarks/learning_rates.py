@@ -26,6 +26,7 @@ from dino_ssl.ablations.tables import get_table
 from dino_ssl.config import edit
 from dino_ssl.data.sources import dataset_config
 from dino_ssl.presets.plan import num_train_images
+from dino_ssl.run import Run
 from dino_ssl.terminal import Terminal
 
 HELD_OUT = 0.25
@@ -50,14 +51,20 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the runs
     torch.set_num_threads(1)
     table, terminal = get_table(options.table), Terminal()
-    base, items = table.base("small"), table.select(options.only)
+    base = edit(
+        table.base("small"), data=dataset_config(options.data, "train"), online_eval=dict(val_fraction=HELD_OUT)
+    )
+    items, dataset = table.select(options.only), base.data.open()
+    if dataset.labels is None:
+        raise SystemExit(f"{options.data}: expected one folder per class, found images without labels")
+    epochs = options.epochs or max(1, round(IMAGES_SEEN / num_train_images(base, dataset)))
     rates = options.rates or [float(f"{factor * base.optim.lr:.2g}") for factor in (1 / 3, 1, 3)]
     accuracies: Accuracies = {item.name: {} for item in items}
     folder = Path(options.data)
     data = "/".join(folder.resolve().parts[-2:]) if folder.exists() else options.data
     description = about(vars(options) | {"rates": rates, "data": data})
     for rate in rates:
-        runs = {item.name: runs_at(rate, item, options) for item in items}
+        runs = {item.name: runs_at(rate, item, base, epochs, options) for item in items}
         pending = [run for seed in zip(*runs.values(), strict=True) for run in seed if run.result is None]
         with terminal.show_log():
             stopped, _ = run_parallel(pending, False, options.processes, terminal)
@@ -74,21 +81,14 @@ def main() -> int:
     return int(any(None in values for by_rate in accuracies.values() for values in by_rate.values()))
 
 
-def runs_at(rate: float, item: Configuration, options: argparse.Namespace) -> list[StudyRun]:
-    """Return the runs of a configuration at this learning rate, one per seed; exit if the images have no labels."""
-    table, data = get_table(options.table), dataset_config(options.data, "train")
-    dataset = data.open()
-    if dataset.labels is None:
-        raise SystemExit(f"{options.data}: expected one folder per class, found images without labels")
-    base = edit(table.base("small"), online_eval=dict(val_fraction=HELD_OUT))
-    base = edit(base, **learning_rate(rate / item.small_lr)(base))
+def runs_at(rate: float, item: Configuration, base: Run, epochs: int, options: argparse.Namespace) -> list[StudyRun]:
+    """Return the runs of a configuration at this rate, one per seed; exit if the table sets the rate itself."""
     study = resolve_study(
-        table,
+        get_table(options.table),
         "small",
         options.out / f"{rate:g}" / item.name,
-        preset=base,
-        data=data,
-        epochs=options.epochs or max(1, round(IMAGES_SEEN / num_train_images(base, dataset))),
+        preset=edit(base, **learning_rate(rate / item.small_lr)(base)),
+        epochs=epochs,
         workers=0,
         processes=options.processes,
     )

@@ -70,6 +70,12 @@ def _batch(size: int) -> Changes:
     return {"optim": {"batch_size": size}, **NO_MULTI_CROP}
 
 
+def _two_views() -> Run:
+    """Return the base of Table 9 at scale small: the learning rate without local crops."""
+    run = conv()
+    return edit(run, **learning_rate(NO_MULTI_CROP_LR * run.optim.lr)(run))
+
+
 def _small_batch(size: int) -> Callable[[Run], Changes]:
     """Return a batch size at scale small, whose final learning rate is a fraction of the peak and scales with it."""
 
@@ -84,7 +90,7 @@ TABLE9 = Table(
     name="table9",
     title="Table 9: batch size",
     paper_base=vit_100,
-    small_base=lambda: edit(conv(), **learning_rate(NO_MULTI_CROP_LR * conv().optim.lr)(conv())),
+    small_base=_two_views,
     configurations=(
         row("128", "batch 128", _batch(128), 57.9, small=_small_batch(16)),
         row("256", "batch 256", _batch(256), 59.1, small=_small_batch(32)),
