@@ -62,7 +62,7 @@ def main() -> int:
     accuracies: Accuracies = {item.name: {} for item in items}
     folder = Path(options.data)
     data = "/".join(folder.resolve().parts[-2:]) if folder.exists() else options.data
-    description = about(vars(options) | {"rates": rates, "data": data})
+    description = about(vars(options) | {"rates": rates, "data": data}) | {"precision": base.precision}
     for rate in rates:
         runs = {item.name: runs_at(rate, item, base, epochs, options) for item in items}
         pending = [run for seed in zip(*runs.values(), strict=True) for run in seed if run.result is None]

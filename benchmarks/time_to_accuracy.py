@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import about, save
-from dino_ssl.config import edit, to_dict
+from dino_ssl.config import edit, from_dict, to_dict
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.loader import steps_per_epoch
@@ -92,7 +92,8 @@ def known_curves(path: Path | None, run: Run) -> list[dict[str, Any]]:
     entries = json.loads(path.read_text())["curves"] if path and path.is_file() else []
     now = portable(run)
     for entry in entries:
-        if any(entry["run"][name] != now[name] for name in ("data", "backbone", "method", "views", "online_eval")):
+        known = to_dict(from_dict(Run, entry["run"]))  # with the defaults of fields that are newer than the file
+        if any(known[name] != now[name] for name in ("data", "backbone", "method", "views", "online_eval")):
             raise SystemExit(f"{path} has runs with other settings: expected another file for --json")
     return entries
 
