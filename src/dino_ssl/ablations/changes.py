@@ -2,8 +2,8 @@
 
 At the paper's scale the three use what the authors reported about their own runs: DINO's learning rate, and for the two
 methods that compare features a constant weight decay of 0.05 and no clipping. SwAV keeps DINO's. At scale small their
-heads are as narrow as in `small()`, and their EMA teachers as fast. The learning rates of five rows of Table 7 at scale
-small were chosen on held-out training images (docs/ablations/learning_rates-table7.json).
+heads are as narrow as in `small()`, and their EMA teachers as fast. The learning rates of the rows of Table 7 at scale
+small were chosen on held-out training images (docs/ablations/learning_rates-table7*.json).
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ from dino_ssl.run import Run
 NO_MULTI_CROP: Changes = {"views": {"local": 0, "global_scale": (0.14, 1.0)}}
 """Two global views only; they then cover 14 to 100 % of the image area, as in the authors' code."""
 CONSTANT_DECAY: Changes = {"optim": {"weight_decay": 0.05, "weight_decay_end": 0.05, "clip_grad": 0.0}}
-NO_MULTI_CROP_LR, NO_MOMENTUM_LR = 0.5, 0.25
-"""Learning rates without local crops and without a momentum teacher at scale small, divided by the base's."""
+NO_MULTI_CROP_LR, NO_MOMENTUM_LR, PREDICTOR_LR, MOCO_LR, SWAV_LR = 0.5, 0.25, 0.5, 0.5, 0.5
+"""Learning rates of these rows of Table 7 at scale small, divided by the base's."""
 SMALL_HEAD: dict[str, Any] = {"head_hidden": 512, "head_dim": 128, "momentum": 0.97}
 
 
@@ -59,6 +59,11 @@ def no_multi_crop(name: str, title: str, *paper: float) -> Configuration:
     return row(name, title, NO_MULTI_CROP, *paper, small_lr=NO_MULTI_CROP_LR)
 
 
+def predictor(name: str, title: str, *paper: float) -> Configuration:
+    """Return DINO with a predictor behind the student's head."""
+    return row(name, title, method(predictor=True), *paper, small_lr=PREDICTOR_LR)
+
+
 def byol(name: str, title: str, *paper: float, multi_crop: bool = False, predictor: bool = True) -> Configuration:
     """Return BYOL; `multi_crop` keeps the base's local views."""
     config, small = BYOLConfig(predictor=predictor), BYOLConfig(predictor=predictor, **SMALL_HEAD).for_few_steps()
@@ -68,20 +73,26 @@ def byol(name: str, title: str, *paper: float, multi_crop: bool = False, predict
 def moco(name: str, title: str, *paper: float, multi_crop: bool = False) -> Configuration:
     """Return MoCo-v2; `multi_crop` keeps the base's local views."""
     small = MoCoConfig(queue=4096, **SMALL_HEAD).for_few_steps()
-    return _row(name, title, {"method": MoCoConfig(), **CONSTANT_DECAY}, small, paper, multi_crop)
+    return _row(name, title, {"method": MoCoConfig(), **CONSTANT_DECAY}, small, paper, multi_crop, MOCO_LR)
 
 
 def swav(name: str, title: str, *paper: float, multi_crop: bool = True) -> Configuration:
     """Return SwAV; `multi_crop` keeps the base's local views."""
     small = SwAVConfig(out_dim=300, head_hidden=512, freeze_prototypes=0)
-    return _row(name, title, {"method": SwAVConfig()}, small, paper, multi_crop)
+    return _row(name, title, {"method": SwAVConfig()}, small, paper, multi_crop, SWAV_LR)
 
 
 def _row(
-    name: str, title: str, change: Changes, small: MethodConfig, paper: tuple[float, ...], multi_crop: bool
+    name: str,
+    title: str,
+    change: Changes,
+    small: MethodConfig,
+    paper: tuple[float, ...],
+    multi_crop: bool,
+    small_lr: float = 1.0,
 ) -> Configuration:
     crops = {} if multi_crop else NO_MULTI_CROP
-    return row(name, title, {**change, **crops}, *paper, small={"method": small, **crops})
+    return row(name, title, {**change, **crops}, *paper, small={"method": small, **crops}, small_lr=small_lr)
 
 
 def _resnet(run: Run) -> Changes:
@@ -91,17 +102,16 @@ def _resnet(run: Run) -> Changes:
     return {"backbone": released.backbone, "method": released.method, "optim": optim, "views": released.views}
 
 
-def _small_resnet(run: Run) -> Changes:
-    base = conv()
-    size = base.online_eval.size
-    return {"backbone": base.backbone, "online_eval": {"size": size}, **learning_rate(base.optim.lr)(run)}
-
-
 def on_resnet(item: Configuration) -> Configuration:
     """Return a method on a ResNet: its method and views, with the optimizer of the network."""
+
+    def small_resnet(run: Run) -> Changes:
+        base = conv()
+        rate = learning_rate(item.small_lr * base.optim.lr)
+        return {"backbone": base.backbone, "online_eval": {"size": base.online_eval.size}, **rate(run)}
 
     def change(scale: Scale, network: Callable[[Run], Changes]) -> Callable[[Run], Changes]:
         kept = ("method", "views")
         return lambda run: {**network(run), **{k: v for k, v in item.changes(scale, run).items() if k in kept}}
 
-    return replace(item, change=change("paper", _resnet), small=change("small", _small_resnet))
+    return replace(item, change=change("paper", _resnet), small=change("small", small_resnet), small_lr=1.0)

@@ -50,7 +50,7 @@ def _page(study: Study, discussion: str) -> str:
         "classes.",
         _table(["", *result_columns(study)], ([i.title, *result_cells(study, i)] for i in table.configurations)),
         "Ours: the mean over the seeds, with the minimum, the maximum and the number of seeds n; 20-NN and linear "
-        f"on {val_set}. Reference scores (20-NN): {references}.",
+        f"on {val_set}. Reference scores (20-NN): {references} (one network, the same for all runs).",
         SCALE_SMALL if study.scale == "small" else "",
         _agreement(study),
         "\n".join(f"- {message}" for message in _warnings(study)),
