@@ -1,13 +1,12 @@
 """What one step of centering corrects in a batch of 4 with 5 channels: tables and figure of docs/centering.md.
 
-python benchmarks/centering.py [--batches 4000] [--images docs/images] [--json numbers.json]
+    python benchmarks/centering.py --json docs/benchmarks/centering.json
 
-The samples are random. One channel has an extreme mean, one a deviation of 1000. Targets, center and entropy are
-computed by `objectives.P` (Eq. 1), `update_center` (Eq. 4) and `h` (Eq. 5).
+The samples are random, of seed 0. One channel has an extreme mean, one a deviation of 1000. Targets, center and
+entropy are computed by `objectives.P` (Eq. 1), `update_center` (Eq. 4) and `h` (Eq. 5).
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from common import about, save
 from dino_ssl.objectives import P, h, update_center
 
 MEANS = torch.tensor([0.0, 1.0, -2.0, 1000.0, 0.0])
@@ -28,6 +28,7 @@ NAMES = [f"{float(m):g} ± {float(d):g}" for m, d in zip(MEANS, DEVIATIONS, stri
 BATCH = 4
 COLORS = ["#4269d0", "#efb118", "#3ca951", "#ff725c", "#9c6bd0"]
 TEMPERATURES = (2.0, 1.0, 0.5, 0.2, 0.1)
+MOMENTA = (0.9, 0.99, 0.999)
 TIMES = 60
 
 
@@ -62,6 +63,11 @@ def repeat(batches: Tensor, temperature: float, times: int = TIMES) -> list[floa
     return entropies
 
 
+def batches_to_adapt(momentum: float, mean: float = 1000.0) -> int:
+    """Return after how many batches less than 1 of a mean is missing in a center that starts at 0 (Eq. 4)."""
+    return math.ceil(math.log(1 / mean, momentum))
+
+
 def study(batches: int) -> dict:
     """Return every number of the page that is a mean over batches."""
     many = samples(batches)
@@ -77,6 +83,7 @@ def study(batches: int) -> dict:
         "entropy": {name: h(targets).mean().item() for name, targets in versions.items()},
         "repeated": {temperature: repeat(many[: min(batches, 500)], temperature) for temperature in TEMPERATURES},
         "ln 5": math.log(5),
+        "batches until less than 1 of 1000 is missing": {momentum: batches_to_adapt(momentum) for momentum in MOMENTA},
     }
 
 
@@ -131,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=4000)
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--json", type=Path, help="output file")
     options = parser.parse_args()
     step, results = one_step(samples(1)[0]), study(options.batches)
     console = Console()
@@ -144,9 +151,11 @@ def main() -> None:
     for temperature, entropies in results["repeated"].items():
         after = ", ".join(f"{entropies[times - 1]:.3f} after {times}" for times in (1, 2, 5, 10, TIMES))
         console.print(f"temperature {temperature:g}: mean entropy {after}")
+    for momentum in MOMENTA:
+        console.print(f"m = {momentum}: less than 1 of 1000 is missing after {batches_to_adapt(momentum):,} batches")
     draw(step, results, options.images / "centering.png")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    tables = {name: values.tolist() for name, values in step._asdict().items()}
+    save(options.json, {"benchmark": "centering", **about(vars(options)), "one batch": tables, **results})
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def about(options: dict[str, Any]) -> dict[str, Any]:
     settings = {name: without_folders(value) for name, value in options.items()}
     return {
         "machine": f"{device_info.name}, {device_info.cores} cores, {threads} thread{'s' if threads > 1 else ''}",
-        "precision": f"{device_info.precision}: {device_info.precision_reason}",
+        "default precision": f"{device_info.precision}: {device_info.precision_reason}",
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), **package_versions()},
         "command": f"python benchmarks/{Path(script).name} {shlex.join(arguments)}".strip(),

@@ -3,9 +3,9 @@
     python benchmarks/data.py [ROW ...] [--folder PHOTOS] [--json F]
 
 A row is a size of files and views: 500 x 375 to 2x224 + 8x96, and 128 x 128 to 2x128 + 6x64. The candidates take
-turns on the same files, from bytes in the page cache to float32 tensors, measured in CPU time. Ours includes
-`normalize`, which training runs on the device. Without a folder, JPEG files are generated. lightly is skipped if it
-is not installed.
+turns on the same files, from bytes in the page cache to float32 tensors, measured in CPU time; the JSON has the seconds
+of every round. Ours includes `normalize`, which training runs on the device. Without a folder, JPEG files are
+generated. lightly is skipped if it is not installed.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.kernels import fastest_transform
 from dino_ssl.preprocessing import normalize
 from lightly_dino import is_installed, lightly_views
+from measurements import ratios
 from plain import pillow_views
 
 Recipe = Callable[[Path], object]
@@ -96,11 +97,12 @@ def measure(row: Row, files: list[Path], rounds: int) -> dict[str, Any]:
     kilobytes = statistics.median(file.stat().st_size for file in files) / 1e3
     print(f"\n{row.describe()}: {len(files)} files, median {kilobytes:.1f} kB; medians of {rounds} rounds")
     print(f"{'':24}{'ms/image':>10}{'images/s':>10}{'ratio':>8}")
-    base, results = times["pillow + torchvision"], {}
+    base, results = "pillow + torchvision", {}
     for name, seconds in times.items():
-        ms, ratio = 1e3 * statistics.median(seconds) / len(files), median_ratio(base, seconds)
-        results[name] = {"ms": ms, "images_per_s": 1e3 / ms, "ratio": ratio}
-        print(f"{name:24}{ms:10.2f}{1e3 / ms:10.1f}{ratio:8.2f}")
+        ms, ratio = 1e3 * statistics.median(seconds) / len(files), median_ratio(times[base], seconds)
+        results[name] = {"ms": ms, "images_per_s": 1e3 / ms, "ratio": ratio, "seconds": seconds}
+        each = ratios(results[name], results[base])
+        print(f"{name:24}{ms:10.2f}{1e3 / ms:10.1f}{ratio:8.2f} ({min(each):.2f} to {max(each):.2f})")
     return {"what": row.describe(), "files": len(files), "median_kB": kilobytes, "rounds": rounds, "results": results}
 
 

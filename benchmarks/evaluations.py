@@ -4,7 +4,7 @@
     python benchmarks/evaluations.py label_propagation davis_score --rounds 5 --json F
 
 A section is a function that makes the inputs and returns the candidates, the definition first. Candidates take turns
-after a warm-up.
+after a warm-up; `seconds` is the median over the rounds, `times` has every round.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from common import Memory, about, interleave, median_ratio, save
 from dino_ssl.evals.davis_score import sequence_statistics
 from dino_ssl.evals.knn import KS, knn_accuracy
 from dino_ssl.evals.label_propagation import label_propagation
+from measurements import ratios
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ SECTIONS: dict[str, Callable[[], Section]] = {
 }
 
 
-def measure(section: Section, rounds: int) -> dict[str, dict[str, float]]:
+def measure(section: Section, rounds: int) -> dict[str, dict[str, Any]]:
     """Return seconds, ratio to the first candidate, peak memory in GiB and error of each candidate."""
     results, peaks = {}, {}
     for name, run in section.candidates.items():
@@ -155,10 +156,10 @@ def measure(section: Section, rounds: int) -> dict[str, dict[str, float]]:
         peaks[name] = memory.peak() / 2**30
     times = interleave(section.candidates, rounds)
     first = next(iter(times))
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, seconds in times.items():
         ratio = median_ratio(times[first], seconds)
-        rows[name] = {"seconds": statistics.median(seconds), "ratio": ratio, "gib": peaks[name]}
+        rows[name] = {"seconds": statistics.median(seconds), "ratio": ratio, "times": seconds, "gib": peaks[name]}
         if section.error is not None:
             rows[name]["error"] = section.error(results[first], results[name])
     return rows
@@ -179,10 +180,13 @@ def main() -> None:
         section = SECTIONS[name]()
         rows = measure(section, options.rounds)
         sections[name] = {"what": section.what, "results": rows}
-        print(f"\n{name}: {section.what}\n{'':28}{'seconds':>10}{'ratio':>8}{'GiB':>8}{'error':>10}")
+        print(f"\n{name}: {section.what}\n{'':28}{'seconds':>10}{'GiB':>8}{'error':>10}  ratio")
+        first = next(iter(rows.values()))
         for candidate, row in rows.items():
             error = f"{row['error']:10.1e}" if "error" in row else ""
-            print(f"{candidate:28}{row['seconds']:10.3f}{row['ratio']:8.1f}{row['gib']:8.2f}{error}", flush=True)
+            each = ratios(row, first, "times")
+            ratio = f"{row['ratio']:.2f} ({min(each):.2f} to {max(each):.2f})"
+            print(f"{candidate:28}{row['seconds']:10.3f}{row['gib']:8.2f}{error:>10}  {ratio}", flush=True)
     save(options.json, {"benchmark": "evaluations", **description, "sections": sections})
 
 

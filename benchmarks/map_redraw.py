@@ -1,20 +1,26 @@
-"""Time a redraw of the map in headless Chromium: processor time of the script, written to docs/benchmarks/map.json.
+"""Time a redraw of the map in headless Chromium: processor time of the script.
 
-    python benchmarks/map_redraw.py [--points 100000] [--chromium /usr/bin/chromium]
+    python benchmarks/map_redraw.py --json docs/benchmarks/map.json
 
-Every redraw draws all points at another zoom, as a frame of the page. A display shows a frame every 16.7 ms.
+Every redraw draws all points at another zoom, as a frame of the page. A display shows a frame every 16.7 ms. A round
+is 100 redraws of each case; `ms` is the median over the rounds.
 """
 
 import argparse
+import statistics
 from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
 from common import about, save
 
-ROOT = Path(__file__).resolve().parents[1]
-MAP = ROOT / "src/dino_ssl/search/static/map.js"
+MAP = Path(__file__).parents[1] / "src/dino_ssl/search/static/map.js"
 REDRAWS = 100
+CASES = {
+    f"device pixel ratio {scale}, {'10 % selected' if selected else 'no selection'}": (scale, selected)
+    for scale in (1, 2)
+    for selected in (False, True)
+}
 PAGE = "<canvas id='map' style='position: absolute; inset: 0; width: 100%; height: 100%'></canvas>"
 SCRIPT = """
 const count = POINTS, groups = 30, random = () => Math.random() + Math.random() + Math.random();
@@ -58,20 +64,23 @@ def measure(browser: Browser, points: int, scale: int, *, selected: bool) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--chromium", default="/usr/bin/chromium")
+    parser.add_argument("--json", type=Path, help="output file")
     options = parser.parse_args()
-    results: dict[str, object] = {"benchmark": "map_redraw", **about(vars(options))}
-    results |= {"points": options.points, "canvas": "1400 x 900", "redraws": REDRAWS}
+    times: dict[str, list[float]] = {name: [] for name in CASES}
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-gpu"]
         browser = playwright.chromium.launch(executable_path=options.chromium, args=arguments)
-        results["chromium"] = browser.version
-        for scale in (1, 2):
-            for selected in (False, True):
-                name = f"ms, device pixel ratio {scale}, {'10 % selected' if selected else 'no selection'}"
-                results[name] = measure(browser, options.points, scale, selected=selected)
-                print(name, results[name])
-    save(ROOT / "docs/benchmarks/map.json", results)
+        version = browser.version
+        for _ in range(options.rounds):
+            for name, (scale, selected) in CASES.items():
+                times[name].append(measure(browser, options.points, scale, selected=selected))
+    rows = [{"part": name, "ms": statistics.median(values), "times": values} for name, values in times.items()]
+    for row in rows:
+        print(f"{row['part']:40}{row['ms']:8.2f} ms ({min(row['times']):.2f} to {max(row['times']):.2f})")
+    description = {"canvas": "1400 x 900", "redraws": REDRAWS, "chromium": version}
+    save(options.json, {"benchmark": "map_redraw", **about(vars(options)), **description, "rows": rows})
 
 
 if __name__ == "__main__":

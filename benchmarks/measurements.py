@@ -84,11 +84,11 @@ def data(row: str, target: float) -> Read:
     """Compare our transforms with Pillow and torchvision on one core."""
 
     def read(result: dict) -> Measurement | None:
-        part = result.get("rows", {}).get(row, {})
-        if "dino" not in part.get("results", {}):
+        recipes = result["rows"].get(row, {}).get("results", {})
+        if "dino" not in recipes:
             return None
-        ratio = part["results"]["dino"]["ratio"]
-        return Measurement(f"**{ratio:.2f}x** (n {part['rounds']})", {"the speed": ratio >= target})
+        dino, base = recipes["dino"], recipes["pillow + torchvision"]
+        return Measurement(speedup(dino, base), {"the speed": reaches(dino, base, target)})
 
     return read
 

@@ -12,6 +12,7 @@ The numbers are written to docs/benchmarks/segmentation-NAME.json.
 import argparse
 import multiprocessing
 import resource
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 import dino_ssl
-from common import about, save
+from common import about, interleave, median_ratio, save
 from dino_ssl.data.benchmarks.voc import Masked, open_voc
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.sources import open_dataset
@@ -117,7 +118,7 @@ def peak_memory(work: Callable[[], object]) -> float:
 
 
 def speed(count: int, rounds: int = 5) -> dict[str, Any]:
-    """Return masks per processor second of each implementation, on one thread, at 784 tokens."""
+    """Return masks per processor second of each implementation, on one thread, at 784 tokens: medians of the rounds."""
     torch.set_num_threads(1)
     keys, network_seconds = keys_of(count)
     grid = (SIDE, SIDE)
@@ -129,26 +130,24 @@ def speed(count: int, rounds: int = 5) -> dict[str, Any]:
         "Lanczos": lambda: [found.masks[0] for part in keys.split(8) for found in tokencut(part, grid)],
         "the graph alone, which all need": lambda: [binary_graph(each[None], 0.2)[0, 0].numpy() for each in keys],
     }
-    tokencut(keys[:1], grid)  # the first call loads libraries
-    results, masks = {}, {}
-    best = dict.fromkeys(implementations, float("inf"))
-    for _ in range(rounds):  # interleaved; the best round is disturbed least by other processes
-        for name, work in implementations.items():
-            masks[name], seconds = timed(work)
-            best[name] = min(best[name], seconds)
-    for name, work in implementations.items():
-        seconds = best[name]
-        results[name] = {"masks per second": count / seconds, "peak memory in MB": peak_memory(work)}
     first, _, lanczos, _ = implementations
-    plain, fast = np.stack(masks[first]), np.stack(masks[lanczos])
-    baseline = results[first]["masks per second"]
-    for row in results.values():
-        row["ratio"] = row["masks per second"] / baseline
+    with torch.inference_mode():  # as the commands do
+        masks = {name: np.stack(work()) for name, work in implementations.items()}  # warm-up
+        times = interleave(implementations, rounds, time.process_time)
+    results = {
+        name: {
+            "masks per second": count / statistics.median(seconds),
+            "ratio": median_ratio(times[first], seconds),
+            "peak memory in MB": peak_memory(implementations[name]),
+            "seconds": [round(each, 4) for each in seconds],
+        }
+        for name, seconds in times.items()
+    }
     return {
         "tokens": SIDE**2,
         "images": count,
         "rounds": rounds,
-        "equal patches": float((plain == fast).mean()),
+        "equal patches": float((masks[first] == masks[lanczos]).mean()),
         "seconds of a ViT-S/16 per image, apart": network_seconds,
         "implementations": results,
     }

@@ -1,12 +1,12 @@
 """Reading images in shuffled order: from a folder, and from shards of it, interleaved in one run.
 
-    python benchmarks/shards.py photos/ --json docs/benchmarks/shards.json
+    python benchmarks/shards.py photos/ --rounds 9 --json docs/benchmarks/shards.json
 
 `open` is the time until the first image can be read, divided by the number of images. `read` gives the files' bytes,
 `decode` decodes them too; both go through batches in the order of an epoch, as a worker of the loader does. `warm`: the
 files are in the page cache. `cold`: they were dropped from it before (not the folder's directory entries, which favours
 the folder). Without a folder, JPEG files are drawn. One process, one thread; milliseconds per image, medians over the
-rounds. `ratio` is the folder's time divided by the other's, in the same round.
+rounds; `times` has every round. `ratio` is the median of the folder's time divided by the other's in the same round.
 """
 
 import argparse
@@ -16,16 +16,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
-from common import about, save
+from common import about, median_ratio, save
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.loader import epoch_order
 from dino_ssl.data.shard_writer import pack
+from measurements import ratios
 
 Read = Callable[[int], object]
 
@@ -124,12 +126,20 @@ def main() -> None:
     print(f"{description['machine']}; {len(dataset)} images of {kilobytes:.1f} kB; batches of {options.batch}")
     print(f"medians of {options.rounds} interleaved rounds; packing took {pack_ms:.3f} ms per image, once")
     print(f"{'':42}{'ms/image':>12}{'ratio':>8}")
-    rows: dict[str, dict[str, dict[str, float]]] = {}
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
     for measurement, candidates in times.items():
-        for name, values in candidates.items():
-            ratio = statistics.median(a / b for a, b in zip(candidates["folder"], values, strict=True))
-            rows.setdefault(measurement, {})[name] = {"ms": statistics.median(values), "ratio": ratio}
-            print(f"{measurement:16}{name:26}{statistics.median(values):12.4f}{ratio:8.2f}")
+        rows[measurement] = {
+            name: {
+                "ms": statistics.median(values),
+                "ratio": median_ratio(candidates["folder"], values),
+                "times": values,
+            }
+            for name, values in candidates.items()
+        }
+        for name, row in rows[measurement].items():
+            each = ratios(row, rows[measurement]["folder"], "times")
+            spread = f"{row['ratio']:8.2f} ({min(each):.2f} to {max(each):.2f})"
+            print(f"{measurement:16}{name:26}{row['ms']:12.4f}{spread}")
     result = {"images": len(dataset), "kB": kilobytes, "packing_ms": pack_ms, "results": rows}
     save(options.json, {"benchmark": "shards", **description, **result})
 

@@ -1,33 +1,61 @@
-"""The statements of docs/centering.md, by its script with fewer batches."""
+"""The statements and the numbers of docs/centering.md, by its script."""
 
-import importlib.util
 import math
+import re
+import sys
 from pathlib import Path
-from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks/centering.py"
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import centering
+
+PAGE = (Path(__file__).parents[2] / "docs/centering.md").read_text()
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("centering", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def results() -> dict:
+    return centering.study(4000)
 
 
 @pytest.fixture(scope="module")
-def results(script: ModuleType) -> dict:
-    return script.study(1000)
+def step() -> centering.Step:
+    return centering.one_step(centering.samples(1)[0])
 
 
-def test_one_step_centers_a_batch_by_its_mean(script: ModuleType) -> None:
-    step = script.one_step(script.samples(1)[0])
+def rows_of(table: str) -> list[list[float]]:
+    """Return the numbers in the cells of a table, without the head and the first column."""
+    rows = [line.replace("*", "").split("|")[2:-1] for line in table.splitlines()[2:]]
+    return [[float(cell) for cell in row if re.fullmatch(r"\s*-?[\d.]+\s*", cell)] for row in rows]
+
+
+def test_the_tables_of_the_page_are_those_of_the_script(step: centering.Step, results: dict) -> None:
+    entropies = [*results["entropy"].values()]
+    expected = [
+        (2, step.samples),
+        (3, step.softmax_of_samples),
+        (2, step.center[None]),
+        (2, step.centered),
+        (3, step.softmax_of_centered),
+        (3, [[*shares, entropy] for shares, entropy in zip(results["shares"].values(), entropies, strict=True)]),
+        (3, [[values[times - 1] for times in (1, 2, 5, 60)] for values in results["repeated"].values()]),
+    ]
+    tables = re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE)
+    for table, (digits, values) in zip(tables, expected, strict=True):
+        np.testing.assert_allclose(rows_of(table), values, rtol=0, atol=0.51 * 10**-digits, err_msg=table)
+
+
+def test_the_page_says_how_fast_the_center_adapts() -> None:
+    for momentum in centering.MOMENTA:
+        batches = centering.batches_to_adapt(momentum)
+        assert 1000 * momentum**batches < 1 <= 1000 * momentum ** (batches - 1)
+        assert re.search(rf"after\s{batches:,}\s(batches )?with (m = )?{momentum}\b", PAGE)
+
+
+def test_one_step_centers_a_batch_by_its_mean(step: centering.Step) -> None:
     assert step.samples.shape == (4, 5)
     torch.testing.assert_close(step.center, step.samples.mean(0))
     torch.testing.assert_close(step.centered.sum(0), torch.zeros(5), atol=1e-3, rtol=0)
@@ -57,6 +85,6 @@ def test_repeated_centering_converges_to_uniform_at_high_temperature(results: di
             assert entropies[-1] < 0.85
 
 
-def test_the_figure_is_written(script: ModuleType, results: dict, tmp_path: Path) -> None:
-    script.draw(script.one_step(script.samples(1)[0]), results, tmp_path / "centering.png")
+def test_the_figure_is_written(step: centering.Step, results: dict, tmp_path: Path) -> None:
+    centering.draw(step, results, tmp_path / "centering.png")
     assert (tmp_path / "centering.png").stat().st_size > 10_000

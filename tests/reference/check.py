@@ -1,17 +1,24 @@
-"""Recompute the authors' reference numbers with this project's code: `python tests/reference/check.py DIR`.
+"""Recompute the authors' reference numbers with this project's code.
 
-Prints one line per file of DIR, `ok|FAIL  NAME  max_abs_error=...  tolerance=...`. The exit code is 1 if a line fails,
-if a file is missing, or if a file has no check. Sizes, seeds and hyper-parameters are read from the files.
+    python tests/reference/check.py DIR [--json docs/benchmarks/reference.json]
+
+Prints one line per file of DIR, `ok|FAIL  NAME  max_abs_error=...  tolerance=...`, for the error that is largest
+relative to its tolerance. The exit code is 1 if a line fails, if a file is missing, or if a file has no check. Sizes,
+seeds and hyper-parameters are read from the files. The JSON has the largest difference at each tolerance of a file.
 """
 
+import argparse
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "src")]  # this checkout, installed or not
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT / "src")]  # this checkout, installed or not
+sys.path.append(str(ROOT / "benchmarks"))
 
 from golden import Result  # noqa: E402
 
@@ -61,18 +68,40 @@ def run(folder: Path, name: str, check: str | None) -> Result:
         return Result(float("inf"), 0.0, False, f"{type(error).__name__}: {error}")
 
 
+def save_json(options: argparse.Namespace, results: Mapping[str, Result]) -> None:
+    """Write the largest difference at each tolerance of each file, or the reason of its failure."""
+    from common import about, save
+
+    rows: list[dict[str, Any]] = []
+    for name, result in results.items():
+        if not result.ok:
+            rows.append({"file": name, "failed": result.where})
+            continue
+        rows += [
+            {"file": name, "difference": each.max_abs_error, "tolerance": each.tolerance, "where": each.where}
+            for each in result.by_tolerance
+        ]
+    description = about(vars(options))
+    description["command"] = description["command"].replace("benchmarks", "tests/reference", 1)
+    save(options.json, {"benchmark": "check", **description, "rows": rows})
+
+
 def main(arguments: list[str]) -> int:
     """Check all files and return the exit code."""
-    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
-        print("usage: check.py DIR, a folder with the files of the authors' reference numbers", file=sys.stderr)
-        return 2
-    failed = False
-    for name, check in entries(Path(arguments[0])):
-        result = run(Path(arguments[0]), name, check)
-        failed |= not result.ok
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder with the authors' reference numbers")
+    parser.add_argument("--json", type=Path, help="output file")
+    options = parser.parse_args(arguments)
+    if not options.folder.is_dir():
+        parser.error(f"{options.folder} is not a folder")
+    results: dict[str, Result] = {}
+    for name, check in entries(options.folder):
+        results[name] = result = run(options.folder, name, check)
         line = f"{'ok' if result.ok else 'FAIL'}  {name}  max_abs_error={result.max_abs_error:.3g}"
         print(f"{line}  tolerance={result.tolerance:.3g}{'' if result.ok else f'  {result.where}'}", flush=True)
-    return int(failed)
+    if options.json is not None:
+        save_json(options, results)
+    return int(not all(result.ok for result in results.values()))
 
 
 if __name__ == "__main__":

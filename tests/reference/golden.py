@@ -12,7 +12,7 @@ so that an import error fails one check only:
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Result:
     ok: bool
     where: str = ""
     """The entry of the file, and the reason of a failure."""
+    by_tolerance: tuple["Result", ...] = ()
+    """The comparison with the largest error at each tolerance of the file."""
 
 
 @dataclass
@@ -58,9 +60,9 @@ class Check:
             error = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
         error = np.where(actual == expected, 0.0, np.where(np.isfinite(error), error, np.inf))
         limit = np.broadcast_to(np.asarray(tolerance, np.float64), error.shape)
-        worst = np.argmax(error / np.maximum(limit, 1e-300))  # the element with the largest relative error
-        value, bound = float(error.flat[worst]), float(limit.flat[worst])
-        self.results.append(Result(value, bound, value <= bound, where))
+        for bound in np.unique(limit).tolist():
+            largest = float(error[limit == bound].max())
+            self.results.append(Result(largest, bound, largest <= bound, where))
 
     def equal(self, where: str, actual: Any, expected: Any) -> None:
         """Compare labels, masks, ranks or names exactly."""
@@ -75,7 +77,9 @@ class Check:
         """Return the worst comparison; a failure if there is none."""
         if not self.results:
             return Result(float("inf"), 0.0, False, "nothing was compared")
-        return max(self.results, key=lambda r: (not r.ok, r.max_abs_error / r.tolerance if r.tolerance else 0.0))
+        worst = max(self.results, key=lambda r: (not r.ok, r.max_abs_error / r.tolerance if r.tolerance else 0.0))
+        largest = {r.tolerance: r for r in sorted(self.results, key=lambda r: (r.tolerance, r.max_abs_error))}
+        return replace(worst, by_tolerance=tuple(largest.values()))
 
 
 def tensors(data: Any, prefix: str) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from dino_ssl.ablations.changes import (
     NO_MOMENTUM_LR,
     NO_MULTI_CROP,
     NO_MULTI_CROP_LR,
+    SINKHORN_LR,
     backbone,
     byol,
     method,
@@ -15,6 +16,7 @@ from dino_ssl.ablations.changes import (
     no_multi_crop,
     on_resnet,
     predictor,
+    sinkhorn,
     swav,
     temperature,
     views,
@@ -34,7 +36,7 @@ TABLE7 = Table(
     configurations=(
         row("dino", "DINO", {}, 72.8, 76.1),
         no_momentum("no-momentum", "no momentum teacher", 0.1, 0.1),
-        row("sinkhorn", "Sinkhorn-Knopp instead of centering", method(targets="sinkhorn"), 72.2, 76.0),
+        sinkhorn("sinkhorn", "Sinkhorn-Knopp instead of centering", 72.2, 76.0),
         no_multi_crop("no-multi-crop", "no multi-crop", 67.9, 72.5),
         row("mse", "MSE instead of cross-entropy", method(loss="mse"), 52.6, 62.4),
         predictor("predictor", "with a predictor", 71.8, 75.6),
@@ -209,7 +211,7 @@ TABLE15 = Table(
             f"{teacher}, {title}",
             method(teacher=teacher, targets=targets),
             linear,
-            small_lr=NO_MOMENTUM_LR if teacher == "student" else 1.0,
+            small_lr=NO_MOMENTUM_LR if teacher == "student" else SINKHORN_LR if targets == "sinkhorn" else 1.0,
         )
         for teacher, targets, title, linear in (
             ("momentum", "centering", "centering", 76.1),

@@ -1,0 +1,120 @@
+"""Scores of trained networks and of random weights in every evaluation, on small public datasets.
+
+    python benchmarks/evaluation_scores.py runs/seed0 runs/seed1 --data data --json scores.json
+
+The runs are one recipe trained with several seeds. DATA has imagenette128 (train, val), clothing128 (train, test),
+rparis_mini, davis and voc12. As many networks with random weights are evaluated as runs are given, and raw pixels where
+an evaluation defines them. An evaluation that the output file has already is kept.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+import dino_ssl
+from attention_paired import random_network
+from common import about, save
+from dino_ssl.config import to_dict
+from dino_ssl.evals.attention_masks import AttentionMasks
+from dino_ssl.evals.base import EvalContext, Evaluation
+from dino_ssl.evals.copy_detection import CopyDetection
+from dino_ssl.evals.knn import KNN
+from dino_ssl.evals.linear import Linear
+from dino_ssl.evals.low_shot import LowShot
+from dino_ssl.evals.object_discovery import ObjectDiscovery
+from dino_ssl.evals.retrieval import Retrieval
+from dino_ssl.evals.two_crop_retrieval import TwoCropRetrieval
+from dino_ssl.evals.video_segmentation import VideoSegmentation
+from dino_ssl.models.backbone import Attentive, Backbone
+from dino_ssl.terminal import Terminal
+
+
+@dataclass(frozen=True)
+class Item:
+    """One evaluation of the suite and its data."""
+
+    evaluation: Evaluation
+    sources: tuple[str, ...]
+    """Folders below DATA."""
+    attention: bool = False
+    """Needs attention maps: skipped for ConvNets."""
+
+    @property
+    def title(self) -> str:
+        """Name and data, unique in the suite."""
+        multiscale = " --multiscale" if getattr(self.evaluation, "multiscale", False) else ""
+        return f"{self.evaluation.name}{multiscale}, {self.sources[0].partition('/')[0]}"
+
+
+IMAGENETTE, CLOTHING = ("imagenette128/train", "imagenette128/val"), ("clothing128/train", "clothing128/test")
+SUITE = (
+    Item(KNN(k=(20,)), IMAGENETTE),
+    Item(KNN(k=(20,)), CLOTHING),
+    Item(LowShot(), IMAGENETTE),
+    Item(LowShot(), CLOTHING),
+    Item(Linear(), IMAGENETTE),
+    Item(Linear(), CLOTHING),
+    Item(Retrieval(), ("rparis_mini",)),
+    Item(CopyDetection(), ("imagenette128/val",)),
+    Item(CopyDetection(multiscale=True), ("imagenette128/val",)),
+    Item(TwoCropRetrieval(), ("imagenette128/val",)),
+    Item(TwoCropRetrieval(), ("clothing128/test",)),
+    Item(VideoSegmentation(), ("davis",)),
+    Item(AttentionMasks(), ("voc12",), attention=True),
+    Item(ObjectDiscovery(split="val"), ("voc12",), attention=True),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders or weights: one network, several seeds")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the datasets")
+    parser.add_argument("--json", type=Path, help="output file, written after each evaluation")
+    options = parser.parse_args()
+    networks = [dino_ssl.load(run) for run in options.runs]
+    results = json.loads(options.json.read_text())["evaluations"] if options.json and options.json.is_file() else {}
+    items = [item for item in SUITE if isinstance(networks[0], Attentive) or not item.attention]
+    for item in items:
+        if item.title not in results:
+            results[item.title] = score(item, options.data, networks)
+            print_scores(item.title, results[item.title])
+            description = about({**vars(options), "network": networks[0].config.describe()}) | {"precision": "float32"}
+            save(options.json, {"benchmark": "evaluation_scores", **description, "evaluations": results})
+
+
+def score(item: Item, data: Path, networks: list[Backbone]) -> dict[str, Any]:
+    """Return the scores of the networks, of as many networks with random weights, and of raw pixels."""
+    context = EvalContext(size=networks[0].transform.size, progress=Terminal().progress)
+    prepared = item.evaluation.prepare([str(data / source) for source in item.sources], context)
+    random = [random_network(networks[0], seed) for seed in range(len(networks))]
+    return {
+        "protocol": to_dict(item.evaluation),
+        "size": prepared.size,
+        "trained": [prepared(network) for network in networks],
+        "random weights": [prepared(network) for network in random],
+        **{name.replace("_", " "): reference() for name, reference in prepared.references.items()},
+    }
+
+
+def print_scores(title: str, result: dict[str, Any]) -> None:
+    """Print a row for each score: mean, smallest and largest of the networks."""
+    table = Table("score", "trained", "random weights", "raw pixels", title=title)
+    for name in result["trained"][0]:
+        cells = [spread([each[name] for each in result[key]]) for key in ("trained", "random weights")]
+        raw = result.get("raw pixels", {}).get(name)
+        table.add_row(name, *cells, "-" if raw is None else f"{raw:.1f}")
+    Terminal().console.print(table)
+
+
+def spread(values: list[float]) -> str:
+    """Return mean, smallest and largest value as text."""
+    return f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Every JSON of measured figures in docs/ says by which command, where and when it was measured."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = [path for name in ("benchmarks", "ablations") for path in sorted((ROOT / "docs" / name).glob("*.json"))]
+FIELDS = ("command", "machine", "date")
+WITHOUT_COMMAND = (
+    "time_to_accuracy-small-64px.json",
+    "time_to_accuracy-small-64px-half-an-hour.json",
+    "time_to_accuracy-small-64px-half-an-hour-long-schedules.json",
+    "time_to_accuracy-vit-tiny.json",
+    "time_to_accuracy-narrow-vit-patches.json",
+)
+"""Old recordings of networks that no longer exist; their note says what is known."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_file_describes_its_measurement(path: Path) -> None:
+    text = path.read_text()
+    assert not re.findall(r"(?<![\w./])/\w+", text), "an absolute path"
+    result = json.loads(text)
+    if path.name in WITHOUT_COMMAND:
+        assert result["note"]
+        return
+    assert [name for name in FIELDS if not result.get(name)] == [], "missing"
+    program, script, *_ = shlex.split(result["command"])
+    if program != "dino":
+        assert program == "python"
+        assert re.fullmatch(r"(benchmarks|tests/reference)/\w+\.py", script)
+        assert (ROOT / script).is_file(), script
+
+
+def test_exceptions_exist() -> None:
+    assert set(WITHOUT_COMMAND) <= {path.name for path in FILES}
