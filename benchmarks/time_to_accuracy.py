@@ -74,8 +74,10 @@ def main() -> None:
             table.add_row(*map(format_cell, point.values()))
         console.print(table)
         description = about(vars(options))
-        curves[seed] = {"seed": seed, "date": description["date"], "run": portable(seeded), "curve": curve}
+        where = {name: description[name] for name in ("date", "machine")}
+        curves[seed] = {"seed": seed, **where, "run": portable(seeded), "curve": curve}
         entries = [curves[known] for known in sorted(curves)]
+        description["machine"] = "; ".join(dict.fromkeys(entry["machine"] for entry in entries))
         save(options.json, {"benchmark": "time_to_accuracy", **description, "curves": entries})
 
 
