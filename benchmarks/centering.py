@@ -1,4 +1,4 @@
-"""What one step of centering corrects in a batch of 4 with 5 channels: tables and figure of docs/centering.md.
+"""The effect of centering in a batch of 4 with 5 channels: tables and figure of docs/centering.md.
 
     python benchmarks/centering.py --json docs/benchmarks/centering.json
 
@@ -64,7 +64,7 @@ def repeat(batches: Tensor, temperature: float, times: int = TIMES) -> list[floa
 
 
 def batches_to_adapt(momentum: float, mean: float = 1000.0) -> int:
-    """Return after how many batches less than 1 of a mean is missing in a center that starts at 0 (Eq. 4)."""
+    """Return the batches after which the center, from 0, differs from a mean by less than 1 (Eq. 4)."""
     return math.ceil(math.log(1 / mean, momentum))
 
 

@@ -91,9 +91,19 @@ def interleave(
     return seconds
 
 
+def ratios(base: Sequence[float], seconds: Sequence[float]) -> list[float]:
+    """Return how many times as fast as `base` in each round."""
+    return [b / s for b, s in zip(base, seconds, strict=False)]  # a version that fails has one turn
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Return the median, the smallest and the largest value as text."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
 def median_ratio(base: Sequence[float], seconds: Sequence[float]) -> float:
     """Return how many times as fast as `base`: the median over the rounds."""
-    return statistics.median(b / s for b, s in zip(base, seconds, strict=False))
+    return statistics.median(ratios(base, seconds))
 
 
 def run_in_turns(script: str, versions: Sequence[str], turns: int, arguments: Sequence[str]) -> dict[str, list[dict]]:

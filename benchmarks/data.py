@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import about, interleave, median_ratio, save, write_images
+from common import about, interleave, median_ratio, ratios, save, spread, write_images
 from dino_ssl.data.decode import decode
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.loader import sample_rng
@@ -34,7 +34,6 @@ from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.kernels import fastest_transform
 from dino_ssl.preprocessing import normalize
 from lightly_dino import is_installed, lightly_views
-from measurements import ratios
 from plain import pillow_views
 
 Recipe = Callable[[Path], object]
@@ -101,8 +100,7 @@ def measure(row: Row, files: list[Path], rounds: int) -> dict[str, Any]:
     for name, seconds in times.items():
         ms, ratio = 1e3 * statistics.median(seconds) / len(files), median_ratio(times[base], seconds)
         results[name] = {"ms": ms, "images_per_s": 1e3 / ms, "ratio": ratio, "seconds": seconds}
-        each = ratios(results[name], results[base])
-        print(f"{name:24}{ms:10.2f}{1e3 / ms:10.1f}{ratio:8.2f} ({min(each):.2f} to {max(each):.2f})")
+        print(f"{name:24}{ms:10.2f}{1e3 / ms:10.1f}    {spread(ratios(times[base], seconds))}")
     return {"what": row.describe(), "files": len(files), "median_kB": kilobytes, "rounds": rounds, "results": results}
 
 

@@ -4,7 +4,8 @@
 
 The runs are one recipe trained with several seeds. DATA has imagenette128 (train, val), clothing128 (train, test),
 rparis_mini, davis and voc12. As many networks with random weights are evaluated as runs are given, and raw pixels where
-an evaluation defines them. An evaluation that the output file has already is kept.
+an evaluation defines them. Evaluations that are in the output file already are
+skipped.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from dino_ssl.config import to_dict
 from dino_ssl.evals.attention_masks import AttentionMasks
 from dino_ssl.evals.base import EvalContext, Evaluation
 from dino_ssl.evals.copy_detection import CopyDetection
+from dino_ssl.evals.features import weights_hash
 from dino_ssl.evals.knn import KNN
 from dino_ssl.evals.linear import Linear
 from dino_ssl.evals.low_shot import LowShot
@@ -35,13 +37,13 @@ from dino_ssl.terminal import Terminal
 
 
 @dataclass(frozen=True)
-class Item:
+class SuiteEntry:
     """One evaluation of the suite and its data."""
 
     evaluation: Evaluation
     sources: tuple[str, ...]
     """Folders below DATA."""
-    attention: bool = False
+    needs_attention: bool = False
     """Needs attention maps: skipped for ConvNets."""
 
     @property
@@ -53,20 +55,20 @@ class Item:
 
 IMAGENETTE, CLOTHING = ("imagenette128/train", "imagenette128/val"), ("clothing128/train", "clothing128/test")
 SUITE = (
-    Item(KNN(k=(20,)), IMAGENETTE),
-    Item(KNN(k=(20,)), CLOTHING),
-    Item(LowShot(), IMAGENETTE),
-    Item(LowShot(), CLOTHING),
-    Item(Linear(), IMAGENETTE),
-    Item(Linear(), CLOTHING),
-    Item(Retrieval(), ("rparis_mini",)),
-    Item(CopyDetection(), ("imagenette128/val",)),
-    Item(CopyDetection(multiscale=True), ("imagenette128/val",)),
-    Item(TwoCropRetrieval(), ("imagenette128/val",)),
-    Item(TwoCropRetrieval(), ("clothing128/test",)),
-    Item(VideoSegmentation(), ("davis",)),
-    Item(AttentionMasks(), ("voc12",), attention=True),
-    Item(ObjectDiscovery(split="val"), ("voc12",), attention=True),
+    SuiteEntry(KNN(k=(20,)), IMAGENETTE),
+    SuiteEntry(KNN(k=(20,)), CLOTHING),
+    SuiteEntry(LowShot(), IMAGENETTE),
+    SuiteEntry(LowShot(), CLOTHING),
+    SuiteEntry(Linear(), IMAGENETTE),
+    SuiteEntry(Linear(), CLOTHING),
+    SuiteEntry(Retrieval(), ("rparis_mini",)),
+    SuiteEntry(CopyDetection(), ("imagenette128/val",)),
+    SuiteEntry(CopyDetection(multiscale=True), ("imagenette128/val",)),
+    SuiteEntry(TwoCropRetrieval(), ("imagenette128/val",)),
+    SuiteEntry(TwoCropRetrieval(), ("clothing128/test",)),
+    SuiteEntry(VideoSegmentation(), ("davis",)),
+    SuiteEntry(AttentionMasks(), ("voc12",), needs_attention=True),
+    SuiteEntry(ObjectDiscovery(split="val"), ("voc12",), needs_attention=True),
 )
 
 
@@ -77,17 +79,27 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="output file, written after each evaluation")
     options = parser.parse_args()
     networks = [dino_ssl.load(run) for run in options.runs]
-    results = json.loads(options.json.read_text())["evaluations"] if options.json and options.json.is_file() else {}
-    items = [item for item in SUITE if isinstance(networks[0], Attentive) or not item.attention]
-    for item in items:
-        if item.title not in results:
+    description = about(vars(options)) | {"precision": "float32", "weights": [weights_hash(each) for each in networks]}
+    results = known_results(options.json, description["weights"])
+    for item in SUITE:
+        is_defined = isinstance(networks[0], Attentive) or not item.needs_attention
+        if is_defined and item.title not in results:
             results[item.title] = score(item, options.data, networks)
             print_scores(item.title, results[item.title])
-            description = about({**vars(options), "network": networks[0].config.describe()}) | {"precision": "float32"}
             save(options.json, {"benchmark": "evaluation_scores", **description, "evaluations": results})
 
 
-def score(item: Item, data: Path, networks: list[Backbone]) -> dict[str, Any]:
+def known_results(path: Path | None, weights: list[str]) -> dict[str, Any]:
+    """Return the evaluations of an existing output file; exit if they are of other networks."""
+    if path is None or not path.is_file():
+        return {}
+    known = json.loads(path.read_text())
+    if known["weights"] != weights:
+        raise SystemExit(f"{path} has scores of other networks: expected another file for --json")
+    return known["evaluations"]
+
+
+def score(item: SuiteEntry, data: Path, networks: list[Backbone]) -> dict[str, Any]:
     """Return the scores of the networks, of as many networks with random weights, and of raw pixels."""
     context = EvalContext(size=networks[0].transform.size, progress=Terminal().progress)
     prepared = item.evaluation.prepare([str(data / source) for source in item.sources], context)
@@ -105,13 +117,13 @@ def print_scores(title: str, result: dict[str, Any]) -> None:
     """Print a row for each score: mean, smallest and largest of the networks."""
     table = Table("score", "trained", "random weights", "raw pixels", title=title)
     for name in result["trained"][0]:
-        cells = [spread([each[name] for each in result[key]]) for key in ("trained", "random weights")]
+        cells = [mean_and_range([each[name] for each in result[key]]) for key in ("trained", "random weights")]
         raw = result.get("raw pixels", {}).get(name)
         table.add_row(name, *cells, "-" if raw is None else f"{raw:.1f}")
     Terminal().console.print(table)
 
 
-def spread(values: list[float]) -> str:
+def mean_and_range(values: list[float]) -> str:
     """Return mean, smallest and largest value as text."""
     return f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 

@@ -23,11 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import Memory, about, interleave, median_ratio, save
+from common import Memory, about, interleave, median_ratio, ratios, save, spread
 from dino_ssl.evals.davis_score import sequence_statistics
 from dino_ssl.evals.knn import KS, knn_accuracy
 from dino_ssl.evals.label_propagation import label_propagation
-from measurements import ratios
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,7 @@ def main() -> None:
         first = next(iter(rows.values()))
         for candidate, row in rows.items():
             error = f"{row['error']:10.1e}" if "error" in row else ""
-            each = ratios(row, first, "times")
-            ratio = f"{row['ratio']:.2f} ({min(each):.2f} to {max(each):.2f})"
+            ratio = spread(ratios(first["times"], row["times"]))
             print(f"{candidate:28}{row['seconds']:10.3f}{row['gib']:8.2f}{error:>10}  {ratio}", flush=True)
     save(options.json, {"benchmark": "evaluations", **description, "sections": sections})
 

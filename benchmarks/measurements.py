@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from common import median_ratio, ratios
+
 
 class Measurement(NamedTuple):
     """A result as text, and for each part of the target, by name, whether it is met."""
@@ -21,17 +23,12 @@ class Measurement(NamedTuple):
 Read = Callable[[dict], Measurement | None]
 
 
-def ratios(row: dict, base: dict, clock: str = "seconds") -> list[float]:
-    """Return how many times as fast as `base` in every turn."""
-    return [b / a for a, b in zip(row[clock], base[clock], strict=False)]
-
-
 def speedup(row: dict, base: dict) -> str:
     """Return how many times as fast as `base`: the median over the turns, and the spread."""
-    turns = ratios(row, base)
+    turns = ratios(base["seconds"], row["seconds"])
     spread = f"{min(turns):.2f} to {max(turns):.2f}, n {len(turns)}"
     if "cpu_seconds" in row and "cpu_seconds" in base:
-        spread += f"; CPU time {statistics.median(ratios(row, base, 'cpu_seconds')):.2f}x"
+        spread += f"; CPU time {median_ratio(base['cpu_seconds'], row['cpu_seconds']):.2f}x"
     return f"**{statistics.median(turns):.2f}x** ({spread})"
 
 
@@ -43,7 +40,7 @@ def fastest(result: dict, kind: str) -> dict | None:
 
 def reaches(row: dict, base: dict, target: float) -> bool:
     """Return whether the median ratio reaches the target; for a target of 1, whether every turn was faster."""
-    turns = ratios(row, base)
+    turns = ratios(base["seconds"], row["seconds"])
     return min(turns) > 1 if target == 1 else statistics.median(turns) >= target
 
 
@@ -98,7 +95,8 @@ def extraction(result: dict) -> Measurement:
     rows = {(row["version"], row["network"], row["input"]): row for row in result["rows"]}
     pairs = {key[1:]: (row, rows["timm", *key[1:]]) for key, row in rows.items() if key[0] == "dino"}
     text = ", ".join(f"{network} from {source} {speedup(*pair)}" for (network, source), pair in pairs.items())
-    return Measurement(text, {" from ".join(key): statistics.median(ratios(*pair)) >= 1 for key, pair in pairs.items()})
+    medians = {key: median_ratio(base["seconds"], row["seconds"]) for key, (row, base) in pairs.items()}
+    return Measurement(text, {" from ".join(key): ratio >= 1 for key, ratio in medians.items()})
 
 
 def accuracy(target: float) -> Read:
@@ -175,7 +173,7 @@ def search(result: dict) -> Measurement:
     text = "times relative to the base; " + "; ".join(f"{part}: {', '.join(each)}" for part, each in parts.items())
     rows = {(row["part"], row["candidate"]): row for row in result["rows"]}
     one, many = "search, 200,000 rows, 1 queries", "search, 200,000 rows, 100 queries"
-    against_faiss = statistics.median(ratios(rows[one, "faiss Flat"], rows[one, "dino, exact"]))
+    against_faiss = median_ratio(rows[one, "dino, exact"]["seconds"], rows[one, "faiss Flat"]["seconds"])
     met = {
         "indexing": rows["index, vit_small", "dino index"]["time_ratio"] <= 1,
         "update": rows["update, 100,000 files", "update of an unchanged folder"]["time_ratio"] <= 3,

@@ -1,4 +1,4 @@
-"""20-NN accuracy on two kinds of synthetic images by features that no training made: the table of docs/scenes.md.
+"""20-NN accuracy on two kinds of synthetic images by features without training: the table of docs/scenes.md.
 
     python benchmarks/scenes.py --json docs/benchmarks/scenes.json
 
@@ -24,16 +24,16 @@ from dino_ssl.evals.knn import KNN, knn_accuracy
 from dino_ssl.presets import resolve
 
 SEEDS = (0, 1, 2)
-"""Of the random weights."""
+"""Seeds of the random weights."""
 
 
 def color_histogram(image: np.ndarray) -> np.ndarray:
-    """Return the root of the histogram of 6 levels of each channel."""
+    """Return the square root of the histogram of 6 levels of each channel."""
     return np.sqrt(cv2.calcHist([image], [0, 1, 2], None, [6, 6, 6], [0, 256] * 3).ravel())
 
 
 def laplacian_histogram(image: np.ndarray) -> np.ndarray:
-    """Return the root of the histogram of 64 levels of the Laplacian of the gray image, between -256 and 256."""
+    """Return the square root of the histogram of 64 levels of the Laplacian of the gray image, between -256 and 256."""
     laplacian = cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_32F)
     return np.sqrt(np.histogram(laplacian.clip(-256, 255), 64, (-256, 256))[0].astype(np.float32))
 
@@ -64,7 +64,7 @@ def measure(scenes: Scenes, count: int) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2000, help="images that vote; half as many are of part val")
+    parser.add_argument("--count", type=int, default=2000, help="training images; half as many are evaluated")
     parser.add_argument("--json", type=Path, help="output file")
     options = parser.parse_args()
     results = {}

@@ -89,16 +89,10 @@ def keys_of(count: int) -> tuple[Tensor, float]:
     images = np.stack([Scenes(size=16 * SIDE).read(index) for index in range(count)])
     with torch.inference_mode():
         inputs = network_input(network, images)
-        keys, seconds = timed(lambda: torch.cat([patch_features(network, image[None]) for image in inputs]))
+        start = time.process_time()
+        keys = torch.cat([patch_features(network, image[None]) for image in inputs])
+        seconds = time.process_time() - start
     return keys - keys.mean(1, keepdim=True), seconds / count
-
-
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """Return the result and the processor seconds of this process, which other processes do not change."""
-    start = time.process_time()
-    with torch.inference_mode():  # as the commands do
-        result = work()
-    return result, time.process_time() - start
 
 
 def peak_memory(work: Callable[[], object]) -> float:
@@ -134,15 +128,15 @@ def speed(count: int, rounds: int = 5) -> dict[str, Any]:
     with torch.inference_mode():  # as the commands do
         masks = {name: np.stack(work()) for name, work in implementations.items()}  # warm-up
         times = interleave(implementations, rounds, time.process_time)
-    results = {
-        name: {
-            "masks per second": count / statistics.median(seconds),
-            "ratio": median_ratio(times[first], seconds),
-            "peak memory in MB": peak_memory(implementations[name]),
-            "seconds": [round(each, 4) for each in seconds],
+        results = {
+            name: {
+                "masks per second": count / statistics.median(seconds),
+                "ratio": median_ratio(times[first], seconds),
+                "peak memory in MB": peak_memory(implementations[name]),
+                "seconds": [round(each, 4) for each in seconds],
+            }
+            for name, seconds in times.items()
         }
-        for name, seconds in times.items()
-    }
     return {
         "tokens": SIDE**2,
         "images": count,

@@ -22,12 +22,11 @@ import cv2
 import numpy as np
 import torch
 
-from common import about, median_ratio, save
+from common import about, median_ratio, ratios, save, spread
 from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.folder import Folder
 from dino_ssl.data.loader import epoch_order
 from dino_ssl.data.shard_writer import pack
-from measurements import ratios
 
 Read = Callable[[int], object]
 
@@ -137,9 +136,8 @@ def main() -> None:
             for name, values in candidates.items()
         }
         for name, row in rows[measurement].items():
-            each = ratios(row, rows[measurement]["folder"], "times")
-            spread = f"{row['ratio']:8.2f} ({min(each):.2f} to {max(each):.2f})"
-            print(f"{measurement:16}{name:26}{row['ms']:12.4f}{spread}")
+            ratio = spread(ratios(candidates["folder"], row["times"]))
+            print(f"{measurement:16}{name:26}{row['ms']:12.4f}    {ratio}")
     result = {"images": len(dataset), "kB": kilobytes, "packing_ms": pack_ms, "results": rows}
     save(options.json, {"benchmark": "shards", **description, **result})
 

@@ -74,8 +74,8 @@ def main() -> None:
             table.add_row(*map(format_cell, point.values()))
         console.print(table)
         description = about(vars(options))
-        where = {name: description[name] for name in ("date", "machine")}
-        curves[seed] = {"seed": seed, **where, "run": portable(seeded), "curve": curve}
+        provenance = {name: description[name] for name in ("date", "machine")}
+        curves[seed] = {"seed": seed, **provenance, "run": portable(seeded), "curve": curve}
         entries = [curves[known] for known in sorted(curves)]
         description["machine"] = "; ".join(dict.fromkeys(entry["machine"] for entry in entries))
         save(options.json, {"benchmark": "time_to_accuracy", **description, "curves": entries})
@@ -97,6 +97,8 @@ def known_curves(path: Path | None, run: Run) -> list[dict[str, Any]]:
         known = to_dict(from_dict(Run, entry["run"]))  # with the defaults of fields that are newer than the file
         if any(known[name] != now[name] for name in ("data", "backbone", "method", "views", "online_eval")):
             raise SystemExit(f"{path} has runs with other settings: expected another file for --json")
+        if "machine" not in entry:
+            raise SystemExit(f"{path} has a curve without a machine: expected another file for --json")
     return entries
 
 

@@ -36,6 +36,7 @@ class Machine:
 
     device: torch.device
     name: str
+    """Name of the GPU, or of the processor with its vector instructions: `AMD EPYC (AVX512, bfloat16)`."""
     cores: int
     """CPU cores that all training processes on this computer may use together."""
     memory: int
@@ -209,9 +210,10 @@ def _keep_freed_memory() -> None:
 
 
 def _cpu_info() -> tuple[str, bool]:
-    """Return the processor's name and vector instructions, and True if it has those of bfloat16.
+    """Return the processor's name with its vector instructions, and True if they include bfloat16.
 
-    They are AMX or AVX512-BF16 of x86, BF16 of Arm. Speeds differ several times between processors of the same name.
+    bfloat16 instructions are AMX or AVX512-BF16 on x86, BF16 on Arm. Processors of the same name differ in speed by a
+    factor of several.
     """
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -220,8 +222,9 @@ def _cpu_info() -> tuple[str, bool]:
     match = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
     name = match[1] if match else platform.processor() or platform.machine()
     has_bfloat16 = bool({"amx_bf16", "avx512_bf16", "bf16"} & set(text.split()))
-    instructions = [torch.backends.cpu.get_cpu_capability(), *["bfloat16"] * has_bfloat16]
-    return f"{name} ({', '.join(instructions)})", has_bfloat16
+    instructions = [torch.backends.cpu.get_cpu_capability().removeprefix("DEFAULT"), "bfloat16" * has_bfloat16]
+    listed = ", ".join(filter(None, instructions))
+    return f"{name} ({listed})" if listed else name, has_bfloat16
 
 
 def machine_memory() -> int:

@@ -83,6 +83,7 @@ def test_command_prints_a_table_and_json(dino, photos: Path) -> None:
     assert ran.code == 0, ran.err
     result = ran.json
     assert result["format"] == 2
+    assert shlex.split(result["command"]) == ["dino", "bench", str(photos), *words, "--views.local", "2", "--json"]
     assert (result["run"]["optim"]["batch_size"], result["run"]["optim"]["micro_batch"]) == (4, 2)
     values = {row["name"].strip(): row["value"] for row in result["rows"]}
     assert all(value > 0 for name, value in values.items() if "aten::" not in name)

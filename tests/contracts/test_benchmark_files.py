@@ -1,4 +1,4 @@
-"""Every JSON of measured figures in docs/ says by which command, where and when it was measured."""
+"""JSON files of measured figures in docs/ have command, machine and date."""
 
 import json
 import re
@@ -17,7 +17,7 @@ WITHOUT_COMMAND = (
     "time_to_accuracy-vit-tiny.json",
     "time_to_accuracy-narrow-vit-patches.json",
 )
-"""Old recordings of networks that no longer exist; their note says what is known."""
+"""Recorded before the script wrote the command; their note has what is known."""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

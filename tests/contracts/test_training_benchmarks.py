@@ -38,7 +38,7 @@ from dino_ssl.state import State, build_method, prepare_model
 from dino_ssl.training import train_step as dino_step
 
 SMALL = ["--views", "2x32+2x16", "--k", "64", "--hidden", "32", "--batch", "4", "--turns", "1"]
-DESCRIPTION = {"benchmark", "machine", "precision", "date", "versions", "command", "settings", "rows"}
+DESCRIPTION = {"benchmark", "machine", "default precision", "date", "versions", "command", "settings", "rows"}
 
 
 def run(module: ModuleType, *options: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def _page(study: Study, discussion: str) -> str:
     references = ", ".join(f"{name} {value:.1f} %" for name, value in _reference_scores(study).items()) or NONE
     versions = {f"{name} {version}" for result in results for name, version in result.versions.items()}
     total = duration(3600 * sum(result.values["hours"] for result in results))
+    machines = "; ".join(sorted({result.machine for result in results})) or NONE
     days = {result.date for result in results} - {""}
     trained = f"; trained on {', '.join(sorted(days))}" if days else ""
     parts = [
@@ -50,7 +51,8 @@ def _page(study: Study, discussion: str) -> str:
         "classes.",
         _table(["", *result_columns(study)], ([i.title, *result_cells(study, i)] for i in table.configurations)),
         "Ours: the mean over the seeds, with the minimum, the maximum and the number of seeds n; 20-NN and linear "
-        f"on {val_set}. Reference scores (20-NN): {references} (one network, the same for all runs).",
+        f"on {val_set}. Reference scores (20-NN), the mean over the runs: {references}. Random weights are drawn once "
+        "for each network, not for each seed.",
         SCALE_SMALL if study.scale == "small" else "",
         _agreement(study),
         "\n".join(f"- {message}" for message in _warnings(study)),
@@ -61,8 +63,8 @@ def _page(study: Study, discussion: str) -> str:
         _table(["configuration", "changes"], _changed_settings(study)),
         "## Cost and environment",
         _table(["run", "state", "time", "images seen", "images/s", "peak memory"], _cost(study)),
-        f"Total: {total} for {len(results)} runs on {', '.join({result.machine for result in results}) or NONE}, "
-        f"{study.base.precision}; {', '.join(sorted(versions))}{trained}. "
+        f"Total: {total} for {len(results)} runs on {machines}, {study.base.precision}; "
+        f"{', '.join(sorted(versions))}{trained}. "
         f"Fingerprint of the dataset: {data['fingerprint']}.",
         f"Run again: `dino ablate {table.name} --scale {study.scale} --data ...`, then "
         f"`dino report {table.name} --markdown docs/ablations`.",

@@ -211,15 +211,15 @@ TABLE15 = Table(
             f"{teacher}, {title}",
             method(teacher=teacher, targets=targets),
             linear,
-            small_lr=NO_MOMENTUM_LR if teacher == "student" else SINKHORN_LR if targets == "sinkhorn" else 1.0,
+            small_lr=rate,
         )
-        for teacher, targets, title, linear in (
-            ("momentum", "centering", "centering", 76.1),
-            ("momentum", "batch-softmax", "softmax over the batch", 75.8),
-            ("momentum", "sinkhorn", "Sinkhorn-Knopp", 76.0),
-            ("student", "centering", "centering", 0.1),
-            ("student", "batch-softmax", "softmax over the batch", 72.2),
-            ("student", "sinkhorn", "Sinkhorn-Knopp", 71.8),
+        for teacher, targets, title, linear, rate in (
+            ("momentum", "centering", "centering", 76.1, 1.0),
+            ("momentum", "batch-softmax", "softmax over the batch", 75.8, 1.0),
+            ("momentum", "sinkhorn", "Sinkhorn-Knopp", 76.0, SINKHORN_LR),
+            ("student", "centering", "centering", 0.1, NO_MOMENTUM_LR),
+            ("student", "batch-softmax", "softmax over the batch", 72.2, NO_MOMENTUM_LR),
+            ("student", "sinkhorn", "Sinkhorn-Knopp", 71.8, NO_MOMENTUM_LR),
         )
     ),
     note="Teacher: EMA (momentum) or copy of the student. The paper calls the last line SwAV, as a method of Table 7.",

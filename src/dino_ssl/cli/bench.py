@@ -4,7 +4,6 @@ import datetime
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -59,9 +58,8 @@ def bench(argv: Sequence[str]) -> int:
             run, rows = measure(run, machine, dataset, progress, batch_size)
         title = f"{machine.name}, {machine.cores} cores, {machine.device}, {run.precision}"
         terminal.table(title, ("", "", ""), table(rows))
-        words = (Path(word).name if Path(word).is_absolute() else word for word in argv)
         about = {"date": datetime.date.today().isoformat(), "versions": versions(), "machine": title}
-        about["command"] = shlex.join(["dino", "bench", *words])
+        about["command"] = shlex.join(["dino", "bench", *argv])
         give({"format": FORMAT, **about, "run": to_dict(run), "rows": [row._asdict() for row in rows]})
     return 0
 

@@ -24,7 +24,7 @@ from dino_ssl.models.heads import l2_normalize
 
 VIEWS = MultiCrop(local=0, global_scale=(0.1, 0.4), jitter=0, gray=0, blur=(0, 0, 0), solarize=(0, 0, 0))
 """Crops of 10 to 40 % of the area, flipped with probability 0.5. Color jitter lowers the score of a network after short
-training far below that of raw pixels, and raw pixels find larger crops (docs/eval-two-crop-retrieval.md)."""
+training far below that of raw pixels, and raw pixels find larger crops (LOG.md)."""
 MAX_IMAGES = 2000
 """Images that are compared: more cost time, and make the task harder."""
 

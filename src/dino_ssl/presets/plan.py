@@ -27,11 +27,11 @@ LEARNING_IMAGES = 10_000
 """Training images, counted in every epoch, below which nothing was measured: one epoch of 6,500 photos, of 40, was
 enough for `small` to be above random weights and raw pixels (LOG.md). Larger networks need more."""
 FEW_IMAGES = 2500
-"""Images up to which 60,000 to 90,000 training images ended above raw pixels on some photos, below on others
-(docs/train.md)."""
+"""Number of different images up to which runs of 60,000 to 90,000 training images ended above raw pixels on some photos
+and below on others (docs/train.md)."""
 FULL_SCHEDULE_STEPS = 8000
-"""Steps from which on a plan keeps the full schedules of learning rate and momentum. Measured: those of short runs are
-better for 2,800 steps, and the full ones are good for 9,600 and 15,958 (docs/results.md); the limit itself was not."""
+"""Number of steps from which a plan uses the full schedules of learning rate and momentum. Those of short runs were
+better for 2,800 steps; for 9,600 and 15,958, only the full ones were measured (docs/results.md)."""
 WORKER_MARGIN = 1.25
 """Images that the workers should be able to load per image trained: files differ."""
 
