@@ -35,8 +35,11 @@ SIZES = {"500": (500, 375), "128": (128, 128)}
 """Width and height of generated JPEG files."""
 
 
-def about(options: dict[str, Any]) -> dict[str, Any]:
-    """Return machine, date, versions, command and settings of a measurement, without absolute paths."""
+def about(options: dict[str, Any], folder: str = "benchmarks") -> dict[str, Any]:
+    """Return machine, date, versions, command and settings of a measurement, without absolute paths.
+
+    folder: that of the script. `default precision` is the machine's: a script that uses another one adds `precision`.
+    """
     device_info, threads = machine(), torch.get_num_threads()
     script, *words = sys.argv
     arguments = [without_folders(word) for word in words]
@@ -46,7 +49,7 @@ def about(options: dict[str, Any]) -> dict[str, Any]:
         "default precision": f"{device_info.precision}: {device_info.precision_reason}",
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), **package_versions()},
-        "command": f"python benchmarks/{Path(script).name} {shlex.join(arguments)}".strip(),
+        "command": f"python {folder}/{Path(script).name} {shlex.join(arguments)}".strip(),
         "settings": {name: value for name, value in settings.items() if name not in ("child", "json")},
     }
 

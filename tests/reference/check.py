@@ -81,9 +81,7 @@ def save_json(options: argparse.Namespace, results: Mapping[str, Result]) -> Non
             {"file": name, "difference": each.max_abs_error, "tolerance": each.tolerance, "where": each.where}
             for each in result.by_tolerance
         ]
-    description = about(vars(options))
-    description["command"] = description["command"].replace("benchmarks", "tests/reference", 1)
-    save(options.json, {"benchmark": "check", **description, "rows": rows})
+    save(options.json, {"benchmark": "check", **about(vars(options), "tests/reference"), "rows": rows})
 
 
 def main(arguments: list[str]) -> int:
