@@ -21,8 +21,7 @@ LARGE_DATASET = 200_000
 """Images from which on the paper's settings are used, on a GPU."""
 CPU_IMAGES, MAX_CPU_EPOCHS = 400_000, 600
 """Training images, counted in every epoch, on a CPU, and the most epochs. At 145 images/s, as on two cores, they take
-45 minutes. `small` reached 64 % on 6,500 photos after 250,000 images, and rose by 2 and 3 points in the last
-85,000 (two seeds, docs/results.md)."""
+45 minutes. `small` reached 63 % on 6,500 photos after 250,000 images (docs/results.md)."""
 GPU_EPOCHS = ((100_000, 400), (500_000, 200))
 """(largest number of images, epochs) on a GPU; 100, as the paper's shortest run, for more."""
 
@@ -36,7 +35,7 @@ def recipe_for(dataset: ImageDataset, machine: Machine, world: int, kind: type[M
     large = count >= LARGE_DATASET and not on_cpu
     if on_cpu:
         run = small()
-        reason = "the most accurate of those measured on 6,500 photos: 20-NN 64 % after 30 minutes on two AVX2 cores"
+        reason = "the most accurate of those measured on 6,500 photos: 20-NN 63 % after 30 minutes of two AVX2 cores"
     else:
         run = edit(small_vit(), backbone=ViT(size="small", patch=16), views=MultiCrop())
         reason = "the paper's main network"

@@ -29,7 +29,7 @@ def small_vit() -> Run:
 def small() -> Run:
     """ResNet-10-T of half the width on crops of 48 and 24 pixels: the base of `dino train` on a CPU.
 
-    20-NN on ten classes of 6,500 photos: 64 % after half an hour on two AVX2 cores, 73 % after a million images
+    20-NN on ten classes of 6,500 photos: 63 % after half an hour of two AVX2 cores, 72 % after a million images
     (random weights 35 to 37; docs/results.md).
 
     With batch norm in the head the teacher's outputs differ between images from the first step on. With momentum 0.97
