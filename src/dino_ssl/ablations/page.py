@@ -179,12 +179,14 @@ def _draw_curves(study: Study, path: Path) -> None:
                 xs, ys = run.line(name)
                 label, marker = None if i else item.title, "." if len(xs) < 25 else None
                 axes.plot(xs, ys, color=f"C{number}", linewidth=1.4, label=label, marker=marker)
-        for label, value in (_reference_scores(study) if name in EVALS else {}).items():
+        references = _reference_scores(study) if name in EVALS else {}
+        for label, value in references.items():
             axes.axhline(value, color="0.6", linestyle="--", linewidth=1)
-            axes.annotate(label, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+            side = "top" if value == min(references.values()) else "bottom"  # labels of near lines do not overlap
+            axes.annotate(label, (1, value), xycoords=("axes fraction", "data"), ha="right", va=side, fontsize=7)
         axes.set_title(METRICS[name][0], fontsize=10)
         axes.set_xlabel("epoch")
-        if name != "loss":
+        if name not in ("loss", *EVALS):
             axes.set_ylim(bottom=0)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
