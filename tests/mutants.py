@@ -121,6 +121,13 @@ MUTANTS = (
         "contracts/test_ablations.py::test_equal_small_configurations_have_equal_learning_rates",
     ),
     Mutant(
+        "learning rate of a method on a ResNet at scale small",
+        "ablations/changes.py",
+        "learning_rate(item.small_lr * base.optim.lr)",
+        "learning_rate(base.optim.lr)",
+        "contracts/test_ablations.py::test_equal_small_configurations_have_equal_learning_rates",
+    ),
+    Mutant(
         "final learning rate of a configuration at scale small",
         "ablations/bases.py",
         '"min_lr": run.optim.min_lr * rate / run.optim.lr',
