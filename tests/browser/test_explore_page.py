@@ -269,6 +269,7 @@ def test_clusters_and_a_lasso_on_the_map(page: Page, index: Index) -> None:
     expect(page.locator(".chosen")).to_contain_text(f"{len(index)} images chosen")
     page.get_by_role("button", name="Select all").click()
     expect(page.locator("#sidebar .selections .number")).to_have_text(str(len(index)))
+    expect(page.locator("#sidebar")).to_have_attribute("aria-busy", "false")  # stored before the next test
 
 
 def test_two_tabs_share_selections_and_see_conflicts(context: BrowserContext, server: Process) -> None:
