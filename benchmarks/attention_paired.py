@@ -21,6 +21,7 @@ import dino_ssl
 from common import about, save
 from dino_ssl.data.benchmarks.davis import open_davis
 from dino_ssl.evals.attention_masks import AttentionMasks
+from dino_ssl.loading import Checkpoint
 from dino_ssl.models.backbone import Backbone
 from dino_ssl.terminal import Terminal
 
@@ -76,12 +77,11 @@ def link_frames(davis: Path, folder: Path) -> dict[str, Path]:
 
 
 def random_network(trained: Backbone, seed: int) -> Backbone:
-    """Return the network of the checkpoint with random weights."""
-    assert trained.config is not None
+    """Return the network with random weights."""
+    build = Checkpoint(source="", backbone=trained, folder=None).fresh
+    assert build is not None
     torch.manual_seed(seed)
-    network = trained.config.build(drop_path=0.0).eval()
-    network.transform = trained.transform
-    return network
+    return build().eval()
 
 
 def per_image(network: Backbone, dataset: Path) -> Scores:

@@ -96,7 +96,7 @@ def interleave(
 
 def ratios(base: Sequence[float], seconds: Sequence[float]) -> list[float]:
     """Return how many times as fast as `base` in each round."""
-    return [b / s for b, s in zip(base, seconds, strict=False)]  # a version that fails has one turn
+    return [b / s for b, s in zip(base, seconds, strict=True)]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

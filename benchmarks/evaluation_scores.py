@@ -4,8 +4,7 @@
 
 The runs are one recipe trained with several seeds. DATA has imagenette128 (train, val), clothing128 (train, test),
 rparis_mini, davis and voc12. As many networks with random weights are evaluated as runs are given, and raw pixels where
-an evaluation defines them. Evaluations that are in the output file already are
-skipped.
+an evaluation defines them. Evaluations that are in the output file already are skipped.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
-from common import about, save
+from common import about, save, spread
 
 MAP = Path(__file__).parents[1] / "src/dino_ssl/search/static/map.js"
 REDRAWS = 100
@@ -78,7 +78,7 @@ def main() -> None:
                 times[name].append(measure(browser, options.points, scale, selected=selected))
     rows = [{"part": name, "ms": statistics.median(values), "times": values} for name, values in times.items()]
     for row in rows:
-        print(f"{row['part']:40}{row['ms']:8.2f} ms ({min(row['times']):.2f} to {max(row['times']):.2f})")
+        print(f"{row['part']:40}    {spread(row['times'])} ms")
     description = {"canvas": "1400 x 900", "redraws": REDRAWS, "chromium": version}
     save(options.json, {"benchmark": "map_redraw", **about(vars(options)), **description, "rows": rows})
 
