@@ -300,6 +300,20 @@ MUTANTS = (
         "Network(teacher, heads[1], predictor)",
         "equations/test_baselines.py::test_byol_compares_predictions_with_projections",
     ),
+    Mutant(
+        "predictor of a DINO head unused",
+        "models/heads.py",
+        "x = self.predictor(self.mlp(x))",
+        "x = self.mlp(x)",
+        "contracts/test_heads.py::test_the_predictor_is_byols_between_mlp_and_normalization",
+    ),
+    Mutant(
+        "predictor on DINO's teacher",
+        "methods/dino.py",
+        "for predictor in (self.predictor, False)]",
+        "for predictor in (self.predictor, self.predictor)]",
+        "invariances/test_switches.py::test_only_the_student_has_a_predictor",
+    ),
     # -- data
     Mutant(
         "same order in every epoch",

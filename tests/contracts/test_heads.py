@@ -22,6 +22,16 @@ def test_outputs_are_cosines_to_the_prototypes():
     torch.testing.assert_close(head(x), cosines)
 
 
+def test_the_predictor_is_byols_between_mlp_and_normalization():
+    head = DINOHead(12, 40, hidden=16, bottleneck=8, predictor=True)
+    linear, norm, relu, last = head.predictor.mlp
+    x = torch.randn(5, 12)
+    predictions = last(relu(norm(linear(head.mlp(x)))))
+    assert predictions.shape == (5, 8)
+    cosines = F.cosine_similarity(predictions[:, None], head.last_layer.weight_v[None], dim=-1)
+    torch.testing.assert_close(head(x), cosines)
+
+
 def test_weight_norm_equals_torchs():
     ours = WeightNormLinear(6, 9, learn_scale=True)
     reference = nn.utils.parametrizations.weight_norm(nn.Linear(6, 9, bias=False), dim=0)

@@ -58,7 +58,7 @@ def test_resume_is_bit_equal(tmp_path: Path, method: dict) -> None:
 def weights(method: DINO, which: str) -> dict[str, torch.Tensor]:
     """Parameters and statistics of a network, without the predictor."""
     network = {"teacher": method.teacher, "student": method.student}[which]
-    return {name: v.clone() for name, v in network.state_dict().items() if not name.startswith("predictor.")}
+    return {name: v.clone() for name, v in network.state_dict().items() if not name.startswith("head.predictor.")}
 
 
 def steps(run: Run) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
@@ -99,6 +99,22 @@ def test_copied_teacher_equals_the_student_of_its_step(history: tuple[str, list,
 def without_statistics(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Without the statistics of batch norm, which every forward pass changes."""
     return {name: value for name, value in state.items() if "running" not in name and "num_batches" not in name}
+
+
+# -- predictor ----------------------------------------------------------------------------------------------
+
+
+def test_only_the_student_has_a_predictor() -> None:
+    """It has no part in the EMA, and its weights get gradients from the loss."""
+    dino = build_method(edit(RUN, method=dict(predictor=True)))
+    assert isinstance(dino, DINO)
+    student, teacher = (dict(network.named_parameters()) for network in (dino.student, dino.teacher))
+    added = student.keys() - teacher.keys()
+    assert added == {name for name in student if name.startswith("head.predictor.")} != set()
+    assert not teacher.keys() - student.keys()
+    views = torch.randn(2, 6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    dino(Batch((views,)), Clock(0, 30, 1)).loss.backward()
+    assert all(student[name].grad is not None and student[name].grad.any() for name in added if "bias" not in name)
 
 
 # -- heads (App. C) -----------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def sinkhorn(name: str, title: str, *paper: float) -> Configuration:
 
 
 def predictor(name: str, title: str, *paper: float) -> Configuration:
-    """Return DINO with a predictor behind the student's head."""
+    """Return DINO with a predictor on the student's bottleneck."""
     return row(name, title, method(predictor=True), *paper, small_lr=PREDICTOR_LR)
 
 

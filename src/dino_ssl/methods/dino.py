@@ -14,8 +14,8 @@ from dino_ssl.data.batch import Batch
 from dino_ssl.errors import UserError, check_range
 from dino_ssl.methods.method import BuildContext, Implementations, Outputs
 from dino_ssl.methods.teacher_student import TeacherStudent, TeacherStudentConfig
-from dino_ssl.models.heads import DINOHead, MLPHead, Network
-from dino_ssl.objectives import Layer, h, update_center
+from dino_ssl.models.heads import DINOHead, Network
+from dino_ssl.objectives import h, update_center
 from dino_ssl.schedules import Clock, EpochRamp, Schedule
 
 
@@ -43,7 +43,7 @@ class DINOConfig(TeacherStudentConfig):
     norm_last: bool = True
     """Keep the prototypes l2-normalized, which is more stable; False was slightly better for ViT-S in long runs."""
     predictor: bool = False
-    """Add BYOL's predictor, as wide as the head, to the student (Table 7: 71.8 with, 72.8 without)."""
+    """Add BYOL's predictor to the student, before the l2 normalization (Table 7: 71.8 with, 72.8 without)."""
     teacher: Literal["momentum", "student", "previous-step", "previous-epoch"] = "momentum"
     """The EMA of the student, or a copy of it: the current one, of the last step, or of the last epoch (Fig. 6)."""
     targets: Literal["centering", "sinkhorn", "batch-softmax", "none"] = "centering"
@@ -100,9 +100,8 @@ class DINOConfig(TeacherStudentConfig):
         student, teacher = context.build_backbones()
         mlp = partial(DINOHead, student.embed_dim, self.out_dim, layers=self.head_layers, hidden=self.head_hidden)
         head = partial(mlp, bottleneck=self.head_bottleneck, norm=self.head_norm, act=self.head_act)
-        heads = [head(norm_last=self.norm_last) for _ in range(2)]
-        predictor = MLPHead(self.out_dim, self.out_dim, hidden=self.head_hidden) if self.predictor else None
-        return DINO(Network(student, heads[0], predictor), Network(teacher, heads[1]), self, context.implementations)
+        heads = [head(norm_last=self.norm_last, predictor=predictor) for predictor in (self.predictor, False)]
+        return DINO(Network(student, heads[0]), Network(teacher, heads[1]), self, context.implementations)
 
 
 class Carry(NamedTuple):
@@ -222,10 +221,6 @@ def _bottleneck(network: Network, views: Sequence[Tensor]) -> Tensor:
     return network.head.embed(network.backbone.forward_views(views)).unflatten(0, (-1, views[0].shape[1]))
 
 
-def _last_layer(network: Network) -> Layer:
-    """Return the last layer, followed by the predictor if the network has one, [..., d] -> [..., K]."""
-    last = network.head.get_submodule("last_layer")
-    predictor: nn.Module | None = network.predictor
-    if predictor is None:
-        return last
-    return lambda x: predictor(last(x).flatten(0, -2)).unflatten(0, x.shape[:-1])  # batch norm needs rows
+def _last_layer(network: Network) -> nn.Module:
+    """Return the last layer, [..., d] -> [..., K]."""
+    return network.head.get_submodule("last_layer")

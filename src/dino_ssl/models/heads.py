@@ -21,7 +21,8 @@ class DINOHead(nn.Module):
     """An MLP to a narrow bottleneck, l2 normalization, and a weight-normalized layer of K prototypes: [n, D] -> [n, K].
 
     With `bottleneck=0` (App. C) there is neither bottleneck nor normalization, but `layers` plain linear layers, the
-    last of which gives the K outputs; `norm_last` has no effect then.
+    last of which gives the K outputs; `norm_last` has no effect then. `predictor` adds BYOL's predictor q between the
+    MLP and the normalization.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class DINOHead(nn.Module):
         norm: Norm = "none",
         act: Activation = "gelu",
         norm_last: bool = True,
+        predictor: bool = False,
     ) -> None:
         super().__init__()
         self.normalized = bool(bottleneck)
@@ -45,6 +47,8 @@ class DINOHead(nn.Module):
             widths = [in_dim, *[hidden] * (layers - 1)]
             self.mlp = mlp(widths, norm=norm, act=act, act_last=True)
             self.last_layer = nn.Linear(widths[-1], out_dim)
+        dim = bottleneck or widths[-1]
+        self.predictor = MLPHead(dim, dim, hidden=hidden) if predictor else nn.Identity()
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +57,7 @@ class DINOHead(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Return the inputs of the last layer, [n, D] -> [n, d]."""
-        x = self.mlp(x)
+        x = self.predictor(self.mlp(x))
         return l2_normalize(x) if self.normalized else x
 
 
