@@ -17,6 +17,7 @@ from dino_ssl.data.dataset import ImageDataset
 from dino_ssl.data.loader import steps_per_epoch
 from dino_ssl.errors import UserError
 from dino_ssl.methods import DINOConfig
+from dino_ssl.models import Timm
 from dino_ssl.presets import plan as planning
 from dino_ssl.presets.benchmark_step import BenchmarkStep, Speed, measure, time_loading
 from dino_ssl.presets.plan import FULL_SCHEDULE_STEPS, Plan, plan, short_schedule, with_workers
@@ -86,6 +87,8 @@ def test_presets_have_the_papers_settings() -> None:
     assert settings("vits16-800") == (1024, 800, 5e-4, 1e-5, 0.04, 0.07, 30, 0.0, False, 1, 10, 0.25, 65536)
     assert settings("vitb16") == (1024, 400, 7.5e-4, 2e-6, 0.04, 0.07, 50, 0.3, True, 3, 10, 0.25, 65536)
     assert settings("vitb8") == (1056, 300, 5e-4, 2e-6, 0.03, 0.07, 50, 3.0, True, 3, 10, 0.25, 65536)
+    assert settings("xcits12-16") == settings("vits16-300")
+    assert presets.resolve("xcits12-16").backbone == Timm(name="xcit_small_12_p16_224", drop_path=0.1)
     assert settings("resnet50-800")[0:4] == (4080, 800, 0.3, 0.0048)
 
 

@@ -10,7 +10,17 @@ from dino_ssl.config import edit, import_object
 from dino_ssl.errors import UserError, did_you_mean
 from dino_ssl.presets.baselines import byol, moco, swav
 from dino_ssl.presets.finetune import cars, cifar10, cifar100, finetune, flowers, imagenet, inat18, inat19
-from dino_ssl.presets.paper import resnet50, resnet50_800, vitb8, vitb16, vits8, vits16, vits16_300, vits16_800
+from dino_ssl.presets.paper import (
+    resnet50,
+    resnet50_800,
+    vitb8,
+    vitb16,
+    vits8,
+    vits16,
+    vits16_300,
+    vits16_800,
+    xcits12_16,
+)
 from dino_ssl.presets.small import demo, narrow_vit, small, small_vit
 from dino_ssl.run import Run
 
@@ -25,6 +35,7 @@ PRESETS: dict[str, Callable[[], Run]] = {
     "vits8": vits8,
     "vitb16": vitb16,
     "vitb8": vitb8,
+    "xcits12-16": xcits12_16,
     "resnet50": resnet50,
     "resnet50-800": resnet50_800,
     "byol": byol,
