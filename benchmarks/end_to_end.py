@@ -7,7 +7,8 @@
 DataLoader with the same number of workers, then the published step (`benchmarks/plain.py`). `lightly:...` is
 lightly's transform in the same DataLoader, then its parts. Each version runs in its own process, first for `--steps`
 steps of warm-up, then for as many timed steps. `wait` is the share of that time in which the step waited for data;
-`peak` is the memory of the training process only. Without a folder, JPEG files are generated.
+`peak` is the memory of the training process only. `loader` is our data path alone: batches that nothing trains on.
+Without a folder, JPEG files are generated.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from common import SIZES, Memory, PillowImages, write_images
 from dino_ssl.config import edit
 from dino_ssl.data.folder import Folder
+from dino_ssl.data.loader import train_batches
 from dino_ssl.events import Logged
 from dino_ssl.runtime import machine, start
 from dino_ssl.training import train
@@ -35,7 +37,9 @@ def child(version: str, workload: Workload, folder: Path, steps: int, workers: i
     """Return time, waiting time, losses and peak memory of one version in this process."""
     kind, _, precision = version.partition(":")
     memory = Memory(machine().device)
-    if kind == "dino":
+    if kind == "loader":
+        result = run_loader(workload, folder, steps, workers)
+    elif kind == "dino":
         result = run_dino(workload, precision, folder, steps, workers)
     else:
         result = run_baseline(kind, workload, precision, folder, steps, workers)
@@ -72,6 +76,19 @@ def run_dino(workload: Workload, precision: str, folder: Path, steps: int, worke
             previous = now
         events.close()
         return {"seconds": now - timed_from, "wait": waited / (now - timed_from), "losses": losses}
+
+
+def run_loader(workload: Workload, folder: Path, steps: int, workers: int) -> dict:
+    """Load batches until the timed ones are done."""
+    run, pin = workload.run("float32"), machine().device.type == "cuda"
+    options = dict(batch_size=workload.batch, seed=0, epochs=1 + 2 * steps, workers=workers, pin_memory=pin)
+    batches = train_batches(Folder(path=str(folder)).open(), run.views, **options)
+    timed_from = time.perf_counter()
+    for step in range(2 * steps):
+        if step == steps:
+            timed_from = time.perf_counter()
+        next(batches)
+    return {"seconds": time.perf_counter() - timed_from}
 
 
 def run_baseline(kind: str, workload: Workload, precision: str, folder: Path, steps: int, workers: int) -> dict:

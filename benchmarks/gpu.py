@@ -5,7 +5,8 @@
 
 The results are saved after each measurement, so a session that ends early keeps what it has. A measurement that fails
 is saved with its error; one that no longer fits into the time is saved as such. `--tiny` runs everything at the
-smallest sizes, on a CPU too. `gpu_prepare.sh` packs the images and wheels for a machine without a network.
+smallest sizes, on a CPU too. `gpu_prepare.sh` packs the images and wheels for a machine without a network. Versions of
+a training step run one after the other, each in a process of its own, not in turns: n counts steps.
 
 Parity compares gradients of one whole step, all parameters as one vector, with those of the reference implementation
 in float32: `error` is the relative distance of the optimized step in low precision, `reference` that of the reference
@@ -14,11 +15,13 @@ implementation in the same precision, which is rounding. Optimized kernels may n
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from common import about, save
+from common import SIZES, about, save, summarize, write_images
 from dino_ssl import kernels
 from dino_ssl.config import edit
 from dino_ssl.data.batch import Batch
+from dino_ssl.data.folder import Folder
 from dino_ssl.methods import BYOLConfig, MoCoConfig, SupervisedConfig, SwAVConfig
 from dino_ssl.methods.method import BuildContext, Implementations, Method, MethodConfig
 from dino_ssl.models.vit import ViT
@@ -40,18 +44,20 @@ from dino_ssl.runtime import Precision, machine, start, synchronize
 from dino_ssl.schedules import Clock
 from dino_ssl.state import State, build_method, prepare_model
 from dino_ssl.training import train_step
+from time_to_accuracy import plan, portable, train_and_evaluate
+from workload import Workload, with_matmul_share
 
 SCRIPTS = Path(__file__).parent
 CLOCK = Clock(10_000, 1_000, 100)
-FULL_VIEWS = ["--views", "2x224+8x96", "--k", "65536"]
-STEPS = (  # network, batch, target share of the matmul rate in percent, versions
-    ("vit_small", 128, 40, ("plain:float16", "dino:bfloat16", "compiled:bfloat16", "lightly:float16")),
-    ("vit_base", 64, 45, ("plain:float16", "dino:bfloat16", "compiled:bfloat16")),
-    ("vit_small_8", 32, 45, ("plain:float16", "dino:bfloat16", "compiled:bfloat16")),
-    ("resnet50", 64, 30, ("plain:float16", "dino:bfloat16", "lightly:float16")),
-)
-TINY_STEPS = (("narrow", 4, 40, ("plain:float32", "dino:float32")),)
-TINY_VIEWS = ["--views", "2x32+2x16", "--k", "64", "--hidden", "32"]
+WORKLOADS = {
+    network: Workload(network, "2x224+8x96", 65536, batch, drop_path=0.1)
+    for network, batch in (("vit_small", 128), ("vit_base", 64), ("vit_small_8", 32), ("resnet50", 64))
+}
+TINY_WORKLOADS = {"narrow": Workload("narrow", "2x32+2x16", 64, 4, drop_path=0.1, hidden=32)}
+CHILD_SECONDS = 150
+"""The longest time of one version: one that hangs may not use the time of the others."""
+LEAST_SECONDS = 20
+"""With less time left, no further version starts."""
 
 
 class Measurements:
@@ -60,6 +66,7 @@ class Measurements:
     def __init__(self, options: argparse.Namespace) -> None:
         self.path, self.console = options.json, Console()
         self.deadline = time.monotonic() + 60 * options.minutes
+        self.flops_per_s = math.nan
         self.result: dict[str, Any] = {"benchmark": "gpu", **about(vars(options)), "measurements": {}}
 
     @property
@@ -69,16 +76,18 @@ class Measurements:
 
     def add(self, name: str, measure: Callable[[], Any], seconds: float = 10) -> None:
         """Measure if `seconds` are left; save the result, or why there is none."""
-        began = time.monotonic()
         if self.seconds_left < seconds:
-            value: Any = {"not_measured": f"{self.seconds_left:.0f} s left, needs {seconds:.0f}"}
-        else:
-            try:
-                value = measure()
-            except Exception as error:  # the other measurements continue, whatever this one met
-                value = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            return self.record(name, {"not_measured": f"{self.seconds_left:.0f} s left, needs {seconds:.0f}"})
+        try:
+            value = measure()
+        except Exception as error:  # the other measurements continue, whatever this one met
+            value = {"failed": f"{type(error).__name__}: {error}"[:500]}
+        self.record(name, value)
+
+    def record(self, name: str, value: Any) -> None:
+        """Save a result, also in place of an earlier one of this name."""
         self.result["measurements"][name] = value
-        self.console.print(f"[{time.monotonic() - began:5.1f} s] {name}: {json.dumps(value)[:400]}", highlight=False)
+        self.console.print(f"[{self.seconds_left:5.1f} s left] {name}: {json.dumps(value)[:400]}", highlight=False)
         save(self.path, self.result)
 
 
@@ -125,6 +134,7 @@ def gradient(run: Run, precision: Precision, names: tuple[str, ...]) -> Tensor:
     """Return the gradient of one step with the optimized implementations `names`, float64 on the CPU."""
     optimized = {name: function for name, function in kernels.optimized().items() if name in names}
     with start(precision) as rt:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # the reference is float32
         torch.manual_seed(run.seed)
         context = BuildContext(run.backbone, run.seed, 3, None, "", Implementations(**optimized))
         method = run.method.build(context).to(rt.device).train()
@@ -190,26 +200,48 @@ def skipped_step(tiny: bool) -> dict[str, Any]:
 # -- training --------------------------------------------------------------------------------------------------
 
 
-def child(script: str, arguments: list[str], seconds: float) -> dict[str, Any]:
-    """Return the rows of a benchmark that runs in a process of its own, at most `seconds` long."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, str(SCRIPTS / script), *arguments, "--turns", "1", "--json", str(result)]
+def child(script: str, version: str, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Return what one version of a benchmark measures in a process of its own; after `seconds`, an error."""
+    if seconds < LEAST_SECONDS:
+        return {"failed": f"not measured: {seconds:.0f} s left"}
+    command = [sys.executable, str(SCRIPTS / script), "--child", version, *arguments]
+    try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-        if done.returncode:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
-        content = json.loads(result.read_text())
-        return {"rows": content["rows"], "matmul_flops_per_s": content["matmul_flops_per_s"]}
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not finished after {seconds:.0f} s"}
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:500]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(
+    done: Measurements,
+    name: str,
+    script: str,
+    versions: Sequence[str],
+    workload: Workload,
+    options: Sequence[str],
+    num_images: int,
+) -> None:
+    """Measure one version after another; save the rows after each.
+
+    options: of the script, besides the workload's. num_images: in the `seconds` of a version.
+    """
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for version in versions:
+        limit = min(CHILD_SECONDS, done.seconds_left)
+        entry = child(script, version, [*workload.arguments(), *options], limit)
+        entries[version] = [entry | {"seconds": each} for each in entry.pop("step_seconds", [])] or [entry]
+        rows = summarize(entries, num_images)
+        done.record(name, {"rows": with_matmul_share(rows, workload, done.flops_per_s)})
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Run the parity checks, then the training steps, then training from files."""
+    """Run the parity checks, then the training steps and training from files."""
     done, tiny, device = Measurements(options), options.tiny, machine().device
     precisions: tuple[Precision, ...] = ("bfloat16", "float16") if device.type == "cuda" else ("bfloat16",)
-    done.add(
-        "matmul FLOP/s",
-        lambda: dict(zip(("flops_per_s", "shape"), matmul_throughput(device, precisions[0]), strict=True)),
-    )
+    done.flops_per_s, shape = matmul_throughput(device, precisions[0])
+    done.add("matmul FLOP/s", lambda: {"flops_per_s": done.flops_per_s, "shape": shape})
     done.add("skipped step", lambda: skipped_step(tiny))
     groups = {
         "loss": ("loss_from_bottleneck", "batch_center"),
@@ -225,48 +257,49 @@ def measure(options: argparse.Namespace) -> None:
                 f"parity {precision}: step of {name}",
                 lambda r=run, p=precision: parity(r, p, tuple(kernels.optimized())),
             )
-    for network, batch, target, versions in TINY_STEPS if tiny else STEPS:
-        arguments = ["--network", network, "--batch", str(batch), *(TINY_VIEWS if tiny else FULL_VIEWS)]
-        arguments += ["--steps", "2" if tiny else "5", "--versions", *versions]
-        done.add(
-            f"step of {network} (target {target} % of matmul)",
-            lambda a=arguments: child("train_step.py", a, done.seconds_left),
-            30,
-        )
-    files = ["--network", "narrow" if tiny else "vit_small", "--batch", "4" if tiny else "128"]
-    files += [*(TINY_VIEWS if tiny else FULL_VIEWS), "--workers", "1" if tiny else str(machine().cores)]
-    files += [
-        "--steps",
-        "2" if tiny else "8",
-        "--files",
-        "8" if tiny else "512",
-        "--versions",
-        "dino:float32" if tiny else "dino:bfloat16",
-    ]
-    done.add("from JPEG files", lambda: child("end_to_end.py", files, done.seconds_left), 30)
+    plain, ours = ("plain:float32", "dino:float32") if tiny else ("plain:float16", "dino:bfloat16")
+    steps = ["--steps", "2" if tiny else "5"]
+    workloads = TINY_WORKLOADS if tiny else WORKLOADS
+    first = next(iter(workloads))
+    for network, workload in workloads.items():
+        versions = [plain, ours] if tiny else [plain, ours, "lightly:float16"]
+        compare(done, f"step of {network}", "train_step.py", versions, workload, steps, workload.batch)
+        if network == first:
+            from_files(done, workload, [plain, ours], tiny)
+    for network in [first] if tiny else ["vit_small", "vit_base", "vit_small_8"]:
+        fixed = replace(workloads[network], drop_path=0.0)  # otherwise every block is compiled by itself
+        versions = [ours, ours.replace("dino", "compiled")]
+        name = f"compiled blocks of {network}, without drop-path"
+        compare(done, name, "train_step.py", versions, fixed, steps, fixed.batch)
+
+
+def from_files(done: Measurements, workload: Workload, versions: Sequence[str], tiny: bool) -> None:
+    """Train from JPEG files, and load them alone: the limit of the data path."""
+    workers, steps, files = (1, 2, 8) if tiny else (machine().cores, 64, 256)  # more steps than prefetched batches
+    num_images = steps * workload.batch
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_images(Path(scratch), files, *SIZES["500"])
+        options = ["--folder", str(folder), "--steps", str(steps), "--workers", str(workers)]
+
+        def load() -> dict[str, float]:
+            entry = child("end_to_end.py", "loader", [*workload.arguments(), *options], CHILD_SECONDS)
+            return entry if "failed" in entry else {"images_per_s": num_images / entry["seconds"]}
+
+        done.add("JPEG files, data path alone", load)
+        compare(done, "from JPEG files", "end_to_end.py", versions, workload, options, num_images)
 
 
 def train(options: argparse.Namespace) -> None:
     """Train on DATA/train for the minutes, evaluate on DATA/val: 20-NN accuracy over time."""
-    done = Measurements(options)
-    arguments = [str(options.data), "--recipe", options.recipe, "--minutes", str(options.minutes - 1), "--every", "1"]
-
-    def curve() -> Any:
-        with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder) / "curve.json"
-            command = [
-                sys.executable,
-                str(SCRIPTS / "time_to_accuracy.py"),
-                *arguments,
-                "--out",
-                folder,
-                "--json",
-                str(result),
-            ]
-            subprocess.run(command, check=True, timeout=done.seconds_left)
-            return json.loads(result.read_text())["curves"][0]["curve"]
-
-    done.add(f"20-NN of {options.recipe} (target 84 %)", curve, 60)
+    done, device_info = Measurements(options), machine()
+    train_set, val_set = (Folder(path=str(options.data / name)).open() for name in ("train", "val"))
+    minutes = options.minutes - 1.5  # for the start and the evaluations
+    how: dict[str, Any] = dict(minutes=minutes, workers=max(1, device_info.cores - 1))
+    run, curve = plan(options.recipe, options.data / "train", train_set, device_info, **how), []
+    with tempfile.TemporaryDirectory() as folder:
+        for point in train_and_evaluate(edit(run, out=folder), train_set, val_set, minutes, 1, done.console):
+            curve.append(point)
+            done.record(f"20-NN of {options.recipe}", {"curve": curve, "run": portable(run)})
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ another; those that the output file has already are kept.
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,13 @@ def main() -> None:
     options = parser.parse_args()
     console, device_info = Console(), machine()
     train_set, val_set = (Folder(path=str(options.data / name)).open() for name in ("train", "val"))
-    run = plan(options, train_set, device_info)
+    length = dict(minutes=options.minutes, images_per_second=options.images_per_second)
+    run = plan(options.recipe, options.data / "train", train_set, device_info, workers=options.workers, **length)
     curves = {entry["seed"]: entry for entry in known_curves(options.json, run)}
     for seed in sorted({*options.seeds} - curves.keys()):
         console.print(f"{options.recipe}, seed {seed}: {run.optim.epochs} epochs, {run.precision}")
         seeded = edit(run, seed=seed, out=str(options.out / options.recipe / f"seed{seed}"))
-        curve = train_and_evaluate(seeded, train_set, val_set, options.minutes, options.every, console)
+        curve = list(train_and_evaluate(seeded, train_set, val_set, options.minutes, options.every, console))
         table = Table("minutes", "images", "epochs", "loss", "teacher entropy", "20-NN %", title=f"seed {seed}")
         for point in curve:
             table.add_row(*map(format_cell, point.values()))
@@ -102,20 +103,29 @@ def known_curves(path: Path | None, run: Run) -> list[dict[str, Any]]:
     return entries
 
 
-def plan(options: argparse.Namespace, train_set: ImageDataset, device_info: Machine) -> Run:
-    """Return the recipe with as many epochs as fit into the time."""
+def plan(
+    recipe: str,
+    folder: Path,
+    train_set: ImageDataset,
+    device_info: Machine,
+    *,
+    minutes: float,
+    workers: int,
+    images_per_second: float | None = None,
+) -> Run:
+    """Return the recipe with as many epochs as fit into the time, at the speed of this machine by default."""
     run = edit(
-        RECIPES[options.recipe](),
-        data=Folder(path=str(options.data / "train")),
+        RECIPES[recipe](),
+        data=Folder(path=str(folder)),
         online_eval=dict(every_epochs=0),
         precision=device_info.precision,
-        workers=options.workers,
+        workers=workers,
         cache=True,
     )
-    speed = options.images_per_second or 1 / measure(run, device_info, train_set).seconds(run, device_info, 1)
-    epochs = max(1, round(60 * options.minutes * speed / len(train_set)))
+    speed = images_per_second or 1 / measure(run, device_info, train_set).seconds(run, device_info, 1)
+    epochs = max(1, round(60 * minutes * speed / len(train_set)))
     run = edit(run, optim=dict(epochs=epochs, warmup_epochs=min(run.optim.warmup_epochs, 0.1 * epochs)))
-    if options.recipe != "small":
+    if recipe != "small":
         return run
     return short_schedule(run, epochs * steps_per_epoch(len(train_set), run.optim.batch_size))  # as `dino train` does
 
@@ -129,9 +139,9 @@ def format_cell(value: float | int | None) -> str:
 
 def train_and_evaluate(
     run: Run, train_set: ImageDataset, val_set: ImageDataset, minutes: float, every: float, console: Console
-) -> list[dict]:
-    """Train for some minutes and evaluate every few; return the curve. Evaluation time is not counted."""
-    curve, eval_seconds, next_at, loss, entropy = [], 0.0, 0.0, None, None
+) -> Iterator[dict[str, Any]]:
+    """Train for some minutes and evaluate every few; yield the points of the curve. Evaluation time is not counted."""
+    eval_seconds, next_at, loss, entropy = 0.0, 0.0, None, None
     with start(run.precision) as rt:
         context = EvalContext(
             size=run.online_eval.size or run.views.global_size, device=rt.device, autocast=rt.autocast
@@ -152,22 +162,20 @@ def train_and_evaluate(
                 accuracy = knn(backbone)["20-NN"]
                 eval_seconds += time.monotonic() - before
                 num_images = event.clock.step * run.optim.batch_size
-                curve.append(
-                    dict(
-                        minutes=spent,
-                        images=num_images,
-                        epochs=num_images / len(train_set),
-                        loss=loss,
-                        teacher_entropy=entropy,
-                        accuracy=accuracy,
-                    )
-                )
                 console.print(f"{spent:6.1f} min  {num_images:>9,} images  20-NN {accuracy:.1f} %")
+                yield dict(
+                    minutes=spent,
+                    images=num_images,
+                    epochs=num_images / len(train_set),
+                    loss=loss,
+                    teacher_entropy=entropy,
+                    accuracy=accuracy,
+                )
                 next_at += every
             if is_over:
                 export_backbone(run, backbone, "last")  # for other evaluations
-                return curve
-    raise SystemExit(f"stopped after {len(curve)} evaluations: this seed is not saved")
+                return
+    raise SystemExit("stopped before the end of the training: this seed is not saved")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@
 of views, gradient clipping and EMA one parameter at a time), `plain:bfloat16` and `plain:float16` the same under
 autocast, `dino:...` is `dino_ssl.training.train_step`, `compiled:...` the same with the blocks of a ViT compiled by
 torch.compile, `lightly:...` combines lightly's parts with timm's network.
-All start from the same weights and use the same images. Our step normalizes them itself; the others get normalized
-ones, because their loaders do it. Each version runs in its own process and reports the growth of that process's
-memory.
+All start from the same weights and use the same images, in pinned memory as from a loader. Our step normalizes them
+itself; the others get normalized ones, because their loaders do it. Each version runs in its own process and reports
+the growth of that process's memory. Blocks of different drop-path are compiled one by one: compare `compiled:...` with
+`--drop-path 0`.
 """
 
 import argparse
@@ -46,14 +47,16 @@ def child(version: str, workload: Workload, steps: int) -> dict:
     kind, _, precision = version.partition(":")
     device, views = machine().device, random_views(workload)
     is_ours = kind in ("dino", "compiled")
-    crops = [] if is_ours else [crop for stack in views for crop in normalize(stack)]
+    crops = () if is_ours else tuple(crop for stack in views for crop in normalize(stack))
+    if device.type == "cuda":
+        views, crops = (tuple(image.pin_memory() for image in images) for images in (views, crops))
     torch.manual_seed(1)
     memory = Memory(device)
     if is_ours:
         result = run_dino(workload, precision, views, steps, compiled=kind == "compiled")
     else:
         baseline, settings = workload.baseline(kind, precision, device), workload.step_settings()
-        result = time_steps(lambda _: baseline.step(crops, settings), steps, device)
+        result = time_steps(lambda _: baseline.step([*crops], settings), steps, device)
     return result | {"peak": memory.peak()}
 
 
@@ -99,6 +102,7 @@ def time_steps(step: Callable[[int], Tensor | float], steps: int, device: torch.
     return {
         "seconds": statistics.median(seconds[1:]),
         **on_cpu,
+        "step_seconds": seconds[1:],
         "first_step_seconds": seconds[0],
         "losses": [float(loss) for loss in losses],
     }

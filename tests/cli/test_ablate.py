@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,11 +26,21 @@ from dino_ssl.ablations.runner import (
     run_parallel,
     run_serial,
 )
-from dino_ssl.ablations.study import RESULT, ROOT, Study, StudyRun, link_shared_runs, read_study, resolve_study
+from dino_ssl.ablations.study import (
+    RESULT,
+    ROOT,
+    STUDY,
+    Study,
+    StudyRun,
+    link_shared_runs,
+    read_study,
+    resolve_study,
+)
 from dino_ssl.ablations.tables import get_table
 from dino_ssl.config import edit
 from dino_ssl.data.synthetic.scenes import Scenes
 from dino_ssl.errors import UserError
+from dino_ssl.files import read_json
 from dino_ssl.metrics import read_metrics
 from dino_ssl.runtime import Runtime
 from dino_ssl.terminal import Terminal
@@ -118,7 +129,8 @@ def test_a_run_is_resumed_and_a_failed_run_does_not_stop_the_others(dino, tmp_pa
     (tmp_path / "tiny_table.py").write_text(PRESET)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(SRC))
-    ran = dino(*LINE, "--only", "512", "8", "--processes", "2", "--json")
+    several, one = (*LINE, "--only", "512", "8", "--processes", "2", "--json"), (*LINE, "--only", "8")
+    ran = dino(*several)
     assert ran.code == 1, ran.err
     assert "batch 512, seed 0: failed: " in ran.err
     results = {item["name"]: item for item in ran.json["configurations"]}
@@ -128,12 +140,18 @@ def test_a_run_is_resumed_and_a_failed_run_does_not_stop_the_others(dino, tmp_pa
     assert results["512"]["runs"][0]["state"] == "failed"
     assert "batch" in results["512"]["runs"][0]["error"]
     assert "UserError" in (study.folder / "512/seed0/log.txt").read_text()
-    assert "| batch 8, half the epochs |" in Path(ran.json["report"]).read_text()
+    page = Path(ran.json["report"]).read_text()
+    assert "| batch 8, half the epochs |" in page
+    first, second = (shlex.join(["dino", *line]) for line in (several, one))
+    assert read_json(study.folder / STUDY)["commands"] == [first]
+    assert f"Run again:\n\n    {first}\n" in page
+    assert dino(*one).code == 0
+    assert read_json(study.folder / STUDY)["commands"] == [first, second]
 
     ran = dino("report", "table9", "--markdown", "docs", "--json")
     assert ran.code == 0
     assert "| batch 8, half the epochs |" in Path("docs/table9.md").read_text()
-    ran = dino(*LINE, "--only", "8", "--epochs", "6")
+    ran = dino(*one, "--epochs", "6")
     assert ran.code == 2
     assert "`optim.epochs` is 24 there, got 6" in ran.err
     ran = dino("ablate", "table9", "--data", "scenes", "--preset", "small")

@@ -305,6 +305,46 @@ def test_gpu_script_takes_a_step_that_the_scaler_skips() -> None:
     )
 
 
+def test_gpu_script_saves_every_version_and_the_page_reads_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, network = tmp_path / "gpu.json", workload.Workload("narrow", "2x32", 64, 4, drop_path=0.0)
+    done, saved = gpu.Measurements(gpu.argparse.Namespace(minutes=1, json=path)), []
+    done.flops_per_s = 1e12
+    entries = {
+        "plain:float16": {"seconds": 2.0, "step_seconds": [2.0, 4.0, 2.0], "peak": 8},
+        "lightly:float16": {"failed": "out of memory"},
+        "dino:bfloat16": {"seconds": 1.0, "step_seconds": [1.0, 1.0, 0.5], "peak": 2},
+    }
+
+    def child(script: str, version: str, arguments: list[str], seconds: float) -> dict:
+        saved.append(json.loads(path.read_text())["measurements"] if path.exists() else {})
+        return dict(entries[version])
+
+    monkeypatch.setattr(gpu, "child", child)
+    gpu.compare(done, "step", "train_step.py", list(entries), network, [], 4)
+    assert [len(each["step"]["rows"]) for each in saved[1:]] == [1, 2]  # saved before the next one starts
+    done.record("20-NN", {"curve": [{"accuracy": 85.0, "images": 1000, "minutes": 8.0}]})
+    result = json.loads(path.read_text())
+    step = measurements.part("step", measurements.against("plain:float16", target=2, share=0.5))(result)
+    assert step is not None
+    assert "**4.00x** (2.00 to 4.00, n 3) `plain:float16` (4.00 against 2.00 images/s)" in step.text
+    assert step.met == {"the speed": True, "the matmul throughput": False}
+    curve = measurements.part("20-NN", measurements.accuracy(84))(result)
+    assert curve is not None
+    assert curve.verdict == "yes"
+    assert measurements.part("absent", measurements.lightly)(result) is None
+
+
+def test_gpu_script_gives_up_a_version_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "hang.py").write_text("import time\ntime.sleep(60)")
+    (tmp_path / "stop.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(gpu, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
+    assert gpu.child("hang.py", "dino:float32", [], 0.5) == {"failed": "not finished after 0 s"}
+    assert gpu.child("stop.py", "dino:float32", [], 30) == {"failed": "exit code 3"}
+
+
 def test_gpu_script_saves_errors_and_what_does_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     done = gpu.Measurements(gpu.argparse.Namespace(minutes=1, json=path))

@@ -66,8 +66,7 @@ def _page(study: Study, discussion: str) -> str:
         f"Total: {total} for {len(results)} runs on {machines}, {study.base.precision}; "
         f"{', '.join(sorted(versions))}{trained}. "
         f"Fingerprint of the dataset: {data['fingerprint']}.",
-        f"Run again: `dino ablate {table.name} --scale {study.scale} --data ...`, then "
-        f"`dino report {table.name} --markdown docs/ablations`.",
+        "Run again:\n\n" + "\n".join(f"    {command}" for command in study.commands) if study.commands else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

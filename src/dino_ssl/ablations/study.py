@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,6 +133,8 @@ class Study:
     base: Run
     data: Mapping[str, Any]
     """images, classes, fingerprint, val_fraction."""
+    commands: Sequence[str] = ()
+    """Command lines that trained its runs, in the order of their first use."""
 
     def runs(self, configuration: Configuration | None = None) -> list[StudyRun]:
         """Return all runs that were started, of one or of all configurations, in the order of the table and seeds."""
@@ -159,7 +161,7 @@ class Study:
         """Write study.json."""
         mark_output(self.folder)
         content = {"format": FORMAT, "table": self.table.name, "scale": self.scale, "base": to_dict(self.base)}
-        write_json(self.folder / STUDY, content | {"data": dict(self.data)})
+        write_json(self.folder / STUDY, content | {"data": dict(self.data), "commands": [*self.commands]})
 
 
 def read_study(folder: Path) -> Study | None:
@@ -167,7 +169,9 @@ def read_study(folder: Path) -> Study | None:
     if (content := _read(folder / STUDY)) is None:
         return None
     base = from_dict(Run, content["base"])
-    return Study(folder, get_table(content["table"]), content["scale"], base, content["data"])
+    return Study(
+        folder, get_table(content["table"]), content["scale"], base, content["data"], content.get("commands", ())
+    )
 
 
 def find_study(name: str, root: Path = ROOT, scale: Scale | None = None) -> Study:
@@ -253,9 +257,10 @@ def resolve_study(
         "val_fraction": base.online_eval.val_fraction if base.val is None else 0,
     }
     study = Study(folder, table, scale, base, summary)
-    if existing is not None:
-        _check_same(existing, study)
-    return study
+    if existing is None:
+        return study
+    _check_same(existing, study)
+    return replace(study, commands=existing.commands)
 
 
 def _check_same(existing: Study, study: Study) -> None:

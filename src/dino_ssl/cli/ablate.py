@@ -1,7 +1,8 @@
 """dino ablate: reproduce the paper's tables and figures, at the original scale or at a small scale."""
 
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -72,7 +73,7 @@ def ablate(argv: Sequence[str]) -> int:
         if not options.table:
             write(_list_tables(terminal))
             return 0
-        return _run(options, terminal, write)
+        return _run(options, shlex.join(["dino", "ablate", *argv]), terminal, write)
 
 
 def _list_tables(terminal: Terminal) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def _list_tables(terminal: Terminal) -> dict[str, Any]:
     }
 
 
-def _run(options: AblateOptions, terminal: Terminal, write: Callable[[dict[str, Any]], None]) -> int:
+def _run(options: AblateOptions, command: str, terminal: Terminal, write: Callable[[dict[str, Any]], None]) -> int:
     from dino_ssl import distributed
     from dino_ssl.ablations.page import write_page
     from dino_ssl.ablations.runner import missing_metrics, run_parallel, run_serial
@@ -109,6 +110,7 @@ def _run(options: AblateOptions, terminal: Terminal, write: Callable[[dict[str, 
             _print_configurations(study, runs, terminal)
             write(study_json(study))
             return 0
+        study = replace(study, commands=[*dict.fromkeys([*study.commands, command])])
         if rt.is_main:
             study.write()
         num_shared = distributed.run_on_rank0(lambda: link_shared_runs(runs, root))
