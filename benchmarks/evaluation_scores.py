@@ -47,9 +47,9 @@ class SuiteEntry:
 
     @property
     def title(self) -> str:
-        """Name and data, unique in the suite."""
-        multiscale = " --multiscale" if getattr(self.evaluation, "multiscale", False) else ""
-        return f"{self.evaluation.name}{multiscale}, {self.sources[0].partition('/')[0]}"
+        """Name, switches that are on, and data: unique in the suite."""
+        switches = [f" --{name}" for name in ("multiscale", "center") if getattr(self.evaluation, name, False)]
+        return f"{self.evaluation.name}{''.join(switches)}, {self.sources[0].partition('/')[0]}"
 
 
 IMAGENETTE, CLOTHING = ("imagenette128/train", "imagenette128/val"), ("clothing128/train", "clothing128/test")
@@ -68,6 +68,7 @@ SUITE = (
     SuiteEntry(VideoSegmentation(), ("davis",)),
     SuiteEntry(AttentionMasks(), ("voc12",), needs_attention=True),
     SuiteEntry(ObjectDiscovery(split="val"), ("voc12",), needs_attention=True),
+    SuiteEntry(ObjectDiscovery(split="val", center=True), ("voc12",), needs_attention=True),
 )
 
 
@@ -75,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders or weights: one network, several seeds")
     parser.add_argument("--data", type=Path, required=True, help="folder of the datasets")
+    parser.add_argument("--only", nargs="+", default=[""], help="evaluations whose title contains one of these texts")
     parser.add_argument("--json", type=Path, help="output file, written after each evaluation")
     options = parser.parse_args()
     networks = [dino_ssl.load(run) for run in options.runs]
@@ -82,7 +84,8 @@ def main() -> None:
     results = known_results(options.json, description["weights"])
     for item in SUITE:
         is_defined = isinstance(networks[0], Attentive) or not item.needs_attention
-        if is_defined and item.title not in results:
+        is_selected = any(text in item.title for text in options.only)
+        if is_defined and is_selected and item.title not in results:
             results[item.title] = score(item, options.data, networks)
             print_scores(item.title, results[item.title])
             save(options.json, {"benchmark": "evaluation_scores", **description, "evaluations": results})

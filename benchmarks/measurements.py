@@ -1,7 +1,7 @@
 """Measurements in the benchmarks' JSON files: results as text, and the parts of a target that are met."""
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from common import median_ratio, ratios
@@ -196,10 +196,15 @@ def search(result: dict) -> Measurement:
     return Measurement(f"{text}; exact, one query: {against_faiss:.2f}x faiss Flat (median of each round's)", met)
 
 
+def extent(values: Sequence[float]) -> str:
+    """Return the smallest, the largest and the number of values."""
+    return (f"{min(values):.0f} to {max(values):.0f}, " if len(values) > 1 else "") + f"n {len(values)}"
+
+
 def explore(result: dict) -> Measurement:
     """Return the milliseconds of each part."""
     parts = {row["part"]: row for row in result["rows"]}
-    text = ", ".join(f"{name} **{row['ms']:.0f} ms** (n {len(row['times'])})" for name, row in parts.items())
+    text = ", ".join(f"{name} **{row['ms']:.0f} ms** ({extent(row['times'])})" for name, row in parts.items())
     met = {"first view": parts["first view"]["ms"] <= 1000, "click": parts["search click: results"]["ms"] <= 200}
     return Measurement(text, met)
 
