@@ -118,7 +118,7 @@ def plain_knn(memory: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, ks
 
 
 def knn_section(num_train: int = 1_281_167, num_queries: int = 500, width: int = 384, classes: int = 1000) -> Section:
-    """As many features as ImageNet has training images, noise around a center per class; 500 of 50,000 queries."""
+    """Compare k-NN on as many features as ImageNet has training images: noise around a center per class."""
     rng = torch.Generator().manual_seed(0)
     centers = torch.randn(classes, width, generator=rng)
     labels = torch.randint(classes, (num_train + num_queries,), generator=rng)

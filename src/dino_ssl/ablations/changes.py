@@ -24,7 +24,7 @@ from dino_ssl.run import Run
 NO_MULTI_CROP: Changes = {"views": {"local": 0, "global_scale": (0.14, 1.0)}}
 """Two global views only; they then cover 14 to 100 % of the image area, as in the authors' code."""
 CONSTANT_DECAY: Changes = {"optim": {"weight_decay": 0.05, "weight_decay_end": 0.05, "clip_grad": 0.0}}
-NO_MULTI_CROP_LR = PREDICTOR_LR = MOCO_LR = SWAV_LR = 0.5
+NO_MULTI_CROP_LR = MOCO_LR = SWAV_LR = 0.5
 NO_MOMENTUM_LR, SINKHORN_LR = 0.25, 2.0
 """Learning rates at scale small, divided by the base's."""
 SMALL_HEAD: dict[str, Any] = {"head_hidden": 512, "head_dim": 128, "momentum": 0.97}
@@ -68,7 +68,7 @@ def sinkhorn(name: str, title: str, *paper: float) -> Configuration:
 
 def predictor(name: str, title: str, *paper: float) -> Configuration:
     """Return DINO with a predictor on the student's bottleneck."""
-    return row(name, title, method(predictor=True), *paper, small_lr=PREDICTOR_LR)
+    return row(name, title, method(predictor=True), *paper)
 
 
 def byol(name: str, title: str, *paper: float, multi_crop: bool = False, predictor: bool = True) -> Configuration:
