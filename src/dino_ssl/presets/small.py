@@ -51,9 +51,9 @@ def small() -> Run:
 
 
 def narrow_vit() -> Run:
-    """ViT of 4 blocks and width 128, patches of 8 px: attention maps on a CPU, 62 % 20-NN after 323,000 images.
+    """ViT of 4 blocks and width 128, patches of 8 px: attention maps on a CPU, 61 % 20-NN after 323,000 images.
 
-    On the images of `small`, the mean of two seeds (random weights 32 %; docs/results.md). Its stem of convolutions
+    On the images of `small`, the mean of three seeds (random weights 32 %; docs/results.md). Its stem of convolutions
     is not the paper's: with linear patches it had 40 % after 149,000.
     """
     return edit(
