@@ -30,7 +30,8 @@ def small() -> Run:
     """ResNet-10-T of half the width on crops of 48 and 24 pixels: the base of `dino train` on a CPU.
 
     20-NN on ten classes of 6,500 photos: 63 % after half an hour of two AVX2 cores, 72 % after a million images
-    (random weights 35 to 37; docs/results.md).
+    (random weights 35 to 37; docs/results.md). It finds cropped copies of images, but raw pixels are better for copies
+    with other strong edits (mAP 55, `small` 43; docs/evaluations.md): `dino duplicates` compares hashes first.
 
     With batch norm in the head the teacher's outputs differ between images from the first step on. With momentum 0.97
     the teacher catches up with the student within a hundred steps. Images are evaluated at 80 pixels: objects are
