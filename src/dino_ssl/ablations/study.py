@@ -133,7 +133,7 @@ class Study:
     base: Run
     data: Mapping[str, Any]
     """images, classes, fingerprint, val_fraction."""
-    commands: Sequence[str] = ()
+    commands: tuple[str, ...] = ()
     """Command lines that trained its runs, in the order of their first use."""
 
     def runs(self, configuration: Configuration | None = None) -> list[StudyRun]:
@@ -169,9 +169,8 @@ def read_study(folder: Path) -> Study | None:
     if (content := _read(folder / STUDY)) is None:
         return None
     base = from_dict(Run, content["base"])
-    return Study(
-        folder, get_table(content["table"]), content["scale"], base, content["data"], content.get("commands", ())
-    )
+    commands = tuple(content.get("commands", ()))
+    return Study(folder, get_table(content["table"]), content["scale"], base, content["data"], commands)
 
 
 def find_study(name: str, root: Path = ROOT, scale: Scale | None = None) -> Study:

@@ -110,7 +110,7 @@ def _run(options: AblateOptions, command: str, terminal: Terminal, write: Callab
             _print_configurations(study, runs, terminal)
             write(study_json(study))
             return 0
-        study = replace(study, commands=[*dict.fromkeys([*study.commands, command])])
+        study = replace(study, commands=tuple(dict.fromkeys([*study.commands, command])))
         if rt.is_main:
             study.write()
         num_shared = distributed.run_on_rank0(lambda: link_shared_runs(runs, root))
