@@ -1,4 +1,4 @@
-"""JSON files of measured figures in docs/ have command, machine and date."""
+"""JSON files of measured figures in docs/, and studies of tables, have command, machine and date."""
 
 import json
 import re
@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = [path for name in ("benchmarks", "ablations") for path in sorted((ROOT / "docs" / name).glob("*.json"))]
+STUDIES = sorted((ROOT / "docs/ablations/studies").rglob("study.json"))
 FIELDS = ("command", "machine", "date")
 WITHOUT_COMMAND = (
     "time_to_accuracy-small-64px.json",
@@ -34,6 +35,18 @@ def test_file_describes_its_measurement(path: Path) -> None:
         assert program == "python"
         assert re.fullmatch(r"(benchmarks|tests/reference)/\w+\.py", script)
         assert (ROOT / script).is_file(), script
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: str(path.relative_to(ROOT / "docs/ablations/studies")))
+def test_study_has_its_commands_and_its_results_machine_and_date(path: Path) -> None:
+    study = json.loads(path.read_text())
+    assert study["commands"]
+    assert all(shlex.split(command)[:3] == ["dino", "ablate", study["table"]] for command in study["commands"])
+    results = sorted(path.parent.glob("*/seed*/result.json"))
+    assert results
+    for file in (path, *results):
+        assert not re.findall(r"(?<![\w./])/\w+", file.read_text()), "an absolute path"
+    assert all(json.loads(file.read_text())[name] for file in results for name in ("machine", "date"))
 
 
 def test_exceptions_exist() -> None:
