@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -109,8 +110,23 @@ def median_ratio(base: Sequence[float], seconds: Sequence[float]) -> float:
     return statistics.median(ratios(base, seconds))
 
 
+def run_child(script: str, version: str, arguments: Sequence[str], seconds: float | None = None) -> dict[str, Any]:
+    """Run `script --child VERSION arguments`; return the JSON of its last line, or its error under `failed`."""
+    command = [sys.executable, script, "--child", version, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not finished after {seconds:.0f} s"}
+    if done.returncode < 0:
+        return {"failed": f"killed by signal {-done.returncode}"}
+    if done.returncode or not done.stdout.strip():
+        error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"failed": re.sub(r"(?<![\w./])/[\w./-]*/", "", error)[:500]}  # without folders of this machine
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def run_in_turns(script: str, versions: Sequence[str], turns: int, arguments: Sequence[str]) -> dict[str, list[dict]]:
-    """Run `script --child VERSION arguments` for each version in each turn; return the JSON of each last line.
+    """Run each version in each turn; return what `run_child` returns.
 
     A version that fails (usually out of memory) runs once; its only entry has the error under `failed`.
     """
@@ -119,13 +135,8 @@ def run_in_turns(script: str, versions: Sequence[str], turns: int, arguments: Se
         for version, entries in results.items():
             if entries and "failed" in entries[0]:
                 continue
-            command = [sys.executable, script, "--child", version, *arguments]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-                entries[:] = [{"failed": error}]
-            else:
-                entries.append(json.loads(done.stdout.splitlines()[-1]))
+            entry = run_child(script, version, arguments)
+            entries[:] = [entry] if "failed" in entry else [*entries, entry]
     return results
 
 

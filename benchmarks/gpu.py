@@ -3,7 +3,7 @@
     python benchmarks/gpu.py measure --minutes 8 --json docs/benchmarks/gpu.json
     python benchmarks/gpu.py train DATA --minutes 9 --json docs/benchmarks/gpu-train.json
 
-The results are saved after each measurement, so a session that ends early keeps what it has. A measurement that fails
+The results are saved after each measurement, so a run that is stopped early keeps what it has. A measurement that fails
 is saved with its error; one that no longer fits into the time is saved as such. `--tiny` runs everything at the
 smallest sizes, on a CPU too. `gpu_prepare.sh` packs the images and wheels for a machine without a network. Versions of
 a training step run one after the other, each in a process of its own, not in turns: n counts steps.
@@ -15,13 +15,12 @@ implementation in the same precision, which is rounding. Optimized kernels may n
 
 import argparse
 import json
-import math
-import subprocess
-import sys
+import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from common import SIZES, about, save, summarize, write_images
+from common import SIZES, about, run_child, save, summarize, write_images
 from dino_ssl import kernels
 from dino_ssl.config import edit
 from dino_ssl.data.batch import Batch
@@ -57,7 +56,9 @@ TINY_WORKLOADS = {"narrow": Workload("narrow", "2x32+2x16", 64, 4, drop_path=0.1
 CHILD_SECONDS = 150
 """The longest time of one version: one that hangs may not use the time of the others."""
 LEAST_SECONDS = 20
-"""With less time left, no further version starts."""
+"""With less time left, nothing further starts."""
+RESERVE = 1
+"""Minutes of `train` for its start and its evaluations."""
 
 
 class Measurements:
@@ -66,7 +67,7 @@ class Measurements:
     def __init__(self, options: argparse.Namespace) -> None:
         self.path, self.console = options.json, Console()
         self.deadline = time.monotonic() + 60 * options.minutes
-        self.flops_per_s = math.nan
+        self.flops_per_s: float | None = None
         self.result: dict[str, Any] = {"benchmark": "gpu", **about(vars(options)), "measurements": {}}
 
     @property
@@ -74,10 +75,10 @@ class Measurements:
         """Time until the deadline."""
         return self.deadline - time.monotonic()
 
-    def add(self, name: str, measure: Callable[[], Any], seconds: float = 10) -> None:
-        """Measure if `seconds` are left; save the result, or why there is none."""
-        if self.seconds_left < seconds:
-            return self.record(name, {"not_measured": f"{self.seconds_left:.0f} s left, needs {seconds:.0f}"})
+    def add(self, name: str, measure: Callable[[], Any]) -> None:
+        """Measure if there is time left; save the result, or why there is none."""
+        if self.seconds_left < LEAST_SECONDS:
+            return self.record(name, {"failed": self.no_time})
         try:
             value = measure()
         except Exception as error:  # the other measurements continue, whatever this one met
@@ -89,6 +90,30 @@ class Measurements:
         self.result["measurements"][name] = value
         self.console.print(f"[{self.seconds_left:5.1f} s left] {name}: {json.dumps(value)[:400]}", highlight=False)
         save(self.path, self.result)
+
+    def child(self, script: str, version: str, workload: Workload, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a version measures in a process of its own, or its error. options: of the script."""
+        if self.seconds_left < LEAST_SECONDS:
+            return {"failed": self.no_time}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        seconds = min(CHILD_SECONDS, self.seconds_left)
+        return run_child(str(SCRIPTS / script), version, [*workload.arguments(), *words], seconds)
+
+    def compare(self, name: str, script: str, versions: Sequence[str], workload: Workload, **options: Any) -> None:
+        """Measure one version after another; save the rows after each. options: of the script, with its `steps`."""
+        entries: dict[str, list[dict[str, Any]]] = {}
+        settings = asdict(workload) | {key: value for key, value in options.items() if key != "folder"}
+        for version in versions:
+            entry = self.child(script, version, workload, options)
+            entries[version] = [entry | {"seconds": each} for each in entry.pop("step_seconds", [])] or [entry]
+            rows = summarize(entries, workload.batch * (1 if script == "train_step.py" else options["steps"]))
+            rows = with_matmul_share(rows, workload, self.flops_per_s) if self.flops_per_s else rows
+            self.record(name, {"settings": settings, "rows": rows})
+
+    @property
+    def no_time(self) -> str:
+        """Error of a measurement that no longer fits into the time."""
+        return f"not measured: {self.seconds_left:.0f} s left"
 
 
 # -- parity ----------------------------------------------------------------------------------------------------
@@ -200,49 +225,17 @@ def skipped_step(tiny: bool) -> dict[str, Any]:
 # -- training --------------------------------------------------------------------------------------------------
 
 
-def child(script: str, version: str, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Return what one version of a benchmark measures in a process of its own; after `seconds`, an error."""
-    if seconds < LEAST_SECONDS:
-        return {"failed": f"not measured: {seconds:.0f} s left"}
-    command = [sys.executable, str(SCRIPTS / script), "--child", version, *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not finished after {seconds:.0f} s"}
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:500]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def compare(
-    done: Measurements,
-    name: str,
-    script: str,
-    versions: Sequence[str],
-    workload: Workload,
-    options: Sequence[str],
-    num_images: int,
-) -> None:
-    """Measure one version after another; save the rows after each.
-
-    options: of the script, besides the workload's. num_images: in the `seconds` of a version.
-    """
-    entries: dict[str, list[dict[str, Any]]] = {}
-    for version in versions:
-        limit = min(CHILD_SECONDS, done.seconds_left)
-        entry = child(script, version, [*workload.arguments(), *options], limit)
-        entries[version] = [entry | {"seconds": each} for each in entry.pop("step_seconds", [])] or [entry]
-        rows = summarize(entries, num_images)
-        done.record(name, {"rows": with_matmul_share(rows, workload, done.flops_per_s)})
-
-
 def measure(options: argparse.Namespace) -> None:
     """Run the parity checks, then the training steps and training from files."""
-    done, tiny, device = Measurements(options), options.tiny, machine().device
+    results, tiny, device = Measurements(options), options.tiny, machine().device
     precisions: tuple[Precision, ...] = ("bfloat16", "float16") if device.type == "cuda" else ("bfloat16",)
-    done.flops_per_s, shape = matmul_throughput(device, precisions[0])
-    done.add("matmul FLOP/s", lambda: {"flops_per_s": done.flops_per_s, "shape": shape})
-    done.add("skipped step", lambda: skipped_step(tiny))
+
+    def matmul() -> dict[str, Any]:
+        results.flops_per_s, shape = matmul_throughput(device, precisions[0])
+        return {"flops_per_s": results.flops_per_s, "shape": shape}
+
+    results.add("matmul FLOP/s", matmul)
+    results.add("skipped step", lambda: skipped_step(tiny))
     groups = {
         "loss": ("loss_from_bottleneck", "batch_center"),
         "attention": ("attention",),
@@ -250,56 +243,56 @@ def measure(options: argparse.Namespace) -> None:
     }
     for precision in precisions:
         for name, names in groups.items():
-            done.add(f"parity {precision}: {name}", lambda p=precision, n=names: parity(parity_run(None, tiny), p, n))
+            check = partial(parity, parity_run(None, tiny), precision, names)
+            results.add(f"parity {precision}: {name}", check)
         for name, method in methods(tiny).items():
-            run = parity_run(method, tiny)
-            done.add(
-                f"parity {precision}: step of {name}",
-                lambda r=run, p=precision: parity(r, p, tuple(kernels.optimized())),
-            )
+            check = partial(parity, parity_run(method, tiny), precision, tuple(kernels.optimized()))
+            results.add(f"parity {precision}: step of {name}", check)
     plain, ours = ("plain:float32", "dino:float32") if tiny else ("plain:float16", "dino:bfloat16")
-    steps = ["--steps", "2" if tiny else "5"]
-    workloads = TINY_WORKLOADS if tiny else WORKLOADS
+    workloads, steps = (TINY_WORKLOADS, 2) if tiny else (WORKLOADS, 5)
     first = next(iter(workloads))
     for network, workload in workloads.items():
         versions = [plain, ours] if tiny else [plain, ours, "lightly:float16"]
-        compare(done, f"step of {network}", "train_step.py", versions, workload, steps, workload.batch)
+        results.compare(f"step of {network}", "train_step.py", versions, workload, steps=steps)
         if network == first:
-            from_files(done, workload, [plain, ours], tiny)
+            from_files(results, workload, [plain, ours], tiny)
     for network in [first] if tiny else ["vit_small", "vit_base", "vit_small_8"]:
         fixed = replace(workloads[network], drop_path=0.0)  # otherwise every block is compiled by itself
-        versions = [ours, ours.replace("dino", "compiled")]
-        name = f"compiled blocks of {network}, without drop-path"
-        compare(done, name, "train_step.py", versions, fixed, steps, fixed.batch)
+        name, versions = f"compiled blocks of {network}, without drop-path", [ours, ours.replace("dino", "compiled")]
+        results.compare(name, "train_step.py", versions, fixed, steps=steps)
 
 
-def from_files(done: Measurements, workload: Workload, versions: Sequence[str], tiny: bool) -> None:
+def from_files(results: Measurements, workload: Workload, versions: Sequence[str], tiny: bool) -> None:
     """Train from JPEG files, and load them alone: the limit of the data path."""
-    workers, steps, files = (1, 2, 8) if tiny else (machine().cores, 64, 256)  # more steps than prefetched batches
-    num_images = steps * workload.batch
+    workers, steps, count = (1, 2, 8) if tiny else (machine().cores, 64, 256)  # more steps than prefetched batches
     with tempfile.TemporaryDirectory() as scratch:
-        folder = write_images(Path(scratch), files, *SIZES["500"])
-        options = ["--folder", str(folder), "--steps", str(steps), "--workers", str(workers)]
+        folder = Path(scratch) / "images"
+        folder.mkdir()
+        options = dict(folder=folder, steps=steps, workers=workers)
 
-        def load() -> dict[str, float]:
-            entry = child("end_to_end.py", "loader", [*workload.arguments(), *options], CHILD_SECONDS)
-            return entry if "failed" in entry else {"images_per_s": num_images / entry["seconds"]}
+        def load() -> dict[str, Any]:
+            files = sorted(write_images(Path(scratch), count, *SIZES["500"]).glob("*.jpg"))
+            for number in range(2 * steps * workload.batch):  # no epoch ends between the steps
+                os.link(files[number % count], folder / f"{number}.jpg")
+            entry = results.child("end_to_end.py", "loader", workload, options)
+            return entry if "failed" in entry else {"images_per_s": steps * workload.batch / entry["seconds"]}
 
-        done.add("JPEG files, data path alone", load)
-        compare(done, "from JPEG files", "end_to_end.py", versions, workload, options, num_images)
+        results.add("JPEG files, data path alone", load)
+        results.compare("from JPEG files", "end_to_end.py", versions, workload, **options)
 
 
 def train(options: argparse.Namespace) -> None:
     """Train on DATA/train for the minutes, evaluate on DATA/val: 20-NN accuracy over time."""
-    done, device_info = Measurements(options), machine()
+    results, device_info = Measurements(options), machine()
     train_set, val_set = (Folder(path=str(options.data / name)).open() for name in ("train", "val"))
-    minutes = options.minutes - 1.5  # for the start and the evaluations
-    how: dict[str, Any] = dict(minutes=minutes, workers=max(1, device_info.cores - 1))
-    run, curve = plan(options.recipe, options.data / "train", train_set, device_info, **how), []
+    minutes = options.minutes - RESERVE
+    length: dict[str, Any] = dict(minutes=minutes, workers=max(1, device_info.cores - 1))
+    run, curve = plan(options.recipe, options.data / "train", train_set, device_info, **length), []
     with tempfile.TemporaryDirectory() as folder:
-        for point in train_and_evaluate(edit(run, out=folder), train_set, val_set, minutes, 1, done.console):
+        for point in train_and_evaluate(edit(run, out=folder), train_set, val_set, minutes, 1, results.console):
             curve.append(point)
-            done.record(f"20-NN of {options.recipe}", {"curve": curve, "run": portable(run)})
+            curves = [{"seed": run.seed, "run": portable(run), "curve": curve}]
+            results.record(f"20-NN of {options.recipe}", {"planned_minutes": minutes, "curves": curves})
 
 
 def main() -> None:
@@ -313,8 +306,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.part == "measure":
         measure(options)
-    elif options.data is None:
-        parser.error("train expected DATA, a folder with train/ and val/")
+    elif options.data is None or options.minutes <= RESERVE:
+        parser.error(f"train expected DATA, a folder with train/ and val/, and more than {RESERVE} minute")
     else:
         train(options)
 

@@ -68,17 +68,6 @@ def against(*versions: str, target: float = 1, memory: float | None = None, shar
     return read
 
 
-def part(name: str, read: Read) -> Read:
-    """Read one of the measurements of gpu.py, if the file has it."""
-
-    def of_part(result: dict) -> Measurement | None:
-        found = result["measurements"].get(name, {})
-        found = {"curves": [found]} if "curve" in found else found
-        return read(found) if found.keys() & {"rows", "curves"} else None
-
-    return of_part
-
-
 def lightly(result: dict) -> Measurement | None:
     """Compare ours with lightly's."""
     dino, base = fastest(result, "dino"), fastest(result, "lightly")

@@ -175,7 +175,7 @@ def train_and_evaluate(
             if is_over:
                 export_backbone(run, backbone, "last")  # for other evaluations
                 return
-    raise SystemExit("stopped before the end of the training: this seed is not saved")
+    raise SystemExit("stopped before the end of the training")
 
 
 if __name__ == "__main__":

@@ -47,16 +47,16 @@ def child(version: str, workload: Workload, steps: int) -> dict:
     kind, _, precision = version.partition(":")
     device, views = machine().device, random_views(workload)
     is_ours = kind in ("dino", "compiled")
-    crops = () if is_ours else tuple(crop for stack in views for crop in normalize(stack))
+    inputs = views if is_ours else tuple(crop for stack in views for crop in normalize(stack))
     if device.type == "cuda":
-        views, crops = (tuple(image.pin_memory() for image in images) for images in (views, crops))
+        inputs = tuple(stack.pin_memory() for stack in inputs)
     torch.manual_seed(1)
     memory = Memory(device)
     if is_ours:
-        result = run_dino(workload, precision, views, steps, compiled=kind == "compiled")
+        result = run_dino(workload, precision, inputs, steps, compiled=kind == "compiled")
     else:
         baseline, settings = workload.baseline(kind, precision, device), workload.step_settings()
-        result = time_steps(lambda _: baseline.step([*crops], settings), steps, device)
+        result = time_steps(lambda _: baseline.step(inputs, settings), steps, device)
     return result | {"peak": memory.peak()}
 
 

@@ -127,7 +127,10 @@ def with_matmul_share(rows: Sequence[dict[str, Any]], workload: Workload, flops_
     """Return the rows with `matmul_share`: FLOP/s of the step (`count_flops`) over the device's matmul throughput."""
     flops = sum(count_flops(workload.run("float32")).values())
     return [
-        row if "failed" in row else row | {"matmul_share": row["images_per_s"] * flops / flops_per_s} for row in rows
+        row
+        if "failed" in row or row["version"] == "loader"
+        else row | {"matmul_share": row["images_per_s"] * flops / flops_per_s}
+        for row in rows
     ]
 
 

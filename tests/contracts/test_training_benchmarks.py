@@ -6,6 +6,7 @@ import json
 import mmap
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,12 +28,14 @@ import table
 import train_step
 import workload
 from dino_ssl.ablations.study import RESULT, Result, StudyRun
-from dino_ssl.config import to_dict
+from dino_ssl.config import edit, to_dict
 from dino_ssl.data.batch import Batch
+from dino_ssl.data.folder import Folder
 from dino_ssl.data.transforms.multi_crop import MultiCrop
 from dino_ssl.files import write_json
 from dino_ssl.optim import clip_grad_norm_per_tensor_
 from dino_ssl.preprocessing import normalize
+from dino_ssl.presets.small import small
 from dino_ssl.runtime import Machine, start
 from dino_ssl.state import State, build_method, prepare_model
 from dino_ssl.training import train_step as dino_step
@@ -132,6 +135,15 @@ def test_end_to_end_trains_from_files(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert row["images_per_s"] == pytest.approx(2 * 4 / row["seconds"][0])
         assert 0 < row["wait"] < 1
         assert row["losses"][0] < 8
+
+
+def test_the_loader_alone_trains_nothing(tmp_path: Path) -> None:
+    tiny = workload.Workload("narrow", "2x32+2x16", 64, 2, drop_path=0.0, hidden=32)
+    entry = end_to_end.child("loader", tiny, common.write_images(tmp_path, 4, 32, 32), 2, 0)
+    assert entry["seconds"] > 0
+    assert "losses" not in entry
+    rows = common.summarize({"loader": [entry]}, 4)
+    assert workload.with_matmul_share(rows, tiny, 1e12) == rows
 
 
 def test_extraction_and_timm_give_equal_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -309,8 +321,8 @@ def test_gpu_script_saves_every_version_and_the_page_reads_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path, network = tmp_path / "gpu.json", workload.Workload("narrow", "2x32", 64, 4, drop_path=0.0)
-    done, saved = gpu.Measurements(gpu.argparse.Namespace(minutes=1, json=path)), []
-    done.flops_per_s = 1e12
+    results, saved = gpu.Measurements(gpu.argparse.Namespace(minutes=1, json=path)), []
+    results.flops_per_s = 1e12
     entries = {
         "plain:float16": {"seconds": 2.0, "step_seconds": [2.0, 4.0, 2.0], "peak": 8},
         "lightly:float16": {"failed": "out of memory"},
@@ -319,39 +331,84 @@ def test_gpu_script_saves_every_version_and_the_page_reads_them(
 
     def child(script: str, version: str, arguments: list[str], seconds: float) -> dict:
         saved.append(json.loads(path.read_text())["measurements"] if path.exists() else {})
+        assert arguments[-2:] == ["--steps", "5"]
+        assert 0 < seconds <= 60
         return dict(entries[version])
 
-    monkeypatch.setattr(gpu, "child", child)
-    gpu.compare(done, "step", "train_step.py", list(entries), network, [], 4)
+    monkeypatch.setattr(gpu, "run_child", child)
+    results.compare("step", "train_step.py", list(entries), network, steps=5)
     assert [len(each["step"]["rows"]) for each in saved[1:]] == [1, 2]  # saved before the next one starts
-    done.record("20-NN", {"curve": [{"accuracy": 85.0, "images": 1000, "minutes": 8.0}]})
-    result = json.loads(path.read_text())
-    step = measurements.part("step", measurements.against("plain:float16", target=2, share=0.5))(result)
-    assert step is not None
-    assert "**4.00x** (2.00 to 4.00, n 3) `plain:float16` (4.00 against 2.00 images/s)" in step.text
-    assert step.met == {"the speed": True, "the matmul throughput": False}
-    curve = measurements.part("20-NN", measurements.accuracy(84))(result)
-    assert curve is not None
-    assert curve.verdict == "yes"
-    assert measurements.part("absent", measurements.lightly)(result) is None
+    results.record("20-NN", {"curves": [{"curve": [{"accuracy": 85.0, "images": 1000, "minutes": 8.0}]}]})
+    read = measurements.against("plain:float16", target=2, share=0.5)
+    row = table.Row("a step", "2x", "python x --json ", "gpu.json", read, {"k": 65536, "batch": 4}, part="step")
+    line = table.line(row, tmp_path)
+    assert "**4.00x** (2.00 to 4.00, n 3) `plain:float16` (4.00 against 2.00 images/s)" in line
+    assert "measured with k 64 |" in line
+    assert line.startswith("| a step | 2x | **not** the matmul throughput |")
+    curve = table.Row("training", "84 %", "python x --json ", "gpu.json", measurements.accuracy(84), part="20-NN")
+    assert table.line(curve, tmp_path).startswith("| training | 84 % | yes | **85.0 %** (one seed)")
+    absent = replace(row, part="absent")
+    assert "not measured" in table.line(absent, tmp_path)
 
 
-def test_gpu_script_gives_up_a_version_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "hang.py").write_text("import time\ntime.sleep(60)")
-    (tmp_path / "stop.py").write_text("raise SystemExit(3)")
-    monkeypatch.setattr(gpu, "SCRIPTS", tmp_path)
-    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
-    assert gpu.child("hang.py", "dino:float32", [], 0.5) == {"failed": "not finished after 0 s"}
-    assert gpu.child("stop.py", "dino:float32", [], 30) == {"failed": "exit code 3"}
+def test_gpu_script_measures_and_trains_in_miniature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The order of the measurements and their arguments; parity and the processes of their own are tested elsewhere."""
+    path, versions = tmp_path / "gpu.json", []
+
+    def child(script: str, version: str, arguments: list[str], seconds: float) -> dict:
+        versions.append(version)
+        if version == "loader":
+            assert len(list(Path(arguments[arguments.index("--folder") + 1]).iterdir())) == 16
+        return {"seconds": 2.0, "peak": 1} | ({"step_seconds": [1.0, 3.0]} if script == "train_step.py" else {})
+
+    monkeypatch.setattr(gpu, "run_child", child)
+    monkeypatch.setattr(gpu, "parity", lambda run, precision, names: 1 / 0)
+    monkeypatch.setattr(gpu, "matmul_throughput", lambda device, precision: (1e12, "2 x 2"))
+    gpu.measure(gpu.argparse.Namespace(minutes=5, json=path, tiny=True))
+    kept = json.loads(path.read_text())["measurements"]
+    assert kept["parity bfloat16: loss"] == {"failed": "ZeroDivisionError: division by zero"}
+    assert versions == ["plain:float32", "dino:float32", "loader", *versions[:2], "dino:float32", "compiled:float32"]
+    assert kept["JPEG files, data path alone"] == {"images_per_s": 4}
+    assert [row["images_per_s"] for row in kept["from JPEG files"]["rows"]] == [4, 4]
+    assert kept["from JPEG files"]["settings"] | {"steps": 2, "workers": 1} == kept["from JPEG files"]["settings"]
+
+    monkeypatch.setattr(gpu, "plan", lambda *_, **options: edit(small(), out=str(tmp_path), data=Folder(path="x")))
+    points = [{"accuracy": float(number), "images": number, "minutes": 1.0} for number in range(2)]
+    monkeypatch.setattr(gpu, "train_and_evaluate", lambda *_: iter(points))
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        common.write_images(tmp_path / name, 2, 32, 32)
+    gpu.train(gpu.argparse.Namespace(minutes=5, json=path, recipe="small", data=tmp_path))
+    trained = json.loads(path.read_text())["measurements"]["20-NN of small"]
+    assert trained["planned_minutes"] == 4
+    assert trained["curves"][0]["curve"] == points
+
+
+def test_a_version_that_hangs_or_is_killed_has_failed(tmp_path: Path) -> None:
+    folder = f"{tmp_path}/x.py"
+    scripts = {
+        "time.sleep(60)": "not finished after 0 s",
+        "raise SystemExit(3)": "exit code 3",
+        "os.kill(os.getpid(), 9)": "killed by signal 9",
+        f"sys.exit('no file {folder}')": "no file x.py",
+    }
+    for code, error in scripts.items():
+        (tmp_path / "x.py").write_text(f"import os, sys, time\n{code}")
+        seconds = 0.4 if "sleep" in code else 30
+        assert common.run_child(folder, "dino:float32", [], seconds) == {"failed": error}
 
 
 def test_gpu_script_saves_errors_and_what_does_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
-    done = gpu.Measurements(gpu.argparse.Namespace(minutes=1, json=path))
-    done.add("broken", lambda: 1 / 0)
-    done.add("too long", lambda: 1, seconds=1000)
-    done.add("short", lambda: 1)
+    results = gpu.Measurements(gpu.argparse.Namespace(minutes=1, json=path))
+    results.add("broken", lambda: 1 / 0)
+    results.add("short", lambda: 1)
+    results.deadline -= 50
+    results.add("late", lambda: 1)
     kept = json.loads(path.read_text())["measurements"]
     assert kept["broken"] == {"failed": "ZeroDivisionError: division by zero"}
-    assert "needs 1000" in kept["too long"]["not_measured"]
+    assert kept["late"] == {"failed": "not measured: 10 s left"}
     assert kept["short"] == 1
+    late = workload.Workload("narrow", "2x32", 64, 4, drop_path=0.0)
+    results.compare("late step", "train_step.py", ["dino:float32"], late, steps=5)
+    assert json.loads(path.read_text())["measurements"]["late step"]["rows"][0]["failed"].startswith("not measured")

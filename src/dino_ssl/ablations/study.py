@@ -134,7 +134,7 @@ class Study:
     data: Mapping[str, Any]
     """images, classes, fingerprint, val_fraction."""
     commands: tuple[str, ...] = ()
-    """Command lines that trained its runs, in the order of their first use."""
+    """Command lines that started or resumed its runs, in the order of their first use."""
 
     def runs(self, configuration: Configuration | None = None) -> list[StudyRun]:
         """Return all runs that were started, of one or of all configurations, in the order of the table and seeds."""
@@ -169,7 +169,7 @@ def read_study(folder: Path) -> Study | None:
     if (content := _read(folder / STUDY)) is None:
         return None
     base = from_dict(Run, content["base"])
-    commands = tuple(content.get("commands", ()))
+    commands = tuple(content["commands"])
     return Study(folder, get_table(content["table"]), content["scale"], base, content["data"], commands)
 
 

@@ -73,7 +73,8 @@ def ablate(argv: Sequence[str]) -> int:
         if not options.table:
             write(_list_tables(terminal))
             return 0
-        return _run(options, shlex.join(["dino", "ablate", *argv]), terminal, write)
+        command = shlex.join(["dino", "ablate", *(word for word in argv if word != "--json")])
+        return _run(options, command, terminal, write)
 
 
 def _list_tables(terminal: Terminal) -> dict[str, Any]:

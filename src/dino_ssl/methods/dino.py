@@ -33,7 +33,7 @@ class DINOConfig(TeacherStudentConfig):
     head_layers: int = 3
     """Linear layers of the head's MLP, without the prototypes. With a bottleneck, App. C counts one more."""
     head_hidden: int = 2048
-    """Width of the head's hidden layers."""
+    """Width of the hidden layers of head and predictor."""
     head_bottleneck: int = 256
     """Width of the l2-normalized bottleneck; 0 removes it and its normalization (App. C: 3 or 4 layers then fail)."""
     head_norm: Literal["none", "batch"] = "none"

@@ -70,10 +70,7 @@ def vitb8() -> Run:
 
 
 def xcits12_16() -> Run:
-    """XCiT-S12/16, 300 epochs, batch 1024: 76.0 / 77.8 (authors' README, which has weights but no settings).
-
-    All settings but the network are those of ViT-S/16 for 300 epochs.
-    """
+    """XCiT-S12/16 with the settings of `vits16-300`; the authors' weights: 76.0 / 77.8 (README, no settings)."""
     return edit(vits16_300(), backbone=Timm(name="xcit_small_12_p16_224", drop_path=0.1))
 
 

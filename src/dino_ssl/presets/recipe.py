@@ -35,7 +35,7 @@ def recipe_for(dataset: ImageDataset, machine: Machine, world: int, kind: type[M
     large = count >= LARGE_DATASET and not on_cpu
     if on_cpu:
         run = small()
-        reason = "the most accurate of those measured: 20-NN 63 % after 30 minutes of two AVX2 cores (docs/results.md)"
+        reason = "20-NN 63 % on 6,500 photos after 30 minutes of two AVX2 cores, the best measured (docs/results.md)"
     else:
         run = edit(small_vit(), backbone=ViT(size="small", patch=16), views=MultiCrop())
         reason = "the paper's main network"
