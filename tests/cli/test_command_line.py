@@ -43,7 +43,7 @@ def command_line(*arguments: str) -> CommandLine:
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """What early checks see of a run."""
+    """The files of a run that early checks read."""
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     for name in ("run.json", "checkpoints/last.pt"):
         (tmp_path / "run" / name).touch()
