@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dino_ssl.ablations.page import NO_DISCUSSION, rank_correlation, write_page
-from dino_ssl.ablations.study import FAILED, RESULT, Result, Study, StudyRun, find_study, read_study
+from dino_ssl.ablations.study import FAILED, RESULT, STUDY, Result, Study, StudyRun, find_study, read_study
 from dino_ssl.ablations.table import METRICS, SCALES, Scale
 from dino_ssl.ablations.tables import TABLES, get_table
 from dino_ssl.config import differences, edit, from_dict, to_dict
@@ -241,6 +241,13 @@ def test_a_study_is_read_with_the_spread_over_its_seeds(study: Study) -> None:
     assert (spread.mean, spread.low, spread.high, spread.n) == (43.0, 40.0, 45.0, 3)
     assert spread.deviation == pytest.approx(2.6457513)
     assert [run.state for run in study.runs()] == ["done", "done", "done", "failed"]
+
+
+def test_a_study_without_commands_is_read(study: Study) -> None:
+    content = json.loads((study.folder / STUDY).read_text())
+    del content["commands"]
+    (study.folder / STUDY).write_text(json.dumps(content))
+    assert read_study(study.folder) == study
 
 
 def test_the_page_has_all_results_and_keeps_the_discussion(study: Study) -> None:

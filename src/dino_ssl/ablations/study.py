@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,7 +169,7 @@ def read_study(folder: Path) -> Study | None:
     if (content := _read(folder / STUDY)) is None:
         return None
     base = from_dict(Run, content["base"])
-    commands = tuple(content["commands"])
+    commands = tuple(content.get("commands", ()))  # a study that was started before they were kept can be resumed
     return Study(folder, get_table(content["table"]), content["scale"], base, content["data"], commands)
 
 
@@ -255,11 +255,10 @@ def resolve_study(
         "fingerprint": dataset.fingerprint,
         "val_fraction": base.online_eval.val_fraction if base.val is None else 0,
     }
-    study = Study(folder, table, scale, base, summary)
-    if existing is None:
-        return study
-    _check_same(existing, study)
-    return replace(study, commands=existing.commands)
+    study = Study(folder, table, scale, base, summary, () if existing is None else existing.commands)
+    if existing is not None:
+        _check_same(existing, study)
+    return study
 
 
 def _check_same(existing: Study, study: Study) -> None:
