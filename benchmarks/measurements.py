@@ -23,10 +23,15 @@ class Measurement(NamedTuple):
 Read = Callable[[dict], Measurement | None]
 
 
+def extent(values: Sequence[float], digits: int) -> str:
+    """Return the smallest, the largest and the number of values."""
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}, n {len(values)}"
+
+
 def speedup(row: dict, base: dict) -> str:
     """Return how many times as fast as `base`: the median over the turns, and the spread."""
     turns = ratios(base["seconds"], row["seconds"])
-    spread = f"{min(turns):.2f} to {max(turns):.2f}, n {len(turns)}"
+    spread = extent(turns, 2)
     if "cpu_seconds" in row and "cpu_seconds" in base:
         spread += f"; CPU time {median_ratio(base['cpu_seconds'], row['cpu_seconds']):.2f}x"
     return f"**{statistics.median(turns):.2f}x** ({spread})"
@@ -185,15 +190,10 @@ def search(result: dict) -> Measurement:
     return Measurement(f"{text}; exact, one query: {against_faiss:.2f}x faiss Flat (median of each round's)", met)
 
 
-def extent(values: Sequence[float]) -> str:
-    """Return the smallest, the largest and the number of values."""
-    return (f"{min(values):.0f} to {max(values):.0f}, " if len(values) > 1 else "") + f"n {len(values)}"
-
-
 def explore(result: dict) -> Measurement:
     """Return the milliseconds of each part."""
     parts = {row["part"]: row for row in result["rows"]}
-    text = ", ".join(f"{name} **{row['ms']:.0f} ms** ({extent(row['times'])})" for name, row in parts.items())
+    text = ", ".join(f"{name} **{row['ms']:.0f} ms** ({extent(row['times'], 0)})" for name, row in parts.items())
     met = {"first view": parts["first view"]["ms"] <= 1000, "click": parts["search click: results"]["ms"] <= 200}
     return Measurement(text, met)
 

@@ -9,6 +9,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -123,9 +124,15 @@ def compare(
     save(options.json, result)
 
 
+@cache
+def flops_per_image(workload: Workload) -> float:
+    """Return the FLOPs of a step for one image; counting takes a second, and `gpu.py` asks after every version."""
+    return sum(count_flops(workload.run("float32")).values())
+
+
 def with_matmul_share(rows: Sequence[dict[str, Any]], workload: Workload, flops_per_s: float) -> list[dict[str, Any]]:
     """Return the rows with `matmul_share`: FLOP/s of the step (`count_flops`) over the device's matmul throughput."""
-    flops = sum(count_flops(workload.run("float32")).values())
+    flops = flops_per_image(workload)
     return [
         row
         if "failed" in row or row["version"] == "loader"

@@ -192,7 +192,7 @@ class DINO(TeacherStudent):
         A teacher of the previous step is a copy of the student before the optimizer step.
         """
         if clock.step < self.config.freeze_last_layer * clock.steps_per_epoch:
-            for parameter in self.student.head.get_submodule("last_layer").parameters():
+            for parameter in _last_layer(self.student).parameters():
                 parameter.grad = None
         if self.config.teacher == "previous-step":
             self.copy_student()
